@@ -1,0 +1,11 @@
+"""The LoFiT op: scale and offset vectors on attention heads, inside the output projection.
+
+    y = ((1 + a) * z + v) W^T + b
+
+Knows torch and, on a GPU, Triton; knows nothing of models or trainers.
+"""
+
+from lofit_kernels.functional import fold_offset, head_affine, head_affine_linear, head_index
+from lofit_kernels.plan import Plan, plan
+
+__all__ = ["Plan", "fold_offset", "head_affine", "head_affine_linear", "head_index", "plan"]

@@ -1,0 +1,114 @@
+"""The primitives in plain ATen: CPU, and every device or dtype without Triton.
+
+The same names and signatures as `lofit_kernels.gpu.offset` and `lofit_kernels.gpu.affine`: `projection.py` composes
+either. `heads` are always (h,) int64, ascending, on z's device. Sums and products run in float32 (float64 for float64).
+"""
+
+import torch
+from torch import Tensor
+
+# bounds the float32 temporaries of the reductions: 16 MiB each
+_ROWS_X_COLUMNS = 1 << 22
+
+
+def offset_fold(weight: Tensor, offset: Tensor, heads: Tensor, bias: Tensor | None = None) -> Tensor:
+    """b + W_S v_S over the selected heads.
+
+    weight: (N, K); offset: (h, D); bias: (N,) or None. Returns (N,) in offset's dtype.
+    """
+    folded = head_columns(weight, heads, offset.shape[1]).to(offset.dtype) @ offset.reshape(-1)
+    return folded if bias is None else folded + bias
+
+
+def column_sum(grad: Tensor) -> Tensor:
+    """sum_t dY. grad: (T, N). Returns (N,), accumulated in float32 (float64 for float64)."""
+    return grad.sum(0, dtype=_wide(grad))
+
+
+def offset_bwd(column_sum: Tensor, weight: Tensor, heads: Tensor, head_dim: int) -> Tensor:
+    """dv = (sum_t dY) W_S. column_sum: (N,); weight: (N, K). Returns (h, D) in column_sum's dtype."""
+    return (column_sum @ head_columns(weight, heads, head_dim).to(column_sum.dtype)).view(-1, head_dim)
+
+
+def affine_fwd(
+    z: Tensor,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset: Tensor | None,
+    offset_heads: Tensor | None,
+    head_dim: int,
+) -> Tensor:
+    """(1 + a) z + v, rounded once. z: (T, K); scale, offset: (h, D) or None. Returns (T, K) in z's dtype."""
+    gain = _dense(scale, scale_heads, z, head_dim, fill=1.0)
+    shift = _dense(offset, offset_heads, z, head_dim, fill=0.0)
+    if gain is None and shift is None:
+        return z.clone()
+    if gain is None:
+        return (z + shift).to(z.dtype)
+    # the product of a 16-bit z and a float32 vector is float32: both steps round once, at the end
+    return (z * gain if shift is None else torch.addcmul(shift, z.to(gain.dtype), gain)).to(z.dtype)
+
+
+def affine_delta_fwd(z: Tensor, scale: Tensor, scale_heads: Tensor, head_dim: int) -> Tensor:
+    """a * z_S on the selected heads only. z: (T, K); scale: (h, D). Returns (T, h * D) in z's dtype."""
+    return (head_columns(z, scale_heads, head_dim) * scale.reshape(-1)).to(z.dtype)
+
+
+def affine_bwd(
+    grad: Tensor,
+    z: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset_heads: Tensor | None,
+    head_dim: int,
+    needs: tuple[bool, bool, bool],
+    inplace: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz = (1 + a) G;  da = sum_t G * z;  dv = sum_t G, each only where `needs` (dz, da, dv) asks.
+
+    grad: (T, K), G; z: (T, K), needed for da only. inplace: grad is the caller's own temporary and may become dz.
+    Returns dz (T, K) in grad's dtype, da and dv (h, D) in float32 (float64 for float64), or None.
+    """
+    needs_z, needs_scale, needs_offset = needs
+    d_scale = _product_sum(grad, z, scale_heads, head_dim) if needs_scale else None
+    d_offset = head_columns(grad, offset_heads, head_dim).sum(0, dtype=_wide(grad)) if needs_offset else None
+    dz = None
+    if needs_z:
+        gain = _dense(scale, scale_heads, grad, head_dim, fill=1.0)
+        if gain is None:
+            dz = grad if inplace else grad.clone()
+        else:
+            dz = grad.mul_(gain) if inplace else (grad * gain).to(grad.dtype)
+    return dz, d_scale, None if d_offset is None else d_offset.view(-1, head_dim)
+
+
+def head_columns(x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
+    """The selected heads' columns of x (R, K), as (R, h * D): x itself when every head is selected."""
+    n_heads = x.shape[1] // head_dim
+    if heads.shape[0] == n_heads:
+        return x
+    return x.unflatten(1, (n_heads, head_dim)).index_select(1, heads).flatten(1)
+
+
+def _product_sum(grad: Tensor, z: Tensor, heads: Tensor, head_dim: int) -> Tensor:
+    """sum_t G * z over the selected heads, in blocks of rows that bound the temporaries. Returns (h, D)."""
+    wide = _wide(grad)
+    total = torch.zeros(heads.shape[0] * head_dim, dtype=wide, device=grad.device)
+    rows = max(1, _ROWS_X_COLUMNS // max(1, grad.shape[1]))
+    for g, block in zip(grad.split(rows), z.split(rows), strict=True):
+        total += (head_columns(g, heads, head_dim).to(wide) * head_columns(block, heads, head_dim)).sum(0)
+    return total.view(-1, head_dim)
+
+
+def _dense(vectors: Tensor | None, heads: Tensor | None, like: Tensor, head_dim: int, fill: float) -> Tensor | None:
+    """fill + the rows (h, D) at their heads, as one vector (K,); None when there is nothing to place."""
+    if vectors is None or vectors.shape[0] == 0:
+        return None
+    if vectors.shape[0] * head_dim == like.shape[1]:
+        return fill + vectors.reshape(-1)
+    dense = vectors.new_full((like.shape[1] // head_dim, head_dim), fill)
+    return dense.index_add_(0, heads, vectors).view(-1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

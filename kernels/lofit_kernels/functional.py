@@ -1,0 +1,146 @@
+"""The public functions: validate, choose a path, call the op."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lofit_kernels import ops
+from lofit_kernels.plan import plan
+from lofit_kernels.projection import primitives
+
+Heads = Tensor | Sequence[int] | None
+
+
+def head_affine_linear(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    scale_heads: Heads = None,
+    offset: Tensor | None = None,
+    offset_heads: Heads = None,
+    folded: Tensor | None = None,
+    form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """y = ((1 + a) * z + v) W^T + b, with a and v on the selected heads (LoFiT, arXiv:2406.01563, equations 3 and 4).
+
+    z: (..., K), any strides, any number of rows, zero included. weight: (N, K), the frozen output projection.
+    bias: (N,) or None. scale, offset: (h, D) float32 (float64 when z is), rows by ascending head, or None.
+    scale_heads, offset_heads: the heads of those rows: ascending integers, or an int64 tensor (h,) made by
+    `head_index`, whose values are trusted; None means every head.
+    folded: (N,), the result of `fold_offset(weight, offset, offset_heads)`, to reuse it in inference; the offset then
+    gets no gradient.
+    form, backend: see `plan.py`; "auto" follows its table.
+
+    Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
+    Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
+    Raises TypeError / ValueError naming what was got and what was expected.
+    """
+    z, weight, bias = _autocast(z, weight, bias)
+    _check_projection(z, weight, bias)
+    scale_heads = _check_vectors("scale", scale, scale_heads, z)
+    offset_heads = _check_vectors("offset", offset, offset_heads, z)
+    chosen = plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, form=form, backend=backend)
+    if scale is None and offset is None:
+        return linear(z, weight, bias)
+    if folded is not None and torch.is_grad_enabled() and offset is not None and offset.requires_grad:
+        raise ValueError("a folded offset gets no gradient: expected folded only under torch.no_grad()")
+    path = (chosen.form, chosen.backend)
+    return ops.affine_linear(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, *path)
+
+
+def head_affine(
+    z: Tensor,
+    *,
+    scale: Tensor | None = None,
+    scale_heads: Heads = None,
+    offset: Tensor | None = None,
+    offset_heads: Heads = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(1 + a) * z + v: the adapter alone, for an output projection that must run by itself (hooked, quantized, ...).
+
+    Arguments as in `head_affine_linear`. Returns z's shape and dtype, rounded once: in 16 bits a scale below half a
+    unit in the last place of 1, or an offset below half of one of z, vanishes in that rounding.
+    """
+    scale_heads = _check_vectors("scale", scale, scale_heads, z)
+    offset_heads = _check_vectors("offset", offset, offset_heads, z)
+    chosen = plan(has_scale=False, dtype=z.dtype, device_type=z.device.type, backend=backend)
+    if scale is None and offset is None:
+        return z
+    return ops.affine(z, scale, scale_heads, offset, offset_heads, chosen.backend)
+
+
+@torch.no_grad()
+def fold_offset(
+    weight: Tensor, offset: Tensor, heads: Heads = None, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """b + W v, the bias that stands for the offsets in inference and in merged weights. No gradient.
+
+    weight: (N, K); offset: (h, D) float32 or float64; heads as in `head_affine_linear`; bias: (N,) or None.
+    Returns (N,) in offset's dtype: keep it there for as long as you can.
+    """
+    heads = _check_vectors("offset", offset, heads, weight)
+    chosen = plan(has_scale=False, dtype=weight.dtype, device_type=weight.device.type, backend=backend)
+    return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
+
+
+def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """Heads as the ops take them: (h,) int64 on `device`.
+
+    Raises ValueError when they are not strictly ascending integers in [0, n_heads).
+    """
+    heads = list(heads)
+    in_range = all(isinstance(h, int) and 0 <= h < n_heads for h in heads)
+    if not in_range or any(a >= b for a, b in zip(heads, heads[1:], strict=False)):
+        raise ValueError(f"heads must be strictly ascending integers in [0, {n_heads}), got {heads}")
+    return torch.tensor(heads, dtype=torch.int64, device=device)
+
+
+def _autocast(z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts nn.Linear would get under autocast."""
+    device = z.device.type
+    if not torch.is_autocast_enabled(device) or z.dtype == torch.float64:
+        return z, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return z.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_projection(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or z.dim() < 1 or z.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"expected z (..., K) and weight (N, K), got z {tuple(z.shape)} and weight {tuple(weight.shape)}"
+        )
+    if not z.is_floating_point() or z.dtype != weight.dtype:
+        raise TypeError(f"expected z and weight of one floating dtype, got {z.dtype} and {weight.dtype}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_vectors(name: str, vectors: Tensor | None, heads: Heads, like: Tensor) -> Tensor | None:
+    """The heads of `vectors` as an int64 tensor; None when there are no vectors."""
+    if vectors is None:
+        if heads is not None:
+            raise ValueError(f"{name}_heads were given without {name}")
+        return None
+    expected = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if vectors.dtype != expected:
+        raise TypeError(f"expected {name} in {expected} beside {like.dtype} activations, got {vectors.dtype}")
+    width = like.shape[-1]
+    if vectors.dim() != 2 or vectors.shape[1] == 0 or width % vectors.shape[1]:
+        raise ValueError(f"expected {name} of shape (h, D) with D dividing K = {width}, got {tuple(vectors.shape)}")
+    n_heads = width // vectors.shape[1]
+    if heads is None:
+        heads = torch.arange(n_heads, device=vectors.device)
+    elif not isinstance(heads, Tensor):
+        heads = head_index(heads, n_heads, vectors.device)
+    if heads.dtype != torch.int64 or heads.shape != vectors.shape[:1] or heads.shape[0] > n_heads:
+        raise ValueError(
+            f"expected {name}_heads to be int64, one per row of {name} ({vectors.shape[0]}), at most {n_heads}; "
+            f"got {heads.dtype} of shape {tuple(heads.shape)}"
+        )
+    return heads

@@ -1,0 +1,144 @@
+"""The op as torch.library custom ops: opaque to autograd and torch.compile, with fakes and closed-form gradients.
+
+`lofit::affine_linear` is the projection with the adapter inside; `lofit::affine` is the adapter alone, for base layers
+that must not be bypassed. Each has a backward op of its own, so that a compiled backward stays one node. Backward ops
+have no gradient formula: differentiating twice raises instead of returning something wrong.
+"""
+
+import torch
+from torch import Tensor
+
+from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
+
+
+@torch.library.custom_op("lofit::affine_linear", mutates_args=())
+def affine_linear(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset: Tensor | None,
+    offset_heads: Tensor | None,
+    folded: Tensor | None,
+    form: str,
+    backend: str,
+) -> Tensor:
+    """y = ((1 + a) * z + v) W^T + b. z: (..., K); weight: (N, K); scale, offset: (h, D) float32; heads: (h,) int64.
+
+    folded: (N,), W v computed beforehand, or None; inference only, no gradient reaches the offset through it.
+    """
+    return affine_linear_fwd(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend)
+
+
+@affine_linear.register_fake
+def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend):
+    return z.new_empty(*z.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("lofit::affine_linear_backward", mutates_args=())
+def affine_linear_backward(
+    grad: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset: Tensor | None,
+    offset_heads: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of (z, weight, bias, scale, offset) that `needs` asks for, in that order, the others left out."""
+    grads = affine_linear_bwd(grad, z, weight, scale, scale_heads, offset, offset_heads, tuple(needs), backend)
+    targets = (grad, weight, bias, scale, offset)
+    return [g.to(like.dtype) for g, like in zip(grads, targets, strict=True) if g is not None]
+
+
+@affine_linear_backward.register_fake
+def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend):
+    d_z = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if needs[0] else None
+    rest = (None if x is None else torch.empty_like(x) for x in (weight, bias, scale, offset))
+    return [g for g, needed in zip((d_z, *rest), needs, strict=True) if needed]
+
+
+def _save_linear(ctx, inputs, output):
+    z, weight, bias, scale, scale_heads, offset, offset_heads, _, _, backend = inputs
+    needs = ctx.needs_input_grad
+    # z is the only activation: an offset alone never needs it
+    saved_z = z if needs[1] or needs[3] else None
+    ctx.needs = [needs[0], needs[1], needs[2], needs[3], needs[5]]
+    ctx.backend = backend
+    ctx.save_for_backward(saved_z, weight, bias, scale, scale_heads, offset, offset_heads)
+
+
+def _linear_gradients(ctx, grad):
+    found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend))
+    d_z, d_weight, d_bias, d_scale, d_offset = (next(found) if needed else None for needed in ctx.needs)
+    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None
+
+
+affine_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
+
+
+@torch.library.custom_op("lofit::affine", mutates_args=())
+def affine(
+    z: Tensor,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset: Tensor | None,
+    offset_heads: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """(1 + a) * z + v. z: (..., K); scale, offset: (h, D) float32; heads: (h,) int64. Returns z's shape and dtype."""
+    head_dim = (scale if scale is not None else offset).shape[1]
+    rows = z.reshape(-1, z.shape[-1])
+    return primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim).view(z.shape)
+
+
+@affine.register_fake
+def _(z, scale, scale_heads, offset, offset_heads, backend):
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op("lofit::affine_backward", mutates_args=())
+def affine_backward(
+    grad: Tensor,
+    z: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Tensor | None,
+    offset: Tensor | None,
+    offset_heads: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of (z, scale, offset) that `needs` asks for, in that order, the others left out."""
+    head_dim = (scale if scale is not None else offset).shape[1]
+    rows = None if z is None else z.reshape(-1, z.shape[-1])
+    flat = grad.reshape(-1, grad.shape[-1])
+    grads = primitives(backend).affine_bwd(flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
+    shaped = (None if grads[0] is None else grads[0].view(grad.shape), *grads[1:])
+    return [g.to(like.dtype) for g, like in zip(shaped, (grad, scale, offset), strict=True) if g is not None]
+
+
+@affine_backward.register_fake
+def _(grad, z, scale, scale_heads, offset, offset_heads, needs, backend):
+    likes = (grad.new_empty(grad.shape), scale, offset)
+    return [x.new_empty(x.shape) for x, needed in zip(likes, needs, strict=True) if needed]
+
+
+def _save_affine(ctx, inputs, output):
+    z, scale, scale_heads, offset, offset_heads, backend = inputs
+    needs = ctx.needs_input_grad
+    ctx.needs = [needs[0], needs[1], needs[3]]
+    ctx.backend = backend
+    ctx.save_for_backward(z if needs[1] else None, scale, scale_heads, offset, offset_heads)
+
+
+def _affine_gradients(ctx, grad):
+    found = iter(affine_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend))
+    d_z, d_scale, d_offset = (next(found) if needed else None for needed in ctx.needs)
+    return d_z, d_scale, None, d_offset, None, None
+
+
+affine.register_autograd(_affine_gradients, setup_context=_save_affine)

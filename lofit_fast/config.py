@@ -1,0 +1,111 @@
+"""What is adapted (LofitConfig) and how it is trained (Recipe): plain, frozen data."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Head = tuple[int, int]
+HeadSet = Literal["all"] | tuple[Head, ...] | None
+
+
+@dataclass(frozen=True)
+class LofitConfig:
+    """Which heads get which vectors.
+
+    scale, offset: "all", an iterable of (layer, head) pairs, or None for no such component. The two may differ.
+    init_std: standard deviation of the normal both start from. seed: of that draw, the same on every device.
+    Raises ValueError / TypeError for no component at all, an empty list, a pair listed twice, or anything not a pair.
+    """
+
+    scale: HeadSet = None
+    offset: HeadSet = None
+    init_std: float = 1e-3
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for component in ("scale", "offset"):
+            object.__setattr__(self, component, _head_set(component, getattr(self, component)))
+        if self.scale is None and self.offset is None:
+            raise ValueError("nothing to adapt: expected scale and/or offset to be 'all' or a list of (layer, head)")
+        if not self.init_std >= 0:
+            raise ValueError(f"expected init_std >= 0, got {self.init_std}")
+
+
+def _head_set(component: str, heads: object) -> HeadSet:
+    if heads is None or heads == "all":
+        return heads
+    if isinstance(heads, str) or not isinstance(heads, Iterable):
+        raise TypeError(f"expected {component} to be 'all', None or a list of (layer, head), got {heads!r}")
+    pairs = tuple(_pair(component, item) for item in heads)
+    if not pairs:
+        raise ValueError(f"{component} is an empty list of heads: expected at least one, or None to leave it out")
+    twice = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+    if twice:
+        raise ValueError(f"{component} lists heads more than once: {twice}")
+    return pairs
+
+
+def _pair(component: str, item: object) -> Head:
+    pair = tuple(item) if isinstance(item, Iterable) and not isinstance(item, str) else ()
+    if len(pair) != 2 or not all(isinstance(x, int) and x >= 0 for x in pair):
+        raise TypeError(f"expected {component} to hold (layer, head) pairs of non-negative integers, got {item!r}")
+    return pair
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the two steps are trained. The defaults are the paper's (arXiv:2406.01563, section 4 and appendix).
+
+    select_lr, select_epochs, l1: step 1, scales on every head, loss + l1 * sum |a|.
+    top: heads kept, a count (int) or a fraction of all heads (float in (0, 1]).
+    tune_lr, tune_epochs: step 2, fresh offsets on the kept heads of the base model.
+    Both steps: AdamW (0.9, 0.999, no decay), learning rate falling linearly to 0, no warm-up, gradients clipped to
+    max_grad_norm. batch_size: examples per optimizer step, split into accumulation_steps micro-batches.
+    max_length: longest prompt + completion in tokens; None means the model's context.
+    """
+
+    select_lr: float = 5e-3
+    select_epochs: int = 5
+    l1: float = 5e-4
+    top: int | float = 0.03
+    tune_lr: float = 1e-2
+    tune_epochs: int = 5
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    init_std: float = 1e-3
+    seed: int = 42
+    max_length: int | None = None
+    eval_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name in ("select_epochs", "tune_epochs", "l1", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
+            )
+        check_top(self.top)
+
+
+def check_top(top: int | float) -> None:
+    """Raise ValueError unless `top` is a count >= 1 or a fraction in (0, 1]."""
+    if isinstance(top, bool) or not isinstance(top, int | float):
+        raise ValueError(f"expected top to be a count (int) or a fraction (float), got {top!r}")
+    if isinstance(top, int) and top < 1:
+        raise ValueError(f"expected a count of at least 1 head, got top={top}")
+    if isinstance(top, float) and not 0 < top <= 1:
+        raise ValueError(f"expected a fraction of heads in (0, 1], got top={top}")
+
+
+# what the paper changes per task; see the table in docs/recipes.md
+RECIPES: dict[str, dict[str, float]] = {
+    "clutrr": {"select_lr": 5e-4, "l1": 5e-3, "tune_lr": 1e-2},
+    "mquake": {"select_lr": 5e-3, "l1": 5e-4, "tune_lr": 8e-3},
+    "truthfulqa": {"select_lr": 5e-3, "l1": 5e-4, "tune_lr": 1e-2},
+}

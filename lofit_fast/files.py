@@ -1,0 +1,53 @@
+"""Folders and files that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """A scratch folder beside `path`, whose files move into `path` if the block ends well and vanish if it does not.
+
+    Files already in `path` under other names stay. Raises OSError naming the folder when it cannot be written.
+    """
+    path = writable_folder(path)
+    scratch = Path(tempfile.mkdtemp(prefix=".lofit-", dir=path))
+    try:
+        yield scratch
+        for source in sorted(scratch.rglob("*")):
+            target = path / source.relative_to(scratch)
+            if source.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(source, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace a file's content in one step."""
+    path = Path(path)
+    with whole_folder(path.parent) as scratch:
+        (scratch / path.name).write_text(text)
+
+
+def write_json(path: Path | str, content: object) -> None:
+    """Replace a file by `content` as indented JSON, in one step."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def writable_folder(path: Path | str) -> Path:
+    """Create the folder if need be and prove that it takes files. Raises OSError naming the folder and the reason."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to output folder {path}: {error.strerror or error}") from error
+    return path

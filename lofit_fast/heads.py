@@ -1,0 +1,58 @@
+"""Which heads matter: scores of a trained step 1, and the best of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lofit_fast.config import Head, check_top
+
+if TYPE_CHECKING:
+    from lofit_fast.patch import LofitHandle
+
+
+@torch.no_grad()
+def head_scores(handle: LofitHandle) -> Tensor:
+    """The L2 norm of every head's scale vector (arXiv:2406.01563, section 3): (layers, heads) float32 on the CPU.
+
+    Heads without a scale score minus infinity. Raises ValueError when the handle trains no scale.
+    """
+    if handle.config.scale is None:
+        raise ValueError("head scores need scales: expected a handle patched with LofitConfig(scale=...)")
+    n_heads = max(p.n_heads for p in handle.projections)
+    scores = torch.full((len(handle.projections), n_heads), -math.inf)
+    for row, projection in enumerate(handle.projections):
+        layer = handle.layers.get(projection.layer)
+        if layer is not None and layer.scale is not None:
+            scores[row, layer.heads("scale")] = layer.scale.norm(dim=1).float().cpu()
+    return scores
+
+
+def select_heads(scores: Tensor, top: int | float) -> list[Head]:
+    """The best heads as (layer, head), best first; ties go to the lower layer, then the lower head.
+
+    scores: (layers, heads), minus infinity where a head is out of the running.
+    top: a count, or a fraction of the heads in the running (rounded, at least one).
+    Raises ValueError for a top out of range, more heads than there are, or a score that is not a number.
+    """
+    check_top(top)
+    if scores.dim() != 2:
+        raise ValueError(f"expected scores of shape (layers, heads), got {tuple(scores.shape)}")
+    if scores.isnan().any() or scores.isposinf().any():
+        raise ValueError("head scores are not finite: step 1 diverged; try a lower select_lr")
+    flat = scores.flatten()
+    available = int((flat > -math.inf).sum())
+    count = top if isinstance(top, int) else max(1, round(top * available))
+    if count > available:
+        raise ValueError(f"asked for the top {count} heads, but only {available} have a score")
+    best = flat.argsort(descending=True, stable=True)[:count]
+    return [divmod(int(i), scores.shape[1]) for i in best]
+
+
+def jaccard(first: list[Head], second: list[Head]) -> float:
+    """Overlap of two head sets: |A and B| / |A or B|, 1.0 when both are empty."""
+    union = set(first) | set(second)
+    return len(set(first) & set(second)) / len(union) if union else 1.0

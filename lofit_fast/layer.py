@@ -1,0 +1,135 @@
+"""LofitLinear: one output projection with scales and offsets on some of its heads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class LofitLinear(nn.Module):
+    """y = ((1 + a) * z + v) W^T + b around a base projection that stays as it is.
+
+    base_layer: the module that computes z W^T + b, with in_features = n_heads * head_dim.
+    scale, offset: parameters (h, D), float32 (float64 after `.double()`), rows by ascending head; None if absent.
+
+    The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight. Otherwise
+    `base_layer` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
+    `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        n_heads: int,
+        head_dim: int,
+        scale_heads: list[int] | None,
+        offset_heads: list[int] | None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.enabled = True
+        self.folded: Tensor | None = None
+        device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        for component, heads in (("scale", scale_heads), ("offset", offset_heads)):
+            rows = None if heads is None else torch.zeros(len(heads), head_dim, device=device)
+            index = None if heads is None else head_index(heads, n_heads, device)
+            self.register_parameter(component, None if rows is None else nn.Parameter(rows))
+            self.register_buffer(f"{component}_heads", index, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, (N, K)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, (N,) or None: never the folded offsets."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        """K = n_heads * head_dim."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N, the hidden size."""
+        return self.base_layer.out_features
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (..., K), attention output before the projection. Returns (..., N)."""
+        if not self.enabled:
+            return self.base_layer(z)
+        vectors = {
+            "scale": self.scale,
+            "scale_heads": self.scale_heads,
+            "offset": self.offset,
+            "offset_heads": self.offset_heads,
+        }
+        if not is_plain_linear(self.base_layer):
+            return self.base_layer(head_affine(z, **vectors))
+        folded = None if torch.is_grad_enabled() else self.folded
+        return head_affine_linear(z, self.base_layer.weight, self.base_layer.bias, folded=folded, **vectors)
+
+    @contextmanager
+    def fold(self) -> Iterator[None]:
+        """W v computed once and reused by every no-grad forward inside the scope."""
+        plain = is_plain_linear(self.base_layer) and self.offset is not None
+        self.folded = fold_offset(self.base_layer.weight, self.offset, self.offset_heads) if plain else None
+        try:
+            yield
+        finally:
+            self.folded = None
+
+    def heads(self, component: str) -> list[int]:
+        """The heads that carry a component ("scale" or "offset"), ascending; empty if it is absent."""
+        index = getattr(self, f"{component}_heads")
+        return [] if index is None else index.tolist()
+
+    def state_dict(self, *args, **kwargs):
+        """The base layer's state under the base layer's own names."""
+        return self.base_layer.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # the children are filled after this call, from keys below theirs
+        own = [key for key in state_dict if key.startswith(prefix)]
+        for key in own:
+            state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        if recurse:
+            self.base_layer._apply(fn)
+        super()._apply(_at_least_float32(fn), recurse=False)
+        return self
+
+    def extra_repr(self) -> str:
+        """What is adapted, for print(model)."""
+        return ", ".join(f"{c}={len(self.heads(c))}/{self.n_heads} heads" for c in ("scale", "offset") if self.heads(c))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the fused path may stand in for this module: exactly an nn.Linear, dense, and nobody listening."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    if any(getattr(module, hooks) for hooks in _HOOKS) or any(getattr(module_globals, f"_global{h}") for h in _HOOKS):
+        return False
+    weight = module.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, except that a cast below float32 leaves float32: the vectors are too small to live in 16 bits."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        narrow = out.is_floating_point() and out.element_size() < 4
+        return tensor.to(device=out.device, dtype=torch.float32) if narrow else out
+
+    return apply

@@ -1,0 +1,39 @@
+"""Packages `lofit_kernels` (from kernels/) and `lofit_fast`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
+
+TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
+BENCH = [*TRAIN, "peft>=0.21", "psutil", "pytest-benchmark>=5.3"]
+TEST = [*BENCH, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4"]
+FLASH = ["flash-attn>=2.8"]
+DEV = [*TEST, "pre-commit>=4", "ruff==0.17.6"]
+
+setup(
+    name="lofit-fast",
+    version=VERSION,
+    description="LoFiT, localized fine-tuning of attention heads: Triton kernels, a reversible patcher, fast training",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"lofit_kernels": "kernels/lofit_kernels", "lofit_fast": "lofit_fast"},
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(include=["lofit_fast", "lofit_fast.*"]),
+    ],
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.23",
+        "safetensors>=0.6",
+    ],
+    extras_require={"train": TRAIN, "bench": BENCH, "flash": FLASH, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli:main"]},
+)

@@ -1,0 +1,33 @@
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, quiet libraries, tiny models."""
+
+import os
+
+import torch
+
+# must be set before triton.language is first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402
+
+from tests.tiny import FAMILIES, tiny_model  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Each model family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def llama():
+    """A tiny Llama, three layers of four heads."""
+    return tiny_model("llama")

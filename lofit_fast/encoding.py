@@ -1,0 +1,50 @@
+"""From text to token ids, with labels on the completion only."""
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+from lofit_fast.tasks.task import Example
+
+IGNORED = -100
+
+
+class Encoded(TypedDict):
+    """One example as token ids; labels are IGNORED where nothing is to be predicted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | None) -> Encoded:
+    """Prompt, completion and an end-of-sequence token; only the last two carry labels.
+
+    The two texts are tokenized apart and joined, so that a prompt's tokens are the same with and without an answer.
+    Raises ValueError for a completion without tokens, or an example longer than max_length.
+    """
+    if isinstance(example, Mapping):
+        example = Example(example["prompt"], example["completion"])
+    prompt = encode_prompt(tokenizer, example.prompt)
+    completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+    if not completion:
+        raise ValueError(f"an example has nothing to learn from: completion {example.completion!r} has no tokens")
+    ending = completion + [tokenizer.eos_token_id]
+    length = len(prompt) + len(ending)
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"an example is {length} tokens long, the limit is {max_length} (the model's context, or max_length): "
+            f"{example.prompt[:60]!r}..."
+        )
+    return {"input_ids": prompt + ending, "labels": [IGNORED] * len(prompt) + ending}
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """The prompt's token ids, with the tokenizer's special tokens unless the text begins with them already.
+
+    Raises ValueError when there is not a single token.
+    """
+    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    if not ids:
+        raise ValueError(f"a prompt has no tokens: {prompt!r}")
+    # some tokenizers close every text with an end token, after which nothing can be continued
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_bos else ids

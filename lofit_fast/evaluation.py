@@ -1,0 +1,156 @@
+"""Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.encoding import encode_prompt
+from lofit_fast.patch import handle_of
+from lofit_fast.tasks.task import Example, exact_match
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy continuations, in the order of the prompts, special tokens left out.
+
+    Batches are of like length and padded on the left; a patched model runs with its offsets folded.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    _check_room(model, encoded, max_new_tokens)
+    answers: list[str] = [""] * len(prompts)
+    greedy = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    with _evaluating(model):
+        for rows in _by_length(encoded, batch_size, "generating", progress):
+            ids, mask = _pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, _device(model))
+            out = model.generate(input_ids=ids, attention_mask=mask, **greedy)
+            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(rows, texts, strict=True):
+                answers[i] = text
+    return answers
+
+
+def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
+    """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
+    if not examples:
+        raise ValueError("accuracy needs at least one example, got none")
+    answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
+    hits = [exact_match(answer, e.answers) for answer, e in zip(answers, examples, strict=True)]
+    return sum(hits) / len(hits)
+
+
+@torch.no_grad()
+def score_candidates(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
+
+    Each prompt runs once; its keys and values are shared by all candidates. The end token is scored too, so that no
+    candidate gains by being the beginning of another.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    endings = [_ids(tokenizer, text) + [tokenizer.eos_token_id] for text in candidates]
+    _check_room(model, encoded, max(map(len, endings)))
+    width, device = max(map(len, endings)), _device(model)
+    targets = torch.tensor([row + [-1] * (width - len(row)) for row in endings], device=device)
+    scores = torch.empty(len(prompts), len(candidates))
+    with _evaluating(model):
+        for rows in _by_length(encoded, batch_size, "scoring", progress):
+            ids, mask = _pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, device)
+            scores[rows] = _score_batch(model, ids, mask, targets).cpu()
+    return scores
+
+
+def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], candidates, **options) -> float:
+    """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
+    scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
+    best = [candidates[int(i)] for i in scores.argmax(1)]
+    return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
+
+
+def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """(B, C) scores of C right-padded candidates (C, W; -1 pads) after B left-padded prompts (B, S)."""
+    (batch, _), (count, width) = ids.shape, targets.shape
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    prompt = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=True)
+    cache = prompt.past_key_values
+    cache.batch_repeat_interleave(count)
+    # every candidate's tokens but its last, read after its prompt; the prompt's own last logits score the first
+    inputs = targets[:, :-1].clamp(min=0).repeat(batch, 1)
+    seen = torch.cat((mask.repeat_interleave(count, 0), mask.new_ones(batch * count, width - 1)), 1)
+    steps = torch.arange(1, width, device=ids.device)
+    after = positions[:, -1].repeat_interleave(count)[:, None] + steps
+    out = model(input_ids=inputs, attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True)
+    logits = torch.cat((prompt.logits.repeat_interleave(count, 0), out.logits), 1).float()
+    wanted = targets.repeat(batch, 1)
+    picked = logits.log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None]).squeeze(-1)
+    return picked.masked_fill(wanted < 0, 0.0).sum(1).view(batch, count)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no grad, offsets folded; the model's mode is put back."""
+    handle, training = handle_of(model), model.training
+    model.eval()
+    try:
+        with nullcontext() if handle is None else handle.folded():
+            yield
+    finally:
+        model.train(training)
+
+
+def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first, so that memory peaks at once."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+            bar.update(len(order[start : start + batch_size]))
+
+
+def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, S) int64."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if context is not None and longest + more > context:
+        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

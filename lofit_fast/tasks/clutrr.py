@@ -1,0 +1,111 @@
+"""CLUTRR, the family relations benchmark, read from a folder of its published splits."""
+
+import ast
+import json
+import string
+from pathlib import Path
+
+from lofit_fast.tasks.task import Example, Task, draw
+
+SPLITS = {"train": "clutrr/train.json", "validation": "clutrr/val.json"}
+PROMPTS = "prompts.json"
+FIELDS = ("clean_story", "query", "target_text")
+# the texts of prompts.json and the fields of each; a template that held the relation would give the answer away
+WORDING = {"template": {"story", "first", "second"}, "completion": {"relation"}}
+
+
+def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> Task:
+    """The CLUTRR splits in `data`, in the wording that `data` gives.
+
+    `clutrr/train.json` and `clutrr/val.json` are JSON arrays of rows with `clean_story` (names in square brackets,
+    which are removed), `query` ("('first', 'second')") and `target_text` (what second is to first). `prompts.json`
+    holds, under "clutrr", a `template` with the fields {story}, {first} and {second} and a `completion` with the field
+    {relation}. The rows go through the `datasets` library and its default cache. `candidates` are the completions that
+    occur in either whole file, in alphabetical order.
+
+    Args:
+        data: the folder.
+        train_size: keep that many training rows, a random subset in the order of the file (see `task.draw`: a smaller
+            subset is part of a larger one of the same seed); None keeps all. Validation is never cut.
+        seed: of the subset.
+
+    Raises:
+        FileNotFoundError: one of the three files is not there.
+        ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
+            has other fields, no rows, or fewer rows than train_size.
+    """
+    folder = Path(data)
+    for name in (PROMPTS, *SPLITS.values()):
+        if not (folder / name).is_file():
+            expected = ", ".join((PROMPTS, *SPLITS.values()))
+            raise FileNotFoundError(f"clutrr: no file {name} in {folder}, expected a folder with {expected}")
+    wording = _wording(folder / PROMPTS)
+    splits = {split: _examples(folder / name, wording) for split, name in SPLITS.items()}
+    labels = {example.completion for examples in splits.values() for example in examples}
+    train = splits["train"]
+    if train_size is not None:
+        if not 1 <= train_size <= len(train):
+            raise ValueError(
+                f"clutrr: got train_size={train_size}, expected 1 to {len(train)}, the rows in {SPLITS['train']}"
+            )
+        train = [train[i] for i in draw(len(train), train_size, seed)]
+    return Task("clutrr", train, splits["validation"], tuple(sorted(labels)))
+
+
+def _wording(path):
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))["clutrr"]
+        wording = {name: texts[name] for name in WORDING}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got what is not: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected {' and '.join(WORDING)} under the key clutrr, missing: {error}") from error
+    for name, expected in WORDING.items():
+        try:
+            got = {field for _, field, _, _ in string.Formatter().parse(wording[name]) if field is not None}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: clutrr: {name} must be a text with fields, got {wording[name]!r}") from error
+        if got != expected:
+            raise ValueError(f"{path}: clutrr: {name} has the fields {sorted(got)}, expected {sorted(expected)}")
+    return wording
+
+
+def _examples(path, wording):
+    examples = []
+    for number, row in enumerate(_rows(path), start=1):
+        first, second = _query(row["query"], f"{path}: row {number}")
+        story, relation = row["clean_story"].replace("[", "").replace("]", ""), row["target_text"]
+        prompt = wording["template"].format(story=story, first=first, second=second)
+        examples.append(Example(prompt, wording["completion"].format(relation=relation), (relation,)))
+    return examples
+
+
+def _rows(path):
+    # the library takes seconds to import: only for those who read data
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset("json", data_files=str(path), split="train")
+    # the last one is what an empty file makes of it
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        raise ValueError(f"{path}: expected a JSON array of rows, got what could not be read: {error!r}") from error
+    if not len(rows):
+        raise ValueError(f"{path}: got no rows, expected at least one")
+    for field in FIELDS:
+        if field not in rows.column_names:
+            raise ValueError(f"{path}: no field {field}, got {sorted(rows.column_names)}, expected {list(FIELDS)}")
+        for number, value in enumerate(rows[field], start=1):
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{path}: row {number}: {field} must be a text, got {value!r}")
+    return rows
+
+
+def _query(text, where):
+    try:
+        query = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        query = None
+    if not isinstance(query, tuple) or [type(name) for name in query] != [str, str]:
+        raise ValueError(f"{where}: query must be two names as in \"('A', 'B')\", got {text!r}")
+    return query

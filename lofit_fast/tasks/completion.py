@@ -1,0 +1,158 @@
+"""Anyone's own data: prompt/completion pairs or chats, from a JSON file or a hub data set."""
+
+import json
+import re
+from pathlib import Path
+
+from lofit_fast.tasks.task import Example, Task, draw
+
+SUFFIXES = (".jsonl", ".json")
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
+EXPECTED = "expected the keys prompt and completion, or messages"
+
+
+def completion(
+    data: str | Path,
+    tokenizer=None,
+    validation: str | Path | float = 0.1,
+    train_size: int | None = None,
+    seed: int = 42,
+) -> Task:
+    """Rows of `prompt` and `completion`, or of chat `messages`, as a task with open answers.
+
+    Strings are taken as they are: no space, newline or end-of-sequence token is invented between or after them. Of a
+    row of messages (a list of {role, content}, the last from the assistant) the prompt is
+    `tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)` and the completion is the
+    last content. Such a prompt already holds the template's special tokens: do not add them again when tokenising.
+
+    Args:
+        data: a .jsonl file (one row a line), a .json file (an array, or again one row a line), or a hub data set as
+            "owner/name" or "owner/name:split" (split "train" unless said). The hub goes through
+            `datasets.load_dataset`; not verified offline.
+        tokenizer: one with a chat template; only needed for messages.
+        validation: a second source like `data`, or the share of `data`, from 0 up to but not including 1, to set aside
+            (rounded, and at least one row unless 0). It is set aside before `train_size` is applied, so that it does
+            not depend on it.
+        train_size: keep that many training rows, a random subset in the order of the file (see `task.draw`); None keeps
+            all.
+        seed: of the share and of the subset.
+
+    Raises:
+        FileNotFoundError: no such file, and not a hub id either.
+        TypeError: a source that is neither a path nor an id, or a share that is not a number.
+        ValueError: anything wrong in the data (with file and line), no rows, or a share or train_size out of range.
+    """
+    train = _examples(data, tokenizer)
+    if isinstance(validation, (str, Path)):
+        held_out = _examples(validation, tokenizer)
+    else:
+        train, held_out = _set_aside(train, validation, seed)
+    if train_size is not None:
+        if not 1 <= train_size <= len(train):
+            raise ValueError(
+                f"{data}: got train_size={train_size}, expected 1 to the {len(train)} training rows there are"
+            )
+        train = [train[i] for i in draw(len(train), train_size, seed)]
+    return Task("completion", train, held_out)
+
+
+def _set_aside(examples, share, seed):
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"validation must be a path, a data set id or a share, got {type(share).__name__}")
+    if not 0 <= share < 1:
+        raise ValueError(f"validation: got a share of {share}, expected 0 <= share < 1")
+    size = max(1, round(share * len(examples))) if share else 0
+    if size >= len(examples):
+        raise ValueError(
+            f"validation: a share of {share} leaves none of {len(examples)} rows to train on, expected some"
+        )
+    chosen = set(draw(len(examples), size, seed))
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in sorted(chosen)]
+
+
+def _examples(source, tokenizer):
+    examples = [_example(row, where, tokenizer) for where, row in _rows(source)]
+    if not examples:
+        raise ValueError(f"{source}: got no rows, expected at least one")
+    return examples
+
+
+def _rows(source):
+    """Pairs of (where, row): `where` names file and line, or data set and row, for errors."""
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"data must be a path or a data set id, got {type(source).__name__}")
+    path = Path(source)
+    if path.exists() or path.suffix in SUFFIXES or isinstance(source, Path):
+        return _file_rows(path)
+    hub = HUB_ID.fullmatch(source)
+    if hub is None:
+        raise FileNotFoundError(f"{source}: no such file, and not a data set id such as owner/name")
+    return _hub_rows(hub["id"], hub["split"] or "train")
+
+
+def _file_rows(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a {' or '.join(SUFFIXES)} file")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: got a file of type {path.suffix or 'unknown'}, expected {' or '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+    if text.lstrip().startswith("["):
+        return [(f"{path}: row {number}", row) for number, row in enumerate(_parsed(text, path, 1), start=1)]
+    # not splitlines(), which also cuts at separators that JSON strings may hold
+    lines = enumerate(text.split("\n"), start=1)
+    return [(f"{path}: line {number}", _parsed(line, path, number)) for number, line in lines if line.strip()]
+
+
+def _parsed(text, path, line):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"{path}: line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{at}: expected JSON, got what is not: {error.msg}") from error
+
+
+def _hub_rows(name, split):
+    # the library takes seconds to import: only for those who use it
+    from datasets import load_dataset
+
+    rows = load_dataset(name, split=split)
+    return [(f"{name}:{split}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _example(row, where, tokenizer):
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got {type(row).__name__}, {EXPECTED}")
+    if "prompt" in row and "completion" in row:
+        prompt, answer = row["prompt"], row["completion"]
+    elif "messages" in row:
+        prompt, answer = _from_chat(row["messages"], where, tokenizer)
+    else:
+        raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}")
+    try:
+        return Example(prompt, answer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _from_chat(messages, where, tokenizer):
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(f"{where}: messages must be a list of two or more, got {messages!r}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: every message must hold the texts role and content, got {message!r}")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last message must be from the assistant, got {messages[-1]['role']!r}")
+    # a tokenizer without a template has the attribute, and it is None
+    if tokenizer is None or not getattr(tokenizer, "chat_template", "unknown"):
+        got = "no tokenizer" if tokenizer is None else "one without"
+        raise ValueError(f"{where}: messages need a tokenizer with a chat template, got {got}")
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    # templates raise whatever they like: only the place is added
+    except Exception as error:
+        raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
+    return prompt, messages[-1]["content"]

@@ -1,0 +1,142 @@
+"""What a task is (prompts, completions, correct answers), and the metrics every task shares."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+TRAILING = " \t.,;:!?\"'\u2026\u2019\u201d"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and the text a model should continue it with.
+
+    The two strings are joined with nothing between them, so the space or newline that separates them is part of one of
+    them. `completion` carries no end-of-sequence token; whoever tokenises adds it.
+
+    Attributes:
+        prompt: what the model reads; never scored.
+        completion: what it should write; holds at least one visible character.
+        answers: every string counted as correct by `exact_match`; left empty, it becomes `(completion.strip(),)`.
+
+    Raises:
+        TypeError: a field that is not a string, or `answers` that is one string instead of several.
+        ValueError: a completion of white space only.
+    """
+
+    prompt: str
+    completion: str
+    answers: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for field in ("prompt", "completion"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field} must be a string, got {type(value).__name__}")
+        if not self.completion.strip():
+            raise ValueError(f"completion must hold some text, got {self.completion!r}")
+        answers = _as_answers(self.answers) or (self.completion.strip(),)
+        object.__setattr__(self, "answers", answers)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples to train on, examples to be judged by, and the labels to choose from when there is a closed set.
+
+    Attributes:
+        name: the task's name in `TASKS`, or any other.
+        train, validation: examples; either may be empty.
+        candidates: the closed label set, each written exactly as a completion (leading space included), so that it can
+            be scored right after a prompt; empty for open answers. One candidate may begin another (" father",
+            " father-in-law"): score them with their end-of-sequence token.
+
+    Raises:
+        ValueError: an example whose completion is not among the candidates, when there are any.
+    """
+
+    name: str
+    train: list[Example]
+    validation: list[Example]
+    candidates: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.candidates:
+            return
+        known = set(self.candidates)
+        for example in (*self.train, *self.validation):
+            if example.completion not in known:
+                raise ValueError(
+                    f"task {self.name!r}: got the completion {example.completion!r}, expected one of {self.candidates}"
+                )
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> bool:
+    """Whether a generated text is one of the correct answers.
+
+    Both sides are stripped, cut to as many lines as the answer has (one, as a rule: a model that goes on to invent the
+    next question is not punished for it), lower-cased, freed of trailing punctuation (`. , ; : ! ?` and quotes), and
+    their runs of white space become one space. A text that is punctuation only is compared as it is. Articles,
+    leading punctuation and signs such as `%` or `+` are kept: they can be the answer.
+
+    Args:
+        prediction: the text generated after the prompt, without special tokens.
+        answers: the correct answers; one match is enough.
+
+    Raises:
+        TypeError: a prediction that is not a string, or one string as `answers`.
+    """
+    if not isinstance(prediction, str):
+        raise TypeError(f"prediction must be a string, got {type(prediction).__name__}")
+    predicted = prediction.strip().splitlines()
+    for answer in _as_answers(answers):
+        expected = answer.strip().splitlines()
+        if _normalised(predicted[: len(expected)]) == _normalised(expected):
+            return True
+    return False
+
+
+def majority_accuracy(task: Task) -> float:
+    """The share of validation examples, from 0 to 1, right when the commonest training completion is always answered.
+
+    Among equally common ones the first seen in training is answered: this is the floor a trained model must clear.
+
+    Raises:
+        ValueError: a task without training or without validation examples.
+    """
+    for split in ("train", "validation"):
+        if not getattr(task, split):
+            raise ValueError(f"task {task.name!r} has no {split} examples, expected at least one")
+    commonest = Counter(example.completion.strip() for example in task.train).most_common(1)[0][0]
+    return sum(exact_match(commonest, example.answers) for example in task.validation) / len(task.validation)
+
+
+def draw(count: int, size: int, seed: int) -> list[int]:
+    """Draws `size` of the indices 0..count-1 without replacement; returns them ascending.
+
+    Every index gets one number from `random.Random(seed).random()` and the smallest numbers win: the same on every
+    Python version, and with one seed a smaller draw is part of every larger one.
+
+    Raises:
+        ValueError: a size that is negative or larger than count.
+    """
+    if not 0 <= size <= count:
+        raise ValueError(f"got a size of {size}, expected one from 0 to the {count} examples there are")
+    rng = random.Random(seed)
+    keys = [rng.random() for _ in range(count)]
+    return sorted(sorted(range(count), key=keys.__getitem__)[:size])
+
+
+def _normalised(lines):
+    text = " ".join(" ".join(lines).lower().split())
+    return text.rstrip(TRAILING) or text
+
+
+def _as_answers(answers):
+    if isinstance(answers, str):
+        raise TypeError(f"answers must be several strings, got the one string {answers!r}")
+    answers = tuple(answers)
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise TypeError(f"every answer must be a string, got {type(answer).__name__}")
+    return answers

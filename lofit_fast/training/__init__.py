@@ -1,0 +1,7 @@
+"""Training: the two steps, on transformers.Trainer."""
+
+from lofit_fast.training.collate import CompletionCollator
+from lofit_fast.training.recipe import FitResult, fit
+from lofit_fast.training.trainer import LofitTrainer
+
+__all__ = ["CompletionCollator", "FitResult", "LofitTrainer", "fit"]

@@ -1,0 +1,210 @@
+"""The two steps of LoFiT: learn scales on every head, keep the best heads, learn offsets on those."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from lofit_fast.architectures import find_projections, fingerprint, text_config
+from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.encoding import Encoded, encode
+from lofit_fast.evaluation import exact_match_accuracy
+from lofit_fast.heads import head_scores, select_heads
+from lofit_fast.patch import LofitHandle, handle_of, load, patch
+from lofit_fast.tasks.task import Example
+from lofit_fast.training.collate import CompletionCollator
+from lofit_fast.training.run import RunFolder, data_digest
+from lofit_fast.training.trainer import LofitTrainer
+
+Examples = Sequence[Example | Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run has produced.
+
+    handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
+    the scale norms of step 1, or None when the heads were given. history: a dict per epoch and stage.
+    metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens seen by training), exact_match.
+    """
+
+    handle: LofitHandle
+    heads: list[Head]
+    scores: Tensor | None
+    history: list[dict]
+    metrics: dict[str, dict[str, float]]
+
+
+def fit(
+    model: nn.Module,
+    tokenizer,
+    train: Examples,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: Path | str,
+    eval_data: Examples | None = None,
+    heads: Sequence[Head] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> FitResult:
+    """Run LoFiT: step 1 (select), top heads, step 2 (tune). The model comes back patched with the tuned offsets.
+
+    train, eval_data: tasks' Examples, or mappings with "prompt" and "completion". eval_data gives a loss per epoch and
+    the exact match after each step. heads: skip step 1 and tune these. output_dir: the run folder; a run that was
+    interrupted goes on from its last epoch when resume is on.
+    Raises ValueError for empty data, an example without labels or too long, a folder with another run in it, more
+    heads than there are; OSError for a folder that cannot be written; FloatingPointError when training diverges. After
+    an error the model is as it was, and the folder holds whole files only.
+    """
+    recipe = recipe or Recipe()
+    if handle_of(model) is not None:
+        raise ValueError("the model is already patched: unpatch() its handle before fit")
+    stages = _Stages(model, tokenizer, recipe, train, eval_data, progress)
+    stages.check_heads(heads)
+    run = RunFolder.open(output_dir, stages.identity(heads), resume)
+    if run.heads is None and heads is None:
+        stages.select(run, resume)
+    elif run.heads is None:
+        run.write_heads(heads, None)
+    return stages.tune(run, resume)
+
+
+class _Stages:
+    """Everything the two steps share: encoded data, the recipe, the way a step is trained and measured."""
+
+    def __init__(self, model, tokenizer, recipe: Recipe, train: Examples, eval_data, progress: bool) -> None:
+        self.model, self.tokenizer, self.recipe, self.progress = model, tokenizer, recipe, progress
+        self.projections = find_projections(model)
+        if not len(train):
+            raise ValueError("the training data is empty: expected at least one example")
+        limit = recipe.max_length or getattr(text_config(model), "max_position_embeddings", None)
+        self.train = [encode(tokenizer, example, limit) for example in train]
+        self.eval = None if not eval_data else [encode(tokenizer, example, limit) for example in eval_data]
+        self.eval_examples = [_as_example(e) for e in eval_data or ()]
+
+    def check_heads(self, heads: Sequence[Head] | None) -> None:
+        """Fail before training, not after it, on heads that cannot be chosen."""
+        total = sum(p.n_heads for p in self.projections)
+        if heads is None:
+            if isinstance(self.recipe.top, int) and self.recipe.top > total:
+                raise ValueError(f"asked for the top {self.recipe.top} heads, but the model has {total}")
+        else:
+            LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
+
+    def identity(self, heads: Sequence[Head] | None) -> dict:
+        """What makes two runs the same one."""
+        return {
+            "recipe": asdict(self.recipe),
+            "model": fingerprint(self.model, self.projections).as_dict(),
+            "data": data_digest(self.train),
+            "heads": None if heads is None else [list(pair) for pair in heads],
+        }
+
+    def select(self, run: RunFolder, resume: bool) -> None:
+        """Step 1: leaves the heads and their scores in the run, and the model as it was."""
+        recipe = self.recipe
+        handle = patch(self.model, self._config(scale="all"))
+        try:
+            metrics = self._train(handle, run, "select", recipe.select_lr, recipe.select_epochs, recipe.l1, resume)
+            handle.save(run.path / "select" / "adapter")
+            scores = head_scores(handle)
+        finally:
+            handle.unpatch()
+        run.record("select", metrics)
+        run.write_heads(select_heads(scores, recipe.top), scores)
+
+    def tune(self, run: RunFolder, resume: bool) -> FitResult:
+        """Step 2, from the base model; or its saved result when the run is done."""
+        recipe = self.recipe
+        if run.stage == "done":
+            handle = load(self.model, run.path / "adapter")
+        else:
+            handle = patch(self.model, self._config(offset=run.heads))
+            try:
+                metrics = self._train(handle, run, "tune", recipe.tune_lr, recipe.tune_epochs, 0.0, resume)
+                handle.save(run.path / "adapter")
+                run.record("tune", metrics)
+            except BaseException:
+                handle.unpatch()
+                raise
+        return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
+
+    def _config(self, **heads) -> LofitConfig:
+        return LofitConfig(init_std=self.recipe.init_std, seed=self.recipe.seed, **heads)
+
+    def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
+        folder = run.path / stage
+        trainer = LofitTrainer(
+            handle,
+            l1=l1,
+            on_epoch=lambda row: run.append_history({"stage": stage, **row}),
+            args=self._arguments(folder, lr, epochs),
+            train_dataset=_Rows(self.train),
+            eval_dataset=None if self.eval is None else _Rows(self.eval),
+            data_collator=CompletionCollator(self.tokenizer.pad_token_id),
+        )
+        checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        metrics = {"seconds": seconds}
+        if checkpoint is None:
+            metrics["tokens_per_s"] = epochs * sum(len(row["input_ids"]) for row in self.train) / seconds
+        if self.eval_examples:
+            metrics["exact_match"] = exact_match_accuracy(
+                self.model,
+                self.tokenizer,
+                self.eval_examples,
+                batch_size=self.recipe.eval_batch_size,
+                progress=self.progress,
+            )
+        return metrics
+
+    def _arguments(self, folder: Path, lr: float, epochs: int) -> TrainingArguments:
+        recipe = self.recipe
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=recipe.batch_size // recipe.accumulation_steps,
+            gradient_accumulation_steps=recipe.accumulation_steps,
+            per_device_eval_batch_size=recipe.eval_batch_size,
+            learning_rate=lr,
+            num_train_epochs=epochs,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            max_grad_norm=recipe.max_grad_norm,
+            seed=recipe.seed,
+            eval_strategy="no" if self.eval is None else "epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            logging_strategy="epoch",
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            disable_tqdm=not self.progress,
+            use_cpu=next(self.model.parameters()).device.type == "cpu",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+        )
+
+
+class _Rows(torch.utils.data.Dataset):
+    """A list as the Dataset that Trainer asks for."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+def _as_example(example: Example | Mapping[str, str]) -> Example:
+    return example if isinstance(example, Example) else Example(example["prompt"], example["completion"])

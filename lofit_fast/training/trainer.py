@@ -1,0 +1,126 @@
+"""transformers.Trainer for one LoFiT step: an L1 term, adapter-only checkpoints, epoch means, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lofit_fast.adapter import fill, read_adapter
+from lofit_fast.patch import LofitHandle
+
+
+class LofitTrainer(Trainer):
+    """Trains a handle's vectors; everything else about it is Trainer's.
+
+    l1: weight of sum |a| over all scales, added to the loss once per optimizer step.
+    on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
+    term's last value), eval_loss when there is an evaluation set, seconds.
+    Raises FloatingPointError at the first epoch (on a CPU: step) whose loss is not finite.
+    """
+
+    def __init__(self, handle: LofitHandle, *, l1: float = 0.0, on_epoch: Callable[[dict], None], **options) -> None:
+        super().__init__(model=handle.model, **options)
+        self.handle, self.l1, self.on_epoch = handle, l1, on_epoch
+        # the model's loss is a mean over the whole accumulated batch already
+        self.loss_is_scaled_for_ga = True
+        self.epoch_loss = _Mean()
+        self.remove_callback(PrinterCallback)
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_QuietProgress)
+        self.add_callback(_EpochReport(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        """The model's loss, plus l1 * sum |a| while training."""
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        if not model.training:
+            return result
+        loss = result[0] if return_outputs else result
+        self.epoch_loss.add(loss.detach())
+        if loss.device.type == "cpu":
+            _check_finite(loss.item(), self.state.epoch)
+        total = loss + self.l1_term() / self.current_gradient_accumulation_steps
+        return (total, result[1]) if return_outputs else total
+
+    def l1_term(self) -> Tensor:
+        """l1 * sum |a|, a scalar."""
+        scales = [layer.scale for layer in self.handle.layers.values() if layer.scale is not None]
+        if not self.l1 or not scales:
+            return torch.zeros((), device=self.args.device)
+        # one norm over all layers instead of one kernel per layer
+        return self.l1 * torch.cat([scale.flatten() for scale in scales]).abs().sum()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # the frozen base is in the cache already: a checkpoint is the adapter
+        self.handle.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        fill(self.handle, read_adapter(resume_from_checkpoint))
+
+
+class _Mean:
+    """A running mean that stays on the device."""
+
+    def __init__(self) -> None:
+        self.total, self.count = None, 0
+
+    def add(self, value: Tensor) -> None:
+        self.total = value.double() if self.total is None else self.total + value
+        self.count += 1
+
+    def take(self, per: int) -> float:
+        """Sum / (count / per), then start anew: micro-batch losses are parts of their step's mean."""
+        mean = float(self.total) / (self.count / per)
+        self.total, self.count = None, 0
+        return mean
+
+
+class _EpochReport(TrainerCallback):
+    """Calls on_epoch once the epoch, and its evaluation if there is one, is over."""
+
+    def __init__(self, trainer: LofitTrainer) -> None:
+        self.trainer = trainer
+        self.report: dict | None = None
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **_):
+        trainer = self.trainer
+        loss = trainer.epoch_loss.take(args.gradient_accumulation_steps)
+        _check_finite(loss, state.epoch)
+        seconds = time.perf_counter() - self.started
+        self.report = {"epoch": round(state.epoch), "loss": loss, "l1": trainer.l1_term().item(), "seconds": seconds}
+        if trainer.eval_dataset is None:
+            self._send()
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if self.report is not None:
+            self.report["eval_loss"] = metrics["eval_loss"]
+            self._send()
+
+    def _send(self) -> None:
+        self.trainer.on_epoch(self.report)
+        self.report = None
+
+
+class _QuietProgress(ProgressCallback):
+    """Trainer's progress bar, with the loss beside it instead of a line of JSON per log."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def _check_finite(loss: float, epoch: float | None) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} in epoch {epoch or 0:.2f}: training diverged; try a lower learning rate or float32"
+        )

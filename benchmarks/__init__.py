@@ -1,0 +1,1 @@
+"""Benchmarks of lofit-fast: what the kernels compile to, what they move, how long things take next to their peers."""

@@ -1,0 +1,168 @@
+"""What the kernel files share: rounding, head lookup, launching, and the second stage of a deterministic sum."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lofit_kernels.gpu import tiles
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# enough programs for every multiprocessor to hold several, few enough for the partial sums to stay cheap
+PROGRAMS = 2048
+# rows a lane adds one after the other before the tree sums begin: bounds the rounding error of a long sum
+BLOCKS_PER_PROGRAM = 64
+ACCUMULATOR = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_TORCH_ACCUMULATOR = {tl.float32: torch.float32, tl.float64: torch.float64}
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """x rounded to the nearest value of `dtype`, ties to even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        # the interpreter truncates float32 to bfloat16 and flushes its subnormals: round the bits instead
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        rounded = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = x.to(dtype)
+    return rounded
+
+
+@triton.jit
+def head_row(heads, n_heads, head, BLOCK_HEADS: tl.constexpr):
+    """The i with heads[i] = head, or -1. A search in the kernel costs one cached load and saves building a map."""
+    if heads is None:
+        row = head * 0 - 1
+    else:
+        index = tl.arange(0, BLOCK_HEADS)
+        listed = tl.load(heads + index, mask=index < n_heads, other=-1)
+        row = tl.max(tl.where(listed == head, index, -1), 0)
+    return row
+
+
+@triton.jit(do_not_specialize=["R", "C", "C_first"])
+def _sum_partials_kernel(
+    partials, first, second, R, C, C_first, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr
+):
+    """[first | second] = sum_r partials[r]: columns below C_first go to `first`, the others to `second`."""
+    n_columns = C * UNIT
+    n_first = C_first * UNIT
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = columns < n_columns
+    total = tl.zeros((BLOCK_R, BLOCK_C), partials.dtype.element_ty)
+    for start in range(0, R, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        addresses = partials + rows[:, None].to(tl.int64) * n_columns + columns[None, :]
+        total += tl.load(addresses, mask=(rows < R)[:, None] & inside[None, :], other=0.0)
+    result = tl.sum(total, 0)
+    tl.store(first + columns, result, mask=columns < n_first)
+    if second is not None:
+        tl.store(second + (columns - n_first), result, mask=inside & (columns >= n_first))
+
+
+@dataclass
+class Recording:
+    """The launches made under `recording`: (kernel, positional arguments, keyword arguments), in order."""
+
+    arch: str
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+# a plain global, not a context variable: autograd runs backward launches on a thread of its own
+_active: Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: str) -> Iterator[Recording]:
+    """Within it launchers note their launches, with the tiles of `arch`, and run none: results are uninitialised.
+
+    Needs no GPU. For counting launches and for compiling ahead of time exactly what would run. Not for two threads.
+    """
+    global _active
+    previous, _active = _active, Recording(arch)
+    try:
+        yield _active
+    finally:
+        _active = previous
+
+
+def tile_for(kernel: str, like: torch.Tensor, D: int = 1) -> tiles.Tile:
+    """The tile of `kernel` for the device of `like`."""
+    return tiles.tile(kernel, _active.arch if _active else tiles.architecture(like.device), D)
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Run `programs` programs of `kernel` on the device of the first argument (Triton itself uses the current one)."""
+    if _active is not None:
+        _active.launches.append((kernel, args, options))
+        return
+    with torch.cuda.device_of(args[0]):
+        kernel[(programs,)](*args, **options)
+
+
+def accumulator(x: torch.Tensor, name: str) -> tuple[tl.dtype, torch.dtype]:
+    """The dtype sums over `x` are carried in, for Triton and for torch. Raises ValueError naming an unsupported one."""
+    if x.dtype not in ACCUMULATOR:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    dtype = ACCUMULATOR[x.dtype]
+    return dtype, _TORCH_ACCUMULATOR[dtype]
+
+
+def unit_columns(x: torch.Tensor, name: str) -> torch.Tensor:
+    """`x` (2-D) itself when neighbouring columns are neighbours in memory, else a contiguous copy."""
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def common_unit(*sizes: int) -> int:
+    """8 when it divides all sizes, else 1. Kernels take sizes and strides in this unit.
+
+    Triton itself only notes multiples of 16: a stride of 72 would turn 16-byte accesses into 2-byte ones.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+def split_rows(n_rows: int, block: int, across: int) -> tuple[int, int]:
+    """(blocks of rows per program, number of row chunks) when `across` programs stand side by side on each chunk."""
+    blocks = triton.cdiv(n_rows, block)
+    per_program = max(1, min(BLOCKS_PER_PROGRAM, blocks * across // PROGRAMS))
+    return per_program, triton.cdiv(blocks, per_program)
+
+
+def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums over the rows of `partials` (R, C) in a fixed order: columns [0, n_first) and, when there are any, the rest.
+
+    Two tensors rather than two views of one, because results of a custom operator must not share storage.
+    """
+    R, C = partials.shape
+    unit = common_unit(C, n_first)
+    first = torch.empty(n_first, dtype=partials.dtype, device=partials.device)
+    second = torch.empty(C - n_first, dtype=partials.dtype, device=partials.device) if n_first < C else None
+    chosen = tile_for("sum_partials", partials)
+    launch(
+        _sum_partials_kernel,
+        triton.cdiv(C, chosen["BLOCK_C"]),
+        partials,
+        first,
+        second,
+        R,
+        C // unit,
+        n_first // unit,
+        UNIT=unit,
+        **chosen.options(),
+    )
+    return first, second

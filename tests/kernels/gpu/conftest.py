@@ -1,0 +1,66 @@
+"""Fixtures of the Triton tests: the device, NaN-filled allocations, and the accuracy rule."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """A GPU when there is one, else the CPU: the kernels then run in Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("no GPU: set TRITON_INTERPRET=1 before Triton is imported")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Floating-point memory that torch.empty hands out is NaN, so that an element nobody wrote cannot pass."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture
+def accurate():
+    """Error against float64 <= max(2 x eager's error, 1 ulp of the output dtype at the largest expected value)."""
+
+    def check(got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> None:
+        assert expected.dtype == torch.float64
+        assert got.shape == expected.shape
+        if got.numel() == 0:
+            return
+        error = (got.double() - expected).abs().max().item()
+        allowed = (eager.double() - expected).abs().max().item()
+        # eps spans a whole binade upwards: one ulp at m is eps times the power of two below m
+        largest = expected.abs().max()
+        ulp = torch.finfo(got.dtype).eps * 2 ** torch.floor(torch.log2(largest)).item() if largest > 0 else 0.0
+        assert error <= max(2 * allowed, ulp), f"error {error:.3e}; eager {allowed:.3e}, ulp {ulp:.3e}"
+
+    return check
+
+
+@pytest.fixture
+def rows(device):
+    """rows(T, K, dtype, kind): random (T, K), plain or with a row stride, an offset, or strided columns."""
+
+    def build(T: int, K: int, dtype: torch.dtype, kind: str = "plain", seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(T, K, generator=generator, dtype=torch.float64).to(dtype).to(device)
+        if kind == "plain":
+            return values
+        if kind == "padded":
+            return torch.cat([values, torch.full_like(values[:, :1], float("nan"))], 1)[:, :K]
+        if kind == "transposed":
+            return values.t().contiguous().t()
+        if kind == "expanded":
+            return values[:1].expand(T, K)
+        raise ValueError(kind)
+
+    return build

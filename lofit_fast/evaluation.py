@@ -1,15 +1,17 @@
 """Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.encoding import encode_prompt
-from lofit_fast.patch import handle_of
+from lofit_fast.encoding import encode_prompt, pad_token_id
+from lofit_fast.patch import evaluating
 from lofit_fast.tasks.task import Example, exact_match
+
+# the paper's
+MAX_NEW_TOKENS = 16
 
 
 @torch.no_grad()
@@ -18,7 +20,7 @@ def generate_answers(
     tokenizer,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[str]:
@@ -28,21 +30,13 @@ def generate_answers(
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    _check_room(model, encoded, max_new_tokens)
+    check_room(model, encoded, max_new_tokens)
     answers: list[str] = [""] * len(prompts)
-    greedy = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    with _evaluating(model):
+    greedy = _greedy(model, tokenizer, max_new_tokens)
+    with evaluating(model):
         for rows in _by_length(encoded, batch_size, "generating", progress):
-            ids, mask = _pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, _device(model))
-            out = model.generate(input_ids=ids, attention_mask=mask, **greedy)
+            ids, mask = _pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), _device(model))
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text
@@ -51,8 +45,7 @@ def generate_answers(
 
 def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
     """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
-    if not examples:
-        raise ValueError("accuracy needs at least one example, got none")
+    _check_any(examples)
     answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
     hits = [exact_match(answer, e.answers) for answer, e in zip(answers, examples, strict=True)]
     return sum(hits) / len(hits)
@@ -73,24 +66,60 @@ def score_candidates(
     Each prompt runs once; its keys and values are shared by all candidates. The end token is scored too, so that no
     candidate gains by being the beginning of another.
     """
+    if not candidates:
+        raise ValueError("expected candidates to score, got none")
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     endings = [_ids(tokenizer, text) + [tokenizer.eos_token_id] for text in candidates]
-    _check_room(model, encoded, max(map(len, endings)))
+    check_room(model, encoded, max(map(len, endings)))
     width, device = max(map(len, endings)), _device(model)
     targets = torch.tensor([row + [-1] * (width - len(row)) for row in endings], device=device)
     scores = torch.empty(len(prompts), len(candidates))
-    with _evaluating(model):
+    with evaluating(model):
         for rows in _by_length(encoded, batch_size, "scoring", progress):
-            ids, mask = _pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, device)
+            ids, mask = _pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), device)
             scores[rows] = _score_batch(model, ids, mask, targets).cpu()
     return scores
 
 
 def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], candidates, **options) -> float:
     """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
+    _check_any(examples)
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
     best = [candidates[int(i)] for i in scores.argmax(1)]
     return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
+
+
+def _check_any(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("accuracy needs at least one example, got none")
+
+
+def _greedy(model: nn.Module, tokenizer, max_new_tokens: int):
+    """Greedy decoding and nothing else, whatever sampling and penalties the model was published with."""
+    from transformers import GenerationConfig
+
+    published = getattr(model, "generation_config", None)
+    # chat models list more than one token that ends an answer
+    ends = getattr(published, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id(tokenizer),
+        eos_token_id=sorted(ends),
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+    )
+
+
+def check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
+    """Raise ValueError unless the longest of the encoded prompts and `more` tokens fit the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if context is not None and longest + more > context:
+        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
 
 
 def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
@@ -112,18 +141,6 @@ def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor) -
     return picked.masked_fill(wanted < 0, 0.0).sum(1).view(batch, count)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no grad, offsets folded; the model's mode is put back."""
-    handle, training = handle_of(model), model.training
-    model.eval()
-    try:
-        with nullcontext() if handle is None else handle.folded():
-            yield
-    finally:
-        model.train(training)
-
-
 def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
     """Indices in batches of like length, the longest first, so that memory peaks at once."""
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -143,13 +160,6 @@ def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, encoded), default=0)
-    if context is not None and longest + more > context:
-        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -36,10 +36,11 @@ class LofitLinear(nn.Module):
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
         self.folded: Tensor | None = None
-        device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        of_base = next(base_layer.parameters(), torch.empty(0))
+        like = {"device": of_base.device, "dtype": torch.float64 if of_base.dtype == torch.float64 else torch.float32}
         for component, heads in (("scale", scale_heads), ("offset", offset_heads)):
-            rows = None if heads is None else torch.zeros(len(heads), head_dim, device=device)
-            index = None if heads is None else head_index(heads, n_heads, device)
+            rows = None if heads is None else torch.zeros(len(heads), head_dim, **like)
+            index = None if heads is None else head_index(heads, n_heads, of_base.device)
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
             self.register_buffer(f"{component}_heads", index, persistent=False)
 
@@ -122,6 +123,18 @@ def is_plain_linear(module: nn.Module) -> bool:
         return False
     weight = module.weight
     return type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A scope in eval mode, after which every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

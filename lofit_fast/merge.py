@@ -6,6 +6,7 @@ W' = W diag(1 + a)        b' = b + W v
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.architectures import Architecture, architecture_of, text_config
+from lofit_fast.architectures import Projection, architecture_of, text_config
 from lofit_fast.files import whole_folder
-from lofit_fast.layer import LofitLinear
+from lofit_fast.layer import LofitLinear, eval_mode
 from lofit_kernels import fold_offset
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class ExportReport:
 
 @torch.no_grad()
 def merged_tensors(layer: LofitLinear) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of one projection in the base layer's dtype; b' is None without a base bias and offsets."""
-    base, weight, bias = layer.base_layer, layer.base_layer.weight, layer.base_layer.bias
+    """(W', b') of one projection in the base layer's dtype, detached; b' is None without a base bias and offsets."""
+    base = layer.base_layer
+    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     if layer.offset is not None:
         bias = fold_offset(weight, layer.offset, layer.offset_heads, bias).to(weight.dtype)
     if layer.scale is not None:
@@ -51,7 +53,7 @@ def merged_tensors(layer: LofitLinear) -> tuple[Tensor, Tensor | None]:
 
 
 def check_mergeable(handle: LofitHandle) -> None:
-    """Raise ValueError unless every tuned projection is a plain nn.Linear with floating weights."""
+    """Raise ValueError unless every linear that merging changes is a plain nn.Linear with floating weights."""
     for number, layer in handle.layers.items():
         base = layer.base_layer
         if type(base) is not nn.Linear or not base.weight.is_floating_point() or base.weight.layout != torch.strided:
@@ -59,25 +61,38 @@ def check_mergeable(handle: LofitHandle) -> None:
                 f"cannot merge layer {number}: expected a plain nn.Linear, got {type(base).__name__}; "
                 "merge or dequantize the base first"
             )
+    if _needs_bias_flag(handle) and architecture_of(handle.model).bias_flag:
+        for projection, name in _flagged(handle):
+            linear = getattr(projection.parent, name)
+            if type(linear) not in (nn.Linear, LofitLinear):
+                raise ValueError(
+                    f"cannot merge offsets: layer {projection.layer}'s {name} needs a bias beside them, but is a "
+                    f"{type(linear).__name__}; merge its adapters first"
+                )
 
 
 @torch.no_grad()
 def merge_into_base(handle: LofitHandle) -> None:
-    """Write W' and b' into the base layers themselves, and set the config so that the model reloads with its biases."""
+    """Write W' and b' into the base layers, and set the config so that the model reloads with its biases.
+
+    The handle has given the base layers back to the model already.
+    """
+    architecture, flagged = architecture_of(handle.model), _needs_bias_flag(handle)
     for layer in handle.layers.values():
         weight, bias = merged_tensors(layer)
-        layer.base_layer.weight.copy_(weight)
-        if bias is not None:
-            layer.base_layer.bias = nn.Parameter(bias, requires_grad=layer.base_layer.weight.requires_grad)
-    architecture = architecture_of(handle.model)
-    if _needs_bias_flag(handle) and architecture.bias_flag:
-        for owner, attribute in _biased_linears(handle, architecture):
-            linear = getattr(owner, attribute)
-            linear = linear.base_layer if isinstance(linear, LofitLinear) else linear
-            if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-                linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
-        setattr(text_config(handle.model), architecture.bias_flag, True)
+        base = layer.base_layer
+        base.weight.copy_(weight)
+        if base.bias is not None:
+            base.bias.copy_(bias)
+        elif bias is not None:
+            base.bias = nn.Parameter(bias, requires_grad=base.weight.requires_grad)
+    if not flagged or architecture.bias_flag is None:
+        return
+    for projection, name in _flagged(handle):
+        linear = getattr(projection.parent, name)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(_zero_bias(linear), requires_grad=linear.weight.requires_grad)
+    setattr(text_config(handle.model), architecture.bias_flag, True)
 
 
 @torch.no_grad()
@@ -121,14 +136,10 @@ def verify_export(handle: LofitHandle, folder: Path | str, tokens: Tensor | None
     device, dtype = next(model.parameters()).device, next(iter(handle.layers.values())).weight.dtype
     tokens = tokens.to(device)
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         patched = model(tokens).logits.double()
         with handle.disabled():
             base = model(tokens).logits.double()
-    finally:
-        model.train(training)
     size = patched.abs().max()
     difference = ((exported(tokens).logits.double() - patched).abs().max() / size).item()
     base_difference = ((base - patched).abs().max() / size).item()
@@ -145,11 +156,15 @@ def _needs_bias_flag(handle: LofitHandle) -> bool:
     return any(layer.offset is not None and layer.base_layer.bias is None for layer in handle.layers.values())
 
 
-def _biased_linears(handle: LofitHandle, architecture: Architecture):
-    """(owner, attribute) of every linear that the family's bias flag gives a bias, in every layer."""
+def _flagged(handle: LofitHandle) -> Iterator[tuple[Projection, str]]:
+    """(projection, name beside it) of every linear that the family's bias flag gives a bias, in every layer."""
     for projection in handle.projections:
-        for name in (*architecture.biased_siblings, projection.attribute):
-            yield projection.parent, name
+        for name in (*architecture_of(handle.model).biased_siblings, projection.attribute):
+            yield projection, name
+
+
+def _zero_bias(linear: nn.Module) -> Tensor:
+    return torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
 
 
 def _merged_state(handle: LofitHandle) -> dict[str, Tensor]:
@@ -162,20 +177,21 @@ def _merged_state(handle: LofitHandle) -> dict[str, Tensor]:
         if bias is not None:
             state[f"{names[number]}.bias"] = bias
     if _needs_bias_flag(handle):
-        for projection in handle.projections:
+        for projection, name in _flagged(handle):
             owner = projection.name.rpartition(".")[0]
-            for name in (*architecture_of(handle.model).biased_siblings, projection.attribute):
-                linear = getattr(projection.parent, name)
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-                state.setdefault(f"{owner}.{name}.bias", zeros)
+            state.setdefault(f"{owner}.{name}.bias", _zero_bias(getattr(projection.parent, name)))
     return state
 
 
 def _plain_config(handle: LofitHandle):
     """The config and class of the exported model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
     model, architecture = handle.model, architecture_of(handle.model)
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"cannot export a {type(model).__name__} with other adapters around it: merge or unload them first"
+        )
     config = copy.deepcopy(model.config)
     if not _needs_bias_flag(handle):
         return config, type(model)

@@ -99,7 +99,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = best_device() if device == "auto" else torch.device(device)
+    device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     attention = best_attention(device, dtype) if attention == "auto" else attention
     source = resolve(name)
@@ -108,6 +108,16 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A torch device from its name. Raises ValueError for a name torch does not know, or a device that is not here."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -153,16 +163,18 @@ def converted(gguf: Path) -> Path:
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
-    weights = _sha256(folder / "model.safetensors")
-    write_json(folder / _CONVERSION, {"source": gguf.name, "sha256": checksum, "weights_sha256": weights})
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    write_json(folder / _CONVERSION, {"source": gguf.name, "sha256": checksum, "sizes": sizes})
     return folder
 
 
 def _is_whole(folder: Path, checksum: str) -> bool:
-    """Whether a conversion of this very file is there; its marker is written last."""
+    """Whether a conversion of this very file is there, complete; its marker is written last."""
     try:
-        return json.loads((folder / _CONVERSION).read_text())["sha256"] == checksum
-    except (OSError, ValueError, KeyError):
+        marker = json.loads((folder / _CONVERSION).read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in marker["sizes"].items())
+        return whole and marker["sha256"] == checksum
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from lofit_fast.adapter import check_fits, fill, read_adapter, save_adapter
 from lofit_fast.architectures import Projection, find_projections, fingerprint
 from lofit_fast.config import HeadSet, LofitConfig
-from lofit_fast.layer import LofitLinear
+from lofit_fast.layer import LofitLinear, eval_mode
 from lofit_fast.merge import check_mergeable, merge_into_base
 
 
@@ -88,8 +88,9 @@ class LofitHandle:
         """
         self._check_live()
         check_mergeable(self)
+        self.unpatch()
         merge_into_base(self)
-        return self.unpatch()
+        return self.model
 
     def _attach(self) -> None:
         for parameter in self._frozen:
@@ -97,7 +98,8 @@ class LofitHandle:
         for projection in self.projections:
             if layer := self.layers.get(projection.layer):
                 layer.handle = self
-                layer.train(projection.module.training)
+                # not train(), which would reach into the base
+                layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
         self._live = True
 
@@ -143,6 +145,14 @@ def load(model: nn.Module, folder: Path | str) -> LofitHandle:
 def handle_of(model: nn.Module) -> LofitHandle | None:
     """The handle of a patched model, or None."""
     return next((module.handle for module in model.modules() if isinstance(module, LofitLinear)), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
+    handle = handle_of(model)
+    with eval_mode(model), torch.no_grad() if handle is None else handle.folded():
+        yield
 
 
 def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:

@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# tiny tensors gain nothing from threads, and lose much to them where cores are shared
+torch.set_num_threads(1)
+
 import pytest  # noqa: E402
 
 from tests.tiny import FAMILIES, tiny_model  # noqa: E402

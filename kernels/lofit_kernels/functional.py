@@ -42,11 +42,12 @@ def head_affine_linear(
     """
     z, weight, bias = _autocast(z, weight, bias)
     _check_projection(z, weight, bias)
-    scale_heads = _check_vectors("scale", scale, scale_heads, z)
-    offset_heads = _check_vectors("offset", offset, offset_heads, z)
+    scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
     chosen = plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, form=form, backend=backend)
-    if scale is None and offset is None:
+    if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
+    if folded is not None and folded.shape != weight.shape[:1]:
+        raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
     if folded is not None and torch.is_grad_enabled() and offset is not None and offset.requires_grad:
         raise ValueError("a folded offset gets no gradient: expected folded only under torch.no_grad()")
     path = (chosen.form, chosen.backend)
@@ -67,8 +68,7 @@ def head_affine(
     Arguments as in `head_affine_linear`. Returns z's shape and dtype, rounded once: in 16 bits a scale below half a
     unit in the last place of 1, or an offset below half of one of z, vanishes in that rounding.
     """
-    scale_heads = _check_vectors("scale", scale, scale_heads, z)
-    offset_heads = _check_vectors("offset", offset, offset_heads, z)
+    scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
     chosen = plan(has_scale=False, dtype=z.dtype, device_type=z.device.type, backend=backend)
     if scale is None and offset is None:
         return z
@@ -86,7 +86,8 @@ def fold_offset(
     """
     heads = _check_vectors("offset", offset, heads, weight)
     chosen = plan(has_scale=False, dtype=weight.dtype, device_type=weight.device.type, backend=backend)
-    return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
+    with torch.autocast(weight.device.type, enabled=False):
+        return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
 
 
 def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = "cpu") -> Tensor:
@@ -119,6 +120,16 @@ def _check_projection(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"expected z and weight of one floating dtype, got {z.dtype} and {weight.dtype}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_both(z, scale, scale_heads, offset, offset_heads) -> tuple[Tensor | None, Tensor | None]:
+    """The heads of both components as int64 tensors; None for an absent one."""
+    heads = (_check_vectors("scale", scale, scale_heads, z), _check_vectors("offset", offset, offset_heads, z))
+    if scale is not None and offset is not None and scale.shape[1] != offset.shape[1]:
+        raise ValueError(
+            f"expected scale and offset of one head_dim D, got {tuple(scale.shape)} and {tuple(offset.shape)}"
+        )
+    return heads
 
 
 def _check_vectors(name: str, vectors: Tensor | None, heads: Heads, like: Tensor) -> Tensor | None:

@@ -11,6 +11,11 @@ from torch import Tensor
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
 
+def _as_written(x: Tensor) -> torch.autocast:
+    """No autocast inside an op: what is computed in float32 is meant to be."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("lofit::affine_linear", mutates_args=())
 def affine_linear(
     z: Tensor,
@@ -28,7 +33,8 @@ def affine_linear(
 
     folded: (N,), W v computed beforehand, or None; inference only, no gradient reaches the offset through it.
     """
-    return affine_linear_fwd(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend)
+    with _as_written(z):
+        return affine_linear_fwd(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend)
 
 
 @affine_linear.register_fake
@@ -50,7 +56,8 @@ def affine_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of (z, weight, bias, scale, offset) that `needs` asks for, in that order, the others left out."""
-    grads = affine_linear_bwd(grad, z, weight, scale, scale_heads, offset, offset_heads, tuple(needs), backend)
+    with _as_written(grad):
+        grads = affine_linear_bwd(grad, z, weight, scale, scale_heads, offset, offset_heads, tuple(needs), backend)
     targets = (grad, weight, bias, scale, offset)
     return [g.to(like.dtype) for g, like in zip(grads, targets, strict=True) if g is not None]
 

@@ -1,7 +1,7 @@
 """One projection, forward and backward, composed from a backend's primitives and the vendor's GEMMs.
 
-    fold, pass   y = x W^T + c                    x = z, or (1 + a) z;  c = b + W v, in float32 until it meets y
-    delta        y = z W^T + ((a z_S) W_S^T + W v)
+    fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
+    delta        y = z W^T + (a z_S) W_S^T + (b + W v)
     backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S
 
 The offset is always folded, so its gradient needs a column sum and a thin product, and no activation.
@@ -40,25 +40,25 @@ def affine_linear_fwd(
 ) -> Tensor:
     """y (..., N) for z (..., K); arguments as in `ops.affine_linear`."""
     on = primitives(backend)
-    low = z.dtype in LOW_PRECISION
     rows = z.reshape(-1, z.shape[-1])
-    # a 16-bit bias cannot take in a small W v: it goes into the GEMM as a column of its own instead
-    separate_bias = bias is not None and low and (offset is not None or form == "delta")
-    shift = None if separate_bias else bias
-    if folded is not None:
-        shift = folded if shift is None else folded + shift
-    elif offset is not None:
-        shift = on.offset_fold(weight, offset, offset_heads, shift)
-    shift = None if shift is None else shift.to(z.dtype)
+    if offset is not None and folded is None:
+        folded = on.offset_fold(weight, offset, offset_heads)
+    constants = [term for term in (bias, folded) if term is not None]
+    addend = None
     if form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
-    addend = shift
-    if form == "delta":
+    elif form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
-        addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]), shift)
-    if separate_bias:
-        rows, weight = _with_bias_column(rows, weight, bias)
-    y = linear(rows, weight) if addend is None else torch.addmm(addend, rows, weight.T)
+        addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
+    # rounded to 16 bits together, a large term would swallow a small one
+    if z.dtype in LOW_PRECISION and len(constants) + (addend is not None) > 1:
+        rows, weight = _with_columns(rows, weight, constants)
+        constants = []
+    constant = sum(constants[1:], constants[0]).to(z.dtype) if constants else None
+    if addend is None:
+        y = linear(rows, weight, constant)
+    else:
+        y = torch.addmm(addend if constant is None else addend + constant, rows, weight.T)
     return y.view(*z.shape[:-1], y.shape[-1])
 
 
@@ -101,10 +101,17 @@ def affine_linear_bwd(
     return dz, d_weight, d_bias, d_scale, d_offset
 
 
-def _with_bias_column(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """[z 1 0...] and [W b 0...]: eight columns more, so that rows stay 16-byte aligned."""
-    ones = rows.new_zeros(rows.shape[0], 8)
-    ones[:, 0] = 1
-    column = weight.new_zeros(weight.shape[0], 8)
-    column[:, 0] = bias
-    return torch.cat((rows, ones), 1), torch.cat((weight, column), 1)
+def _with_columns(rows: Tensor, weight: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """[z 1 ...] and [W c ...]: the constants as columns of the GEMM, whose accumulator is wider than they are.
+
+    A float32 constant takes two columns, its 16-bit value and what that leaves. Eight columns in all, so that rows stay
+    16-byte aligned.
+    """
+    parts = []
+    for constant in constants:
+        high = constant.to(weight.dtype)
+        parts += [high] if constant.dtype == weight.dtype else [high, (constant - high).to(weight.dtype)]
+    ones, columns = rows.new_zeros(rows.shape[0], 8), weight.new_zeros(weight.shape[0], 8)
+    ones[:, : len(parts)] = 1
+    columns[:, : len(parts)] = torch.stack(parts, 1)
+    return torch.cat((rows, ones), 1), torch.cat((weight, columns), 1)

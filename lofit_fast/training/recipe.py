@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.encoding import Encoded, encode
-from lofit_fast.evaluation import exact_match_accuracy
+from lofit_fast.encoding import Encoded, encode, encode_prompt, pad_token_id
+from lofit_fast.evaluation import MAX_NEW_TOKENS, check_room, exact_match_accuracy
 from lofit_fast.heads import head_scores, select_heads
+from lofit_fast.layer import eval_mode
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
-from lofit_fast.training.run import RunFolder, data_digest
+from lofit_fast.training.run import RunFolder, data_digest, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
 
 Examples = Sequence[Example | Mapping[str, str]]
@@ -84,10 +85,12 @@ class _Stages:
         self.projections = find_projections(model)
         if not len(train):
             raise ValueError("the training data is empty: expected at least one example")
-        limit = recipe.max_length or getattr(text_config(model), "max_position_embeddings", None)
+        context = getattr(text_config(model), "max_position_embeddings", None)
+        limit = min((n for n in (recipe.max_length, context) if n is not None), default=None)
         self.train = [encode(tokenizer, example, limit) for example in train]
-        self.eval = None if not eval_data else [encode(tokenizer, example, limit) for example in eval_data]
-        self.eval_examples = [_as_example(e) for e in eval_data or ()]
+        self.eval_examples = [_as_example(example) for example in eval_data or ()]
+        self.eval = [encode(tokenizer, example, limit) for example in self.eval_examples]
+        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.eval_examples], MAX_NEW_TOKENS)
 
     def check_heads(self, heads: Sequence[Head] | None) -> None:
         """Fail before training, not after it, on heads that cannot be chosen."""
@@ -102,8 +105,12 @@ class _Stages:
         """What makes two runs the same one."""
         return {
             "recipe": asdict(self.recipe),
-            "model": fingerprint(self.model, self.projections).as_dict(),
+            "model": {
+                **fingerprint(self.model, self.projections).as_dict(),
+                "weights": weights_digest(p.module for p in self.projections),
+            },
             "data": data_digest(self.train),
+            "eval_data": data_digest(self.eval),
             "heads": None if heads is None else [list(pair) for pair in heads],
         }
 
@@ -141,22 +148,21 @@ class _Stages:
 
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
-        trainer = LofitTrainer(
-            handle,
-            l1=l1,
-            on_epoch=lambda row: run.append_history({"stage": stage, **row}),
-            args=self._arguments(folder, lr, epochs),
-            train_dataset=_Rows(self.train),
-            eval_dataset=None if self.eval is None else _Rows(self.eval),
-            data_collator=CompletionCollator(self.tokenizer.pad_token_id),
-        )
         checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started
-        metrics = {"seconds": seconds}
-        if checkpoint is None:
-            metrics["tokens_per_s"] = epochs * sum(len(row["input_ids"]) for row in self.train) / seconds
+        with _undisturbed(self.model):
+            LofitTrainer(
+                handle,
+                l1=l1,
+                on_epoch=lambda row: run.append_history({"stage": stage, **row}),
+                args=self._arguments(folder, lr, epochs),
+                train_dataset=_Rows(self.train),
+                eval_dataset=_Rows(self.eval) if self.eval else None,
+                data_collator=CompletionCollator(pad_token_id(self.tokenizer)),
+            ).train(resume_from_checkpoint=checkpoint)
+        # from the history, so that an interrupted run counts whole
+        seconds = sum(row["seconds"] for row in run.history if row["stage"] == stage)
+        tokens = epochs * sum(len(row["input_ids"]) for row in self.train)
+        metrics = {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds else 0.0}
         if self.eval_examples:
             metrics["exact_match"] = exact_match_accuracy(
                 self.model,
@@ -180,7 +186,7 @@ class _Stages:
             weight_decay=0.0,
             max_grad_norm=recipe.max_grad_norm,
             seed=recipe.seed,
-            eval_strategy="no" if self.eval is None else "epoch",
+            eval_strategy="epoch" if self.eval else "no",
             save_strategy="epoch",
             save_total_limit=1,
             logging_strategy="epoch",
@@ -191,6 +197,17 @@ class _Stages:
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
         )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Trainer switches modes and the config's cache; a scope after which both are as they were."""
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        model.config.use_cache = use_cache
 
 
 class _Rows(torch.utils.data.Dataset):

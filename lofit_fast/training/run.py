@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.encoding import Encoded
@@ -41,10 +42,12 @@ class RunFolder:
             differing = sorted(k for k in identity.keys() | before.keys() if identity.get(k) != before.get(k))
             if differing:
                 raise ValueError(
-                    f"{run.path} holds a run with another {', '.join(differing)}: choose another folder, or "
-                    "resume=False to start over"
+                    f"{run.path} holds a run with another {', '.join(differing)}: choose another folder, or start "
+                    "over with resume=False (--no-resume)"
                 )
             return run
+        for name in ("select", "tune", "adapter"):
+            shutil.rmtree(run.path / name, ignore_errors=True)
         for name in ("heads.json", "history.jsonl"):
             (run.path / name).unlink(missing_ok=True)
         write_json(run.path / "state.json", {"stage": "select", "identity": identity, "metrics": {}})
@@ -87,7 +90,8 @@ class RunFolder:
     def history(self) -> list[dict]:
         """One dict per epoch so far."""
         path = self.path / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [_parsed(path, line) for line in lines]
 
     def append_history(self, row: dict) -> None:
         """Add an epoch, in place of one of the same stage and number from before an interruption."""
@@ -96,12 +100,7 @@ class RunFolder:
 
     def _read(self, name: str) -> dict | None:
         path = self.path / name
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not whole JSON: {error}") from error
+        return _parsed(path, path.read_text()) if path.is_file() else None
 
 
 def data_digest(examples: Sequence[Encoded]) -> str:
@@ -110,3 +109,18 @@ def data_digest(examples: Sequence[Encoded]) -> str:
     for example in examples:
         digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
     return digest.hexdigest()
+
+
+def weights_digest(projections: Iterable[nn.Module]) -> str:
+    """SHA-256 over the first row of every projection's weight: tells models of one shape apart, in no time."""
+    digest = hashlib.sha256()
+    for projection in projections:
+        digest.update(projection.weight[:1].detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parsed(path: Path, text: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from error

@@ -43,7 +43,7 @@ class LofitTrainer(Trainer):
         if not model.training:
             return result
         loss = result[0] if return_outputs else result
-        self.epoch_loss.add(loss.detach())
+        self.epoch_loss.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
         if loss.device.type == "cpu":
             _check_finite(loss.item(), self.state.epoch)
         total = loss + self.l1_term() / self.current_gradient_accumulation_steps
@@ -66,19 +66,20 @@ class LofitTrainer(Trainer):
 
 
 class _Mean:
-    """A running mean that stays on the device."""
+    """The mean over steps of a loss that arrives in micro-batches; its sum stays on the device."""
 
     def __init__(self) -> None:
-        self.total, self.count = None, 0
+        self.total, self.steps = None, 0.0
 
-    def add(self, value: Tensor) -> None:
+    def add(self, value: Tensor, steps: float) -> None:
+        """Add a micro-batch's part of its step's loss. steps: the part of a step it is."""
         self.total = value.double() if self.total is None else self.total + value
-        self.count += 1
+        self.steps += steps
 
-    def take(self, per: int) -> float:
-        """Sum / (count / per), then start anew: micro-batch losses are parts of their step's mean."""
-        mean = float(self.total) / (self.count / per)
-        self.total, self.count = None, 0
+    def take(self) -> float:
+        """The mean so far; starts anew."""
+        mean = float(self.total) / self.steps
+        self.total, self.steps = None, 0.0
         return mean
 
 
@@ -94,7 +95,7 @@ class _EpochReport(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **_):
         trainer = self.trainer
-        loss = trainer.epoch_loss.take(args.gradient_accumulation_steps)
+        loss = trainer.epoch_loss.take()
         _check_finite(loss, state.epoch)
         seconds = time.perf_counter() - self.started
         self.report = {"epoch": round(state.epoch), "loss": loss, "l1": trainer.l1_term().item(), "seconds": seconds}

@@ -11,6 +11,7 @@ from lofit_kernels.gpu.jit import (
     common_unit,
     head_row,
     launch,
+    listed_head,
     round_to,
     split_rows,
     sum_partials,
@@ -87,17 +88,6 @@ def _affine_delta_fwd_kernel(
     tl.store(x + wide * (n_scale * D) + (slot * D + d)[None, :], delta, mask=inside)
 
 
-@triton.jit
-def _listed_head(scale_heads, offset_heads, n_scale, slot):
-    """The head at `slot` of [scale_heads | offset_heads], either of which may be missing."""
-    head = slot * 0
-    if scale_heads is not None:
-        head += tl.load(scale_heads + slot, mask=slot < n_scale, other=0).to(tl.int32)
-    if offset_heads is not None:
-        head += tl.load(offset_heads + slot - n_scale, mask=slot >= n_scale, other=0).to(tl.int32)
-    return head
-
-
 @triton.jit(do_not_specialize=["T", "across", "n_scale", "n_offset", "stride_grad", "stride_z", "stride_dz", "blocks"])
 def _affine_bwd_kernel(
     grad,
@@ -126,7 +116,7 @@ def _affine_bwd_kernel(
     """dz = (1 + a) G; partials[c] = [sum_t G z | sum_t G] over the rows t of chunk c, on the listed heads"""
     slot = tl.program_id(0) % across
     chunk = tl.program_id(0) // across
-    head = slot if EVERY_HEAD else _listed_head(scale_heads, offset_heads, n_scale, slot)
+    head = slot if EVERY_HEAD else listed_head(scale_heads, offset_heads, n_scale, slot)
     scale_row = head_row(scale_heads, n_scale, head, BLOCK_HEADS)
     # a head in both lists is swept once, from its slot among the scales
     if (not EVERY_HEAD) and (slot >= n_scale) and (scale_row >= 0):

@@ -57,6 +57,7 @@ class Inputs:
             object.__setattr__(self, name, torch.empty(shape, dtype=dtype))
 
     def backward(self, dz: bool, da: bool, dv: bool, inplace: bool = False, scaled: bool = True) -> None:
+        """Call affine_bwd for these gradients."""
         a, a_heads = (self.a, self.heads) if scaled else (None, None)
         affine.affine_bwd(self.G, self.z, a, a_heads, self.heads, self.D, (dz, da, dv), inplace)
 
@@ -116,10 +117,12 @@ class Specialisation:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.kernel.__name__
 
     @property
     def tile(self) -> str:
+        """Block sizes, warps and stages, to read."""
         sizes = " ".join(f"{name[6:]}={size}" for name, size in self.blocks.items() if name != "BLOCK_HEADS")
         return f"{sizes} w{self.options['num_warps']} s{self.options['num_stages']}"
 

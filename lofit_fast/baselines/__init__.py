@@ -1,0 +1,1 @@
+"""Peers: the methods and implementations that lofit-fast is measured against, one file each."""

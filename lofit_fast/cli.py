@@ -1,0 +1,305 @@
+"""The command line: `lofit-fast train | eval | generate | merge | export | demo`. Each command is a thin shell."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lofit_fast.config import RECIPES, Recipe
+
+# heavy imports happen inside the commands: --help must be instant
+app = typer.Typer(
+    help="LoFiT: find the attention heads that matter, then tune offsets on those alone.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="smollm2, gemma3-270m, a folder, a .gguf file, or a hub id.", metavar="NAME"),
+]
+Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder written by train.", metavar="DIR")]
+OptionalAdapter = Annotated[
+    Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without it, the base model.", metavar="DIR")
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", "-t", help="kinship, clutrr, or completion. Default: by --data.", metavar="NAME")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="JSONL of prompt/completion or messages; a folder for clutrr.", metavar="PATH"),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _command(*examples: str) -> Callable:
+    """Register a command: its examples go into --help, expected errors become one line and exit code 1."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args, **options):
+            _quiet_libraries()
+            try:
+                return function(*args, **options)
+            except _EXPECTED as error:
+                message = " ".join(str(error).split())
+                if options.get("as_json"):
+                    print(json.dumps({"error": message}))
+                else:
+                    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+                raise typer.Exit(1) from error
+
+        run.__doc__ = "\n\n".join([function.__doc__, "Examples:", *(f"  lofit-fast {line}" for line in examples)])
+        return app.command()(run)
+
+    return register
+
+
+@_command(
+    "train --model smollm2 --output runs/kinship",
+    "train --model smollm2 --task clutrr --data DIR --train-size 300 --top 0.1 --output runs/clutrr",
+    "train --model meta-llama/Llama-3.2-1B --data my.jsonl --top 32 --output runs/mine",
+)
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; an interrupted run goes on from it.")],
+    task: TaskName = None,
+    data: Data = None,
+    train_size: Annotated[int | None, typer.Option(help="Use this many training examples.")] = None,
+    top: Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json.")] = None,
+    select_lr: Annotated[float | None, typer.Option(help="Learning rate of step 1.")] = None,
+    tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
+    l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")] = None,
+    select_epochs: Annotated[int | None, typer.Option(help="Epochs of step 1.")] = None,
+    tune_epochs: Annotated[int | None, typer.Option(help="Epochs of step 2.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step.")] = None,
+    accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")] = 42,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
+    from lofit_fast.models import load_model
+    from lofit_fast.training import fit
+    from lofit_fast.training.report import write_summary
+
+    name = _task_name(task, data)
+    given = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "top": None if top is None else parse_top(top)}
+    given |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
+    given |= {"accumulation_steps": accumulation_steps, "max_length": max_length}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    recipe = Recipe(**{**RECIPES.get(name, {}), "seed": seed, **chosen})
+    fixed = None if heads is None else _read_heads(heads)
+    base, tokenizer = load_model(model, dtype=dtype, device=device)
+    examples = _load_task(name, data, tokenizer, train_size=train_size, seed=seed)
+    result = fit(
+        base,
+        tokenizer,
+        examples.train,
+        recipe,
+        output_dir=output,
+        eval_data=examples.validation or None,
+        heads=fixed,
+        resume=resume,
+        progress=not as_json,
+    )
+    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe)
+    _show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
+
+
+@_command(
+    "eval --model smollm2 --task kinship",
+    "eval --model smollm2 --adapter runs/kinship/adapter --task kinship --json",
+)
+def eval(
+    model: Model,
+    adapter: OptionalAdapter = None,
+    task: TaskName = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Of the data draw, as in train.")] = 42,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Exact match of greedy answers; with a closed set of answers also the best-scoring one, and the majority."""
+    from lofit_fast.evaluation import constrained_accuracy, exact_match_accuracy
+    from lofit_fast.tasks import majority_accuracy
+
+    base, tokenizer = _load(model, adapter, dtype, device)
+    examples = _load_task(_task_name(task, data), data, tokenizer, seed=seed)
+    options = {"batch_size": batch_size, "progress": not as_json}
+    report = {"task": examples.name, "examples": len(examples.validation)}
+    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, **options)
+    if examples.candidates:
+        scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **options)
+        report |= {"best_scoring_candidate": scored, "majority": majority_accuracy(examples)}
+    _show(report, as_json, f"{adapter or 'base'} on {model}")
+
+
+@_command(
+    'generate --model smollm2 --adapter runs/kinship/adapter --prompt "Question: ..."',
+    "generate --model smollm2 --max-new-tokens 64 < prompts.txt",
+)
+def generate(
+    model: Model,
+    adapter: OptionalAdapter = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be repeated. Default: stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Greedy answers to prompts, one per line of standard input unless given."""
+    from lofit_fast.evaluation import generate_answers
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: expected --prompt, or lines on standard input")
+    base, tokenizer = _load(model, adapter, dtype, device)
+    answers = generate_answers(base, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=not as_json)
+    if as_json:
+        print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
+        return
+    for text, answer in zip(prompts, answers, strict=True):
+        out.print(text, style="dim", markup=False, highlight=False, end="")
+        out.print(answer, style="bold green", markup=False, highlight=False)
+
+
+@_command("merge --model smollm2 --adapter runs/kinship/adapter --output merged")
+def merge(
+    model: Model,
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write the adapter into the weights: a plain model folder. Not reloaded; `export` also proves the result."""
+    from lofit_fast.merge import export
+    from lofit_fast.patch import handle_of
+
+    base, tokenizer = _load(model, adapter, dtype, "cpu")
+    export(handle_of(base), output, tokenizer)
+    _show({"output": str(output)}, as_json, "merged")
+
+
+@_command("export --model smollm2 --adapter runs/kinship/adapter --output exported")
+def export(
+    model: Model,
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the exported model.")],
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Merge, write, reload with stock transformers, and compare its logits with the patched model's."""
+    from lofit_fast.merge import export as export_folder
+    from lofit_fast.merge import verify_export
+    from lofit_fast.patch import handle_of
+
+    base, tokenizer = _load(model, adapter, dtype, "cpu")
+    export_folder(handle_of(base), output, tokenizer)
+    report = verify_export(handle_of(base), output)
+    seen = {field.name: getattr(report, field.name) for field in fields(report)}
+    _show({"output": str(output), **seen}, as_json, "exported and verified")
+
+
+@_command("demo", "demo --output runs/demo --train-size 360")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    model: Model = "smollm2",
+    train_size: Annotated[int, typer.Option(help="Training stories.")] = 1080,
+    validation_size: Annotated[int, typer.Option(help="Stories to judge by, of other names and wording.")] = 180,
+    as_json: Json = False,
+) -> None:
+    """Watch LoFiT find heads in a real model and teach it a task."""
+    from lofit_fast.demo import run_demo
+
+    summary = run_demo(output, model, train_size, validation_size, Console(quiet=as_json))
+    if as_json:
+        print(json.dumps(summary))
+
+
+def parse_top(text: str) -> int | float:
+    """ "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected --top to be a count like 32 or a fraction like 0.1, got {text!r}") from None
+
+
+def _task_name(task: str | None, data: str | None) -> str:
+    return task or ("kinship" if data is None else "completion")
+
+
+def _load_task(name: str, data: str | None, tokenizer, **options):
+    from lofit_fast.tasks import load_task
+
+    return load_task(name, data, tokenizer, **options)
+
+
+def _load(model: str, adapter: Path | None, dtype: str, device: str):
+    from lofit_fast.models import load_model
+    from lofit_fast.patch import load
+
+    base, tokenizer = load_model(model, dtype=dtype, device=device)
+    if adapter is not None:
+        load(base, adapter)
+    return base, tokenizer
+
+
+def _read_heads(path: Path) -> list[tuple[int, int]]:
+    try:
+        content = json.loads(path.read_text())
+        return [tuple(pair) for pair in (content["heads"] if isinstance(content, dict) else content)]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}}') from error
+
+
+def _show(report: dict, as_json: bool, title: str, footer: str = "") -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in report.items():
+        if not isinstance(value, list | dict):
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    out.print(table)
+    if footer:
+        out.print(footer, highlight=False)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """The entry point of `lofit-fast`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

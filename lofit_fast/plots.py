@@ -1,0 +1,56 @@
+"""Pictures of a run: which heads were chosen, and how the loss fell."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lofit_fast.config import Head
+
+_STEP_NAMES = {"select": "step 1: scales on every head", "tune": "step 2: offsets on the chosen heads"}
+
+
+def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: str = "") -> Path:
+    """A layer x head map of the scores, the chosen heads ringed. scores: (layers, heads). Writes a PNG."""
+    figure, axes = _figure((1.6 + 0.36 * scores.shape[1], 1.6 + 0.22 * scores.shape[0]))
+    image = axes.imshow(scores.numpy(), aspect="auto", origin="lower", cmap="viridis")
+    if heads:
+        layers, columns = zip(*heads, strict=True)
+        axes.scatter(columns, layers, s=52, facecolors="none", edgecolors="red", linewidths=1.4, label="chosen")
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set_xticks(range(scores.shape[1]))
+    figure.colorbar(image, ax=axes, label="norm of the scale vector")
+    return _save(figure, path)
+
+
+def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> Path:
+    """Training loss, and evaluation loss where there is one, per epoch of both steps. Writes a PNG."""
+    stages = [stage for stage in _STEP_NAMES if any(row["stage"] == stage for row in history)]
+    figure, axes = _figure((4.2 * len(stages), 3.2), columns=len(stages))
+    for axis, stage in zip(axes if len(stages) > 1 else [axes], stages, strict=True):
+        rows = [row for row in history if row["stage"] == stage]
+        epochs = [row["epoch"] for row in rows]
+        axis.plot(epochs, [row["loss"] for row in rows], marker="o", label="training")
+        if "eval_loss" in rows[0]:
+            axis.plot(epochs, [row["eval_loss"] for row in rows], marker="s", label="validation")
+        axis.set(xlabel="epoch", ylabel="loss per labelled token", title=_STEP_NAMES[stage])
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _figure(size: tuple[float, float], columns: int = 1):
+    # the object interface leaves pyplot's global state, and the user's backend, alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def _save(figure, path: Path | str) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,60 @@
+"""What a finished run leaves to read: summary.json, heads.png, loss.png."""
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from lofit_fast.config import Recipe
+from lofit_fast.files import write_json
+from lofit_fast.plots import heads_map, loss_curves
+from lofit_fast.training.recipe import FitResult
+
+
+def write_summary(
+    folder: Path | str, result: FitResult, *, model: str, task: str, recipe: Recipe, **more: object
+) -> dict[str, object]:
+    """Write the summary and the plots into a run folder; returns the summary. more: further keys of it."""
+    folder = Path(folder)
+    summary = {
+        "model": model,
+        "task": task,
+        **{
+            f"accuracy_after_{stage}": values["exact_match"]
+            for stage, values in result.metrics.items()
+            if "exact_match" in values
+        },
+        "trainable_parameters": result.handle.n_parameters(),
+        "seconds": sum(values["seconds"] for values in result.metrics.values()),
+        "tokens_per_s": result.metrics["tune"].get("tokens_per_s"),
+        "n_heads": len(result.heads),
+        "heads": [list(pair) for pair in result.heads],
+        **more,
+        "recipe": asdict(recipe),
+        "environment": environment(result.handle.model),
+    }
+    write_json(folder / "summary.json", summary)
+    title = f"{model}, {task}"
+    if result.scores is not None:
+        heads_map(result.scores, result.heads, folder / "heads.png", title)
+    if result.history:
+        loss_curves(result.history, folder / "loss.png", title)
+    return summary
+
+
+def environment(model: torch.nn.Module) -> dict[str, str]:
+    """Where and with what a number was made."""
+    from lofit_fast import __version__
+
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "lofit_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

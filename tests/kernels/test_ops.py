@@ -1,0 +1,168 @@
+"""The four custom ops under torch.library's own checks, and compiled whole with any number of tokens."""
+
+import pytest
+import torch
+
+from lofit_kernels import head_affine, head_affine_linear, ops
+
+H, D, N = 4, 8, 12
+K = H * D
+
+# heads of (scale, offset)
+HEADS = {
+    "scale": ([0, 1, 2, 3], None),
+    "scale_some": ([1, 2], None),
+    "offset": (None, [0, 1, 2, 3]),
+    "offset_some": (None, [3]),
+    "both": ([0, 2], [1]),
+    "no_heads": ([], []),
+}
+FORMS = [(case, form) for case, (s, _) in HEADS.items() for form in (("fold",) if s is None else ("pass", "delta"))]
+
+
+def vectors(case: str, grad: bool = True) -> list:
+    """scale, scale_heads, offset, offset_heads."""
+    out = []
+    for heads in HEADS[case]:
+        out += (
+            [None, None]
+            if heads is None
+            else [torch.randn(len(heads), D, requires_grad=grad), torch.tensor(heads, dtype=torch.int64)]
+        )
+    return out
+
+
+def projection(dtype=torch.float32, grad: bool = True) -> list:
+    """z, weight, bias."""
+    return [torch.randn(*size).to(dtype).requires_grad_(grad) for size in ((2, 3, K), (N, K), (N,))]
+
+
+def passed(op, args) -> bool:
+    return set(torch.library.opcheck(op, tuple(args)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case, form", FORMS)
+def test_affine_linear_opcheck(case, form):
+    assert passed(ops.affine_linear, [*projection(), *vectors(case), None, form, "aten"])
+
+
+@pytest.mark.parametrize("form", ["pass", "delta"])
+def test_affine_linear_opcheck_in_16_bits(form):
+    assert passed(ops.affine_linear, [*projection(torch.bfloat16), *vectors("both"), None, form, "aten"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_affine_linear_opcheck_folded(bias):
+    z, weight, b = projection(grad=False)
+    args = [z, weight, b if bias else None, *vectors("offset", grad=False), torch.randn(N), "fold", "aten"]
+    assert passed(ops.affine_linear, args)
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        (True, True, True, True, True),
+        (True, False, False, True, True),
+        (False, False, False, False, True),
+        (False, False, True, False, False),
+        (True, False, False, False, False),
+        (False, False, False, True, False),
+        (False, True, False, False, False),
+    ],
+)
+@pytest.mark.parametrize("case", ["both", "no_heads"])
+def test_affine_linear_backward_opcheck(case, needs):
+    args = [torch.randn(2, 3, N), *projection(grad=False), *vectors(case, grad=False), list(needs), "aten"]
+    assert passed(ops.affine_linear_backward, args)
+
+
+def test_affine_linear_backward_opcheck_without_z():
+    _, weight, bias = projection(grad=False)
+    needs = [True, False, True, False, True]
+    args = [torch.randn(2, 3, N), None, weight, bias, *vectors("offset_some", grad=False), needs, "aten"]
+    assert passed(ops.affine_linear_backward, args)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_affine_opcheck(case):
+    assert passed(ops.affine, [projection()[0], *vectors(case), "aten"])
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("case", ["both", "no_heads"])
+def test_affine_backward_opcheck(case, needs):
+    z = projection(grad=False)[0]
+    assert passed(ops.affine_backward, [torch.randn(2, 3, K), z, *vectors(case, grad=False), list(needs), "aten"])
+
+
+def test_affine_opcheck_of_strided_rows():
+    z = torch.randn(2, 3, 2 * K)[..., ::2].requires_grad_()
+    assert passed(ops.affine, [z, *vectors("both"), "aten"])
+    assert passed(ops.affine_linear, [z, *projection()[1:], *vectors("both"), None, "pass", "aten"])
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function):
+    """fullgraph: a graph break raises; T stays symbolic and recompiling for another T is an error."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.parametrize("case, form", FORMS)
+def test_affine_linear_compiles_whole(case, form, dynamo):
+    _, weight, bias = projection(grad=False)
+    scale, scale_heads, offset, offset_heads = vectors(case)
+    leaves = [v for v in (scale, offset) if v is not None]
+
+    def run(z):
+        given = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
+        return head_affine_linear(z, weight, bias, **given, form=form)
+
+    fast = compiled(run)
+    for index, T in enumerate((5, 8, 3)):
+        # a changed T alone must not compile anew
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            z = torch.randn(2, T, K, requires_grad=True)
+            y, expected = fast(z), run(z)
+            grad = torch.randn_like(y)
+            got = torch.autograd.grad(y, [z, *leaves], grad)
+        wanted = torch.autograd.grad(expected, [z, *leaves], grad)
+        assert torch.equal(y, expected)
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_affine_compiles_whole(dynamo):
+    scale, scale_heads, offset, offset_heads = vectors("both")
+
+    def run(z):
+        return head_affine(z, scale=scale, scale_heads=scale_heads, offset=offset, offset_heads=offset_heads)
+
+    fast = compiled(run)
+    for T in (5, 8):
+        z = torch.randn(2, T, K, requires_grad=True)
+        y = fast(z)
+        assert torch.equal(y, run(z))
+        got = torch.autograd.grad(y.sum(), [z, scale, offset])
+        wanted = torch.autograd.grad(run(z).sum(), [z, scale, offset])
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_affine_linear_compiles_whole_under_autocast(dynamo):
+    z, weight, bias = projection(grad=False)
+    scale, scale_heads, offset, offset_heads = vectors("both")
+
+    def run(z):
+        given = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
+        with torch.autocast("cpu", torch.bfloat16):
+            return head_affine_linear(z, weight, bias, **given)
+
+    y = compiled(run)(z)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, run(z))

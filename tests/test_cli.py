@@ -1,0 +1,362 @@
+"""The command line on a tiny saved model: every command, its JSON, and one clear line for what goes wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import lofit_fast as lf
+from lofit_fast.cli import app, parse_top
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+COMMANDS = ("train", "eval", "generate", "merge", "export", "demo")
+QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", "--dtype", "float32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 20 examples; two are held out."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghijklmnopqr"]
+    rows += [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in "st"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_folder(model, data, tmp_path_factory):
+    """A finished run of `train`."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    call("train", "--model", model, "--data", data, "--output", folder, *QUICK, "--json")
+    return folder
+
+
+def call(*arguments, code=0, **options):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], **options)
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def as_json(*arguments, **options):
+    """The one JSON value that is all of standard output."""
+    return json.loads(call(*arguments, "--json", **options).stdout)
+
+
+def error_of(*arguments):
+    """The message of a command that is expected to fail: one line on standard error, nothing on standard output."""
+    result = call(*arguments, code=1)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert result.stderr.rstrip().endswith(lines[0])
+    assert "Traceback" not in result.output
+    # and the same as JSON
+    (message,) = as_json(*arguments, code=1).values()
+    assert lines[0] == f"error: {message}"
+    return message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    text = call(command, "--help", terminal_width=200).stdout
+    assert f"lofit-fast {command}" in text
+    assert "Examples:" in text
+    assert "--json" in text
+
+
+def test_help_lists_the_commands():
+    text = call("--help").stdout
+    assert all(command in text for command in COMMANDS)
+
+
+def test_help_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "lofit_fast.cli", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_loads_no_heavy_library():
+    code = """
+import sys
+from typer.testing import CliRunner
+from lofit_fast.cli import app
+assert CliRunner().invoke(app, ["train", "--help"]).exit_code == 0
+print(sorted({"transformers", "datasets", "matplotlib", "triton"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_train_in_a_process_of_its_own(model, data, tmp_path):
+    command = [sys.executable, "-m", "lofit_fast.cli", "train", "--model", model, "--data", data, "--json"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run"), *QUICK], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert json.loads(done.stdout)["n_heads"] == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_train_writes_the_run_folder(run_folder, model):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {
+        "state.json",
+        "select",
+        "tune",
+        "heads.json",
+        "history.jsonl",
+        "adapter",
+        "summary.json",
+        "heads.png",
+        "loss.png",
+    }
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert (summary["model"], summary["task"], summary["n_heads"]) == (model, "completion", 2)
+    assert summary["trainable_parameters"] == 32
+    assert summary["recipe"]["top"] == 2
+    assert summary["recipe"]["seed"] == 42
+    assert len(summary["heads"]) == 2
+    assert {"accuracy_after_select", "accuracy_after_tune", "seconds", "tokens_per_s"} <= summary.keys()
+    assert summary["environment"]["dtype"] == "float32"
+
+
+def test_train_prints_a_table(model, data, tmp_path):
+    result = call("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
+    assert "trainable_parameters" in result.stdout
+    assert "32" in result.stdout
+    assert "adapter" in result.stdout.splitlines()[-1] or str(tmp_path) in result.stdout.replace("\n", "")
+
+
+def test_train_goes_on_with_a_done_run(run_folder, model, data):
+    before = (run_folder / "history.jsonl").read_text()
+    summary = as_json("train", "--model", model, "--data", data, "--output", run_folder, *QUICK)
+    assert (run_folder / "history.jsonl").read_text() == before
+    assert summary["n_heads"] == 2
+
+
+def test_train_refuses_another_run_in_the_folder(run_folder, model, data):
+    arguments = ("train", "--model", model, "--data", data, "--output", run_folder, *QUICK, "--seed", "7")
+    message = error_of(*arguments)
+    assert "another" in message
+    assert "recipe" in message
+
+
+def test_train_starts_over(run_folder, model, data, tmp_path):
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path, *QUICK)
+    as_json(*arguments)
+    summary = as_json(*arguments, "--seed", "7", "--no-resume")
+    assert summary["recipe"]["seed"] == 7
+
+
+@pytest.mark.parametrize("as_object", [True, False])
+def test_train_on_given_heads(model, data, tmp_path, as_object):
+    heads = [[2, 1], [0, 3]]
+    (tmp_path / "heads.json").write_text(json.dumps({"heads": heads, "scores": None} if as_object else heads))
+    summary = as_json(
+        "train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "run",
+        *QUICK,
+        "--heads",
+        tmp_path / "heads.json",
+    )
+    assert summary["heads"] == heads
+    assert "accuracy_after_select" not in summary
+    assert not (tmp_path / "run" / "heads.png").exists()
+
+
+def test_train_on_the_heads_of_another_run(run_folder, model, data, tmp_path):
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
+    summary = as_json(*arguments, "--heads", run_folder / "heads.json")
+    assert summary["heads"] == json.loads((run_folder / "summary.json").read_text())["heads"]
+
+
+def test_train_passes_every_option_on(model, data, tmp_path):
+    options = {
+        "select-lr": 1e-3,
+        "tune-lr": 2e-3,
+        "l1": 1e-4,
+        "select-epochs": 1,
+        "tune-epochs": 2,
+        "batch-size": 4,
+        "accumulation-steps": 2,
+        "max-length": 60,
+        "top": 0.25,
+        "seed": 3,
+    }
+    given = [text for key, value in options.items() for text in (f"--{key}", value)]
+    summary = as_json(
+        "train", "--model", model, "--data", data, "--output", tmp_path, "--train-size", 6, "--dtype", "float32", *given
+    )
+    recipe = summary["recipe"]
+    assert {key: recipe[key.replace("-", "_")] for key in options} == options
+    assert summary["n_heads"] == 3
+
+
+def test_eval_of_the_base_and_of_an_adapter(run_folder, model, data):
+    for more in ((), ("--adapter", run_folder / "adapter")):
+        report = as_json("eval", "--model", model, "--data", data, "--dtype", "float32", *more)
+        assert report.keys() == {"task", "examples", "exact_match"}
+        assert (report["task"], report["examples"]) == ("completion", 2)
+        assert 0 <= report["exact_match"] <= 1
+
+
+def test_eval_agrees_with_train(run_folder, model, data):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    report = as_json(
+        "eval", "--model", model, "--data", data, "--adapter", run_folder / "adapter", "--dtype", "float32"
+    )
+    assert report["exact_match"] == summary["accuracy_after_tune"]
+
+
+def test_eval_prints_a_table(model, data):
+    assert "exact_match" in call("eval", "--model", model, "--data", data).stdout
+
+
+def test_generate(run_folder, model):
+    arguments = ("generate", "--model", model, "--adapter", run_folder / "adapter", "--max-new-tokens", 3)
+    rows = as_json(*arguments, "-p", "a=", "-p", "b=")
+    assert [row["prompt"] for row in rows] == ["a=", "b="]
+    assert all(isinstance(row["answer"], str) for row in rows)
+    assert as_json(*arguments, input="a=\n\nb=\n") == rows
+    printed = call(*arguments, "-p", "[bold]a=").stdout
+    assert printed.startswith("[bold]a=")
+
+
+def test_generate_without_a_prompt(model):
+    assert "no prompt" in error_of("generate", "--model", model)
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_plain_folder(run_folder, model, tmp_path, command):
+    output = tmp_path / "plain"
+    report = as_json(command, "--model", model, "--adapter", run_folder / "adapter", "--output", output)
+    assert report["output"] == str(output)
+    if command == "export":
+        assert report["difference"] <= report["tolerance"]
+        assert report["base_difference"] > report["difference"]
+    plain = AutoModelForCausalLM.from_pretrained(output)
+    assert plain.config.attention_bias is True
+    # the plain folder answers as the adapter does
+    generate = ("--max-new-tokens", 4, "--dtype", "float32", "-p", "a=", "-p", "hello")
+    adapted = as_json("generate", "--model", model, "--adapter", run_folder / "adapter", *generate)
+    assert as_json("generate", "--model", output, *generate) == adapted
+
+
+def test_a_missing_data_file(model, tmp_path):
+    message = error_of("train", "--model", model, "--data", tmp_path / "no.jsonl", "--output", tmp_path / "run", *QUICK)
+    assert f"{tmp_path}/no.jsonl: no such file" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_keeps_its_brackets(model, tmp_path):
+    # rich would take them for markup, and a closing tag that was never opened for an error of its own
+    for name in ("[red]no.jsonl", "[/red]no.jsonl"):
+        message = error_of("eval", "--model", model, "--data", tmp_path / name)
+        assert f"{name}: no such file" in message
+
+
+def test_an_unknown_task(model, tmp_path):
+    message = error_of("train", "--model", model, "--task", "clutr", "--output", tmp_path / "run")
+    assert "'clutr'" in message
+    assert "clutrr, completion, kinship" in message
+
+
+@pytest.mark.parametrize("top", ["many", "0", "1.5", "-1", "nan"])
+def test_a_bad_top(model, data, tmp_path, top):
+    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", f"--top={top}")
+    assert "top" in message
+    assert top in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_heads(model, data, tmp_path):
+    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK, "--top", 13)
+    assert "13" in message
+    assert "12" in message
+
+
+@pytest.mark.parametrize("content", ["{}", "7", '{"heads": 3}', "[[0, 1], [0", '{"heads": [0]}', ""])
+def test_bad_heads(model, data, tmp_path, content):
+    (tmp_path / "heads.json").write_text(content)
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
+    message = error_of(*arguments, tmp_path / "heads.json")
+    assert "heads.json holds no heads" in message
+    assert "[[layer, head], ...]" in message
+
+
+def test_missing_heads(model, data, tmp_path):
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
+    assert "no.json" in error_of(*arguments, tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "merge", "export"])
+def test_a_missing_adapter(model, data, tmp_path, command):
+    more = {"eval": ("--data", data), "generate": ("-p", "a")}.get(command, ("--output", tmp_path / "out"))
+    message = error_of(command, "--model", model, "--adapter", tmp_path / "no", *more)
+    assert f"{tmp_path}/no is no adapter folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_adapter(model, tmp_path):
+    handle = lf.patch(tiny_model("llama", num_hidden_layers=2), lf.LofitConfig(offset=[(0, 0)]))
+    handle.save(tmp_path / "adapter")
+    message = error_of("generate", "--model", model, "--adapter", tmp_path / "adapter", "-p", "a")
+    assert "for another model" in message
+    assert "layers=2" in message
+    assert "layers=3" in message
+
+
+def test_an_adapter_of_another_kind(model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    message = error_of("generate", "--model", model, "--adapter", tmp_path, "-p", "a")
+    assert "not a LoFiT adapter" in message
+    assert "'LORA'" in message
+
+
+def test_a_missing_model(data, tmp_path):
+    assert "no model folder" in error_of("eval", "--model", tmp_path / "none", "--data", data)
+
+
+def test_an_unknown_dtype(model, data):
+    assert "unknown dtype 'float8'" in error_of("eval", "--model", model, "--data", data, "--dtype", "float8")
+
+
+def test_an_unknown_device(model, data):
+    assert "warp" in error_of("eval", "--model", model, "--data", data, "--device", "warp")
+
+
+def test_an_output_below_a_file(model, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("train", "--model", model, "--data", data, *QUICK, "--output")
+    assert "cannot write to output folder" in error_of(*arguments, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(("text", "top"), [("32", 32), ("0.1", 0.1), ("1", 1), ("1.0", 1.0), ("1e-2", 0.01)])
+def test_parse_top(text, top):
+    parsed = parse_top(text)
+    assert parsed == top
+    assert type(parsed) is type(top)
+
+
+def test_parse_top_of_neither():
+    with pytest.raises(ValueError, match=r"count like 32 or a fraction like 0\.1, got 'ten'"):
+        parse_top("ten")

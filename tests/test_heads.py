@@ -1,0 +1,99 @@
+"""Scores, and the best heads by them."""
+
+import math
+
+import pytest
+import torch
+
+from lofit_fast import LofitConfig, head_scores, patch, select_heads
+from lofit_fast.heads import jaccard
+from tests.hook import randomize
+from tests.tiny import HEADS, LAYERS
+
+SCORES = torch.tensor([[0.1, 0.9, 0.3], [0.9, 0.2, 0.8]])
+BEST_FIRST = [(0, 1), (1, 0), (1, 2), (0, 2), (1, 1), (0, 0)]
+
+
+def test_head_scores_are_norms(llama):
+    handle = patch(llama, LofitConfig(scale="all"))
+    randomize(handle)
+    scores = head_scores(handle)
+    assert (scores.shape, scores.dtype) == ((LAYERS, HEADS), torch.float32)
+    assert not scores.requires_grad
+    expected = torch.stack([handle.layers[n].scale.detach().square().sum(1).sqrt() for n in range(LAYERS)])
+    torch.testing.assert_close(scores, expected)
+
+
+def test_head_scores_are_float32_in_a_float64_model(llama):
+    handle = patch(llama, LofitConfig(scale="all"))
+    llama.double()
+    assert head_scores(handle).dtype == torch.float32
+
+
+def test_head_scores_of_heads_without_a_scale(llama):
+    handle = patch(llama, LofitConfig(scale=[(2, 3), (0, 1)], offset=[(1, 1)]))
+    scores = head_scores(handle)
+    assert {tuple(x) for x in scores.isfinite().nonzero().tolist()} == {(0, 1), (2, 3)}
+    assert scores[1].tolist() == [-math.inf] * HEADS
+    assert set(select_heads(scores, top=1.0)) == {(0, 1), (2, 3)}
+
+
+def test_head_scores_need_scales(llama):
+    handle = patch(llama, LofitConfig(offset="all"))
+    with pytest.raises(ValueError, match="head scores need scales"):
+        head_scores(handle)
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_select_heads_best_first_ties_to_the_lower(count):
+    assert select_heads(SCORES, count) == BEST_FIRST[:count]
+
+
+@pytest.mark.parametrize("top, count", [(0.01, 1), (0.17, 1), (0.5, 3), (0.75, 4), (1.0, 6)])
+def test_select_heads_takes_a_fraction(top, count):
+    assert select_heads(SCORES, top) == BEST_FIRST[:count]
+
+
+def test_select_heads_breaks_many_ties_in_order():
+    # small sorts happen to be stable anyway
+    scores = torch.arange(4096).remainder(3).float().view(64, 64)
+    heads = select_heads(scores, 2000)
+    assert heads == sorted(heads, key=lambda head: (-scores[head].item(), head))
+
+
+def test_select_heads_makes_a_config():
+    heads = select_heads(SCORES, 2)
+    assert all(type(x) is int for pair in heads for x in pair)
+    assert LofitConfig(offset=heads).offset == tuple(heads)
+
+
+def test_select_heads_fraction_is_of_the_heads_in_the_running():
+    scores = SCORES.clone()
+    scores[1] = -math.inf
+    assert select_heads(scores, 0.67) == [(0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "scores, top, message",
+    [
+        (SCORES, 7, "top 7 heads, but only 6"),
+        (SCORES, 0, "at least 1 head"),
+        (SCORES, 1.5, "fraction"),
+        (SCORES, True, "top"),
+        (SCORES[0], 1, r"\(layers, heads\), got \(3,\)"),
+        (torch.tensor([[math.nan, 1.0]]), 1, "not finite"),
+        (torch.tensor([[math.inf, 1.0]]), 1, "not finite"),
+        (torch.full((2, 2), -math.inf), 0.5, "only 0 have a score"),
+    ],
+)
+def test_select_heads_refuses(scores, top, message):
+    with pytest.raises(ValueError, match=message):
+        select_heads(scores, top)
+
+
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [([], [], 1.0), ([(0, 1)], [], 0.0), ([(0, 1), (1, 1)], [(1, 1), (0, 1)], 1.0), ([(0, 1)], [(0, 1), (2, 2)], 0.5)],
+)
+def test_jaccard(first, second, expected):
+    assert jaccard(first, second) == expected

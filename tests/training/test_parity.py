@@ -1,0 +1,78 @@
+"""Both steps of fit against a hook-based LoFiT in a plain loop: the same batches in the same order, the same result."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_of
+from lofit_fast.heads import jaccard
+from lofit_fast.training import recipe as recipe_module
+from tests.tiny import LAYERS, tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+EXAMPLES = [
+    {"prompt": f"{a}+{b}=", "completion": (b + a) * n} for n in (1, 2) for a, b in zip("abcdef", "uvwxyz", strict=True)
+]
+RECIPE = lf.Recipe(top=4, select_epochs=3, tune_epochs=3, batch_size=4, l1=2e-3, init_std=1e-2)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every training batch that fit makes, in order, without what only our loss reads."""
+    batches = []
+
+    class Recorder(recipe_module.CompletionCollator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            batches.append({key: batch[key].clone() for key in ("input_ids", "attention_mask", "labels")})
+            return batch
+
+    monkeypatch.setattr(recipe_module, "CompletionCollator", Recorder)
+    return batches
+
+
+def hook_on(model, config):
+    """A hook that starts from the very vectors that lofit_fast starts from."""
+    handle = lf.patch(model, config)
+    vectors = vectors_of(handle)
+    handle.unpatch()
+    return HookLofit(model, vectors)
+
+
+def config(**heads):
+    return lf.LofitConfig(init_std=RECIPE.init_std, seed=RECIPE.seed, **heads)
+
+
+def losses_of(result, stage):
+    return [row["loss"] for row in result.history if row["stage"] == stage]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_parity_of_both_steps(family, recorded, tmp_path):
+    model = tiny_model(family)
+    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=tmp_path, progress=False)
+    tuned = vectors_of(result.handle)
+    result.handle.unpatch()
+    assert len(recorded) == 3 * (3 + 3)
+    epochs = [recorded[i : i + 3] for i in range(0, len(recorded), 3)]
+    # every example once an epoch, in another order each time
+    assert len({str([batch["input_ids"].tolist() for batch in epoch]) for epoch in epochs[:3]}) == 3
+    assert all(sum(len(batch["labels"]) for batch in epoch) == len(EXAMPLES) for epoch in epochs)
+
+    hook = hook_on(model, config(scale="all"))
+    losses = train_hook(model, hook, epochs[:3], HookStep(RECIPE.select_lr, RECIPE.l1))
+    hook.remove()
+    scores = torch.stack([hook.parameters[n, "scale"].detach().norm(dim=1) for n in range(LAYERS)])
+    heads = lf.select_heads(scores, RECIPE.top)
+    assert losses_of(result, "select") == pytest.approx(losses, rel=1e-4)
+    assert (scores - result.scores).abs().max() <= 1e-4 * scores.max()
+    assert jaccard(heads, result.heads) >= 0.9
+
+    hook = hook_on(model, config(offset=heads))
+    losses = train_hook(model, hook, epochs[3:], HookStep(RECIPE.tune_lr))
+    hook.remove()
+    assert losses_of(result, "tune") == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+    for key, (_, rows) in tuned.items():
+        other = hook.parameters[key].detach()
+        assert (rows - other).abs().max() <= 1e-4 * other.abs().max()

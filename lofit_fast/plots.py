@@ -24,15 +24,20 @@ def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: st
 
 
 def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> Path:
-    """Training loss, and evaluation loss where there is one, per epoch of both steps. Writes a PNG."""
+    """Training loss by step and epoch, and evaluation loss where there is one, of both steps. Writes a PNG."""
     stages = [stage for stage in _STEP_NAMES if any(row["stage"] == stage for row in history)]
     figure, axes = _figure((4.2 * len(stages), 3.2), columns=len(stages))
     for axis, stage in zip(axes if len(stages) > 1 else [axes], stages, strict=True):
         rows = [row for row in history if row["stage"] == stage]
+        for row in rows:
+            losses = row.get("step_losses", [])
+            at = [row["epoch"] - 1 + (i + 1) / len(losses) for i in range(len(losses))]
+            axis.plot(at, losses, color="tab:blue", alpha=0.35, linewidth=1)
         epochs = [row["epoch"] for row in rows]
-        axis.plot(epochs, [row["loss"] for row in rows], marker="o", label="training")
+        axis.plot(epochs, [row["loss"] for row in rows], color="tab:blue", marker="o", label="training, epoch mean")
         if "eval_loss" in rows[0]:
-            axis.plot(epochs, [row["eval_loss"] for row in rows], marker="s", label="validation")
+            axis.plot(epochs, [row["eval_loss"] for row in rows], color="tab:orange", marker="s", label="validation")
+        axis.set_xticks(range(max(epochs) + 1))
         axis.set(xlabel="epoch", ylabel="loss per labelled token", title=_STEP_NAMES[stage])
         axis.legend(frameon=False)
     figure.suptitle(title)

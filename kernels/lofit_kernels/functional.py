@@ -51,7 +51,8 @@ def head_affine_linear(
     if folded is not None and torch.is_grad_enabled() and offset is not None and offset.requires_grad:
         raise ValueError("a folded offset gets no gradient: expected folded only under torch.no_grad()")
     path = (chosen.form, chosen.backend)
-    return ops.affine_linear(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, *path)
+    run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
+    return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, *path)
 
 
 def head_affine(
@@ -72,7 +73,8 @@ def head_affine(
     chosen = plan(has_scale=False, dtype=z.dtype, device_type=z.device.type, backend=backend)
     if scale is None and offset is None:
         return z
-    return ops.affine(z, scale, scale_heads, offset, offset_heads, chosen.backend)
+    run = ops.affine if torch.compiler.is_compiling() else ops.Affine.apply
+    return run(z, scale, scale_heads, offset, offset_heads, chosen.backend)
 
 
 @torch.no_grad()

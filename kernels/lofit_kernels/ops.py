@@ -1,12 +1,14 @@
-"""The op as torch.library custom ops: opaque to autograd and torch.compile, with fakes and closed-form gradients.
+"""The op twice: as torch.library custom ops for torch.compile, and as an autograd.Function for eager mode.
 
 `lofit::affine_linear` is the projection with the adapter inside; `lofit::affine` is the adapter alone, for base layers
-that must not be bypassed. Each has a backward op of its own, so that a compiled backward stays one node. Backward ops
-have no gradient formula: differentiating twice raises instead of returning something wrong.
+that must not be bypassed. Each has a fake and a backward op of its own, so that a compiled backward stays one node.
+The Functions call the same code without the dispatcher's wrappers, which cost more than a small projection.
+Differentiating twice raises, either way, instead of returning something wrong.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
@@ -56,10 +58,17 @@ def affine_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of (z, weight, bias, scale, offset) that `needs` asks for, in that order, the others left out."""
+    vectors = (scale, scale_heads, offset, offset_heads)
+    grads = _linear_backward(grad, z, weight, bias, *vectors, needs, backend)
+    return [g for g in grads if g is not None]
+
+
+def _linear_backward(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend):
+    """The gradients of (z, weight, bias, scale, offset) in their inputs' dtypes, None where not needed."""
     with _as_written(grad):
         grads = affine_linear_bwd(grad, z, weight, scale, scale_heads, offset, offset_heads, tuple(needs), backend)
-    targets = (grad, weight, bias, scale, offset)
-    return [g.to(like.dtype) for g, like in zip(grads, targets, strict=True) if g is not None]
+    likes = (grad, weight, bias, scale, offset)
+    return [None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)]
 
 
 @affine_linear_backward.register_fake
@@ -88,6 +97,24 @@ def _linear_gradients(ctx, grad):
 affine_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
 
 
+class AffineLinear(torch.autograd.Function):
+    """`lofit::affine_linear` for eager mode; the same arguments."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """y; see `affine_linear`."""
+        _save_linear(ctx, inputs, None)
+        with _as_written(inputs[0]):
+            return affine_linear_fwd(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """The gradients that are needed; see `affine_linear_backward`."""
+        d_z, d_weight, d_bias, d_scale, d_offset = _linear_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend)
+        return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None
+
+
 @torch.library.custom_op("lofit::affine", mutates_args=())
 def affine(
     z: Tensor,
@@ -98,9 +125,14 @@ def affine(
     backend: str,
 ) -> Tensor:
     """(1 + a) * z + v. z: (..., K); scale, offset: (h, D) float32; heads: (h,) int64. Returns z's shape and dtype."""
+    return _affine_forward(z, scale, scale_heads, offset, offset_heads, backend)
+
+
+def _affine_forward(z, scale, scale_heads, offset, offset_heads, backend):
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = z.reshape(-1, z.shape[-1])
-    return primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim).view(z.shape)
+    with _as_written(z):
+        return primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim).view(z.shape)
 
 
 @affine.register_fake
@@ -120,12 +152,19 @@ def affine_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of (z, scale, offset) that `needs` asks for, in that order, the others left out."""
+    grads = _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, backend)
+    return [g for g in grads if g is not None]
+
+
+def _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, backend):
+    """The gradients of (z, scale, offset) in their inputs' dtypes, None where not needed."""
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     flat = grad.reshape(-1, grad.shape[-1])
-    grads = primitives(backend).affine_bwd(flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
+    with _as_written(grad):
+        grads = primitives(backend).affine_bwd(flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
     shaped = (None if grads[0] is None else grads[0].view(grad.shape), *grads[1:])
-    return [g.to(like.dtype) for g, like in zip(shaped, (grad, scale, offset), strict=True) if g is not None]
+    return [None if g is None else g.to(x.dtype) for g, x in zip(shaped, (grad, scale, offset), strict=True)]
 
 
 @affine_backward.register_fake
@@ -149,3 +188,20 @@ def _affine_gradients(ctx, grad):
 
 
 affine.register_autograd(_affine_gradients, setup_context=_save_affine)
+
+
+class Affine(torch.autograd.Function):
+    """`lofit::affine` for eager mode; the same arguments."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """(1 + a) * z + v; see `affine`."""
+        _save_affine(ctx, inputs, None)
+        return _affine_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """The gradients that are needed; see `affine_backward`."""
+        d_z, d_scale, d_offset = _affine_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend)
+        return d_z, d_scale, None, d_offset, None, None

@@ -21,7 +21,7 @@ class LofitTrainer(Trainer):
 
     l1: weight of sum |a| over all scales, added to the loss once per optimizer step.
     on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
-    term's last value), eval_loss when there is an evaluation set, seconds.
+    term's last value), seconds, step_losses, and eval_loss when there is an evaluation set.
     Raises FloatingPointError at the first epoch (on a CPU: step) whose loss is not finite.
     """
 
@@ -30,7 +30,7 @@ class LofitTrainer(Trainer):
         self.handle, self.l1, self.on_epoch = handle, l1, on_epoch
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
-        self.epoch_loss = _Mean()
+        self.losses = _StepLosses()
         self.remove_callback(PrinterCallback)
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -43,7 +43,7 @@ class LofitTrainer(Trainer):
         if not model.training:
             return result
         loss = result[0] if return_outputs else result
-        self.epoch_loss.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
+        self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
         if loss.device.type == "cpu":
             _check_finite(loss.item(), self.state.epoch)
         total = loss + self.l1_term() / self.current_gradient_accumulation_steps
@@ -65,22 +65,25 @@ class LofitTrainer(Trainer):
         fill(self.handle, read_adapter(resume_from_checkpoint))
 
 
-class _Mean:
-    """The mean over steps of a loss that arrives in micro-batches; its sum stays on the device."""
+class _StepLosses:
+    """The losses of an epoch's steps. They arrive in micro-batches and stay on the device until they are taken."""
 
     def __init__(self) -> None:
-        self.total, self.steps = None, 0.0
+        self.steps: list[Tensor] = []
+        self.loss, self.part = 0.0, 0.0
 
-    def add(self, value: Tensor, steps: float) -> None:
-        """Add a micro-batch's part of its step's loss. steps: the part of a step it is."""
-        self.total = value.double() if self.total is None else self.total + value
-        self.steps += steps
+    def add(self, loss: Tensor, part: float) -> None:
+        """Add a micro-batch's share of its step's loss. part: the share of a step it is."""
+        self.loss, self.part = self.loss + loss.double(), self.part + part
+        if self.part > 1 - 1e-6:
+            self.steps.append(self.loss)
+            self.loss, self.part = 0.0, 0.0
 
-    def take(self) -> float:
-        """The mean so far; starts anew."""
-        mean = float(self.total) / self.steps
-        self.total, self.steps = None, 0.0
-        return mean
+    def take(self) -> list[float]:
+        """The losses so far; starts anew."""
+        losses = torch.stack(self.steps).tolist()
+        self.steps = []
+        return losses
 
 
 class _EpochReport(TrainerCallback):
@@ -95,10 +98,17 @@ class _EpochReport(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **_):
         trainer = self.trainer
-        loss = trainer.epoch_loss.take()
-        _check_finite(loss, state.epoch)
         seconds = time.perf_counter() - self.started
-        self.report = {"epoch": round(state.epoch), "loss": loss, "l1": trainer.l1_term().item(), "seconds": seconds}
+        steps = trainer.losses.take()
+        loss = sum(steps) / len(steps)
+        _check_finite(loss, state.epoch)
+        self.report = {
+            "epoch": round(state.epoch),
+            "loss": loss,
+            "l1": trainer.l1_term().item(),
+            "seconds": seconds,
+            "step_losses": [round(value, 5) for value in steps],
+        }
         if trainer.eval_dataset is None:
             self._send()
 

@@ -124,7 +124,7 @@ def test_trainer_reports_an_epoch(tmp_path):
         handle, tmp_path, l1=L1, history=history, evaluation=rows(4), eval_strategy="epoch", num_train_epochs=2
     ).train()
     assert [row["epoch"] for row in history] == [1, 2]
-    assert all(row.keys() == {"epoch", "loss", "l1", "seconds", "eval_loss"} for row in history)
+    assert all(row.keys() == {"epoch", "loss", "l1", "seconds", "step_losses", "eval_loss"} for row in history)
     # the loss of the one step of epoch 1 is that of the vectors it began with, and holds no L1 term
     assert history[0]["loss"] == pytest.approx(loss, rel=1e-6)
     assert history[1]["l1"] == pytest.approx(L1 * vectors(handle).abs().sum().item(), rel=1e-6)
@@ -136,7 +136,7 @@ def test_trainer_reports_an_epoch(tmp_path):
 def test_trainer_without_evaluation_reports_no_eval_loss(tmp_path):
     history = []
     trainer_on(scaled(), tmp_path, history=history).train()
-    assert [row.keys() for row in history] == [{"epoch", "loss", "l1", "seconds"}]
+    assert [row.keys() for row in history] == [{"epoch", "loss", "l1", "seconds", "step_losses"}]
     assert history[0]["l1"] == 0
 
 

@@ -31,8 +31,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def base():
-    """SmolLM2 in float32 and its tokenizer."""
-    return load_model("smollm2", dtype="float32")
+    """SmolLM2 in float32 and its tokenizer, with all the threads that the quick tests do without."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield load_model("smollm2", dtype="float32")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ vendor's). Forms:
 
     fold    y = z W^T + (b + W v)                       offset only: nothing of z is touched or saved
     pass    y = ((1 + a) z) W^T + (b + W v)             one elementwise pass before the GEMM
-    delta   y = z W^T + [(a z_S) W_S^T + b + W v]       the bracket is the addend of the GEMM's fp32 accumulator
+    delta   y = z W^T + (a z_S) W_S^T + (b + W v)       the middle term is the addend of the GEMM's fp32 accumulator
 
 In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
 `delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM.

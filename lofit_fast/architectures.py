@@ -32,7 +32,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3_text"),
-        Architecture("gemma3"),
         Architecture("qwen3"),
         Architecture("mistral", bias_flag=None, export_as="llama"),
         Architecture("qwen2", bias_flag=None, export_as="llama"),

@@ -142,14 +142,15 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Exact match of greedy answers; with a closed set of answers also the best-scoring one, and the majority."""
-    from lofit_fast.evaluation import constrained_accuracy, exact_match_accuracy
+    from lofit_fast.evaluation import answer_length, constrained_accuracy, exact_match_accuracy
     from lofit_fast.tasks import majority_accuracy
 
     base, tokenizer = _load(model, adapter, dtype, device)
     examples = _load_task(_task_name(task, data), data, tokenizer, seed=seed)
     options = {"batch_size": batch_size, "progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.validation)}
-    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, **options)
+    length = answer_length(tokenizer, examples.validation)
+    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, max_new_tokens=length, **options)
     if examples.candidates:
         scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **options)
         report |= {"best_scoring_candidate": scored, "majority": majority_accuracy(examples)}
@@ -181,8 +182,8 @@ def generate(
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
         return
     for text, answer in zip(prompts, answers, strict=True):
-        out.print(text, style="dim", markup=False, highlight=False, end="")
-        out.print(answer, style="bold green", markup=False, highlight=False)
+        # not through rich: a model's words are neither wrapped nor searched for markup and emoji
+        print(f"{text}\033[1m{answer}\033[0m" if sys.stdout.isatty() else text + answer)
 
 
 @_command("merge --model smollm2 --adapter runs/kinship/adapter --output merged")

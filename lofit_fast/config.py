@@ -1,5 +1,6 @@
 """What is adapted (LofitConfig) and how it is trained (Recipe): plain, frozen data."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +33,7 @@ class LofitConfig:
 
 
 def _head_set(component: str, heads: object) -> HeadSet:
-    if heads is None or heads == "all":
+    if heads is None or (isinstance(heads, str) and heads == "all"):
         return heads
     if isinstance(heads, str) or not isinstance(heads, Iterable):
         raise TypeError(f"expected {component} to be 'all', None or a list of (layer, head), got {heads!r}")
@@ -46,10 +47,14 @@ def _head_set(component: str, heads: object) -> HeadSet:
 
 
 def _pair(component: str, item: object) -> Head:
-    pair = tuple(item) if isinstance(item, Iterable) and not isinstance(item, str) else ()
-    if len(pair) != 2 or not all(isinstance(x, int) and x >= 0 for x in pair):
+    try:
+        # numpy's and torch's integers are integers too; a bool is not
+        layer, head = (operator.index(x) for x in item if not isinstance(x, bool))
+    except (TypeError, ValueError):
+        layer, head = -1, -1
+    if layer < 0 or head < 0:
         raise TypeError(f"expected {component} to hold (layer, head) pairs of non-negative integers, got {item!r}")
-    return pair
+    return layer, head
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Recipe:
     eval_batch_size: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("select_epochs", "tune_epochs", "batch_size", "accumulation_steps", "seed", "eval_batch_size"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"expected seed in [0, 2**32), got {self.seed}")
         positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -106,6 +116,4 @@ def check_top(top: int | float) -> None:
 # what the paper changes per task; see docs/guide.md
 RECIPES: dict[str, dict[str, float]] = {
     "clutrr": {"select_lr": 5e-4, "l1": 5e-3, "tune_lr": 1e-2},
-    "mquake": {"select_lr": 5e-3, "l1": 5e-4, "tune_lr": 8e-3},
-    "truthfulqa": {"select_lr": 5e-3, "l1": 5e-4, "tune_lr": 1e-2},
 }

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lofit_fast.baselines.hook import HookLofit, vectors_of
-from lofit_fast.config import LofitConfig, Recipe
+from lofit_fast.config import Recipe
 from lofit_fast.encoding import encode, pad_token_id
 from lofit_fast.evaluation import constrained_accuracy, exact_match_accuracy, generate_answers
 from lofit_fast.models import load_model
-from lofit_fast.patch import patch
+from lofit_fast.patch import LofitHandle
 from lofit_fast.tasks import majority_accuracy
 from lofit_fast.tasks.kinship import kinship
 from lofit_fast.training.collate import CompletionCollator
@@ -59,6 +59,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
         progress=progress,
     )
     console.print(f"kept {len(result.heads)} heads; best: {result.heads[:6]}", highlight=False)
+    speed = time_against_hook(result.handle, tokenizer, task.train)
     merged = result.handle.merge()
     answer_after = generate_answers(merged, tokenizer, [question])[0]
     summary = write_summary(
@@ -71,7 +72,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
         question=question,
         answer_before=answer_before.strip(),
         answer_after=answer_after.strip(),
-        **time_against_hook(merged, tokenizer, task.train, result.heads),
+        **speed,
         seconds_in_all=time.perf_counter() - started,
     )
     console.print(_table(summary))
@@ -79,7 +80,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
     return summary
 
 
-def time_against_hook(model, tokenizer, examples, heads) -> dict[str, float]:
+def time_against_hook(handle: LofitHandle, tokenizer, examples) -> dict[str, float]:
     """Training tokens/s of step 2, ours and a hook's on the same batches and heads, taken in turns; medians.
 
     hook_tokens_per_s: as its users run it, with full logits and sdpa attention. hook_same_engine_tokens_per_s: in our
@@ -88,27 +89,22 @@ def time_against_hook(model, tokenizer, examples, heads) -> dict[str, float]:
     collate = CompletionCollator(pad_token_id(tokenizer))
     rows = [encode(tokenizer, example, None) for example in examples]
     batches = [collate(rows[i : i + 8]) for i in range(0, min(len(rows), 8 * _TIMED_BATCHES), 8)]
-    ours = patch(model, LofitConfig(offset=heads))
-    vectors = vectors_of(ours)
-    parameters = list(ours.parameters())
+    model, parameters = handle.model, list(handle.parameters())
     attention = model.config._attn_implementation
     seconds: dict[str, list[float]] = {"ours": [], "hook_same_engine": [], "hook": []}
-    try:
-        for batch in [batches[0], *batches]:
-            seconds["ours"].append(_step_seconds(model, batch, parameters))
-            with ours.disabled():
-                hook = HookLofit(model, vectors)
-                try:
-                    leaves = list(hook.parameters.values())
-                    seconds["hook_same_engine"].append(_step_seconds(model, batch, leaves))
-                    model.set_attn_implementation("sdpa")
-                    full = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-                    seconds["hook"].append(_step_seconds(model, full, leaves))
-                finally:
-                    model.set_attn_implementation(attention)
-                    hook.remove()
-    finally:
-        ours.unpatch()
+    for batch in [batches[0], *batches]:
+        seconds["ours"].append(_step_seconds(model, batch, parameters))
+        with handle.disabled():
+            hook = HookLofit(model, vectors_of(handle))
+            try:
+                leaves = list(hook.parameters.values())
+                seconds["hook_same_engine"].append(_step_seconds(model, batch, leaves))
+                model.set_attn_implementation("sdpa")
+                full = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+                seconds["hook"].append(_step_seconds(model, full, leaves))
+            finally:
+                model.set_attn_implementation(attention)
+                hook.remove()
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     # the first round warms up
     rates = {name: median(n / s for n, s in zip(tokens, taken[1:], strict=True)) for name, taken in seconds.items()}

@@ -24,8 +24,7 @@ def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | No
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
-    if isinstance(example, Mapping):
-        example = Example(example["prompt"], example["completion"])
+    example = as_example(example)
     prompt = encode_prompt(tokenizer, example.prompt)
     completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
     if not completion:
@@ -38,6 +37,16 @@ def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | No
             f"{example.prompt[:60]!r}..."
         )
     return {"input_ids": prompt + ending, "labels": [IGNORED] * len(prompt) + ending}
+
+
+def as_example(example: Example | Mapping[str, str]) -> Example:
+    """An Example from a mapping with "prompt" and "completion". Raises ValueError naming the keys it has instead."""
+    if isinstance(example, Example):
+        return example
+    if not isinstance(example, Mapping) or not {"prompt", "completion"} <= example.keys():
+        got = sorted(example) if isinstance(example, Mapping) else type(example).__name__
+        raise ValueError(f"expected examples with the keys prompt and completion, got {got}")
+    return Example(example["prompt"], example["completion"])
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:

@@ -51,6 +51,11 @@ def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
     return sum(hits) / len(hits)
 
 
+def answer_length(tokenizer, examples: Sequence[Example]) -> int:
+    """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
+    return max([MAX_NEW_TOKENS, *(len(_ids(tokenizer, e.completion)) + 1 for e in examples)])
+
+
 @torch.no_grad()
 def score_candidates(
     model: nn.Module,

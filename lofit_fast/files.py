@@ -1,4 +1,4 @@
-"""Folders and files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that keep nothing of a write that failed."""
 
 import json
 import os
@@ -11,9 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(path: Path | str) -> Iterator[Path]:
-    """A scratch folder beside `path`, whose files move into `path` if the block ends well and vanish if it does not.
+    """A scratch folder inside `path`, whose files move into `path` if the block ends well and vanish if it does not.
 
-    Files already in `path` under other names stay. Raises OSError naming the folder when it cannot be written.
+    Each file is replaced whole; files already in `path` under other names stay. Raises OSError naming the folder when
+    it cannot be written.
     """
     path = writable_folder(path)
     scratch = Path(tempfile.mkdtemp(prefix=".lofit-", dir=path))

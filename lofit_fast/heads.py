@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def head_scores(handle: LofitHandle) -> Tensor:
     """The L2 norm of every head's scale vector (arXiv:2406.01563, section 3): (layers, heads) float32 on the CPU.
 
-    Heads without a scale score minus infinity. Raises ValueError when the handle trains no scale.
+    Rows are layer numbers. Heads without a scale, and layers without attention, score minus infinity.
+    Raises ValueError when the handle trains no scale.
     """
     if handle.config.scale is None:
         raise ValueError("head scores need scales: expected a handle patched with LofitConfig(scale=...)")
     n_heads = max(p.n_heads for p in handle.projections)
-    scores = torch.full((len(handle.projections), n_heads), -math.inf)
-    for row, projection in enumerate(handle.projections):
-        layer = handle.layers.get(projection.layer)
-        if layer is not None and layer.scale is not None:
-            scores[row, layer.heads("scale")] = layer.scale.norm(dim=1).float().cpu()
+    scores = torch.full((handle.projections[-1].layer + 1, n_heads), -math.inf)
+    for number, layer in handle.layers.items():
+        if layer.scale is not None:
+            scores[number, layer.heads("scale")] = layer.scale.norm(dim=1).float().cpu()
     return scores
 
 

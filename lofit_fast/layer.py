@@ -37,12 +37,14 @@ class LofitLinear(nn.Module):
         self.enabled = True
         self.folded: Tensor | None = None
         of_base = next(base_layer.parameters(), torch.empty(0))
-        like = {"device": of_base.device, "dtype": torch.float64 if of_base.dtype == torch.float64 else torch.float32}
+        dtype = torch.float64 if of_base.dtype == torch.float64 else torch.float32
+        self._heads = {"scale": scale_heads, "offset": offset_heads}
         for component, heads in (("scale", scale_heads), ("offset", offset_heads)):
-            rows = None if heads is None else torch.zeros(len(heads), head_dim, **like)
-            index = None if heads is None else head_index(heads, n_heads, of_base.device)
+            shape = None if heads is None else (len(heads), head_dim)
+            rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=_device_of(base_layer, of_base))
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
-            self.register_buffer(f"{component}_heads", index, persistent=False)
+            self.register_buffer(f"{component}_heads", None, persistent=False)
+        self._place_heads()
 
     @property
     def weight(self) -> Tensor:
@@ -82,17 +84,17 @@ class LofitLinear(nn.Module):
     @contextmanager
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
-        plain = is_plain_linear(self.base_layer) and self.offset is not None
-        self.folded = fold_offset(self.base_layer.weight, self.offset, self.offset_heads) if plain else None
+        outer = self.folded
+        if outer is None and self.offset is not None and is_plain_linear(self.base_layer):
+            self.folded = fold_offset(self.base_layer.weight, self.offset, self.offset_heads)
         try:
             yield
         finally:
-            self.folded = None
+            self.folded = outer
 
     def heads(self, component: str) -> list[int]:
         """The heads that carry a component ("scale" or "offset"), ascending; empty if it is absent."""
-        index = getattr(self, f"{component}_heads")
-        return [] if index is None else index.tolist()
+        return list(self._heads[component] or [])
 
     def state_dict(self, *args, **kwargs):
         """The base layer's state under the base layer's own names."""
@@ -108,7 +110,15 @@ class LofitLinear(nn.Module):
         if recurse:
             self.base_layer._apply(fn)
         super()._apply(_at_least_float32(fn), recurse=False)
+        self._place_heads()
         return self
+
+    def _place_heads(self) -> None:
+        """The lists of heads as indices beside the vectors: rebuilt, since to_empty() leaves buffers undefined."""
+        for component, heads in self._heads.items():
+            if heads is not None:
+                device = getattr(self, component).device
+                setattr(self, f"{component}_heads", head_index(heads, self.n_heads, device))
 
     def extra_repr(self) -> str:
         """What is adapted, for print(model)."""
@@ -135,6 +145,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _device_of(base_layer: nn.Module, parameter: Tensor) -> torch.device:
+    """Where a layer computes. Raises ValueError for weights that are nowhere."""
+    if parameter.device.type != "meta":
+        return parameter.device
+    # accelerate keeps offloaded weights on meta, and brings them to this device for each forward
+    device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        raise ValueError("cannot patch a model whose weights are on the meta device: load it first")
+    return torch.device(device)
 
 
 def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

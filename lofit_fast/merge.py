@@ -6,6 +6,7 @@ W' = W diag(1 + a)        b' = b + W v
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.adapter import CONFIG_FILE
 from lofit_fast.architectures import Projection, architecture_of, text_config
 from lofit_fast.files import whole_folder
 from lofit_fast.layer import LofitLinear, eval_mode
@@ -86,6 +88,12 @@ def merge_into_base(handle: LofitHandle) -> None:
             base.bias.copy_(bias)
         elif bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=base.weight.requires_grad)
+    if flagged and architecture.bias_flag is None:
+        warnings.warn(
+            f"the merged model is right in memory, but the code of {text_config(handle.model).model_type!r} has no "
+            "output-projection bias: saved and reloaded, it would lose the offsets. Use lofit_fast.export for that",
+            stacklevel=3,
+        )
     if not flagged or architecture.bias_flag is None:
         return
     for projection, name in _flagged(handle):
@@ -104,7 +112,12 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     Raises ValueError when the family cannot carry the offsets, or the base is not plain; OSError when the folder
     cannot be written. Nothing is left behind then.
     """
+    handle.check_live()
     check_mergeable(handle)
+    if (Path(folder) / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{folder} holds an adapter, which would be taken for a part of the model: choose another folder"
+        )
     config, model_class = _plain_config(handle)
     with torch.device("meta"):
         plain = model_class(config)
@@ -129,6 +142,7 @@ def verify_export(handle: LofitHandle, folder: Path | str, tokens: Tensor | None
     """
     from transformers import AutoModelForCausalLM
 
+    handle.check_live()
     model = handle.model
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
@@ -192,6 +206,8 @@ def _plain_config(handle: LofitHandle):
         raise ValueError(
             f"cannot export a {type(model).__name__} with other adapters around it: merge or unload them first"
         )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"cannot export a {type(model).__name__}: expected a causal language model")
     config = copy.deepcopy(model.config)
     if not _needs_bias_flag(handle):
         return config, type(model)

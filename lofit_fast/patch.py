@@ -27,7 +27,8 @@ class LofitHandle:
         self.model, self.config, self.projections = model, config, projections
         self.fingerprint = fingerprint(model, projections)
         self.layers = _build_layers(config, projections)
-        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        # names, since a parameter may be another object by the time it is given back
+        self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self._live = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -47,6 +48,7 @@ class LofitHandle:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """A scope in which the model computes what the base computes."""
+        self.check_live()
         before = {layer: layer.enabled for layer in self.layers.values()}
         for layer in before:
             layer.enabled = False
@@ -58,7 +60,11 @@ class LofitHandle:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused."""
+        """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused.
+
+        The vectors must not change inside it.
+        """
+        self.check_live()
         with torch.no_grad(), ExitStack() as scopes:
             for layer in self.layers.values():
                 scopes.enter_context(layer.fold())
@@ -69,13 +75,22 @@ class LofitHandle:
         return save_adapter(self, folder)
 
     def unpatch(self) -> nn.Module:
-        """Put the base layers back, the very same objects, trainable as they were. Ends the handle."""
-        self._check_live()
-        for projection in self.projections:
-            if projection.layer in self.layers:
-                setattr(projection.parent, projection.attribute, projection.module)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
+
+        A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
+        before anything is changed, when something else has wrapped ours.
+        """
+        self.check_live()
+        adapted = [p for p in self.projections if p.layer in self.layers]
+        for p in adapted:
+            if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
+                raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        for p in adapted:
+            setattr(p.parent, p.attribute, self.layers[p.layer].base_layer)
+        parameters = dict(self.model.named_parameters())
+        for name in self._frozen:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
         self._live = False
         return self.model
 
@@ -86,15 +101,14 @@ class LofitHandle:
         and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
         """
-        self._check_live()
+        self.check_live()
         check_mergeable(self)
         self.unpatch()
         merge_into_base(self)
         return self.model
 
     def _attach(self) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        self.model.requires_grad_(False)
         for projection in self.projections:
             if layer := self.layers.get(projection.layer):
                 layer.handle = self
@@ -103,7 +117,8 @@ class LofitHandle:
                 setattr(projection.parent, projection.attribute, layer)
         self._live = True
 
-    def _check_live(self) -> None:
+    def check_live(self) -> None:
+        """Raise ValueError when the handle has ended."""
         if not self._live:
             raise ValueError("this handle has ended: its model was unpatched or merged")
 
@@ -183,7 +198,7 @@ def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection
     wrong = [(layer, head) for layer, head in heads if head >= sizes.get(layer, 0)]
     if wrong:
         raise ValueError(
-            f"{component} names heads the model does not have: {wrong}; expected layers below {len(projections)} and "
-            f"heads below {max(sizes.values())}"
+            f"{component} names heads the model does not have: {wrong}; expected layers up to {max(sizes)} and heads "
+            f"below {max(sizes.values())}"
         )
     return {layer: sorted(h for at, h in heads if at == layer) for layer in sorted({at for at, _ in heads})}

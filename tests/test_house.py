@@ -15,7 +15,17 @@ PACKAGES = {"lofit_kernels": ROOT / "kernels" / "lofit_kernels", "lofit_fast": R
 # a module may import those before it in its own list, and never those after; a package stands for its modules
 ORDER = {
     "lofit_kernels": ["reference", "plan", "aten", "gpu", "projection", "ops", "functional"],
-    "lofit_kernels.gpu": ["tiles", "jit", "offset", "affine", "forward", "backward", "primitives", "catalogue"],
+    "lofit_kernels.gpu": [
+        "tiles",
+        "jit",
+        "offset",
+        "affine",
+        "matmul",
+        "forward",
+        "backward",
+        "primitives",
+        "catalogue",
+    ],
     "lofit_fast": [
         "config",
         "architectures",

@@ -302,7 +302,7 @@ REFUSED = {
     "no_model": (lambda: nn.Sequential(nn.Linear(4, 4)), CONFIGS["both"], TypeError, "Hugging Face model"),
     "unknown_model": (gpt2, LofitConfig(scale="all"), ValueError, "GPT2LMHeadModel.*not supported"),
     "head_beyond": (None, LofitConfig(offset=[(0, 1), (1, HEADS)]), ValueError, r"offset names heads.*\[\(1, 4\)\]"),
-    "layer_beyond": (None, LofitConfig(scale=[(LAYERS, 0)]), ValueError, r"scale names.*\(3, 0\).*layers below 3"),
+    "layer_beyond": (None, LofitConfig(scale=[(LAYERS, 0)]), ValueError, r"scale names.*\(3, 0\).*layers up to 2"),
     "no_config": (None, {"scale": "all"}, TypeError, "expected a LofitConfig, got dict"),
 }
 

@@ -132,7 +132,9 @@ def _affine_forward(z, scale, scale_heads, offset, offset_heads, backend):
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = z.reshape(-1, z.shape[-1])
     with _as_written(z):
-        return primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim).view(z.shape)
+        x = primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim)
+    # whatever z's strides, the fake promises contiguous
+    return x.contiguous().view(z.shape)
 
 
 @affine.register_fake
@@ -163,7 +165,7 @@ def _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, b
     flat = grad.reshape(-1, grad.shape[-1])
     with _as_written(grad):
         grads = primitives(backend).affine_bwd(flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
-    shaped = (None if grads[0] is None else grads[0].view(grad.shape), *grads[1:])
+    shaped = (None if grads[0] is None else grads[0].contiguous().view(grad.shape), *grads[1:])
     return [None if g is None else g.to(x.dtype) for g, x in zip(shaped, (grad, scale, offset), strict=True)]
 
 

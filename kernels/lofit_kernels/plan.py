@@ -46,7 +46,7 @@ def plan(*, has_scale: bool, dtype: torch.dtype, device_type: str, form: str = "
     """Choose the path for one projection.
 
     has_scale: whether any head has a scale. dtype: of z and W. device_type: "cpu", "cuda", ...
-    form, backend: "auto", or one of FORMS / BACKENDS to insist on it.
+    form, backend: "auto", or one of FORMS / BACKENDS to insist on it. Without a scale every form is the fold.
     Raises ValueError for an unknown form or backend, a fold of a scale, or a dtype the backend does not compute in.
     """
     chosen, reason = _choose_form(has_scale, dtype) if form == "auto" else (form, "asked for")

@@ -10,18 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.encoding import Encoded, encode, encode_prompt, pad_token_id
-from lofit_fast.evaluation import MAX_NEW_TOKENS, check_room, exact_match_accuracy
+from lofit_fast.encoding import Encoded, as_example, encode, encode_prompt, pad_token_id
+from lofit_fast.evaluation import answer_length, check_room, exact_match_accuracy
 from lofit_fast.heads import head_scores, select_heads
 from lofit_fast.layer import eval_mode
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
-from lofit_fast.training.run import RunFolder, data_digest, weights_digest
+from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
 
 Examples = Sequence[Example | Mapping[str, str]]
@@ -88,9 +87,10 @@ class _Stages:
         context = getattr(text_config(model), "max_position_embeddings", None)
         limit = min((n for n in (recipe.max_length, context) if n is not None), default=None)
         self.train = [encode(tokenizer, example, limit) for example in train]
-        self.eval_examples = [_as_example(example) for example in eval_data or ()]
+        self.eval_examples = [as_example(example) for example in eval_data or ()]
         self.eval = [encode(tokenizer, example, limit) for example in self.eval_examples]
-        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.eval_examples], MAX_NEW_TOKENS)
+        self.answer_length = answer_length(tokenizer, self.eval_examples)
+        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.eval_examples], self.answer_length)
 
     def check_heads(self, heads: Sequence[Head] | None) -> None:
         """Fail before training, not after it, on heads that cannot be chosen."""
@@ -148,7 +148,7 @@ class _Stages:
 
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
-        checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
+        checkpoint = last_checkpoint(folder) if resume else None
         with _undisturbed(self.model):
             LofitTrainer(
                 handle,
@@ -168,6 +168,7 @@ class _Stages:
                 self.model,
                 self.tokenizer,
                 self.eval_examples,
+                max_new_tokens=self.answer_length,
                 batch_size=self.recipe.eval_batch_size,
                 progress=self.progress,
             )
@@ -175,7 +176,7 @@ class _Stages:
 
     def _arguments(self, folder: Path, lr: float, epochs: int) -> TrainingArguments:
         recipe = self.recipe
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=recipe.batch_size // recipe.accumulation_steps,
             gradient_accumulation_steps=recipe.accumulation_steps,
@@ -197,6 +198,9 @@ class _Stages:
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
         )
+        # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
 
 @contextmanager
@@ -221,7 +225,3 @@ class _Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Encoded:
         return self.rows[index]
-
-
-def _as_example(example: Example | Mapping[str, str]) -> Example:
-    return example if isinstance(example, Example) else Example(example["prompt"], example["completion"])

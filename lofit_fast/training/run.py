@@ -15,6 +15,8 @@ from lofit_fast.encoding import Encoded
 from lofit_fast.files import writable_folder, write_json, write_text
 
 _NEXT = {"select": "tune", "tune": "done"}
+_FOLDERS = ("select", "tune", "adapter")
+_FILES = ("heads.json", "history.jsonl", "summary.json", "heads.png", "loss.png")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class RunFolder:
         """Create the folder, or go on with the run in it.
 
         identity: what makes two runs the same one (recipe, model, data, heads).
-        Raises OSError when it cannot be written, ValueError when it holds a run of another identity and resume is on.
+        Raises OSError when it cannot be written, ValueError when it holds a run of another identity and resume is on,
+        or such files without being a run.
         """
         run = cls(writable_folder(path))
         state = run._read("state.json")
@@ -46,9 +49,15 @@ class RunFolder:
                     "over with resume=False (--no-resume)"
                 )
             return run
-        for name in ("select", "tune", "adapter"):
+        left = [name for name in (*_FOLDERS, *_FILES) if (run.path / name).exists()]
+        if left and state is None:
+            raise ValueError(
+                f"{run.path} holds {', '.join(left)} but no state.json, so they are no run of ours to replace: choose "
+                "another folder"
+            )
+        for name in _FOLDERS:
             shutil.rmtree(run.path / name, ignore_errors=True)
-        for name in ("heads.json", "history.jsonl"):
+        for name in _FILES:
             (run.path / name).unlink(missing_ok=True)
         write_json(run.path / "state.json", {"stage": "select", "identity": identity, "metrics": {}})
         return run
@@ -117,6 +126,16 @@ def weights_digest(projections: Iterable[nn.Module]) -> str:
     for projection in projections:
         digest.update(projection.weight[:1].detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage, or None. A run killed while it wrote one goes on from the one before."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    # Trainer writes this file last
+    whole = [step for step, path in steps.items() if (path / "trainer_state.json").is_file()]
+    for step in steps.keys() - set(whole):
+        shutil.rmtree(steps[step])
+    return str(steps[max(whole)]) if whole else None
 
 
 def _parsed(path: Path, text: str) -> dict:

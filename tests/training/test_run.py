@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lofit_fast.training.run import RunFolder, data_digest
+from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint
 
 IDENTITY = {"recipe": {"top": 2}, "model": {"layers": 3}, "data": "abc", "heads": None}
 
@@ -108,3 +108,22 @@ def test_data_digest():
     assert data_digest(rows) == data_digest([dict(reversed(r.items())) for r in rows])
     other_labels = [rows[0], {"input_ids": [3], "labels": [-100]}]
     assert len({data_digest(r) for r in (rows, rows[::-1], rows[:1], other_labels)}) == 4
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    # or Trainer would take it for the newest, and keep it instead
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, resume):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds adapter but no state\.json"):
+        RunFolder.open(tmp_path, {"recipe": 1}, resume)
+    assert (tmp_path / "adapter" / "mine.txt").read_text() == "mine"

@@ -33,6 +33,8 @@ _MMA = (
     ("mfma", re.compile(r"\bv_mfma_")),
 )
 _PTX_LOAD = re.compile(r"\bld\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[busf](\d+)\s")
+_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^\n\[]*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)")
+_PTX_BULK = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared")
 _GCN_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 _GCN_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2}
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -56,8 +58,11 @@ class Row:
     mma: str = "-"
     # how many load instructions of each width in bytes
     loads: dict[str, int] = field(default_factory=dict)
+    # how many loads of whole tiles by the bulk copy engine
+    bulk_loads: int = 0
     warnings: list[str] = field(default_factory=list)
     needs_mma: bool = False
+    needs_bulk: bool = False
     may_load_narrow: bool = False
     error: str = ""
     problems: list[str] = field(default_factory=list)
@@ -78,6 +83,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"tensor memory {row.tensor_memory} of {TENSOR_MEMORY_COLUMNS} columns")
     if row.needs_mma and row.mma == "-":
         found.append("no matrix instruction")
+    if row.needs_bulk and row.bulk_loads == 0:
+        found.append("no bulk loads")
     narrow = sum(count for width, count in row.loads.items() if int(width) <= 2)
     if narrow and not row.may_load_narrow and row.D % 8 == 0:
         found.append(f"{narrow} loads of 2 bytes")
@@ -90,6 +97,8 @@ def load_widths(assembly: str, arch: str) -> dict[str, int]:
     if arch.startswith("sm_"):
         for vector, bits in _PTX_LOAD.findall(assembly):
             widths[int(vector or 1) * int(bits) // 8] += 1
+        for size in _PTX_COPY.findall(assembly):
+            widths[int(size, 0)] += 1
     else:
         for kind in _GCN_LOAD.findall(assembly):
             words = re.match(r"dwordx?(\d?)", kind)
@@ -147,7 +156,9 @@ def read(found: Any) -> Row:
 
     dtype = str(found.dtype).removeprefix("torch.")
     row = Row(found.name, found.case.name, found.arch, found.tile, dtype, found.D, triton.__version__)
-    row.needs_mma, row.may_load_narrow = found.case.mma, found.case.narrow
+    row.needs_mma = found.is_product and found.dtype.itemsize == 2
+    row.needs_bulk = row.needs_mma and found.case.tiles.endswith("_tma")
+    row.may_load_narrow = found.case.narrow
     try:
         source = triton.compiler.ASTSource(found.kernel, found.signature, found.constexprs, found.attrs)
         compiled = triton.compile(source, target=target(found.arch), options=found.options)
@@ -160,7 +171,7 @@ def read(found: Any) -> Row:
     row.shared = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     row.mma = next((name for name, pattern in _MMA if pattern.search(assembly)), "-")
-    row.loads = load_widths(assembly, row.arch)
+    row.loads, row.bulk_loads = load_widths(assembly, row.arch), len(_PTX_BULK.findall(assembly))
     (_nvidia if "ptx" in compiled.asm else _amd)(row, compiled)
     row.problems = problems(row)
     return row
@@ -207,6 +218,7 @@ def show(rows: Iterable[Row]) -> None:
     table = Table("kernel", "case", "arch", "tile", "dtype", "D", "regs", "spills", "shared", "mma", "loads", "verdict")
     for row in rows:
         loads = " ".join(f"{width}Bx{count}" for width, count in row.loads.items())
+        loads += f" bulk x{row.bulk_loads}" if row.bulk_loads else ""
         numbers = (str(row.registers), str(row.spills), str(row.shared), row.mma, loads)
         verdict = "[red]" + "; ".join(row.problems) if row.problems else "[green]ok"
         table.add_row(row.kernel, row.case, row.arch, row.tile, row.dtype, str(row.D), *numbers, verdict)

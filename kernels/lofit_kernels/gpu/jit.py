@@ -53,6 +53,17 @@ def head_row(heads, n_heads, head, BLOCK_HEADS: tl.constexpr):
     return row
 
 
+@triton.jit
+def listed_head(scale_heads, offset_heads, n_scale, slot):
+    """The head at `slot` of [scale_heads | offset_heads], either of which may be missing."""
+    head = slot * 0
+    if scale_heads is not None:
+        head += tl.load(scale_heads + slot, mask=slot < n_scale, other=0).to(tl.int32)
+    if offset_heads is not None:
+        head += tl.load(offset_heads + slot - n_scale, mask=slot >= n_scale, other=0).to(tl.int32)
+    return head
+
+
 @triton.jit(do_not_specialize=["R", "C", "C_first"])
 def _sum_partials_kernel(
     partials, first, second, R, C, C_first, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr
@@ -99,17 +110,23 @@ def recording(arch: str) -> Iterator[Recording]:
         _active = previous
 
 
+def current_arch(like: torch.Tensor) -> str:
+    """The architecture that `like` is on; under `recording` the recorded one."""
+    return _active.arch if _active else tiles.architecture(like.device)
+
+
 def tile_for(kernel: str, like: torch.Tensor, D: int = 1) -> tiles.Tile:
     """The tile of `kernel` for the device of `like`."""
-    return tiles.tile(kernel, _active.arch if _active else tiles.architecture(like.device), D)
+    return tiles.tile(kernel, current_arch(like), D)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Run `programs` programs of `kernel` on the device of the first argument (Triton itself uses the current one)."""
+    """Run `programs` programs of `kernel` on the device of the first argument (Triton itself uses the current one),
+    which may be a tensor descriptor."""
     if _active is not None:
         _active.launches.append((kernel, args, options))
         return
-    with torch.cuda.device_of(args[0]):
+    with torch.cuda.device_of(getattr(args[0], "base", args[0])):
         kernel[(programs,)](*args, **options)
 
 

@@ -1,4 +1,8 @@
-"""Tile sizes as data: kernel -> architecture -> head_dim bucket -> block sizes, warps and stages.
+"""Tile sizes as data: kernel -> architecture -> size bucket -> block sizes, warps and stages.
+
+The size is head_dim, for the matrix products the number of rows T: the launcher looks it up on the host, so that T
+itself is compiled into nothing. A matrix product has a row of its own for operands loaded through tensor descriptors
+(`NAME_tma`) and for float32 (`NAME_float32`: IEEE products, which NVIDIA's matrix units do not compute).
 
 Importable without Triton. A new tile is a new row; the machine-code check compiles every row ahead of time.
 """
@@ -76,6 +80,54 @@ _COLUMN_WEIGHTED: Rows = (
     (None, _tile(8, BLOCK_N=4)),
 )
 
+
+# (rows, columns, step of the inner sum) of an output tile, warps, stages, column slices of the epilogue
+Sizes = tuple[int, int, int, int, int, int]
+
+
+def _matmul(names: tuple[str, str, str], small: Sizes, middle: Sizes, large: Sizes) -> Rows:
+    """One row for T up to 64, one for T up to 512, one for more: fewer rows of tiles leave multiprocessors idle."""
+
+    def row(sizes: Sizes) -> Tile:
+        blocks = dict(zip(names, sizes, strict=False))
+        return _tile(sizes[3], sizes[4], **blocks, SLICES=sizes[5])
+
+    return (64, row(small)), (512, row(middle)), (None, row(large))
+
+
+def _forward(*sizes: Sizes) -> Rows:
+    return _matmul(("BLOCK_T", "BLOCK_N", "BLOCK_K"), *sizes)
+
+
+def _backward(*sizes: Sizes) -> Rows:
+    return _matmul(("BLOCK_T", "BLOCK_K", "BLOCK_N"), *sizes)
+
+
+_FORWARD: Mapping[str, Rows] = {
+    "sm_80": _forward((64, 128, 32, 4, 3, 2), (128, 128, 32, 8, 4, 2), (128, 256, 32, 8, 3, 4)),
+    "sm_90": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
+    "sm_100": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
+    # a step of 64 makes more masks than there are scalar registers
+    "gfx942": _forward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
+}
+_FORWARD_TMA: Mapping[str, Rows] = {
+    "sm_90": _forward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 4, 4)),
+    # one slice: with two, ptxas of sm_100 aims for too few registers and spills
+    "sm_100": _forward((64, 128, 64, 8, 4, 1), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 4, 4)),
+}
+_BACKWARD: Mapping[str, Rows] = {
+    "sm_80": _backward((64, 128, 32, 4, 4, 2), (128, 128, 32, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
+    "sm_90": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
+    "sm_100": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 4), (128, 256, 64, 8, 3, 4)),
+    "gfx942": _backward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
+}
+_BACKWARD_TMA: Mapping[str, Rows] = {
+    "sm_90": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 4, 4)),
+    "sm_100": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 4, 4)),
+}
+_FORWARD_FLOAT32: Rows = ((None, _tile(4, 2, BLOCK_T=64, BLOCK_N=64, BLOCK_K=16, SLICES=1)),)
+_BACKWARD_FLOAT32: Rows = ((None, _tile(4, 2, BLOCK_T=64, BLOCK_K=64, BLOCK_N=16, SLICES=1)),)
+
 # ANY serves every architecture that has no rows of its own
 TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
     {
@@ -85,29 +137,59 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
         "offset_fold": {ANY: _FOLD},
         "offset_bwd": {ANY: _COLUMN_WEIGHTED},
         "column_sum": {ANY: ((None, _tile(4, BLOCK_T=32, BLOCK_N=128)),)},
+        "delta_linear": _FORWARD,
+        "delta_linear_tma": _FORWARD_TMA,
+        "delta_linear_float32": {ANY: _FORWARD_FLOAT32},
+        "prologue_linear": _FORWARD,
+        "prologue_linear_tma": _FORWARD_TMA,
+        "prologue_linear_float32": {ANY: _FORWARD_FLOAT32},
+        "affine_linear_bwd": _BACKWARD,
+        "affine_linear_bwd_tma": _BACKWARD_TMA,
+        "affine_linear_bwd_float32": {ANY: _BACKWARD_FLOAT32},
         "sum_partials": {ANY: ((None, _tile(4, BLOCK_R=32, BLOCK_C=64)),)},
     }
 )
 
 
-def tile(kernel: str, arch: str, D: int) -> Tile:
-    """The tile of `kernel` on `arch` for heads of `D` elements (kernels that know no head take any D).
+# what is missing from TABLE on purpose: end of a kernel's name -> architecture -> why
+LEFT_OUT: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "_tma": {
+            "sm_80": "no bulk copy engine: descriptors compile to plain loads without asynchronous copies",
+            "gfx942": "no bulk copy engine",
+        },
+        "_float32": {
+            ANY: "one tile of 64x64: NVIDIA's matrix units compute no IEEE float32, so larger ones have nothing to feed"
+        },
+    }
+)
 
-    Raises ValueError for a kernel or an architecture that is not in the table, and for D < 1.
+
+def every_tile(kernel: str, arch: str) -> tuple[Tile, ...]:
+    """All tiles of `kernel` on `arch` in the table's order, none where it has no rows."""
+    rows = TABLE[kernel].get(arch) or TABLE[kernel].get(ANY) or ()
+    return tuple(row for _, row in rows)
+
+
+def tile(kernel: str, arch: str, size: int) -> Tile:
+    """The tile of `kernel` on `arch` for heads of `size` elements, for a matrix product with `size` rows.
+
+    Kernels that know neither take any size. Raises ValueError for a kernel or an architecture that is not in the table,
+    and for a size below 1.
     """
     if kernel not in TABLE:
         raise ValueError(f"no tiles for kernel {kernel!r}; the table has {', '.join(sorted(TABLE))}")
     if arch not in ARCHITECTURES:
         raise ValueError(f"no tiles for architecture {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
-    if D < 1:
-        raise ValueError(f"head_dim must be at least 1, got {D}")
+    if size < 1:
+        raise ValueError(f"the size must be at least 1, got {size}")
     rows = TABLE[kernel].get(arch) or TABLE[kernel].get(ANY)
     if rows is None:
         raise ValueError(f"kernel {kernel!r} has no tiles for {arch}; it has {', '.join(TABLE[kernel])}")
     for largest, row in rows:
-        if largest is None or largest >= D:
+        if largest is None or largest >= size:
             return row
-    raise ValueError(f"kernel {kernel!r} has no tile for head_dim {D} on {arch}; the largest is {rows[-1][0]}")
+    raise ValueError(f"kernel {kernel!r} has no tile for size {size} on {arch}; the largest is {rows[-1][0]}")
 
 
 @lru_cache(maxsize=64)

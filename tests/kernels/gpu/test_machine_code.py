@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks.machine_code import Row, load_widths, problems
-from lofit_kernels.gpu.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE
+from lofit_kernels.gpu.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, every_tile
 
 pytest.importorskip("triton")
 
@@ -30,14 +30,16 @@ def test_machine_code_of_every_kernel_is_green(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads(report.read_text())["rows"]
     assert [row["problems"] for row in rows if row["problems"]] == []
-    seen = {(row["kernel"].removeprefix("_").removesuffix("_kernel"), row["arch"]) for row in rows}
-    assert seen >= {(kernel, arch) for kernel in TABLE for arch in ARCHITECTURES}
+    seen = {(row["kernel"][1:].removesuffix("_kernel") + "_tma" * (row["bulk_loads"] > 0), row["arch"]) for row in rows}
+    sixteen_bits = {kernel for kernel in TABLE if not kernel.endswith("_float32")}
+    assert seen == {(kernel, arch) for kernel in sixteen_bits for arch in ARCHITECTURES if every_tile(kernel, arch)}
     for row in rows:
         assert row["spills"] == 0 and 0 < row["registers"] <= 255
         assert row["shared"] <= SHARED_MEMORY[row["arch"]]
         assert {"kernel", "arch", "tile", "dtype", "triton", "registers", "spills", "shared", "mma"} <= row.keys()
-        # whatever is read in bulk is read 16 bytes at a time
-        assert "16" in row["loads"]
+        # whatever is read in bulk is read 16 bytes at a time, or by the bulk copy engine
+        assert "16" in row["loads"] or row["bulk_loads"]
+        assert (row["mma"] != "-") == ("linear" in row["kernel"])
 
 
 PLANTED = """
@@ -85,6 +87,8 @@ def test_machine_code_planted_defects_are_seen():
         ({"tensor_memory": 576}, ["tensor memory 576 of 512 columns"]),
         ({"needs_mma": True}, ["no matrix instruction"]),
         ({"needs_mma": True, "mma": "wgmma"}, []),
+        ({"needs_bulk": True}, ["no bulk loads"]),
+        ({"needs_bulk": True, "bulk_loads": 2}, []),
         ({"loads": {"2": 3, "16": 1}}, ["3 loads of 2 bytes"]),
         ({"loads": {"2": 3}, "may_load_narrow": True}, []),
         ({"loads": {"2": 3}, "D": 20}, []),
@@ -104,8 +108,11 @@ def test_load_widths():
         @%p2 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
         ld.shared.b16 %rs3, [%r2];
         ld.global.b64 %rd9, [%rd8];
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+        @%p1 cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;
+        cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4];
     """
-    assert load_widths(ptx, "sm_90") == {"2": 1, "8": 1, "16": 2}
+    assert load_widths(ptx, "sm_90") == {"2": 1, "4": 1, "8": 1, "16": 3}
     gcn = """
         buffer_load_dwordx4 v[2:5], v1, s[8:11], 0 offen
         global_load_dword v1, v[2:3], off

@@ -6,12 +6,25 @@ import sys
 import pytest
 import torch
 
-from lofit_kernels.gpu.tiles import ARCHITECTURES, TABLE, Tile, architecture, tile
+from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, TABLE, Tile, architecture, every_tile, tile
+
+PRODUCTS = ("delta_linear", "prologue_linear", "affine_linear_bwd")
+
+
+def left_out(kernel, arch):
+    """Why `kernel` has no tile of its own on `arch`, None where it should have one."""
+    reasons = next((LEFT_OUT[end] for end in LEFT_OUT if kernel.endswith(end)), {})
+    return reasons.get(arch, reasons.get(ANY))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", sorted(TABLE))
 def test_tile_for_every_head_dim(kernel, arch):
+    if not every_tile(kernel, arch):
+        assert left_out(kernel, arch)
+        with pytest.raises(ValueError, match=f"no tiles for {arch}"):
+            tile(kernel, arch, 64)
+        return
     for D in (1, 20, 64, 80, 96, 128, 256, 512, 1000):
         chosen = tile(kernel, arch, D)
         assert isinstance(chosen, Tile)
@@ -26,12 +39,26 @@ def test_tile_is_that_of_its_bucket():
     assert tile("affine_fwd", "sm_90", 128)["BLOCK_T"] < tile("affine_fwd", "sm_90", 64)["BLOCK_T"]
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_tiles_of_the_matrix_products(product, arch):
+    for end in ("", "_tma", "_float32"):
+        found = every_tile(product + end, arch)
+        columns = "BLOCK_K" if product.endswith("bwd") else "BLOCK_N"
+        sizes = [(row["BLOCK_T"], row[columns]) for row in found]
+        assert sizes == [(64, 128), (128, 128), (128, 256)] or left_out(product + end, arch)
+        assert all(row["SLICES"] in (1, 2, 4) for row in found)
+        if len(found) == 3:
+            picked = [tile(product + end, arch, T) for T in (1, 64, 65, 512, 513, 100_000)]
+            assert picked == [row for row in found for _ in range(2)]
+
+
 def test_tile_errors():
     with pytest.raises(ValueError, match="no tiles for kernel 'nothing'.*affine_fwd"):
         tile("nothing", "sm_90", 64)
     with pytest.raises(ValueError, match="no tiles for architecture 'sm_75'.*sm_80"):
         tile("affine_fwd", "sm_75", 64)
-    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="the size must be at least 1, got 0"):
         tile("affine_fwd", "sm_90", 0)
 
 

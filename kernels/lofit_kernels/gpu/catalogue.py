@@ -67,10 +67,12 @@ class Inputs:
         affine.affine_bwd(self.G, self.z, a, a_heads, self.heads, self.D, (dz, da, dv), inplace)
 
     def projection(self, tile: Tile, launcher: Callable[..., Any], tma: bool, bias: bool) -> None:
+        """Call delta_linear or prologue_linear with this tile."""
         c = self.addend if bias else None
         launcher(self.z, self.W, c, self.a, self.heads, self.D, tile=tile, descriptors=tma)
 
     def projection_bwd(self, tile: Tile, tma: bool, needs: tuple[bool, bool, bool], scaled: bool = True) -> None:
+        """Call affine_linear_bwd with this tile for these gradients."""
         a, a_heads = (self.a, self.heads) if scaled else (None, None)
         args = (self.dY, self.W, self.z, a, a_heads, self.heads, self.D, needs)
         backward.affine_linear_bwd(*args, tile=tile, descriptors=tma)

@@ -227,7 +227,7 @@ def export(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     model: Model = "smollm2",
-    train_size: Annotated[int, typer.Option(help="Training stories.")] = 1080,
+    train_size: Annotated[int, typer.Option(help="Training stories.")] = 810,
     validation_size: Annotated[int, typer.Option(help="Stories to judge by, of other names and wording.")] = 180,
     as_json: Json = False,
 ) -> None:

@@ -1,0 +1,120 @@
+"""How everything here is timed: interleaved rounds, medians, ratios with an interval, and what machine it was."""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROUNDS = 7
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median over paired rounds of numerator / denominator, and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def interleaved(
+    providers: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warmup: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of every provider in every round: each round runs all of them once, in an order that turns by one.
+
+    warmup: rounds thrown away first. device: "cuda" waits for the GPU around each call.
+    Raises ValueError for fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"expected at least 1 round, got {rounds}")
+    names = list(providers)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        shift = turn % max(len(names), 1)
+        for name in names[shift:] + names[:shift]:
+            took = _seconds(providers[name], device)
+            if turn >= warmup:
+                seconds[name].append(took)
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """How many times longer the numerator took, from rounds that ran side by side.
+
+    The interval is the percentile bootstrap of the median over pairs. Raises ValueError unless both have the same
+    number of rounds, at least one.
+    """
+    if not numerator or len(numerator) != len(denominator):
+        raise ValueError(f"expected rounds in pairs, got {len(numerator)} and {len(denominator)}")
+    pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
+    return Ratio(statistics.median(pairs), medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES) - 1])
+
+
+def machine() -> dict[str, object]:
+    """Where and with what a number was made: device, processor, threads, versions, commit and whether it was clean."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "python": platform.python_version(),
+        **commit(),
+    }
+
+
+def commit() -> dict[str, object]:
+    """The checkout's commit, and whether tracked files differed from it; None and None outside a checkout."""
+    here = Path(__file__).parent
+    head = _git(here, "rev-parse", "HEAD")
+    return {"commit": head, "dirty": None if head is None else bool(_git(here, "status", "--porcelain", "-uno"))}
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -34,8 +34,18 @@ format: $(STAMP) ## rewrite to the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-aot: $(STAMP) ## compile every kernel for every architecture, check its machine code
-	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.machine_code
+# the pinned version, and the oldest and newest that the kernels are held to
+TRITONS := 3.6.0 3.7.1 3.9.0
+aot: $(STAMP) ## compile every kernel for every architecture on three Triton versions, check the machine code
+	$(foreach version,$(TRITONS),$(call compile_all,$(version)))
+	$(BIN)/python -m benchmarks.static_report $(TRITONS:%=$(VENV)/static-%.json)
+
+define compile_all
+	test -d $(VENV)/triton-$(1) || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(1) triton==$(1)
+	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$(1):kernels:. \
+		$(BIN)/python -m benchmarks.machine_code --summary --json $(VENV)/static-$(1).json
+
+endef
 
 bench: $(STAMP) ## time the op against its peers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only

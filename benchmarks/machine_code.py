@@ -10,33 +10,22 @@ the matrix units it is meant for, or came out empty. The exit status is 1 when a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
+from benchmarks.assembly import bulk_loads, load_widths, main_loop, mma_kind
+from benchmarks.static_report import rows_as_json
 from lofit_kernels.gpu.tiles import ARCHITECTURES, SHARED_MEMORY
 
 TENSOR_MEMORY_COLUMNS = 512
-_MMA = (
-    ("tcgen05", re.compile(r"\btcgen05\.mma")),
-    ("wgmma", re.compile(r"\bwgmma\.mma_async")),
-    ("mma.sync", re.compile(r"\bmma\.sync")),
-    ("mfma", re.compile(r"\bv_mfma_")),
-)
-_PTX_LOAD = re.compile(r"\bld\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[busf](\d+)\s")
-_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^\n\[]*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)")
-_PTX_BULK = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared")
-_GCN_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
-_GCN_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2}
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -56,6 +45,8 @@ class Row:
     shared: int = 0
     tensor_memory: int = 0
     mma: str = "-"
+    # instructions of PTX or amdgcn text in the innermost loop
+    main_loop: int = 0
     # how many load instructions of each width in bytes
     loads: dict[str, int] = field(default_factory=dict)
     # how many loads of whole tiles by the bulk copy engine
@@ -91,20 +82,11 @@ def problems(row: Row) -> list[str]:
     return found + row.warnings
 
 
-def load_widths(assembly: str, arch: str) -> dict[str, int]:
-    """Global load instructions in PTX or amdgcn text, counted by their width in bytes."""
-    widths: Counter[int] = Counter()
-    if arch.startswith("sm_"):
-        for vector, bits in _PTX_LOAD.findall(assembly):
-            widths[int(vector or 1) * int(bits) // 8] += 1
-        for size in _PTX_COPY.findall(assembly):
-            widths[int(size, 0)] += 1
-    else:
-        for kind in _GCN_LOAD.findall(assembly):
-            words = re.match(r"dwordx?(\d?)", kind)
-            narrow = next((size for name, size in _GCN_BYTES.items() if kind.startswith(name)), 0)
-            widths[4 * int(words[1] or 1) if words else narrow] += 1
-    return {str(width): widths[width] for width in sorted(widths)}
+def told(row: Row) -> dict[str, Any]:
+    """A row as JSON has it: what it was compiled for is left out, and so is what there is nothing of."""
+    of_compiler = ("needs_mma", "needs_bulk", "may_load_narrow")
+    silent = {name for name in ("warnings", "error", "problems", "bulk_loads") if not getattr(row, name)}
+    return {name: value for name, value in asdict(row).items() if name not in silent and name not in of_compiler}
 
 
 def _nvidia(row: Row, compiled: Any) -> None:
@@ -170,8 +152,8 @@ def read(found: Any) -> Row:
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     row.shared = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    row.mma = next((name for name, pattern in _MMA if pattern.search(assembly)), "-")
-    row.loads, row.bulk_loads = load_widths(assembly, row.arch), len(_PTX_BULK.findall(assembly))
+    row.mma, row.main_loop = mma_kind(assembly), main_loop(assembly)
+    row.loads, row.bulk_loads = load_widths(assembly, row.arch), bulk_loads(assembly)
     (_nvidia if "ptx" in compiled.asm else _amd)(row, compiled)
     row.problems = problems(row)
     return row
@@ -230,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="a few specialisations that cover every kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="ARCH")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only kernels whose name contains NAME")
+    parser.add_argument("--summary", action="store_true", help="print the red rows only")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     chosen = parser.parse_args(arguments)
@@ -237,12 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.pop("TRITON_INTERPRET", None) and "triton" in sys.modules:
         parser.error("Triton was imported with TRITON_INTERPRET set; kernels cannot be compiled in this process")
     rows = read_catalogue(chosen.sample, chosen.arch, chosen.kernel, chosen.jobs)
-    show(rows)
+    show([row for row in rows if row.problems] if chosen.summary else rows)
     red = [row for row in rows if row.problems]
     print(f"{len(rows)} specialisations, {len(red)} red")
     if chosen.json:
         with open(chosen.json, "w") as file:
-            json.dump({"rows": [asdict(row) for row in rows]}, file, indent=1)
+            file.write(rows_as_json(map(told, rows)))
     return 1 if red or not rows else 0
 
 

@@ -1,56 +1,19 @@
-"""Small scales and offsets in 16 bits: how much of them reaches y.
+"""Small scales and offsets in 16 bits: how much of them reaches y (see benchmarks/dead_zone.py for the gain).
 
-The gain is the observed change of y projected onto the exact one, over all elements: 1 when the vector works, 0 when
-rounding swallows it. Rounding y itself adds noise that is many times the change of one element but has no bias, so the
-gain over n elements has a standard error, estimated from the sample; a test allows five of them.
+The gain is known up to its standard error; a test allows five of them.
 """
-
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
-from lofit_kernels import fold_offset, head_affine, head_affine_linear, reference
+from benchmarks.dead_zone import Gain, gain, inputs, rows
+from lofit_kernels import fold_offset, head_affine, head_affine_linear
 
-T, H, D, N = 512, 4, 64, 512
 MAGNITUDES = [1e-4, 1e-3, 1e-2, 1e-1]
 DTYPES = [torch.bfloat16, torch.float16]
 # below it, z (1 + a) rounds to z: half the distance to the next number, for a significand of almost 2
 ZONE = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-
-
-class Gain(NamedTuple):
-    value: float
-    error: float
-
-
-def make(dtype: torch.dtype, bias: bool) -> dict[str, Tensor | None]:
-    return {
-        "z": torch.randn(T, H * D).to(dtype),
-        "weight": (torch.randn(N, H * D) / (H * D) ** 0.5).to(dtype),
-        "bias": torch.randn(N).to(dtype) if bias else None,
-    }
-
-
-def rows(magnitude: float, heads: int = H) -> Tensor:
-    """All of one magnitude, signs at random."""
-    return magnitude * (2.0 * torch.randint(0, 2, (heads, D)) - 1)
-
-
-def gain(run, inputs: dict, **vectors) -> Gain:
-    """The gain of the change that `vectors` make in run(**inputs, **vectors)."""
-    zero = {k: torch.zeros_like(v) for k, v in vectors.items()}
-    observed = run(**inputs, **vectors).double() - run(**inputs, **zero).double()
-    exact = {k: None if v is None else v.double() for k, v in {**inputs, **vectors}.items()}
-    heads = {f"{name}_heads": torch.arange(v.shape[0]) for name, v in vectors.items()}
-    base = {k: None if v is None else v.double() for k, v in inputs.items()}
-    change = reference.affine_linear(**exact, **heads) - reference.affine_linear(**base)
-    size = change.square().sum()
-    value = (observed * change).sum() / size
-    error = ((observed - value * change) * change).norm() / size
-    return Gain(value.item(), error.item())
 
 
 def assert_works(seen: Gain) -> None:
@@ -67,12 +30,12 @@ def test_affine_linear_delta_keeps_small_scales(dtype, magnitude, bias):
     def delta(**given):
         return head_affine_linear(**given, form="delta")
 
-    assert_works(gain(delta, make(dtype, bias), scale=rows(magnitude)))
+    assert_works(gain(delta, inputs(dtype, bias), scale=rows(magnitude)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_affine_linear_chooses_the_form_that_keeps_small_scales(dtype):
-    assert_works(gain(head_affine_linear, make(dtype, bias=False), scale=rows(3e-4)))
+    assert_works(gain(head_affine_linear, inputs(dtype, bias=False), scale=rows(3e-4)))
 
 
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
@@ -83,7 +46,7 @@ def test_affine_linear_delta_keeps_small_scales_beside_offsets(dtype, magnitude)
     def delta(**given):
         return head_affine_linear(**given, offset=offset, form="delta")
 
-    assert_works(gain(delta, make(dtype, bias=True), scale=rows(magnitude)))
+    assert_works(gain(delta, inputs(dtype, bias=True), scale=rows(magnitude)))
 
 
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
@@ -92,9 +55,9 @@ def test_affine_linear_pass_has_the_zone(dtype, magnitude):
     def elementwise(**given):
         return head_affine_linear(**given, form="pass")
 
-    seen = gain(elementwise, make(dtype, bias=False), scale=rows(magnitude))
+    seen = gain(elementwise, inputs(dtype, bias=False), scale=rows(magnitude))
     if magnitude < ZONE[dtype]:
-        assert seen == (0.0, 0.0)
+        assert seen.value == 0.0
     if magnitude > 16 * ZONE[dtype]:
         assert abs(seen.value - 1) < 0.05
 
@@ -103,7 +66,7 @@ def test_affine_linear_pass_has_the_zone(dtype, magnitude):
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_affine_linear_fold_keeps_small_offsets(dtype, magnitude, bias):
-    assert_works(gain(head_affine_linear, make(dtype, bias), offset=rows(magnitude)))
+    assert_works(gain(head_affine_linear, inputs(dtype, bias), offset=rows(magnitude)))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,18 +76,18 @@ def test_affine_linear_folded_beforehand_keeps_small_offsets(dtype, magnitude, b
     def folded(offset, **given):
         return head_affine_linear(**given, offset=offset, folded=fold_offset(given["weight"], offset))
 
-    assert_works(gain(folded, make(dtype, bias), offset=rows(magnitude)))
+    assert_works(gain(folded, inputs(dtype, bias), offset=rows(magnitude)))
 
 
 def test_affine_added_to_z_has_the_zone():
     def added(z, weight, bias, offset):
         return linear(head_affine(z, offset=offset), weight, bias)
 
-    assert gain(added, make(torch.bfloat16, bias=False), offset=rows(1e-4)).value < 0.2
+    assert gain(added, inputs(torch.bfloat16, bias=False), offset=rows(1e-4)).value < 0.2
 
 
 def test_affine_folded_into_a_narrow_bias_has_the_zone():
     def narrow(z, weight, bias, offset):
         return linear(z, weight, fold_offset(weight, offset, bias=bias).to(z.dtype))
 
-    assert gain(narrow, make(torch.bfloat16, bias=True), offset=rows(1e-4)).value < 0.5
+    assert gain(narrow, inputs(torch.bfloat16, bias=True), offset=rows(1e-4)).value < 0.5

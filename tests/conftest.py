@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 import pytest  # noqa: E402
 
+from lofit_kernels.plan import use_answers  # noqa: E402
 from tests.tiny import FAMILIES, tiny_model  # noqa: E402
 
 
@@ -22,6 +23,12 @@ from tests.tiny import FAMILIES, tiny_model  # noqa: E402
 def seeded():
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_measured():
+    """The default paths, whatever `lofit-fast autotune` has left in the user's cache folder."""
+    use_answers(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", {})
 
 
 @pytest.fixture(params=FAMILIES)

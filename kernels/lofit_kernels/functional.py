@@ -25,6 +25,7 @@ def head_affine_linear(
     folded: Tensor | None = None,
     form: str = "auto",
     backend: str = "auto",
+    gemm: str = "auto",
 ) -> Tensor:
     """y = ((1 + a) * z + v) W^T + b, with a and v on the selected heads (LoFiT, arXiv:2406.01563, equations 3 and 4).
 
@@ -34,7 +35,7 @@ def head_affine_linear(
     `head_index`, whose values are trusted; None means every head.
     folded: (N,), the result of `fold_offset(weight, offset, offset_heads)`, to reuse it in inference; the offset then
     gets no gradient.
-    form, backend: see `plan.py`; "auto" follows its table.
+    form, backend, gemm: see `plan.py`; "auto" follows its table and what was measured on this device.
 
     Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
     Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
@@ -43,16 +44,16 @@ def head_affine_linear(
     z, weight, bias = _autocast(z, weight, bias)
     _check_projection(z, weight, bias)
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
-    chosen = plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, form=form, backend=backend)
+    path = {"form": form, "backend": backend, "gemm": gemm}
+    plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, **path)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     if folded is not None and folded.shape != weight.shape[:1]:
         raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
     if folded is not None and torch.is_grad_enabled() and offset is not None and offset.requires_grad:
         raise ValueError("a folded offset gets no gradient: expected folded only under torch.no_grad()")
-    path = (chosen.form, chosen.backend)
     run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
-    return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, *path)
+    return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
 
 
 def head_affine(

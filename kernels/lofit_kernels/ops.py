@@ -30,17 +30,20 @@ def affine_linear(
     folded: Tensor | None,
     form: str,
     backend: str,
+    gemm: str = "auto",
 ) -> Tensor:
     """y = ((1 + a) * z + v) W^T + b. z: (..., K); weight: (N, K); scale, offset: (h, D) float32; heads: (h,) int64.
 
     folded: (N,), W v computed beforehand, or None; inference only, no gradient reaches the offset through it.
+    form, backend, gemm: as in `plan.plan`; what is "auto" is looked up here, where the number of tokens is a number.
     """
+    vectors = (scale, scale_heads, offset, offset_heads)
     with _as_written(z):
-        return affine_linear_fwd(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend)
+        return affine_linear_fwd(z, weight, bias, *vectors, folded, form, backend, gemm)
 
 
 @affine_linear.register_fake
-def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend):
+def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm="auto"):
     return z.new_empty(*z.shape[:-1], weight.shape[0])
 
 
@@ -56,42 +59,45 @@ def affine_linear_backward(
     offset_heads: Tensor | None,
     needs: list[bool],
     backend: str,
+    form: str = "auto",
+    gemm: str = "auto",
 ) -> list[Tensor]:
     """The gradients of (z, weight, bias, scale, offset) that `needs` asks for, in that order, the others left out."""
     vectors = (scale, scale_heads, offset, offset_heads)
-    grads = _linear_backward(grad, z, weight, bias, *vectors, needs, backend)
+    grads = _linear_backward(grad, z, weight, bias, *vectors, needs, backend, form, gemm)
     return [g for g in grads if g is not None]
 
 
-def _linear_backward(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend):
+def _linear_backward(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form, gemm):
     """The gradients of (z, weight, bias, scale, offset) in their inputs' dtypes, None where not needed."""
+    vectors = (scale, scale_heads, offset, offset_heads)
     with _as_written(grad):
-        grads = affine_linear_bwd(grad, z, weight, scale, scale_heads, offset, offset_heads, tuple(needs), backend)
+        grads = affine_linear_bwd(grad, z, weight, *vectors, tuple(needs), form, backend, gemm)
     likes = (grad, weight, bias, scale, offset)
     return [None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)]
 
 
 @affine_linear_backward.register_fake
-def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend):
+def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form="auto", gemm="auto"):
     d_z = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if needs[0] else None
     rest = (None if x is None else torch.empty_like(x) for x in (weight, bias, scale, offset))
     return [g for g, needed in zip((d_z, *rest), needs, strict=True) if needed]
 
 
 def _save_linear(ctx, inputs, output):
-    z, weight, bias, scale, scale_heads, offset, offset_heads, _, _, backend = inputs
+    z, weight, bias, scale, scale_heads, offset, offset_heads, _, form, backend, gemm = inputs
     needs = ctx.needs_input_grad
     # z is the only activation: an offset alone never needs it
     saved_z = z if needs[1] or needs[3] else None
     ctx.needs = [needs[0], needs[1], needs[2], needs[3], needs[5]]
-    ctx.backend = backend
+    ctx.path = (backend, form, gemm)
     ctx.save_for_backward(saved_z, weight, bias, scale, scale_heads, offset, offset_heads)
 
 
 def _linear_gradients(ctx, grad):
-    found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend))
+    found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path))
     d_z, d_weight, d_bias, d_scale, d_offset = (next(found) if needed else None for needed in ctx.needs)
-    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None
+    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None, None
 
 
 affine_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
@@ -111,8 +117,8 @@ class AffineLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """The gradients that are needed; see `affine_linear_backward`."""
-        d_z, d_weight, d_bias, d_scale, d_offset = _linear_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend)
-        return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None
+        d_z, d_weight, d_bias, d_scale, d_offset = _linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path)
+        return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None, None
 
 
 @torch.library.custom_op("lofit::affine", mutates_args=())

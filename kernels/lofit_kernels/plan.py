@@ -1,7 +1,7 @@
 """The choice of path, as data.
 
-A path is a form (the algebra) on a backend (who computes the elementwise and reduction parts; GEMMs are the
-vendor's). Forms:
+A path is a form (the algebra), a backend (who computes the elementwise and reduction parts) and a gemm (whose matrix
+products). Forms:
 
     fold    y = z W^T + (b + W v)                       offset only: nothing of z is touched or saved
     pass    y = ((1 + a) z) W^T + (b + W v)             one elementwise pass before the GEMM
@@ -9,60 +9,230 @@ vendor's). Forms:
 
 In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
 `delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM.
+
+The default is a table. Answers measured by `autotune.py` on the present device replace it where they are as safe: a
+measured answer may turn `pass` into `delta`, never `delta` into `pass`, however much faster that is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
+
+from lofit_kernels import measured
+from lofit_kernels.measured import Key, Path
 
 BACKENDS = ("aten", "triton")
 # looked up, not imported
 HAS_TRITON = find_spec("triton") is not None
 FORMS = ("fold", "pass", "delta")
+# which of the two products is a Triton kernel with the scale inside: gemm -> (forward, backward); the others are the
+# vendor's
+GEMMS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
+    {
+        "vendor": (False, False),
+        "fused_forward": (True, False),
+        "fused_backward": (False, True),
+        "fused": (True, True),
+    }
+)
+# (form, whether the forward product is fused) -> what the forward is called; the fused pass is a prologue
+FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
+    {
+        ("fold", False): "fold",
+        ("pass", False): "pass",
+        ("delta", False): "delta",
+        ("pass", True): "prologue",
+        ("delta", True): "fused delta",
+    }
+)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # float64 exists for gradcheck and oracles; the kernels accumulate in float32
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what each form does to a scale: (form, dtype) -> words; see docs/numerics.md and tests/kernels/test_dead_zone.py
+SMALL_SCALES: Mapping[tuple[str, torch.dtype], str] = MappingProxyType(
+    {
+        **{("fold", dtype): "no scale here" for dtype in (torch.float64, *TRITON_DTYPES)},
+        ("pass", torch.bfloat16): "|a| < 2^-9 has no effect on y (its gradient is right)",
+        ("pass", torch.float16): "|a| < 2^-12 has no effect on y (its gradient is right)",
+        ("delta", torch.bfloat16): "every |a| acts; rounding y adds noise, no bias",
+        ("delta", torch.float16): "every |a| acts; rounding y adds noise, no bias",
+        **{(form, dtype): "every |a| acts" for form in ("pass", "delta") for dtype in (torch.float32, torch.float64)},
+    }
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one projection is computed: `form` in FORMS, `backend` in BACKENDS, and why."""
+    """How one projection is computed: `form` in FORMS, `backend` in BACKENDS, `gemm` in GEMMS, and why."""
 
     form: str
     backend: str
+    gemm: str
     reason: str
 
+    @property
+    def path(self) -> Path:
+        """(form, backend, gemm), without the reason."""
+        return Path(self.form, self.backend, self.gemm)
 
-# (has a scale, 16-bit dtype) -> form, reason; first match wins, None matches both
-_FORM_RULES: tuple[tuple[bool, bool | None, str, str], ...] = (
-    (False, None, "fold", "offset only: folded into the bias, no activation saved"),
-    (True, True, "delta", "16-bit scale: the delta form keeps small scales alive"),
-    (True, False, "pass", "scale in full precision: one elementwise pass, then the vendor GEMM"),
+    @property
+    def fused_forward(self) -> bool:
+        """Whether the forward product has the scale inside."""
+        return GEMMS[self.gemm][0]
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether the backward product has the reductions inside."""
+        return GEMMS[self.gemm][1]
+
+    @property
+    def forward(self) -> str:
+        """The forward's name: fold, pass, delta, prologue or fused delta."""
+        return FORWARD[self.form, self.fused_forward]
+
+    @property
+    def backward(self) -> str:
+        """The backward's name: fold (column sum and thin product), pass (after the product) or epilogue (inside it)."""
+        return "fold" if self.form == "fold" else "epilogue" if self.fused_backward else "pass"
+
+
+# (has a scale, 16-bit dtype) -> form, gemm, reason; first match wins, None matches both
+_RULES: tuple[tuple[bool, bool | None, str, str, str], ...] = (
+    (False, None, "fold", "vendor", "offset only: folded into the bias, no activation saved"),
+    (True, True, "delta", "vendor", "16-bit scale: the delta form keeps small scales alive"),
+    (True, False, "pass", "vendor", "scale in full precision: one elementwise pass, then the vendor GEMM"),
 )
 
 
-def plan(*, has_scale: bool, dtype: torch.dtype, device_type: str, form: str = "auto", backend: str = "auto") -> Plan:
+def plan(
+    *,
+    has_scale: bool,
+    dtype: torch.dtype,
+    device_type: str,
+    form: str = "auto",
+    backend: str = "auto",
+    gemm: str = "auto",
+    answer: Path | None = None,
+) -> Plan:
     """Choose the path for one projection.
 
     has_scale: whether any head has a scale. dtype: of z and W. device_type: "cpu", "cuda", ...
-    form, backend: "auto", or one of FORMS / BACKENDS to insist on it. Without a scale every form is the fold.
-    Raises ValueError for an unknown form or backend, a fold of a scale, or a dtype the backend does not compute in.
+    form, backend, gemm: "auto", or one of FORMS / BACKENDS / GEMMS to insist on it. Without a scale every form is the
+    fold, and every gemm the vendor's.
+    answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
+    would bring in a dead zone that the default does not have.
+    Raises ValueError for an unknown form, backend or gemm, a fold of a scale, a fused gemm on another backend than
+    Triton, or a dtype the backend does not compute in.
     """
-    chosen, reason = _choose_form(has_scale, dtype) if form == "auto" else (form, "asked for")
-    if chosen not in FORMS:
-        raise ValueError(f"unknown form {form!r}: expected 'auto' or one of {FORMS}")
-    if has_scale and chosen == "fold":
-        raise ValueError("form 'fold' cannot express a scale: expected 'pass' or 'delta'")
-    if backend == "auto":
-        backend = "triton" if device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON else "aten"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected 'auto' or one of {BACKENDS}")
-    if backend == "triton" and dtype not in TRITON_DTYPES:
-        raise ValueError(f"backend 'triton' computes in {TRITON_DTYPES}, got {dtype}")
-    return Plan(chosen if has_scale else "fold", backend, reason)
+    asked = Path(form, backend, gemm)
+    default_form, default_gemm, reason = _default(has_scale, dtype)
+    known = ("triton", "aten") if device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON else ("aten",)
+    default = Path(default_form, known[0], default_gemm)
+    if has_scale and answer is not None and _applies(answer, asked, default, known):
+        return Plan(*answer, "measured fastest here of what keeps the default's precision")
+    chosen = Path(*(part if wish == "auto" else wish for wish, part in zip(asked, default, strict=True)))
+    refusal = _unknown(chosen)
+    if not has_scale:
+        chosen = Path("fold", chosen.backend, "vendor")
+    elif asked.form != "auto" or asked.gemm != "auto":
+        reason = "asked for"
+    refusal = refusal or _refusal(chosen, has_scale, dtype)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return Plan(*chosen, reason)
 
 
-def _choose_form(has_scale: bool, dtype: torch.dtype) -> tuple[str, str]:
+def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Plan:
+    """`plan` for a projection of T rows as it is about to run, with the answers measured for its device and shape.
+
+    weight: (N, K); scale: (h, D) or None. Remembered by everything but the exact T, of which only the power of four
+    below it counts.
+    """
+    tokens, (N, K) = measured.tokens_bucket(T), weight.shape
+    vectors = None if scale is None else tuple(scale.shape)
+    return _remembered(tokens, N, K, vectors, weight.dtype, weight.device, form, backend, gemm)
+
+
+def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
+    """Let this process use these answers for a device (see `measured.device_name`) instead of those in its file."""
+    _ANSWERS[device_name] = answers
+    _remembered.cache_clear()
+
+
+def answers_for(device_name: str) -> Mapping[Key, Path]:
+    """The answers measured on a device: those given to `use_answers`, or its file's, read once on first use."""
+    if device_name not in _ANSWERS:
+        _ANSWERS[device_name] = measured.read_answers(device_name)
+    return _ANSWERS[device_name]
+
+
+def valid_paths(
+    *, has_scale: bool, dtype: torch.dtype, backends: tuple[str, ...] = BACKENDS, safe_only: bool = False
+) -> list[Path]:
+    """Every (form, backend, gemm) that `head_affine_linear` computes such a case by, the default's form first.
+
+    backends: those to consider. safe_only: leave out forms with a dead zone where the default has none.
+    """
+    default, _, _ = _default(has_scale, dtype)
+    forms = ("fold",) if not has_scale else sorted(("pass", "delta"), key=lambda form: form != default)
+    allowed = [form for form in forms if not safe_only or _as_safe(form, default)]
+    paths = (Path(form, backend, gemm) for form in allowed for backend in backends for gemm in GEMMS)
+    return [path for path in paths if _refusal(path, has_scale, dtype) is None and (has_scale or path.gemm == "vendor")]
+
+
+# device name -> what was measured on it
+_ANSWERS: dict[str, Mapping[Key, Path]] = {}
+
+
+@lru_cache(maxsize=4096)
+def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Plan:
+    answer = None
+    if vectors is not None and "auto" in (form, backend, gemm):
+        key = measured.key(dtype, N, K, vectors[1], vectors[0], tokens)
+        answer = answers_for(measured.device_name(device)).get(key)
+    wishes = {"form": form, "backend": backend, "gemm": gemm}
+    return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
+
+
+def _default(has_scale: bool, dtype: torch.dtype) -> tuple[str, str, str]:
     low = dtype in LOW_PRECISION
-    return next((form, why) for scale, is_low, form, why in _FORM_RULES if scale == has_scale and is_low in (None, low))
+    return next(rule[2:] for rule in _RULES if rule[0] == has_scale and rule[1] in (None, low))
+
+
+def _as_safe(form: str, default: str) -> bool:
+    """Whether a form loses no small scale that the default form keeps."""
+    return form in (default, "delta")
+
+
+def _applies(answer: Path, asked: Path, default: Path, backends: tuple[str, ...]) -> bool:
+    agrees = all(wish in ("auto", part) for wish, part in zip(asked, answer, strict=True))
+    return agrees and _as_safe(answer.form, default.form) and answer.backend in backends
+
+
+def _unknown(path: Path) -> str | None:
+    """Which part of a path has a name nobody knows, or None."""
+    for name, got, known in zip(Path._fields, path, (FORMS, BACKENDS, tuple(GEMMS)), strict=True):
+        if got not in known:
+            return f"unknown {name} {got!r}: expected 'auto' or one of {known}"
+    return None
+
+
+def _refusal(path: Path, has_scale: bool, dtype: torch.dtype) -> str | None:
+    """Why nothing computes this path, or None."""
+    reasons = (
+        (has_scale and path.form == "fold", "form 'fold' cannot express a scale: expected 'pass' or 'delta'"),
+        (
+            path.gemm != "vendor" and path.backend != "triton",
+            f"gemm {path.gemm!r} is a Triton kernel: expected backend 'triton', got {path.backend!r}",
+        ),
+        (
+            path.backend == "triton" and dtype not in TRITON_DTYPES,
+            f"backend 'triton' computes in {TRITON_DTYPES}, got {dtype}",
+        ),
+    )
+    return next((reason for impossible, reason in reasons if impossible), None)

@@ -1,4 +1,5 @@
-"""One projection, forward and backward, composed from a backend's primitives and the vendor's GEMMs.
+"""One projection, forward and backward, composed as `plan.py` says: from a backend's primitives and the vendor's GEMMs,
+or from GEMMs with the scale inside.
 
     fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
     delta        y = z W^T + (a z_S) W_S^T + (b + W v)
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels import aten
-from lofit_kernels.plan import LOW_PRECISION
+from lofit_kernels.plan import LOW_PRECISION, plan_for
+
+# form -> the primitive that is the whole product, scale and constants included
+_FUSED_FORWARD = {"pass": "prologue_linear", "delta": "delta_linear"}
 
 
 def primitives(backend: str) -> ModuleType:
@@ -37,24 +41,30 @@ def affine_linear_fwd(
     folded: Tensor | None,
     form: str,
     backend: str,
+    gemm: str,
 ) -> Tensor:
     """y (..., N) for z (..., K); arguments as in `ops.affine_linear`."""
-    on = primitives(backend)
     rows = z.reshape(-1, z.shape[-1])
+    chosen = plan_for(rows.shape[0], weight, scale, form, backend, gemm)
+    on = primitives(chosen.backend)
     if offset is not None and folded is None:
         folded = on.offset_fold(weight, offset, offset_heads)
     constants = [term for term in (bias, folded) if term is not None]
+    if chosen.fused_forward:
+        product = getattr(on, _FUSED_FORWARD[chosen.form])
+        y = product(rows, weight, _summed(constants, torch.float32), scale, scale_heads, scale.shape[1])
+        return y.view(*z.shape[:-1], y.shape[-1])
     addend = None
-    if form == "pass":
+    if chosen.form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
-    elif form == "delta":
+    elif chosen.form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
         addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
     # rounded to 16 bits together, a large term would swallow a small one
     if z.dtype in LOW_PRECISION and len(constants) + (addend is not None) > 1:
         rows, weight = _with_columns(rows, weight, constants)
         constants = []
-    constant = sum(constants[1:], constants[0]).to(z.dtype) if constants else None
+    constant = _summed(constants, z.dtype)
     if addend is None:
         y = linear(rows, weight, constant)
     else:
@@ -71,27 +81,32 @@ def affine_linear_bwd(
     offset: Tensor | None,
     offset_heads: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],
+    form: str,
     backend: str,
+    gemm: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (z, weight, bias, scale, offset), each only where `needs` asks; grad: (..., N).
 
     z is needed for the gradients of scale and weight only.
     """
-    on = primitives(backend)
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset = needs
     dy = grad.reshape(-1, grad.shape[-1])
+    chosen = plan_for(dy.shape[0], weight, scale, form, backend, gemm)
+    on = primitives(chosen.backend)
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     dz = d_weight = d_bias = d_scale = d_offset = None
     if needs_bias or needs_offset:
         total = on.column_sum(dy)
         d_bias = total if needs_bias else None
         d_offset = on.offset_bwd(total, weight, offset_heads, offset.shape[1]) if needs_offset else None
-    if needs_z or needs_scale:
+    wanted = (needs_z, needs_scale, False)
+    if chosen.fused_backward and (needs_z or needs_scale):
+        dz, d_scale, _ = on.affine_linear_bwd(dy, weight, rows, scale, scale_heads, None, scale.shape[1], wanted)
+    elif needs_z or needs_scale:
         g = dy @ weight
         if scale is None:
             dz = g
         else:
-            wanted = (needs_z, needs_scale, False)
             # g is a temporary of this call, so that untouched heads cost nothing
             dz, d_scale, _ = on.affine_bwd(g, rows, scale, scale_heads, None, scale.shape[1], wanted, inplace=True)
     if needs_weight:
@@ -99,6 +114,11 @@ def affine_linear_bwd(
         d_weight = dy.T @ on.affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim)
     dz = dz.view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
     return dz, d_weight, d_bias, d_scale, d_offset
+
+
+def _summed(constants: list[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Their sum, rounded to `dtype` once; None of none."""
+    return sum(constants[1:], constants[0]).to(dtype) if constants else None
 
 
 def _with_columns(rows: Tensor, weight: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor]:

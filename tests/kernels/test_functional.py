@@ -343,7 +343,8 @@ def test_affine_linear_offset_alone_costs_no_gemm_over_tokens():
     dy, weight, offset = torch.randn(64, N), torch.randn(N, H * 64), torch.randn(2, 64)
     needs = (False, False, False, False, True)
     with FlopCounterMode(display=False) as counter:
-        *_, d_offset = affine_linear_bwd(dy, None, weight, None, None, offset, torch.tensor([1, 3]), needs, "aten")
+        vectors = (None, None, offset, torch.tensor([1, 3]))
+        *_, d_offset = affine_linear_bwd(dy, None, weight, *vectors, needs, "fold", "aten", "vendor")
     assert d_offset.shape == offset.shape
     # the thin product at most, never T of them
     assert counter.get_total_flops() <= 2 * N * 2 * 64

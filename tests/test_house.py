@@ -14,7 +14,18 @@ PACKAGES = {"lofit_kernels": ROOT / "kernels" / "lofit_kernels", "lofit_fast": R
 
 # a module may import those before it in its own list, and never those after; a package stands for its modules
 ORDER = {
-    "lofit_kernels": ["reference", "roofline", "measured", "plan", "aten", "gpu", "projection", "ops", "functional"],
+    "lofit_kernels": [
+        "reference",
+        "roofline",
+        "measured",
+        "plan",
+        "aten",
+        "gpu",
+        "projection",
+        "ops",
+        "functional",
+        "autotune",
+    ],
     "lofit_kernels.gpu": [
         "tiles",
         "jit",

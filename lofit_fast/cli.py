@@ -1,4 +1,4 @@
-"""The command line: `lofit-fast train | eval | generate | merge | export | demo`. Each command is a thin shell."""
+"""The command line: `lofit-fast train | eval | generate | ...`. Each command is a thin shell."""
 
 import functools
 import json
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lofit_fast import cli_plan
 from lofit_fast.config import RECIPES, Recipe
 
 # heavy imports happen inside the commands: --help must be instant
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="What the paths cost: predicted, or timed here.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 out, err = Console(), Console(stderr=True)
 
 _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
@@ -47,7 +50,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def _command(*examples: str) -> Callable:
+def _command(*examples: str, to: typer.Typer = app, name: str | None = None) -> Callable:
     """Register a command: its examples go into --help, expected errors become one line and exit code 1."""
 
     def register(function: Callable) -> Callable:
@@ -65,7 +68,7 @@ def _command(*examples: str) -> Callable:
                 raise typer.Exit(1) from error
 
         run.__doc__ = "\n\n".join([function.__doc__, "Examples:", *(f"  lofit-fast {line}" for line in examples)])
-        return app.command()(run)
+        return to.command(name)(run)
 
     return register
 
@@ -237,6 +240,14 @@ def demo(
     summary = run_demo(output, model, train_size, validation_size, Console(quiet=as_json))
     if as_json:
         print(json.dumps(summary))
+
+
+_command(
+    "plan --model smollm2 --tokens 4096",
+    "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
+)(cli_plan.plan)
+_command("autotune --model smollm2 --tokens 1024 --tokens 4096")(cli_plan.autotune)
+_command("bench roofline --device H100", to=bench, name="roofline")(cli_plan.bench_roofline)
 
 
 def parse_top(text: str) -> int | float:

@@ -80,26 +80,39 @@ def answers_file(name: str) -> File:
 
 def read_answers(name: str) -> Mapping[Key, Path]:
     """The answers in a device's file; none where there is no file, or one of another device, version or format."""
+    return {case: Path(**row["path"]) for case, row in _read_rows(name).items()}
+
+
+def answers_content(name: str, found: Mapping[Key, tuple[Path, Mapping[str, object]]]) -> dict:
+    """What a device's file should hold: what it holds that is still valid, and what was found now.
+
+    found: case -> path, and the evidence (timings) to be kept beside it.
+    """
+    rows = _read_rows(name)
+    for case, (path, evidence) in found.items():
+        rows[case] = {"case": case._asdict(), "path": path._asdict(), **evidence}
+    return {**_valid_for(name), "answers": list(rows.values())}
+
+
+def _valid_for(name: str) -> dict[str, object]:
+    return {"format_version": FORMAT_VERSION, "device": name, "versions": versions()}
+
+
+def _read_rows(name: str) -> dict[Key, dict]:
     file = answers_file(name)
     try:
         content = json.loads(file.read_text())
-        current = {"format_version": FORMAT_VERSION, "device": name, "versions": versions()}
-        if any(content[field] != value for field, value in current.items()):
+        if any(content[field] != value for field, value in _valid_for(name).items()):
             return {}
-        return {Key(**row["case"]): Path(**row["path"]) for row in content["answers"]}
+        rows = {Key(**row["case"]): row for row in content["answers"]}
+        for row in rows.values():
+            Path(**row["path"])
+        return rows
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"ignoring {file}, which holds no measured answers: {error!r}", stacklevel=2)
+        warnings.warn(f"ignoring {file}, which holds no measured answers: {error!r}", stacklevel=3)
         return {}
-
-
-def answers_content(name: str, answers: Mapping[Key, Path], evidence: Mapping[Key, Mapping[str, object]]) -> dict:
-    """What a device's file holds: the answers, each with its evidence (timings), and what they are valid for."""
-    rows = [
-        {"case": case._asdict(), "path": path._asdict(), **evidence.get(case, {})} for case, path in answers.items()
-    ]
-    return {"format_version": FORMAT_VERSION, "device": name, "versions": versions(), "answers": rows}
 
 
 def _version(package: str) -> str | None:

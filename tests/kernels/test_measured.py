@@ -23,7 +23,7 @@ def written():
     """written(**changes): a file of one answer, with some fields changed."""
 
     def write(**changes) -> None:
-        content = answers_content("A GPU (80 GB)", {CASE: ANSWER}, {CASE: {"milliseconds": {"x": 1.0}}}) | changes
+        content = answers_content("A GPU (80 GB)", {CASE: (ANSWER, {"milliseconds": {"x": 1.0}})}) | changes
         file = answers_file("A GPU (80 GB)")
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
@@ -52,6 +52,16 @@ def test_answers_file_is_named_for_the_device(tmp_path):
 def test_read_answers_as_written(written):
     written()
     assert read_answers("A GPU (80 GB)") == {CASE: ANSWER}
+
+
+def test_answers_content_keeps_what_was_there(written):
+    written()
+    other, again = CASE._replace(N=4096), Path("delta", "aten", "vendor")
+    content = answers_content("A GPU (80 GB)", {other: (again, {})})
+    assert [(Key(**row["case"]), Path(**row["path"])) for row in content["answers"]] == [(CASE, ANSWER), (other, again)]
+    assert content["answers"][0]["milliseconds"] == {"x": 1.0}
+    content = answers_content("A GPU (80 GB)", {CASE: (again, {})})
+    assert [row["path"] for row in content["answers"]] == [again._asdict()]
 
 
 def test_no_file_is_no_answers():

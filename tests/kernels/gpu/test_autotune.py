@@ -7,7 +7,7 @@ from lofit_kernels import autotune as module
 from lofit_kernels import measured
 from lofit_kernels.autotune import Answer, autotune
 from lofit_kernels.measured import Path
-from lofit_kernels.plan import GEMMS, plan
+from lofit_kernels.plan import GEMMS
 from lofit_kernels.roofline import Shape
 
 TOY = Shape(T=20, N=24, H=4, D=16, n_scale=2)
@@ -41,10 +41,6 @@ def test_autotune_tries_every_triton_path(device):
     answer = only(autotune([TOY], torch.float16, device, backends=("aten", "triton"), rounds=1))
     assert answer.refused == {}
     assert set(answer.seconds) == {ATEN_DELTA, *(Path("delta", "triton", gemm) for gemm in GEMMS)}
-    answer = only(autotune([TOY], torch.float32, device, backends=("triton",), rounds=1))
-    default = plan(has_scale=True, dtype=torch.float32, device_type=device.type).path
-    triton = {Path(form, "triton", gemm) for form in ("pass", "delta") for gemm in GEMMS}
-    assert set(answer.seconds) == {default} | triton
 
 
 class Clock:

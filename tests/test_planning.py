@@ -14,9 +14,11 @@ from lofit_fast.cli_plan import parse_heads
 from lofit_fast.models import ALIASES
 from lofit_fast.planning import Layer, layers_of, plan_layers, spread_heads
 from lofit_kernels import measured, roofline
-from lofit_kernels.plan import answers_for, plan_for, use_answers
+from lofit_kernels.plan import SMALL_SCALES, answers_for, plan, plan_for, use_answers
 from tests.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 
+# what step 1 takes in bfloat16 where nothing was measured
+DEFAULT = plan(has_scale=True, dtype=torch.bfloat16, device_type="cuda")
 LLAMA = [Layer(layer, HEADS, HEAD_DIM, HIDDEN) for layer in range(LAYERS)]
 COMMANDS = (("plan",), ("autotune",), ("bench", "roofline"))
 
@@ -113,14 +115,11 @@ def test_parse_heads():
 
 def test_plan_layers_predicts_what_the_roofline_does():
     rows = plan_layers(LLAMA, [4, 0, 0], [0, 2, 0], tokens=4096, dtype=torch.bfloat16, device="H100")
-    assert [(row["forward"], row["backward"]) for row in rows] == [
-        ("delta", "pass"),
-        ("fold", "fold"),
-        ("base", "base"),
-    ]
-    assert "every |a| acts" in rows[0]["small_scales"]
+    by_default = (DEFAULT.forward, DEFAULT.backward)
+    assert [(row["forward"], row["backward"]) for row in rows] == [by_default, ("fold", "fold"), ("base", "base")]
+    assert rows[0]["small_scales"] == SMALL_SCALES[DEFAULT.form, torch.bfloat16]
     shape = roofline.Shape(4096, HIDDEN, HEADS, HEAD_DIM, n_scale=4)
-    assert rows[0]["ratio"] == roofline.predict(("delta", "pass"), shape, roofline.DEVICES["H100"]).ratio
+    assert rows[0]["ratio"] == roofline.predict(by_default, shape, roofline.DEVICES["H100"]).ratio
     assert rows[0]["evidence"] == rows[1]["evidence"] == planning.EVIDENCE
     assert "ratio" not in rows[2]
 
@@ -139,7 +138,7 @@ def test_plan_layers_of_an_unknown_device():
 def test_plan_command(folder):
     report = as_json("plan", "--model", folder, "--tokens", 512, "--device", "H200")
     assert [row["layer"] for row in report["layers"]] == [0, 1, 2]
-    assert {row["forward"] for row in report["layers"]} == {"delta"}
+    assert {row["forward"] for row in report["layers"]} == {DEFAULT.forward}
     assert report["dtype"] == "torch.bfloat16"
     text = call("plan", "--model", folder, "--tokens", 512, "--device", "H200").stdout
     assert "0-2" in text
@@ -174,7 +173,7 @@ def test_bench_roofline_command():
     for row in report["rows"]:
         assert row["ratio"] == 1 if row["path"] == "floor" else row["ratio"] > 1
     chosen = {(row["step"], row["path"]) for row in report["rows"] if row["chosen"]}
-    assert chosen == {("select", "delta"), ("tune", "fold")}
+    assert chosen == {("select", DEFAULT.forward), ("tune", "fold")}
     # the counts are the shape's, whatever the device
     seen = {}
     for row in report["rows"]:

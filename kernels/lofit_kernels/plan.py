@@ -129,9 +129,15 @@ def plan(
     Raises ValueError for an unknown form, backend or gemm, a fold of a scale, a fused gemm on another backend than
     Triton, or a dtype the backend does not compute in.
     """
-    asked = Path(form, backend, gemm)
+    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON
+    # torch.compile would trace past the cache, with a warning
+    choose = _choose if torch.compiler.is_compiling() else _choose_once
+    return choose(has_scale, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
+
+
+def _choose(has_scale: bool, dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
+    """`plan`, on a device whose backends are `known`, the default one first."""
     default_form, default_gemm, reason = _default(has_scale, dtype)
-    known = ("triton", "aten") if device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON else ("aten",)
     default = Path(default_form, known[0], default_gemm)
     if has_scale and answer is not None and _applies(answer, asked, default, known):
         return Plan(*answer, "measured fastest here of what keeps the default's precision")
@@ -145,6 +151,9 @@ def plan(
     if refusal is not None:
         raise ValueError(refusal)
     return Plan(*chosen, reason)
+
+
+_choose_once = lru_cache(maxsize=1024)(_choose)
 
 
 def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Plan:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lofit_kernels import head_affine, head_affine_linear, head_index, reference
+from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index, reference
 from lofit_kernels.gpu.jit import recording
 from lofit_kernels.plan import valid_paths
 
@@ -204,3 +204,26 @@ def test_valid_paths_all_run_and_agree(device):
     for path in valid_paths(has_scale=True, dtype=torch.float32):
         y = head_affine_linear(**inputs, **path._asdict())
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_projection_with_fused_products_compiles_whole(device):
+    torch._dynamo.reset()
+    inputs = make("offsets elsewhere", torch.float32, device, ("z", "scale", "offset"))
+
+    def run(z):
+        return head_affine_linear(**{**inputs, "z": z}, form="delta", backend="triton", gemm="fused")
+
+    y, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(inputs["z"]), run(inputs["z"])
+    assert torch.equal(y, expected)
+    leaves = [inputs[leaf] for leaf in ("z", "scale", "offset")]
+    dy = torch.randn_like(y)
+    pairs = zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
+    assert all(torch.equal(got, wanted) for got, wanted in pairs)
+    torch._dynamo.reset()
+
+
+def test_projection_with_fused_products_takes_a_folded_offset(device):
+    inputs = make("offsets everywhere, bias", torch.float16, device, ())
+    folded = fold_offset(inputs["weight"], inputs["offset"], inputs["offset_heads"])
+    run = {"form": "delta", "backend": "triton", "gemm": "fused"}
+    assert torch.equal(head_affine_linear(**inputs, folded=folded, **run), head_affine_linear(**inputs, **run))

@@ -1,4 +1,4 @@
-"""The command line: `lofit-fast train | eval | generate | ...`. Each command is a thin shell."""
+"""The command line: `lofit-fast train | eval | generate | merge | export | demo`. Each command is a thin shell."""
 
 import functools
 import json
@@ -242,14 +242,6 @@ def demo(
         print(json.dumps(summary))
 
 
-_command(
-    "plan --model smollm2 --tokens 4096",
-    "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
-)(cli_plan.plan)
-_command("autotune --model smollm2 --tokens 1024 --tokens 4096")(cli_plan.autotune)
-_command("bench roofline --device H100", to=bench, name="roofline")(cli_plan.bench_roofline)
-
-
 def parse_top(text: str) -> int | float:
     """ "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
     try:
@@ -306,6 +298,14 @@ def _show(report: dict, as_json: bool, title: str, footer: str = "") -> None:
 def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+_command(
+    "plan --model smollm2 --tokens 4096",
+    "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
+)(cli_plan.plan)
+_command("autotune --model smollm2 --tokens 1024 --tokens 4096")(cli_plan.autotune)
+_command("bench roofline --device H100", to=bench, name="roofline")(cli_plan.bench_roofline)
 
 
 def main() -> None:

@@ -1,14 +1,19 @@
 """The primitives in plain ATen: CPU, and every device or dtype without Triton.
 
-The same names and signatures as `lofit_kernels.gpu.offset` and `lofit_kernels.gpu.affine`: `projection.py` composes
-either. `heads` are always (h,) int64, ascending, on z's device. Sums and products run in float32 (float64 for float64).
+The same names and signatures as `lofit_kernels.gpu.offset`, `gpu.grouped` and `gpu.affine`: `projection.py` and `ops.py`
+compose either. `heads` are always (h,) int64, ascending, on z's device. Sums and products run in float32 (float64 for
+float64).
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 # bounds the float32 temporaries of the reductions: 16 MiB each
 _ROWS_X_COLUMNS = 1 << 22
+# elements widened at a time on a CPU: 1 MiB of float32, which stays in its cache between writing and reading
+_CACHED = 1 << 18
 
 
 def offset_fold(weight: Tensor, offset: Tensor, heads: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -16,18 +21,52 @@ def offset_fold(weight: Tensor, offset: Tensor, heads: Tensor, bias: Tensor | No
 
     weight: (N, K); offset: (h, D); bias: (N,) or None. Returns (N,) in offset's dtype.
     """
-    folded = head_columns(weight, heads, offset.shape[1]).to(offset.dtype) @ offset.reshape(-1)
+    if weight.device.type == "cpu":
+        folded = offset.new_zeros(weight.shape[0])
+        for columns, rows in _runs(heads, offset.shape[1]):
+            vector = offset[rows].reshape(-1)
+            for block, part in _blocks(weight[:, columns], folded, offset.dtype):
+                part.addmv_(block.to(offset.dtype), vector)
+    else:
+        folded = head_columns(weight, heads, offset.shape[1]).to(offset.dtype) @ offset.reshape(-1)
     return folded if bias is None else folded + bias
 
 
 def column_sum(grad: Tensor) -> Tensor:
     """sum_t dY. grad: (T, N). Returns (N,), accumulated in float32 (float64 for float64)."""
-    return grad.sum(0, dtype=_wide(grad))
+    wide = _wide(grad)
+    if grad.device.type != "cpu" or grad.dtype == wide:
+        return grad.sum(0, dtype=wide)
+    # a CPU widens all of it before it adds
+    blocks = grad.split(max(1, _CACHED // max(1, grad.shape[1])))
+    total = blocks[0].sum(0, dtype=wide)
+    for block in blocks[1:]:
+        total += block.sum(0, dtype=wide)
+    return total
 
 
 def offset_bwd(column_sum: Tensor, weight: Tensor, heads: Tensor, head_dim: int) -> Tensor:
     """dv = (sum_t dY) W_S. column_sum: (N,); weight: (N, K). Returns (h, D) in column_sum's dtype."""
-    return (column_sum @ head_columns(weight, heads, head_dim).to(column_sum.dtype)).view(-1, head_dim)
+    if weight.device.type != "cpu":
+        return (column_sum @ head_columns(weight, heads, head_dim).to(column_sum.dtype)).view(-1, head_dim)
+    dv = column_sum.new_zeros(heads.shape[0], head_dim)
+    for columns, rows in _runs(heads, head_dim):
+        flat = dv[rows].view(-1)
+        for block, part in _blocks(weight[:, columns], column_sum, column_sum.dtype):
+            flat.addmv_(block.to(column_sum.dtype).T, part)
+    return dv
+
+
+def grouped_fold(weights: Sequence[Tensor], offsets: Sequence[Tensor], heads: Sequence[Tensor]) -> list[Tensor]:
+    """W_S v_S of many layers: (N,) each, in the offsets' dtype. weights: (N, K) each; offsets: (h, D) each."""
+    return [offset_fold(*layer) for layer in zip(weights, offsets, heads, strict=True)]
+
+
+def grouped_bwd(
+    column_sums: Sequence[Tensor], weights: Sequence[Tensor], heads: Sequence[Tensor], head_dim: int
+) -> list[Tensor]:
+    """dv = (sum_t dY) W_S of many layers: (h, D) each, in the column sums' dtype. column_sums: (N,) each."""
+    return [offset_bwd(*layer, head_dim) for layer in zip(column_sums, weights, heads, strict=True)]
 
 
 def affine_fwd(
@@ -88,6 +127,22 @@ def head_columns(x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
     if heads.shape[0] == n_heads:
         return x
     return x.unflatten(1, (n_heads, head_dim)).index_select(1, heads).flatten(1)
+
+
+def _runs(heads: Tensor, head_dim: int) -> Iterator[tuple[slice, slice]]:
+    """Neighbouring heads together, as (their columns of W, their rows of v): views, where an index would copy."""
+    listed = heads.tolist()
+    first = 0
+    for last, head in enumerate(listed):
+        if last + 1 == len(listed) or listed[last + 1] != head + 1:
+            yield slice(listed[first] * head_dim, (head + 1) * head_dim), slice(first, last + 1)
+            first = last + 1
+
+
+def _blocks(columns: Tensor, vector: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows of columns (N, c) and vector (N,), small enough to be widened to `dtype` in the cache."""
+    rows = columns.shape[0] if columns.dtype == dtype else _CACHED // max(1, columns.shape[1])
+    return zip(columns.split(max(1, rows)), vector.split(max(1, rows)), strict=True)
 
 
 def _product_sum(grad: Tensor, z: Tensor, heads: Tensor, head_dim: int) -> Tensor:

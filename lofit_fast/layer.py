@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index
+from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -35,7 +35,9 @@ class LofitLinear(nn.Module):
         self.base_layer = base_layer
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
+        # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `folding.ModelFold`
         self.folded: Tensor | None = None
+        self.folded_with_graph: Tensor | None = None
         of_base = next(base_layer.parameters(), torch.empty(0))
         dtype = torch.float64 if of_base.dtype == torch.float64 else torch.float32
         self._heads = {"scale": scale_heads, "offset": offset_heads}
@@ -70,16 +72,29 @@ class LofitLinear(nn.Module):
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         if not self.enabled:
             return self.base_layer(z)
-        vectors = {
-            "scale": self.scale,
-            "scale_heads": self.scale_heads,
-            "offset": self.offset,
-            "offset_heads": self.offset_heads,
-        }
-        if not is_plain_linear(self.base_layer):
-            return self.base_layer(head_affine(z, **vectors))
-        folded = None if torch.is_grad_enabled() else self.folded
-        return head_affine_linear(z, self.base_layer.weight, self.base_layer.bias, folded=folded, **vectors)
+        base = self.base_layer
+        vectors = {"scale": self.scale, "scale_heads": self.scale_heads}
+        offset = {"offset": self.offset, "offset_heads": self.offset_heads}
+        if not is_plain_linear(base):
+            return base(head_affine(z, **vectors, **offset))
+        folded = self._folded_offset()
+        if folded is None:
+            vectors |= offset
+        return head_affine_linear(z, base.weight, base.bias, folded=folded, **vectors)
+
+    def trains_offset(self) -> bool:
+        """Whether a forward that builds a graph needs one through the offset, and none through the weight beside it."""
+        return self.offset is not None and self.offset.requires_grad and not self.base_layer.weight.requires_grad
+
+    def _folded_offset(self) -> Tensor | None:
+        """W v for this call, (N,); None where the op is to fold the offset, if there is one."""
+        if not torch.is_grad_enabled():
+            return self.folded
+        if not self.trains_offset():
+            return None
+        if self.folded_with_graph is not None:
+            return self.folded_with_graph
+        return fold_offsets([self.base_layer.weight], [self.offset], [self.offset_heads])[0]
 
     @contextmanager
     def fold(self) -> Iterator[None]:

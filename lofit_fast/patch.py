@@ -12,6 +12,7 @@ from torch import nn
 from lofit_fast.adapter import check_fits, fill, read_adapter, save_adapter
 from lofit_fast.architectures import Projection, find_projections, fingerprint
 from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.folding import ModelFold, decoder_of
 from lofit_fast.layer import LofitLinear, eval_mode
 from lofit_fast.merge import check_mergeable, merge_into_base
 
@@ -29,6 +30,7 @@ class LofitHandle:
         self.layers = _build_layers(config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._fold: ModelFold | None = None
         self._live = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -91,6 +93,7 @@ class LofitHandle:
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)
+        self._fold.remove()
         self._live = False
         return self.model
 
@@ -115,6 +118,8 @@ class LofitHandle:
                 # not train(), which would reach into the base
                 layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
+        decoder = decoder_of(self.model, [projection.name for projection in self.projections])
+        self._fold = ModelFold(decoder, list(self.layers.values()))
         self._live = True
 
     def check_live(self) -> None:

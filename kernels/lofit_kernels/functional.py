@@ -33,8 +33,8 @@ def head_affine_linear(
     bias: (N,) or None. scale, offset: (h, D) float32 (float64 when z is), rows by ascending head, or None.
     scale_heads, offset_heads: the heads of those rows: ascending integers, or an int64 tensor (h,) made by
     `head_index`, whose values are trusted; None means every head.
-    folded: (N,), the result of `fold_offset(weight, offset, offset_heads)`, to reuse it in inference; the offset then
-    gets no gradient.
+    folded: (N,), W v computed beforehand, float32 (float64 when z is): of `fold_offsets`, and the gradient goes through
+    it; or of `fold_offset`, to be reused in inference. The offset itself need not be given then, and gets no gradient.
     form, backend, gemm: see `plan.py`; "auto" follows its table and what was measured on this device.
 
     Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
@@ -48,10 +48,8 @@ def head_affine_linear(
     plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, **path)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
-    if folded is not None and folded.shape != weight.shape[:1]:
-        raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
-    if folded is not None and torch.is_grad_enabled() and offset is not None and offset.requires_grad:
-        raise ValueError("a folded offset gets no gradient: expected folded only under torch.no_grad()")
+    if folded is not None:
+        _check_folded(z, weight, offset, folded)
     run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
     return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
 
@@ -93,6 +91,47 @@ def fold_offset(
         return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
 
 
+def fold_offsets(
+    weights: Sequence[Tensor], offsets: Sequence[Tensor], heads: Sequence[Heads] | None = None, *, backend: str = "auto"
+) -> list[Tensor]:
+    """W v of many layers, for `head_affine_linear(..., folded=...)`: differentiable in the offsets, not in the weights.
+
+    weights: (N, K) each; offsets: (h, D) each, float32 or float64; heads: of each layer, as in `head_affine_linear`.
+    Layers may differ in N, K, D and number of heads; those of one N, D, dtype and device are folded in one launch, and
+    their gradients found together. Returns (N,) per layer, in the offsets' dtype.
+    Raises TypeError / ValueError naming what was got and what was expected.
+    """
+    heads = [None] * len(weights) if heads is None else heads
+    if not len(weights) == len(offsets) == len(heads):
+        raise ValueError(
+            f"expected one offset and one list of heads per weight, got {len(weights)} weights, {len(offsets)} "
+            f"offsets, {len(heads)} lists of heads"
+        )
+    groups: dict[tuple, list[int]] = {}
+    checked = []
+    for number, (weight, offset, listed) in enumerate(zip(weights, offsets, heads, strict=True)):
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"expected floating weights (N, K), got {weight.dtype} of shape {tuple(weight.shape)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("fold_offsets gives weights no gradient: expected frozen ones, got one that requires it")
+        checked.append(_check_vectors("offset", offset, listed, weight))
+        key = (weight.shape[0], offset.shape[1], weight.dtype, weight.device)
+        groups.setdefault(key, []).append(number)
+    folded: list[Tensor | None] = [None] * len(weights)
+    for (_, _, dtype, device), members in groups.items():
+        chosen = plan(has_scale=False, dtype=dtype, device_type=device.type, backend=backend).backend
+        group = tuple([of[i] for i in members] for of in (weights, offsets, checked))
+        for number, bias in zip(members, _fold_group(*group, chosen), strict=True):
+            folded[number] = bias
+    return folded
+
+
+def _fold_group(weights: list[Tensor], offsets: list[Tensor], heads: list[Tensor], backend: str) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():
+        return ops.grouped_fold(weights, offsets, heads, backend).unbind()
+    return ops.GroupedFold.apply(weights, heads, backend, *offsets)
+
+
 def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = "cpu") -> Tensor:
     """Heads as the ops take them: (h,) int64 on `device`.
 
@@ -123,6 +162,19 @@ def _check_projection(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"expected z and weight of one floating dtype, got {z.dtype} and {weight.dtype}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tensor) -> None:
+    wide = torch.promote_types(z.dtype, torch.float32)
+    if folded.shape != weight.shape[:1]:
+        raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
+    if folded.dtype != wide:
+        raise TypeError(f"expected folded in {wide} beside {z.dtype} activations, got {folded.dtype}")
+    loses = offset is not None and offset.requires_grad and not folded.requires_grad
+    if loses and torch.is_grad_enabled():
+        raise ValueError(
+            "the offset would get no gradient through this folded one: expected one of fold_offsets, or torch.no_grad()"
+        )
 
 
 def _check_both(z, scale, scale_heads, offset, offset_heads) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,8 @@
 """The op twice: as torch.library custom ops for torch.compile, and as an autograd.Function for eager mode.
 
 `lofit::affine_linear` is the projection with the adapter inside; `lofit::affine` is the adapter alone, for base layers
-that must not be bypassed. Each has a fake and a backward op of its own, so that a compiled backward stays one node.
+that must not be bypassed; `lofit::grouped_fold` is W v of many layers at once. Each has a fake and a backward op of its
+own, so that a compiled backward stays one node.
 The Functions call the same code without the dispatcher's wrappers, which cost more than a small projection.
 Differentiating twice raises, either way, instead of returning something wrong.
 """
@@ -34,7 +35,7 @@ def affine_linear(
 ) -> Tensor:
     """y = ((1 + a) * z + v) W^T + b. z: (..., K); weight: (N, K); scale, offset: (h, D) float32; heads: (h,) int64.
 
-    folded: (N,), W v computed beforehand, or None; inference only, no gradient reaches the offset through it.
+    folded: (N,), W v computed beforehand, or None. With it the gradient is its own, and the offset gets none.
     form, backend, gemm: as in `plan.plan`; what is "auto" is looked up here, where the number of tokens is a number.
     """
     vectors = (scale, scale_heads, offset, offset_heads)
@@ -62,42 +63,58 @@ def affine_linear_backward(
     form: str = "auto",
     gemm: str = "auto",
 ) -> list[Tensor]:
-    """The gradients of (z, weight, bias, scale, offset) that `needs` asks for, in that order, the others left out."""
+    """The gradients of (z, weight, bias, scale, offset, folded) that `needs` asks for, in that order, others left out.
+
+    That of folded is sum_t dY in float32 (float64 for float64), the dtype that folded has.
+    """
     vectors = (scale, scale_heads, offset, offset_heads)
     grads = _linear_backward(grad, z, weight, bias, *vectors, needs, backend, form, gemm)
     return [g for g in grads if g is not None]
 
 
 def _linear_backward(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form, gemm):
-    """The gradients of (z, weight, bias, scale, offset) in their inputs' dtypes, None where not needed."""
-    vectors = (scale, scale_heads, offset, offset_heads)
+    """The gradients of (z, weight, bias, scale, offset, folded) in their inputs' dtypes, None where not needed."""
+    needs_z, needs_weight, needs_bias, needs_scale, needs_offset, needs_folded = needs
+    inner = (needs_z, needs_weight, needs_bias or needs_folded, needs_scale, needs_offset)
     with _as_written(grad):
-        grads = affine_linear_bwd(grad, z, weight, *vectors, tuple(needs), form, backend, gemm)
-    likes = (grad, weight, bias, scale, offset)
-    return [None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)]
+        vectors = (scale, scale_heads, offset, offset_heads)
+        grads = affine_linear_bwd(grad, z, weight, *vectors, inner, form, backend, gemm)
+    d_z, d_weight, total, d_scale, d_offset = grads
+    # both are sum_t dY, and results of a custom operator must not share storage
+    d_bias = total.clone() if needs_bias and needs_folded else total if needs_bias else None
+    found = (d_z, d_weight, d_bias, d_scale, d_offset, total if needs_folded else None)
+    likes = (grad, weight, bias, scale, offset, total)
+    return [None if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
 
 
 @affine_linear_backward.register_fake
 def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form="auto", gemm="auto"):
     d_z = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if needs[0] else None
     rest = (None if x is None else torch.empty_like(x) for x in (weight, bias, scale, offset))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rest = (*rest, grad.new_empty(weight.shape[0], dtype=wide) if needs[5] else None)
     return [g for g, needed in zip((d_z, *rest), needs, strict=True) if needed]
 
 
 def _save_linear(ctx, inputs, output):
-    z, weight, bias, scale, scale_heads, offset, offset_heads, _, form, backend, gemm = inputs
+    z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm = inputs
     needs = ctx.needs_input_grad
     # z is the only activation: an offset alone never needs it
     saved_z = z if needs[1] or needs[3] else None
-    ctx.needs = [needs[0], needs[1], needs[2], needs[3], needs[5]]
+    ctx.needs = [needs[0], needs[1], needs[2], needs[3], needs[5] and folded is None, needs[7]]
     ctx.path = (backend, form, gemm)
     ctx.save_for_backward(saved_z, weight, bias, scale, scale_heads, offset, offset_heads)
 
 
 def _linear_gradients(ctx, grad):
     found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path))
-    d_z, d_weight, d_bias, d_scale, d_offset = (next(found) if needed else None for needed in ctx.needs)
-    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None, None
+    return _as_inputs([next(found) if needed else None for needed in ctx.needs])
+
+
+def _as_inputs(grads):
+    """The gradients of (z, weight, bias, scale, offset, folded) at the places of the op's eleven inputs."""
+    d_z, d_weight, d_bias, d_scale, d_offset, d_folded = grads
+    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, d_folded, None, None, None
 
 
 affine_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
@@ -117,8 +134,82 @@ class AffineLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """The gradients that are needed; see `affine_linear_backward`."""
-        d_z, d_weight, d_bias, d_scale, d_offset = _linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path)
-        return d_z, d_weight, d_bias, d_scale, None, d_offset, None, None, None, None, None
+        return _as_inputs(_linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path))
+
+
+@torch.library.custom_op("lofit::grouped_fold", mutates_args=())
+def grouped_fold(weights: list[Tensor], offsets: list[Tensor], heads: list[Tensor], backend: str) -> Tensor:
+    """W_S v_S of L layers of one N and D, as (L, N).
+
+    Of each layer: weights (N, K); offsets (h, D) float32; heads (h,) int64.
+    """
+    with _as_written(weights[0]):
+        return torch.stack(primitives(backend).grouped_fold(weights, offsets, heads))
+
+
+@grouped_fold.register_fake
+def _(weights, offsets, heads, backend):
+    return offsets[0].new_empty(len(weights), weights[0].shape[0])
+
+
+@torch.library.custom_op("lofit::grouped_fold_backward", mutates_args=())
+def grouped_fold_backward(
+    grad: Tensor, weights: list[Tensor], heads: list[Tensor], head_dim: int, backend: str
+) -> list[Tensor]:
+    """dv of L layers: (h, head_dim) each. grad: (L, N), the column sums of dY."""
+    with _as_written(grad):
+        return [dv.clone() for dv in primitives(backend).grouped_bwd(grad.unbind(), weights, heads, head_dim)]
+
+
+@grouped_fold_backward.register_fake
+def _(grad, weights, heads, head_dim, backend):
+    return [grad.new_empty(h.shape[0], head_dim) for h in heads]
+
+
+def _save_grouped(ctx, inputs, output):
+    weights, offsets, heads, backend = inputs
+    ctx.layers, ctx.head_dim, ctx.backend = len(weights), offsets[0].shape[1], backend
+    ctx.save_for_backward(*weights, *heads)
+
+
+def _grouped_gradients(ctx, grad):
+    weights, heads = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+    found = grouped_fold_backward(grad, list(weights), list(heads), ctx.head_dim, ctx.backend)
+    return [None] * ctx.layers, found, [None] * ctx.layers, None
+
+
+grouped_fold.register_autograd(_grouped_gradients, setup_context=_save_grouped)
+
+
+class GroupedFold(torch.autograd.Function):
+    """`lofit::grouped_fold` for eager mode: (N,) for each layer, and a gradient for no layer that got none.
+
+    The frozen weights stay on the node itself. As saved tensors, activation checkpointing would count them, whose
+    second run of a layer folds for that layer alone and must save what the first run saved; and nested backwards of one
+    checkpoint after the other would find them gone.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, heads, backend, *offsets):
+        """W_S v_S of every layer."""
+        ctx.set_materialize_grads(False)
+        ctx.weights, ctx.heads, ctx.backend, ctx.head_dim = weights, heads, backend, offsets[0].shape[1]
+        with _as_written(weights[0]):
+            return tuple(primitives(backend).grouped_fold(weights, offsets, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        """dv of every layer that got a gradient, computed together."""
+        reached = [i for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[3 + i]]
+        found: list[Tensor | None] = [None] * len(grads)
+        if reached:
+            rows, weights, heads = ([of[i] for i in reached] for of in (grads, ctx.weights, ctx.heads))
+            with _as_written(rows[0]):
+                computed = primitives(ctx.backend).grouped_bwd(rows, weights, heads, ctx.head_dim)
+            for i, dv in zip(reached, computed, strict=True):
+                found[i] = dv
+        return None, None, None, *found
 
 
 @torch.library.custom_op("lofit::affine", mutates_args=())

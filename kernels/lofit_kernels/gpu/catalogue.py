@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lofit_kernels.gpu import affine, backward, forward, offset
+from lofit_kernels.gpu import affine, backward, forward, grouped, offset
 from lofit_kernels.gpu.jit import recording
 from lofit_kernels.gpu.tiles import ARCHITECTURES, Tile, every_tile
 
@@ -144,6 +144,8 @@ CASES: tuple[Case, ...] = (
     Case("offset_fold b float32", lambda i: offset.offset_fold(i.W, i.a, i.heads, i.sum_dY)),
     Case("column_sum", lambda i: offset.column_sum(i.dY), sample=True),
     Case("offset_bwd", lambda i: offset.offset_bwd(i.sum_dY, i.W, i.heads, i.D), sample=True),
+    Case("grouped_fold", lambda i: grouped.grouped_fold([i.W] * 3, [i.a] * 3, [i.heads] * 3), sample=True),
+    Case("grouped_bwd", lambda i: grouped.grouped_bwd([i.sum_dY] * 3, [i.W] * 3, [i.heads] * 3, i.D), sample=True),
     *_projections(),
 )
 

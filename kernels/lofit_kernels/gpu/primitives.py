@@ -3,6 +3,7 @@
 from lofit_kernels.gpu.affine import affine_bwd, affine_delta_fwd, affine_fwd
 from lofit_kernels.gpu.backward import affine_linear_bwd
 from lofit_kernels.gpu.forward import delta_linear, prologue_linear
+from lofit_kernels.gpu.grouped import grouped_bwd, grouped_fold
 from lofit_kernels.gpu.offset import column_sum, offset_bwd, offset_fold
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "affine_linear_bwd",
     "column_sum",
     "delta_linear",
+    "grouped_bwd",
+    "grouped_fold",
     "offset_bwd",
     "offset_fold",
     "prologue_linear",

@@ -136,6 +136,8 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
         "affine_bwd": {ANY: _SWEEP_AND_REDUCE},
         "offset_fold": {ANY: _FOLD},
         "offset_bwd": {ANY: _COLUMN_WEIGHTED},
+        "grouped_fold": {ANY: _FOLD},
+        "grouped_bwd": {ANY: _COLUMN_WEIGHTED},
         "column_sum": {ANY: ((None, _tile(4, BLOCK_T=32, BLOCK_N=128)),)},
         "delta_linear": _FORWARD,
         "delta_linear_tma": _FORWARD_TMA,

@@ -1,0 +1,270 @@
+"""One output projection with its adapter, computed by everyone: ours by every path, and the peers, as rows of a table.
+
+    y = ((1 + a) * z + v) W^T
+
+PROVIDERS is the table. A row that cannot run on a projection says why (`missing`) instead of vanishing. Needs torch
+and, for the paths on Triton, triton; nothing else, so that it runs on any machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.fused import fused_linear
+from benchmarks.shapes import Shape
+from lofit_kernels import head_affine_linear, plan
+from lofit_kernels.plan import BACKENDS, FORMS, TRITON_DTYPES
+
+# name -> on which heads there is a scale, on which an offset
+SETTINGS: dict[str, tuple[str | None, str | None]] = {
+    "step 1": ("all", None),
+    "step 2": (None, "few"),
+    "both": ("all", "all"),
+    "few scales": ("few", None),
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Tensors of one projection: z (T, K) as attention hands it over, weight (N, K) frozen, grad (T, N) = dY.
+
+    scale, offset: (h, D) float32 leaves or None, on `scale_heads` and `offset_heads`, (h,) int64.
+    """
+
+    setting: str
+    shape: Shape
+    z: Tensor
+    weight: Tensor
+    grad: Tensor
+    scale: Tensor | None
+    scale_heads: Tensor | None
+    offset: Tensor | None
+    offset_heads: Tensor | None
+    # both again as lists, for those who loop over heads: reading them off a GPU in every step would wait for it
+    lists: tuple[list[int], list[int]]
+
+    @property
+    def vectors(self) -> dict[str, Tensor | None]:
+        """The adapter as `head_affine_linear` takes it."""
+        names = ("scale", "scale_heads", "offset", "offset_heads")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The scale and the offset, those that are there."""
+        return [x for x in (self.scale, self.offset) if x is not None]
+
+
+def few_heads(n_heads: int) -> list[int]:
+    """A tenth of the heads, at least one, spread evenly, head 0 among them."""
+    count = max(1, round(n_heads / 10))
+    return [i * n_heads // count for i in range(count)]
+
+
+def projection(setting: str, shape: Shape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
+    """Random tensors for a row of SETTINGS, with magnitudes as in a model: z and dY of order 1, y of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*size, generator=generator) * std).to(device, to)
+
+    def vectors(heads: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        if not heads:
+            return None, None
+        rows = draw(len(heads), shape.D, std=0.1, to=torch.float64 if dtype == torch.float64 else torch.float32)
+        return rows.requires_grad_(), torch.tensor(heads, device=device)
+
+    z, weight = draw(T, shape.K).requires_grad_(), draw(shape.N, shape.K, std=shape.K**-0.5)
+    by_name = {None: [], "all": list(range(shape.H)), "few": few_heads(shape.H)}
+    lists = tuple(by_name[which] for which in SETTINGS[setting])
+    scale, offset = (vectors(heads) for heads in lists)
+    return Projection(setting, shape, z, weight, draw(T, shape.N), *scale, *offset, lists)
+
+
+def _dense(rows: Tensor, heads: Tensor, n_heads: int) -> Tensor:
+    return rows if len(heads) == n_heads else rows.new_zeros(n_heads, rows.shape[1]).index_copy(0, heads, rows)
+
+
+def floor(z: Tensor, p: Projection) -> Tensor:
+    """The frozen projection without an adapter: a GEMM each way, what nobody can beat."""
+    return linear(z, p.weight)
+
+
+def hook(z: Tensor, p: Projection) -> Tensor:
+    """As a forward pre-hook does it: float32 vectors, plain autograd, cast back to z's dtype."""
+    x = z.unflatten(-1, (p.shape.H, p.shape.D))
+    if p.scale is not None:
+        x = x * (1 + _dense(p.scale, p.scale_heads, p.shape.H))
+    if p.offset is not None:
+        x = x + _dense(p.offset, p.offset_heads, p.shape.H)
+    return linear(x.flatten(-2).to(z.dtype), p.weight)
+
+
+def original(z: Tensor, p: Projection) -> Tensor:
+    """As the authors' release does it: each head's slice cloned, scaled, shifted and assigned back, one after another.
+
+    The edit of `lofit_fast.baselines.original`, again, because that package needs more than torch.
+    """
+    absent = torch.zeros(p.shape.D, device=z.device)
+    scales = {} if p.scale is None else dict(zip(p.lists[0], p.scale, strict=True))
+    offsets = {} if p.offset is None else dict(zip(p.lists[1], p.offset, strict=True))
+    x = z.clone()
+    for head in range(p.shape.H):
+        columns = slice(head * p.shape.D, (head + 1) * p.shape.D)
+        a, v = scales.get(head, absent), offsets.get(head, absent)
+        x[..., columns] = ((1 + a) * x[..., columns].clone() + v).to(x.dtype)
+    return linear(x, p.weight)
+
+
+def eager_fold(z: Tensor, p: Projection) -> Tensor:
+    """b = W_S v_S in plain autograd, then the projection with a bias."""
+    columns = (p.offset_heads[:, None] * p.shape.D + torch.arange(p.shape.D, device=z.device)).flatten()
+    bias = p.weight[:, columns].to(p.offset.dtype) @ p.offset.flatten()
+    return linear(z, p.weight, bias.to(z.dtype))
+
+
+def ours(z: Tensor, p: Projection, form: str = "auto", backend: str = "auto") -> Tensor:
+    """The op of this project."""
+    return head_affine_linear(z, p.weight, **p.vectors, form=form, backend=backend)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Projection], Tensor]:
+    step = torch.compile(_plain_hook)
+    return lambda z, p: step(z, p.weight, p.scale, p.scale_heads, p.offset, p.offset_heads, p.shape.H)
+
+
+def _plain_hook(z, weight, scale, scale_heads, offset, offset_heads, n_heads):
+    x = z.unflatten(-1, (n_heads, -1))
+    if scale is not None:
+        x = x * (1 + _dense(scale, scale_heads, n_heads))
+    if offset is not None:
+        x = x + _dense(offset, offset_heads, n_heads)
+    return linear(x.flatten(-2).to(z.dtype), weight)
+
+
+def compiled_hook(z: Tensor, p: Projection) -> Tensor:
+    """The hook and its projection under torch.compile."""
+    return _compiled()(z, p)
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, None when they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    from lofit_kernels.gpu.tiles import architecture
+
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return "no GPU, and Triton does not interpret in this process"
+    try:
+        architecture(device)
+    except ValueError as unknown:
+        return str(unknown)
+    return None
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot work for `device`, None when it can."""
+    wanted = ("CC", "gcc", "cc", "clang") if device.type == "cuda" else ("CXX", "g++", "c++", "clang++")
+    if os.environ.get(wanted[0]) is None and not any(shutil.which(name) for name in wanted[1:]):
+        return f"torch.compile needs a compiler: none of {', '.join(wanted[1:])} is installed"
+    return no_triton(device) if device.type == "cuda" else None
+
+
+NEEDS: dict[str, Callable[[torch.device], str | None]] = {"triton": no_triton, "compiler": no_compiler}
+
+
+def _path_refusal(p: Projection, form: str, backend: str) -> str | None:
+    """Why this path of ours cannot be taken, in the planner's own words."""
+    has_scale, device_type = p.scale is not None, p.z.device.type
+    try:
+        chosen = plan(has_scale=has_scale, dtype=p.z.dtype, device_type=device_type, form=form, backend=backend)
+    except ValueError as refused:
+        return str(refused)
+    return None if chosen.form == form else f"without a scale this is the {chosen.form}"
+
+
+def _fused_refusal(p: Projection) -> str | None:
+    if p.scale is None:
+        return "without a scale there is nothing to fuse: the offset is folded"
+    return None if p.z.dtype in TRITON_DTYPES else f"the kernels do not compute in {p.z.dtype}"
+
+
+def _eager_fold_refusal(p: Projection) -> str | None:
+    return None if p.scale is None else "a fold of the offset cannot express a scale"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A row: `forward(z, projection) -> y`, differentiable. ours: held to the accuracy rule before it is timed.
+
+    refusal(projection): why it cannot express that projection anywhere, None when it can. needs: a key of NEEDS.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Projection], Tensor]
+    ours: bool = False
+    refusal: Callable[[Projection], str | None] = lambda p: None
+    needs: str | None = None
+
+    def missing(self, p: Projection) -> str | None:
+        """Why it cannot run on that projection here, None when it can."""
+        why = self.refusal(p)
+        return NEEDS[self.needs](p.z.device) if why is None and self.needs else why
+
+
+def _paths() -> list[Provider]:
+    """Every form on every backend that the planner knows: a new one appears here by itself."""
+    rows = []
+    for form in FORMS:
+        for backend in BACKENDS:
+            path = {"form": form, "backend": backend}
+            needs = "triton" if backend == "triton" else None
+            rows.append(
+                Provider(f"{form} {backend}", partial(ours, **path), True, partial(_path_refusal, **path), needs)
+            )
+    return rows
+
+
+def _fused(name: str, kind: str) -> Provider:
+    """A composition of the fused kernels that are proved, whether or not the planner takes them yet."""
+
+    def forward(z: Tensor, p: Projection) -> Tensor:
+        return fused_linear(z, p.weight, **p.vectors, forward=kind)
+
+    return Provider(name, forward, True, _fused_refusal, "triton")
+
+
+PROVIDERS: dict[str, Provider] = {
+    row.name: row
+    for row in (
+        Provider("floor", floor),
+        Provider("ours", ours, True),
+        Provider("hook", hook),
+        Provider("compiled hook", compiled_hook, needs="compiler"),
+        Provider("original loop", original),
+        Provider("eager fold", eager_fold, refusal=_eager_fold_refusal),
+        *_paths(),
+        _fused("delta fused", "delta"),
+        _fused("prologue fused", "prologue"),
+        _fused("pass, fused backward", "pass"),
+    )
+}
+
+
+def step(provider: Provider, p: Projection) -> tuple[Tensor, ...]:
+    """One forward and backward: (y, dz, and the gradients of the parameters, for providers that have any)."""
+    y = provider.forward(p.z, p)
+    wanted = [p.z] if provider.name == "floor" else [p.z, *p.parameters]
+    return (y.detach(), *torch.autograd.grad(y, wanted, p.grad))

@@ -72,10 +72,10 @@ def few_heads(n_heads: int) -> list[int]:
 
 def projection(setting: str, shape: Shape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
     """Random tensors for a row of SETTINGS, with magnitudes as in a model: z and dY of order 1, y of order 1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*size, generator=generator) * std).to(device, to)
+        return (torch.randn(*size, generator=generator, device=device) * std).to(to)
 
     def vectors(heads: list[int]) -> tuple[Tensor | None, Tensor | None]:
         if not heads:

@@ -41,7 +41,9 @@ def poisoned() -> Iterator[None]:
 
 def exact(p: Projection) -> tuple[Tensor, ...]:
     """(y, dz, da and dv where there are any) in float64, from the definition."""
-    wide = {name: x.detach().double() if x is not None and x.is_floating_point() else x for name, x in p.vectors.items()}
+    wide = {
+        name: x.detach().double() if x is not None and x.is_floating_point() else x for name, x in p.vectors.items()
+    }
     z, weight, grad = (x.detach().double() for x in (p.z, p.weight, p.grad))
     gradients = reference.affine_linear_backward(grad, z, weight, None, **wide)
     wanted = (gradients.z, gradients.scale, gradients.offset)
@@ -59,7 +61,8 @@ def problems(provider: Provider, p: Projection, planted: bool = False) -> list[s
     """What is wrong with a provider on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
     inputs = [p.z, p.weight, p.grad, *p.parameters]
     before = [x.detach().clone() for x in inputs]
-    eager = step(PROVIDERS["hook"], p)
+    # from the inputs as they were
+    right, eager = exact(p), step(PROVIDERS["hook"], p)
     # a compiler's own allocations are not ours to poison
     if provider.needs == "compiler":
         got, again = step(provider, p), None
@@ -69,7 +72,7 @@ def problems(provider: Provider, p: Projection, planted: bool = False) -> list[s
     if planted:
         got = (got[0] * 1.01, *got[1:])
     found = []
-    for name, x, expected, by_hook in zip(_names(p), got, exact(p), eager, strict=True):
+    for name, x, expected, by_hook in zip(_names(p), got, right, eager, strict=True):
         if x.shape != expected.shape or x.dtype != by_hook.dtype:
             found.append(f"{name}: {x.dtype} {tuple(x.shape)}, expected {by_hook.dtype} {tuple(expected.shape)}")
         elif not x.isfinite().all():

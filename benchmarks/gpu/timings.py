@@ -24,8 +24,7 @@ def time_projection(task: dict[str, Any]) -> dict[str, Any]:
     first = projection(task["setting"], shape, task["T"], dtype, device)
     one = sum(x.numel() * x.element_size() for x in (first.z, first.weight, first.grad))
     sets = [first] + [
-        projection(task["setting"], shape, task["T"], dtype, device, seed)
-        for seed in range(1, input_sets(one, device))
+        projection(task["setting"], shape, task["T"], dtype, device, seed) for seed in range(1, input_sets(one, device))
     ]
 
     def run(provider: Provider) -> Callable[[int], object]:

@@ -24,6 +24,8 @@ def machine(task: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.timing import machine as described
 
+    if task["device"] == "cuda" and not torch.cuda.is_available():
+        return {"error": "torch sees no GPU here; --device cpu rehearses without one"}
     found = dict(described())
     if task["device"] == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -79,7 +81,7 @@ def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     except Exception as failure:
         result = {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
         traceback.print_exc()
-    if task["device"] != "cuda":
+    if task["device"] != "cuda" or not torch.cuda.is_initialized():
         return result, True
     try:
         torch.cuda.synchronize()

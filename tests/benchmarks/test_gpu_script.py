@@ -76,11 +76,12 @@ def test_refuses_to_time_what_is_wrong(tmp_path):
     assert any("y: error" in problem for problem in found["checks"]["pass aten"]["problems"])
 
 
-def test_no_time_left_is_said(tmp_path):
-    done, found = run(tmp_path, "--only", "pass aten", "--minutes", "0")
-    assert done.returncode == 0
-    assert found["rows"] == []
-    assert [row["reason"] for row in found["not_run"]] == ["out of time"] * plan.QUICK["cpu"]
+def test_no_time_left_is_said():
+    session = script.Session(script._parse(["--device", "cpu", "--minutes", "0"]))
+    session.worker = None
+    session.time(["floor", "hook"])
+    assert session.report["rows"] == []
+    assert [row["reason"] for row in session.report["not_run"]] == ["out of time"] * len(plan.ROWS["cpu"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -164,7 +165,8 @@ def drop(y, z, p):
 
 
 def overwrite(y, z, p):
-    p.weight.add_(1)
+    # as a kernel would: autograd's version counter does not see it
+    p.weight.data.add_(1)
     return y
 
 
@@ -178,17 +180,13 @@ NOISE = torch.Generator().manual_seed(0)
         (lambda y, z, p: y * 1.02, ["y: error", "dz: error", "da: error"]),
         (drop, ["y: 72 elements were not written"]),
         (lambda y, z, p: y + 1e-6 * torch.rand(y.shape, generator=NOISE), ["y: a second call gave other bits"]),
-        (overwrite, ["y: error", "an input was overwritten"]),
+        (overwrite, ["dz: error", "an input was overwritten"]),
         (lambda y, z, p: y.double(), ["y: torch.float64"]),
     ],
 )
 def test_checks_see_what_is_wrong(change, expected):
     p = projection("step 1", SHAPES["toy"], 9, torch.float32, "cpu")
-    found = checks.problems(wrong(change), p) if expected != ["y: torch.float64"] else None
-    if found is None:
-        with pytest.raises(RuntimeError):
-            checks.problems(wrong(change), p)
-        return
+    found = checks.problems(wrong(change), p)
     assert all(any(problem.startswith(part) for problem in found) for part in expected), found
     assert bool(found) == bool(expected)
 

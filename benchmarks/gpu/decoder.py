@@ -53,7 +53,7 @@ class DecoderLayer:
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = (linear(x, w).unflatten(-1, (-1, self.shape.D)).transpose(1, 2) for w in (self.q, self.k, self.v))
-        grouped = self.shape.H != self.shape.H_kv
+        grouped = self.shape.H_kv != self.shape.H
         z = scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True, enable_gqa=grouped)
         return z.transpose(1, 2).flatten(2)
 

@@ -26,7 +26,7 @@ class Timed:
 
 
 def input_sets(bytes_of_one: int, device: str) -> int:
-    """How many sets of inputs to walk through for none to be found in the L2 cache again: twice its size, at least 2."""
+    """How many sets of inputs make up twice the L2 cache, so that none is found there again; at least 2."""
     if device != "cuda":
         return 2
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20

@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format aot bench real clean
+.PHONY: help demo test lint format aot bench bench-gpu real clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -49,6 +49,10 @@ endef
 
 bench: $(STAMP) ## time the op against its peers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# no $(STAMP): a GPU machine is taken as found, with the torch and Triton that it has, and no network
+bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 real: $(STAMP) ## everything on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'

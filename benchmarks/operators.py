@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.fused import fused_linear
 from benchmarks.shapes import Shape
 from lofit_kernels import head_affine_linear, plan
-from lofit_kernels.plan import BACKENDS, FORMS, TRITON_DTYPES
+from lofit_kernels.plan import BACKENDS, FORMS, GEMMS
 
 # name -> on which heads there is a scale, on which an offset
 SETTINGS: dict[str, tuple[str | None, str | None]] = {
@@ -132,9 +132,9 @@ def eager_fold(z: Tensor, p: Projection) -> Tensor:
     return linear(z, p.weight, bias.to(z.dtype))
 
 
-def ours(z: Tensor, p: Projection, form: str = "auto", backend: str = "auto") -> Tensor:
-    """The op of this project."""
-    return head_affine_linear(z, p.weight, **p.vectors, form=form, backend=backend)
+def ours(z: Tensor, p: Projection, **path: str) -> Tensor:
+    """The op of this project, by the path that the planner chooses or by the one that is insisted on."""
+    return head_affine_linear(z, p.weight, **p.vectors, **path)
 
 
 @cache
@@ -185,20 +185,14 @@ def no_compiler(device: torch.device) -> str | None:
 NEEDS: dict[str, Callable[[torch.device], str | None]] = {"triton": no_triton, "compiler": no_compiler}
 
 
-def _path_refusal(p: Projection, form: str, backend: str) -> str | None:
+def _path_refusal(p: Projection, form: str, **path: str) -> str | None:
     """Why this path of ours cannot be taken, in the planner's own words."""
     has_scale, device_type = p.scale is not None, p.z.device.type
     try:
-        chosen = plan(has_scale=has_scale, dtype=p.z.dtype, device_type=device_type, form=form, backend=backend)
+        chosen = plan(has_scale=has_scale, dtype=p.z.dtype, device_type=device_type, form=form, **path)
     except ValueError as refused:
         return str(refused)
     return None if chosen.form == form else f"without a scale this is the {chosen.form}"
-
-
-def _fused_refusal(p: Projection) -> str | None:
-    if p.scale is None:
-        return "without a scale there is nothing to fuse: the offset is folded"
-    return None if p.z.dtype in TRITON_DTYPES else f"the kernels do not compute in {p.z.dtype}"
 
 
 def _eager_fold_refusal(p: Projection) -> str | None:
@@ -224,26 +218,26 @@ class Provider:
         return NEEDS[self.needs](p.z.device) if why is None and self.needs else why
 
 
-def _paths() -> list[Provider]:
-    """Every form on every backend that the planner knows: a new one appears here by itself."""
-    rows = []
-    for form in FORMS:
-        for backend in BACKENDS:
-            path = {"form": form, "backend": backend}
+def _exists(path: dict[str, str]) -> bool:
+    """Whether the planner takes this very path for anything."""
+    for has_scale in (True, False):
+        try:
+            chosen = plan(has_scale=has_scale, dtype=torch.bfloat16, device_type="cuda", **path)
+        except ValueError:
+            continue
+        if path == {"form": chosen.form, "backend": chosen.backend, "gemm": chosen.gemm}:
+            return True
+    return False
+
+
+def _paths() -> Iterator[Provider]:
+    """Every path that the planner knows: a new one appears here by itself."""
+    for form, backend, gemm in product(FORMS, BACKENDS, GEMMS):
+        path = {"form": form, "backend": backend, "gemm": gemm}
+        if _exists(path):
+            name = f"{form} {backend}" + ("" if gemm == "vendor" else f" {gemm}")
             needs = "triton" if backend == "triton" else None
-            rows.append(
-                Provider(f"{form} {backend}", partial(ours, **path), True, partial(_path_refusal, **path), needs)
-            )
-    return rows
-
-
-def _fused(name: str, kind: str) -> Provider:
-    """A composition of the fused kernels that are proved, whether or not the planner takes them yet."""
-
-    def forward(z: Tensor, p: Projection) -> Tensor:
-        return fused_linear(z, p.weight, **p.vectors, forward=kind)
-
-    return Provider(name, forward, True, _fused_refusal, "triton")
+            yield Provider(name, partial(ours, **path), True, partial(_path_refusal, **path), needs)
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -256,9 +250,6 @@ PROVIDERS: dict[str, Provider] = {
         Provider("original loop", original),
         Provider("eager fold", eager_fold, refusal=_eager_fold_refusal),
         *_paths(),
-        _fused("delta fused", "delta"),
-        _fused("prologue fused", "prologue"),
-        _fused("pass, fused backward", "pass"),
     )
 }
 

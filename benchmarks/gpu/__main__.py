@@ -21,7 +21,10 @@ from benchmarks.gpu import plan, report
 from benchmarks.gpu.isolation import ROOT, Isolated
 
 REQUIRED = {"torch": (2, 11), "triton": (3, 6)}
-OPTIONAL = {"matplotlib": "no picture will be drawn", "pytest": "no `python -m pytest -m gpu` here"}
+OPTIONAL = {
+    "matplotlib": "no picture will be drawn",
+    "pytest": "the kernels' tests, which use a GPU where there is one, cannot run here",
+}
 # kept for writing the report
 _RESERVE = 8.0
 
@@ -198,7 +201,7 @@ def _run(session: Session, folder: Path) -> int:
         print("REFUSED: a check is red, so nothing was timed.", file=sys.stderr)
         return 1
     session.say(report.picture(session.report, folder / "gpu.png"))
-    session.say("the tests that are marked for a GPU: TRITON_INTERPRET= python -m pytest -m gpu tests/kernels")
+    session.say("more checks, with pytest and pytest-timeout: PYTHONPATH=kernels:. python -m pytest tests/kernels/gpu")
     return 0
 
 

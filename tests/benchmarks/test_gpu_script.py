@@ -40,7 +40,7 @@ def run(tmp_path, *arguments):
 
 
 def test_rehearsal_from_checks_to_report(tmp_path):
-    done, found = run(tmp_path, "--only", "ours", "hook", "original", "delta fused", "fold triton")
+    done, found = run(tmp_path, "--only", "ours", "hook", "original", "delta triton fused_backward", "fold triton")
     assert done.returncode == 0, done.stdout + done.stderr
     assert found["evidence"] == "rehearsal, not a measurement"
     assert found["machine"]["device"] == "cpu" and found["machine"]["versions"]["torch"]
@@ -50,7 +50,7 @@ def test_rehearsal_from_checks_to_report(tmp_path):
         "ours": 5,
         "hook": 5,
         "original loop": 5,
-        "delta fused": 4,
+        "delta triton fused_backward": 4,
         "fold triton": 1,
         "compiled hook": None,
     }
@@ -58,14 +58,14 @@ def test_rehearsal_from_checks_to_report(tmp_path):
     assert [(row["level"], row["setting"]) for row in found["rows"]] == [("projection", "step 1"), ("layer", "step 2")]
     step_1, layer = (row["providers"] for row in found["rows"])
     assert step_1["floor"]["vs_floor"]["median"] == 1
-    for name in ("ours", "hook", "original loop", "delta fused"):
+    for name in ("ours", "hook", "original loop", "delta triton fused_backward"):
         assert step_1[name]["ms"] > 0 and step_1[name]["rounds"] == plan.ROUNDS["cpu"]
     assert "cannot express a scale" in step_1["fold triton"]["skipped"]
     assert step_1["compiled hook"]["skipped"] == "left out by --quick"
     assert 0 < layer["the projection alone"]["ms"] < layer["floor"]["ms"]
     assert layer["fold triton"]["ms"] > 0
     assert "no picture: matplotlib is not installed" in done.stdout
-    assert "pytest -m gpu" in done.stdout
+    assert "python -m pytest tests/kernels/gpu" in done.stdout
 
 
 def test_refuses_to_time_what_is_wrong(tmp_path):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.gpu.isolation import ROOT, Isolated
 REQUIRED = {"torch": (2, 11), "triton": (3, 6)}
 OPTIONAL = {
     "matplotlib": "no picture will be drawn",
-    "pytest": "the kernels' tests, which use a GPU where there is one, cannot run here",
+    "pytest": "the kernels' own tests, which use a GPU where there is one, cannot run here",
 }
 # kept for writing the report
 _RESERVE = 8.0
@@ -37,7 +38,9 @@ def lacking() -> list[str]:
         try:
             there = version(package)
         except PackageNotFoundError:
-            found.append(f"{package} >= {wanted} is not installed")
+            # builds of vendors come under other names: one that can be imported is tried
+            if find_spec(package) is None:
+                found.append(f"{package} >= {wanted} is not installed")
             continue
         if tuple(map(int, re.findall(r"\d+", there)[:2])) < least:
             found.append(f"{package} >= {wanted} is needed, {there} is installed")
@@ -52,7 +55,7 @@ class Session:
         self.started = time.monotonic()
         self.worker = Isolated(chosen.device)
         evidence = report.MEASURED if chosen.device == "cuda" else report.REHEARSED
-        self.report: dict[str, Any] = {"evidence": evidence, "command": chosen.command, "checks": {}, "rows": []}
+        self.report: dict[str, Any] = {"evidence": evidence, "command": _command(chosen), "checks": {}, "rows": []}
 
     @property
     def left(self) -> float:
@@ -116,7 +119,7 @@ class Session:
         while True:
             going = [name for name in names if name not in fallen]
             task = row.task(self.device, going, plan.ROUNDS[self.device], plan.ROW_SECONDS)
-            found = self.worker.run(task, max(20.0, self.left - _RESERVE))
+            found = self.worker.run(task, max(5.0, self.left - _RESERVE))
             culprit = found.get("broken_by")
             if culprit is None or culprit not in going:
                 return {"error": found["error"]} if "error" in found else {"providers": found["rows"] | fallen}
@@ -147,9 +150,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only providers whose name contains NAME")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, no measurement")
     parser.add_argument("--plant", metavar="NAME", help="make this path wrong by 1 %%, to see the script refuse")
-    chosen = parser.parse_args(arguments)
-    chosen.command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
-    return chosen
+    return parser.parse_args(arguments)
+
+
+def _command(chosen: argparse.Namespace) -> str:
+    """The command as it is recorded: without the folder, which says more about the machine than about the run."""
+    words = ["python -m benchmarks.gpu", f"--minutes {chosen.minutes:g}", f"--device {chosen.device}"]
+    words += ["--quick"] * chosen.quick + [f"--only {name!r}" for name in chosen.only]
+    return " ".join(words + ([f"--plant {chosen.plant!r}"] if chosen.plant else []))
 
 
 def _folder(chosen: argparse.Namespace, device: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -44,9 +45,11 @@ class Isolated:
         except OSError:
             line = None
         if line is None:
-            status = process.wait()
+            # it has closed its output: it is dead, or about to be
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
             self.close()
-            return {"error": f"the process died with status {status}: {self._last_words()}"}
+            return {"error": f"the process died with status {process.returncode}: {self._last_words()}"}
         result = json.loads(line)
         if "broken" in result or "broken_by" in result:
             self.close()
@@ -58,7 +61,9 @@ class Isolated:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
+            # a task that a dead worker has not taken is written out here, to nobody
+            with contextlib.suppress(OSError):
+                process.stdin.close()
 
     def _started(self) -> subprocess.Popen:
         if self._process is not None and self._process.poll() is None:

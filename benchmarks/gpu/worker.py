@@ -26,7 +26,7 @@ def machine(task: dict[str, Any]) -> dict[str, Any]:
 
     if task["device"] == "cuda" and not torch.cuda.is_available():
         return {"error": "torch sees no GPU here; --device cpu rehearses without one"}
-    found = dict(described())
+    found = {**described(), "float32_matmul_precision": torch.get_float32_matmul_precision()}
     if task["device"] == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -43,8 +43,8 @@ def machine(task: dict[str, Any]) -> dict[str, Any]:
 
 
 _QUERY = (
-    "name,driver_version,vbios_version,pstate,compute_mode,persistence_mode,temperature.gpu,utilization.gpu,power.draw,"
-    "power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks_event_reasons.active"
+    "name,driver_version,pstate,compute_mode,persistence_mode,temperature.gpu,utilization.gpu,power.draw,power.limit,"
+    "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
 )
 
 

@@ -104,17 +104,17 @@ ANSWERS = "for line in sys.stdin: print('noise'); print('@lofit {\"broken\": \"x
 
 
 @pytest.mark.parametrize(
-    "code, expected",
+    "code, seconds, expected",
     [
-        ("print('last words', file=sys.stderr); os._exit(9)", "died with status 9: last words"),
-        ("input(); time.sleep(60)", "no answer within 2 seconds"),
+        ("print('last words', file=sys.stderr, flush=True); os._exit(9)", 60, "died with status 9: last words"),
+        ("input(); time.sleep(60)", 1, "no answer within 1 seconds"),
     ],
 )
-def test_a_worker_may_die_or_hang(code, expected):
+def test_a_worker_may_die_or_hang(code, seconds, expected):
     worker = Isolated("cpu", [sys.executable, "-c", f"import os, sys, time; {code}"])
     for _ in range(2):
         # and is started again for the next task
-        assert expected in worker.run({"kind": "check"}, 2)["error"]
+        assert expected in worker.run({"kind": "check"}, seconds)["error"]
     worker.close()
 
 

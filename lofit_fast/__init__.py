@@ -7,6 +7,7 @@ from lofit_fast.patch import LofitHandle, handle_of, load, patch
 
 __version__ = "0.1.0"
 __all__ = [
+    "Engine",
     "LofitConfig",
     "LofitHandle",
     "Recipe",
@@ -22,9 +23,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # fit pulls in transformers' Trainer: loaded when asked for, so that importing the package stays light
-    if name == "fit":
-        from lofit_fast.training import fit
+    # training pulls in transformers' Trainer: loaded when asked for, so that importing the package stays light
+    if name in ("Engine", "fit"):
+        from lofit_fast import training
 
-        return fit
+        return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

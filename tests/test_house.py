@@ -61,7 +61,7 @@ ORDER = {
         "cli",
     ],
     "lofit_fast.tasks": ["task", "clutrr", "completion", "kinship"],
-    "lofit_fast.training": ["collate", "run", "trainer", "recipe", "report"],
+    "lofit_fast.training": ["collate", "engine", "run", "trainer", "recipe", "report"],
 }
 # what a package's modules may import at all, of what the rules speak of
 FORBIDDEN = {"lofit_kernels": {"lofit_fast", "transformers", "peft", "accelerate", "datasets"}, "lofit_fast": set()}
@@ -197,7 +197,8 @@ def test_importing_loads_neither_triton_nor_transformers():
 def test_every_public_name_is_there():
     code = """
         import lofit_fast, lofit_kernels
-        print([n for m in (lofit_fast, lofit_kernels) for n in m.__all__ if n != "fit" and not hasattr(m, n)])
+        later = {"Engine", "fit"}
+        print([n for m in (lofit_fast, lofit_kernels) for n in m.__all__ if n not in later and not hasattr(m, n)])
     """
     assert python(code, ROOT / "kernels", ROOT) == "[]"
 

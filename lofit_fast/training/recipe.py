@@ -20,6 +20,7 @@ from lofit_fast.layer import eval_mode
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
+from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
 
@@ -49,6 +50,7 @@ def fit(
     recipe: Recipe | None = None,
     *,
     output_dir: Path | str,
+    engine: Engine | None = None,
     eval_data: Examples | None = None,
     heads: Sequence[Head] | None = None,
     resume: bool = True,
@@ -58,7 +60,7 @@ def fit(
 
     train, eval_data: tasks' Examples, or mappings with "prompt" and "completion". eval_data gives a loss per epoch and
     the exact match after each step. heads: skip step 1 and tune these. output_dir: the run folder; a run that was
-    interrupted goes on from its last epoch when resume is on.
+    interrupted goes on from its last epoch when resume is on. engine: how steps are run; None means the defaults.
     Raises ValueError for empty data, an example without labels or too long, a folder with another run in it, more
     heads than there are; OSError for a folder that cannot be written; FloatingPointError when training diverges. After
     an error the model is as it was, and the folder holds whole files only.
@@ -66,7 +68,7 @@ def fit(
     recipe = recipe or Recipe()
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
-    stages = _Stages(model, tokenizer, recipe, train, eval_data, progress)
+    stages = _Stages(model, tokenizer, recipe, engine or Engine(), train, eval_data, progress)
     stages.check_heads(heads)
     run = RunFolder.open(output_dir, stages.identity(heads), resume)
     if run.heads is None and heads is None:
@@ -79,8 +81,9 @@ def fit(
 class _Stages:
     """Everything the two steps share: encoded data, the recipe, the way a step is trained and measured."""
 
-    def __init__(self, model, tokenizer, recipe: Recipe, train: Examples, eval_data, progress: bool) -> None:
-        self.model, self.tokenizer, self.recipe, self.progress = model, tokenizer, recipe, progress
+    def __init__(self, model, tokenizer, recipe, engine, train: Examples, eval_data, progress: bool) -> None:
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.recipe, self.engine = recipe, engine
         self.projections = find_projections(model)
         if not len(train):
             raise ValueError("the training data is empty: expected at least one example")
@@ -149,7 +152,7 @@ class _Stages:
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
         checkpoint = last_checkpoint(folder) if resume else None
-        with _undisturbed(self.model):
+        with _undisturbed(self.model), prepared(self.model, self.engine):
             LofitTrainer(
                 handle,
                 l1=l1,

@@ -1,0 +1,101 @@
+"""How a step is run: attention kernel, compiled layers, grouped or packed batches. Speed, never results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from lofit_fast.architectures import find_projections
+
+Choice = bool | Literal["auto"]
+BACKEND = "inductor"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The knobs of speed. None of them changes a result beyond rounding, except that grouping picks other batches.
+
+    attention: transformers' attn_implementation ("sdpa", "eager", "flash_attention_2", ...), or "auto".
+    compile: torch.compile each decoder layer, one graph for all batch lengths; True, False or "auto".
+    group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
+    packing: lay a batch's examples end to end in one row instead of padding them; True, False or "auto".
+    prefix_cache_gb: disk for the activations below the lowest tuned layer; 0 keeps none.
+    "auto" is settled by a probe on the present machine before a run.
+    Raises TypeError / ValueError for a value of another kind.
+    """
+
+    attention: str = "auto"
+    compile: Choice = "auto"
+    group_by_length: bool = True
+    packing: Choice = "auto"
+    prefix_cache_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attention, str) or not self.attention:
+            raise TypeError(f"expected attention to be 'auto' or the name of an implementation, got {self.attention!r}")
+        for name in ("compile", "packing"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value != "auto":
+                raise TypeError(f"expected {name} to be True, False or 'auto', got {value!r}")
+        if not isinstance(self.group_by_length, bool):
+            raise TypeError(f"expected group_by_length to be True or False, got {self.group_by_length!r}")
+        if not self.prefix_cache_gb >= 0:
+            raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
+
+
+@contextmanager
+def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
+    """A scope in which the model runs as `engine` says; afterwards everything is as it was.
+
+    "auto" leaves the attention as it is and compiles nothing. Raises ValueError, before anything is changed, for an
+    attention implementation the model or the machine does not have.
+    """
+    with ExitStack() as scopes:
+        if engine.attention != "auto":
+            scopes.enter_context(_attention(model, engine.attention))
+        if engine.compile is True:
+            scopes.enter_context(_compiled(decoder_layers(model)))
+        yield
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, ascending. Raises as `find_projections` does for a model without any."""
+    names = [projection.name.split(".") for projection in find_projections(model)]
+    return [model.get_submodule(".".join(name[: name.index("layers") + 2])) for name in names]
+
+
+@contextmanager
+def _attention(model: nn.Module, name: str) -> Iterator[None]:
+    # a model shares one config among its modules, a multimodal one has several
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    try:
+        try:
+            model.set_attn_implementation(name)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"attention {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        yield
+    finally:
+        for config, value in before:
+            config._attn_implementation = value
+
+
+@contextmanager
+def _compiled(layers: list[nn.Module]) -> Iterator[None]:
+    """Each layer's call compiled in place. The layers stay the same objects, with the forward and class they had."""
+    key = "_compiled_call_impl"
+    before = [vars(layer).get(key, vars(layer)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.compile(backend=BACKEND, dynamic=True)
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            if value is vars(layer):
+                vars(layer).pop(key, None)
+            else:
+                vars(layer)[key] = value

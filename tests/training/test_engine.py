@@ -1,0 +1,109 @@
+"""The engine: what it refuses, what it does to a model, and that it takes all of it back."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.training import engine as engine_module
+from lofit_fast.training.engine import Engine, decoder_layers, prepared
+from tests.hook import randomize
+from tests.tiny import LAYERS, tiny_model, tokens
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Dynamo and AOT autograd without Inductor: the same graphs and guards, no C++ compiler."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(engine_module, "BACKEND", "aot_eager")
+    yield
+    torch._dynamo.reset()
+
+
+def belongings(model):
+    """The objects a model is made of, down to its modules' own attributes."""
+    configs = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    return [{key: id(value) for key, value in vars(m).items()} for m in model.modules()], configs
+
+
+def gradients(model, length=9):
+    ids = tokens(2, length)
+    handle = lf.handle_of(model)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss.item(), torch.autograd.grad(loss, list(handle.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attention": 3}, TypeError, "attention .* got 3"),
+        ({"compile": "yes"}, TypeError, "compile .* got 'yes'"),
+        ({"packing": None}, TypeError, "packing .* got None"),
+        ({"group_by_length": "auto"}, TypeError, "group_by_length .* got 'auto'"),
+        ({"prefix_cache_gb": -1.0}, ValueError, "prefix_cache_gb >= 0, got -1.0"),
+    ],
+)
+def test_engine_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        Engine(**options)
+
+
+def test_engine_prepared_refuses_an_attention_that_is_not_here(llama):
+    before = belongings(llama)
+    scope = prepared(llama, Engine(attention="flash_attention_9"))
+    with pytest.raises(ValueError, match="attention 'flash_attention_9' cannot be used here"):
+        scope.__enter__()
+    assert belongings(llama) == before
+
+
+def test_engine_prepared_puts_everything_back(family):
+    model = tiny_model(family)
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    before = belongings(model)
+    with pytest.raises(KeyError), prepared(model, Engine(attention="eager", compile=True)):
+        assert model.config._attn_implementation == "eager"
+        assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+        raise KeyError
+    assert belongings(model) == before
+    handle.unpatch()
+
+
+def test_engine_prepared_keeps_what_the_user_compiled(llama):
+    layer = decoder_layers(llama)[1]
+    layer.compile(backend="eager")
+    mine = layer._compiled_call_impl
+    with prepared(llama, Engine(compile=True)):
+        assert layer._compiled_call_impl is not mine
+    assert layer._compiled_call_impl is mine
+
+
+def test_engine_auto_changes_nothing_by_itself(llama):
+    before = belongings(llama)
+    with prepared(llama, Engine()):
+        assert belongings(llama) == before
+
+
+@pytest.mark.parametrize(("family", "component"), [("llama", "scale"), ("gemma3", "offset")])
+def test_engine_compiled_layers_compute_the_same(family, component, quick_compiler):
+    model = tiny_model(family)
+    randomize(lf.patch(model, lf.LofitConfig(**{component: "all"})), 0.1)
+    expected = gradients(model)
+    with prepared(model, Engine(compile=True, attention="eager")):
+        loss, got = gradients(model)
+    assert loss == pytest.approx(expected[0], rel=1e-6)
+    assert all(
+        (a - b).abs().max() <= 1e-6 * b.abs().max().clamp(min=1e-3) for a, b in zip(got, expected[1], strict=True)
+    )
+
+
+def test_engine_compiles_once_for_all_lengths(llama, quick_compiler):
+    randomize(lf.patch(llama, lf.LofitConfig(scale="all")), 0.1)
+    with prepared(llama, Engine(compile=True)):
+        gradients(llama, 9)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        # the first layer's input needs no gradient, the others' does
+        assert 1 <= graphs <= 2 < LAYERS
+        for length in (5, 12, 7, 31):
+            gradients(llama, length)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -115,6 +115,8 @@ class _Stages:
             "data": data_digest(self.train),
             "eval_data": data_digest(self.eval),
             "heads": None if heads is None else [list(pair) for pair in heads],
+            # of the engine's knobs the one that says which examples share a batch
+            "group_by_length": self.engine.group_by_length,
         }
 
     def select(self, run: RunFolder, resume: bool) -> None:
@@ -156,6 +158,7 @@ class _Stages:
             LofitTrainer(
                 handle,
                 l1=l1,
+                group_by_length=self.engine.group_by_length,
                 on_epoch=lambda row: run.append_history({"stage": stage, **row}),
                 args=self._arguments(folder, lr, epochs),
                 train_dataset=_Rows(self.train),

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast.adapter import fill, read_adapter
 from lofit_fast.patch import LofitHandle
+from lofit_fast.training.batching import GroupedByLength
 
 
 class LofitTrainer(Trainer):
@@ -22,12 +23,21 @@ class LofitTrainer(Trainer):
     l1: weight of sum |a| over all scales, added to the loss once per optimizer step.
     on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
     term's last value), seconds, step_losses, and eval_loss when there is an evaluation set.
+    group_by_length: draw batches of examples of like length, see `GroupedByLength`.
     Raises FloatingPointError at the first epoch (on a CPU: step) whose loss is not finite.
     """
 
-    def __init__(self, handle: LofitHandle, *, l1: float = 0.0, on_epoch: Callable[[dict], None], **options) -> None:
+    def __init__(
+        self,
+        handle: LofitHandle,
+        *,
+        l1: float = 0.0,
+        on_epoch: Callable[[dict], None],
+        group_by_length: bool = False,
+        **options,
+    ) -> None:
         super().__init__(model=handle.model, **options)
-        self.handle, self.l1, self.on_epoch = handle, l1, on_epoch
+        self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
         self.losses = _StepLosses()
@@ -56,6 +66,15 @@ class LofitTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         # one norm over all layers instead of one kernel per layer
         return self.l1 * torch.cat([scale.flatten() for scale in scales]).abs().sum()
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group_by_length:
+            return super()._get_train_sampler(dataset)
+        # transformers' own grouping sorts parts of an epoch, and walks each from its longest batch to its shortest
+        lengths = [len(row["input_ids"]) for row in dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedByLength(lengths, batch_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the frozen base is in the cache already: a checkpoint is the adapter

@@ -1,0 +1,43 @@
+"""Which examples share a batch: of like length, so that little is padding, in an order that stays random."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+# lengths are blurred by up to this share, so that an epoch's batches are not the last epoch's
+_BLUR = 0.05
+
+
+class GroupedByLength(Sampler[int]):
+    """Indices such that each run of batch_size of them has examples of like length; the batches come in random order.
+
+    lengths: tokens per example. batch_size: examples per optimizer step; within one, micro-batches are sorted too.
+    Sorts the whole epoch, not parts of it; the rest that fills no batch comes last and has any length. Every example
+    once per epoch, as many batches as without grouping, the same order for the same (seed, epoch) in any process.
+    Raises ValueError for a batch size below 1.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+        self.lengths = torch.tensor(lengths, dtype=torch.float64)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Whose order the next iteration gives: trainers call it, also when they resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        blur = 1 + _BLUR * (2 * torch.rand(len(self), generator=draw, dtype=torch.float64) - 1)
+        by_length = (self.lengths * blur).argsort(stable=True)
+        rest = len(self) % self.batch_size
+        start = int(torch.randint(len(self) - rest + 1, (), generator=draw))
+        left = by_length[start : start + rest]
+        batches = torch.cat((by_length[:start], by_length[start + rest :])).view(-1, self.batch_size)
+        order = torch.randperm(len(batches), generator=draw)
+        return iter([*batches[order].flatten().tolist(), *left.tolist()])

@@ -85,6 +85,7 @@ def train(
     data: Data = None,
     train_size: Annotated[int | None, typer.Option(help="Use this many training examples.")] = None,
     top: Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")] = None,
+    min_layer: Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.")] = None,
     heads: Annotated[Path | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json.")] = None,
     select_lr: Annotated[float | None, typer.Option(help="Learning rate of step 1.")] = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
@@ -108,7 +109,7 @@ def train(
     name = _task_name(task, data)
     given = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "top": None if top is None else parse_top(top)}
     given |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
-    given |= {"accumulation_steps": accumulation_steps, "max_length": max_length}
+    given |= {"accumulation_steps": accumulation_steps, "max_length": max_length, "min_layer": min_layer}
     chosen = {key: value for key, value in given.items() if value is not None}
     recipe = Recipe(**{**RECIPES.get(name, {}), "seed": seed, **chosen})
     fixed = None if heads is None else _read_heads(heads)

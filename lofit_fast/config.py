@@ -62,7 +62,8 @@ class Recipe:
     """How the two steps are trained. The defaults are the paper's (arXiv:2406.01563, section 4 and appendix).
 
     select_lr, select_epochs, l1: step 1, scales on every head, loss + l1 * sum |a|.
-    top: heads kept, a count (int) or a fraction of all heads (float in (0, 1]).
+    top: heads kept, a count (int) or a fraction of the heads in the running (float in (0, 1]).
+    min_layer: the lowest layer whose heads are in the running; a high one keeps the prefix cache long.
     tune_lr, tune_epochs: step 2, fresh offsets on the kept heads of the base model.
     Both steps: AdamW (0.9, 0.999, no decay), learning rate falling linearly to 0, no warm-up, gradients clipped to
     max_grad_norm. batch_size: examples per optimizer step, split into accumulation_steps micro-batches.
@@ -73,6 +74,7 @@ class Recipe:
     select_epochs: int = 5
     l1: float = 5e-4
     top: int | float = 0.03
+    min_layer: int = 0
     tune_lr: float = 1e-2
     tune_epochs: int = 5
     batch_size: int = 8
@@ -84,7 +86,8 @@ class Recipe:
     eval_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("select_epochs", "tune_epochs", "batch_size", "accumulation_steps", "seed", "eval_batch_size"):
+        whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
+        for name in (*whole, "eval_batch_size"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
         if not 0 <= self.seed < 2**32:
@@ -93,7 +96,7 @@ class Recipe:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
-        for name in ("select_epochs", "tune_epochs", "l1", "init_std"):
+        for name in ("select_epochs", "min_layer", "tune_epochs", "l1", "init_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulation_steps:

@@ -31,11 +31,12 @@ def head_scores(handle: LofitHandle) -> Tensor:
     return scores
 
 
-def select_heads(scores: Tensor, top: int | float) -> list[Head]:
+def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[Head]:
     """The best heads as (layer, head), best first; ties go to the lower layer, then the lower head.
 
     scores: (layers, heads), minus infinity where a head is out of the running.
     top: a count, or a fraction of the heads in the running (rounded, at least one).
+    min_layer: heads of layers below it are out of the running.
     Raises ValueError for a top out of range, more heads than there are, or a score that is not a number.
     """
     check_top(top)
@@ -43,7 +44,8 @@ def select_heads(scores: Tensor, top: int | float) -> list[Head]:
         raise ValueError(f"expected scores of shape (layers, heads), got {tuple(scores.shape)}")
     if scores.isnan().any() or scores.isposinf().any():
         raise ValueError("head scores are not finite: step 1 diverged; try a lower select_lr")
-    flat = scores.flatten()
+    layers = torch.arange(len(scores), device=scores.device)
+    flat = scores.where((layers >= min_layer).unsqueeze(1), -math.inf).flatten()
     available = int((flat > -math.inf).sum())
     count = top if isinstance(top, int) else max(1, round(top * available))
     if count > available:

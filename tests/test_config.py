@@ -39,6 +39,7 @@ BAD_RECIPES = [
     ({"eval_batch_size": 0}, "eval_batch_size > 0"),
     ({"select_epochs": -1}, "select_epochs >= 0"),
     ({"tune_epochs": -1}, "tune_epochs >= 0"),
+    ({"min_layer": -1}, "min_layer >= 0"),
     ({"l1": -1e-9}, "l1 >= 0"),
     ({"init_std": float("nan")}, "init_std >= 0"),
     ({"batch_size": 8, "accumulation_steps": 3}, "batch_size 8 does not divide into accumulation_steps 3"),

@@ -73,6 +73,20 @@ def test_select_heads_fraction_is_of_the_heads_in_the_running():
     assert select_heads(scores, 0.67) == [(0, 1), (0, 2)]
 
 
+def test_select_heads_from_a_layer_up():
+    assert select_heads(SCORES, 2, min_layer=0) == BEST_FIRST[:2]
+    assert select_heads(SCORES, 2, min_layer=1) == [(1, 0), (1, 2)]
+    # a fraction of the heads in the running, as ever
+    assert select_heads(SCORES, 0.34, min_layer=1) == [(1, 0)]
+    assert SCORES.isfinite().all()
+
+
+@pytest.mark.parametrize("top, min_layer, count", [(4, 1, 3), (0.5, 2, 0)])
+def test_select_heads_refuses_more_than_the_upper_layers_have(top, min_layer, count):
+    with pytest.raises(ValueError, match=f"only {count} have a score"):
+        select_heads(SCORES, top, min_layer)
+
+
 @pytest.mark.parametrize(
     "scores, top, message",
     [

@@ -97,11 +97,18 @@ class _Stages:
 
     def check_heads(self, heads: Sequence[Head] | None) -> None:
         """Fail before training, not after it, on heads that cannot be chosen."""
-        total = sum(p.n_heads for p in self.projections)
+        top, lowest = self.recipe.top, self.recipe.min_layer
+        total = sum(p.n_heads for p in self.projections if p.layer >= lowest)
+        if not total:
+            raise ValueError(f"min_layer is {lowest}, but the model's last layer is {self.projections[-1].layer}")
         if heads is None:
-            if isinstance(self.recipe.top, int) and self.recipe.top > total:
-                raise ValueError(f"asked for the top {self.recipe.top} heads, but the model has {total}")
+            if isinstance(top, int) and top > total:
+                at = f" in layers from {lowest}" if lowest else ""
+                raise ValueError(f"asked for the top {top} heads, but the model has {total}{at}")
         else:
+            below = [tuple(pair) for pair in LofitConfig(offset=heads).offset if pair[0] < lowest]
+            if below:
+                raise ValueError(f"min_layer is {lowest}, but the given heads are in layers below: {below}")
             LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
 
     def identity(self, heads: Sequence[Head] | None) -> dict:
@@ -130,7 +137,7 @@ class _Stages:
         finally:
             handle.unpatch()
         run.record("select", metrics)
-        run.write_heads(select_heads(scores, recipe.top), scores)
+        run.write_heads(select_heads(scores, recipe.top, recipe.min_layer), scores)
 
     def tune(self, run: RunFolder, resume: bool) -> FitResult:
         """Step 2, from the base model; or its saved result when the run is done."""

@@ -132,6 +132,14 @@ def test_fit_keeps_top_heads(llama, tmp_path, top, count):
     assert result.handle.n_parameters() == count * HEAD_DIM
 
 
+def test_fit_keeps_heads_of_the_upper_layers(llama, tmp_path):
+    result = fit(llama, tmp_path, lf.Recipe(top=0.5, min_layer=1, select_epochs=1, tune_epochs=1))
+    assert len(result.heads) == HEADS
+    assert min(layer for layer, _ in result.heads) >= 1
+    # the scores are those of every head, as without
+    assert result.scores.isfinite().all()
+
+
 def test_fit_on_given_heads_skips_step_1(llama, tmp_path):
     heads = [(2, 1), (0, 3)]
     result = fit(llama, tmp_path, heads=heads)
@@ -317,6 +325,9 @@ def test_fit_refuses_empty_data(llama, tmp_path):
     ("options", "message"),
     [
         ({"recipe": lf.Recipe(top=13)}, "top 13 heads, but the model has 12"),
+        ({"recipe": lf.Recipe(top=9, min_layer=1)}, "top 9 heads, but the model has 8 in layers from 1"),
+        ({"recipe": lf.Recipe(min_layer=3)}, "min_layer is 3, but the model's last layer is 2"),
+        ({"recipe": lf.Recipe(min_layer=1), "heads": [(1, 0), (0, 2)]}, r"layers below: \[\(0, 2\)\]"),
         ({"heads": [(0, 4)]}, r"does not have: \[\(0, 4\)\]"),
         ({"heads": [(3, 0)]}, r"does not have: \[\(3, 0\)\]"),
         ({"heads": []}, "empty list of heads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
 
@@ -161,7 +163,18 @@ class _Stages:
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
         checkpoint = last_checkpoint(folder) if resume else None
-        with _undisturbed(self.model), prepared(self.model, self.engine):
+        collator = CompletionCollator(pad_token_id(self.tokenizer))
+        # step 1 scales every layer, and leaves nothing below to keep
+        prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
+        started = time.perf_counter()
+        with (
+            _undisturbed(self.model),
+            prepared(self.model, self.engine),
+            prefix_cached(
+                handle, self.train + self.eval, collator, gb=prefix_gb, progress=self.progress
+            ) as with_prefix,
+        ):
+            filling = time.perf_counter() - started
             LofitTrainer(
                 handle,
                 l1=l1,
@@ -170,10 +183,10 @@ class _Stages:
                 args=self._arguments(folder, lr, epochs),
                 train_dataset=_Rows(self.train),
                 eval_dataset=_Rows(self.eval) if self.eval else None,
-                data_collator=CompletionCollator(pad_token_id(self.tokenizer)),
+                data_collator=with_prefix,
             ).train(resume_from_checkpoint=checkpoint)
-        # from the history, so that an interrupted run counts whole
-        seconds = sum(row["seconds"] for row in run.history if row["stage"] == stage)
+        # the epochs from the history, so that an interrupted run counts whole
+        seconds = filling + sum(row["seconds"] for row in run.history if row["stage"] == stage)
         tokens = epochs * sum(len(row["input_ids"]) for row in self.train)
         metrics = {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds else 0.0}
         if self.eval_examples:

@@ -1,0 +1,127 @@
+"""Hidden states on disk: one memory-mapped file of tokens and an index, in a folder of such stores with a bound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lofit_fast.files import whole_folder, write_json
+
+_STATES, _INDEX = "states.bin", "index.json"
+_NAME = re.compile(r"[0-9a-f]{32}")
+# a fill writes all the time: what has not changed for this long was left by a process that is gone
+_LEFT_AFTER_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class PrefixStore:
+    """The states of some sequences, real tokens only, laid end to end.
+
+    states: (tokens, N), mapped from disk. places: a sequence's digest -> (first row, number of rows).
+    """
+
+    states: Tensor
+    places: dict[bytes, tuple[int, int]]
+
+    @classmethod
+    def open(cls, folder: Path) -> PrefixStore | None:
+        """The store in a folder, marked as used just now; None unless it is there and whole."""
+        try:
+            index = json.loads((folder / _INDEX).read_text())
+            lengths, width, dtype = index["lengths"], index["width"], getattr(torch, index["dtype"])
+            names = [bytes.fromhex(name) for name in index["sequences"]]
+            shape = (sum(lengths), width)
+            if (folder / _STATES).stat().st_size != shape[0] * shape[1] * dtype.itemsize:
+                return None
+            # private: nothing that happens to the tensor reaches the file
+            states = torch.from_file(str(folder / _STATES), shared=False, size=shape[0] * shape[1], dtype=dtype)
+            places = dict(zip(names, _places(lengths), strict=True))
+            os.utime(folder / _INDEX)
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return cls(states.view(shape), places)
+
+    @staticmethod
+    def write(folder: Path, filled: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        """Write a store in one pass, whole or not at all: the index comes last, and without it nothing is trusted.
+
+        folder: without a store. filled: sequences of token ids with their states (len(ids), N), at least one.
+        Raises OSError when it cannot be written, and leaves nothing of it then.
+        """
+        names, lengths = [], []
+        with whole_folder(folder) as scratch, (scratch / _STATES).open("wb") as file:
+            for ids, states in filled:
+                # bytes: numpy has no bfloat16
+                file.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
+                names.append(digest(ids).hex())
+                lengths.append(len(ids))
+            # a page that a power cut loses would read as zeros in a file of the right size
+            file.flush()
+            os.fsync(file.fileno())
+        dtype = str(states.dtype).removeprefix("torch.")
+        index = {"width": states.shape[-1], "dtype": dtype, "lengths": lengths, "sequences": names}
+        write_json(folder / _INDEX, index)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Remove the store in a folder, if there is one. Whoever has it mapped keeps what they see."""
+        for name in (_INDEX, _STATES):
+            (folder / name).unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def find(self, ids: Sequence[int]) -> Tensor | None:
+        """The states of a sequence, (len(ids), N), a view of the file; None if it is not here."""
+        place = self.places.get(digest(ids))
+        return None if place is None else self.states[place[0] : place[0] + place[1]]
+
+
+def digest(ids: Sequence[int]) -> bytes:
+    """What a sequence of token ids is found by: 16 bytes."""
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def make_room(root: Path, keep: str, allowed: int) -> None:
+    """Delete stores, the longest unused first, until all but `keep` take up at most `allowed` bytes.
+
+    root: the folder that holds stores, each named by 32 hex digits; anything else in it is left alone. What a killed
+    fill has left behind goes first.
+    """
+    stores = [path for path in root.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    for store in stores:
+        for left in [*store.glob(".lofit-*"), *([] if (store / _INDEX).is_file() else [store])]:
+            if time.time() - _last_change(left) > _LEFT_AFTER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    others = {path: size_on_disk(path) for path in stores if path.name != keep and (path / _INDEX).is_file()}
+    for path in sorted(others, key=lambda path: (path / _INDEX).stat().st_mtime):
+        if sum(others.values()) <= allowed:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+        del others[path]
+
+
+def _places(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [(end - length, length) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _last_change(path: Path) -> float:
+    """When something below was last written, in seconds since the epoch; 0 once it is gone."""
+    return max((p.stat().st_mtime for p in (path, *path.rglob("*")) if p.exists()), default=0.0)

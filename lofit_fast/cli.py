@@ -77,6 +77,7 @@ def _command(*examples: str, to: typer.Typer = app, name: str | None = None) -> 
     "train --model smollm2 --output runs/kinship",
     "train --model smollm2 --task clutrr --data DIR --train-size 300 --top 0.1 --output runs/clutrr",
     "train --model meta-llama/Llama-3.2-1B --data my.jsonl --top 32 --output runs/mine",
+    "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
 )
 def train(
     model: Model,
@@ -98,12 +99,15 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")] = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    prefix_cache_gb: Annotated[
+        float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
+    ] = 0.0,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     as_json: Json = False,
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
     from lofit_fast.models import load_model
-    from lofit_fast.training import fit
+    from lofit_fast.training import Engine, fit
     from lofit_fast.training.report import write_summary
 
     name = _task_name(task, data)
@@ -121,6 +125,7 @@ def train(
         examples.train,
         recipe,
         output_dir=output,
+        engine=Engine(prefix_cache_gb=prefix_cache_gb),
         eval_data=examples.validation or None,
         heads=fixed,
         resume=resume,

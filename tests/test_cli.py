@@ -188,7 +188,8 @@ def test_train_on_the_heads_of_another_run(run_folder, model, data, tmp_path):
     assert summary["heads"] == json.loads((run_folder / "summary.json").read_text())["heads"]
 
 
-def test_train_passes_every_option_on(model, data, tmp_path):
+def test_train_passes_every_option_on(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
     options = {
         "select-lr": 1e-3,
         "tune-lr": 2e-3,
@@ -199,15 +200,16 @@ def test_train_passes_every_option_on(model, data, tmp_path):
         "accumulation-steps": 2,
         "max-length": 60,
         "top": 0.25,
+        "min-layer": 1,
         "seed": 3,
     }
     given = [text for key, value in options.items() for text in (f"--{key}", value)]
-    summary = as_json(
-        "train", "--model", model, "--data", data, "--output", tmp_path, "--train-size", 6, "--dtype", "float32", *given
-    )
+    given += ["--train-size", 6, "--dtype", "float32", "--prefix-cache-gb", 0.5]
+    summary = as_json("train", "--model", model, "--data", data, "--output", tmp_path / "run", *given)
     recipe = summary["recipe"]
     assert {key: recipe[key.replace("-", "_")] for key in options} == options
-    assert summary["n_heads"] == 3
+    assert summary["n_heads"] == 2
+    assert len(list(tmp_path.glob("cache/prefix/*/index.json"))) == 1
 
 
 def test_eval_of_the_base_and_of_an_adapter(run_folder, model, data):

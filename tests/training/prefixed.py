@@ -46,9 +46,9 @@ def tuned(model, heads=HEADS):
 
 @contextmanager
 def cached(handle, folder, sequences=ROWS, gb=1.0, collator=COLLATE):
-    """The scope under test, in which a warning is an error."""
+    """The scope under test, in which its warnings are errors."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", "prefix cache")
         with prefix_cached(handle, sequences, collator, gb=gb, folder=folder) as with_states:
             assert isinstance(with_states, PrefixCollator)
             yield with_states

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import lofit_fast as lf
 from lofit_fast.encoding import IGNORED
-from lofit_fast.training import Engine
+from lofit_fast.training import Engine, prepared
+from lofit_fast.training import engine as engine_module
 from lofit_fast.training.prefix import STATES
 from tests.tiny import FAMILIES, HIDDEN
 from tests.tokenizer import tiny_tokenizer
@@ -252,3 +254,16 @@ def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
     resumed = fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
     assert vectors(resumed).equal(vectors(whole))
     assert len(stores(cache / "prefix")) == 1
+
+
+def test_prefix_with_compiled_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "BACKEND", "eager")
+    handle = tuned(deep())
+    plain = results(handle, COLLATE(ROWS[:4]))
+    counters.clear()
+    with prepared(handle.model, Engine(compile=True)), cached(handle, tmp_path) as collate:
+        # the fill and its proof ran eagerly
+        assert counters["frames"]["total"] == 0
+        got = results(handle, collate(ROWS[:4]))
+        assert counters["frames"]["total"] > 0
+    assert all((a - b).abs().max() <= 1e-6 * b.abs().max() for a, b in zip(got, plain, strict=True))

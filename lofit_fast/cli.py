@@ -156,12 +156,13 @@ def eval(
 
     base, tokenizer = _load(model, adapter, dtype, device)
     examples = _load_task(_task_name(task, data), data, tokenizer, seed=seed)
-    options = {"batch_size": batch_size, "progress": not as_json}
+    progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.validation)}
     length = answer_length(tokenizer, examples.validation)
-    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, max_new_tokens=length, **options)
+    generated = {"max_new_tokens": length, "batch_size": batch_size, **progress}
+    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, **generated)
     if examples.candidates:
-        scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **options)
+        scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **progress)
         report |= {"best_scoring_candidate": scored, "majority": majority_accuracy(examples)}
     _show(report, as_json, f"{adapter or 'base'} on {model}")
 

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast.encoding import encode_prompt, pad_token_id
 from lofit_fast.patch import evaluating
+from lofit_fast.scoring import check_room, score_choices
 from lofit_fast.tasks.task import Example, exact_match
 
 # the paper's
@@ -56,34 +57,18 @@ def answer_length(tokenizer, examples: Sequence[Example]) -> int:
     return max([MAX_NEW_TOKENS, *(len(_ids(tokenizer, e.completion)) + 1 for e in examples)])
 
 
-@torch.no_grad()
 def score_candidates(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[str],
-    candidates: Sequence[str],
-    *,
-    batch_size: int = 16,
-    progress: bool = False,
+    model: nn.Module, tokenizer, prompts: Sequence[str], candidates: Sequence[str], **options
 ) -> Tensor:
     """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
 
-    Each prompt runs once; its keys and values are shared by all candidates. The end token is scored too, so that no
-    candidate gains by being the beginning of another.
+    The same candidates for every prompt; see `scoring.score_choices` for the options, and for how little of it runs.
+    The end token is scored too, so that no candidate gains by being the beginning of another.
     """
     if not candidates:
         raise ValueError("expected candidates to score, got none")
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    endings = [_ids(tokenizer, text) + [tokenizer.eos_token_id] for text in candidates]
-    check_room(model, encoded, max(map(len, endings)))
-    width, device = max(map(len, endings)), _device(model)
-    targets = torch.tensor([row + [-1] * (width - len(row)) for row in endings], device=device)
-    scores = torch.empty(len(prompts), len(candidates))
-    with evaluating(model):
-        for rows in _by_length(encoded, batch_size, "scoring", progress):
-            ids, mask = _pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), device)
-            scores[rows] = _score_batch(model, ids, mask, targets).cpu()
-    return scores
+    rows = score_choices(model, tokenizer, prompts, [candidates] * len(prompts), end=True, **options)
+    return torch.stack(rows) if rows else torch.zeros(0, len(candidates))
 
 
 def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], candidates, **options) -> float:
@@ -117,33 +102,6 @@ def _greedy(model: nn.Module, tokenizer, max_new_tokens: int):
         no_repeat_ngram_size=0,
         min_length=0,
     )
-
-
-def check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
-    """Raise ValueError unless the longest of the encoded prompts and `more` tokens fit the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, encoded), default=0)
-    if context is not None and longest + more > context:
-        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
-
-
-def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-    """(B, C) scores of C right-padded candidates (C, W; -1 pads) after B left-padded prompts (B, S)."""
-    (batch, _), (count, width) = ids.shape, targets.shape
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    prompt = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=True)
-    cache = prompt.past_key_values
-    cache.batch_repeat_interleave(count)
-    # every candidate's tokens but its last, read after its prompt; the prompt's own last logits score the first
-    inputs = targets[:, :-1].clamp(min=0).repeat(batch, 1)
-    seen = torch.cat((mask.repeat_interleave(count, 0), mask.new_ones(batch * count, width - 1)), 1)
-    steps = torch.arange(1, width, device=ids.device)
-    after = positions[:, -1].repeat_interleave(count)[:, None] + steps
-    out = model(input_ids=inputs, attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True)
-    logits = torch.cat((prompt.logits.repeat_interleave(count, 0), out.logits), 1).float()
-    wanted = targets.repeat(batch, 1)
-    picked = logits.log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None]).squeeze(-1)
-    return picked.masked_fill(wanted < 0, 0.0).sum(1).view(batch, count)
 
 
 def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:

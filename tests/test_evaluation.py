@@ -67,7 +67,7 @@ def test_answers_equal_one_prompt_at_a_time(model):
 
 
 def test_scores_equal_a_full_forward_each(model):
-    scores = score_candidates(model, TOKENIZER, PROMPTS, CANDIDATES, batch_size=4)
+    scores = score_candidates(model, TOKENIZER, PROMPTS, CANDIDATES)
     expected = naive_scores(model)
     assert (scores.shape, scores.dtype, scores.device.type) == (expected.shape, torch.float32, "cpu")
     assert expected.std() > 1e-2
@@ -79,7 +79,7 @@ def test_batches_change_nothing(llama, batch_size):
     _spread(llama)
     answers = generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4, batch_size=batch_size)
     assert answers == [greedy(llama, prompt, 4) for prompt in PROMPTS]
-    scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES, batch_size=batch_size)
+    scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES, max_tokens=16 * batch_size)
     assert (scores - naive_scores(llama)).abs().max() <= 1e-4
 
 
@@ -136,7 +136,7 @@ def test_exact_match_accuracy():
 
 def test_constrained_accuracy():
     # "bc" begins with the best token, but the end comes right after it
-    assert constrained_accuracy(rigged(), TOKENIZER, EXAMPLES, ["bc", "d", "b", "c"], batch_size=3) == 0.75
+    assert constrained_accuracy(rigged(), TOKENIZER, EXAMPLES, ["bc", "d", "b", "c"]) == 0.75
     # without the right answer in the set, the best of the wrong ones
     assert constrained_accuracy(rigged(), TOKENIZER, EXAMPLES[:2], ["d", "c"]) == 0.5
 

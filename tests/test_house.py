@@ -51,6 +51,7 @@ ORDER = {
         "models",
         "tasks",
         "encoding",
+        "scoring",
         "evaluation",
         "baselines",
         "plots",

@@ -1,11 +1,11 @@
-"""The command line: `lofit-fast train | eval | generate | merge | export | demo`. Each command is a thin shell."""
+"""The command line: `lofit-fast train | sweep | eval | generate | merge | export | demo`, each a thin shell."""
 
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +106,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
+    from lofit_fast.heads import read_heads
     from lofit_fast.models import load_model
     from lofit_fast.training import Engine, fit
     from lofit_fast.training.report import write_summary
@@ -116,7 +117,7 @@ def train(
     given |= {"accumulation_steps": accumulation_steps, "max_length": max_length, "min_layer": min_layer}
     chosen = {key: value for key, value in given.items() if value is not None}
     recipe = Recipe(**{**RECIPES.get(name, {}), "seed": seed, **chosen})
-    fixed = None if heads is None else _read_heads(heads)
+    fixed = None if heads is None else read_heads(heads)
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = _load_task(name, data, tokenizer, train_size=train_size, seed=seed)
     result = fit(
@@ -133,6 +134,38 @@ def train(
     )
     summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe)
     _show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
+
+
+@_command("sweep grid.toml --output sweeps/mine", "sweep grid.toml --output sweeps/mine --dry-run")
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run many trainings on one loaded base: every combination of a grid, with a table and a plot at the end.
+
+    A file such as: [base] model = "smollm2", top = 0.1 [grid] seed = [1, 2], tune_lr = [1e-2, 2e-2] (one key a line).
+    Runs that differ only in top, tune_lr or tune_epochs share one step 1. docs/guide.md has all keys.
+    """
+    from lofit_fast.training.grid import read_grid
+    from lofit_fast.training.sweep import as_table, failures
+    from lofit_fast.training.sweep import sweep as run_sweep
+
+    plan = read_grid(grid)
+    if dry_run:
+        rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
+    else:
+        rows = run_sweep(plan, output, resume=resume, progress=not as_json)
+    if as_json:
+        print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
+    else:
+        out.print(as_table(rows, f"{plan.task} on {plan.model}"))
+    if failed := failures(rows):
+        if not as_json:
+            err.print(Text(f"error: {failed}", "bold red"), soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @_command(
@@ -279,14 +312,6 @@ def _load(model: str, adapter: Path | None, dtype: str, device: str):
     if adapter is not None:
         load(base, adapter)
     return base, tokenizer
-
-
-def _read_heads(path: Path) -> list[tuple[int, int]]:
-    try:
-        content = json.loads(path.read_text())
-        return [tuple(pair) for pair in (content["heads"] if isinstance(content, dict) else content)]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}}') from error
 
 
 def _show(report: dict, as_json: bool, title: str, footer: str = "") -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +54,21 @@ def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[H
         raise ValueError(f"asked for the top {count} heads, but only {available} have a score")
     best = flat.argsort(descending=True, stable=True)[:count]
     return [divmod(int(i), scores.shape[1]) for i in best]
+
+
+def read_heads(path: Path | str) -> list[Head]:
+    """The heads of a heads.json, as a run writes it, or of a plain JSON list of pairs.
+
+    Raises FileNotFoundError for no such file, ValueError for one without heads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of heads: {path}")
+    try:
+        content = json.loads(path.read_text())
+        return [(layer, head) for layer, head in (content["heads"] if isinstance(content, dict) else content)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}}') from error
 
 
 def jaccard(first: list[Head], second: list[Head]) -> float:

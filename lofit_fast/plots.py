@@ -44,6 +44,16 @@ def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> P
     return _save(figure, path)
 
 
+def sweep_chart(rows: Sequence[dict], metric: str, path: Path | str, title: str = "") -> Path:
+    """A bar of `metric` per run that has it, in the order of the sweep. rows: name and metrics. Writes a PNG."""
+    rows = [row for row in rows if row.get(metric) is not None]
+    figure, axes = _figure((6.4, 1.2 + 0.3 * len(rows)))
+    axes.barh([row["name"] for row in rows], [row[metric] for row in rows], color="tab:blue")
+    axes.invert_yaxis()
+    axes.set(xlabel=metric.replace("_", " "), title=title)
+    return _save(figure, path)
+
+
 def _figure(size: tuple[float, float], columns: int = 1):
     # the object interface leaves pyplot's global state, and the user's backend, alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg

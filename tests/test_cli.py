@@ -13,7 +13,7 @@ from lofit_fast.cli import app, parse_top
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
-COMMANDS = ("train", "eval", "generate", "merge", "export", "demo")
+COMMANDS = ("train", "sweep", "eval", "generate", "merge", "export", "demo")
 QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", "--dtype", "float32", "--device", "cpu")
 
 
@@ -362,3 +362,41 @@ def test_parse_top(text, top):
 def test_parse_top_of_neither():
     with pytest.raises(ValueError, match=r"count like 32 or a fraction like 0\.1, got 'ten'"):
         parse_top("ten")
+
+
+@pytest.fixture
+def grid(model, data, tmp_path):
+    """A sweep of two runs."""
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        f"""
+        [base]
+        model = {model!r}
+        data = {data!r}
+        dtype = "float32"
+        device = "cpu"
+        select_epochs = 1
+        tune_epochs = 1
+        [grid]
+        top = [2, 3]
+        """
+    )
+    return path
+
+
+def test_sweep_lists_its_runs(grid, tmp_path):
+    found = as_json("sweep", grid, "--output", tmp_path / "sweep", "--dry-run")
+    assert [run["name"] for run in found["runs"]] == ["top=2", "top=3"]
+    assert found["runs"][1]["recipe"]["top"] == 3
+    assert not (tmp_path / "sweep").exists()
+    assert "top=3" in call("sweep", grid, "--output", tmp_path / "sweep", "--dry-run").stdout
+
+
+def test_sweep_runs_them_and_fails_at_the_end(grid, tmp_path):
+    assert [run["status"] for run in as_json("sweep", grid, "--output", tmp_path / "sweep")["runs"]] == ["done"] * 2
+    grid.write_text(grid.read_text().replace("[2, 3]", "[99, 3]"))
+    result = call("sweep", grid, "--output", tmp_path / "sweep", code=1)
+    assert "done" in result.stdout
+    assert "error: 1 of 2 runs failed: top=99" in result.stderr
+    grid.write_text(grid.read_text().replace("top =", "tpo ="))
+    assert "did you mean top?" in error_of("sweep", grid, "--output", tmp_path / "sweep")

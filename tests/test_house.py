@@ -73,6 +73,8 @@ ORDER = {
         "trainer",
         "recipe",
         "report",
+        "grid",
+        "sweep",
     ],
 }
 # what a package's modules may import at all, of what the rules speak of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
+
+# what of a recipe step 1 does not depend on
+_NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
 
 Examples = Sequence[Example | Mapping[str, str]]
 
@@ -55,14 +60,17 @@ def fit(
     engine: Engine | None = None,
     eval_data: Examples | None = None,
     heads: Sequence[Head] | None = None,
+    step1_dir: Path | str | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> FitResult:
     """Run LoFiT: step 1 (select), top heads, step 2 (tune). The model comes back patched with the tuned offsets.
 
     train, eval_data: tasks' Examples, or mappings with "prompt" and "completion". eval_data gives a loss per epoch and
-    the exact match after each step. heads: skip step 1 and tune these. output_dir: the run folder; a run that was
-    interrupted goes on from its last epoch when resume is on. engine: how steps are run; None means the defaults.
+    the exact match after each step. heads: skip step 1 and tune these. step1_dir: a folder that runs share: step 1 is
+    taken from there when one of the same settings, model and data has left it, and trained there otherwise.
+    output_dir: the run folder; a run that was interrupted goes on from its last epoch when resume is on.
+    engine: how steps are run; None means the defaults.
     Raises ValueError for empty data, an example without labels or too long, a folder with another run in it, more
     heads than there are; OSError for a folder that cannot be written; FloatingPointError when training diverges. After
     an error the model is as it was, and the folder holds whole files only.
@@ -73,10 +81,12 @@ def fit(
     stages = _Stages(model, tokenizer, recipe, engine or Engine(), train, eval_data, progress)
     stages.check_heads(heads)
     run = RunFolder.open(output_dir, stages.identity(heads), resume)
-    if run.heads is None and heads is None:
-        stages.select(run, resume)
-    elif run.heads is None:
+    if run.heads is None and heads is not None:
         run.write_heads(heads, None)
+    elif run.heads is None and step1_dir is not None:
+        stages.adopt(run, Path(step1_dir))
+    elif run.heads is None:
+        stages.select(run, resume)
     return stages.tune(run, resume)
 
 
@@ -140,6 +150,17 @@ class _Stages:
             handle.unpatch()
         run.record("select", metrics)
         run.write_heads(select_heads(scores, recipe.top, recipe.min_layer), scores)
+
+    def adopt(self, run: RunFolder, folder: Path) -> None:
+        """Step 1 from the one that runs of the same settings share, trained there first if none has."""
+        identity = self.identity(None)
+        for name in _NOT_OF_STEP1:
+            del identity["recipe"][name]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        shared = RunFolder.open(folder / digest, identity, resume=True)
+        if shared.heads is None:
+            self.select(shared, resume=True)
+        run.adopt(shared, select_heads(shared.scores, self.recipe.top, self.recipe.min_layer))
 
     def tune(self, run: RunFolder, resume: bool) -> FitResult:
         """Step 2, from the base model; or its saved result when the run is done."""

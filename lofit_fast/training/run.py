@@ -78,6 +78,14 @@ class RunFolder:
         metrics = {**state["metrics"], stage: metrics}
         write_json(self.path / "state.json", {**state, "stage": _NEXT[stage], "metrics": metrics})
 
+    def adopt(self, other: "RunFolder", heads: Sequence[Head]) -> None:
+        """Take step 1 from another run that has finished it: its epochs, metrics and scores, and `heads` of those."""
+        for row in other.history:
+            if row["stage"] == "select":
+                self.append_history(row)
+        self.record("select", other.metrics["select"])
+        self.write_heads(heads, other.scores)
+
     @property
     def heads(self) -> list[Head] | None:
         """The chosen heads, best first; None before step 1 has ended."""

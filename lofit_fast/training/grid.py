@@ -1,0 +1,159 @@
+"""The runs of a sweep, read from a TOML file and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lofit_fast.config import RECIPES, Head, Recipe
+from lofit_fast.heads import read_heads
+
+RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
+# what all runs have in common, since they share one loaded base, and what each may have of its own
+COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device")
+RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
+_TABLES = ("base", "grid", "runs")
+_WORDS = ("model", "task", "data", "dtype", "device", "heads", "name")
+_COUNTS = ("train_size", "data_seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. varied: what tells it from the others, as written. heads: to tune, instead of step 1.
+
+    train_size: training examples, or None for all of the task's.
+    """
+
+    name: str
+    varied: dict[str, object]
+    recipe: Recipe
+    heads: tuple[Head, ...] | None = None
+    train_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A base model, a task and the runs on it. data_seed: of the task's draw, the same data for all runs."""
+
+    model: str
+    task: str
+    data: str | None
+    data_seed: int
+    dtype: str
+    device: str
+    runs: tuple[Run, ...]
+
+
+def read_grid(path: Path | str) -> Grid:
+    """A grid from a file of the tables [base], [grid] and [[runs]].
+
+    [base]: model, and what else all runs share: task, data, data_seed, dtype, device, and any setting of a run.
+    [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
+    A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
+    working folder.
+    Raises FileNotFoundError for no such file, ValueError naming the table, the key and what is expected there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such sweep file: {path}")
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    return parse_grid(content, str(path))
+
+
+def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
+    """The same from a mapping. where: what errors call it."""
+    _check_known(content, _TABLES, where, "table")
+    base, axes, listed = content.get("base", {}), content.get("grid", {}), content.get("runs", [])
+    if not isinstance(base, Mapping) or not isinstance(axes, Mapping):
+        raise ValueError(f"{where}: expected [base] and [grid] to be tables")
+    if not isinstance(listed, list) or not all(isinstance(row, Mapping) for row in listed):
+        raise ValueError(f"{where}: expected runs to be tables, each headed [[runs]]")
+    _check_values(base, (*COMMON_KEYS, *RUN_KEYS), f"{where}: [base]")
+    if "model" not in base:
+        raise ValueError(f"{where}: [base] needs model: an alias, a folder, a .gguf file or a hub id")
+    varied = [*_product(axes, f"{where}: [grid]"), *_listed(listed, where)]
+    if not varied:
+        raise ValueError(f"{where}: no runs: expected a table [grid] of lists, or tables [[runs]]")
+    task = base.get("task") or ("kinship" if base.get("data") is None else "completion")
+    runs = tuple(_run(name, own, base, task, where) for name, own in varied)
+    names = [run.name.casefold() for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{where}: several runs are called {', '.join(twice)}: give each its own name")
+    common = {"data": None, "data_seed": 42, "dtype": "auto", "device": "auto"}
+    common = {key: base.get(key, default) for key, default in common.items()}
+    return Grid(model=base["model"], task=task, runs=runs, **common)
+
+
+def _product(axes: Mapping[str, object], where: str) -> Iterable[tuple[str, dict]]:
+    _check_known(axes, RUN_KEYS, where)
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where} {key}: expected a list of values, got {values!r}")
+        for value in values:
+            _check_values({key: value}, RUN_KEYS, where)
+        if len({repr(value) for value in values}) < len(values):
+            raise ValueError(f"{where} {key}: a value is listed twice: {values}")
+    for values in itertools.product(*axes.values()) if axes else ():
+        own = dict(zip(axes, values, strict=True))
+        yield _name_of(own), own
+
+
+def _listed(rows: list[Mapping[str, object]], where: str) -> Iterable[tuple[str, dict]]:
+    for number, row in enumerate(rows, start=1):
+        _check_values(row, ("name", *RUN_KEYS), f"{where}: [[runs]] {number}")
+        own = {key: value for key, value in row.items() if key != "name"}
+        yield _safe(row["name"]) if "name" in row else _name_of(own), own
+
+
+def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str) -> Run:
+    settings = {**RECIPES.get(task, {}), **{key: base[key] for key in RUN_KEYS if key in base}, **own}
+    try:
+        recipe = Recipe(**{key: settings[key] for key in RECIPE_KEYS if key in settings})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: run {name}: {error}") from error
+    try:
+        heads = tuple(read_heads(settings["heads"])) if "heads" in settings else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: run {name}: heads: {error}") from error
+    return Run(name, own, recipe, heads, settings.get("train_size"))
+
+
+def _check_known(keys: Iterable[str], known: tuple[str, ...], where: str, kind: str = "key") -> None:
+    for key in keys:
+        if key in known:
+            continue
+        if key in COMMON_KEYS:
+            raise ValueError(f"{where}: {key} cannot vary, since all runs share one loaded base: put it into [base]")
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"{where}: unknown {kind} {key}: {hint}")
+
+
+def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
+    _check_known(table, known, where)
+    for key, value in table.items():
+        if key in _WORDS:
+            right, expected = isinstance(value, str) and bool(value), "a text in quotes"
+        elif key in _COUNTS:
+            right, expected = type(value) is int and value >= (key == "train_size"), "a whole number"
+        else:
+            right, expected = type(value) in (int, float), "a number"
+        if not right:
+            raise ValueError(f"{where} {key}: expected {expected}, got {value!r}")
+
+
+def _name_of(own: Mapping[str, object]) -> str:
+    """A folder's name from what varies: tune_lr=0.01,seed=1; a file of heads stands for itself by its path."""
+    return _safe(",".join(f"{key}={value}" for key, value in own.items())) or "run"
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.=,+-]+", "_", name).strip("._")[:150]

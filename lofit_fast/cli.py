@@ -103,12 +103,16 @@ def train(
         float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
     ] = 0.0,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
     from lofit_fast.heads import read_heads
     from lofit_fast.models import load_model
     from lofit_fast.training import Engine, fit
+    from lofit_fast.training.profile import ProfileSteps
     from lofit_fast.training.report import write_summary
 
     name = _task_name(task, data)
@@ -129,6 +133,7 @@ def train(
         engine=Engine(prefix_cache_gb=prefix_cache_gb),
         eval_data=examples.validation or None,
         heads=fixed,
+        callbacks=[ProfileSteps(output)] if profile else (),
         resume=resume,
         progress=not as_json,
     )

@@ -66,6 +66,8 @@ ORDER = {
         "batching",
         "collate",
         "engine",
+        "measure",
+        "profile",
         "run",
         "prefix_store",
         "stand_ins",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.config import Head, LofitConfig, Recipe
@@ -24,6 +24,7 @@ from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.measure import peak_memory, rates
 from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
@@ -40,7 +41,8 @@ class FitResult:
 
     handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
     the scale norms of step 1, or None when the heads were given. history: a dict per epoch and stage.
-    metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens seen by training), exact_match.
+    metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
+    peak_memory_bytes (above what was held before the stage; see `measure.peak_memory`), exact_match.
     """
 
     handle: LofitHandle
@@ -61,6 +63,7 @@ def fit(
     eval_data: Examples | None = None,
     heads: Sequence[Head] | None = None,
     step1_dir: Path | str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     resume: bool = True,
     progress: bool = True,
 ) -> FitResult:
@@ -69,8 +72,8 @@ def fit(
     train, eval_data: tasks' Examples, or mappings with "prompt" and "completion". eval_data gives a loss per epoch and
     the exact match after each step. heads: skip step 1 and tune these. step1_dir: a folder that runs share: step 1 is
     taken from there when one of the same settings, model and data has left it, and trained there otherwise.
+    engine: how steps are run; None means the defaults. callbacks: of transformers' Trainer, for both steps.
     output_dir: the run folder; a run that was interrupted goes on from its last epoch when resume is on.
-    engine: how steps are run; None means the defaults.
     Raises ValueError for empty data, an example without labels or too long, a folder with another run in it, more
     heads than there are; OSError for a folder that cannot be written; FloatingPointError when training diverges. After
     an error the model is as it was, and the folder holds whole files only.
@@ -78,7 +81,7 @@ def fit(
     recipe = recipe or Recipe()
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
-    stages = _Stages(model, tokenizer, recipe, engine or Engine(), train, eval_data, progress)
+    stages = _Stages(model, tokenizer, recipe, engine or Engine(), train, eval_data, progress, callbacks)
     stages.check_heads(heads)
     run = RunFolder.open(output_dir, stages.identity(heads), resume)
     if run.heads is None and heads is not None:
@@ -93,9 +96,9 @@ def fit(
 class _Stages:
     """Everything the two steps share: encoded data, the recipe, the way a step is trained and measured."""
 
-    def __init__(self, model, tokenizer, recipe, engine, train: Examples, eval_data, progress: bool) -> None:
+    def __init__(self, model, tokenizer, recipe, engine, train: Examples, eval_data, progress, callbacks) -> None:
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
-        self.recipe, self.engine = recipe, engine
+        self.recipe, self.engine, self.callbacks = recipe, engine, callbacks
         self.projections = find_projections(model)
         if not len(train):
             raise ValueError("the training data is empty: expected at least one example")
@@ -187,10 +190,16 @@ class _Stages:
         collator = CompletionCollator(pad_token_id(self.tokenizer))
         # step 1 scales every layer, and leaves nothing below to keep
         prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
+        tokens = sum(len(row["input_ids"]) for row in self.train)
+
+        def on_epoch(row: dict) -> None:
+            run.append_history({"stage": stage, **row, **rates(len(self.train), tokens, row["seconds"])})
+
         started = time.perf_counter()
         with (
             _undisturbed(self.model),
             prepared(self.model, self.engine),
+            peak_memory(next(self.model.parameters()).device) as memory,
             prefix_cached(
                 handle, self.train + self.eval, collator, gb=prefix_gb, progress=self.progress
             ) as with_prefix,
@@ -200,7 +209,8 @@ class _Stages:
                 handle,
                 l1=l1,
                 group_by_length=self.engine.group_by_length,
-                on_epoch=lambda row: run.append_history({"stage": stage, **row}),
+                on_epoch=on_epoch,
+                callbacks=list(self.callbacks),
                 args=self._arguments(folder, lr, epochs),
                 train_dataset=_Rows(self.train),
                 eval_dataset=_Rows(self.eval) if self.eval else None,
@@ -208,8 +218,8 @@ class _Stages:
             ).train(resume_from_checkpoint=checkpoint)
         # the epochs from the history, so that an interrupted run counts whole
         seconds = filling + sum(row["seconds"] for row in run.history if row["stage"] == stage)
-        tokens = epochs * sum(len(row["input_ids"]) for row in self.train)
-        metrics = {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds else 0.0}
+        metrics = {"seconds": seconds, **rates(epochs * len(self.train), epochs * tokens, seconds)}
+        metrics["peak_memory_bytes"] = memory.peak_bytes
         if self.eval_examples:
             metrics["exact_match"] = exact_match_accuracy(
                 self.model,

@@ -28,7 +28,7 @@ def write_summary(
         },
         "trainable_parameters": result.handle.n_parameters(),
         "seconds": sum(values["seconds"] for values in result.metrics.values()),
-        "tokens_per_s": result.metrics["tune"].get("tokens_per_s"),
+        **{key: result.metrics["tune"].get(key) for key in ("tokens_per_s", "examples_per_s", "peak_memory_bytes")},
         "n_heads": len(result.heads),
         "heads": [list(pair) for pair in result.heads],
         **more,

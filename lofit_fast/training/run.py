@@ -15,7 +15,7 @@ from lofit_fast.encoding import Encoded
 from lofit_fast.files import writable_folder, write_json, write_text
 
 _NEXT = {"select": "tune", "tune": "done"}
-_FOLDERS = ("select", "tune", "adapter")
+_FOLDERS = ("select", "tune", "adapter", "profile")
 _FILES = ("heads.json", "history.jsonl", "summary.json", "heads.png", "loss.png")
 
 

@@ -79,7 +79,7 @@ def test_fit_end_to_end(llama, tmp_path):
         losses = [row["loss"] for row in result.history if row["stage"] == stage]
         assert losses == sorted(losses, reverse=True)
         measured = result.metrics[stage]
-        assert measured.keys() == {"seconds", "tokens_per_s", "exact_match"}
+        assert measured.keys() == {"seconds", "tokens_per_s", "examples_per_s", "peak_memory_bytes", "exact_match"}
         assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(3 * len(EXAMPLES) * 8)
     assert all(row["l1"] > 0 for row in result.history if row["stage"] == "select")
     # keys as in the base model, and not one of its numbers moved

@@ -1,0 +1,42 @@
+"""Rates and memory: what is counted, and what is left out."""
+
+import pytest
+import torch
+
+from lofit_fast.training import measure
+from lofit_fast.training.measure import peak_memory, rates
+
+MIB = 2**20
+
+
+def test_rates():
+    assert rates(6, 300, 2.0) == {"tokens_per_s": 150.0, "examples_per_s": 3.0}
+    assert rates(6, 300, 0.0) == {"tokens_per_s": 0.0, "examples_per_s": 0.0}
+
+
+@pytest.mark.skipif(not measure._reset_peak(), reason="this system keeps no peak of memory that can be reset")
+def test_peak_memory_is_that_of_the_scope():
+    # 128 MiB before it and 64 MiB inside it, written so that they are resident; both are gone at its end
+    torch.ones(128 * MIB, dtype=torch.uint8)
+    held = torch.ones(32 * MIB, dtype=torch.uint8)
+    with peak_memory("cpu") as memory:
+        torch.ones(64 * MIB, dtype=torch.uint8)
+    assert memory.peak_bytes == pytest.approx(64 * MIB, abs=4 * MIB)
+    assert len(held)
+
+
+def test_unknown_memory_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    with peak_memory("cpu") as memory:
+        pass
+    assert memory.peak_bytes is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_peak_memory_on_a_gpu_is_the_allocators():
+    held = torch.ones(32 * MIB, dtype=torch.uint8, device="cuda")
+    with peak_memory("cuda") as memory:
+        torch.ones(64 * MIB, dtype=torch.uint8, device="cuda")
+    assert memory.peak_bytes == 64 * MIB
+    assert len(held)

@@ -68,7 +68,7 @@ def test_flops_are_those_of_the_flop_counter(llama, attention):
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
     summary = summarize(profiler.events(), 1.0, 1)
-    # a product of (2 x 4 heads, 12, 16) with its like; backward from the second layer up, where the first scale is passed
+    # products of (2 x 4 heads, 12, 16) with their like: forward everywhere, backward above the lowest scale
     products = 2 * 3 + 5 * 2 if attention == "sdpa" else 0
     # the counter does not know sdpa's kernel for CPUs
     assert summary["flops_per_step"] == counter.get_total_flops() + products * 2 * 8 * 12 * 12 * 16

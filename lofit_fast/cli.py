@@ -152,7 +152,7 @@ def sweep(
     """Run many trainings on one loaded base: every combination of a grid, with a table and a plot at the end.
 
     A file such as: [base] model = "smollm2", top = 0.1 [grid] seed = [1, 2], tune_lr = [1e-2, 2e-2] (one key a line).
-    Runs that differ only in top, tune_lr or tune_epochs share one step 1. docs/guide.md has all keys.
+    Runs that differ only in top, min_layer, tune_lr or tune_epochs share one step 1. docs/guide.md has all keys.
     """
     from lofit_fast.training.grid import read_grid
     from lofit_fast.training.sweep import as_table, failures

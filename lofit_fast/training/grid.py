@@ -12,10 +12,12 @@ from pathlib import Path
 
 from lofit_fast.config import RECIPES, Head, Recipe
 from lofit_fast.heads import read_heads
+from lofit_fast.training.engine import Engine
 
 RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
 # what all runs have in common, since they share one loaded base, and what each may have of its own
-COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device")
+ENGINE_KEYS = tuple(field.name for field in fields(Engine))
+COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *ENGINE_KEYS)
 RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
 _WORDS = ("model", "task", "data", "dtype", "device", "heads", "name")
@@ -38,7 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """A base model, a task and the runs on it. data_seed: of the task's draw, the same data for all runs."""
+    """A base model, a task and the runs on it. data_seed: of the task's draw, the same data for all runs.
+
+    engine: how the steps of all runs are run.
+    """
 
     model: str
     task: str
@@ -46,13 +51,15 @@ class Grid:
     data_seed: int
     dtype: str
     device: str
+    engine: Engine
     runs: tuple[Run, ...]
 
 
 def read_grid(path: Path | str) -> Grid:
     """A grid from a file of the tables [base], [grid] and [[runs]].
 
-    [base]: model, and what else all runs share: task, data, data_seed, dtype, device, and any setting of a run.
+    [base]: model, and what else all runs share: task, data, data_seed, dtype, device, the fields of Engine, and any
+    setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
     working folder.
@@ -89,7 +96,11 @@ def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
         raise ValueError(f"{where}: several runs are called {', '.join(twice)}: give each its own name")
     common = {"data": None, "data_seed": 42, "dtype": "auto", "device": "auto"}
     common = {key: base.get(key, default) for key, default in common.items()}
-    return Grid(model=base["model"], task=task, runs=runs, **common)
+    try:
+        engine = Engine(**{key: base[key] for key in ENGINE_KEYS if key in base})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: [base]: {error}") from error
+    return Grid(model=base["model"], task=task, engine=engine, runs=runs, **common)
 
 
 def _product(axes: Mapping[str, object], where: str) -> Iterable[tuple[str, dict]]:
@@ -140,6 +151,9 @@ def _check_known(keys: Iterable[str], known: tuple[str, ...], where: str, kind: 
 def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
     _check_known(table, known, where)
     for key, value in table.items():
+        # the engine checks its own
+        if key in ENGINE_KEYS:
+            continue
         if key in _WORDS:
             right, expected = isinstance(value, str) and bool(value), "a text in quotes"
         elif key in _COUNTS:

@@ -38,10 +38,10 @@ def sweep(
     """Run every training of a grid, one after the other; returns a row per run, in the order of the grid.
 
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so.
-    The model and the data are loaded once. Runs that differ only in what step 2 or the choice of heads depends on
-    (tune_lr, tune_epochs, top) share one training of step 1, kept in `step1/`: a run with it is, bit for bit, the run
-    that trains its own. Each run is a run folder `runs/<name>`; with resume on, a finished one is not run again, and an
-    interrupted one goes on. A run that fails is recorded with its error, and the others go on.
+    The model and the data are loaded once. Runs that differ only in what the choice of heads or step 2 depends on
+    (top, min_layer, tune_lr, tune_epochs) share one training of step 1, kept in `step1/`: such a run is, bit for bit,
+    the run that trains its own. Each run is a run folder `runs/<name>`; with resume on, a finished one is not run
+    again, and an interrupted one goes on. A run that fails is recorded with its error, and the others go on.
     Writes sweep.json, sweep.csv and sweep.md after every run, so that a killed sweep has them too, and sweep.png.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
@@ -61,7 +61,7 @@ def sweep(
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
         for run in grid.runs:
             bar.set_postfix_str(run.name)
-            options = {"step1_dir": step1, "resume": resume, "progress": progress}
+            options = {"engine": grid.engine, "step1_dir": step1, "resume": resume, "progress": progress}
             rows.append(_row(run, model, tokenizer, tasks[run.train_size], grid, folder / "runs" / run.name, options))
             _write_tables(folder, grid, rows)
             bar.update()

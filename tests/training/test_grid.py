@@ -46,6 +46,12 @@ def test_every_combination_is_a_run(tmp_path):
     assert grid.runs[1].varied == {"seed": 1, "tune_lr": 2e-2}
 
 
+def test_the_engine_is_that_of_all_runs():
+    base = {**BASE, "compile": False, "prefix_cache_gb": 2}
+    engine = parse_grid({"base": base, "grid": {"seed": [1]}}).engine
+    assert (engine.compile, engine.prefix_cache_gb, engine.attention) == (False, 2, "auto")
+
+
 def test_heads_are_read_from_their_file(tmp_path):
     path = tmp_path / "heads.json"
     path.write_text(json.dumps({"heads": [[2, 1], [0, 3]], "scores": None}))
@@ -66,6 +72,8 @@ def test_heads_are_read_from_their_file(tmp_path):
         ({"base": BASE, "grid": {"sede": [1]}}, r"\[grid\]: unknown key sede: did you mean seed"),
         ({"base": BASE, "grid": {"zzzz": [1]}}, "unknown key zzzz: expected one of train_size, heads, select_lr"),
         ({"base": BASE, "grid": {"model": ["a"]}}, r"model cannot vary, .* put it into \[base\]"),
+        ({"base": BASE, "grid": {"compile": [True]}}, r"compile cannot vary"),
+        ({"base": {**BASE, "compile": "yes"}, "grid": {"seed": [1]}}, r"\[base\]: expected compile to be True, False"),
         ({"base": BASE, "grid": {"seed": 1}}, r"\[grid\] seed: expected a list of values, got 1"),
         ({"base": BASE, "grid": {"seed": []}}, "expected a list of values"),
         ({"base": BASE, "grid": {"seed": [1, 1]}}, "a value is listed twice"),

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import lofit_fast as lf
 from lofit_fast.adapter import read_adapter
 from lofit_fast.tasks import load_task
+from lofit_fast.training import engine as engine_module
 from lofit_fast.training import recipe as recipe_module
 from lofit_fast.training import report as report_module
 from lofit_fast.training import sweep as sweep_module
@@ -172,3 +174,23 @@ def test_train_sizes_are_drawn_once_each(data, tmp_path):
     assert [row["train_size"] for row in rows] == [4, 8]
     history = [(tmp_path / "runs" / row["name"] / "history.jsonl").read_text().splitlines() for row in rows]
     assert [len(json.loads(lines[0])["step_losses"]) for lines in history] == [1, 2]
+
+
+def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch):
+    # the compiler proper adds minutes and no graphs
+    monkeypatch.setattr(engine_module, "BACKEND", "eager")
+    model, graphs = tiny_model("llama"), []
+    fit = sweep_module.fit
+
+    def counted(*args, **options):
+        result = fit(*args, **options)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(sweep_module, "fit", counted)
+    # what other tests have compiled would serve here too
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    rows = run(grid_of(data, {"compile": True}, tune_lr=[1e-2, 2e-2]), tmp_path, model)
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert before < graphs[0] == graphs[1]

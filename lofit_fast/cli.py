@@ -99,6 +99,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")] = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash_attention_2, ...")] = "auto",
+    compile: Annotated[bool | None, typer.Option(help="Compile the layers. Default: where it pays.")] = None,
+    packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: with flash attention.")] = None,
+    group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
     prefix_cache_gb: Annotated[
         float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
     ] = 0.0,
@@ -121,6 +125,9 @@ def train(
     given |= {"accumulation_steps": accumulation_steps, "max_length": max_length, "min_layer": min_layer}
     chosen = {key: value for key, value in given.items() if value is not None}
     recipe = Recipe(**{**RECIPES.get(name, {}), "seed": seed, **chosen})
+    knobs = {"compile": compile, "packing": packing}
+    knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
+    engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
     fixed = None if heads is None else read_heads(heads)
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = _load_task(name, data, tokenizer, train_size=train_size, seed=seed)
@@ -130,7 +137,7 @@ def train(
         examples.train,
         recipe,
         output_dir=output,
-        engine=Engine(prefix_cache_gb=prefix_cache_gb),
+        engine=engine,
         eval_data=examples.validation or None,
         heads=fixed,
         callbacks=[ProfileSteps(output)] if profile else (),

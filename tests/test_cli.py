@@ -212,6 +212,21 @@ def test_train_passes_every_option_on(model, data, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("cache/prefix/*/index.json"))) == 1
 
 
+def test_train_passes_the_engine_on(model, data, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(*_, engine, **__):
+        seen.append(engine)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lofit_fast.training.fit", fit)
+    command = ("train", "--model", model, "--data", data, "--output", tmp_path, *QUICK)
+    error_of(*command)
+    error_of(*command, "--attention", "eager", "--no-compile", "--packing", "--no-group-by-length")
+    assert seen[0] == seen[1] == lf.Engine()
+    assert seen[2] == lf.Engine(attention="eager", compile=False, packing=True, group_by_length=False)
+
+
 def test_eval_of_the_base_and_of_an_adapter(run_folder, model, data):
     for more in ((), ("--adapter", run_folder / "adapter")):
         report = as_json("eval", "--model", model, "--data", data, "--dtype", "float32", *more)

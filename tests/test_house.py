@@ -66,6 +66,7 @@ ORDER = {
         "batching",
         "collate",
         "engine",
+        "probe",
         "measure",
         "profile",
         "run",

@@ -18,9 +18,12 @@ class CompletionCollator:
     states with the first before their output layer and take the second as the loss's targets: the same loss as with
     full logits, exactly, and no vocabulary-sized row that nobody reads. Works under any Trainer; evaluation needs
     prediction_loss_only=True, since the logits lose their batch shape.
+    packed: lay the examples end to end in one row instead, each with positions from 0 and no mask, from which the
+    models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens).
     """
 
     pad_token_id: int
+    packed: bool = False
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Raises ValueError for a batch without a single label."""
@@ -33,14 +36,18 @@ class CompletionCollator:
             ids[i, :length] = torch.tensor(row["input_ids"])
             labels[i, :length] = torch.tensor(row["labels"])
             mask[i, :length] = 1
-        following = torch.cat((labels[:, 1:], labels.new_full((len(rows), 1), IGNORED)), 1)
-        keep = following != IGNORED
-        if not keep.any():
-            raise ValueError("a batch has no labels: every example's tokens are ignored")
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            "logits_to_keep": keep,
-            "shift_labels": following[keep],
-        }
+        if self.packed:
+            real = mask.bool()
+            # nothing predicts the first token of an example
+            labels[:, 0] = IGNORED
+            position = torch.arange(width).expand(len(rows), width)[real][None]
+            return _targets(labels[real][None]) | {"input_ids": ids[real][None], "position_ids": position}
+        return _targets(labels) | {"input_ids": ids, "attention_mask": mask}
+
+
+def _targets(labels: Tensor) -> dict[str, Tensor]:
+    following = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)), 1)
+    keep = following != IGNORED
+    if not keep.any():
+        raise ValueError("a batch has no labels: every example's tokens are ignored")
+    return {"labels": labels, "logits_to_keep": keep, "shift_labels": following[keep]}

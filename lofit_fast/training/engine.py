@@ -7,12 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from lofit_fast.architectures import find_projections
 
 Choice = bool | Literal["auto"]
 BACKEND = "inductor"
+# graphs of one code object, which all layers share: with and without input gradient, per adapter and mode
+_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Engine:
     group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
     packing: lay a batch's examples end to end in one row instead of padding them; True, False or "auto".
     prefix_cache_gb: disk for the activations below the lowest tuned layer; 0 keeps none.
-    "auto" is settled by a probe on the present machine before a run.
+    "auto" is settled on the present machine before a run, see `probe.settle`.
     Raises TypeError / ValueError for a value of another kind.
     """
 
@@ -92,7 +95,9 @@ def _compiled(layers: list[nn.Module]) -> Iterator[None]:
     try:
         for layer in layers:
             layer.compile(backend=BACKEND, dynamic=True)
-        yield
+        # past the limit dynamo would run the layers uncompiled without a word
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            yield
     finally:
         for layer, value in zip(layers, before, strict=True):
             if value is vars(layer):

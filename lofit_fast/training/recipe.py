@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.measure import peak_memory, rates
 from lofit_fast.training.prefix import prefix_cached
+from lofit_fast.training.probe import settle
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.trainer import LofitTrainer
 
@@ -187,7 +190,8 @@ class _Stages:
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
         checkpoint = last_checkpoint(folder) if resume else None
-        collator = CompletionCollator(pad_token_id(self.tokenizer))
+        engine = self._settled(handle, epochs)
+        collator = CompletionCollator(pad_token_id(self.tokenizer), packed=engine.packing)
         # step 1 scales every layer, and leaves nothing below to keep
         prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
         tokens = sum(len(row["input_ids"]) for row in self.train)
@@ -198,7 +202,7 @@ class _Stages:
         started = time.perf_counter()
         with (
             _undisturbed(self.model),
-            prepared(self.model, self.engine),
+            prepared(self.model, engine),
             peak_memory(next(self.model.parameters()).device) as memory,
             prefix_cached(
                 handle, self.train + self.eval, collator, gb=prefix_gb, progress=self.progress
@@ -230,6 +234,21 @@ class _Stages:
                 progress=self.progress,
             )
         return metrics
+
+    def _settled(self, handle: LofitHandle, epochs: int) -> Engine:
+        """The engine with every "auto" decided on a batch of middling length."""
+        size = self.recipe.batch_size
+        rows = sorted(self.train, key=lambda row: len(row["input_ids"]))
+        middle = rows[max(0, (len(rows) - size) // 2) :][:size]
+
+        def batch() -> dict[str, Tensor]:
+            made = CompletionCollator(pad_token_id(self.tokenizer))(middle)
+            return {key: value.to(next(self.model.parameters()).device) for key, value in made.items()}
+
+        engine, why = settle(handle, self.engine, batch, epochs * math.ceil(len(rows) / size))
+        if self.progress:
+            print(why, file=sys.stderr)
+        return engine
 
     def _arguments(self, folder: Path, lr: float, epochs: int) -> TrainingArguments:
         recipe = self.recipe

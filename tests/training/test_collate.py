@@ -85,3 +85,36 @@ def test_collate_has_nothing_to_predict_the_first_token_with():
 def test_collate_refuses_a_batch_without_labels():
     with pytest.raises(ValueError, match="no labels"):
         COLLATE([{"input_ids": [5, 6], "labels": [IGNORED, IGNORED]}])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_examples_see_nothing_of_each_other(family, attention):
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+
+    def packed(rows):
+        batch = CompletionCollator(0, packed=True)(rows)
+        assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
+        states = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        return model(**batch, use_cache=False).loss, states
+
+    ids = [tokens(1, length, length)[0].tolist() for length in (12, 9, 11)]
+    rows = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in ids]
+    changed = [rows[0], {"input_ids": tokens(1, 9, 99)[0].tolist(), "labels": rows[1]["labels"]}, rows[2]]
+    with torch.no_grad():
+        loss, states = packed(rows)
+        other, perturbed = packed(changed)
+        padded = model(**CompletionCollator(0)(rows), use_cache=False).loss
+    assert loss.item() == pytest.approx(padded.item(), rel=1e-6)
+    assert loss != other
+    outside = [*range(12), *range(21, 32)]
+    assert states[:, outside].equal(perturbed[:, outside])
+    assert not states[:, 12:21].equal(perturbed[:, 12:21])
+
+
+def test_packed_first_tokens_are_never_predicted():
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    batch = CompletionCollator(0, packed=True)(rows)
+    assert batch["shift_labels"].tolist() == [6, 7, 9]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]

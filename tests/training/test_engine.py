@@ -107,3 +107,36 @@ def test_engine_compiles_once_for_all_lengths(llama, quick_compiler):
             gradients(llama, length)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_engine_no_backward_below_the_lowest_tuned_layer(llama, checkpointing):
+    handle = lf.patch(llama, lf.LofitConfig(offset=[(1, 2)]))
+    if checkpointing:
+        llama.activation_checkpointing_enable()
+        llama.disable_input_require_grads()
+    forwards, backwards = [0] * LAYERS, [0] * LAYERS
+
+    def count(number):
+        def watch(module, args, output):
+            forwards[number] += 1
+            if output.requires_grad:
+                output.register_hook(lambda _: backwards.__setitem__(number, backwards[number] + 1))
+
+        return watch
+
+    layers = decoder_layers(llama)
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(count(number))
+        layer.self_attn.register_forward_pre_hook(lambda *_, n=number: recomputed.append(n))
+    recomputed = []
+    # what comes before the lowest tuned projection needs no gradient either
+    layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    seen = []
+    gradients(llama.train())
+    assert forwards == [1] * LAYERS
+    assert backwards == [0, 1, 1]
+    assert not any(seen)
+    again = 2 if checkpointing else 1
+    assert [recomputed.count(n) for n in range(LAYERS)] == [1, again, again]
+    handle.unpatch()

@@ -1,0 +1,136 @@
+"""What "auto" means on this machine: a few timed steps of each candidate, once, remembered in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+import transformers
+from torch import Tensor
+
+from lofit_fast.files import write_json
+from lofit_fast.models import cache_folder
+from lofit_fast.patch import LofitHandle
+from lofit_fast.training.engine import Engine, prepared
+
+# a shorter run is over before a probe pays back
+FEWEST_STEPS = 40
+# seconds of steps below which compiling, which takes about a minute, is not even tried
+LEAST_TO_COMPILE = 240.0
+_ATTENTIONS = {"cpu": ("eager", "sdpa")}
+_REPEATS = 3
+
+Timing = dict[str, float]
+Batch = Mapping[str, Tensor]
+
+
+def settle(
+    handle: LofitHandle, engine: Engine, batch: Callable[[], Mapping[str, Tensor]], steps: int
+) -> tuple[Engine, str]:
+    """(engine without a single "auto", a sentence that says what was chosen and why).
+
+    batch: makes what the model is called with, of typical length; called only for a probe. steps: how many such steps
+    the run has. The fastest attention is taken; compiling, where the steps to come save more time than the compiler
+    takes. Packing is taken with flash attention only: elsewhere one long row costs more attention than padding does.
+    The model is as it was afterwards, its vectors' gradients None.
+    """
+    attention = handle.model.config._attn_implementation
+    if engine.attention == "auto" or engine.compile == "auto":
+        engine, why = _probed(handle, engine, batch, steps, attention)
+    else:
+        why = "as asked"
+    name = attention if engine.attention == "auto" else engine.attention
+    packing = name.startswith("flash_attention") if engine.packing == "auto" else engine.packing
+    engine = replace(engine, attention=name, packing=packing)
+    compiled = "compiled" if engine.compile else "not compiled"
+    return engine, f"engine: {name} attention, layers {compiled} ({why})"
+
+
+def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[Engine, str]:
+    if steps < FEWEST_STEPS:
+        return replace(engine, compile=engine.compile is True), f"{steps} steps are too few to probe"
+    timings = _Timings(handle, batch())
+    candidates = [engine.attention]
+    if engine.attention == "auto":
+        candidates = _ATTENTIONS.get(timings.batch["input_ids"].device.type, (attention,))
+    if engine.compile is True:
+        engine = replace(engine, attention=candidates[0])
+        return engine, "as asked, or the first of its device" if len(candidates) > 1 else "as asked"
+    plain = {name: timings.of(name, False)["step"] for name in candidates}
+    best = min(plain, key=plain.get)
+    why = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plain.items()) + " a step"
+    compiled = False
+    if engine.compile == "auto" and steps * plain[best] > LEAST_TO_COMPILE:
+        measured = timings.of(best, True)
+        compiled = steps * (plain[best] - measured["step"]) > measured["first"]
+        why += f", compiled {measured['step']:.3g} s after {measured['first']:.3g} s"
+    return replace(engine, attention=best, compile=compiled), why
+
+
+class _Timings:
+    """Seconds of candidates, from the cache or measured now."""
+
+    def __init__(self, handle: LofitHandle, batch: Batch) -> None:
+        self.handle, self.batch = handle, batch
+        key = json.dumps(_key(handle, batch), sort_keys=True)
+        self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        try:
+            self.known: dict[str, Timing] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+
+    def of(self, attention: str, compiled: bool) -> Timing:
+        """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
+        name = f"{attention}{', compiled' if compiled else ''}"
+        if name not in self.known:
+            self.known[name] = self._measured(Engine(attention=attention, compile=compiled))
+            # a cache that cannot be written is no reason not to train
+            with contextlib.suppress(OSError):
+                write_json(self.path, self.known)
+        return self.known[name]
+
+    def _measured(self, engine: Engine) -> Timing:
+        model, parameters = self.handle.model, list(self.handle.parameters())
+
+        def step() -> None:
+            torch.autograd.grad(model(**self.batch, use_cache=False).loss, parameters)
+
+        with torch.random.fork_rng(), prepared(model, engine):
+            try:
+                first = _seconds(step)
+            except RuntimeError:
+                # no compiler here, say: not a candidate
+                return {"first": float("inf"), "step": float("inf")}
+            return {"first": first, "step": statistics.median(_seconds(step) for _ in range(_REPEATS))}
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _key(handle: LofitHandle, batch: Batch) -> dict[str, object]:
+    """Whatever could turn a choice around."""
+    ids = batch["input_ids"]
+    on_gpu = ids.device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(ids.device) if on_gpu else f"{platform.machine()} {platform.node()}",
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "model": handle.fingerprint.as_dict(),
+        "dtype": str(next(handle.model.parameters()).dtype),
+        "scales": handle.config.scale is not None,
+        # powers of two
+        "rows, length": [ids.shape[0], ids.shape[1].bit_length()],
+        "versions": [torch.__version__, transformers.__version__],
+    }

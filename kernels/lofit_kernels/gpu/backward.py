@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.jit import common_unit, head_row, launch, listed_head, round_to, sum_partials, unit_columns
+from lofit_kernels.gpu.jit import common_unit, head_row, launch, listed_head, round_to, sum_partials
 from lofit_kernels.gpu.matmul import (
     column_slices,
     describe,
     dot,
     load_tile,
     matmul_tile,
+    operand,
     programs_for,
     sum_both,
     tile_position,
@@ -311,7 +312,7 @@ def affine_linear_bwd(
     operands that cannot be described.
     """
     need_dz, need_da, need_dv = needs
-    grad, weight = unit_columns(grad, "grad"), unit_columns(weight, "weight")
+    grad, weight = operand(grad, "grad"), operand(weight, "weight")
     _check(grad, weight, z, scale_heads, offset_heads, head_dim, needs)
     n_da = scale_heads.shape[0] if need_da else 0
     n_dv = offset_heads.shape[0] if need_dv else 0
@@ -320,7 +321,7 @@ def affine_linear_bwd(
     partials = _sweep(
         grad,
         weight,
-        unit_columns(z, "z") if n_da else None,
+        operand(z, "z") if n_da else None,
         scale.contiguous() if scaled else None,
         scale_heads if n_da or scaled else None,
         offset_heads if n_dv else None,

@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.jit import common_unit, launch, round_to, unit_columns
+from lofit_kernels.gpu.jit import common_unit, launch, round_to
 from lofit_kernels.gpu.matmul import (
     column_slices,
     describe,
     dot,
     load_tile,
     matmul_tile,
+    operand,
     programs_for,
     tile_position,
 )
@@ -183,7 +184,7 @@ def delta_linear(
     tile, descriptors: insist on a tile, and on loads through tensor descriptors (True) or pointers (False).
     Raises ValueError for an unsupported dtype or shape, and for descriptors of operands that cannot be described.
     """
-    z, weight = unit_columns(z, "z"), unit_columns(weight, "weight")
+    z, weight = operand(z, "z"), operand(weight, "weight")
     _check(z, weight, addend_bias, scale, scale_heads, head_dim)
     (T, K), N = z.shape, weight.shape[0]
     chosen, descriptors = matmul_tile("delta_linear", (z, weight), T, tile, descriptors)
@@ -230,7 +231,7 @@ def prologue_linear(
     Arguments, result and errors as in `delta_linear`. In 16-bit dtypes scales below half a unit of roundoff are lost,
     as in the elementwise pass. One launch, and two small ones that spread the scales over all columns.
     """
-    z, weight = unit_columns(z, "z"), unit_columns(weight, "weight")
+    z, weight = operand(z, "z"), operand(weight, "weight")
     _check(z, weight, addend_bias, scale, scale_heads, head_dim)
     (T, K), N = z.shape, weight.shape[0]
     chosen, descriptors = matmul_tile("prologue_linear", (z, weight), T, tile, descriptors)

@@ -138,11 +138,16 @@ def accumulator(x: torch.Tensor, name: str) -> tuple[tl.dtype, torch.dtype]:
     return dtype, _TORCH_ACCUMULATOR[dtype]
 
 
-def unit_columns(x: torch.Tensor, name: str) -> torch.Tensor:
-    """`x` (2-D) itself when neighbouring columns are neighbours in memory, else a contiguous copy."""
+def unit_columns(x: torch.Tensor, name: str, rows: int = 1) -> torch.Tensor:
+    """`x` (2-D) itself when neighbouring columns are neighbours in memory, else a contiguous copy.
+
+    A copy, too, when `rows` rows span 2^31 elements: that many row strides are one 32-bit number in the kernel, which
+    multiplies by a 64-bit row only then.
+    """
     if x.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    near = x.stride(0) * rows < 2**31
+    return x if near and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
 
 
 def common_unit(*sizes: int) -> int:

@@ -20,9 +20,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lofit_kernels.gpu import tiles
-from lofit_kernels.gpu.jit import INTERPRET, current_arch
+from lofit_kernels.gpu.jit import INTERPRET, current_arch, unit_columns
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+# no tile has more rows; offsets inside a tile are 32-bit
+MAX_ROWS = 256
 
 
 @triton.jit
@@ -99,6 +101,11 @@ def sum_both(x, y):
     """(sum over the rows of x, sum over the rows of y), in one reduction: as two, both layouts of y would be held."""
     # the interpreter has the sum as one operation, but goes through this reduction element by element
     return (tl.sum(x, 0), tl.sum(y, 0)) if INTERPRET else tl.reduce((x, y), 0, _add_pairs)
+
+
+def operand(x: torch.Tensor, name: str) -> torch.Tensor:
+    """`x` (2-D) itself when a tile of it can be addressed by 32-bit offsets, else a contiguous copy."""
+    return unit_columns(x, name, MAX_ROWS)
 
 
 def describable(x: torch.Tensor) -> bool:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.accuracy import check
+
 
 @pytest.fixture
 def device() -> torch.device:
@@ -29,20 +31,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def accurate():
-    """Error against float64 <= max(2 x eager's error, 1 ulp of the output dtype at the largest expected value)."""
-
-    def check(got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> None:
-        assert expected.dtype == torch.float64
-        assert got.shape == expected.shape
-        if got.numel() == 0:
-            return
-        error = (got.double() - expected).abs().max().item()
-        allowed = (eager.double() - expected).abs().max().item()
-        # eps spans a whole binade upwards: one ulp at m is eps times the power of two below m
-        largest = expected.abs().max()
-        ulp = torch.finfo(got.dtype).eps * 2 ** torch.floor(torch.log2(largest)).item() if largest > 0 else 0.0
-        assert error <= max(2 * allowed, ulp), f"error {error:.3e}; eager {allowed:.3e}, ulp {ulp:.3e}"
-
+    """The accuracy rule of the project: accurate(got, expected in float64, eager)."""
     return check
 
 

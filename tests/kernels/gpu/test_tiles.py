@@ -74,3 +74,13 @@ def test_tiles_import_without_triton():
     code = "import sys; sys.modules['triton'] = None; import lofit_kernels.gpu.tiles; assert not torch_gpu()"
     code = code.replace("torch_gpu()", "sys.modules['torch'].cuda.is_initialized()")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_no_tile_has_rows_that_its_offsets_cannot_reach():
+    pytest.importorskip("triton")
+    from lofit_kernels.gpu.matmul import MAX_ROWS
+
+    products = [
+        row for rows in TABLE.values() for bucket in rows.values() for _, row in bucket if "SLICES" in row.blocks
+    ]
+    assert products and all(max(row["BLOCK_T"], row["BLOCK_N"]) <= MAX_ROWS for row in products)

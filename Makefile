@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEMO := runs/demo
+SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format aot bench bench-gpu real clean
+.PHONY: help demo test lint format aot mutants sanitize bench bench-gpu bench-full real clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -47,6 +48,18 @@ define compile_all
 
 endef
 
+mutants: $(STAMP) ## plant every mechanical fault in every kernel, show that the tests notice
+	$(BIN)/python -m tests.proof.mutants $(or $(ARGS),--json docs/kernels/mutants.json)
+
+$(SANITIZER): $(STAMP)
+	# a pure Python package in a folder of its own; it declares a newer Python than it needs, and pins another torch
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+	touch $@
+
+sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bounds accesses and races
+	env -u TRITON_INTERPRET PYTHONPATH=$(SANITIZER) $(BIN)/python -m tests.proof.sanitize
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/proof/test_watch.py -q -m 'slow or not slow'
+
 bench: $(STAMP) ## time the op against its peers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -58,4 +71,4 @@ real: $(STAMP) ## everything on real models; with DATA=DIR the half-hour proof o
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'
 
 clean: ## remove the environment and all results
-	rm -rf $(VENV) runs .coverage .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build runs .coverage .pytest_cache .ruff_cache *.egg-info

@@ -82,7 +82,7 @@ def _bwd(
 
 
 def _read_once(watch: Watch, T: int, D: int, needs: Needs, swept: list[torch.Tensor], down: int) -> None:
-    """z was read once on the scaled heads; without dz, weight on the listed heads only, once for each of the `down` rows of tiles."""
+    """z was read once on the scaled heads; weight once for each of the `down` rows of tiles, without dz listed heads."""
     launch = watch.launches[-2 if needs[1] or needs[2] else -1]
     if needs[1]:
         read = torch.from_numpy(launch.regions["z"].reads).view(T, -1)

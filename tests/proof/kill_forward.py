@@ -66,7 +66,7 @@ def _linear(
 
 
 def _read_per_tile(watch: Watch, T: int, N: int, D: int, down: int, descriptors: bool) -> None:
-    """z was read once for each column of tiles, the listed heads once more; weight once for each of the `down` rows of tiles."""
+    """z was read once for each column of tiles, weight for each of the `down` rows; the listed heads once more."""
     launch = watch.launches[-1]
     again = torch.zeros(H * D, dtype=torch.int32)
     if launch.kernel.startswith("_delta"):

@@ -1,6 +1,7 @@
 """Plants every mechanical fault in every kernel and shows that the cases of its family notice.
 
-    python -m tests.proof.mutants [--family NAME ...] [--limit N] [--jobs N] [--json FILE] [--list]
+    python -m tests.proof.mutants [--family NAME ...] [--kernel NAME ...] [--operator NAME ...]
+                                  [--limit N] [--jobs N] [--json FILE] [--list]
 
 Each mutant is a copy of `lofit_kernels` with one node of one jit body changed (see operators.py). A process of its own
 loads it and runs the cases of the families that use the body in Triton's interpreter, under the memory checker, until
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.proof.bodies import PACKAGE, SUITES, Mutant, mutants, suites
+from tests.proof.operators import OPERATORS
 
 TABLE = SUITES / "survivors.toml"
 # seconds; the cases of a family take some ten
@@ -271,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", nargs="+", choices=list(suites()), default=[], metavar="NAME")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N mutants of each family (default: all)")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only of these jit bodies")
+    parser.add_argument("--operator", nargs="+", choices=list(OPERATORS), default=list(OPERATORS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
@@ -278,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     everything = mutants()
     selected = select(everything, chosen.family, chosen.limit)
     selected = [mutant for mutant in selected if not chosen.kernel or mutant.kernel in chosen.kernel]
+    selected = [mutant for mutant in selected if mutant.operator in chosen.operator]
     if chosen.list:
         for mutant in selected:
             print(" | ".join(mutant.key))
@@ -289,12 +293,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    found = track(run(selected, chosen.jobs), "mutants", len(selected), console=Console(stderr=True), transient=True)
+    known, console, outcomes = reasons(), Console(stderr=True), []
+    for outcome in track(run(selected, chosen.jobs), "mutants", len(selected), console=console, transient=True):
+        outcomes.append(outcome)
+        if outcome.how == SURVIVED and outcome.mutant.key not in known:
+            # at once: a run takes minutes
+            print("no reason: " + " | ".join(outcome.mutant.key), file=sys.stderr, flush=True)
     order = {id(mutant): number for number, mutant in enumerate(selected)}
-    outcomes = sorted(found, key=lambda outcome: order[id(outcome.mutant)])
-    report = Report(outcomes, reasons(), {mutant.key for mutant in everything})
+    outcomes.sort(key=lambda outcome: order[id(outcome.mutant)])
+    report = Report(outcomes, known, {mutant.key for mutant in everything})
     show(report)
     if chosen.json:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return 1 if report.unexplained or report.stale else 0
 

@@ -13,7 +13,8 @@ from tests.proof.watch import Watch
 
 CASES: list[Case] = []
 H = 5
-SCALED, SHIFTED = heads(4, 0), heads(2, 0, 3)
+# scaled only: 1; shifted only: 2; neither: 3; both: 0, the first of the offsets, and 4
+SCALED, SHIFTED = heads(4, 0, 1), heads(0, 2, 4)
 NEEDS = [needs for needs in itertools.product([True, False], repeat=3) if any(needs)]
 
 
@@ -50,18 +51,20 @@ def _fwd(watch: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0, strid
 
 @case(CASES, "delta, rows 2^31 elements apart", 3, 16, torch.float16, stride=2**31)
 @case(CASES, "delta, rows 2^30 elements apart", 3, 16, torch.float16, stride=2**30)
+@case(CASES, "delta, columns beyond 16 bits", 2, 8192, torch.float32)
 @case(CASES, "delta, float64", 5, 20, torch.float64)
 @case(CASES, "delta, float16", 66, 24, torch.float16, extra=8)
 @case(CASES, "delta, bfloat16", 67, 20, torch.bfloat16, extra=5)
 def _delta(watch: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0, stride: int = 0) -> None:
+    listed = heads(2, 0, 4)
     z = far_rows(T, H * D, dtype, stride) if stride else rows(T, H * D, dtype, extra)
-    a, taken = values(len(SHIFTED), D), z[:, columns(SHIFTED, D)]
+    a, taken = values(len(listed), D), z[:, columns(listed, D)]
     if stride < 2**31:
-        watch.forbid(z, columns(unlisted(H, SHIFTED), D))
-    x = affine_delta_fwd(z, a, SHIFTED, D)
+        watch.forbid(z, columns(unlisted(H, listed), D))
+    x = affine_delta_fwd(z, a, listed, D)
     assert torch.equal(x, (taken.to(_wide(dtype)) * a.reshape(-1)).to(dtype))
     read = watch.launches[-1].regions["z"].reads.reshape(T, -1)
-    assert (read[:, columns(SHIFTED, D)] == 1).all() and read.sum() == T * len(SHIFTED) * D
+    assert (read[:, columns(listed, D)] == 1).all() and read.sum() == T * len(listed) * D
 
 
 @case(CASES, "backward, rows 2^31 elements apart", 3, 16, torch.float16, NEEDS[:1], stride=2**31)

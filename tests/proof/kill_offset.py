@@ -25,7 +25,8 @@ def _read_once(watch: Watch, name: str, used: torch.Tensor, times: int = 1) -> N
 @case(CASES, "fold, float64", 9, 20, heads(5, 1), torch.float64)
 @case(CASES, "fold, no padding, 16 bytes aligned", 16, 16, heads(2, 0), torch.float16)
 @case(CASES, "fold with a bias", 13, 20, heads(6, 0, 3, 4, 2, 1), torch.bfloat16, bias=True, extra=3)
-@case(CASES, "fold", 11, 24, heads(6, 0, 3, 4, 2), torch.float32, extra=8)
+@case(CASES, "fold", 11, 24, heads(6, 0, 3, 4, 2), torch.float32, bias=True, extra=8)
+@case(CASES, "fold without a bias", 11, 12, heads(3, 1), torch.float32)
 def _fold(
     watch: Watch, N: int, D: int, listed: torch.Tensor, dtype: torch.dtype, bias: bool = False, extra: int = 1
 ) -> None:

@@ -47,8 +47,13 @@ def test_operators(operator, text, expected):
     assert set(expected) <= set(found) and bool(found) == bool(expected)
 
 
-def test_every_operator_reaches_every_family_with_thirty_mutants():
-    everything = mutants()
+@pytest.fixture(scope="module")
+def everything():
+    """All mutants, listed once."""
+    return mutants()
+
+
+def test_every_operator_reaches_every_family_with_thirty_mutants(everything):
     for family in suites():
         own = [mutant for mutant in everything if family in mutant.families]
         assert len(own) >= 30 and {mutant.operator for mutant in own} == set(OPERATORS)
@@ -59,8 +64,8 @@ def test_every_operator_reaches_every_family_with_thirty_mutants():
     assert [m.key for m in everything] == [m.key for m in mutants()]
 
 
-def test_mutants_change_one_statement_and_compile():
-    for mutant in mutants()[::40]:
+def test_mutants_change_one_statement_and_compile(everything):
+    for mutant in everything[::40]:
         before = ast.unparse(mutant.module.tree).splitlines()
         after = mutant.source().splitlines()
         compile(mutant.source(), mutant.module.name, "exec")
@@ -68,16 +73,16 @@ def test_mutants_change_one_statement_and_compile():
         assert ast.unparse(mutant.module.tree).splitlines() == before
 
 
-def test_every_reason_has_its_mutant():
-    gone = set(reasons()) - {mutant.key for mutant in mutants()}
+def test_every_reason_has_its_mutant(everything):
+    gone = set(reasons()) - {mutant.key for mutant in everything}
     assert gone == set()
 
 
-def test_report_tells_explained_from_unexplained_and_stale():
-    first, second, third = mutants()[:3]
+def test_report_tells_explained_from_unexplained_and_stale(everything):
+    first, second, third = everything[:3]
     outcomes = [Outcome(first, SURVIVED), Outcome(second, SURVIVED), Outcome(third, "numbers", "a case")]
     known = {first.key: "equivalent", third.key: "was thought to survive", ("gone", "sign", "a", "b"): "old"}
-    report = Report(outcomes, known, {m.key for m in mutants()})
+    report = Report(outcomes, known, {m.key for m in everything})
     assert [o.mutant for o in report.unexplained] == [second]
     assert report.stale == [third.key, ("gone", "sign", "a", "b")]
     assert report.to_json()["distinct"] == {"mutants": 3, "killed": 1}

@@ -107,6 +107,7 @@ class Watch:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self._forbidden: dict[int, np.ndarray] = {}
+        self._reached: list[torch.Tensor] = []
         self._regions: list[Region] = []
         self._undo = contextlib.ExitStack()
 
@@ -115,6 +116,10 @@ class Watch:
         forbidden = np.zeros(tuple(x.shape), bool)
         forbidden[:, columns.numpy()] = True
         self._forbidden[x.data_ptr()] = forbidden.reshape(-1)
+
+    def reach(self, *tensors: torch.Tensor) -> None:
+        """From now on launches may reach these, too: through addresses that they read from a table."""
+        self._reached += [x for x in tensors if x.numel()]
 
     def __enter__(self) -> Watch:
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -145,6 +150,7 @@ class Watch:
         named = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
         tensors = {n: x.base if isinstance(x, TensorDescriptor) else x for n, x in named.items()}
         tensors = {n: x for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.numel()}
+        tensors |= {f"reached {number}": x for number, x in enumerate(self._reached)}
         regions: dict[tuple[object, ...], Region] = {}
         found = {}
         for name, x in tensors.items():

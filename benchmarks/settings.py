@@ -1,0 +1,99 @@
+"""The two settings of every comparison: as its users run it, and in our engine. Never mixed in one row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.providers import AS_RUN, PROVIDERS, Absent, Attached
+from benchmarks.steps import vectors
+from benchmarks.workload import Workload, grouped_batches, stock_batches
+from lofit_fast.encoding import Encoded
+from lofit_fast.models import best_attention
+from lofit_fast.training.engine import Engine, prepared
+
+L1 = 5e-4
+LEARNING_RATE = 1e-3
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to time. step: a key of STEPS, or "" for providers that do not depend on it."""
+
+    provider: str
+    setting: str
+    step: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.provider, self.step, self.setting) if part)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A row whose provider sits in a model of its own. trained: the model's trainables and their optimizer."""
+
+    row: Row
+    attached: Attached
+    optimizer: torch.optim.Optimizer | None
+
+    def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
+        """The examples as this row's setting batches them, on the model's device."""
+        make = stock_batches if self.row.setting == AS_RUN else grouped_batches
+        device = next(self.attached.model.parameters()).device
+        return [{key: value.to(device) for key, value in batch.items()} for batch in make(rows, pad)]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The model's loss on a batch, with its graph."""
+        return self.attached.model(**batch, use_cache=False).loss
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """One training step, optimizer included; the floor ends with its backward pass. Returns the loss."""
+        loss, parameters = self.loss(batch), self.attached.parameters
+        penalty = 0.0 if self.attached.penalty is None else L1 * self.attached.penalty()
+        (loss + penalty).backward()
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return loss.item()
+
+
+def settled_engine(model: nn.Module, work: Workload) -> Engine:
+    """The engine that our own training would choose for this model on this machine."""
+    weight = next(model.parameters())
+    return Engine(attention=best_attention(weight.device, weight.dtype), compile=True, packing=False)
+
+
+@contextmanager
+def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
+    """A scope with the row's provider in a copy of the model, prepared as its setting says, in training mode.
+
+    Raises Absent where the provider cannot be had in this setting.
+    """
+    provider = PROVIDERS[row.provider]
+    if row.setting in provider.absent:
+        raise Absent(provider.absent[row.setting])
+    model = copied(base)
+    attached = provider.attach(model, vectors(base, row.step or "step 2"))
+    # the optimizer a stock Trainer takes by default; ours takes the same
+    optimizer = (
+        torch.optim.AdamW(attached.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        if attached.trains
+        else None
+    )
+    attached.model.train()
+    as_run = Engine(attention="sdpa", compile=False, packing=False)
+    with prepared(attached.model, as_run if row.setting == AS_RUN else engine):
+        yield Live(row, attached, optimizer)
+
+
+def uncopied(model: nn.Module) -> nn.Module:
+    """For `live` in a process that measures one row only: the model itself."""
+    return model

@@ -1,0 +1,103 @@
+"""Every provider computes what it should before it is timed, in both settings; a wrong one is not timed."""
+
+import pytest
+import torch
+
+from benchmarks import check, settings, step_level
+from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Attached, Provider
+from benchmarks.settings import Row
+from benchmarks.steps import STEPS, vectors
+from benchmarks.workload import grouped_batches, stock_batches, workload
+from lofit_fast.training.engine import Engine
+from tests.tiny import tiny_model
+from tests.tokenizer import word_tokenizer
+
+ENGINE = Engine(attention="eager", compile=False, packing=False)
+# compiling takes a minute and says nothing about losses that the eager hook does not say
+ROWS = [
+    Row(name, setting, step)
+    for name, provider in PROVIDERS.items()
+    for setting in (AS_RUN, SAME_ENGINE)
+    for step in (("step 1", "step 2") if provider.lofit else ("",))
+    if name != "compiled_hook"
+]
+
+
+@pytest.fixture(scope="module")
+def work():
+    return workload(word_tokenizer(), None, 16)
+
+
+def tiny(dtype=torch.float32, **changes):
+    # attention that matters, as in a trained model: in bfloat16 nothing else would change the loss visibly
+    return tiny_model("llama", dtype, max_position_embeddings=512, initializer_range=0.2, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
+def test_every_provider_has_the_right_loss_and_seconds(work, dtype):
+    report = step_level.measure(tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None)
+    assert [row for row in report["rows"] if "seconds" not in row] == []
+    assert all(row["check"]["ok"] and len(row["seconds"]) == 2 for row in report["rows"])
+    assert report["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_wrong_loss_is_not_timed(work, monkeypatch):
+    def ignores_its_vectors(model, values):
+        attached = PROVIDERS["ours"].attach(model, values)
+        return Attached(attached.model, attached.parameters, lambda other: None, attached.penalty)
+
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", ignores_its_vectors, lofit=True))
+    said = []
+    rows = [Row("wrong", AS_RUN, "step 2"), Row("ours", AS_RUN, "step 2"), Row("compiled_hook", SAME_ENGINE, "step 2")]
+    wrong, ours, absent = step_level.measure(tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append)[
+        "rows"
+    ]
+    assert "expected" in wrong["red"] and "seconds" not in wrong
+    assert len(ours["seconds"]) == 1
+    assert "seconds" not in absent and absent["absent"]
+    assert any("NOT TIMED" in line for line in said)
+
+
+def test_a_check_that_proves_nothing_is_refused(work, monkeypatch):
+    monkeypatch.setattr(check, "CHECK_STDS", (0.0,))
+    with (
+        settings.live(tiny(), Row("ours", AS_RUN, "step 2"), ENGINE) as one,
+        pytest.raises(ValueError, match="prove nothing"),
+    ):
+        check.Checks(tiny(), work)(one)
+
+
+def test_both_settings_batch_the_same_examples(work):
+    rows = work.drawn(3, 12)
+    assert rows != work.drawn(4, 12)
+    stock, grouped = stock_batches(rows, work.pad), grouped_batches(rows, work.pad)
+    assert [len(batch["input_ids"]) for batch in stock] == [8, 4]
+    assert set(stock[0]) == {"input_ids", "attention_mask", "labels"}
+    assert "logits_to_keep" in grouped[0]
+    seen = [sorted(tuple(r[m.bool()].tolist()) for b in bs for r, m in _rows(b)) for bs in (stock, grouped)]
+    assert seen[0] == seen[1]
+    assert sum(b["input_ids"].numel() for b in grouped) < sum(b["input_ids"].numel() for b in stock)
+
+
+def _rows(batch):
+    return zip(batch["input_ids"], batch["attention_mask"], strict=True)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_heads_of_a_row(step):
+    model = tiny(num_hidden_layers=8)
+    drawn = vectors(model, step)
+    count = sum(len(heads) for heads, _ in drawn.values())
+    lowest = min(layer for layer, _ in drawn)
+    assert (count, lowest) == {"step 1": (32, 0), "step 2": (3, 0), "step 2, upper quarter": (3, 6)}[step]
+
+
+def test_the_floor_reaches_as_low_as_an_adapter_and_no_lower(work):
+    with settings.live(tiny(), Row("floor", SAME_ENGINE), ENGINE) as one:
+        layer = one.attached.model.model.layers[0]
+        reached = []
+        layer.mlp.register_full_backward_hook(lambda *_: reached.append("mlp"))
+        layer.self_attn.q_proj.register_full_backward_hook(lambda *_: reached.append("q_proj"))
+        one.step(one.batches(work.drawn(0, 4), work.pad)[0])
+    assert reached == ["mlp"]

@@ -60,8 +60,11 @@ sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bo
 	env -u TRITON_INTERPRET PYTHONPATH=$(SANITIZER) $(BIN)/python -m tests.proof.sanitize
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/proof/test_watch.py -q -m 'slow or not slow'
 
-bench: $(STAMP) ## time the op against its peers on this machine
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(STAMP) ## ours against the peers on this machine, in 45 minutes; DATA=DIR for CLUTRR; goes on if interrupted
+	$(BIN)/python -m benchmarks.run $(if $(DATA),--data $(DATA))
+
+bench-full: $(STAMP) ## every cell of the benchmark, however long it takes; goes on if interrupted
+	$(BIN)/python -m benchmarks.run --full $(if $(DATA),--data $(DATA))
 
 # no $(STAMP): a GPU machine is taken as found, with the torch and Triton that it has, and no network
 bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.providers import AS_RUN, PROVIDERS, Absent, Attached
 from benchmarks.steps import vectors
-from benchmarks.workload import Workload, grouped_batches, stock_batches
+from benchmarks.workload import Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.encoding import Encoded
 from lofit_fast.models import best_attention
 from lofit_fast.training.engine import Engine, prepared
@@ -20,6 +20,8 @@ from lofit_fast.training.engine import Engine, prepared
 L1 = 5e-4
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
+# what transformers does unless told otherwise
+STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False)
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Live:
-    """A row whose provider sits in a model of its own. trained: the model's trainables and their optimizer."""
+    """A row whose provider sits in a model of its own.
+
+    optimizer: of its parameters; None for the floor. collate: makes the engine's batches, if not its plain collator.
+    """
 
     row: Row
     attached: Attached
     optimizer: torch.optim.Optimizer | None
+    collate: Collate | None = None
 
     def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
         """The examples as this row's setting batches them, on the model's device."""
-        make = stock_batches if self.row.setting == AS_RUN else grouped_batches
+        stock = self.row.setting == AS_RUN
+        made = stock_batches(rows, pad) if stock else grouped_batches(rows, pad, self.collate)
         device = next(self.attached.model.parameters()).device
-        return [{key: value.to(device) for key, value in batch.items()} for batch in make(rows, pad)]
+        return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's loss on a batch, with its graph."""
@@ -89,8 +96,7 @@ def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deep
         else None
     )
     attached.model.train()
-    as_run = Engine(attention="sdpa", compile=False, packing=False)
-    with prepared(attached.model, as_run if row.setting == AS_RUN else engine):
+    with prepared(attached.model, STOCK if row.setting == AS_RUN else engine):
         yield Live(row, attached, optimizer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.check import Checks
 from benchmarks.providers import AS_RUN, Absent
 from benchmarks.settings import Live, Row, live, settled_engine
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, ratio
 from benchmarks.workload import Workload, real_tokens
 from lofit_fast.training.engine import Engine
 
@@ -27,13 +27,14 @@ def measure(
     rounds: int,
     examples: int,
     engine: Engine | None = None,
+    opened: Callable[[nn.Module, Row, Engine], AbstractContextManager[Live]] = live,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Seconds per round of every row, as plain data.
 
     A round is the same `examples` examples for all, others than the round before; each row batches them its own way.
     Rows that are absent, or whose loss is wrong, are listed with the reason and have no seconds. warm_seconds: the
-    first pass, which compiles what is compiled.
+    first pass, which compiles what is compiled. opened: how a row is put into a model.
     """
     engine = engine or settled_engine(base, work)
     done: list[dict] = []
@@ -44,7 +45,7 @@ def measure(
             entry = {**asdict(row)}
             done.append(entry)
             try:
-                one = scopes.enter_context(live(base, row, engine))
+                one = scopes.enter_context(opened(base, row, engine))
             except Absent as reason:
                 entry["absent"] = str(reason)
                 continue
@@ -60,6 +61,7 @@ def measure(
         device = next(base.parameters()).device.type
         for at, seconds in interleaved(passes, rounds=rounds, warmup=0, device=device).items():
             done[int(at)]["seconds"] = seconds
+    _compare_with_floor(done)
     return {
         "rows": done,
         "rounds": rounds,
@@ -84,6 +86,14 @@ def _admitted(one: Live, checks: Checks, work: Workload, examples: int) -> dict:
     for batch in batches[:1] if one.row.setting == AS_RUN else batches:
         one.step(batch)
     return entry | {"warm_seconds": time.perf_counter() - started}
+
+
+def _compare_with_floor(rows: list[dict]) -> None:
+    """Add vs_floor, the ratio of each row to its own setting's floor, where both were timed."""
+    floors = {row["setting"]: row["seconds"] for row in rows if row["provider"] == "floor" and "seconds" in row}
+    for row in rows:
+        if "seconds" in row and row["setting"] in floors:
+            row["vs_floor"] = asdict(ratio(row["seconds"], floors[row["setting"]]))
 
 
 def _pass(one: Live, work: Workload, examples: int) -> Callable[[], None]:

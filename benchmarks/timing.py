@@ -78,10 +78,14 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> dict[str, object]:
-    """The checkout's commit, and whether tracked files differed from it; None and None outside a checkout."""
+    """The checkout's commit, and whether tracked files differed from it; None and None outside a checkout.
+
+    Results are tracked too, and written while measuring: they do not count.
+    """
     here = Path(__file__).parent
     head = _git(here, "rev-parse", "HEAD")
-    return {"commit": head, "dirty": None if head is None else bool(_git(here, "status", "--porcelain", "-uno"))}
+    changed = _git(here, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+    return {"commit": head, "dirty": None if head is None else bool(changed)}
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:

@@ -1,7 +1,7 @@
 """What is trained on: the examples every provider sees, and the batches each setting makes of them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from lofit_fast.encoding import Encoded, encode, pad_token_id
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.training import CompletionCollator
+
+Collate = Callable[[Sequence[Encoded]], dict[str, Tensor]]
 
 BATCH = 8
 EXAMPLES = 64
@@ -54,9 +56,12 @@ def stock_batches(rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
     return [{key: batch[key] for key in kept} for batch in _batches(rows, pad)]
 
 
-def grouped_batches(rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
-    """As our engine makes them: examples of like length together, logits where there is a label."""
-    return _batches(sorted(rows, key=lambda row: len(row["input_ids"])), pad)
+def grouped_batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:
+    """As our engine makes them: examples of like length together, logits where there is a label.
+
+    collate: another collator than the engine's plain one.
+    """
+    return _batches(sorted(rows, key=lambda row: len(row["input_ids"])), pad, collate)
 
 
 def real_tokens(rows: Sequence[Encoded]) -> int:
@@ -64,6 +69,6 @@ def real_tokens(rows: Sequence[Encoded]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
 
 
-def _batches(rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
-    collate = CompletionCollator(pad)
+def _batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:
+    collate = collate or CompletionCollator(pad)
     return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]

@@ -1,4 +1,4 @@
-"""The command line: `lofit-fast train | sweep | eval | generate | merge | export | demo`, each a thin shell."""
+"""The command line: `lofit-fast train | sweep | eval | ... | plan | bench | report`, each a thin shell."""
 
 import functools
 import json
@@ -292,6 +292,21 @@ def demo(
     summary = run_demo(output, model, train_size, validation_size, Console(quiet=as_json))
     if as_json:
         print(json.dumps(summary))
+
+
+@_command("report", "report benchmarks/results --output runs/report")
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder with the summary.json of make bench.")] = Path(
+        "benchmarks/results"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the page.")] = Path("runs/report"),
+    as_json: Json = False,
+) -> None:
+    """Benchmark results as one HTML page, PNGs and a Markdown table."""
+    from lofit_fast.bench_report import write_report
+
+    page = write_report(results, output)
+    _show({"page": str(page), "table": str(page.with_name("table.md"))}, as_json, "report")
 
 
 def parse_top(text: str) -> int | float:

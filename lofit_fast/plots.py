@@ -12,7 +12,7 @@ _STEP_NAMES = {"select": "step 1: scales on every head", "tune": "step 2: offset
 
 def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: str = "") -> Path:
     """A layer x head map of the scores, the chosen heads ringed. scores: (layers, heads). Writes a PNG."""
-    figure, axes = _figure((1.6 + 0.36 * scores.shape[1], 1.6 + 0.22 * scores.shape[0]))
+    figure, axes = new_figure((1.6 + 0.36 * scores.shape[1], 1.6 + 0.22 * scores.shape[0]))
     image = axes.imshow(scores.numpy(), aspect="auto", origin="lower", cmap="viridis")
     if heads:
         layers, columns = zip(*heads, strict=True)
@@ -20,13 +20,13 @@ def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: st
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.set_xticks(range(scores.shape[1]))
     figure.colorbar(image, ax=axes, label="norm of the scale vector")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> Path:
     """Training loss by step and epoch, and evaluation loss where there is one, of both steps. Writes a PNG."""
     stages = [stage for stage in _STEP_NAMES if any(row["stage"] == stage for row in history)]
-    figure, axes = _figure((4.2 * len(stages), 3.2), columns=len(stages))
+    figure, axes = new_figure((4.2 * len(stages), 3.2), columns=len(stages))
     for axis, stage in zip(axes if len(stages) > 1 else [axes], stages, strict=True):
         rows = [row for row in history if row["stage"] == stage]
         for row in rows:
@@ -41,20 +41,21 @@ def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> P
         axis.set(xlabel="epoch", ylabel="loss per labelled token", title=_STEP_NAMES[stage])
         axis.legend(frameon=False)
     figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def sweep_chart(rows: Sequence[dict], metric: str, path: Path | str, title: str = "") -> Path:
     """A bar of `metric` per run that has it, in the order of the sweep. rows: name and metrics. Writes a PNG."""
     rows = [row for row in rows if row.get(metric) is not None]
-    figure, axes = _figure((6.4, 1.2 + 0.3 * len(rows)))
+    figure, axes = new_figure((6.4, 1.2 + 0.3 * len(rows)))
     axes.barh([row["name"] for row in rows], [row[metric] for row in rows], color="tab:blue")
     axes.invert_yaxis()
     axes.set(xlabel=metric.replace("_", " "), title=title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(size: tuple[float, float], columns: int = 1):
+def new_figure(size: tuple[float, float], columns: int = 1):
+    """(figure, its axes: one, or an array of as many as columns) of a size in inches."""
     # the object interface leaves pyplot's global state, and the user's backend, alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,7 +65,8 @@ def _figure(size: tuple[float, float], columns: int = 1):
     return figure, figure.subplots(1, columns)
 
 
-def _save(figure, path: Path | str) -> Path:
+def save_figure(figure, path: Path | str) -> Path:
+    """Write a figure as PNG, its folder made if need be. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

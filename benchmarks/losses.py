@@ -1,0 +1,101 @@
+"""Does our training follow the plain hook's? The same batches in the same order, every accelerator on."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import lofit_fast as lf
+from benchmarks.settings import STOCK
+from benchmarks.whole_run import RECIPE
+from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_of
+from lofit_fast.config import LofitConfig
+from lofit_fast.encoding import IGNORED
+from lofit_fast.training import recipe as training
+from lofit_fast.training.engine import prepared
+
+STAGES = ("select", "tune")
+
+
+def measure(model: nn.Module, tokenizer, examples) -> dict:
+    """Epoch losses of `fit`, of a hook on the very batches that fit made, and of one on them in another order.
+
+    Step 2 of the hooks tunes the heads that fit selected. difference: the largest relative one between fit and the
+    hook over all epochs; order_difference: between the two hooks.
+    """
+    plain = copy.deepcopy(model)
+    with recorded_batches() as batches, tempfile.TemporaryDirectory() as folder:
+        result = lf.fit(model, tokenizer, examples, RECIPE, output_dir=folder, progress=False)
+    ours = [row["loss"] for row in result.history]
+    epochs = _in_epochs(batches, RECIPE.select_epochs + RECIPE.tune_epochs)
+    hook = _hook_losses(plain, epochs, result.heads)
+    other = _hook_losses(plain, [epoch[::-1] for epoch in epochs], result.heads)
+    return {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "losses": {"ours": ours, "hook": hook, "hook, other order": other},
+        "difference": _largest(ours, hook),
+        "order_difference": _largest(other, hook),
+    }
+
+
+@contextmanager
+def recorded_batches() -> Iterator[list[dict[str, Tensor]]]:
+    """A scope that keeps every batch `fit` trains on, as a stock Trainer would have it: padded, full labels."""
+    batches: list[dict[str, Tensor]] = []
+    trainer = training.LofitTrainer
+
+    class Recorder(trainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            if model.training:
+                batches.append(as_stock(inputs))
+            return super().compute_loss(model, inputs, *args, **options)
+
+    training.LofitTrainer = Recorder
+    try:
+        yield batches
+    finally:
+        training.LofitTrainer = trainer
+
+
+def as_stock(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of ours, padded (B, S) or packed (1, T) with position_ids, as a padded one with labels."""
+    if "position_ids" not in batch:
+        return {key: batch[key].clone() for key in ("input_ids", "attention_mask", "labels")}
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], batch["position_ids"].shape[1]], strict=True)]
+    ids, labels = (batch[key][0].split(lengths) for key in ("input_ids", "labels"))
+    padded = nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": padded(ids, batch_first=True),
+        "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": padded(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def _in_epochs(batches: list[dict], count: int) -> list[list[dict]]:
+    each = len(batches) // count
+    return [batches[i * each : (i + 1) * each] for i in range(count)]
+
+
+def _hook_losses(model: nn.Module, epochs: list[list[dict]], heads) -> list[float]:
+    tuned = ((LofitConfig(scale="all"), HookStep(RECIPE.select_lr, RECIPE.l1)),)
+    tuned += ((LofitConfig(offset=heads), HookStep(RECIPE.tune_lr)),)
+    parts, losses = (epochs[: RECIPE.select_epochs], epochs[RECIPE.select_epochs :]), []
+    for (config, step), part in zip(tuned, parts, strict=True):
+        handle = lf.patch(model, config)
+        start = vectors_of(handle)
+        handle.unpatch()
+        with prepared(model, STOCK):
+            hook = HookLofit(model, start)
+            losses += train_hook(model, hook, part, step)
+            hook.remove()
+    return losses
+
+
+def _largest(first: Sequence[float], second: Sequence[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(first, second, strict=True))

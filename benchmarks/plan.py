@@ -1,0 +1,122 @@
+"""Which cells there are, in order of importance: what the summary needs comes first, so that a cut-off run has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from benchmarks import losses, memory, prefix, profile, step_level, sweep, whole_run
+from benchmarks.cells import Cell, Options
+from benchmarks.loading import MODELS, loaded
+from benchmarks.op_level import measure as op_level
+from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent
+from benchmarks.settings import Row, settled_engine
+from benchmarks.timing import ROUNDS
+from benchmarks.workload import BATCH, task
+
+STEPS = ("step 1", "step 2")
+# the two sides of every ratio in the summary; the floor and LoRA do not depend on the step
+CORE = (
+    *(Row("ours", SAME_ENGINE, step) for step in STEPS),
+    Row("floor", SAME_ENGINE),
+    *(Row("hook", AS_RUN, step) for step in STEPS),
+    Row("lora_all", AS_RUN),
+)
+MEMORY = (*(Row(name, setting, step) for name, setting in (("hook", AS_RUN), ("ours", SAME_ENGINE)) for step in STEPS),)
+MORE_MEMORY = (Row("floor", SAME_ENGINE), *(Row(name, AS_RUN) for name in ("lora_qv", "lora_all", "ia3", "beft")))
+PEER_ROUNDS = 3
+
+
+def peers(setting: str) -> list[Row]:
+    """Every provider in one setting, at both steps where they differ."""
+    rows = []
+    for name, provider in PROVIDERS.items():
+        rows += [Row(name, setting, step) for step in (STEPS if provider.lofit else ("",))]
+    return rows
+
+
+def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
+    """The cells of `make bench`, or of `make bench-full`, by falling importance."""
+    models = [model for model in MODELS if model in models]
+    cells = [Cell(f"{model}/steps", partial(_core, model), minutes) for model, minutes in _each(models, 5, 7.5)]
+    for row in MEMORY:
+        cells += [_memory(model, row, minutes) for model, minutes in _each(models, 0.7, 1.0)]
+    cells += [Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 2, 2)]
+    cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 2.5, 2.5)]
+    cells += [Cell(f"{model}/sweep", partial(sweep.measure, model), 5) for model in models[:1]]
+    for name in whole_run.RUNS:
+        cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for model in models]
+    cells += [Cell("ops", op_level, 2)]
+    cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5) for model in models]
+    cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5) for model in models]
+    cells += [Cell(f"{model}/profile", partial(_profile, model), 1) for model in models]
+    shown = models if full else models[:1]
+    for dtype in ("float32", "auto"):
+        cells += [Cell(f"{model}/losses {dtype}", partial(_losses, model, dtype), 3.5) for model in shown]
+    return cells + (_more(models) if full else [])
+
+
+def _more(models: list[str]) -> list[Cell]:
+    cells = [_memory(model, row, 1.0) for model in models for row in MORE_MEMORY]
+    for model in models:
+        cells += [Cell(f"{model}/peers compiled", partial(_peers, model, SAME_ENGINE, True), 8)]
+    return cells
+
+
+def _each(models: list[str], *minutes: float) -> list[tuple[str, float]]:
+    known = dict(zip(MODELS, minutes, strict=True))
+    return [(model, known[model]) for model in models]
+
+
+def _memory(model: str, row: Row, minutes: float) -> Cell:
+    return Cell(f"{model}/memory {row.provider} {row.step}".strip(), partial(_measured_memory, model, row), minutes)
+
+
+def _core(model: str, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    rounds = options.rounds or ROUNDS
+    return step_level.measure(base, work, CORE, rounds=rounds, examples=options.examples)
+
+
+def _peers(model: str, setting: str, compiled: bool, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    # compiling every peer's layers takes longer than timing them: `make bench-full` does
+    engine = replace(settled_engine(base, work), compile=compiled)
+    rounds = options.rounds or PEER_ROUNDS
+    return step_level.measure(base, work, peers(setting), rounds=rounds, examples=BATCH, engine=engine)
+
+
+def _measured_memory(model: str, row: Row, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    return memory.measure(base, work, row)
+
+
+def _prefix(model: str, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    return prefix.measure(base, work, rounds=options.rounds or ROUNDS, examples=options.examples)
+
+
+def _scoring(model: str, options: Options) -> dict:
+    try:
+        from benchmarks.scoring import measure
+    except ImportError as error:
+        raise Absent(f"multiple-choice scoring is not in this checkout: {error}") from error
+    base, tokenizer, _ = loaded(model, options.data)
+    return measure(base, tokenizer, rounds=options.rounds or ROUNDS)
+
+
+def _whole(model: str, provider: str, options: Options) -> dict:
+    base, tokenizer, work = loaded(model, options.data)
+    examples = task(options.data).train[: len(work.rows)]
+    return whole_run.measure(provider, base, tokenizer, examples, work)
+
+
+def _losses(model: str, dtype: str, options: Options) -> dict:
+    base, tokenizer, work = loaded(model, options.data, dtype)
+    return losses.measure(base, tokenizer, task(options.data).train[: len(work.rows)])
+
+
+def _profile(model: str, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    return {"steps": [profile.measure(base, work, row) for row in CORE[:2]]}

@@ -1,0 +1,114 @@
+"""`make bench` and `make bench-full`: measures what is not measured yet, cell by cell, and writes the summary.
+
+A cell runs in a process of its own. A run that was interrupted, or that ran out of its time, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.cells import RESULTS, ROOT, Cell, Options, Store
+from benchmarks.loading import MODELS
+from benchmarks.plan import plan
+from benchmarks.providers import Absent
+from benchmarks.summary import write_summary
+from lofit_fast.files import write_json
+
+BUDGET = 45.0
+out = Console()
+
+
+def main(
+    full: Annotated[bool, typer.Option(help="Every cell, however long it takes.")] = False,
+    data: Annotated[str | None, typer.Option(help="Folder with CLUTRR; default: built-in family stories.")] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(MODELS)}.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only cells with this in their name.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds, instead of each cell's own.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples per round of the step-level ratios.")] = 32,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
+    budget: Annotated[float, typer.Option(help="Start no cell that may end later than this many minutes.")] = BUDGET,
+    cell: Annotated[str | None, typer.Option(hidden=True)] = None,
+    into: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure on this machine. Exits with 1 when a cell failed."""
+    options = Options(data and str(Path(data).resolve()), rounds, examples)
+    cells = plan(full, models or tuple(MODELS))
+    if cell is not None:
+        write_json(into.resolve(), _measured(next(one for one in cells if one.name == cell), options))
+        return
+    cells = [one for one in cells if not only or any(text in one.name for text in only)]
+    store = Store.here(results.resolve(), options)
+    failed = run_cells(cells, store, partial(_run_cell, options, full), float("inf") if full else budget)
+    path = write_summary(results.resolve(), store)
+    out.print(f"wrote {path}; the report: lofit-fast report {results}", highlight=False)
+    if failed:
+        out.print(f"[red]failed:[/] {', '.join(failed)}")
+        raise typer.Exit(1)
+
+
+def run_cells(cells: list[Cell], store: Store, run: Callable[[Cell, Path], bool], budget: float) -> list[str]:
+    """Measure what is not finished, as long as it fits in the minutes. Returns the names of cells that failed.
+
+    run: writes a cell's content to a path, and returns whether that went well.
+    """
+    started, failed, left = time.monotonic(), [], []
+    for number, one in enumerate(cells, start=1):
+        spent = (time.monotonic() - started) / 60
+        head = f"[{number}/{len(cells)}] {one.name}"
+        if store.finished(one.name):
+            out.print(f"{head}: finished before", highlight=False)
+        elif spent + one.minutes > budget:
+            left.append(one.name)
+        else:
+            out.print(f"{head}: about {one.minutes:g} min, {spent:.1f} min so far", highlight=False)
+            if not _kept(one, store, run):
+                failed.append(one.name)
+    if left:
+        out.print(f"left out for want of time, run again to go on: {', '.join(left)}", highlight=False)
+    return failed
+
+
+def _kept(cell: Cell, store: Store, run: Callable[[Cell, Path], bool]) -> bool:
+    store.path(cell.name).parent.mkdir(parents=True, exist_ok=True)
+    into = store.path(cell.name).with_suffix(".part")
+    started = time.monotonic()
+    try:
+        if not run(cell, into):
+            return False
+        content = json.loads(into.read_text())
+    finally:
+        into.unlink(missing_ok=True)
+    store.write(cell.name, content, time.monotonic() - started)
+    if "absent" in content:
+        out.print(f"  absent: {content['absent']}", highlight=False)
+    return True
+
+
+def _run_cell(options: Options, full: bool, cell: Cell, into: Path) -> bool:
+    """One cell in a process of its own, whose output passes through."""
+    command = [sys.executable, "-m", "benchmarks.run", "--cell", cell.name, "--into", str(into)]
+    command += ["--full"] if full else []
+    command += ["--data", options.data] if options.data else []
+    command += ["--rounds", str(options.rounds)] if options.rounds else []
+    return subprocess.run([*command, "--examples", str(options.examples)], cwd=ROOT).returncode == 0
+
+
+def _measured(cell: Cell, options: Options) -> dict:
+    try:
+        return cell.measure(options)
+    except Absent as reason:
+        return {"absent": str(reason)}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,132 @@
+"""What a benchmark run left: its summary and the cells of one machine, read from JSON and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# what the project promised of each ratio: (key, words, bound, whether the ratio should be at least the bound)
+TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
+    "SmolLM2-135M": (
+        ("vs_hook_as_run", "training step, hook LoFiT as its users run it / ours", 4.0, True),
+        ("vs_lora_all_as_run", "training step, PEFT LoRA all-linear as its users run it / ours", 5.5, True),
+        ("vs_floor", "training step, ours / frozen floor, same engine", 1.03, False),
+        ("peak_memory_vs_hook", "peak memory, ours / hook as its users run it", 0.40, False),
+        ("prefix_cache_speedup", "step 2 in the upper quarter of the layers, prefix cache off / on", 1.6, True),
+        ("mc_scoring_speedup", "multiple-choice scoring, one forward per answer / ours", 8.0, True),
+        ("sweep_speedup", "sweep of 4 runs / 4 separate runs, runs per hour", 1.5, True),
+    ),
+    "Gemma-3-270M": (
+        ("vs_hook_as_run", "training step, hook LoFiT as its users run it / ours", 7.0, True),
+        ("vs_lora_all_as_run", "training step, PEFT LoRA all-linear as its users run it / ours", 7.5, True),
+        ("vs_floor", "training step, ours / frozen floor, same engine", 1.03, False),
+        ("peak_memory_vs_hook", "peak memory, ours / hook as its users run it", 0.25, False),
+        ("prefix_cache_speedup", "step 2 in the upper quarter of the layers, prefix cache off / on", 1.6, True),
+        ("mc_scoring_speedup", "multiple-choice scoring, one forward per answer / ours", 8.0, True),
+    ),
+}
+LABELS = {
+    "floor": "frozen floor",
+    "ours": "lofit-fast",
+    "hook": "hook LoFiT",
+    "compiled_hook": "hook LoFiT, compiled",
+    "original": "original per-head loop",
+    "fold_eager": "fold in eager PyTorch",
+    "lora_qv": "PEFT LoRA, q and v",
+    "lora_all": "PEFT LoRA, all-linear",
+    "ia3": "PEFT IA3",
+    "beft": "PEFT BEFT",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promised ratio and what was measured. interval: 95 %, None where the ratio has none (memory)."""
+
+    model: str
+    key: str
+    words: str
+    bound: float
+    at_least: bool
+    value: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it holds; None if it was not measured. The floor's holds when its interval reaches the bound."""
+        if self.value is None:
+            return None
+        if self.at_least:
+            return self.value >= self.bound
+        return (self.interval[0] if self.key == "vs_floor" and self.interval else self.value) <= self.bound
+
+
+@dataclass(frozen=True)
+class BenchResults:
+    """summary: content of summary.json. cells: content of every cell file of its machine, by name."""
+
+    summary: dict
+    cells: dict[str, dict]
+
+    @classmethod
+    def read(cls, folder: Path | str) -> BenchResults:
+        """Raises FileNotFoundError for a folder without summary.json, ValueError for files that are not such JSON."""
+        folder = Path(folder)
+        path = folder / "summary.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no benchmark results in {folder}: expected a summary.json, written by make bench")
+        summary = _parsed(path)
+        if "results" not in summary.get("meta", {}):
+            raise ValueError(f"{path} is no benchmark summary: expected a key meta with the machine's results folder")
+        files = sorted((folder / summary["meta"]["results"] / "cells").glob("*.json"))
+        cells = [_parsed(file) for file in files]
+        # a cell of other code or options belongs to another run than the summary
+        current = {cell["cell"]: cell for cell in cells if cell["stamp"] == summary["meta"]["stamp"]}
+        return cls(summary, current)
+
+    def models(self) -> list[str]:
+        """Models the summary speaks of."""
+        return [key for key in self.summary if key != "meta"]
+
+    def cell(self, name: str) -> dict | None:
+        """A measured cell's content; None if it is not there, or absent."""
+        found = self.cells.get(name)
+        return None if found is None or "absent" in found else found
+
+    def targets(self) -> list[Target]:
+        """Every promise with its measurement."""
+        rows = []
+        for model in self.models():
+            for key, words, bound, at_least in TARGETS.get(model, ()):
+                of_model = self.summary[model]
+                interval = of_model.get(f"{key}_interval")
+                rows.append(Target(model, key, words, bound, at_least, of_model.get(key), interval and tuple(interval)))
+        return rows
+
+    def timed(self, name: str) -> list[dict]:
+        """Rows of a step-level cell that were timed against their floor."""
+        return [row for row in (self.cell(name) or {}).get("rows", []) if "vs_floor" in row]
+
+    def missing(self) -> list[tuple[str, str]]:
+        """(what, why) for all that is absent or was not timed because its loss was wrong."""
+        rows = [(name, cell["absent"]) for name, cell in self.cells.items() if "absent" in cell]
+        for name, cell in self.cells.items():
+            for row in cell.get("rows", []):
+                words = f"{name}: {label(row)}"
+                rows += [(words, row["absent"])] if "absent" in row else []
+                rows += [(words, f"not timed, its loss is wrong: {row['red']}")] if "red" in row else []
+        return rows
+
+
+def label(row: dict) -> str:
+    """A row in words: provider and step."""
+    name = LABELS.get(row["provider"], row["provider"])
+    return f"{name}, {row['step']}" if row.get("step") else name
+
+
+def _parsed(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,146 @@
+"""Cells are measured once per code, machine and options; what was interrupted goes on."""
+
+import json
+
+import pytest
+
+from benchmarks.cells import Cell, Options, Store, code_digest, device_slug
+from benchmarks.plan import MEMORY, plan
+from benchmarks.run import _measured, run_cells
+from benchmarks.summary import STEPS, summarize, write_summary
+
+CELLS = [Cell("m/one", lambda options: {"value": 1}, 1), Cell("m/two", lambda options: {"value": 2}, 30)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.here(tmp_path, Options(data="anywhere"))
+
+
+class Runs:
+    """Runs cells in this process and counts them; fails on those named."""
+
+    def __init__(self, *failing):
+        self.names, self.failing = [], failing
+
+    def __call__(self, cell, into):
+        self.names.append(cell.name)
+        into.write_text(json.dumps(cell.measure(Options())))
+        return cell.name not in self.failing
+
+
+def test_a_finished_cell_is_not_measured_again(store):
+    runs = Runs()
+    assert run_cells(CELLS, store, runs, 45) == []
+    assert run_cells(CELLS, store, runs, 45) == []
+    assert runs.names == ["m/one", "m/two"]
+    assert store.read("m/two")["value"] == 2
+    assert store.read("m/two")["meta"].keys() >= {"commit", "dirty", "processor", "versions"}
+
+
+def test_a_failed_cell_is_measured_again(store):
+    assert run_cells(CELLS, store, Runs("m/one"), 45) == ["m/one"]
+    assert store.read("m/one") is None
+    runs = Runs()
+    assert run_cells(CELLS, store, runs, 45) == []
+    assert runs.names == ["m/one"]
+
+
+def test_other_options_and_other_code_are_another_measurement(store, tmp_path):
+    run_cells(CELLS, store, Runs(), 45)
+    assert not Store.here(tmp_path, Options()).finished("m/one")
+    assert not Store(store.folder, {**store.stamp, "code": "other"}).finished("m/one")
+    assert Store.here(tmp_path, Options(data="elsewhere")).finished("m/one")
+
+
+def test_what_does_not_fit_in_the_time_is_left_for_the_next_run(store):
+    runs = Runs()
+    assert run_cells(CELLS, store, runs, 20) == []
+    assert runs.names == ["m/one"]
+    run_cells(CELLS, store, runs, 45)
+    assert runs.names == ["m/one", "m/two"]
+
+
+def test_an_absent_cell_says_why_and_is_looked_for_again(store):
+    from benchmarks.providers import Absent
+
+    def absent(options):
+        raise Absent("no such thing")
+
+    content = _measured(Cell("m/none", absent, 1), Options())
+    store.write("m/none", content, 0.1)
+    assert store.read("m/none")["absent"] == "no such thing"
+    assert not store.finished("m/none")
+
+
+def test_no_path_of_the_data_is_kept(store, tmp_path):
+    run_cells(CELLS[:1], store, Runs(), 45)
+    assert "anywhere" not in store.path("m/one").read_text()
+    assert store.stamp["data"] == "CLUTRR"
+
+
+def test_names_of_cells_and_machines(store):
+    cells = plan(full=True)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert len({store.path(cell.name) for cell in cells}) == len(cells)
+    assert {cell.name for cell in plan(full=False)} < {cell.name for cell in cells}
+    assert device_slug({"device": "cpu", "processor": "AMD EPYC(TM) 9", "threads": 2}) == "amd-epyc-tm-9-2-threads"
+    assert device_slug({"device": "NVIDIA H100 80GB", "processor": "x", "threads": 2}) == "nvidia-h100-80gb"
+    assert code_digest() == code_digest()
+
+
+def row(provider, setting, step, seconds):
+    return {"provider": provider, "setting": setting, "step": step, "seconds": seconds}
+
+
+def cells_of(model):
+    """What the cells of a model hold, as far as the summary reads them."""
+    ours, hook = "same engine", "as run"
+    steps = [
+        row("ours", ours, "step 1", [2.0, 2.0, 2.0]),
+        row("ours", ours, "step 2", [1.0, 1.0, 1.0]),
+        row("floor", ours, "", [1.0, 1.0, 0.5]),
+        row("hook", hook, "step 1", [8.0, 10.0, 12.0]),
+        row("hook", hook, "step 2", [6.0, 7.0, 8.0]),
+        row("lora_all", hook, "", [9.0, 9.0, 9.0]),
+    ]
+    cells = {
+        f"{model}/steps": {"rows": steps},
+        f"{model}/prefix cache": {"rows": [row("off", ours, "", [4.0, 4.0]), row("on", ours, "", [2.0, 2.0])]},
+        f"{model}/scoring": {"absent": "not built"},
+    }
+    peaks = {("ours", "step 1"): 3, ("ours", "step 2"): 2, ("hook", "step 1"): 10, ("hook", "step 2"): 8}
+    for each in MEMORY:
+        peak = peaks[each.provider, each.step]
+        content = {"provider": each.provider, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
+        cells[f"{model}/memory {each.provider} {each.step}"] = content
+    return cells
+
+
+def test_the_summary_carries_the_worse_row():
+    summary = summarize(cells_of("M").get, "M")
+    assert summary["vs_hook_as_run"] == 5.0
+    assert summary["vs_hook_as_run_interval"] == [4.0, 6.0]
+    assert summary["vs_hook_as_run_rows"]["step 2"]["median"] == 7.0
+    assert summary["vs_lora_all_as_run"] == 4.5
+    assert summary["vs_floor"] == 2.0
+    assert summary["peak_memory_vs_hook"] == pytest.approx(0.3)
+    assert summary["prefix_cache_speedup"] == 2.0
+    assert summary["mc_scoring_speedup"] is None
+    assert summary["absent"] == {"scoring": "not built"}
+
+
+def test_a_row_alone_is_no_summary():
+    cells = cells_of("M")
+    cells["M/steps"]["rows"][0].pop("seconds")
+    summary = summarize(cells.get, "M")
+    assert summary["vs_hook_as_run"] is None
+    assert list(summary["vs_hook_as_run_rows"]) == [STEPS[1]]
+
+
+def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
+    summary = json.loads(write_summary(tmp_path, store).read_text())
+    keys = {"vs_hook_as_run", "vs_lora_all_as_run", "vs_floor", "peak_memory_vs_hook"}
+    keys |= {"prefix_cache_speedup", "mc_scoring_speedup"}
+    assert all(keys <= summary[model].keys() for model in ("SmolLM2-135M", "Gemma-3-270M"))
+    assert summary["meta"].keys() >= {"device", "versions", "commit", "results", "data", "evidence"}

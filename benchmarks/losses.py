@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,10 @@ from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_o
 from lofit_fast.config import LofitConfig
 from lofit_fast.encoding import IGNORED
 from lofit_fast.training import recipe as training
-from lofit_fast.training.engine import prepared
-
-STAGES = ("select", "tune")
+from lofit_fast.training.engine import Engine, prepared
 
 
-def measure(model: nn.Module, tokenizer, examples) -> dict:
+def measure(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
     """Epoch losses of `fit`, of a hook on the very batches that fit made, and of one on them in another order.
 
     Step 2 of the hooks tunes the heads that fit selected. difference: the largest relative one between fit and the
@@ -30,12 +29,13 @@ def measure(model: nn.Module, tokenizer, examples) -> dict:
     """
     plain = copy.deepcopy(model)
     with recorded_batches() as batches, tempfile.TemporaryDirectory() as folder:
-        result = lf.fit(model, tokenizer, examples, RECIPE, output_dir=folder, progress=False)
+        result = lf.fit(model, tokenizer, examples, RECIPE, output_dir=folder, engine=engine, progress=False)
     ours = [row["loss"] for row in result.history]
     epochs = _in_epochs(batches, RECIPE.select_epochs + RECIPE.tune_epochs)
     hook = _hook_losses(plain, epochs, result.heads)
     other = _hook_losses(plain, [epoch[::-1] for epoch in epochs], result.heads)
     return {
+        "engine": asdict(engine),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "losses": {"ours": ours, "hook": hook, "hook, other order": other},
         "difference": _largest(ours, hook),

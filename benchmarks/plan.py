@@ -114,7 +114,7 @@ def _whole(model: str, provider: str, options: Options) -> dict:
 
 def _losses(model: str, dtype: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data, dtype)
-    return losses.measure(base, tokenizer, task(options.data).train[: len(work.rows)])
+    return losses.measure(base, tokenizer, task(options.data).train[: len(work.rows)], settled_engine(base, work))
 
 
 def _profile(model: str, options: Options) -> dict:

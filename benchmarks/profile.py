@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-import re
+import time
 
+import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
+from benchmarks.providers import Absent
 from benchmarks.settings import Row, live, settled_engine
-from benchmarks.workload import Workload
+from benchmarks.workload import BATCH, Workload
 from lofit_fast.training.engine import Engine
 
-# kind -> what its operators and kernels are called; the first that matches has it
-KINDS = {
-    "optimizer and clipping": r"adam|clip|_foreach|linalg_vector_norm|optimizer",
-    "attention products": r"bmm|baddbmm|attention|softmax",
-    "GEMM": r"::(add)?mm|linear|gemm|matmul|nvjet",
-    "loss": r"nll_loss|log_softmax|cross_entropy",
-    "elementwise": r"fused|::(mul|add|sub|div|pow|rsqrt|silu|gelu|neg|cat|mean|sum|copy_|_to_copy|to|clone|where)",
-}
-OTHER = "other"
 BATCHES = 4
 
 
 def measure(base: nn.Module, work: Workload, row: Row, engine: Engine | None = None) -> dict:
-    """Microseconds of every kind over a few warm steps, the share of each, and the ten longest operators."""
+    """Seconds of a warm step by kind of work and by operation, as `lofit-fast train --profile` counts them.
+
+    Raises Absent where the checkout has no profiling.
+    """
+    try:
+        from lofit_fast.training.profile import summarize
+    except ImportError as error:
+        raise Absent(f"no profiling in this checkout: {error}") from error
     engine = engine or settled_engine(base, work)
     on_gpu = next(base.parameters()).device.type == "cuda"
     with live(base, row, engine) as one:
-        batches = one.batches(work.rows[: 8 * BATCHES], work.pad)
+        batches = one.batches(work.rows[: BATCH * BATCHES], work.pad)
         for batch in batches:
             one.step(batch)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=activities) as seen:
+        with torch.profiler.profile(activities=activities, record_shapes=True) as seen:
+            started = time.perf_counter()
             for batch in batches:
                 one.step(batch)
-    events = seen.key_averages()
-    taken = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
-    kinds: dict[str, float] = dict.fromkeys([*KINDS, OTHER], 0.0)
-    for key, microseconds in taken.items():
-        kinds[kind_of(key)] += microseconds
-    total = sum(kinds.values())
-    longest = sorted(taken.items(), key=lambda item: -item[1])[:10]
-    return {
-        "row": str(row),
-        "microseconds": kinds,
-        "share": {kind: microseconds / total for kind, microseconds in kinds.items()},
-        "longest": [{"operator": key[:80], "kind": kind_of(key), "share": us / total} for key, us in longest],
-        "evidence": "GPU clock, kernels" if on_gpu else "CPU clock, operators' own time",
-    }
-
-
-def kind_of(operator: str) -> str:
-    """The kind of work an operator is, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operator, re.IGNORECASE)), OTHER)
+            seconds = time.perf_counter() - started
+    return {"row": str(row), **summarize(seen.events(), seconds, len(batches))}

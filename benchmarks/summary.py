@@ -89,7 +89,8 @@ def _worse(key: str, rows: dict[str, dict], worse: Callable) -> dict:
 def _one(key: str, made: dict | None) -> dict:
     if not made:
         return {key: None, f"{key}_interval": None}
-    return {key: made["median"], f"{key}_interval": [made["low"], made["high"]]}
+    interval = None if made["low"] is None else [made["low"], made["high"]]
+    return {key: made["median"], f"{key}_interval": interval}
 
 
 def _memory(read: Callable[[str], dict | None], model: str) -> dict[str, dict]:

@@ -85,12 +85,9 @@ def _whole_runs(results: BenchResults, path: Path) -> Path | None:
 def _bars(axes, names: Sequence[str], values: Sequence[float], intervals, colors) -> None:
     places = range(len(names))
     axes.barh(places, values, color=colors, alpha=0.75)
-    if intervals and all(intervals):
-        spread = [
-            [max(0.0, v - low) for v, (low, _) in zip(values, intervals, strict=True)],
-            [max(0.0, high - v) for v, (_, high) in zip(values, intervals, strict=True)],
-        ]
-        axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", capsize=2, linewidth=1)
+    for place, interval in zip(places, intervals or [], strict=False):
+        if interval is not None:
+            axes.plot(interval, (place, place), color="black", marker="|", linewidth=1)
     for place, value in zip(places, values, strict=True):
         axes.annotate(f" {value:.2f}", (value, place), va="bottom", fontsize=7)
     axes.set_yticks(places, names, fontsize=8)

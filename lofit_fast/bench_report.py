@@ -81,9 +81,10 @@ def _profiles(results: BenchResults) -> str:
     rows = []
     for model in results.models():
         for step in (results.cell(f"{model}/profile") or {}).get("steps", []):
-            shares = sorted(step["share"].items(), key=lambda item: -item[1])
-            rows.append((model, step["row"], ", ".join(f"{kind} {share:.0%}" for kind, share in shares)))
-    return _section("Where the time of our step goes", ("model", "step", "share of the operators' own time"), rows)
+            whole = sum(step["kinds"].values())
+            shares = sorted(step["kinds"].items(), key=lambda item: -item[1])
+            rows.append((model, step["row"], ", ".join(f"{kind} {spent / whole:.0%}" for kind, spent in shares)))
+    return _section("Where the time of our step goes", ("model", "step", "share of a warm step, profiled"), rows)
 
 
 def _losses(results: BenchResults) -> str:

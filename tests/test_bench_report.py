@@ -44,7 +44,7 @@ def results(tmp_path):
         "SmolLM2-135M/peers same engine": {"rows": [timed("ours", "same engine", "step 2", 1.02)]},
         "SmolLM2-135M/memory ours step 1": {"provider": "ours", "step": "step 1", "first_peak": 4e8},
         "SmolLM2-135M/whole run hook": {"provider": "hook", "seconds": 50.0},
-        "SmolLM2-135M/profile": {"steps": [{"row": "ours, step 1", "share": {"GEMM": 0.6, "other": 0.4}}]},
+        "SmolLM2-135M/profile": {"steps": [{"row": "ours, step 1", "kinds": {"GEMM": 0.06, "other": 0.04}}]},
         "SmolLM2-135M/losses float32": {
             "dtype": "float32",
             "losses": {"ours": [2.0], "hook": [2.0]},

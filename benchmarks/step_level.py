@@ -39,6 +39,8 @@ def measure(
     engine = engine or settled_engine(base, work)
     done: list[dict] = []
     with ExitStack() as scopes:
+        # several models share the code of a layer here: past the limit torch would quietly run some uncompiled
+        scopes.enter_context(torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True))
         lives: dict[int, Live] = {}
         checks = Checks(base, work)
         for row in rows:

@@ -36,6 +36,7 @@ _ELEMENTWISE = {
     "_to_copy",
     "add",
     "add_",
+    "addmv_",
     "addcmul",
     "clone",
     "cat",

@@ -14,7 +14,7 @@ from lofit_fast.files import write_json
 from lofit_fast.models import best_device, resolve
 from lofit_kernels import measured, roofline
 from lofit_kernels.autotune import ROUNDS, Answer, autotune
-from lofit_kernels.plan import SMALL_SCALES, Plan, answers_for, plan, use_answers
+from lofit_kernels.plan import SMALL_SCALES, Plan, answers_for, is_many, plan, use_answers
 from lofit_kernels.roofline import DEVICES, PATHS, Device, Shape
 
 EVIDENCE = "prediction (roofline), not a measurement"
@@ -131,7 +131,8 @@ def _layer_row(
     answer = None
     if scaled:
         answer = answers.get(measured.key(dtype, layer.N, layer.H * layer.D, layer.D, scaled, tokens))
-    chosen = plan(has_scale=scaled > 0, dtype=dtype, device_type=kind, answer=answer)
+    many = is_many(scaled, layer.H)
+    chosen = plan(has_scale=scaled > 0, many_heads=many, dtype=dtype, device_type=kind, answer=answer)
     row |= {"forward": chosen.forward, "backward": chosen.backward, "backend": chosen.backend, "gemm": chosen.gemm}
     row |= {"why": chosen.reason, "small_scales": SMALL_SCALES[chosen.form, dtype]}
     return row | _cost(layer, scaled, shifted, tokens, dtype, model, chosen)
@@ -172,7 +173,7 @@ def roofline_rows(
             shifted = max(1, round(top * H))
             for step, heads in (("select", {"n_scale": H}), ("tune", {"n_offset": shifted})):
                 shape = Shape(tokens, N, H, D, **heads, itemsize=dtype.itemsize)
-                chosen = plan(has_scale=step == "select", dtype=dtype, device_type=kind)
+                chosen = plan(has_scale=step == "select", many_heads=step == "select", dtype=dtype, device_type=kind)
                 for path in ("floor", *STEP_PATHS[step]):
                     seen = asdict(roofline.predict(PATHS[path], shape, device))
                     taken = PATHS[path] == (chosen.forward, chosen.backward)

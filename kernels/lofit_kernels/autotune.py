@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from lofit_kernels import measured, reference
 from lofit_kernels.functional import head_affine_linear, head_index
 from lofit_kernels.measured import Key, Path
-from lofit_kernels.plan import plan, valid_paths
+from lofit_kernels.plan import is_many, plan, valid_paths
 from lofit_kernels.roofline import Shape
 
 ROUNDS = 9
@@ -75,10 +75,11 @@ def autotune(
 
 
 def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, backends, rounds: int) -> Answer:
-    default = plan(has_scale=True, dtype=dtype, device_type=device.type).path
+    case = {"has_scale": True, "many_heads": is_many(shape.n_scale * shape.D, shape.K), "dtype": dtype}
+    default = plan(**case, device_type=device.type).path
     if backends is None:
         backends = tuple(dict.fromkeys((default.backend, "aten")))
-    candidates = valid_paths(has_scale=True, dtype=dtype, backends=tuple(backends), safe_only=True)
+    candidates = valid_paths(**case, backends=tuple(backends), safe_only=True)
     candidates = [default, *(path for path in candidates if path != default)]
     inputs = _Inputs(shape, dtype, device)
     refused = {path: reason for path in candidates if (reason := inputs.check(path)) is not None}

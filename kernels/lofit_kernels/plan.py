@@ -10,6 +10,9 @@ products). Forms:
 In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
 `delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM.
 
+`MANY` is where that cost is no longer small: beyond it the 16-bit default is `pass`. Step 1, which scales every head to
+rank them, chooses the same heads either way (docs/numerics.md); tuned scales on a few heads keep their full effect.
+
 The default is a table. Answers measured by `autotune.py` on the present device replace it where they are as safe: a
 measured answer may turn `pass` into `delta`, never `delta` into `pass`, however much faster that is.
 """
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +54,8 @@ FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
         ("delta", True): "fused delta",
     }
 )
+# the share of scaled heads beyond which a second product over them is too dear a default
+MANY = 0.25
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # float64 exists for gradcheck and oracles; the kernels accumulate in float32
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,11 +107,12 @@ class Plan:
         return "fold" if self.form == "fold" else "epilogue" if self.fused_backward else "pass"
 
 
-# (has a scale, 16-bit dtype) -> form, gemm, reason; first match wins, None matches both
-_RULES: tuple[tuple[bool, bool | None, str, str, str], ...] = (
-    (False, None, "fold", "vendor", "offset only: folded into the bias, no activation saved"),
-    (True, True, "delta", "vendor", "16-bit scale: the delta form keeps small scales alive"),
-    (True, False, "pass", "vendor", "scale in full precision: one elementwise pass, then the vendor GEMM"),
+# (has a scale, 16-bit dtype, on many heads) -> form, gemm, reason; first match wins, None matches both
+_RULES: tuple[tuple[bool, bool | None, bool | None, str, str, str], ...] = (
+    (False, None, None, "fold", "vendor", "offset only: folded into the bias, no activation saved"),
+    (True, True, False, "delta", "vendor", "16-bit scale on few heads: the delta form keeps small scales alive"),
+    (True, True, True, "pass", "vendor", "16-bit scale on many heads: one elementwise pass, then the vendor GEMM"),
+    (True, False, None, "pass", "vendor", "scale in full precision: one elementwise pass, then the vendor GEMM"),
 )
 
 
@@ -114,6 +121,7 @@ def plan(
     has_scale: bool,
     dtype: torch.dtype,
     device_type: str,
+    many_heads: bool = False,
     form: str = "auto",
     backend: str = "auto",
     gemm: str = "auto",
@@ -122,6 +130,7 @@ def plan(
     """Choose the path for one projection.
 
     has_scale: whether any head has a scale. dtype: of z and W. device_type: "cpu", "cuda", ...
+    many_heads: whether more than the share MANY of the heads has one.
     form, backend, gemm: "auto", or one of FORMS / BACKENDS / GEMMS to insist on it. Without a scale every form is the
     fold, and every gemm the vendor's.
     answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
@@ -132,12 +141,14 @@ def plan(
     on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON
     # torch.compile would trace past the cache, with a warning
     choose = _choose if torch.compiler.is_compiling() else _choose_once
-    return choose(has_scale, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
+    case = _Case(has_scale, dtype in LOW_PRECISION, many_heads)
+    return choose(case, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
 
 
-def _choose(has_scale: bool, dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
+def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
     """`plan`, on a device whose backends are `known`, the default one first."""
-    default_form, default_gemm, reason = _default(has_scale, dtype)
+    has_scale = case.has_scale
+    default_form, default_gemm, reason = _default(case)
     default = Path(default_form, known[0], default_gemm)
     if has_scale and answer is not None and _applies(answer, asked, default, known):
         return Plan(*answer, "measured fastest here of what keeps the default's precision")
@@ -167,6 +178,11 @@ def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: s
     return _remembered(tokens, N, K, vectors, weight.dtype, weight.device, form, backend, gemm)
 
 
+def is_many(scaled: int, of: int) -> bool:
+    """Whether `scaled` of so many heads (or columns of z) are many."""
+    return scaled > MANY * of
+
+
 def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
     """Let this process use these answers for a device (see `measured.device_name`) instead of those in its file."""
     _ANSWERS[device_name] = answers
@@ -181,13 +197,18 @@ def answers_for(device_name: str) -> Mapping[Key, Path]:
 
 
 def valid_paths(
-    *, has_scale: bool, dtype: torch.dtype, backends: tuple[str, ...] = BACKENDS, safe_only: bool = False
+    *,
+    has_scale: bool,
+    dtype: torch.dtype,
+    many_heads: bool = False,
+    backends: tuple[str, ...] = BACKENDS,
+    safe_only: bool = False,
 ) -> list[Path]:
     """Every (form, backend, gemm) that `head_affine_linear` computes such a case by, the default's form first.
 
     backends: those to consider. safe_only: leave out forms with a dead zone where the default has none.
     """
-    default, _, _ = _default(has_scale, dtype)
+    default, _, _ = _default(_Case(has_scale, dtype in LOW_PRECISION, many_heads))
     forms = ("fold",) if not has_scale else sorted(("pass", "delta"), key=lambda form: form != default)
     allowed = [form for form in forms if not safe_only or _as_safe(form, default)]
     paths = (Path(form, backend, gemm) for form in allowed for backend in backends for gemm in GEMMS)
@@ -204,13 +225,22 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Pl
     if vectors is not None and "auto" in (form, backend, gemm):
         key = measured.key(dtype, N, K, vectors[1], vectors[0], tokens)
         answer = answers_for(measured.device_name(device)).get(key)
-    wishes = {"form": form, "backend": backend, "gemm": gemm}
+    many = vectors is not None and is_many(vectors[0] * vectors[1], K)
+    wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
 
 
-def _default(has_scale: bool, dtype: torch.dtype) -> tuple[str, str, str]:
-    low = dtype in LOW_PRECISION
-    return next(rule[2:] for rule in _RULES if rule[0] == has_scale and rule[1] in (None, low))
+class _Case(NamedTuple):
+    """What the rules look at."""
+
+    has_scale: bool
+    low_precision: bool
+    many_heads: bool
+
+
+def _default(case: _Case) -> tuple[str, str, str]:
+    matches = (rule for rule in _RULES if all(want in (None, is_) for want, is_ in zip(rule, case, strict=False)))
+    return next(matches)[len(case) :]
 
 
 def _as_safe(form: str, default: str) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.dead_zone import Gain, gain, inputs, rows
+from benchmarks.dead_zone import Gain, H, gain, inputs, rows
 from lofit_kernels import fold_offset, head_affine, head_affine_linear
 
 MAGNITUDES = [1e-4, 1e-3, 1e-2, 1e-1]
@@ -35,7 +35,14 @@ def test_affine_linear_delta_keeps_small_scales(dtype, magnitude, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_affine_linear_chooses_the_form_that_keeps_small_scales(dtype):
-    assert_works(gain(head_affine_linear, inputs(dtype, bias=False), scale=rows(3e-4)))
+    def few_heads(scale, **given):
+        return head_affine_linear(**given, scale=scale[:1], scale_heads=[0])
+
+    def exact_rows():
+        # the others stay at zero, so that the exact change is that of the one head
+        return rows(3e-4) * torch.tensor([[1.0], *[[0.0]] * (H - 1)])
+
+    assert_works(gain(few_heads, inputs(dtype, bias=False), scale=exact_rows()))
 
 
 @pytest.mark.parametrize("magnitude", MAGNITUDES)

@@ -11,16 +11,19 @@ from lofit_kernels.plan import BACKENDS, FORMS, GEMMS, SMALL_SCALES, plan_for, u
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
-# (has a scale, dtype) -> form
+# (has a scale, dtype, many heads) -> form
 FORM_TABLE = [
-    (False, F64, "fold"),
-    (False, F32, "fold"),
-    (False, F16, "fold"),
-    (False, BF16, "fold"),
-    (True, F64, "pass"),
-    (True, F32, "pass"),
-    (True, F16, "delta"),
-    (True, BF16, "delta"),
+    (False, F64, False, "fold"),
+    (False, F32, False, "fold"),
+    (False, F16, False, "fold"),
+    (False, BF16, False, "fold"),
+    (True, F64, False, "pass"),
+    (True, F32, False, "pass"),
+    (True, F16, False, "delta"),
+    (True, BF16, False, "delta"),
+    (True, F32, True, "pass"),
+    (True, F16, True, "pass"),
+    (True, BF16, True, "pass"),
 ]
 
 # (device, dtype, Triton installed) -> backend
@@ -80,9 +83,9 @@ def triton_installed(monkeypatch):
     return lambda present: monkeypatch.setitem(plan.__globals__, "HAS_TRITON", present)
 
 
-@pytest.mark.parametrize("has_scale, dtype, form", FORM_TABLE)
-def test_plan_form(has_scale, dtype, form):
-    chosen = choose(has_scale=has_scale, dtype=dtype)
+@pytest.mark.parametrize("has_scale, dtype, many_heads, form", FORM_TABLE)
+def test_plan_form(has_scale, dtype, many_heads, form):
+    chosen = choose(has_scale=has_scale, dtype=dtype, many_heads=many_heads)
     assert chosen.form == form
     assert chosen.reason
 
@@ -190,6 +193,12 @@ def answered():
     """answered(answers): what was measured on the CPU, until the test ends."""
     yield lambda answers: use_answers("cpu", answers)
     use_answers("cpu", {})
+
+
+def test_plan_for_counts_the_scaled_heads():
+    weight = torch.empty(24, 64, dtype=BF16)
+    forms = {heads: plan_for(16, weight, torch.empty(heads, 8), "auto", "auto", "auto").form for heads in (1, 2, 3, 8)}
+    assert forms == {1: "delta", 2: "delta", 3: "pass", 8: "pass"}
 
 
 def test_plan_for_looks_up_device_shape_and_tokens(answered):

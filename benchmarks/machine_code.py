@@ -26,6 +26,7 @@ from benchmarks.static_report import rows_as_json
 from lofit_kernels.gpu.tiles import ARCHITECTURES, SHARED_MEMORY
 
 TENSOR_MEMORY_COLUMNS = 512
+DTYPES = ("bfloat16", "float16", "float32")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -170,7 +171,9 @@ def _read_item(item: tuple[str, str, str, int, int]) -> Row:
     return read(specialise(case, arch, getattr(torch, dtype), D)[launch])
 
 
-def read_catalogue(sample: bool, architectures: Sequence[str], kernels: Sequence[str], jobs: int) -> list[Row]:
+def read_catalogue(
+    sample: bool, architectures: Sequence[str], kernels: Sequence[str], dtypes: Sequence[str], jobs: int
+) -> list[Row]:
     """One row for each specialisation of the catalogue, in its order, with a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import track
@@ -181,6 +184,7 @@ def read_catalogue(sample: bool, architectures: Sequence[str], kernels: Sequence
         (found.case.name, found.arch, str(found.dtype).removeprefix("torch."), found.D, found.launch)
         for found in catalogue(sample, architectures)
         if not kernels or any(name in found.name for name in kernels)
+        if str(found.dtype).removeprefix("torch.") in dtypes
     ]
     rows: dict[int, Row] = {}
     # spawn: a fork after torch has started its threads may hang
@@ -212,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="a few specialisations that cover every kernel")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="ARCH")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only kernels whose name contains NAME")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE")
     parser.add_argument("--summary", action="store_true", help="print the red rows only")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -219,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Triton decides at import whether to interpret: too late if it is already there
     if os.environ.pop("TRITON_INTERPRET", None) and "triton" in sys.modules:
         parser.error("Triton was imported with TRITON_INTERPRET set; kernels cannot be compiled in this process")
-    rows = read_catalogue(chosen.sample, chosen.arch, chosen.kernel, chosen.jobs)
+    rows = read_catalogue(chosen.sample, chosen.arch, chosen.kernel, chosen.dtype, chosen.jobs)
     show([row for row in rows if row.problems] if chosen.summary else rows)
     red = [row for row in rows if row.problems]
     print(f"{len(rows)} specialisations, {len(red)} red")

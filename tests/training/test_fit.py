@@ -15,6 +15,8 @@ from lofit_fast.training.run import RunFolder
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
+# what a clock says, and no seed repeats
+CLOCKED = {"seconds", "tokens_per_s", "examples_per_s"}
 EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
 HELD_OUT = [{"prompt": "a+x=", "completion": "xa"}, {"prompt": "b+w=", "completion": "wb"}]
 RECIPE = lf.Recipe(top=3, select_epochs=3, tune_epochs=3)
@@ -170,7 +172,7 @@ def test_fit_is_deterministic(llama, tmp_path):
     assert first.heads == second.heads
     assert first.scores.equal(second.scores)
     assert_equal_vectors(vectors(first.handle), vectors(second.handle))
-    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in results]
+    strip = [[{k: v for k, v in row.items() if k not in CLOCKED} for row in r.history] for r in results]
     assert strip[0] == strip[1]
 
 
@@ -234,7 +236,7 @@ def test_fit_resumes(llama, tmp_path, monkeypatch, stage, epoch):
     assert resumed.heads == whole.heads
     assert resumed.scores.equal(whole.scores)
     assert_equal_vectors(vectors(resumed.handle), expected)
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (whole, resumed)]
+    timeless = [[{k: v for k, v in row.items() if k not in CLOCKED} for row in r.history] for r in (whole, resumed)]
     assert timeless[0] == timeless[1]
     assert resumed.metrics["tune"]["exact_match"] == whole.metrics["tune"]["exact_match"]
 

@@ -215,7 +215,7 @@ def watched(monkeypatch):
     class Watched(LofitTrainer):
         def __init__(self, handle, **options):
             watch = Watch()
-            super().__init__(handle, callbacks=[watch], **options)
+            super().__init__(handle, **{**options, "callbacks": [watch]})
             seen.append((self, watch))
 
     monkeypatch.setattr(recipe_module, "LofitTrainer", Watched)

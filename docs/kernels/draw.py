@@ -72,6 +72,22 @@ def offset() -> None:
     c.save("offset")
 
 
+def grouped() -> None:
+    """A table of addresses lets one launch read the columns of every layer's W."""
+    c = Canvas(8.2, 3.2)
+    c.text(3, 3.5, "table: a row per layer", "left")
+    for layer in range(3):
+        c.box(3, 5.5 + 7 * layer, 17, 5, f"layer {layer}: W, stride, v,\nheads, number of heads", READ)
+        c.arrow((20.5, 8 + 7 * layer), (29, 8 + 7 * layer))
+        c.box(29.5, 5.5 + 7 * layer, 18, 5)
+        for column in (1 + layer, 4 - layer):
+            c.box(29.5 + 3 * column, 5.5 + 7 * layer, 3, 5, color=LISTED)
+        c.arrow((48, 8 + 7 * layer), (60, 8 + 7 * layer), "W_S v_S")
+    c.box(60.5, 5.5, 14, 19, "out (L, N)\none launch", WRITTEN)
+    c.text(3, 28.5, "backward: the layers' column sums (L, N), one launch for every dv, one to add its chunks", "left")
+    c.save("grouped")
+
+
 def affine_fwd() -> None:
     """One read and one write of z."""
     c = Canvas(7.2, 2.4)
@@ -156,7 +172,7 @@ def backward() -> None:
 
 def main() -> None:
     """All of them."""
-    for picture in (offset, affine_fwd, affine_bwd, delta, prologue, backward):
+    for picture in (offset, grouped, affine_fwd, affine_bwd, delta, prologue, backward):
         picture()
 
 

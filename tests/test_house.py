@@ -23,6 +23,7 @@ ORDER = {
         "gpu",
         "projection",
         "ops",
+        "traced",
         "functional",
         "autotune",
     ],

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lofit_kernels import ops
-from lofit_kernels.plan import plan
+from lofit_kernels import ops, traced
+from lofit_kernels.plan import is_many, plan
 from lofit_kernels.projection import primitives
+from lofit_kernels.traced import is_traced
 
 Heads = Tensor | Sequence[int] | None
 
@@ -45,11 +46,17 @@ def head_affine_linear(
     _check_projection(z, weight, bias)
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
     path = {"form": form, "backend": backend, "gemm": gemm}
-    plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, **path)
+    many = scale is not None and is_many(scale.numel(), weight.shape[1])
+    chosen = plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, many_heads=many, **path)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     if folded is not None:
         _check_folded(z, weight, offset, folded)
+    constants = [constant for constant in (bias, folded) if constant is not None]
+    unfolded = offset is not None and folded is None
+    if is_traced(z, weight, scale is not None, chosen, form, len(constants) + unfolded):
+        constants += [_fold_group([weight], [offset], [offset_heads], "aten")[0]] if unfolded else []
+        return traced.affine_linear(z, weight, scale, scale_heads, constants)
     run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
     return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
 

@@ -180,7 +180,8 @@ def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: s
 
 def is_many(scaled: int, of: int) -> bool:
     """Whether `scaled` of so many heads (or columns of z) are many."""
-    return scaled > MANY * of
+    # symbolic sizes compare to a symbol, which no rule matches: `not` asks for its value
+    return not scaled <= MANY * of
 
 
 def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
@@ -194,6 +195,15 @@ def answers_for(device_name: str) -> Mapping[Key, Path]:
     if device_name not in _ANSWERS:
         _ANSWERS[device_name] = measured.read_answers(device_name)
     return _ANSWERS[device_name]
+
+
+def has_answers(device_type: str) -> bool:
+    """Whether anything was measured on a device without a name of its own; in a compiled graph, when it was traced."""
+    return bool(answers_for(device_type))
+
+
+# torch.compiler.assume_constant_result, which would import the compiler together with this package
+has_answers._dynamo_marked_constant = True
 
 
 def valid_paths(

@@ -140,6 +140,54 @@ def test_affine_linear_compiles_whole(case, form, dynamo):
         assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize(
+    "case, form, traced", [("scale", "auto", True), ("offset", "auto", True), ("both", "delta", False)]
+)
+def test_affine_linear_on_a_cpu_is_plain_operations_for_the_compiler(case, form, traced, dynamo):
+    z, weight, _ = projection(torch.bfloat16)
+    scale, scale_heads, offset, offset_heads = vectors(case)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    def run(z):
+        given = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
+        return head_affine_linear(z, weight.detach(), **given, form=form)
+
+    torch.compile(run, fullgraph=True, backend=keep)(z)
+    assert len(graphs) == 1
+    assert ("lofit.affine_linear" not in graphs[0]) == traced
+
+
+@pytest.mark.parametrize("case", ["scale", "offset", "offset_some"])
+def test_affine_linear_compiled_with_inductor_is_as_accurate(case, dynamo):
+    T, size = 300, 8 * K
+    torch.manual_seed(0)
+    weight = (torch.randn(size, size) / 16).bfloat16()
+    z, grad = (torch.randn(2, T, size).bfloat16() for _ in range(2))
+    z.requires_grad_()
+    listed = None if case != "offset_some" else [3, 30]
+    rows = (torch.randn(2 if listed else size // D, D) * 0.1).requires_grad_()
+    name = case.split("_")[0]
+
+    def run(z, weight, rows):
+        return head_affine_linear(z, weight, **{name: rows, f"{name}_heads": listed})
+
+    def results(function, *args):
+        y = function(*args)
+        return [y, *torch.autograd.grad(y, (args[0], args[2]), grad.to(y.dtype))]
+
+    got = results(torch.compile(run, fullgraph=True, dynamic=True), z, weight, rows)
+    eager = results(run, z, weight, rows)
+    exact = results(run, *(x.detach().double().requires_grad_(x.requires_grad) for x in (z, weight, rows)))
+    for g, e, x in zip(got, eager, exact, strict=True):
+        assert g.dtype == e.dtype
+        ulp = 2.0 ** x.abs().max().log2().floor() * torch.finfo(g.dtype).eps
+        assert (g - x).abs().max() <= max(2 * (e - x).abs().max(), ulp)
+
+
 def test_affine_compiles_whole(dynamo):
     scale, scale_heads, offset, offset_heads = vectors("both")
 

@@ -49,6 +49,18 @@ def _fwd(watch: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0, strid
         assert (watch.launches[-1].regions["z"].reads == 1).all()
 
 
+@case(CASES, "forward, every way to round to bfloat16")
+def _rounding(_: Watch) -> None:
+    # every bfloat16 in [1, 2), and a quarter, a half and three quarters of the way from each to the next
+    v = torch.ones(H, 128)
+    v[:4] += torch.arange(512).view(4, 128) / 512
+    # a NaN that plain integer rounding would carry over into a zero
+    v[4] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
+    x = affine_fwd(torch.zeros(1, H * 128, dtype=torch.bfloat16), None, None, v, torch.arange(H), 128)
+    assert torch.equal(x.view(H, 128)[:4], v[:4].to(torch.bfloat16))
+    assert x.view(H, 128)[4].isnan().all()
+
+
 @case(CASES, "delta, rows 2^31 elements apart", 3, 16, torch.float16, stride=2**31)
 @case(CASES, "delta, rows 2^30 elements apart", 3, 16, torch.float16, stride=2**30)
 @case(CASES, "delta, columns beyond 16 bits", 2, 8192, torch.float32)

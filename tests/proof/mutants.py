@@ -1,7 +1,9 @@
-"""Plants every mechanical fault in every kernel and shows that the cases of its family notice.
+"""Plants mechanical faults in every kernel and shows that the cases of its family notice.
 
     python -m tests.proof.mutants [--family NAME ...] [--kernel NAME ...] [--operator NAME ...]
-                                  [--limit N] [--jobs N] [--json FILE] [--list]
+                                  [--limit N | --all] [--jobs N] [--json FILE] [--list]
+
+Without --all it takes 100 mutants of each family, the same every time, spread over all its bodies and operators.
 
 Each mutant is a copy of `lofit_kernels` with one node of one jit body changed (see operators.py). A process of its own
 loads it and runs the cases of the families that use the body in Triton's interpreter, under the memory checker, until
@@ -33,7 +35,9 @@ from tests.proof.operators import OPERATORS
 
 TABLE = SUITES / "survivors.toml"
 # seconds; the cases of a family take some ten
-LIMIT = 180
+PATIENCE = 180
+# mutants of each family, unless told otherwise: minutes rather than the better part of an hour
+SAMPLE = 100
 SURVIVED = "survived"
 Key = tuple[str, str, str, str]
 
@@ -142,7 +146,7 @@ def _start(mutant: Mutant | None, families: Sequence[str], room: Path) -> _Worke
 
 def _finish(worker: _Worker) -> tuple[str, str] | None:
     """(how, case) when the worker is done or out of time, else None."""
-    late = time.monotonic() - worker.started > LIMIT
+    late = time.monotonic() - worker.started > PATIENCE
     if not worker.answer.poll() and not late and worker.process.is_alive():
         return None
     try:
@@ -202,7 +206,7 @@ class Report:
 
     outcomes: list[Outcome]
     explained: dict[Key, str]
-    everything: set[Key]
+    everything: Sequence[Mutant]
 
     @property
     def survivors(self) -> list[Outcome]:
@@ -217,18 +221,21 @@ class Report:
         """Reasons whose mutant is killed, or does not exist any more."""
         killed = {outcome.mutant.key for outcome in self.outcomes if outcome.how != SURVIVED}
         killed -= {outcome.mutant.key for outcome in self.survivors}
-        return [key for key in self.explained if key in killed or key not in self.everything]
+        there = {mutant.key for mutant in self.everything}
+        return [key for key in self.explained if key in killed or key not in there]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each family: how many mutants, how many were killed and by what."""
+        """One row for each family: how many mutants there are, how many ran, were killed, and by what."""
         table = []
         for family in suites():
             own = [outcome for outcome in self.outcomes if family in outcome.mutant.families]
             if own:
                 killed = Counter(outcome.how for outcome in own if outcome.how != SURVIVED)
-                survived = len(own) - killed.total()
-                table.append({"family": family, "mutants": len(own), "killed": killed.total(), "survived": survived})
-                table[-1]["by"] = dict(sorted(killed.items()))
+                there = sum(family in mutant.families for mutant in self.everything)
+                counts = {"mutants": there, "run": len(own), "killed": killed.total()}
+                unexplained = sum(family in outcome.mutant.families for outcome in self.unexplained)
+                counts |= {"survived": len(own) - killed.total(), "unexplained": unexplained}
+                table.append({"family": family, **counts, "by": dict(sorted(killed.items()))})
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -245,10 +252,11 @@ class Report:
         ]
         by_operator = Counter((o.mutant.operator, o.how == SURVIVED) for o in self.outcomes)
         operators = {
-            name: {"mutants": by_operator[name, True] + by_operator[name, False], "survived": by_operator[name, True]}
+            name: {"run": by_operator[name, True] + by_operator[name, False], "survived": by_operator[name, True]}
             for name in sorted({name for name, _ in by_operator})
         }
-        distinct = {"mutants": len(self.outcomes), "killed": len(self.outcomes) - len(self.survivors)}
+        run, survived = len(self.outcomes), len(self.survivors)
+        distinct = {"mutants": len(self.everything), "run": run, "killed": run - survived, "survived": survived}
         return {"distinct": distinct, "families": self.rows(), "operators": operators, "survivors": survivors}
 
 
@@ -256,9 +264,11 @@ def show(report: Report) -> None:
     """Prints totals, every survivor with its reason, and the reasons that no survivor needs."""
     for row in report.rows():
         how = ", ".join(f"{kind} {count}" for kind, count in row["by"].items())
-        print(f"{row['family']}: {row['mutants']} mutants, {row['killed']} killed ({how}), {row['survived']} survived")
-    killed = len(report.outcomes) - len(report.survivors)
-    print(f"all, shared bodies once: {len(report.outcomes)} mutants, {killed} killed, {len(report.survivors)} survived")
+        ran = f"{row['run']} of {row['mutants']} mutants run"
+        print(f"{row['family']}: {ran}, {row['killed']} killed ({how}), {row['survived']} survived")
+    survived = len(report.survivors)
+    ran, killed = f"{len(report.outcomes)} of {len(report.everything)}", len(report.outcomes) - survived
+    print(f"all, shared bodies once: {ran} mutants run, {killed} killed, {survived} survived")
     for outcome in report.survivors:
         mutant = outcome.mutant
         print(f"\nsurvived: {mutant.kernel} [{mutant.operator}]\n  - {mutant.line}\n  + {mutant.becomes}")
@@ -271,7 +281,9 @@ def show(report: Report) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.proof.mutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=list(suites()), default=[], metavar="NAME")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N mutants of each family (default: all)")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--limit", type=int, default=SAMPLE, metavar="N", help=f"N of each family (default: {SAMPLE})")
+    many.add_argument("--all", action="store_true", help="every mutant")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only of these jit bodies")
     parser.add_argument("--operator", nargs="+", choices=list(OPERATORS), default=list(OPERATORS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -279,9 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
     chosen = parser.parse_args(arguments)
     everything = mutants()
-    selected = select(everything, chosen.family, chosen.limit)
-    selected = [mutant for mutant in selected if not chosen.kernel or mutant.kernel in chosen.kernel]
-    selected = [mutant for mutant in selected if mutant.operator in chosen.operator]
+    asked = [mutant for mutant in everything if not chosen.kernel or mutant.kernel in chosen.kernel]
+    asked = [mutant for mutant in asked if mutant.operator in chosen.operator]
+    selected = select(asked, chosen.family, None if chosen.all else chosen.limit)
     if chosen.list:
         for mutant in selected:
             print(" | ".join(mutant.key))
@@ -301,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no reason: " + " | ".join(outcome.mutant.key), file=sys.stderr, flush=True)
     order = {id(mutant): number for number, mutant in enumerate(selected)}
     outcomes.sort(key=lambda outcome: order[id(outcome.mutant)])
-    report = Report(outcomes, known, {mutant.key for mutant in everything})
+    report = Report(outcomes, known, everything)
     show(report)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ def _reads_a_neighbour_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + i, tl.load(x + i, mask=i < n, other=0.0) + before, mask=i < n)  # planted
 
 
+@triton.jit
+def _promises_kernel(x, AHEAD: tl.constexpr):
+    tl.store(tl.multiple_of(x + AHEAD, 16), 2.0)  # planted
+
+
 def launch(kernel, device: torch.device) -> torch.Tensor:
     """Runs a kernel over 100 elements in two programs; returns what it wrote."""
     x, y = torch.ones(100, device=device), torch.zeros(100, device=device)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.proof.bodies import ROOT, Module, _of_body, modules, mutants, suites
-from tests.proof.mutants import SURVIVED, Outcome, Report, reasons, select
+from tests.proof.mutants import SAMPLE, SURVIVED, Outcome, Report, reasons, select
 from tests.proof.operators import OPERATORS
 
 
@@ -58,6 +58,9 @@ def test_every_operator_reaches_every_family_with_thirty_mutants(everything):
         own = [mutant for mutant in everything if family in mutant.families]
         assert len(own) >= 30 and {mutant.operator for mutant in own} == set(OPERATORS)
         assert len(select(everything, [family], 30)) == 30
+        # every operator on every body that it has something to change in
+        places = {(mutant.kernel, mutant.operator) for mutant in own}
+        assert {(m.kernel, m.operator) for m in select(everything, [family], SAMPLE)} == places
     bodies = {(module.name, body.name) for module in modules().values() for body in module.bodies}
     assert {(mutant.module.name, mutant.kernel) for mutant in everything} == bodies
     # the same every time
@@ -82,10 +85,12 @@ def test_report_tells_explained_from_unexplained_and_stale(everything):
     first, second, third = everything[:3]
     outcomes = [Outcome(first, SURVIVED), Outcome(second, SURVIVED), Outcome(third, "numbers", "a case")]
     known = {first.key: "equivalent", third.key: "was thought to survive", ("gone", "sign", "a", "b"): "old"}
-    report = Report(outcomes, known, {m.key for m in everything})
+    report = Report(outcomes, known, everything)
     assert [o.mutant for o in report.unexplained] == [second]
     assert report.stale == [third.key, ("gone", "sign", "a", "b")]
-    assert report.to_json()["distinct"] == {"mutants": 3, "killed": 1}
+    counts = {"mutants": len(everything), "run": 3, "killed": 1, "survived": 2}
+    assert report.to_json()["distinct"] == counts
+    assert report.rows()[0].items() >= {"run": 3, "killed": 1, "survived": 2, "unexplained": 1}.items()
 
 
 @pytest.mark.parametrize("content", ["twice", "empty"])

@@ -86,6 +86,15 @@ def test_watch_finds_a_forbidden_read(device):
         affine_fwd(z, torch.ones(1, 16), heads, None, None, 16)
 
 
+def test_watch_finds_an_address_less_aligned_than_promised(device):
+    x = torch.ones(100, device=device)
+    with Watch():
+        planted._promises_kernel[(1,)](x, AHEAD=4)
+    with Watch(), fault("promise") as found:
+        planted._promises_kernel[(1,)](x, AHEAD=1)
+    assert found[0].where == f"planted.py:{planted.planted_line(planted._promises_kernel)}"
+
+
 def test_fault_expects_one():
     with pytest.raises(AssertionError, match="no fault was found, expected race"), fault("race"):
         pass

@@ -1,4 +1,5 @@
-"""A memory checker over Triton's interpreter: accesses out of bounds, races between programs, reads that are forbidden.
+"""A memory checker over Triton's interpreter: accesses out of bounds, races between programs, reads that are forbidden,
+and addresses that are not as aligned as the compiler is told.
 
 It sees the language's semantics, not compiled code: programs run one after the other, and every load and store that the
 interpreter performs is compared with the tensors of the launch. So it finds what a kernel's source does wrong, for the
@@ -22,7 +23,7 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Fault(AssertionError):
-    """What a kernel did wrong: its kind ("out of bounds", "race", "forbidden"), and where."""
+    """What a kernel did wrong: its kind ("out of bounds", "race", "forbidden", "promise"), and where."""
 
     def __init__(self, kind: str, what: str, where: str) -> None:
         super().__init__(f"{kind}: {what} at {where}")
@@ -128,6 +129,7 @@ class Watch:
         self._replace(builder, "create_atomic_rmw", self._atomic)
         self._replace(builder, "create_atomic_cas", self._atomic)
         self._replace(executor, "__call__", self._launch)
+        self._replace(interpreter.TensorHandle, "set_attr", self._promise)
         empty = torch.empty
 
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -209,6 +211,11 @@ class Watch:
                     raise Fault("race", f"program {program} writes what another {what}", _where())
             region.writer[numbers] = program
         return original(builder, ptrs, value, mask, *rest)
+
+    def _promise(self, original: Callable[..., None], handle: Any, name: str, value: Any) -> None:
+        if name == "tt.divisibility" and (handle.data.astype(np.int64) % np.asarray(value)).any():
+            raise Fault("promise", f"{handle.data} said to be divisible by {value}", _where())
+        original(handle, name, value)
 
     def _atomic(self, original: Callable[..., Any], *_: object, **__: object) -> Any:
         raise Fault("race", "an atomic operation: its order is not fixed", _where())

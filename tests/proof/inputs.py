@@ -72,6 +72,11 @@ def unlisted(H: int, *lists: torch.Tensor) -> torch.Tensor:
     return torch.tensor([head for head in range(H) if head not in taken], dtype=torch.int64)
 
 
+def between(n: int) -> torch.Tensor:
+    """n float32, up to 512: the bfloat16 from 1 on, and three steps between each and the next, the middle one a tie."""
+    return 1 + torch.arange(n) / 512
+
+
 def full(parameter: torch.Tensor, listed: torch.Tensor, H: int, dtype: torch.dtype) -> torch.Tensor:
     """The parameter on all heads, zero where it is not listed, as a row of H D elements."""
     out = torch.zeros(H, parameter.shape[1], dtype=dtype)

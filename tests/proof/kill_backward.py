@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 
 import torch
+import triton.language as tl
 
+from lofit_kernels.gpu import matmul
 from lofit_kernels.gpu.backward import affine_linear_bwd
 from lofit_kernels.gpu.tiles import Tile
 from tests.accuracy import check
-from tests.proof.inputs import Case, case, columns, far_rows, full, heads, rows, unlisted, values
+from tests.proof.inputs import Case, between, case, columns, far_rows, full, heads, rows, unlisted, values
 from tests.proof.watch import Watch
 
 CASES: list[Case] = []
 H = 5
 # the widest rows that are read where they are
 NEAR = 2**23 - 8
-# scaled only: 1; shifted only: 2; neither: 3; both: 0, the first of the offsets, and 4
-SCALED, SHIFTED = heads(4, 0, 1), heads(0, 2, 4)
+# scaled only: 1; shifted only: 2; neither: 3; both: 0 and 4, which is the first of both lists
+SCALED, SHIFTED = heads(4, 0, 1), heads(4, 2, 0)
 NEEDS = [needs for needs in itertools.product([True, False], repeat=3) if any(needs)]
 Needs = tuple[bool, bool, bool]
 
@@ -34,6 +36,33 @@ def _by(dtype: torch.dtype, grad: torch.Tensor, weight: torch.Tensor, z: torch.T
     da = (G * z.to(dtype)).sum(0)[columns(SCALED, D)].view(-1, D)
     dz = (1 + full(a, SCALED, H, torch.promote_types(dtype, torch.float32))) * G
     return dz.to(dtype), da, G.sum(0)[columns(SHIFTED, D)].view(-1, D)
+
+
+@case(CASES, "every way to round to bfloat16")
+def _rounding(_: Watch) -> None:
+    # the sums of two rows are exact, what they round to is not
+    exact, weight = between(320), torch.empty(2, 320, dtype=torch.bfloat16)
+    weight[0] = (exact * 128).floor() / 128
+    weight[1] = exact - weight[0]
+    dz = affine_linear_bwd(torch.ones(3, 2, dtype=torch.bfloat16), weight, *[None] * 4, 64, (True, False, False))[0]
+    assert torch.equal(dz, exact.to(torch.bfloat16).expand(3, -1))
+
+
+@case(CASES, "both sums in one reduction, as it is compiled")
+def _reduction(_: Watch) -> None:
+    D = 4
+    grad, z, weight = (
+        rows(*size, torch.float32, seed=seed) for size, seed in (((5, 6), 3), ((5, H * D), 5), ((6, H * D), 4))
+    )
+    a, before = values(len(SCALED), D), matmul.INTERPRET
+    exact, by_torch = (_by(dtype, grad, weight, z, a) for dtype in (torch.float64, torch.float32))
+    matmul.INTERPRET = tl.constexpr(False)
+    try:
+        got = affine_linear_bwd(grad, weight, z, a, SCALED, SHIFTED, D, tile=_tile(1, 16))
+    finally:
+        matmul.INTERPRET = before
+    for x, expected, eager in zip(got, exact, by_torch, strict=True):
+        check(x, expected, eager)
 
 
 @case(CASES, "rows 2^30 elements apart", 3, 12, 16, torch.float16, NEEDS[:1], stride=2**30)

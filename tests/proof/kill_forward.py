@@ -9,7 +9,7 @@ import torch
 from lofit_kernels.gpu.forward import delta_linear, prologue_linear
 from lofit_kernels.gpu.tiles import Tile
 from tests.accuracy import check
-from tests.proof.inputs import Case, case, far_rows, full, heads, rows, values, vector
+from tests.proof.inputs import Case, between, case, far_rows, full, heads, rows, values, vector
 from tests.proof.watch import Watch
 
 CASES: list[Case] = []
@@ -39,6 +39,8 @@ def _by(dtype: torch.dtype, z: torch.Tensor, weight: torch.Tensor, c: torch.Tens
 @case(CASES, "delta, float32", delta_linear, 18, 70, 20, torch.float32, extra=3, slices=2)
 @case(CASES, "prologue, descriptors", prologue_linear, 40, 72, 24, torch.float16, extra=8, descriptors=True, slices=4)
 @case(CASES, "delta, descriptors", delta_linear, 40, 72, 24, torch.float16, extra=8, descriptors=True, slices=4)
+@case(CASES, "prologue, sizes in units of 8", prologue_linear, 18, 72, 40, torch.float16, extra=8, slices=2)
+@case(CASES, "delta, heads in two steps, in units of 8", delta_linear, 18, 72, 40, torch.float16, extra=8, slices=2)
 @case(CASES, "prologue, ten rows of tiles", prologue_linear, 150, 72, 12, torch.float16)
 @case(CASES, "delta, ten rows of tiles", delta_linear, 150, 72, 12, torch.float16)
 @case(CASES, "prologue, bfloat16", prologue_linear, 18, 70, 20, torch.bfloat16, extra=5, bias=False)
@@ -78,6 +80,15 @@ def _read_per_tile(watch: Watch, T: int, N: int, D: int, down: int, descriptors:
         assert torch.equal(read, expected) or (descriptors and (read >= expected).all()), name
 
 
+@case(CASES, "delta, every way to round to bfloat16", delta_linear)
+@case(CASES, "prologue, every way to round to bfloat16", prologue_linear)
+def _rounding(_: Watch, form: Form) -> None:
+    D, c = 16, between(512)
+    z, weight = (torch.zeros(n, H * D, dtype=torch.bfloat16) for n in (3, 512))
+    y = form(z, weight, c, values(len(LISTED), D), LISTED, D, tile=_tile(2))
+    assert torch.equal(y, c.to(torch.bfloat16).expand(3, -1))
+
+
 @case(CASES, "delta, no heads", delta_linear)
 @case(CASES, "prologue, no heads", prologue_linear)
 def _nothing(_: Watch, form: Form) -> None:
@@ -85,6 +96,16 @@ def _nothing(_: Watch, form: Form) -> None:
     z, weight = rows(9, H * D, torch.float32), rows(13, H * D, torch.float32, seed=4)
     y = form(z, weight, None, values(0, D), none, D, tile=_tile(1))
     check(y, z.double() @ weight.double().T, z @ weight.T)
+
+
+@case(CASES, "delta, descriptors, an infinity in the head after a listed one")
+def _infinity(_: Watch) -> None:
+    D = 24
+    z, weight = rows(40, H * D, torch.float16), rows(72, H * D, torch.float16, seed=4)
+    z[0, 2 * D] = float("inf")
+    y = delta_linear(z, weight, None, values(len(LISTED), D), LISTED, D, tile=_tile(1), descriptors=True)
+    # no NaN: what a tile has of the next head is left out, not multiplied by zero
+    assert torch.equal(y[0], weight[:, 2 * D].sign() * float("inf")) and y[1:].isfinite().all()
 
 
 @case(CASES, "delta, small scales in bfloat16")

@@ -50,7 +50,7 @@ define compile_all
 
 endef
 
-mutants: $(STAMP) ## plant every mechanical fault in every kernel, show that the tests notice
+mutants: $(STAMP) ## plant mechanical faults in every kernel, show that the tests notice (ARGS=--all for every one)
 	$(BIN)/python -m tests.proof.mutants $(or $(ARGS),--json docs/kernels/mutants.json)
 
 $(SANITIZER): $(STAMP)

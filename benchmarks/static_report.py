@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lofit_fast.files import write_text
-from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, TABLE, every_tile
+from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, SERIALISED_BEFORE, TABLE, every_tile
 
 _COLUMNS = ("kernel", "load", "arch", "tile", "rows", "registers", "spills", "shared", "tmem", "MMA", "loop", "loads")
 
@@ -60,6 +60,10 @@ def left_out() -> list[dict]:
             if reason:
                 has = ", ".join(map(str, every_tile(kernel, arch))) or "none"
                 rows.append({"kernel": kernel, "arch": arch, "tile": has, "reason": reason})
+    for kernel, by_arch in SERIALISED_BEFORE.items():
+        for arch, version in by_arch.items():
+            reason = f"before Triton {'.'.join(map(str, version))} ptxas serialises it (C7515): pointers are used there"
+            rows.append({"kernel": kernel, "arch": arch, "tile": "none", "reason": reason})
     return rows
 
 

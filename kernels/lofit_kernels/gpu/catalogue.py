@@ -20,6 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from lofit_kernels.gpu import affine, backward, forward, grouped, offset
 from lofit_kernels.gpu.jit import recording
+from lofit_kernels.gpu.matmul import descriptor_tiles
 from lofit_kernels.gpu.tiles import ARCHITECTURES, Tile, every_tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -99,7 +100,8 @@ class Case:
             return (None,)
         if dtype == torch.float32:
             return () if self.tiles.endswith("_tma") else every_tile(f"{self.tiles}_float32", arch)
-        found = every_tile(self.tiles, arch)
+        kernel = self.tiles.removesuffix("_tma")
+        found = every_tile(kernel, arch) if kernel == self.tiles else descriptor_tiles(kernel, arch)
         return found if dtype == torch.bfloat16 else found[-1:]
 
 

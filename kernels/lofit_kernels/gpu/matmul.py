@@ -120,6 +120,15 @@ def describe(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], list(block))
 
 
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def descriptor_tiles(kernel: str, arch: str) -> tuple[tiles.Tile, ...]:
+    """The tiles of a matrix product whose operands come through descriptors; none where this Triton serialises it."""
+    first = tiles.SERIALISED_BEFORE.get(f"{kernel}_tma", {}).get(arch, (0, 0))
+    return tiles.every_tile(f"{kernel}_tma", arch) if first <= _TRITON else ()
+
+
 def matmul_tile(
     kernel: str, operands: tuple[torch.Tensor, ...], T: int, tile: tiles.Tile | None, descriptors: bool | None
 ) -> tuple[tiles.Tile, bool]:
@@ -137,7 +146,7 @@ def matmul_tile(
     if descriptors and not fits:
         raise ValueError(f"{kernel}: these operands cannot be described (empty, {dtype}, or not aligned to 16 bytes)")
     if descriptors is None:
-        descriptors = fits and bool(tiles.every_tile(f"{kernel}_tma", arch))
+        descriptors = fits and bool(descriptor_tiles(kernel, arch))
     if tile is None:
         suffix = "_tma" if descriptors else "_float32" if dtype == torch.float32 else ""
         tile = tiles.tile(kernel + suffix, arch, max(T, 1))

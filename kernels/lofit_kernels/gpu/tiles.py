@@ -105,20 +105,21 @@ def _backward(*sizes: Sizes) -> Rows:
 
 _FORWARD: Mapping[str, Rows] = {
     "sm_80": _forward((64, 128, 32, 4, 3, 2), (128, 128, 32, 8, 4, 2), (128, 256, 32, 8, 3, 4)),
-    "sm_90": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
-    "sm_100": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
+    # a step of 64 in the large tile spills on Triton 3.6 or 3.9: twice the addresses are held
+    "sm_90": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
+    "sm_100": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
     # a step of 64 makes more masks than there are scalar registers
     "gfx942": _forward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
 }
 _FORWARD_TMA: Mapping[str, Rows] = {
     "sm_90": _forward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 4, 4)),
-    # one slice: with two, ptxas of sm_100 aims for too few registers and spills
-    "sm_100": _forward((64, 128, 64, 8, 4, 1), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 4, 4)),
+    # found by trying: with other warps or slices, ptxas of sm_100 aims for too few registers on some Triton and spills
+    "sm_100": _forward((64, 128, 64, 4, 4, 4), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 4, 4)),
 }
 _BACKWARD: Mapping[str, Rows] = {
     "sm_80": _backward((64, 128, 32, 4, 4, 2), (128, 128, 32, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
     "sm_90": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 64, 8, 3, 4)),
-    "sm_100": _backward((64, 128, 64, 4, 4, 2), (128, 128, 64, 8, 4, 4), (128, 256, 64, 8, 3, 4)),
+    "sm_100": _backward((64, 128, 64, 4, 4, 4), (128, 128, 64, 8, 4, 4), (128, 256, 64, 8, 3, 4)),
     "gfx942": _backward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
 }
 _BACKWARD_TMA: Mapping[str, Rows] = {
@@ -164,6 +165,11 @@ LEFT_OUT: Mapping[str, Mapping[str, str]] = MappingProxyType(
             ANY: "one tile of 64x64: NVIDIA's matrix units compute no IEEE float32, so larger ones have nothing to feed"
         },
     }
+)
+
+# matrix products through descriptors -> architecture -> the first Triton whose ptxas does not serialise them (C7515)
+SERIALISED_BEFORE: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType(
+    {"prologue_linear_tma": {"sm_90": (3, 7)}}
 )
 
 

@@ -53,6 +53,15 @@ def test_tiles_of_the_matrix_products(product, arch):
             assert picked == [row for row in found for _ in range(2)]
 
 
+@pytest.mark.parametrize("version, found", [((3, 6), 0), ((3, 7), 3), ((3, 9), 3)])
+def test_descriptors_are_left_out_where_triton_serialises_them(monkeypatch, version, found):
+    matmul = pytest.importorskip("lofit_kernels.gpu.matmul")
+    monkeypatch.setattr(matmul, "_TRITON", version)
+    assert len(matmul.descriptor_tiles("prologue_linear", "sm_90")) == found
+    assert len(matmul.descriptor_tiles("prologue_linear", "sm_100")) == 3
+    assert len(matmul.descriptor_tiles("delta_linear", "sm_90")) == 3
+
+
 def test_tile_errors():
     with pytest.raises(ValueError, match="no tiles for kernel 'nothing'.*affine_fwd"):
         tile("nothing", "sm_90", 64)

@@ -17,6 +17,8 @@ from pathlib import Path
 from lofit_fast.files import write_text
 from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, SERIALISED_BEFORE, TABLE, every_tile
 
+# the columns of a row for which nothing was compiled
+_NOTHING = {"triton": "-", "registers": 0, "spills": 0, "shared": 0, "mma": "-"}
 _COLUMNS = ("kernel", "load", "arch", "tile", "rows", "registers", "spills", "shared", "tmem", "MMA", "loop", "loads")
 
 _PAGE = """\
@@ -59,11 +61,11 @@ def left_out() -> list[dict]:
             reason = LEFT_OUT.get(end, {}).get(arch) or LEFT_OUT.get(end, {}).get(ANY)
             if reason:
                 has = ", ".join(map(str, every_tile(kernel, arch))) or "none"
-                rows.append({"kernel": kernel, "arch": arch, "tile": has, "reason": reason})
+                rows.append(_NOTHING | {"kernel": kernel, "arch": arch, "tile": has, "reason": reason})
     for kernel, by_arch in SERIALISED_BEFORE.items():
         for arch, version in by_arch.items():
             reason = f"before Triton {'.'.join(map(str, version))} ptxas serialises it (C7515): pointers are used there"
-            rows.append({"kernel": kernel, "arch": arch, "tile": "none", "reason": reason})
+            rows.append(_NOTHING | {"kernel": kernel, "arch": arch, "tile": "none", "reason": reason})
     return rows
 
 

@@ -41,12 +41,17 @@ def main(
     into: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure on this machine. Exits with 1 when a cell failed."""
+    if unknown := sorted(set(models or ()) - set(MODELS)):
+        raise typer.BadParameter(f"unknown --model {', '.join(unknown)}: expected of {', '.join(MODELS)}")
     options = Options(data and str(Path(data).resolve()), rounds, examples)
     cells = plan(full, models or tuple(MODELS))
     if cell is not None:
         write_json(into.resolve(), _measured(next(one for one in cells if one.name == cell), options))
         return
     cells = [one for one in cells if not only or any(text in one.name for text in only)]
+    if not cells:
+        names = ", ".join(one.name for one in plan(full, models or tuple(MODELS)))
+        raise typer.BadParameter(f"no cell has {' or '.join(only)} in its name: expected part of one of {names}")
     store = Store.here(results.resolve(), options)
     failed = run_cells(cells, store, partial(_run_cell, options, full), float("inf") if full else budget)
     path = write_summary(results.resolve(), store)

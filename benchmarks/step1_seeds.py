@@ -126,6 +126,8 @@ def _step_1(model: nn.Module, adapter: str, batches: list[list[dict]], seed: int
     handle = lf.patch(model, lf.LofitConfig(scale="all", seed=seed))
     try:
         if adapter == "delta":
+            for layer in handle.layers.values():
+                layer.form = "delta"
             parameters = {(number, "scale"): layer.scale for number, layer in handle.layers.items()}
             losses = train_hook(model, SimpleNamespace(parameters=parameters), batches, step)
         else:

@@ -35,6 +35,8 @@ class LofitLinear(nn.Module):
         self.base_layer = base_layer
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
+        # how a scale is computed, see `lofit_kernels.plan`: "pass" or "delta" insists
+        self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `folding.ModelFold`
         self.folded: Tensor | None = None
         self.folded_with_graph: Tensor | None = None
@@ -80,7 +82,7 @@ class LofitLinear(nn.Module):
         folded = self._folded_offset()
         if folded is None:
             vectors |= offset
-        return head_affine_linear(z, base.weight, base.bias, folded=folded, **vectors)
+        return head_affine_linear(z, base.weight, base.bias, folded=folded, form=self.form, **vectors)
 
     def trains_offset(self) -> bool:
         """Whether a forward that builds a graph needs one through the offset, and none through the weight beside it."""

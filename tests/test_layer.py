@@ -70,6 +70,16 @@ def test_layer_around_a_module_that_is_not_plain_gives_it_the_affine_heads(compo
     torch.testing.assert_close(layer(z), expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", ["pass", "delta"])
+def test_layer_insists_on_a_form(form):
+    layer = wrap(components="scale", dtype=torch.bfloat16)
+    torch.nn.init.constant_(layer.scale, 1e-3)
+    z = torch.randn(64, K).bfloat16()
+    layer.form = form
+    # so small a scale is lost in the pass, and only there
+    assert torch.equal(layer(z), layer.base_layer(z)) == (form == "pass")
+
+
 @pytest.mark.parametrize("base", [nn.Linear, Doubling])
 def test_layer_disabled_is_the_base(base, z):
     layer = wrap(base(K, N))

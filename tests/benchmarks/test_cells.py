@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from benchmarks.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.plan import MEMORY, plan
-from benchmarks.run import _measured, run_cells
+from benchmarks.run import _measured, main, run_cells
 from benchmarks.summary import STEPS, summarize, write_summary
 
 CELLS = [Cell("m/one", lambda options: {"value": 1}, 1), Cell("m/two", lambda options: {"value": 2}, 30)]
@@ -144,3 +146,18 @@ def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
     keys |= {"prefix_cache_speedup", "mc_scoring_speedup"}
     assert all(keys <= summary[model].keys() for model in ("SmolLM2-135M", "Gemma-3-270M"))
     assert summary["meta"].keys() >= {"device", "versions", "commit", "results", "data", "evidence"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "smollm2"], "unknown --model smollm2: expected of SmolLM2-135M"),
+        (["--only", "stepz"], "no cell has stepz in its name"),
+    ],
+)
+def test_what_matches_nothing_is_refused_and_nothing_is_written(tmp_path, arguments, message):
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path)], env={"COLUMNS": "1000"})
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []

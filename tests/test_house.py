@@ -65,7 +65,7 @@ ORDER = {
         "cli_plan",
         "cli",
     ],
-    "lofit_fast.tasks": ["task", "clutrr", "completion", "kinship"],
+    "lofit_fast.tasks": ["task", "contrast", "clutrr", "completion", "kinship"],
     "lofit_fast.training": [
         "batching",
         "collate",

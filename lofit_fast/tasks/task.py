@@ -41,6 +41,48 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """A prompt, the answer to prefer, and the answers to prefer it to. All are written as an Example's are.
+
+    Raises:
+        ValueError: no rejected answer, or one equal to the chosen.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: tuple[str, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "rejected", _as_answers(self.rejected))
+        if not self.rejected or self.chosen in self.rejected:
+            raise ValueError(f"expected rejected answers other than {self.chosen!r}, got {self.rejected}")
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """A question whose answers are scored, not written: each choice goes right after the prompt.
+
+    Attributes:
+        prompt: the question in its template, without what all questions share.
+        choices: every answer, leading space included.
+        correct: indices of the correct ones; `best` of the one that MC1 asks for.
+
+    Raises:
+        ValueError: indices that are no choices, no correct or no wrong choice, a best one that is not correct.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    correct: tuple[int, ...]
+    best: int
+
+    def __post_init__(self):
+        right, every = set(self.correct), set(range(len(self.choices)))
+        if not right or not right < every or self.best not in right:
+            raise ValueError(f"got correct={self.correct} and best={self.best} of {len(self.choices)} choices")
+
+
+@dataclass(frozen=True)
 class Task:
     """Examples to train on, examples to be judged by, and the labels to choose from when there is a closed set.
 
@@ -50,6 +92,9 @@ class Task:
         candidates: the closed label set, each written exactly as a completion (leading space included), so that it can
             be scored right after a prompt; empty for open answers. One candidate may begin another (" father",
             " father-in-law"): score them with their end-of-sequence token.
+        preferences: to train on instead of `train`, with DPO.
+        choices: to be judged by instead of `validation`, with MC1 and MC2.
+        shared_prefix: put before every prompt of `choices`, a few-shot prompt for instance.
 
     Raises:
         ValueError: an example whose completion is not among the candidates, when there are any.
@@ -59,6 +104,9 @@ class Task:
     train: list[Example]
     validation: list[Example]
     candidates: tuple[str, ...] = ()
+    preferences: tuple[Preference, ...] = ()
+    choices: tuple[MultipleChoice, ...] = ()
+    shared_prefix: str = ""
 
     def __post_init__(self):
         if not self.candidates:

@@ -69,6 +69,7 @@ ORDER = {
     "lofit_fast.training": [
         "batching",
         "collate",
+        "passes",
         "engine",
         "probe",
         "measure",

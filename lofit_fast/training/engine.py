@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 from lofit_fast.architectures import find_projections
+from lofit_fast.training.passes import BlockedProducts
 
 Choice = bool | Literal["auto"]
 BACKEND = "inductor"
@@ -96,7 +98,8 @@ def _compiled(layers: list[nn.Module]) -> Iterator[None]:
         for layer in layers:
             layer.compile(backend=BACKEND, dynamic=True)
         # past the limit dynamo would run the layers uncompiled without a word
-        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+        limit = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
+        with limit, torch._inductor.config.patch(post_grad_custom_post_pass=BlockedProducts()):
             yield
     finally:
         for layer, value in zip(layers, before, strict=True):

@@ -1,0 +1,88 @@
+"""Products in blocks of rows, where oneDNN would leave cores idle: a rewrite of a compiled layer's graph.
+
+For some shapes oneDNN spreads a 16-bit product of middling size over a part of the cores only, and the same rows in two
+or three blocks take half the time. Which shapes those are is measured on the present machine, when one is first met.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import cache
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+# rows and columns of a product for which it was seen; beyond them the whole product was never slower
+_ROWS, _COLUMNS = (513, 1535), (256, 1280)
+_BLOCKS = (1, 2, 3)
+# row counts share a measurement with those next to them
+_ROWS_TOGETHER = 128
+# what blocks must gain in the measurement, as a share of the whole product's time
+_GAIN = 0.15
+# weights take turns, as a model's layers do: more than the cache next to a core holds
+_WEIGHTS_BYTES, _REPEATS = 2**25, 3
+
+_library = torch.library.Library("lofit_engine", "DEF")
+_library.define("mm(Tensor x, Tensor weight) -> Tensor")
+
+
+class BlockedProducts(CustomGraphPass):
+    """For torch._inductor.config.post_grad_custom_post_pass."""
+
+    def uuid(self) -> object:
+        """What makes a compiled graph another one in Inductor's cache."""
+        return "lofit_engine::mm", 1
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Send every product that may need blocks through `lofit_engine::mm`."""
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            x, weight = (argument.meta["val"] for argument in node.args)
+            columns = weight.shape[1]
+            here = x.device.type == "cpu" and x.dtype.itemsize == 2 and torch.get_num_threads() > 1
+            if here and isinstance(columns, int) and _COLUMNS[0] <= columns <= _COLUMNS[1]:
+                node.target = torch.ops.lofit_engine.mm.default
+
+
+@torch.library.impl(_library, "mm", "CPU")
+def mm(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight: (rows, depth) by (depth, columns) of one 16-bit dtype."""
+    rows, depth = x.shape
+    if not _ROWS[0] <= rows <= _ROWS[1]:
+        return torch.mm(x, weight)
+    together = -(-rows // _ROWS_TOGETHER) * _ROWS_TOGETHER
+    blocks = _fastest(together, depth, weight.shape[1], x.dtype, weight.stride(0) == 1, torch.get_num_threads())
+    return torch.mm(x, weight) if blocks == 1 else _in_blocks(x, weight, blocks)
+
+
+@torch.library.register_fake("lofit_engine::mm", lib=_library)
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _in_blocks(x: Tensor, weight: Tensor, blocks: int) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for part, into in zip(x.chunk(blocks), out.chunk(blocks), strict=True):
+        torch.mm(part, weight, out=into)
+    return out
+
+
+@cache
+def _fastest(rows: int, depth: int, columns: int, dtype: torch.dtype, transposed: bool, threads: int) -> int:
+    """The number of blocks that took least time; 1 unless others gain _GAIN over it."""
+    count = max(2, _WEIGHTS_BYTES // (depth * columns * dtype.itemsize))
+    shape = (columns, depth) if transposed else (depth, columns)
+    weights = [torch.ones(shape, dtype=dtype) for _ in range(count)]
+    weights = [weight.t() if transposed else weight for weight in weights]
+    x = torch.ones(rows, depth, dtype=dtype)
+    seconds: dict[int, list[float]] = {blocks: [] for blocks in _BLOCKS}
+    for _ in range(_REPEATS):
+        for blocks, kept in seconds.items():
+            started = time.perf_counter()
+            for weight in weights:
+                _in_blocks(x, weight, blocks)
+            kept.append(time.perf_counter() - started)
+    took = {blocks: statistics.median(kept) for blocks, kept in seconds.items()}
+    best = min(took, key=took.get)
+    return best if took[best] < (1 - _GAIN) * took[1] else 1

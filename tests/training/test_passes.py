@@ -1,0 +1,75 @@
+"""Products in blocks of rows: the same product, for the products it is meant for, and for no others."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lofit_fast.training import passes
+
+aten, ours = torch.ops.aten.mm.default, torch.ops.lofit_engine.mm.default
+
+
+def rewritten(columns: int, dtype: torch.dtype) -> list:
+    graph = make_fx(torch.mm, tracing_mode="symbolic")(
+        torch.ones(600, 64, dtype=dtype), torch.ones(64, columns).to(dtype)
+    )
+    # Inductor fixes the sizes of weights, and leaves those of batches open
+    (weight,) = (node for node in graph.graph.nodes if node.op == "placeholder" and node.name.endswith("1_1"))
+    weight.meta["val"] = torch.empty(64, columns, dtype=dtype)
+    passes.BlockedProducts()(graph.graph)
+    graph.graph.lint()
+    return [node.target for node in graph.graph.nodes if node.op == "call_function" and node.target in (aten, ours)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "expected"),
+    [
+        (576, torch.bfloat16, ours),
+        (576, torch.float16, ours),
+        (576, torch.float32, aten),
+        (64, torch.bfloat16, aten),
+        (4096, torch.bfloat16, aten),
+    ],
+)
+def test_only_middling_products_of_16_bits_are_rewritten(columns, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert rewritten(columns, dtype) == [expected]
+
+
+def test_one_thread_leaves_every_product_whole(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert rewritten(576, torch.bfloat16) == [aten]
+
+
+@pytest.mark.parametrize("rows", [513, 700, 1535])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mm_in_blocks_is_the_product(rows, blocks, transposed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(passes, "_fastest", lambda *key: asked.append(key) or blocks)
+    x, weight = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(96, 320, dtype=torch.bfloat16)
+    weight = weight.t().contiguous().t() if transposed else weight
+    exact = x.double() @ weight.double()
+    allowed = max(2 * (x @ weight - exact).abs().max(), 2.0 ** (exact.abs().max().log2().floor() - 8))
+    assert (ours(x, weight) - exact).abs().max() <= allowed
+    assert len(asked) == 1 and asked[0][4] == transposed
+
+
+@pytest.mark.parametrize("rows", [1, 512, 1536])
+def test_mm_measures_nothing_for_other_numbers_of_rows(rows, monkeypatch):
+    monkeypatch.setattr(passes, "_fastest", lambda *key: pytest.fail(f"measured {key}"))
+    x, weight = torch.randn(rows, 16, dtype=torch.bfloat16), torch.randn(16, 320, dtype=torch.bfloat16)
+    assert torch.equal(ours(x, weight), x @ weight)
+
+
+def test_mm_keeps_the_promises_of_its_schema(monkeypatch):
+    monkeypatch.setattr(passes, "_fastest", lambda *key: 2)
+    torch.library.opcheck(ours, (torch.randn(600, 16).bfloat16(), torch.randn(16, 320).bfloat16()))
+
+
+def test_the_number_of_blocks_is_measured_once_per_shape():
+    passes._fastest.cache_clear()
+    x, weight = torch.randn(600, 16).bfloat16(), torch.randn(16, 320).bfloat16()
+    for rows in (600, 620, 640):
+        ours(x[:1].expand(rows, 16).contiguous(), weight)
+    assert passes._fastest.cache_info().misses == 1

@@ -39,11 +39,16 @@ OptionalAdapter = Annotated[
     Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without it, the base model.", metavar="DIR")
 ]
 TaskName = Annotated[
-    str | None, typer.Option("--task", "-t", help="kinship, clutrr, or completion. Default: by --data.", metavar="NAME")
+    str | None,
+    typer.Option(
+        "--task", "-t", help="kinship, clutrr, mquake, ... (docs/guide.md). Default: by --data.", metavar="NAME"
+    ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", "-d", help="JSONL of prompt/completion or messages; a folder for clutrr.", metavar="PATH"),
+    typer.Option(
+        "--data", "-d", help="JSONL of prompt/completion or messages; a folder for clutrr and kin.", metavar="PATH"
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
@@ -195,17 +200,15 @@ def eval(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Exact match of greedy answers; with a closed set of answers also the best-scoring one, and the majority."""
-    from lofit_fast.evaluation import answer_length, constrained_accuracy, exact_match_accuracy
+    """Exact match of greedy answers, or MC1 and MC2; of a closed set also the best-scoring answer, and the majority."""
+    from lofit_fast.evaluation import constrained_accuracy, judge
     from lofit_fast.tasks import majority_accuracy
 
     base, tokenizer = _load(model, adapter, dtype, device)
     examples = _load_task(_task_name(task, data), data, tokenizer, seed=seed)
     progress = {"progress": not as_json}
-    report = {"task": examples.name, "examples": len(examples.validation)}
-    length = answer_length(tokenizer, examples.validation)
-    generated = {"max_new_tokens": length, "batch_size": batch_size, **progress}
-    report["exact_match"] = exact_match_accuracy(base, tokenizer, examples.validation, **generated)
+    report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
+    report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics
     if examples.candidates:
         scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **progress)
         report |= {"best_scoring_candidate": scored, "majority": majority_accuracy(examples)}

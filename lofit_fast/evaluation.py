@@ -1,6 +1,7 @@
 """Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,44 @@ from tqdm.auto import tqdm
 
 from lofit_fast.encoding import encode_prompt, pad_token_id
 from lofit_fast.patch import evaluating
-from lofit_fast.scoring import check_room, score_choices
-from lofit_fast.tasks.task import Example, exact_match
+from lofit_fast.scoring import check_room, mc1, mc2, score_choices
+from lofit_fast.tasks.task import Example, Task, exact_match
 
 # the paper's
 MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a model does on a task.
+
+    metrics: "exact_match", or "mc1" and "mc2", each 0 to 1. hits: per question, in the task's order, 1.0 or 0.0 for
+    right or wrong by the first of them, so that two models can be compared question by question.
+    """
+
+    metrics: dict[str, float]
+    hits: list[float]
+
+
+def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, progress: bool = False) -> Judgement:
+    """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
+
+    MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
+    share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
+    Raises ValueError for a task with nothing to be judged by, and what `generate_answers` and `score_choices` raise.
+    """
+    if task.choices:
+        return _judge_choices(model, tokenizer, task, progress)
+    _check_any(task.validation)
+    hits = _hits(
+        model,
+        tokenizer,
+        task.validation,
+        max_new_tokens=answer_length(tokenizer, task.validation),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return Judgement({"exact_match": sum(hits) / len(hits)}, hits)
 
 
 @torch.no_grad()
@@ -47,8 +81,7 @@ def generate_answers(
 def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
     """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
     _check_any(examples)
-    answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
-    hits = [exact_match(answer, e.answers) for answer, e in zip(answers, examples, strict=True)]
+    hits = _hits(model, tokenizer, examples, **options)
     return sum(hits) / len(hits)
 
 
@@ -77,6 +110,25 @@ def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
     best = [candidates[int(i)] for i in scores.argmax(1)]
     return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
+
+
+def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> Judgement:
+    prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
+    scores = score_choices(model, tokenizer, prompts, choices, shared_prefix=task.shared_prefix, progress=progress)
+    # of MC1's choices one is correct: the best answer
+    listed = [
+        row[[c.best, *(i for i in range(len(row)) if i not in c.correct)]]
+        for row, c in zip(scores, task.choices, strict=True)
+    ]
+    hits = [mc1([row], [[0]]) for row in listed]
+    metrics = {"mc1": sum(hits) / len(hits), "mc2": mc2(scores, [c.correct for c in task.choices])}
+    return Judgement(metrics, hits)
+
+
+def _hits(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> list[float]:
+    """Per example whether the greedy answer is one of the correct ones, 1.0 or 0.0."""
+    answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
+    return [float(exact_match(answer, e.answers)) for answer, e in zip(answers, examples, strict=True)]
 
 
 def _check_any(examples: Sequence[Example]) -> None:

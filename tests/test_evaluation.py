@@ -5,8 +5,15 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.encoding import encode_prompt
-from lofit_fast.evaluation import constrained_accuracy, exact_match_accuracy, generate_answers, score_candidates
-from lofit_fast.tasks import Example
+from lofit_fast.evaluation import (
+    constrained_accuracy,
+    exact_match_accuracy,
+    generate_answers,
+    judge,
+    score_candidates,
+)
+from lofit_fast.tasks import Example, Task
+from lofit_fast.tasks.task import MultipleChoice
 from tests.hook import randomize
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 from tests.tokenizer import VOCABULARY, tiny_tokenizer
@@ -195,3 +202,39 @@ def test_answers_are_greedy_whatever_the_model_was_saved_with(llama):
     expected = [greedy(llama, prompt, 6) for prompt in PROMPTS]
     llama.generation_config.update(do_sample=True, temperature=9.0, top_p=0.9, top_k=5, repetition_penalty=5.0)
     assert generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=6) == expected
+
+
+def test_judge_by_exact_match():
+    judged = judge(rigged(), TOKENIZER, Task("t", [], EXAMPLES), batch_size=3)
+    assert judged.metrics == {"exact_match": 0.75}
+    assert judged.hits == [1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="at least one example"):
+        judge(rigged(), TOKENIZER, Task("t", EXAMPLES, []))
+
+
+def test_judge_by_choices(llama):
+    _spread(llama)
+    candidates = (" yes", " no", " maybe", " x")
+    shared = "Q: ab\nA: cd\n\n"
+    prompts = ["Q: e?\nA:", "Q: what?\nA:", "Q: q1?\nA:"]
+    rows = []
+    for prompt in prompts:
+        start = encode_prompt(TOKENIZER, shared + prompt)
+        # no end of sequence: the benchmark scores the answer's own tokens
+        ends = [[VOCABULARY[c] for c in text] for text in candidates]
+        with torch.no_grad():
+            log_p = [llama(torch.tensor([start + end])).logits[0].log_softmax(-1) for end in ends]
+        rows.append(
+            torch.stack([p[len(start) - 1 :][range(len(end)), end].sum() for p, end in zip(log_p, ends, strict=True)])
+        )
+    order = [row.argsort(descending=True).tolist() for row in rows]
+    # the best answer first, behind a correct one, and behind a wrong one
+    marked = [((order[0][0], order[0][3]), 0), ((order[1][0], order[1][1]), 1), ((order[2][1], order[2][3]), 0)]
+    choices = [
+        MultipleChoice(prompt, candidates, correct, correct[best])
+        for prompt, (correct, best) in zip(prompts, marked, strict=True)
+    ]
+    judged = judge(llama, TOKENIZER, Task("t", [], [], choices=tuple(choices), shared_prefix=shared))
+    assert judged.hits == [1.0, 1.0, 0.0]
+    share = sum(row.softmax(0)[list(c.correct)].sum() for row, c in zip(rows, choices, strict=True)) / 3
+    assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}

@@ -65,7 +65,17 @@ ORDER = {
         "cli_plan",
         "cli",
     ],
-    "lofit_fast.tasks": ["task", "contrast", "clutrr", "completion", "kinship"],
+    "lofit_fast.tasks": [
+        "task",
+        "contrast",
+        "source",
+        "clutrr",
+        "completion",
+        "kinship",
+        "mquake",
+        "open_domain",
+        "truthfulqa",
+    ],
     "lofit_fast.training": [
         "batching",
         "collate",

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from lofit_fast.tasks import clutrr, completion, kinship
+from lofit_fast.tasks import clutrr, completion, kinship, mquake, open_domain, truthfulqa
 from lofit_fast.tasks.task import Example, Task, exact_match, majority_accuracy
 
 __all__ = ["TASKS", "Example", "Task", "exact_match", "load_task", "majority_accuracy"]
@@ -14,6 +14,11 @@ TASKS: dict[str, Callable[..., Task]] = {
     "clutrr": clutrr.clutrr,
     "completion": completion.completion,
     "kinship": kinship.kinship,
+    "mmlu": open_domain.mmlu,
+    "mquake": mquake.mquake,
+    "nq_open": open_domain.nq_open,
+    "triviaqa": open_domain.triviaqa,
+    "truthfulqa": truthfulqa.truthfulqa,
 }
 
 
@@ -33,7 +38,8 @@ def load_task(
         tokenizer: passed to the tasks that use one (chats); the others ignore it.
         train_size: number of training examples; None leaves it to the task.
         seed: of what the task draws at random.
-        options: anything else the loader takes, by name (`validation=` of completion, `validation_size=` of kinship).
+        options: anything else the loader takes, by name (`validation=` of completion, `validation_size=` of kinship
+            and the open-domain tasks, `tuning_size=` of truthfulqa).
 
     Raises:
         ValueError: an unknown name, an option the task does not take, or one it needs and did not get; and what the

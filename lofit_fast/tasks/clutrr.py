@@ -1,14 +1,12 @@
 """CLUTRR, the family relations benchmark, read from a folder of its published splits."""
 
 import ast
-import json
-import string
 from pathlib import Path
 
-from lofit_fast.tasks.task import Example, Task, draw
+from lofit_fast.tasks.source import PROMPTS, check_files, subset, wording
+from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "clutrr/train.json", "validation": "clutrr/val.json"}
-PROMPTS = "prompts.json"
 FIELDS = ("clean_story", "query", "target_text")
 # the texts of prompts.json and the fields of each; a template that held the relation would give the answer away
 WORDING = {"template": {"story", "first", "second"}, "completion": {"relation"}}
@@ -35,48 +33,21 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
             has other fields, no rows, or fewer rows than train_size.
     """
     folder = Path(data)
-    for name in (PROMPTS, *SPLITS.values()):
-        if not (folder / name).is_file():
-            expected = ", ".join((PROMPTS, *SPLITS.values()))
-            raise FileNotFoundError(f"clutrr: no file {name} in {folder}, expected a folder with {expected}")
-    wording = _wording(folder / PROMPTS)
-    splits = {split: _examples(folder / name, wording) for split, name in SPLITS.items()}
+    check_files("clutrr", folder, (PROMPTS, *SPLITS.values()))
+    texts = wording(folder / PROMPTS, "clutrr", WORDING)
+    splits = {split: _examples(folder / name, texts) for split, name in SPLITS.items()}
     labels = {example.completion for examples in splits.values() for example in examples}
-    train = splits["train"]
-    if train_size is not None:
-        if not 1 <= train_size <= len(train):
-            raise ValueError(
-                f"clutrr: got train_size={train_size}, expected 1 to {len(train)}, the rows in {SPLITS['train']}"
-            )
-        train = [train[i] for i in draw(len(train), train_size, seed)]
+    train = subset(splits["train"], train_size, seed, "clutrr", "train_size", SPLITS["train"])
     return Task("clutrr", train, splits["validation"], tuple(sorted(labels)))
 
 
-def _wording(path):
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))["clutrr"]
-        wording = {name: texts[name] for name in WORDING}
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got what is not: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected {' and '.join(WORDING)} under the key clutrr, missing: {error}") from error
-    for name, expected in WORDING.items():
-        try:
-            got = {field for _, field, _, _ in string.Formatter().parse(wording[name]) if field is not None}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: clutrr: {name} must be a text with fields, got {wording[name]!r}") from error
-        if got != expected:
-            raise ValueError(f"{path}: clutrr: {name} has the fields {sorted(got)}, expected {sorted(expected)}")
-    return wording
-
-
-def _examples(path, wording):
+def _examples(path, texts):
     examples = []
     for number, row in enumerate(_rows(path), start=1):
         first, second = _query(row["query"], f"{path}: row {number}")
         story, relation = row["clean_story"].replace("[", "").replace("]", ""), row["target_text"]
-        prompt = wording["template"].format(story=story, first=first, second=second)
-        examples.append(Example(prompt, wording["completion"].format(relation=relation), (relation,)))
+        prompt = texts["template"].format(story=story, first=first, second=second)
+        examples.append(Example(prompt, texts["completion"].format(relation=relation), (relation,)))
     return examples
 
 

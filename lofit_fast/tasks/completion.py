@@ -1,12 +1,11 @@
 """Anyone's own data: prompt/completion pairs or chats, from a JSON file or a hub data set."""
 
-import json
 import re
 from pathlib import Path
 
+from lofit_fast.tasks.source import SUFFIXES, json_rows
 from lofit_fast.tasks.task import Example, Task, draw
 
-SUFFIXES = (".jsonl", ".json")
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
 EXPECTED = "expected the keys prompt and completion, or messages"
 
@@ -84,35 +83,11 @@ def _rows(source):
         raise TypeError(f"data must be a path or a data set id, got {type(source).__name__}")
     path = Path(source)
     if path.exists() or path.suffix in SUFFIXES or isinstance(source, Path):
-        return _file_rows(path)
+        return json_rows(path)
     hub = HUB_ID.fullmatch(source)
     if hub is None:
         raise FileNotFoundError(f"{source}: no such file, and not a data set id such as owner/name")
     return _hub_rows(hub["id"], hub["split"] or "train")
-
-
-def _file_rows(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a {' or '.join(SUFFIXES)} file")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: got a file of type {path.suffix or 'unknown'}, expected {' or '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
-    if text.lstrip().startswith("["):
-        return [(f"{path}: row {number}", row) for number, row in enumerate(_parsed(text, path, 1), start=1)]
-    # not splitlines(), which also cuts at separators that JSON strings may hold
-    lines = enumerate(text.split("\n"), start=1)
-    return [(f"{path}: line {number}", _parsed(line, path, number)) for number, line in lines if line.strip()]
-
-
-def _parsed(text, path, line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"{path}: line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{at}: expected JSON, got what is not: {error.msg}") from error
 
 
 def _hub_rows(name, split):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.folding import ModelFold, decoder_of
 from lofit_fast.layer import LofitLinear, eval_mode
 from lofit_fast.merge import check_mergeable, merge_into_base
+from lofit_fast.reference import reference_logprobs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class LofitHandle:
@@ -71,6 +76,15 @@ class LofitHandle:
             for layer in self.layers.values():
                 scopes.enter_context(layer.fold())
             yield
+
+    def reference_logprobs(self, dataset: Dataset, tokenizer, **options) -> Dataset:
+        """The data set with the base model's log-probabilities of its answers, for DPO with TRL.
+
+        The adapter is disabled meanwhile, so that no second model is needed. dataset: of the `datasets` library, with
+        the texts prompt, chosen and rejected. See `reference.reference_logprobs` for the columns it gets, the options
+        (max_length, batch_size, progress) and the errors.
+        """
+        return reference_logprobs(self, dataset, tokenizer, **options)
 
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `adapter.save_adapter`."""

@@ -40,12 +40,7 @@ class LofitTrainer(Trainer):
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
-        self.losses = _StepLosses()
-        self.remove_callback(PrinterCallback)
-        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_QuietProgress)
-        self.add_callback(_EpochReport(self))
+        report_epochs(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         """The model's loss, plus l1 * sum |a| while training."""
@@ -61,7 +56,8 @@ class LofitTrainer(Trainer):
 
     def l1_term(self) -> Tensor:
         """l1 * sum |a|, a scalar."""
-        scales = [layer.scale for layer in self.handle.layers.values() if layer.scale is not None]
+        layers = getattr(self.handle, "layers", {})
+        scales = [layer.scale for layer in layers.values() if layer.scale is not None]
         if not self.l1 or not scales:
             return torch.zeros((), device=self.args.device)
         # one norm over all layers instead of one kernel per layer
@@ -147,6 +143,19 @@ class _QuietProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def report_epochs(trainer: Trainer) -> None:
+    """Give a trainer `losses`, to be told of every step's loss, a report to its `on_epoch`, and a quiet progress bar.
+
+    The trainer has `on_epoch` and `l1_term()`, as LofitTrainer has them.
+    """
+    trainer.losses = _StepLosses()
+    trainer.remove_callback(PrinterCallback)
+    if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_QuietProgress)
+    trainer.add_callback(_EpochReport(trainer))
 
 
 def _check_finite(loss: float, epoch: float | None) -> None:

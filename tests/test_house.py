@@ -54,6 +54,7 @@ ORDER = {
         "patch",
         "models",
         "scoring",
+        "probing",
         "evaluation",
         "baselines",
         "plots",

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lofit_fast import cli_plan
+from lofit_fast import cli_plan, cli_select
+from lofit_fast.cli_select import parse_top
 from lofit_fast.config import RECIPES, Recipe
 
 # heavy imports happen inside the commands: --help must be instant
@@ -312,18 +313,6 @@ def report(
     _show({"page": str(page), "table": str(page.with_name("table.md"))}, as_json, "report")
 
 
-def parse_top(text: str) -> int | float:
-    """ "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"expected --top to be a count like 32 or a fraction like 0.1, got {text!r}") from None
-
-
 def _task_name(task: str | None, data: str | None) -> str:
     return task or ("kinship" if data is None else "completion")
 
@@ -362,6 +351,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+_command(
+    "select --model smollm2 --task clutrr --data DIR --top 0.1 --output heads.json",
+    "select --model smollm2 --method all --top 0.1 --output selections",
+)(cli_select.select)
 _command(
     "plan --model smollm2 --tokens 4096",
     "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",

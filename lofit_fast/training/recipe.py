@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.encoding import Encoded, as_example, encode, encode_prompt, pad_token_id
 from lofit_fast.evaluation import answer_length, check_room, exact_match_accuracy
-from lofit_fast.heads import head_scores, select_heads
+from lofit_fast.heads import head_scores, offset_norms, select_heads
 from lofit_fast.layer import eval_mode
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
@@ -30,12 +31,16 @@ from lofit_fast.training.measure import peak_memory, rates
 from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.probe import settle
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
+from lofit_fast.training.settled import SettledHeads
 from lofit_fast.training.trainer import LofitTrainer
 
 # what of a recipe step 1 does not depend on
 _NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
 
 Examples = Sequence[Example | Mapping[str, str]]
+Component = Literal["scale", "offset"]
+# what step 1 can train, and how a head is scored by it
+SCORES = {"scale": head_scores, "offset": offset_norms}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,32 @@ def fit(
     return stages.tune(run, resume)
 
 
+def select_by_training(
+    model: nn.Module,
+    tokenizer,
+    train: Examples,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: Path | str,
+    component: Component = "scale",
+    engine: Engine | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = True,
+    progress: bool = True,
+) -> RunFolder:
+    """Step 1 alone: the run folder, with `heads`, `scores` and `metrics["select"]`; the model is as it was.
+
+    component: "scale" is LoFiT's; "offset" trains offsets on all heads with the same recipe and scores by their norm.
+    Everything else, errors too, as in `fit`, which goes on with step 2 in a folder of scales.
+    """
+    stages = _Stages(model, tokenizer, recipe or Recipe(), engine or Engine(), train, None, progress, callbacks)
+    stages.check_heads(None)
+    run = RunFolder.open(output_dir, stages.identity(None, component), resume)
+    if run.heads is None:
+        stages.select(run, resume, component)
+    return run
+
+
 class _Stages:
     """Everything the two steps share: encoded data, the recipe, the way a step is trained and measured."""
 
@@ -129,9 +160,13 @@ class _Stages:
                 raise ValueError(f"min_layer is {lowest}, but the given heads are in layers below: {below}")
             LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
 
-    def identity(self, heads: Sequence[Head] | None) -> dict:
+    def identity(self, heads: Sequence[Head] | None, component: Component = "scale") -> dict:
         """What makes two runs the same one."""
-        return {
+        # what few runs have is named by those alone
+        special = {} if component == "scale" else {"component": component}
+        if stops := [callback.settings for callback in self.callbacks if isinstance(callback, SettledHeads)]:
+            special["early_stop"] = stops
+        return special | {
             "recipe": asdict(self.recipe),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
@@ -144,14 +179,14 @@ class _Stages:
             "group_by_length": self.engine.group_by_length,
         }
 
-    def select(self, run: RunFolder, resume: bool) -> None:
+    def select(self, run: RunFolder, resume: bool, component: Component = "scale") -> None:
         """Step 1: leaves the heads and their scores in the run, and the model as it was."""
         recipe = self.recipe
-        handle = patch(self.model, self._config(scale="all"))
+        handle = patch(self.model, self._config(**{component: "all"}))
         try:
             metrics = self._train(handle, run, "select", recipe.select_lr, recipe.select_epochs, recipe.l1, resume)
             handle.save(run.path / "select" / "adapter")
-            scores = head_scores(handle)
+            scores = SCORES[component](handle)
         finally:
             handle.unpatch()
         run.record("select", metrics)
@@ -195,9 +230,15 @@ class _Stages:
         # step 1 scales every layer, and leaves nothing below to keep
         prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
         tokens = sum(len(row["input_ids"]) for row in self.train)
+        steps = math.ceil(len(self.train) / self.recipe.batch_size)
+
+        def done(rows: Sequence[dict]) -> tuple[float, float]:
+            """Examples and tokens of epochs, the last of which may have been cut short."""
+            share = sum(len(row["step_losses"]) for row in rows) / steps
+            return share * len(self.train), share * tokens
 
         def on_epoch(row: dict) -> None:
-            run.append_history({"stage": stage, **row, **rates(len(self.train), tokens, row["seconds"])})
+            run.append_history({"stage": stage, **row, **rates(*done([row]), row["seconds"])})
 
         started = time.perf_counter()
         with (
@@ -221,8 +262,9 @@ class _Stages:
                 data_collator=with_prefix,
             ).train(resume_from_checkpoint=checkpoint)
         # the epochs from the history, so that an interrupted run counts whole
-        seconds = filling + sum(row["seconds"] for row in run.history if row["stage"] == stage)
-        metrics = {"seconds": seconds, **rates(epochs * len(self.train), epochs * tokens, seconds)}
+        rows = [row for row in run.history if row["stage"] == stage]
+        seconds = filling + sum(row["seconds"] for row in rows)
+        metrics = {"seconds": seconds, **rates(*done(rows), seconds)}
         metrics["peak_memory_bytes"] = memory.peak_bytes
         if self.eval_examples:
             metrics["exact_match"] = exact_match_accuracy(

@@ -118,7 +118,8 @@ class _EpochReport(TrainerCallback):
         loss = sum(steps) / len(steps)
         _check_finite(loss, state.epoch)
         self.report = {
-            "epoch": round(state.epoch),
+            # the last may have been cut short
+            "epoch": math.ceil(state.epoch - 1e-6),
             "loss": loss,
             "l1": trainer.l1_term().item(),
             "seconds": seconds,

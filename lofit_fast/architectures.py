@@ -16,6 +16,7 @@ class Architecture:
     model_type: the config's name for it. projection: the output projection's path inside a layer.
     bias_flag: the config attribute that gives the projection a bias, and `biased_siblings` one too; None if the
     family hard-codes it away. export_as: the model_type whose stock code computes the same with such a bias.
+    ffn: the feed-forward block's path inside a layer.
     """
 
     model_type: str
@@ -23,6 +24,7 @@ class Architecture:
     bias_flag: str | None = "attention_bias"
     biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     export_as: str | None = None
+    ffn: str = "mlp"
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -101,6 +103,12 @@ def find_projections(model: nn.Module) -> list[Projection]:
     if len(set(layers)) != len(layers):
         raise ValueError(f"{type(model).__name__} has several decoders ({len(layers)} projections): pass one of them")
     return [_projection(model, config, layer, name) for layer, name in sorted(found)]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, ascending. Raises as `find_projections` does for a model without any."""
+    names = [projection.name.split(".") for projection in find_projections(model)]
+    return [model.get_submodule(".".join(name[: name.index("layers") + 2])) for name in names]
 
 
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:

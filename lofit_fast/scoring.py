@@ -119,6 +119,8 @@ def packing_refusal(model: nn.Module) -> str | None:
         return "attention is bidirectional"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"
+    if any(getattr(module, "depends_on_prompt", False) for module in model.modules()):
+        return "it is edited at the prompts' ends, which one row does not show"
     return None
 
 

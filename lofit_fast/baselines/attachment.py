@@ -10,7 +10,10 @@ from torch import nn
 
 
 class Attachment(Protocol):
-    """A method in a model. `LofitHandle` is one."""
+    """A method in a model. `LofitHandle` is one.
+
+    One that has a term of its own in the loss also has `penalty() -> Tensor`, a scalar; trainers add it.
+    """
 
     model: nn.Module
 

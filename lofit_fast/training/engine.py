@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from lofit_fast.architectures import find_projections
+from lofit_fast.architectures import decoder_layers
 from lofit_fast.training.passes import BlockedProducts
 
 Choice = bool | Literal["auto"]
@@ -65,12 +65,6 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
         if engine.compile is True:
             scopes.enter_context(_compiled(decoder_layers(model)))
         yield
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, ascending. Raises as `find_projections` does for a model without any."""
-    names = [projection.name.split(".") for projection in find_projections(model)]
-    return [model.get_submodule(".".join(name[: name.index("layers") + 2])) for name in names]
 
 
 @contextmanager

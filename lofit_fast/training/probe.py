@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from lofit_fast.architectures import find_projections, fingerprint
+from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.files import write_json
 from lofit_fast.models import cache_folder
 from lofit_fast.patch import LofitHandle
@@ -32,7 +34,7 @@ Batch = Mapping[str, Tensor]
 
 
 def settle(
-    handle: LofitHandle, engine: Engine, batch: Callable[[], Mapping[str, Tensor]], steps: int
+    handle: Attachment, engine: Engine, batch: Callable[[], Mapping[str, Tensor]], steps: int
 ) -> tuple[Engine, str]:
     """(engine without a single "auto", a sentence that says what was chosen and why).
 
@@ -77,7 +79,7 @@ def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[
 class _Timings:
     """Seconds of candidates, from the cache or measured now."""
 
-    def __init__(self, handle: LofitHandle, batch: Batch) -> None:
+    def __init__(self, handle: Attachment, batch: Batch) -> None:
         self.handle, self.batch = handle, batch
         key = json.dumps(_key(handle, batch), sort_keys=True)
         self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -119,7 +121,7 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _key(handle: LofitHandle, batch: Batch) -> dict[str, object]:
+def _key(handle: Attachment, batch: Batch) -> dict[str, object]:
     """Whatever could turn a choice around."""
     ids = batch["input_ids"]
     on_gpu = ids.device.type == "cuda"
@@ -127,9 +129,9 @@ def _key(handle: LofitHandle, batch: Batch) -> dict[str, object]:
         "machine": torch.cuda.get_device_name(ids.device) if on_gpu else f"{platform.machine()} {platform.node()}",
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "model": handle.fingerprint.as_dict(),
+        "model": fingerprint(handle.model, find_projections(handle.model)).as_dict(),
         "dtype": str(next(handle.model.parameters()).dtype),
-        "scales": handle.config.scale is not None,
+        "scales": handle.config.scale is not None if isinstance(handle, LofitHandle) else type(handle).__name__,
         # powers of two
         "rows, length": [ids.shape[0], ids.shape[1].bit_length()],
         "versions": [torch.__version__, transformers.__version__],

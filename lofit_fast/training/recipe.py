@@ -7,8 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,10 +18,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.encoding import Encoded, as_example, encode, encode_prompt, pad_token_id
+from lofit_fast.encoding import as_example, encode, encode_prompt, pad_token_id
 from lofit_fast.evaluation import answer_length, check_room, exact_match_accuracy
 from lofit_fast.heads import head_scores, offset_norms, select_heads
-from lofit_fast.layer import eval_mode
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.collate import CompletionCollator
@@ -32,7 +30,7 @@ from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.probe import settle
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.settled import SettledHeads
-from lofit_fast.training.trainer import LofitTrainer
+from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
 # what of a recipe step 1 does not depend on
 _NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
@@ -242,7 +240,7 @@ class _Stages:
 
         started = time.perf_counter()
         with (
-            _undisturbed(self.model),
+            undisturbed(self.model),
             prepared(self.model, engine),
             peak_memory(next(self.model.parameters()).device) as memory,
             prefix_cached(
@@ -257,8 +255,8 @@ class _Stages:
                 on_epoch=on_epoch,
                 callbacks=list(self.callbacks),
                 args=self._arguments(folder, lr, epochs),
-                train_dataset=_Rows(self.train),
-                eval_dataset=_Rows(self.eval) if self.eval else None,
+                train_dataset=Rows(self.train),
+                eval_dataset=Rows(self.eval) if self.eval else None,
                 data_collator=with_prefix,
             ).train(resume_from_checkpoint=checkpoint)
         # the epochs from the history, so that an interrupted run counts whole
@@ -319,27 +317,3 @@ class _Stages:
         # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Trainer switches modes and the config's cache; a scope after which both are as they were."""
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        with eval_mode(model):
-            yield
-    finally:
-        model.config.use_cache = use_cache
-
-
-class _Rows(torch.utils.data.Dataset):
-    """A list as the Dataset that Trainer asks for."""
-
-    def __init__(self, rows: list[Encoded]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.rows[index]

@@ -1,26 +1,30 @@
-"""transformers.Trainer for one LoFiT step: an L1 term, adapter-only checkpoints, epoch means, and nothing else."""
+"""transformers.Trainer for an attachment: an L1 term, adapter-only checkpoints, epoch means, and nothing else."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast.adapter import fill, read_adapter
-from lofit_fast.patch import LofitHandle
+from lofit_fast.baselines.attachment import Attachment
+from lofit_fast.encoding import Encoded
+from lofit_fast.layer import eval_mode
 from lofit_fast.training.batching import GroupedByLength
 
 
 class LofitTrainer(Trainer):
-    """Trains a handle's vectors; everything else about it is Trainer's.
+    """Trains a handle's vectors, or any attachment's parameters; everything else about it is Trainer's.
 
-    l1: weight of sum |a| over all scales, added to the loss once per optimizer step.
+    handle: checkpoints need a LofitHandle. l1: weight of sum |a| over all of a handle's scales, added to the loss once
+    per optimizer step; so is the `penalty()` of an attachment that has one.
     on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
     term's last value), seconds, step_losses, and eval_loss when there is an evaluation set.
     group_by_length: draw batches of examples of like length, see `GroupedByLength`.
@@ -29,7 +33,7 @@ class LofitTrainer(Trainer):
 
     def __init__(
         self,
-        handle: LofitHandle,
+        handle: Attachment,
         *,
         l1: float = 0.0,
         on_epoch: Callable[[dict], None],
@@ -43,7 +47,7 @@ class LofitTrainer(Trainer):
         report_epochs(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
-        """The model's loss, plus l1 * sum |a| while training."""
+        """The model's loss, plus l1 * sum |a| and the penalty while training."""
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
         if not model.training:
             return result
@@ -51,7 +55,9 @@ class LofitTrainer(Trainer):
         self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
         if loss.device.type == "cpu":
             _check_finite(loss.item(), self.state.epoch)
-        total = loss + self.l1_term() / self.current_gradient_accumulation_steps
+        penalty = getattr(self.handle, "penalty", None)
+        more = self.l1_term() if penalty is None else self.l1_term() + penalty()
+        total = loss + more / self.current_gradient_accumulation_steps
         return (total, result[1]) if return_outputs else total
 
     def l1_term(self) -> Tensor:
@@ -78,6 +84,30 @@ class LofitTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         fill(self.handle, read_adapter(resume_from_checkpoint))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Trainer switches modes and the config's cache; a scope after which both are as they were."""
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        model.config.use_cache = use_cache
+
+
+class Rows(torch.utils.data.Dataset):
+    """A list as the Dataset that Trainer asks for."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
 
 
 class _StepLosses:

@@ -1,0 +1,80 @@
+"""Training any attachment: what LofitTrainer adds for one, and what comes back."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.baselines import jola, red
+from lofit_fast.training import Engine
+from lofit_fast.training.supervised import train_supervised
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+EXAMPLES = [{"prompt": f"q{n % 3}: ", "completion": "abc"[n % 3]} for n in range(12)]
+
+
+def trained(attachment, folder, **options):
+    options = {"lr": 5e-2, "epochs": 3, "batch_size": 4, "progress": False} | options
+    return train_supervised(attachment, tiny_tokenizer(), EXAMPLES, output_dir=folder, **options)
+
+
+def vectors(attachment):
+    return torch.cat([parameter.detach().flatten() for parameter in attachment.parameters()])
+
+
+def test_supervised_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path):
+    attachment = red.attach(tiny_model("llama"))
+    before = attachment.model.config.use_cache
+    result = trained(attachment, tmp_path)
+    assert len(result["loss"]) == 3
+    assert result["loss"][-1] < result["loss"][0]
+    assert result["seconds"] > 0
+    assert not attachment.model.training
+    assert attachment.model.config.use_cache == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_supervised_is_reproducible_from_its_seed(tmp_path):
+    results = []
+    for seed in (1, 1, 2):
+        attachment = jola.attach(tiny_model("llama"))
+        trained(attachment, tmp_path, seed=seed, epochs=1)
+        results.append(vectors(attachment))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_supervised_adds_penalties_to_what_is_minimised_and_not_to_the_loss(tmp_path):
+    gates, losses = [], []
+    for weight in (0.0, 10.0):
+        attachment = jola.attach(tiny_model("llama"), gate_weight=weight)
+        losses.append(trained(attachment, tmp_path, max_grad_norm=1e9)["loss"][0])
+        gates.append(torch.cat([edit.scale_gate.detach() for _, edit in attachment.hosts]))
+    assert (gates[1] < gates[0] - 0.1).all()
+    assert losses[1] < 10
+
+
+def test_supervised_trains_a_handle_with_an_l1_term(tmp_path):
+    norms = []
+    for l1 in (0.0, 10.0):
+        handle = lf.patch(tiny_model("llama"), lf.LofitConfig(scale="all", init_std=0.1))
+        trained(handle, tmp_path, l1=l1, lr=2e-2)
+        norms.append(vectors(handle).abs().mean())
+    assert norms[1] < norms[0] / 2
+
+
+def test_supervised_runs_on_the_engine_it_is_given(tmp_path):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
+    seen = set()
+    handle.model.register_forward_pre_hook(lambda m, _: seen.add(m.config._attn_implementation))
+    trained(handle, tmp_path, epochs=1, engine=Engine(attention="eager", compile=False, packing=False))
+    assert seen == {"eager"}
+
+
+def test_supervised_refuses_what_cannot_be_trained(tmp_path):
+    attachment = red.attach(tiny_model("llama"))
+    with pytest.raises(ValueError, match="empty"):
+        train_supervised(attachment, tiny_tokenizer(), [], lr=1.0, epochs=1, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="tokens long"):
+        long = [{"prompt": "x" * 70, "completion": "y"}]
+        train_supervised(attachment, tiny_tokenizer(), long, lr=1.0, epochs=1, output_dir=tmp_path)

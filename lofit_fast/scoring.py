@@ -53,6 +53,7 @@ def score_choices(
     the mask (max_tokens x (P + max_tokens)), and 256 MiB of logits, whatever the number of questions; a single path
     longer than max_tokens runs alone.
     Where `packing_refusal` gives a reason, it is logged and each choice takes a forward of its own: slow, exact too.
+    A model with a module whose `depends_on_prompt` is true runs every prompt whole, and by itself, before its choices.
     Raises ValueError for a question without choices, a choice without tokens, or a prompt and choice that do not fit
     the model's context.
     """
@@ -73,6 +74,8 @@ def score_choices(
     if reason is not None:
         _log.warning("scoring takes a forward per choice: %s", reason)
     score = _score_packed if reason is None else _score_singly
+    if reason is None and any(getattr(module, "depends_on_prompt", False) for module in model.modules()):
+        score = _score_by_question
     with (
         evaluating(model),
         tqdm(total=sum(map(len, endings)), desc="scoring", disable=not progress, leave=False) as bar,
@@ -119,8 +122,6 @@ def packing_refusal(model: nn.Module) -> str | None:
         return "attention is bidirectional"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"
-    if any(getattr(module, "depends_on_prompt", False) for module in model.modules()):
-        return "it is edited at the prompts' ends, which one row does not show"
     return None
 
 
@@ -203,23 +204,40 @@ def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[in
     shared = _common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        chain = _Tree(shared, list(range(-1, len(shared) - 1)), list(range(len(shared))))
-        _forward(model, chain, prefix, 0, keep=1)
+        _forward(model, _chain(shared), prefix, 0, keep=1)
     prefix.filling = False
-    vocabulary = model.get_output_embeddings().weight
-    max_rows = max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
+    max_rows = _max_rows(model)
     trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
     for tree in _packed(trees, max_tokens, max_rows):
-        nodes = sorted({node for node, *_ in tree.targets})
+        yield from _tree_scores(model, tree, prefix, len(shared))
+
+
+def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tuple[int, int, float]]:
+    """The same, a whole prompt at a time, and then its choices."""
+    max_rows = _max_rows(model)
+    for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
+        prefix = _Prefix()
+        first = _forward(model, _chain(prompt), prefix, 0, keep=1)
+        prefix.filling = False
+        for tree in _trees([[]], [rows], max_tokens, max_rows):
+            for _, choice, value in _tree_scores(model, tree, prefix, len(prompt), first):
+                yield question, choice, value
+
+
+def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) -> Iterator[tuple[int, int, float]]:
+    """Those of a tree's choices. first: (1, vocabulary), the logits of node -1, where a choice begins there."""
+    nodes = sorted({node for node, *_ in tree.targets} - {-1})
+    logits = [] if first is None else [first]
+    if nodes:
         keep = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
         keep[0, nodes] = True
-        logits = _forward(model, tree, prefix, len(shared), keep)
-        row_of = {node: row for row, node in enumerate(nodes)}
-        picked = _log_p(logits, [row_of[node] for node, *_ in tree.targets], [token for _, token, *_ in tree.targets])
-        sums: dict[tuple[int, int], float] = {}
-        for (_, _, question, choice), value in zip(tree.targets, picked, strict=True):
-            sums[question, choice] = sums.get((question, choice), 0.0) + value
-        yield from ((question, choice, value) for (question, choice), value in sums.items())
+        logits.append(_forward(model, tree, prefix, offset, keep))
+    row_of = {node: row for row, node in enumerate(nodes if first is None else [-1, *nodes])}
+    rows, tokens = [row_of[node] for node, *_ in tree.targets], [token for _, token, *_ in tree.targets]
+    sums: dict[tuple[int, int], float] = {}
+    for (_, _, question, choice), value in zip(tree.targets, _log_p(torch.cat(logits), rows, tokens), strict=True):
+        sums[question, choice] = sums.get((question, choice), 0.0) + value
+    yield from ((question, choice, value) for (question, choice), value in sums.items())
 
 
 def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]]:
@@ -229,6 +247,17 @@ def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]
             ids = torch.tensor([prompt + ending[:-1]], device=model.device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(ending)).logits[0]
             yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+
+
+def _chain(tokens: Sequence[int]) -> _Tree:
+    """A tree without branches."""
+    return _Tree(list(tokens), list(range(-1, len(tokens) - 1)), list(range(len(tokens))))
+
+
+def _max_rows(model) -> int:
+    """How many rows of logits a forward may give."""
+    vocabulary = model.get_output_embeddings().weight
+    return max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
 
 
 def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | int) -> Tensor:

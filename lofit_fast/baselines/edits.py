@@ -30,8 +30,7 @@ class Edits:
         hosts: list[tuple[nn.Module, nn.Module]],
         of: Literal["output", "input"] = "output",
     ) -> None:
-        if handle_of(model) is not None or any(name.endswith(f".{CHILD}") for name, _ in model.named_modules()):
-            raise ValueError("the model is edited already: unpatch() what is in it first")
+        check_unedited(model)
         self.model, self.enabled = model, True
         self.hosts = hosts
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -81,6 +80,13 @@ class Edits:
 
     def _before(self, host: nn.Module, args: tuple) -> tuple | None:
         return (getattr(host, CHILD)(args[0]), *args[1:]) if self.enabled else None
+
+
+def check_unedited(model: nn.Module) -> None:
+    """Raise ValueError for a model with LoFiT's vectors, PEFT's layers or edits in it."""
+    ours = handle_of(model) is not None or any(name.endswith(f".{CHILD}") for name, _ in model.named_modules())
+    if ours or hasattr(model, "peft_config"):
+        raise ValueError("the model is edited already: unpatch() what is in it first")
 
 
 @contextmanager

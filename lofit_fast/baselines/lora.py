@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lofit_fast.baselines.edits import seeded
-from lofit_fast.patch import handle_of
+from lofit_fast.baselines.edits import check_unedited, seeded
 
 # PEFT's name for the one adapter there is
 _ADAPTER = "default"
@@ -22,8 +21,7 @@ class Lora:
         from peft import LoraModel
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
-        if handle_of(model) is not None or hasattr(model, "peft_config"):
-            raise ValueError("the model is edited already: unpatch() what is in it first")
+        check_unedited(model)
         self.model = model
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with seeded(seed):

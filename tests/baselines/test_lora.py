@@ -39,11 +39,10 @@ def test_lora_trains_in_float32_on_a_16_bit_model():
 def test_lora_draws_from_its_seed_alone():
     drawn = []
     for before in (0, 1):
+        model = tiny_model("llama")
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        attachment = lora.attach(tiny_model("llama"), seed=5)
+        attachment = lora.attach(model, seed=5)
+        assert torch.equal(torch.get_rng_state(), state)
         drawn.append(torch.cat([parameter.detach().flatten() for parameter in attachment.parameters()]))
-        # tiny_model draws too, from its own seed
-        tiny_model("llama")
-        del state
     assert torch.equal(*drawn)

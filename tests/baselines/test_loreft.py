@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from lofit_fast import scoring
 from lofit_fast.baselines import loreft
 from lofit_fast.baselines.positions import prompt_edges
 from lofit_fast.encoding import IGNORED
-from lofit_fast.evaluation import generate_answers, score_candidates
+from lofit_fast.evaluation import generate_answers
 from lofit_fast.training import CompletionCollator
 from tests.baselines.edited import logits, right_padded, shake
 from tests.tiny import HIDDEN, LAYERS, tiny_model, tokens
@@ -86,19 +87,23 @@ def test_loreft_edits_no_generated_token():
     assert all(answers)
 
 
-def test_loreft_scores_candidates_after_the_prompt():
+@pytest.mark.parametrize("packed", [True, False])
+def test_loreft_scores_choices_after_the_prompt(packed, monkeypatch):
     model, _ = edited(positions=1)
     tokenizer = tiny_tokenizer()
-    prompts, candidates = ["ab", "a longer one"], ["yes", "no"]
-    scores = score_candidates(model, tokenizer, prompts, candidates)
+    prompts, choices = ["ab", "a longer one"], ["yes", "no", "nope", "n"]
+    if not packed:
+        # as for a model that takes no mask of our own
+        monkeypatch.setattr(scoring, "packing_refusal", lambda _: "asked")
+    scores = scoring.score_choices(model, tokenizer, prompts, [choices] * 2)
     for row, prompt in enumerate(prompts):
         start = tokenizer(prompt)["input_ids"]
         plain = by_hand(tiny_model("llama", torch.float64), model, [(0, 0), (0, len(start) - 1)])
-        for column, candidate in enumerate(candidates):
-            ids = start + tokenizer(candidate, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        for column, choice in enumerate(choices):
+            ids = start + tokenizer(choice, add_special_tokens=False)["input_ids"]
             log_p = logits(plain, input_ids=torch.tensor([ids]))[0].log_softmax(-1)
             expected = sum(log_p[n - 1, ids[n]] for n in range(len(start), len(ids)))
-            assert scores[row, column].item() == pytest.approx(expected.item(), rel=1e-6)
+            assert scores[row][column].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_loreft_positions():

@@ -13,7 +13,7 @@ from benchmarks.op_level import measure as op_level
 from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent
 from benchmarks.settings import Row, settled_engine
 from benchmarks.timing import ROUNDS
-from benchmarks.workload import BATCH, task
+from benchmarks.workload import BATCH, POOL, task
 
 STEPS = ("step 1", "step 2")
 # the two sides of every ratio in the summary; the floor and LoRA do not depend on the step
@@ -74,13 +74,13 @@ def _memory(model: str, row: Row, minutes: float) -> Cell:
 
 
 def _core(model: str, options: Options) -> dict:
-    base, _, work = loaded(model, options.data)
+    base, _, work = loaded(model, options.data, size=POOL)
     rounds = options.rounds or ROUNDS
     return step_level.measure(base, work, CORE, rounds=rounds, examples=options.examples)
 
 
 def _peers(model: str, setting: str, compiled: bool, options: Options) -> dict:
-    base, _, work = loaded(model, options.data)
+    base, _, work = loaded(model, options.data, size=POOL)
     # compiling every peer's layers takes longer than timing them: `make bench-full` does
     engine = replace(settled_engine(base, work), compile=compiled)
     rounds = options.rounds or PEER_ROUNDS
@@ -118,5 +118,5 @@ def _losses(model: str, dtype: str, options: Options) -> dict:
 
 
 def _profile(model: str, options: Options) -> dict:
-    base, _, work = loaded(model, options.data)
+    base, _, work = loaded(model, options.data, size=POOL)
     return {"steps": [profile.measure(base, work, row) for row in CORE[:2]]}

@@ -14,7 +14,8 @@ from lofit_fast.training import CompletionCollator
 Collate = Callable[[Sequence[Encoded]], dict[str, Tensor]]
 
 BATCH = 8
-EXAMPLES = 64
+# of whole runs, and what steps are timed on: about the paper's 300, since the fewer the more padding sorting leaves
+EXAMPLES, POOL = 64, 256
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,16 @@ class Workload:
     source: str
 
     def drawn(self, number: int, size: int) -> list[Encoded]:
-        """The examples of round `number`: another `size` of them each round, in no order, the same for everybody."""
-        return random.Random(number).sample(self.rows, min(size, len(self.rows)))
+        """The examples of round `number`: another `size` of them each round, in no order, the same for everybody.
+
+        They are those of some of the batches that an epoch over all rows has when it is grouped by length, so that
+        sorting them again gives these batches: a round is a part of an epoch, not a small epoch with more padding.
+        """
+        draw = random.Random(number)
+        by_length = _by_length(self.rows)
+        batches = [by_length[i : i + BATCH] for i in range(0, len(by_length), BATCH)]
+        rows = [row for batch in draw.sample(batches, min(-(-size // BATCH), len(batches))) for row in batch]
+        return draw.sample(rows, min(size, len(rows)))
 
     def describe(self) -> dict:
         """The source, the number of examples, and their mean tokens and labelled tokens."""
@@ -61,12 +70,16 @@ def grouped_batches(rows: Sequence[Encoded], pad: int, collate: Collate | None =
 
     collate: another collator than the engine's plain one.
     """
-    return _batches(sorted(rows, key=lambda row: len(row["input_ids"])), pad, collate)
+    return _batches(_by_length(rows), pad, collate)
 
 
 def real_tokens(rows: Sequence[Encoded]) -> int:
     """Tokens that are not padding."""
     return sum(len(row["input_ids"]) for row in rows)
+
+
+def _by_length(rows: Sequence[Encoded]) -> list[Encoded]:
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
 
 
 def _batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:

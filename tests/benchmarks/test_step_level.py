@@ -80,6 +80,18 @@ def test_both_settings_batch_the_same_examples(work):
     assert sum(b["input_ids"].numel() for b in grouped) < sum(b["input_ids"].numel() for b in stock)
 
 
+def test_a_round_is_made_of_an_epochs_batches(work):
+    def lengths(batches):
+        return sorted(tuple(sorted(batch["attention_mask"].sum(1).tolist())) for batch in batches)
+
+    epoch = lengths(grouped_batches(work.rows, work.pad))
+    for number in range(3):
+        drawn = work.drawn(number, 16)
+        assert set(lengths(grouped_batches(drawn, work.pad))) <= set(epoch)
+        ordered = [len(row["input_ids"]) for row in drawn]
+        assert ordered != sorted(ordered)
+
+
 def _rows(batch):
     return zip(batch["input_ids"], batch["attention_mask"], strict=True)
 

@@ -29,7 +29,7 @@ bench = typer.Typer(help="What the paths cost: predicted, or timed here.", no_ar
 app.add_typer(bench, name="bench")
 out, err = Console(), Console(stderr=True)
 
-_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 
 Model = Annotated[
     str,
@@ -82,6 +82,7 @@ def _command(*examples: str, to: typer.Typer = app, name: str | None = None) -> 
 @_command(
     "train --model smollm2 --output runs/kinship",
     "train --model smollm2 --task clutrr --data DIR --train-size 300 --top 0.1 --output runs/clutrr",
+    "train --model smollm2 --task truthfulqa --data DIR --top 0.1 --output runs/truthfulqa",
     "train --model meta-llama/Llama-3.2-1B --data my.jsonl --top 32 --output runs/mine",
     "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
 )
@@ -100,6 +101,7 @@ def train(
     select_epochs: Annotated[int | None, typer.Option(help="Epochs of step 1.")] = None,
     tune_epochs: Annotated[int | None, typer.Option(help="Epochs of step 2.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step.")] = None,
+    beta: Annotated[float, typer.Option(help="Of DPO, which tasks of preferences (truthfulqa) train with.")] = 0.5,
     accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")] = 42,
@@ -119,9 +121,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
+    from lofit_fast.evaluation import judge
     from lofit_fast.heads import read_heads
     from lofit_fast.models import load_model
     from lofit_fast.training import Engine, fit
+    from lofit_fast.training.dpo import fit_preferences
     from lofit_fast.training.profile import ProfileSteps
     from lofit_fast.training.report import write_summary
 
@@ -137,20 +141,24 @@ def train(
     fixed = None if heads is None else read_heads(heads)
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = _load_task(name, data, tokenizer, train_size=train_size, seed=seed)
-    result = fit(
-        base,
-        tokenizer,
-        examples.train,
-        recipe,
-        output_dir=output,
-        engine=engine,
-        eval_data=examples.validation or None,
-        heads=fixed,
-        callbacks=[ProfileSteps(output)] if profile else (),
-        resume=resume,
-        progress=not as_json,
-    )
-    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe)
+    common = {"output_dir": output, "heads": fixed, "resume": resume, "progress": not as_json}
+    judged = {}
+    if examples.preferences:
+        # the engine's knobs are of completions
+        result = fit_preferences(base, tokenizer, examples.preferences, recipe, beta=beta, **common)
+        judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
+    else:
+        result = fit(
+            base,
+            tokenizer,
+            examples.train,
+            recipe,
+            engine=engine,
+            eval_data=examples.validation or None,
+            callbacks=[ProfileSteps(output)] if profile else (),
+            **common,
+        )
+    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, **judged)
     _show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
 
 
@@ -189,6 +197,7 @@ def sweep(
 @_command(
     "eval --model smollm2 --task kinship",
     "eval --model smollm2 --adapter runs/kinship/adapter --task kinship --json",
+    "eval --model smollm2 --task truthfulqa --data DIR",
 )
 def eval(
     model: Model,

@@ -38,7 +38,7 @@ def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> P
         if "eval_loss" in rows[0]:
             axis.plot(epochs, [row["eval_loss"] for row in rows], color="tab:orange", marker="s", label="validation")
         axis.set_xticks(range(max(epochs) + 1))
-        axis.set(xlabel="epoch", ylabel="loss per labelled token", title=_STEP_NAMES[stage])
+        axis.set(xlabel="epoch", ylabel="loss", title=_STEP_NAMES[stage])
         axis.legend(frameon=False)
     figure.suptitle(title)
     return save_figure(figure, path)

@@ -415,3 +415,18 @@ def test_sweep_runs_them_and_fails_at_the_end(grid, tmp_path):
     assert "error: 1 of 2 runs failed: top=99" in result.stderr
     grid.write_text(grid.read_text().replace("top =", "tpo ="))
     assert "did you mean top?" in error_of("sweep", grid, "--output", tmp_path / "sweep")
+
+
+def test_truthfulqa_is_trained_with_dpo_and_judged_by_choices(model, tmp_path):
+    pytest.importorskip("trl")
+    from tests.tasks.test_truthfulqa import TRAIN, write
+
+    about = ("--model", model, "--task", "truthfulqa", "--data", write(tmp_path, validation=TRAIN[:3]))
+    run = tmp_path / "run"
+    summary = as_json("train", *about, "--train-size", "4", "--beta", "0.2", "--output", run, *QUICK)
+    assert json.loads((run / "state.json").read_text())["identity"]["beta"] == 0.2
+    assert (run / "loss.png").is_file()
+    report = as_json("eval", *about, "--adapter", run / "adapter", "--dtype", "float32", "--device", "cpu")
+    assert (report["task"], report["examples"]) == ("truthfulqa", 3)
+    assert {key: report[key] for key in ("mc1", "mc2")} == {key: summary[key] for key in ("mc1", "mc2")}
+    assert 0 < report["mc2"] < 1

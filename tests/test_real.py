@@ -135,3 +135,26 @@ def test_real_equals_the_hook_in_float64(model, batch):
     finally:
         # exact: every one of these float64 was a float32
         model.float()
+
+
+def test_the_reference_of_dpo_is_an_untouched_copy(loaded, model):
+    datasets = pytest.importorskip("datasets")
+    tokenizer, copy = loaded[1], load_model("smollm2", dtype="float32", device="cpu")[0]
+    texts = {
+        "prompt": ["Q: What is the capital of France? A:", "Q: Can pigs fly? A:"],
+        "chosen": [" Paris.", " No, pigs have no wings."],
+        "rejected": [" Rome, as far as I know.", " Yes."],
+    }
+    handle = lf.patch(model, CONFIG)
+    randomize(handle)
+    done = handle.reference_logprobs(datasets.Dataset.from_dict(texts), tokenizer)
+    for side in ("chosen", "rejected"):
+        for prompt, answer, got in zip(texts["prompt"], texts[side], done[f"ref_{side}_logps"], strict=True):
+            row = encode(tokenizer, {"prompt": prompt, "completion": answer}, None)
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+            both = []
+            for one in (copy, model):
+                with torch.no_grad():
+                    logp = one(ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+                both.append(logp.gather(1, ids[0, 1:, None])[labels[1:] != -100].sum().item())
+            assert abs(got - both[0]) <= 1e-3 < abs(got - both[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from lofit_fast.architectures import find_projections, fingerprint, text_config
 from lofit_fast.baselines.attachment import Attachment
@@ -42,6 +43,7 @@ def train_dpo(
     max_grad_norm: float = 1.0,
     max_length: int | None = None,
     on_epoch: Callable[[dict], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> dict:
     """Train an attachment's parameters with DPO against the model it is attached to.
@@ -49,8 +51,9 @@ def train_dpo(
     -log sigmoid(beta ((log p - log p_ref)(chosen) - (log p - log p_ref)(rejected))), mean over a batch, + l1 * sum |a|.
     One rejected answer per question and epoch, see `draw_rejected`; AdamW without decay, a learning rate that falls
     linearly to 0. The reference is computed once with the attachment disabled: no second model is loaded.
-    on_epoch: called with a dict after every epoch, as by `LofitTrainer`. max_length: longest prompt and answer in
-    tokens; None means the model's context. output_dir: TRL's; nothing is kept in it.
+    on_epoch: called with a dict after every epoch, as by `LofitTrainer`. callbacks: of transformers' Trainer.
+    max_length: longest prompt and answer in tokens; None means the model's context. output_dir: TRL's; nothing is kept
+    in it.
     Returns {"seconds", "loss": [mean of each epoch, without the L1 term]}; the references are part of the seconds.
     Raises ImportError without TRL, ValueError for no preferences, no epochs or a pair that is too long,
     FloatingPointError when training diverges. The model is left as it was but for the parameters.
@@ -86,6 +89,7 @@ def train_dpo(
             [[index[pair] for pair in enumerate(epoch)] for epoch in drawn],
             l1=l1,
             on_epoch=report,
+            callbacks=list(callbacks),
             args=_arguments(model, output_dir, lr, epochs, beta, batch_size, seed, max_grad_norm, progress),
             processing_class=tokenizer,
         ).train()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
@@ -60,6 +61,7 @@ class AttachmentDPOTrainer(ReferencedDPOTrainer):
         *,
         l1: float,
         on_epoch: Callable[[dict], None],
+        callbacks: Sequence[TrainerCallback],
         args,
         processing_class,
     ) -> None:
@@ -71,6 +73,7 @@ class AttachmentDPOTrainer(ReferencedDPOTrainer):
         super().__init__(
             attachment.model,
             args=args,
+            callbacks=callbacks,
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
             # the sampler knows the epoch whose batches are being made

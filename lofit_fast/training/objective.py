@@ -86,6 +86,7 @@ def _preferences_step1(
             seed=recipe.seed,
             output_dir=output_dir,
             max_grad_norm=recipe.max_grad_norm,
+            max_length=recipe.max_length,
             callbacks=callbacks,
             progress=progress,
         )

@@ -23,8 +23,9 @@ from lofit_fast.training.batching import GroupedByLength
 class LofitTrainer(Trainer):
     """Trains a handle's vectors, or any attachment's parameters; everything else about it is Trainer's.
 
-    handle: checkpoints need a LofitHandle. l1: weight of sum |a| over all of a handle's scales, added to the loss once
-    per optimizer step; so is the `penalty()` of an attachment that has one.
+    handle: checkpoints need a LofitHandle. l1: weight of sum |a| over all of a handle's scales, or over the offsets
+    of one without scales, added to the loss once per optimizer step; so is the `penalty()` of an attachment that has
+    one.
     on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
     term's last value), seconds, step_losses, and eval_loss when there is an evaluation set.
     group_by_length: draw batches of examples of like length, see `GroupedByLength`.
@@ -62,12 +63,13 @@ class LofitTrainer(Trainer):
 
     def l1_term(self) -> Tensor:
         """l1 * sum |a|, a scalar."""
-        layers = getattr(self.handle, "layers", {})
-        scales = [layer.scale for layer in layers.values() if layer.scale is not None]
-        if not self.l1 or not scales:
+        layers = getattr(self.handle, "layers", {}).values()
+        scales = [layer.scale for layer in layers if layer.scale is not None]
+        vectors = scales or [layer.offset for layer in layers if layer.offset is not None]
+        if not self.l1 or not vectors:
             return torch.zeros((), device=self.args.device)
         # one norm over all layers instead of one kernel per layer
-        return self.l1 * torch.cat([scale.flatten() for scale in scales]).abs().sum()
+        return self.l1 * torch.cat([vector.flatten() for vector in vectors]).abs().sum()
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -106,6 +106,19 @@ def test_saliency_in_micro_batches(tmp_path):
     assert shapes == [3] * 4
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_preferences_through_trl(name, tmp_path):
+    pytest.importorskip("trl")
+    model = tiny_model("llama")
+    recipe = lf.Recipe(top=12, batch_size=3, select_epochs=4)
+    found = select(name, tmp_path, PREFERENCES, recipe=recipe, model=model)
+    assert found.scores.min() > 0
+    assert lf.handle_of(model) is None
+    # with every head among the top heads the third look, after 6 of 16 steps, is the last
+    whole = select("lofit", tmp_path / "whole", PREFERENCES, recipe=recipe, model=model)
+    assert found.scores.allclose(whole.scores) == (name == "lofit")
+
+
 def log_p(model, prompt, answer):
     row = encode(tiny_tokenizer(), Example(prompt, answer), None)
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])

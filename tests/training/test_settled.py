@@ -108,6 +108,15 @@ def test_offsets_and_scales_do_not_share_a_folder(tmp_path):
     assert not by_offset.scores.allclose(by_scale)
 
 
+def test_offsets_on_all_heads_are_penalised_as_scales_are(tmp_path):
+    options = {"output_dir": tmp_path, "progress": False, "component": "offset", "resume": False}
+    plain, penalised = (
+        select_by_training(tiny_model("llama"), tiny_tokenizer(), EXAMPLES, lf.Recipe(l1=l1), **options).scores
+        for l1 in (0.0, 1.0)
+    )
+    assert penalised.max() < plain.min()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lofit_fast import cli_plan, cli_select
+from lofit_fast import cli_paper, cli_plan, cli_select
 from lofit_fast.cli_select import parse_top
 from lofit_fast.config import RECIPES, Recipe
 
@@ -369,6 +369,7 @@ _command(
     "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
 )(cli_plan.plan)
 _command("autotune --model smollm2 --tokens 1024 --tokens 4096")(cli_plan.autotune)
+_command("paper --data DIR --quick", "paper --data DIR --budget 60", "paper --report-only")(cli_paper.paper)
 _command("bench roofline --device H100", to=bench, name="roofline")(cli_plan.bench_roofline)
 
 

@@ -1,0 +1,56 @@
+"""Is one method better than another on the same questions? The paired bootstrap, and mean and spread over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+RESAMPLES = 10_000
+_STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+# of a block of draws, so that many questions take little memory
+_BLOCK = 1000
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 42
+) -> float:
+    """Two-sided p-value of "the two do equally well", from resampled questions (Efron and Tibshirani 1993, ch. 16).
+
+    first, second: a number per question, in the same order. The mean difference is resampled around zero; p is the
+    share of resamples at least as far from zero as what was seen, counting what was seen as one: never 0.
+    Raises ValueError for no questions, or another number of them.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"expected hits of the same questions, got {len(first)} and {len(second)}")
+    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    seen = difference.mean().abs()
+    centred = difference - difference.mean()
+    draw = torch.Generator().manual_seed(seed)
+    as_far = 0
+    for start in range(0, resamples, _BLOCK):
+        count = min(_BLOCK, resamples - start)
+        questions = torch.randint(len(centred), (count, len(centred)), generator=draw)
+        # equal differences must not fall apart by rounding
+        as_far += int((centred[questions].mean(1).abs() >= seen - 1e-12).sum())
+    return (as_far + 1) / (resamples + 1)
+
+
+def stars(p: float) -> str:
+    """* below 0.05, ** below 0.01, *** below 0.001, nothing otherwise."""
+    return next((text for limit, text in _STARS if p < limit), "")
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation over seeds; no spread for a single one. Raises ValueError for none."""
+    if not values:
+        raise ValueError("expected at least one value, got none")
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def mean_hits(results: Sequence[dict]) -> list[float]:
+    """Per question, the mean over results of several seeds. Raises ValueError when they answer other questions."""
+    if len({len(result["hits"]) for result in results}) != 1:
+        raise ValueError("expected results on the same questions")
+    return [statistics.fmean(hits) for hits in zip(*(result["hits"] for result in results), strict=True)]

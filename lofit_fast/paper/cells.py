@@ -1,0 +1,110 @@
+"""A cell: one method on one task with one seed, the JSON file it leaves, and the folder those files lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from lofit_fast.files import writable_folder, write_text
+
+Options = tuple[tuple[str, object], ...]
+VALIDATION, TUNING = "validation", "tuning"
+# the metric a table shows, by which settings are chosen and which `hits` are of: the first that a task has
+MAIN_METRICS = ("exact_match", "mc1")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything a result depends on, and nothing of the tables it goes into.
+
+    model, task: a name of `load_model` and of `TASKS`. method: a key of `METHODS`. seed: of the training data drawn,
+    the initial vectors and the order. train_size, n_validation: examples, both as counts. epochs: of each step.
+    selector: how LoFiT's heads are chosen, a key of `SELECTORS`. heads_from, heads_size: the task they are chosen on,
+    and how many of its examples; "" and 0 for its own. options: hyperparameters that differ from the method's defaults,
+    by name. outside: other tasks the trained model is judged on, and n_outside questions of each. split: what it is
+    judged by; "tuning" is set aside from the training data.
+    """
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    train_size: int
+    n_validation: int
+    epochs: int
+    selector: str = ""
+    heads_from: str = ""
+    heads_size: int = 0
+    options: Options = ()
+    outside: tuple[str, ...] = ()
+    n_outside: int = 0
+    split: str = VALIDATION
+
+    def spec(self) -> dict[str, object]:
+        """The cell as JSON holds it."""
+        return {**asdict(self), "options": dict(self.options), "outside": list(self.outside)}
+
+    @property
+    def name(self) -> str:
+        """The name of its file: readable, and told from every other cell's by a digest of all it is."""
+        digest = hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:10]
+        heads = "-".join(part for part in (self.selector, self.heads_from and f"of-{self.heads_from}") if part)
+        parts = [Path(self.model).name, self.task, self.method, heads, f"seed{self.seed}", f"n{self.train_size}"]
+        parts += [f"{key}={value}" for key, value in self.options] + [self.split] * (self.split != VALIDATION)
+        return re.sub(r"[^\w.=-]+", "_", ".".join(part for part in parts if part))[:120] + f".{digest}"
+
+
+def as_options(options: Mapping[str, object]) -> Options:
+    """A mapping as a cell holds it, in the order of the names."""
+    return tuple(sorted((key, tuple(v) if isinstance(v, list) else v) for key, v in options.items()))
+
+
+def main_metric(metrics: Mapping[str, float]) -> str:
+    """The name of the metric that a table shows. Raises ValueError when there is none."""
+    for name in MAIN_METRICS:
+        if name in metrics:
+            return name
+    raise ValueError(f"expected one of {', '.join(MAIN_METRICS)} among the metrics, got {sorted(metrics)}")
+
+
+class CellFolder:
+    """The finished cells of a folder: written whole or not at all, and never changed afterwards."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._read: dict[str, dict] = {}
+
+    def result(self, cell: Cell) -> dict | None:
+        """What a finished cell holds, or None. Raises ValueError for a file that is not whole JSON."""
+        path = self.path / f"{cell.name}.json"
+        if cell.name not in self._read and path.is_file():
+            try:
+                self._read[cell.name] = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not whole JSON: {error}") from error
+        return self._read.get(cell.name)
+
+    def write(self, cell: Cell, result: Mapping[str, object]) -> None:
+        """Keep a finished cell. result: what `Executor` returns."""
+        writable_folder(self.path)
+        content = {"cell": cell.spec(), **result}
+        write_text(self.path / f"{cell.name}.json", _readable(content))
+        self._read[cell.name] = json.loads(json.dumps(content))
+
+
+def cell_of(spec: Mapping[str, object]) -> Cell:
+    """The cell that `Cell.spec` came from. Raises ValueError for another set of keys."""
+    expected = {field.name for field in fields(Cell)}
+    if spec.keys() != expected:
+        raise ValueError(f"expected a cell of {sorted(expected)}, got {sorted(spec)}")
+    return Cell(**{**spec, "options": as_options(spec["options"]), "outside": tuple(spec["outside"])})
+
+
+def _readable(content: object) -> str:
+    """Indented JSON with lists of numbers on one line: hundreds of hits would be hundreds of lines."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"

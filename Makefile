@@ -7,7 +7,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format aot mutants sanitize bench bench-gpu bench-full real clean
+.PHONY: help demo test lint format aot mutants sanitize bench bench-gpu bench-full paper-quick real clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -71,6 +71,9 @@ bench-full: $(STAMP) ## every cell of the benchmark, however long it takes; goes
 # no $(STAMP): a GPU machine is taken as found, with the torch and Triton that it has, and no network
 bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)
 	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+paper-quick: $(STAMP) ## the paper's tables and figures on few examples, in 20 minutes; DATA=DIR; goes on if interrupted
+	$(BIN)/lofit-fast paper --quick $(if $(DATA),--data $(DATA)) $(ARGS)
 
 real: $(STAMP) ## everything on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'

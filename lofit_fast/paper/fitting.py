@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.config import RECIPES, Head, Recipe
-from lofit_fast.evaluation import judge, score_candidates
+from lofit_fast.evaluation import score_candidates
 from lofit_fast.files import write_json
 from lofit_fast.heads import select_heads
 from lofit_fast.paper.cells import Cell
@@ -63,6 +64,8 @@ class Fitted:
         """(metrics, a hit per question) of the model as it now is."""
         if self.judged is not None:
             return {"exact_match": sum(self.judged) / len(self.judged)}, self.judged
+        from lofit_fast.evaluation import judge
+
         judgement = judge(bench.model, bench.tokenizer, task)
         return judgement.metrics, [float(hit) for hit in judgement.hits]
 
@@ -208,8 +211,6 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
         write_json(path, content)
     content = json.loads(path.read_text())
     if cell.selector == "lofit":
-        import torch
-
         return select_heads(torch.tensor(content["scores"]), recipe.top, recipe.min_layer), content["seconds"]
     return [tuple(pair) for pair in content["heads"]], content["seconds"]
 

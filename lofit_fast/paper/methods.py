@@ -25,12 +25,12 @@ class Facts:
 
 
 TASKS: dict[str, Facts] = {
-    "clutrr": Facts("CLUTRR", 11.0, 3.0, closed=True),
-    "mquake": Facts("MQuAKE", 20.0, 6.0),
-    "truthfulqa": Facts("TruthfulQA", 4.0, 2.0, written=False),
-    "kinship": Facts("kinship", 11.0, 4.0, closed=True, needs_data=False),
-    "triviaqa": Facts("TriviaQA", 20.0, 6.0, outside=True),
-    "nq_open": Facts("NQ-open", 20.0, 6.0, outside=True),
+    "clutrr": Facts("CLUTRR", 10.0, 6.5, closed=True),
+    "mquake": Facts("MQuAKE", 20.0, 6.5),
+    "truthfulqa": Facts("TruthfulQA", 7.0, 12.0, written=False),
+    "kinship": Facts("kinship", 20.0, 6.5, closed=True, needs_data=False),
+    "triviaqa": Facts("TriviaQA", 20.0, 6.5, outside=True),
+    "nq_open": Facts("NQ-open", 20.0, 6.5, outside=True),
     "mmlu": Facts("MMLU", 8.0, 4.0, written=False, outside=True),
 }
 

@@ -1,0 +1,49 @@
+"""The parts of tasks that cells train on and are judged by."""
+
+import pytest
+
+from lofit_fast.paper.cells import TUNING, VALIDATION
+from lofit_fast.paper.data import TaskData, survey
+
+SIZES = {"train_size": 12, "n_judged": 9}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return TaskData(None)
+
+
+def test_all_seeds_are_judged_by_the_same_questions(data):
+    first, second = (data.part("kinship", **SIZES, seed=seed, split=VALIDATION) for seed in (42, 43))
+    assert first.validation == second.validation
+    assert first.train != second.train
+    assert (len(first.train), len(first.validation)) == (12, 9)
+    assert data.part("kinship", **SIZES, seed=42, split=VALIDATION) == first
+
+
+def test_a_smaller_draw_is_part_of_a_larger_one(data):
+    small = data.part("kinship", **SIZES, seed=42, split=VALIDATION).train
+    large = data.part("kinship", train_size=40, n_judged=9, seed=42, split=VALIDATION).train
+    assert all(example in large for example in small)
+
+
+def test_tuning_never_sees_what_is_set_aside_nor_validation(data):
+    whole = data.whole("kinship")
+    count = len(whole.train)
+    part = data.part("kinship", train_size=count - 9, n_judged=9, seed=42, split=TUNING)
+    assert all(example in whole.train for example in part.validation)
+    kept, aside = ({id(example) for example in examples} for examples in (part.train, part.validation))
+    assert len(kept) == count - 9 and not kept & aside
+    other = data.part("kinship", **SIZES, seed=43, split=TUNING)
+    assert other.validation == part.validation
+
+
+def test_survey_counts_and_refuses(tmp_path):
+    found = survey(("kinship",), None)
+    assert found.train["kinship"] > 100 and found.validation["kinship"] > 50 and found.outside == ()
+    (tmp_path / "mmlu.jsonl").write_text("")
+    assert survey(("kinship",), tmp_path).outside == ("mmlu",)
+    with pytest.raises(ValueError, match="got the tasks mmlu, nothing, expected some of clutrr"):
+        survey(("nothing", "mmlu"), None)
+    with pytest.raises(ValueError, match="clutrr: expected the folder"):
+        survey(("clutrr", "kinship"), None)

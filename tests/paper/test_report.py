@@ -103,7 +103,7 @@ def test_missing_cells_are_blank_and_counted(tmp_path):
     assert by_method["0-shot"][0] == "20.8"
     text = (tmp_path / "report.md").read_text()
     assert re.search(r"\n3 of \d+ cells are finished", text)
-    assert re.search(r"\n14 of 17 cells are missing", text)
+    assert re.search(r"\n15 of 18 cells are missing", text)
     assert "ZeroDivisionError" in text
 
 

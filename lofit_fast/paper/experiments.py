@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lofit_fast.paper.cells import Cell, as_options
-from lofit_fast.paper.methods import METHODS, SELECTOR_LABELS, TASKS, applies
+from lofit_fast.paper.methods import LOFIT_DEFAULTS, METHODS, SELECTOR_LABELS, TASKS, applies
 from lofit_fast.paper.settings import EXPERIMENTS, FIRST_SEED, Settings
 
 CONTROLS = ("majority", "constrained", "five_shot")
@@ -145,7 +145,9 @@ def _sizes(plan: Plan) -> Iterator[Slot]:
 def _tops(plan: Plan) -> Iterator[Slot]:
     for task in plan.of(plan.settings.sweep_tasks):
         for top in plan.settings.tops:
-            cells = plan.cells("lofit", task, options=as_options({"top": top}))
+            # untuned, the default number of heads is the main cell's
+            known = not plan.settings.n_tuning and top == LOFIT_DEFAULTS["top"]
+            cells = plan.cells("lofit", task, options=() if known else as_options({"top": top}))
             yield Slot("tops", plan.settings.models[0], task, top, cells)
 
 

@@ -39,11 +39,11 @@ def peers(setting: str) -> list[Row]:
 def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
     """The cells of `make bench`, or of `make bench-full`, by falling importance."""
     models = [model for model in MODELS if model in models]
-    cells = [Cell(f"{model}/steps", partial(_core, model), minutes) for model, minutes in _each(models, 5, 7.5)]
+    cells = [Cell(f"{model}/steps", partial(_core, model), minutes) for model, minutes in _each(models, 5, 9.5)]
     for row in MEMORY:
-        cells += [_memory(model, row, minutes) for model, minutes in _each(models, 0.7, 1.0)]
-    cells += [Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 2, 2)]
-    cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 2.5, 2.5)]
+        cells += [_memory(model, row, minutes) for model, minutes in _each(models, 0.6, 0.8)]
+    cells += [Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 1, 1)]
+    cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 1, 1.4)]
     cells += [Cell(f"{model}/sweep", partial(sweep.measure, model), 5) for model in models[:1]]
     for name in whole_run.RUNS:
         cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for model in models]

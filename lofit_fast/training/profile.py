@@ -26,7 +26,7 @@ _WITHIN = (
 _KINDS = (
     ("attention", re.compile(r"scaled_dot_product|flash_attention|softmax|::bmm|::baddbmm|flex_attention")),
     ("GEMM", re.compile(r"::mm$|::addmm|::matmul|linear|gemm|::_int_mm", re.IGNORECASE)),
-    ("fused by the compiler", re.compile(r"fused|Torch-Compiled|CompiledFunction|Inductor|^triton_|^cpp_")),
+    ("fused by the compiler", re.compile(r"fused|Torch-Compiled|Compiled(Function|FxGraph)|Inductor|^triton_|^cpp_")),
     ("elementwise and copies", re.compile(r"^aten::|^lofit")),
 )
 _OTHER = "Python, autograd and waiting"

@@ -111,7 +111,8 @@ def _finish(axes, xlabel: str, ylabel: str, title: str) -> None:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, fontsize=9)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        # beside the data: among bars there is no room that is always free
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     else:
         axes.text(0.5, 0.5, _NO_DATA, ha="center", transform=axes.transAxes)
     axes.set_ylim(bottom=0)

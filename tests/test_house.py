@@ -116,6 +116,7 @@ ORDER = {
     "lofit_fast.training": [
         "batching",
         "collate",
+        "arguments",
         "passes",
         "engine",
         "probe",

@@ -23,6 +23,7 @@ from lofit_fast.layer import eval_mode
 from lofit_fast.patch import handle_of, load, patch
 from lofit_fast.reference import reference_logprobs
 from lofit_fast.tasks.task import Example, Preference
+from lofit_fast.training.arguments import training_arguments
 from lofit_fast.training.measure import peak_memory
 from lofit_fast.training.recipe import FitResult
 from lofit_fast.training.run import RunFolder, data_digest, weights_digest
@@ -90,7 +91,17 @@ def train_dpo(
             l1=l1,
             on_epoch=report,
             callbacks=list(callbacks),
-            args=_arguments(model, output_dir, lr, epochs, beta, batch_size, seed, max_grad_norm, progress),
+            args=_arguments(
+                model,
+                output_dir,
+                beta,
+                lr=lr,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                max_grad_norm=max_grad_norm,
+                progress=progress,
+            ),
             processing_class=tokenizer,
         ).train()
     return {"seconds": time.perf_counter() - started, "loss": [row["loss"] for row in rows]}
@@ -255,35 +266,21 @@ def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
             model.forward = forward
 
 
-def _arguments(model, output_dir, lr, epochs, beta, batch_size, seed, max_grad_norm, progress: bool):
+def _arguments(model: nn.Module, output_dir: Path | str, beta: float, **options):
     from trl import DPOConfig
 
     # TRL and transformers disagree on the name of a switch that is off here
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        arguments = DPOConfig(
-            output_dir=str(output_dir),
-            per_device_train_batch_size=batch_size,
-            learning_rate=lr,
-            num_train_epochs=epochs,
+        return training_arguments(
+            model,
+            output_dir,
+            kind=DPOConfig,
+            **options,
             beta=beta,
             precompute_ref_log_probs=True,
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="epoch",
             max_length=None,
             disable_dropout=False,
             # the model's own dtype, and no layer computed twice
             bf16=False,
             gradient_checkpointing=False,
-            remove_unused_columns=False,
-            disable_tqdm=not progress,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
         )
-    # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

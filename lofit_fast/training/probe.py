@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from lofit_fast.architectures import find_projections, fingerprint
 from lofit_fast.baselines.attachment import Attachment
+from lofit_fast.encoding import Encoded
 from lofit_fast.files import write_json
 from lofit_fast.models import cache_folder
 from lofit_fast.patch import LofitHandle
+from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 
 # a shorter run is over before a probe pays back
@@ -53,6 +56,20 @@ def settle(
     engine = replace(engine, attention=name, packing=packing)
     compiled = "compiled" if engine.compile else "not compiled"
     return engine, f"engine: {name} attention, layers {compiled} ({why})"
+
+
+def settle_on(
+    attachment: Attachment, engine: Engine, rows: Sequence[Encoded], pad: int, batch_size: int, epochs: int
+) -> tuple[Engine, str]:
+    """`settle` for epochs over encoded examples, on a batch of middling length. pad: the token that fills it up."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
+
+    def batch() -> dict[str, Tensor]:
+        device = next(attachment.model.parameters()).device
+        return {key: value.to(device) for key, value in CompletionCollator(pad)(middle).items()}
+
+    return settle(attachment, engine, batch, epochs * math.ceil(len(rows) / batch_size))
 
 
 def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[Engine, str]:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -23,11 +22,12 @@ from lofit_fast.evaluation import answer_length, check_room, exact_match_accurac
 from lofit_fast.heads import head_scores, offset_norms, select_heads
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
+from lofit_fast.training.arguments import training_arguments
 from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.measure import peak_memory, rates
 from lofit_fast.training.prefix import prefix_cached
-from lofit_fast.training.probe import settle
+from lofit_fast.training.probe import settle_on
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
 from lofit_fast.training.settled import SettledHeads
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
@@ -223,8 +223,11 @@ class _Stages:
     def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
         folder = run.path / stage
         checkpoint = last_checkpoint(folder) if resume else None
-        engine = self._settled(handle, epochs)
-        collator = CompletionCollator(pad_token_id(self.tokenizer), packed=engine.packing)
+        pad = pad_token_id(self.tokenizer)
+        engine, why = settle_on(handle, self.engine, self.train, pad, self.recipe.batch_size, epochs)
+        if self.progress:
+            print(why, file=sys.stderr)
+        collator = CompletionCollator(pad, packed=engine.packing)
         # step 1 scales every layer, and leaves nothing below to keep
         prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
         tokens = sum(len(row["input_ids"]) for row in self.train)
@@ -275,45 +278,21 @@ class _Stages:
             )
         return metrics
 
-    def _settled(self, handle: LofitHandle, epochs: int) -> Engine:
-        """The engine with every "auto" decided on a batch of middling length."""
-        size = self.recipe.batch_size
-        rows = sorted(self.train, key=lambda row: len(row["input_ids"]))
-        middle = rows[max(0, (len(rows) - size) // 2) :][:size]
-
-        def batch() -> dict[str, Tensor]:
-            made = CompletionCollator(pad_token_id(self.tokenizer))(middle)
-            return {key: value.to(next(self.model.parameters()).device) for key, value in made.items()}
-
-        engine, why = settle(handle, self.engine, batch, epochs * math.ceil(len(rows) / size))
-        if self.progress:
-            print(why, file=sys.stderr)
-        return engine
-
     def _arguments(self, folder: Path, lr: float, epochs: int) -> TrainingArguments:
         recipe = self.recipe
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=recipe.batch_size // recipe.accumulation_steps,
+        return training_arguments(
+            self.model,
+            folder,
+            lr=lr,
+            epochs=epochs,
+            batch_size=recipe.batch_size // recipe.accumulation_steps,
+            seed=recipe.seed,
+            max_grad_norm=recipe.max_grad_norm,
+            progress=self.progress,
             gradient_accumulation_steps=recipe.accumulation_steps,
             per_device_eval_batch_size=recipe.eval_batch_size,
-            learning_rate=lr,
-            num_train_epochs=epochs,
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            max_grad_norm=recipe.max_grad_norm,
-            seed=recipe.seed,
             eval_strategy="epoch" if self.eval else "no",
             save_strategy="epoch",
             save_total_limit=1,
-            logging_strategy="epoch",
             prediction_loss_only=True,
-            remove_unused_columns=False,
-            disable_tqdm=not self.progress,
-            use_cpu=next(self.model.parameters()).device.type == "cpu",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
         )
-        # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments

@@ -1,7 +1,8 @@
-"""Products in blocks of rows, where oneDNN would leave cores idle: a rewrite of a compiled layer's graph.
+"""Products in blocks of rows, where oneDNN is slow: a rewrite of a compiled layer's graph.
 
-For some shapes oneDNN spreads a 16-bit product of middling size over a part of the cores only, and the same rows in two
-or three blocks take half the time. Which shapes those are is measured on the present machine, when one is first met.
+On two cores oneDNN ran some 16-bit products of middling size at half the rate of smaller and of larger ones, as if on one
+core; the same rows in two blocks took little more than half the time. Which shapes those are is measured on the present
+machine, when one is first met, so two processes may choose otherwise, and differ by rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-# rows and columns of a product for which it was seen; beyond them the whole product was never slower
+# rows and columns of a product around those for which it was seen
 _ROWS, _COLUMNS = (513, 1535), (256, 1280)
 _BLOCKS = (1, 2, 3)
 # row counts share a measurement with those next to them

@@ -1,8 +1,8 @@
 """Products in blocks of rows, where oneDNN is slow: a rewrite of a compiled layer's graph.
 
-On two cores oneDNN ran some 16-bit products of middling size at half the rate of smaller and of larger ones, as if on one
-core; the same rows in two blocks took little more than half the time. Which shapes those are is measured on the present
-machine, when one is first met, so two processes may choose otherwise, and differ by rounding.
+On two cores oneDNN ran some 16-bit products of middling size at half the rate of smaller and of larger ones, as if on
+one core; the same rows in two blocks took little more than half the time. Which shapes those are is measured on the
+present machine, when one is first met, so two processes may choose otherwise, and differ by rounding.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ def sweep(
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so.
     The model and the data are loaded once. Runs that differ only in what the choice of heads or step 2 depends on
     (top, min_layer, tune_lr, tune_epochs) share one training of step 1, kept in `step1/`: such a run is, bit for bit
-    where layers are not compiled, the run that trains its own. Each run is a run folder `runs/<name>`; with resume on, a finished one is not run
-    again, and an interrupted one goes on. A run that fails is recorded with its error, and the others go on.
-    Writes sweep.json, sweep.csv and sweep.md after every run, so that a killed sweep has them too, and sweep.png.
+    where layers are not compiled, the run that trains its own. Each run is a run folder `runs/<name>`; with resume on,
+    a finished one is not run again, and an interrupted one goes on. A run that fails is recorded with its error, and
+    the others go on. Writes sweep.json, sweep.csv and sweep.md after every run, so that a killed sweep has them too,
+    and sweep.png.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
     Raises ValueError or OSError for a folder, a model or data that cannot be used.

@@ -62,15 +62,17 @@ def workload(tokenizer, data: str | Path | None, size: int = EXAMPLES) -> Worklo
 def stock_batches(rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
     """As a stock Trainer makes them: in the order they come, right-padded, labels over the whole width."""
     kept = ("input_ids", "attention_mask", "labels")
-    return [{key: batch[key] for key in kept} for batch in _batches(rows, pad)]
+    collate = CompletionCollator(pad, pad_to_multiple_of=1)
+    return [{key: batch[key] for key in kept} for batch in _batches(rows, collate)]
 
 
 def grouped_batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:
-    """As our engine makes them: examples of like length together, logits where there is a label.
+    """As our engine makes them: examples of like length together, the longest first, logits where there is a label.
 
     collate: another collator than the engine's plain one.
     """
-    return _batches(_by_length(rows), pad, collate)
+    batches = _batches(_by_length(rows), collate or CompletionCollator(pad))
+    return batches[-1:] + batches[:-1]
 
 
 def real_tokens(rows: Sequence[Encoded]) -> int:
@@ -82,6 +84,5 @@ def _by_length(rows: Sequence[Encoded]) -> list[Encoded]:
     return sorted(rows, key=lambda row: len(row["input_ids"]))
 
 
-def _batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:
-    collate = collate or CompletionCollator(pad)
+def _batches(rows: Sequence[Encoded], collate: Collate) -> list[dict[str, Tensor]]:
     return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lofit_fast.attention import GROUPED, register
 from lofit_fast.files import whole_folder, write_json
 from lofit_kernels.measured import cache_folder
 
@@ -71,8 +72,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """ "eager" where the backward of torch's fused CPU attention is slower than plain products: 16 bits on a CPU."""
-    return "eager" if device.type == "cpu" and dtype != torch.float32 else "sdpa"
+    """GROUPED where the backward of torch's fused CPU attention is slower than plain products: 16 bits on a CPU."""
+    return GROUPED if device.type == "cpu" and dtype != torch.float32 else "sdpa"
 
 
 def load_model(
@@ -96,6 +97,7 @@ def load_model(
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     attention = best_attention(device, dtype) if attention == "auto" else attention
     source = resolve(name)
+    register()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_fast.architectures import ARCHITECTURES, text_config
+from lofit_fast.attention import GROUPED
 from lofit_fast.encoding import encode_prompt
 from lofit_fast.patch import evaluating
 
@@ -116,7 +117,7 @@ def packing_refusal(model: nn.Module) -> str | None:
     attention = config._attn_implementation
     if config.model_type not in ARCHITECTURES:
         return f"it is not known whether model_type {config.model_type!r} obeys a mask of our own"
-    if attention not in ("eager", "sdpa"):
+    if attention not in ("eager", "sdpa", GROUPED):
         return f"attention {attention!r} takes no mask of our own: load the model with eager or sdpa"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"

@@ -42,6 +42,7 @@ ORDER = {
     "lofit_fast": [
         "config",
         "architectures",
+        "attention",
         "files",
         "layer",
         "folding",
@@ -126,6 +127,7 @@ ORDER = {
         "prefix_store",
         "stand_ins",
         "prefix",
+        "heap",
         "trainer",
         "dpo_trainer",
         "settled",

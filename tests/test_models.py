@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from lofit_fast import models
+from lofit_fast.attention import GROUPED
 from lofit_fast.evaluation import generate_answers
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
@@ -159,8 +160,8 @@ def test_best_device(monkeypatch, accelerator, expected):
     ("device", "dtype", "expected"),
     [
         ("cpu", torch.float32, "sdpa"),
-        ("cpu", torch.bfloat16, "eager"),
-        ("cpu", torch.float16, "eager"),
+        ("cpu", torch.bfloat16, GROUPED),
+        ("cpu", torch.float16, GROUPED),
         ("cuda", torch.bfloat16, "sdpa"),
         ("cuda", torch.float32, "sdpa"),
     ],
@@ -169,10 +170,13 @@ def test_best_attention(device, dtype, expected):
     assert models.best_attention(torch.device(device), dtype) == expected
 
 
-def test_attention_is_passed_on(folder):
-    for asked, expected in (("eager", "eager"), ("auto", "sdpa")):
-        model, _ = models.load_model(str(folder), dtype="float32", device="cpu", attention=asked)
-        assert model.config._attn_implementation == expected
+@pytest.mark.parametrize(
+    ("dtype", "asked", "expected"),
+    [("float32", "eager", "eager"), ("float32", "auto", "sdpa"), ("bfloat16", "auto", GROUPED)],
+)
+def test_attention_is_passed_on(folder, dtype, asked, expected):
+    model, _ = models.load_model(str(folder), dtype=dtype, device="cpu", attention=asked)
+    assert model.config._attn_implementation == expected
 
 
 def test_cache_folder(monkeypatch, tmp_path):

@@ -10,8 +10,10 @@ _BLUR = 0.05
 
 
 class GroupedByLength(Sampler[int]):
-    """Indices such that each run of batch_size of them has examples of like length; the batches come in random order.
+    """Indices such that each run of batch_size of them has examples of like length.
 
+    The batches come in random order, but for the one with the longest example, which comes first: what does not fit
+    the memory fails at once, and the memory that the longest batch needed is enough for the others.
     lengths: tokens per example. batch_size: examples per optimizer step; within one, micro-batches are sorted too.
     Sorts the whole epoch, not parts of it; the rest that fills no batch comes last and has any length. Every example
     once per epoch, as many batches as without grouping, the same order for the same (seed, epoch) in any process.
@@ -40,4 +42,7 @@ class GroupedByLength(Sampler[int]):
         left = by_length[start : start + rest]
         batches = torch.cat((by_length[:start], by_length[start + rest :])).view(-1, self.batch_size)
         order = torch.randperm(len(batches), generator=draw)
+        if len(batches):
+            longest = self.lengths[batches].amax(1).argmax()
+            order = torch.cat((longest[None], order[order != longest]))
         return iter([*batches[order].flatten().tolist(), *left.tolist()])

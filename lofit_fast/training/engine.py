@@ -12,6 +12,7 @@ import torch._inductor.config
 from torch import nn
 
 from lofit_fast.architectures import decoder_layers
+from lofit_fast.attention import register
 from lofit_fast.training.passes import BlockedProducts
 
 Choice = bool | Literal["auto"]
@@ -24,7 +25,7 @@ _GRAPHS = 64
 class Engine:
     """The knobs of speed. None of them changes a result beyond rounding, except that grouping picks other batches.
 
-    attention: transformers' attn_implementation ("sdpa", "eager", "flash_attention_2", ...), or "auto".
+    attention: transformers' attn_implementation ("sdpa", "flash_attention_2", ...), our "lofit_grouped", or "auto".
     compile: torch.compile each decoder layer, one graph for all batch lengths; True, False or "auto".
     group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
     packing: lay a batch's examples end to end in one row instead of padding them; True, False or "auto".
@@ -69,6 +70,7 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: nn.Module, name: str) -> Iterator[None]:
+    register()
     # a model shares one config among its modules, a multimodal one has several
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from lofit_fast.architectures import find_projections, fingerprint
+from lofit_fast.attention import GROUPED
 from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.encoding import Encoded
 from lofit_fast.files import write_json
@@ -29,7 +30,7 @@ from lofit_fast.training.engine import Engine, prepared
 FEWEST_STEPS = 40
 # seconds of steps below which compiling, which takes about a minute, is not even tried
 LEAST_TO_COMPILE = 240.0
-_ATTENTIONS = {"cpu": ("eager", "sdpa")}
+_ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
 _REPEATS = 3
 
 Timing = dict[str, float]

@@ -18,6 +18,7 @@ from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.encoding import Encoded
 from lofit_fast.layer import eval_mode
 from lofit_fast.training.batching import GroupedByLength
+from lofit_fast.training.heap import release_free_memory
 
 
 class LofitTrainer(Trainer):
@@ -141,6 +142,8 @@ class _EpochReport(TrainerCallback):
         self.report: dict | None = None
 
     def on_epoch_begin(self, args, state, control, **_):
+        if args.device.type == "cpu":
+            release_free_memory()
         self.started = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **_):

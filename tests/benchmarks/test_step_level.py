@@ -77,7 +77,9 @@ def test_both_settings_batch_the_same_examples(work):
     assert "logits_to_keep" in grouped[0]
     seen = [sorted(tuple(r[m.bool()].tolist()) for b in bs for r, m in _rows(b)) for bs in (stock, grouped)]
     assert seen[0] == seen[1]
-    assert sum(b["input_ids"].numel() for b in grouped) < sum(b["input_ids"].numel() for b in stock)
+    # the engine's widths are multiples of 8
+    rounded = sum(len(b["input_ids"]) * -(-b["input_ids"].shape[1] // 8) * 8 for b in stock)
+    assert sum(b["input_ids"].numel() for b in grouped) < rounded
 
 
 def test_a_round_is_made_of_an_epochs_batches(work):

@@ -45,6 +45,12 @@ def test_grouping_is_random_but_repeatable():
     assert {frozenset(batch) for batch in drawn()} != {frozenset(batch) for batch in drawn(epoch=1)}
 
 
+def test_grouping_begins_with_the_longest_batch():
+    for epoch in range(5):
+        longest = [max(LENGTHS[i] for i in batch) for batch in drawn(epoch)[:-1]]
+        assert longest[0] == max(longest)
+
+
 def test_grouping_leaves_out_any_length_for_the_last_batch():
     rests = {min(LENGTHS[i] for i in drawn(epoch)[-1]) for epoch in range(8)}
     assert len(rests) > 2

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from lofit_fast.attention import GROUPED, register
 from lofit_fast.encoding import IGNORED
 from lofit_fast.training import CompletionCollator
 from tests.tiny import tiny_model, tokens
 
-COLLATE = CompletionCollator(0)
+register()
+COLLATE = CompletionCollator(0, pad_to_multiple_of=1)
 # (tokens, labelled tokens) of each row
 SHAPES = ((11, 3), (5, 1), (9, 4))
 
@@ -87,7 +89,7 @@ def test_collate_refuses_a_batch_without_labels():
         COLLATE([{"input_ids": [5, 6], "labels": [IGNORED, IGNORED]}])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", GROUPED])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_packed_examples_see_nothing_of_each_other(family, attention):
     model = tiny_model(family)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lofit_fast as lf
+from lofit_fast.attention import GROUPED
 from lofit_fast.training import CompletionCollator, Engine, probe
 from lofit_fast.training.probe import settle
 from tests.tiny import tokens
@@ -17,9 +18,9 @@ def measured(monkeypatch, tmp_path):
     """Pretended timings instead of real ones; the list of what was measured."""
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
     table = {
-        ("eager", False): {"first": 1.0, "step": 1.0},
+        (GROUPED, False): {"first": 1.0, "step": 1.0},
         ("sdpa", False): {"first": 1.0, "step": 2.0},
-        ("eager", True): {"first": 60.0, "step": 0.7},
+        (GROUPED, True): {"first": 60.0, "step": 0.7},
     }
     seen = []
 
@@ -40,10 +41,10 @@ def handle(llama):
     ("engine", "steps", "chosen", "looked_at"),
     [
         (Engine(), 39, ("sdpa", False), 0),
-        (Engine(), 240, ("eager", False), 2),
-        (Engine(), 1000, ("eager", True), 3),
-        (Engine(compile=False), 1000, ("eager", False), 2),
-        (Engine(attention="eager"), 1000, ("eager", True), 2),
+        (Engine(), 240, (GROUPED, False), 2),
+        (Engine(), 1000, (GROUPED, True), 3),
+        (Engine(compile=False), 1000, (GROUPED, False), 2),
+        (Engine(attention=GROUPED), 1000, (GROUPED, True), 2),
         (Engine(attention="sdpa", compile=True), 1000, ("sdpa", True), 0),
     ],
 )

@@ -1,0 +1,71 @@
+"""Attention in plain products, for CPUs: nothing is expanded, and queries, keys and values are all that is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+GROUPED = "lofit_grouped"
+
+
+def register() -> None:
+    """Make GROUPED a name that transformers knows, as it knows "eager" and "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(GROUPED, grouped_attention)
+    AttentionMaskInterface.register(GROUPED, eager_mask)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T + mask) v, with one product for all query heads that share their keys.
+
+    query: (B, H, Q, D). key, value: (B, G, K, D), H a multiple of G; all of one floating dtype. attention_mask: added
+    to the scores, broadcast to (B, H, Q, K). scaling: D^-0.5 unless given. softcap: scores s become
+    softcap tanh(s / softcap) before the mask (arXiv:2408.00118). dropout: of the weights, while the module trains.
+    Returns (B, Q, H, D), and None for the weights: the backward pass computes them again, one product of six more,
+    so that no (B, H, Q, K) tensor is kept. Signature and shapes are those of transformers' AttentionInterface.
+    Raises ValueError for attention sinks.
+    """
+    if options.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, which attention {GROUPED!r} does not know")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    arguments = query, key, value, attention_mask, scaling, dropout if module.training else 0.0, softcap
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
+        return checkpoint(_attend, *arguments, use_reentrant=False), None
+    return _attend(*arguments), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    rows = batch * groups, heads // groups * length
+    products = torch.bmm(query.reshape(*rows, width), key.reshape(-1, keys, width).transpose(1, 2))
+    scores = products.view(batch, heads, length, keys) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.dropout(nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype), dropout)
+    mixed = torch.bmm(weights.view(*rows, keys), value.reshape(-1, keys, value.shape[-1]))
+    return mixed.view(batch, heads, length, -1).transpose(1, 2).contiguous()

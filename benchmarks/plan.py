@@ -45,16 +45,20 @@ def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
     cells += [Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 1, 1)]
     cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 1, 1.4)]
     cells += [Cell(f"{model}/sweep", partial(sweep.measure, model), 5) for model in models[:1]]
-    for name in whole_run.RUNS:
-        cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for model in models]
-    cells += [Cell("ops", op_level, 2)]
-    cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5) for model in models]
-    cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5) for model in models]
     cells += [Cell(f"{model}/profile", partial(_profile, model), 1) for model in models]
-    shown = models if full else models[:1]
-    for dtype in ("float32", "auto"):
-        cells += [Cell(f"{model}/losses {dtype}", partial(_losses, model, dtype), 3.5) for model in shown]
-    return cells + (_more(models) if full else [])
+    cells += _losses_of(models[:1])
+    # one model's whole before the next one's
+    for model in models:
+        cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for name in whole_run.RUNS]
+        cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5)]
+        cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5)]
+        cells += [Cell("ops", op_level, 2)] if model == models[0] else []
+    return cells + (_losses_of(models[1:]) + _more(models) if full else [])
+
+
+def _losses_of(models: list[str]) -> list[Cell]:
+    dtypes = ("float32", "auto")
+    return [Cell(f"{model}/losses {dtype}", partial(_losses, model, dtype), 4) for model in models for dtype in dtypes]
 
 
 def _more(models: list[str]) -> list[Cell]:

@@ -84,6 +84,19 @@ def test_collate_has_nothing_to_predict_the_first_token_with():
     assert batch["shift_labels"].tolist() == ids[1:]
 
 
+@pytest.mark.parametrize(("length", "width"), [(7, 8), (8, 8), (9, 16)])
+def test_widths_are_multiples_of_8(length, width, llama):
+    ids = tokens(1, length)[0].tolist()
+    rows = [{"input_ids": ids, "labels": ids}, {"input_ids": ids[:5], "labels": ids[:5]}]
+    wide, narrow = CompletionCollator(0)(rows), COLLATE(rows)
+    shapes = {tuple(wide[key].shape) for key in ("input_ids", "attention_mask", "labels", "logits_to_keep")}
+    assert shapes == {(2, width)}
+    assert wide["shift_labels"].equal(narrow["shift_labels"])
+    with torch.no_grad():
+        losses = [llama(**batch, use_cache=False).loss.item() for batch in (wide, narrow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_collate_refuses_a_batch_without_labels():
     with pytest.raises(ValueError, match="no labels"):
         COLLATE([{"input_ids": [5, 6], "labels": [IGNORED, IGNORED]}])

@@ -14,12 +14,14 @@ from lofit_fast.adapter import check_fits, fill, read_adapter, save_adapter
 from lofit_fast.architectures import Projection, find_projections, fingerprint
 from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.folding import ModelFold, decoder_of
+from lofit_fast.head import keep_head_input_whole, whole_head_input
 from lofit_fast.layer import LofitLinear, eval_mode
 from lofit_fast.merge import check_mergeable, merge_into_base
 from lofit_fast.reference import reference_logprobs
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.utils.hooks import RemovableHandle
 
 
 class LofitHandle:
@@ -36,6 +38,7 @@ class LofitHandle:
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self._fold: ModelFold | None = None
+        self._head: RemovableHandle | None = None
         self._live = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -108,6 +111,8 @@ class LofitHandle:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self._fold.remove()
+        if self._head is not None:
+            self._head.remove()
         self._live = False
         return self.model
 
@@ -134,6 +139,7 @@ class LofitHandle:
                 setattr(projection.parent, projection.attribute, layer)
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self._fold = ModelFold(decoder, list(self.layers.values()))
+        self._head = keep_head_input_whole(self.model)
         self._live = True
 
     def check_live(self) -> None:
@@ -185,7 +191,8 @@ def handle_of(model: nn.Module) -> LofitHandle | None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
     handle = handle_of(model)
-    with eval_mode(model), torch.no_grad() if handle is None else handle.folded():
+    without_grad = torch.no_grad() if handle is None else handle.folded()
+    with eval_mode(model), whole_head_input(model), without_grad:
         yield
 
 

@@ -46,6 +46,7 @@ ORDER = {
         "files",
         "layer",
         "folding",
+        "head",
         "heads",
         "adapter",
         "merge",

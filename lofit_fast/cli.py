@@ -162,10 +162,15 @@ def train(
     _show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
 
 
-@_command("sweep grid.toml --output sweeps/mine", "sweep grid.toml --output sweeps/mine --dry-run")
+@_command(
+    "sweep grid.toml --output sweeps/mine",
+    "sweep grid.toml --output sweeps/mine --jobs 2",
+    "sweep grid.toml --output sweeps/mine --dry-run",
+)
 def sweep(
     grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept.")],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes, each with a base. On a CPU one per core.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
     as_json: Json = False,
@@ -183,7 +188,7 @@ def sweep(
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
     else:
-        rows = run_sweep(plan, output, resume=resume, progress=not as_json)
+        rows = run_sweep(plan, output, jobs=jobs, resume=resume, progress=not as_json)
     if as_json:
         print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
     else:

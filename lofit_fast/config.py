@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Head = tuple[int, int]
@@ -57,6 +57,10 @@ def _pair(component: str, item: object) -> Head:
     return layer, head
 
 
+# which heads are kept of its scores, and step 2
+_NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the two steps are trained. The defaults are the paper's (arXiv:2406.01563, section 4 and appendix).
@@ -104,6 +108,10 @@ class Recipe:
                 f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
             )
         check_top(self.top)
+
+    def of_step1(self) -> dict[str, object]:
+        """The settings that step 1 depends on: those with the same train the same scales."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_STEP1}
 
 
 def check_top(top: int | float) -> None:

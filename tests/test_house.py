@@ -139,6 +139,8 @@ ORDER = {
         "selection",
         "report",
         "grid",
+        "sweep_run",
+        "workers",
         "sweep",
     ],
 }

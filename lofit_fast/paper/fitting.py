@@ -27,8 +27,7 @@ from lofit_fast.tasks.task import Task, exact_match
 from lofit_fast.training.engine import Engine
 
 SHOTS = 5
-# of a recipe, what the scores of step 1 do not depend on
-_NOT_OF_SCORES = ("top", "min_layer", "tune_lr", "tune_epochs")
+# of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
 
 
@@ -192,9 +191,9 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
         recipe = recipe_of(cell, cell.heads_from)
         part = {"train_size": cell.heads_size, "n_judged": 1, "seed": cell.seed, "split": cell.split}
         task = bench.data.part(cell.heads_from, **part)
-    dropped = _NOT_OF_SCORES if cell.selector == "lofit" else _NOT_OF_HEADS
     learnt = cell.heads_size if cell.heads_from else cell.train_size
-    kept = {key: value for key, value in asdict(recipe).items() if key not in dropped}
+    of_heads = {key: value for key, value in asdict(recipe).items() if key not in _NOT_OF_HEADS}
+    kept = recipe.of_step1() if cell.selector == "lofit" else of_heads
     # what is set aside for tuning changes what is drawn from the rest
     aside = cell.n_validation if cell.split != "validation" else 0
     identity = [cell.model, cell.heads_from or cell.task, cell.selector, cell.split, aside, learnt, kept]

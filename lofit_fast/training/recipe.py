@@ -32,9 +32,6 @@ from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, wei
 from lofit_fast.training.settled import SettledHeads
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
-# what of a recipe step 1 does not depend on
-_NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
-
 Examples = Sequence[Example | Mapping[str, str]]
 Component = Literal["scale", "offset"]
 # what step 1 can train, and how a head is scored by it
@@ -192,9 +189,7 @@ class _Stages:
 
     def adopt(self, run: RunFolder, folder: Path) -> None:
         """Step 1 from the one that runs of the same settings share, trained there first if none has."""
-        identity = self.identity(None)
-        for name in _NOT_OF_STEP1:
-            del identity["recipe"][name]
+        identity = self.identity(None) | {"recipe": self.recipe.of_step1()}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         shared = RunFolder.open(folder / digest, identity, resume=True)
         if shared.heads is None:

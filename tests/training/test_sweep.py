@@ -13,7 +13,7 @@ from lofit_fast.tasks import load_task
 from lofit_fast.training import engine as engine_module
 from lofit_fast.training import recipe as recipe_module
 from lofit_fast.training import report as report_module
-from lofit_fast.training import sweep as sweep_module
+from lofit_fast.training import sweep_run as run_module
 from lofit_fast.training.grid import parse_grid
 from lofit_fast.training.sweep import failures, sweep
 from tests.tiny import tiny_model
@@ -131,18 +131,18 @@ def test_finished_runs_are_kept_and_new_ones_added(data, tmp_path, trainings):
 
 
 def test_an_interrupted_sweep_goes_on(data, tmp_path, trainings, monkeypatch):
-    fit, grid = sweep_module.fit, grid_of(data, tune_lr=[1e-2, 2e-2])
+    fit, grid = run_module.fit, grid_of(data, tune_lr=[1e-2, 2e-2])
 
     def interrupted(*args, output_dir, **options):
         if output_dir.name == "tune_lr=0.02":
             raise KeyboardInterrupt
         return fit(*args, output_dir=output_dir, **options)
 
-    monkeypatch.setattr(sweep_module, "fit", interrupted)
+    monkeypatch.setattr(run_module, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(grid, tmp_path)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 1
-    monkeypatch.setattr(sweep_module, "fit", fit)
+    monkeypatch.setattr(run_module, "fit", fit)
     trainings.clear()
     assert [row["status"] for row in run(grid, tmp_path)] == ["done", "done"]
     assert trainings == [("tune", 2e-2)]
@@ -180,14 +180,14 @@ def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch):
     # the compiler proper adds minutes and no graphs
     monkeypatch.setattr(engine_module, "BACKEND", "eager")
     model, graphs = tiny_model("llama"), []
-    fit = sweep_module.fit
+    fit = run_module.fit
 
     def counted(*args, **options):
         result = fit(*args, **options)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    monkeypatch.setattr(sweep_module, "fit", counted)
+    monkeypatch.setattr(run_module, "fit", counted)
     # what other tests have compiled would serve here too
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]

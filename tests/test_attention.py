@@ -44,6 +44,30 @@ def test_grouped_attention_is_its_equation(groups, queries, options):
     torch.testing.assert_close(out, by_head(query, key, value, mask, **options))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("queries", [15, 16, 20])
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.3}, {"softcap": 1.5}], ids=["plain", "scaled", "capped"])
+def test_grouped_attention_of_a_prompt_is_its_equation(groups, queries, options):
+    query, key, value = drawn(groups=groups, queries=queries, keys=24, requires_grad=False)
+    mask = torch.full((2, 1, queries, 24), float("-inf"), dtype=torch.float64).triu(1 + 24 - queries)
+    out, _ = grouped_attention(MODULE, query, key, value, mask, **options)
+    assert out.shape == (2, queries, 4, 8) and out.is_contiguous()
+    torch.testing.assert_close(out, by_head(query, key, value, mask, **options))
+
+
+def test_a_prompt_makes_no_scores_and_one_token_no_fused_call(monkeypatch):
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(query, *args, **options):
+        calls.append(query.shape[2])
+        return fused(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for queries in (1, 15, 16, 64):
+        grouped_attention(MODULE, *drawn(queries=queries, keys=64, requires_grad=False), None)
+    assert calls == [16, 64]
+
+
 def test_grouped_attention_gradcheck():
     mask = torch.full((1, 1, 5, 5), float("-inf"), dtype=torch.float64).triu(1)
     torch.autograd.gradcheck(lambda q, k, v: grouped_attention(MODULE, q, k, v, mask, softcap=2.0)[0], drawn())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from benchmarks import losses, memory, prefix, profile, step_level, sweep, whole_run
+from benchmarks import generation, losses, memory, prefix, profile, step_level, sweep, whole_run
 from benchmarks.cells import Cell, Options
 from benchmarks.loading import MODELS, loaded
 from benchmarks.op_level import measure as op_level
@@ -50,6 +50,7 @@ def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
     # one model's whole before the next one's
     for model in models:
         cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for name in whole_run.RUNS]
+        cells += [Cell(f"{model}/generation", partial(_generation, model), 2)]
         cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5)]
         cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5)]
         cells += [Cell("ops", op_level, 2)] if model == models[0] else []
@@ -108,6 +109,13 @@ def _scoring(model: str, options: Options) -> dict:
         raise Absent(f"multiple-choice scoring is not in this checkout: {error}") from error
     base, tokenizer, _ = loaded(model, options.data)
     return measure(base, tokenizer, rounds=options.rounds or ROUNDS)
+
+
+def _generation(model: str, options: Options) -> dict:
+    base, tokenizer, work = loaded(model, options.data)
+    prompts = [example.prompt for example in task(options.data).train[: generation.PROMPTS]]
+    engine = replace(settled_engine(base, work), compile=False)
+    return generation.measure(base, tokenizer, prompts, rounds=options.rounds or PEER_ROUNDS, engine=engine)
 
 
 def _whole(model: str, provider: str, options: Options) -> dict:

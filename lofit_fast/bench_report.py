@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
         *(_picture(title, path) for title, path in pictures.items()),
         _profiles(results),
         _losses(results),
+        _generation(results),
         _warm(results),
         _ops(results),
         _missing(results),
@@ -101,6 +103,16 @@ def _losses(results: BenchResults) -> str:
     ]
     heads = ("model", "dtype", "mean loss per epoch", "ours against the hook, same batches", "hook, another order")
     return _section("Losses, every accelerator on", heads, rows)
+
+
+def _generation(results: BenchResults) -> str:
+    rows = [
+        (name.partition("/")[0], label(row), row["setting"], f"{statistics.median(row['seconds']):.2f} s")
+        for name, cell in results.cells.items()
+        if name.endswith("/generation")
+        for row in cell.get("rows", [])
+    ]
+    return _section("Generation, 16 tokens for 16 prompts", ("model", "method", "setting", "median"), rows)
 
 
 def _warm(results: BenchResults) -> str:

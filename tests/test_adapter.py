@@ -12,7 +12,7 @@ from lofit_fast import LofitConfig, handle_of, load, patch
 from lofit_fast import adapter as adapter_module
 from lofit_fast.adapter import CONFIG_FILE, TENSOR_FILE, read_adapter
 from tests.hook import randomize
-from tests.test_patch import SOME, logits, snapshot
+from tests.patching import SOME, logits, snapshot
 from tests.tiny import HEAD_DIM, tiny_model
 
 BOTH = LofitConfig(scale=[(1, 2), (0, 0)], offset=SOME, init_std=2e-3, seed=5)

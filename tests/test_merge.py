@@ -9,8 +9,8 @@ from torch import nn
 from lofit_fast import LofitConfig, export, handle_of, patch, verify_export
 from lofit_fast.merge import TOLERANCE, merged_tensors
 from tests.hook import randomize
+from tests.patching import SOME, logits, relative, snapshot
 from tests.test_architectures import other_family
-from tests.test_patch import SOME, logits, relative, snapshot
 from tests.tiny import tiny_model
 
 CONFIGS = {

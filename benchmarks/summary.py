@@ -46,6 +46,7 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
     summary |= _one("mc_scoring_speedup", scoring.get("speedup"))
     if sweep:
         summary |= _one("sweep_speedup", sweep.get("speedup"))
+        summary |= _one("sweep_jobs_speedup", sweep.get("speedup_jobs"))
     missing = {"steps": steps, "prefix cache": prefix, "scoring": scoring}
     reasons = {name: (cell or {}).get("absent", "not measured") for name, cell in missing.items() if not _whole(cell)}
     return {**summary, "absent": reasons}

@@ -23,7 +23,8 @@ def measure(model: str, options: Options) -> dict:
     """Wall-clock of each, from the first command to the last adapter, no evaluation in any; once.
 
     One training at a time has all threads. jobs: processes of the sweep that has several, one per thread as far as
-    there is a step 1 for each; 1 on a GPU. speedup: separate runs over the fastest sweep, without an interval.
+    there is a step 1 for each; 1 on a GPU. speedup, speedup_jobs: separate runs over the sweep in one process, and in
+    `jobs`; without an interval.
     """
     examples = task(options.data).train[:EXAMPLES]
     rows = [{key: asdict(one)[key] for key in ("prompt", "completion")} for one in examples]
@@ -39,9 +40,14 @@ def measure(model: str, options: Options) -> dict:
         "seconds": {"separate": separate, **swept},
         "runs_per_hour": {name: 3600 * len(separate) / seconds for name, seconds in total.items()},
         "jobs": jobs,
-        "speedup": {"median": total["separate"] / min(swept.values()), "low": None, "high": None},
+        "speedup": _times(total["separate"], swept["sweep --jobs 1"]),
+        "speedup_jobs": _times(total["separate"], swept[f"sweep --jobs {jobs}"]),
         "runs": {"seed": SEEDS, "tune_lr": TUNE_LRS, "epochs": EPOCHS, "examples": len(rows)},
     }
+
+
+def _times(separate: float, swept: float) -> dict[str, float | None]:
+    return {"median": separate / swept, "low": None, "high": None}
 
 
 def _train(model: str, folder: Path, seed: int, tune_lr: float) -> float:

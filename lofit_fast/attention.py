@@ -1,4 +1,4 @@
-"""Attention in plain products, for CPUs: nothing is expanded, and queries, keys and values are all that is kept."""
+"""Attention for CPUs: in training plain products, with nothing expanded and only queries, keys and values kept."""
 
 from __future__ import annotations
 

@@ -106,13 +106,17 @@ def _losses(results: BenchResults) -> str:
 
 
 def _generation(results: BenchResults) -> str:
-    rows = [
-        (name.partition("/")[0], label(row), row["setting"], f"{statistics.median(row['seconds']):.2f} s")
-        for name, cell in results.cells.items()
-        if name.endswith("/generation")
-        for row in cell.get("rows", [])
-    ]
-    return _section("Generation, 16 tokens for 16 prompts", ("model", "method", "setting", "median"), rows)
+    rows = []
+    for name, cell in results.cells.items():
+        if not name.endswith("/generation"):
+            continue
+        for row in cell.get("rows", []):
+            times = cell["against_ours"].get(row["provider"])
+            times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**times) if times else ""
+            median = f"{statistics.median(row['seconds']):.2f} s"
+            rows.append((name.partition("/")[0], label(row), row["setting"], median, times))
+    heads = ("model", "method", "setting", "median", "/ lofit-fast")
+    return _section("Generation, 16 tokens for 16 prompts", heads, rows)
 
 
 def _warm(results: BenchResults) -> str:

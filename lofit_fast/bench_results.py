@@ -15,7 +15,8 @@ TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
         ("peak_memory_vs_hook", "peak memory, ours / hook as its users run it", 0.40, False),
         ("prefix_cache_speedup", "step 2 in the upper quarter of the layers, prefix cache off / on", 1.6, True),
         ("mc_scoring_speedup", "multiple-choice scoring, one forward per answer / ours", 8.0, True),
-        ("sweep_speedup", "sweep of 4 runs / 4 separate runs, runs per hour", 1.5, True),
+        ("sweep_speedup", "sweep of 4 runs in one process / 4 separate runs, runs per hour", 1.5, True),
+        ("sweep_jobs_speedup", "sweep of 4 runs, a process per core / 4 separate runs, runs per hour", 1.5, True),
     ),
     "Gemma-3-270M": (
         ("vs_hook_as_run", "training step, hook LoFiT as its users run it / ours", 7.0, True),

@@ -48,7 +48,7 @@ TaskName = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", "-d", help="JSONL of prompt/completion or messages; a folder for clutrr and kin.", metavar="PATH"
+        "--data", "-d", help="JSONL of prompt/completion or messages; the folder of a published task.", metavar="PATH"
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -158,7 +158,7 @@ def train(
             callbacks=[ProfileSteps(output)] if profile else (),
             **common,
         )
-    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, **judged)
+    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged)
     _show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
 
 
@@ -170,7 +170,9 @@ def train(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept.")],
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes, each with a base. On a CPU one per core.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
     as_json: Json = False,
@@ -209,7 +211,9 @@ def eval(
     adapter: OptionalAdapter = None,
     task: TaskName = None,
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="Of the data draw, as in train.")] = 42,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -218,8 +222,10 @@ def eval(
     """Exact match of greedy answers, or MC1 and MC2; of a closed set also the best-scoring answer, and the majority."""
     from lofit_fast.evaluation import constrained_accuracy, judge
     from lofit_fast.tasks import majority_accuracy
+    from lofit_fast.training.report import data_seed_of
 
     base, tokenizer = _load(model, adapter, dtype, device)
+    seed = data_seed_of(adapter) if seed is None else seed
     examples = _load_task(_task_name(task, data), data, tokenizer, seed=seed)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}

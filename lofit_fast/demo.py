@@ -33,7 +33,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
     started = time.perf_counter()
     console.rule(f"LoFiT on {model_name}")
     model, tokenizer = load_model(model_name)
-    task = kinship(train_size, validation_size)
+    task = kinship(train_size, validation_size, RECIPE.seed)
     progress = not console.quiet
     console.print(f"task: {len(task.train)} family stories, judged on {len(task.validation)} others. For example")
     console.print(f"  {task.validation[0].prompt}[bold]{task.validation[0].completion}[/]", highlight=False)
@@ -68,6 +68,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
         model=model_name,
         task=task.name,
         recipe=RECIPE,
+        data_seed=RECIPE.seed,
         **before,
         question=question,
         answer_before=answer_before.strip(),

@@ -70,7 +70,7 @@ def generate_answers(
     greedy = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model):
         for rows in _by_length(encoded, batch_size, "generating", progress):
-            ids, mask = _pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), _device(model))
+            ids, mask = pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), _device(model))
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
@@ -110,6 +110,14 @@ def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
     best = [candidates[int(i)] for i in scores.argmax(1)]
     return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
+
+
+def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, S) int64, padded on the left as generation wants it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> Judgement:
@@ -163,14 +171,6 @@ def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: 
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
             bar.update(len(order[start : start + batch_size]))
-
-
-def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, S) int64."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def _ids(tokenizer, text: str) -> list[int]:

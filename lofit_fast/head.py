@@ -33,4 +33,4 @@ def whole_head_input(model: nn.Module) -> Iterator[None]:
 
 
 def _contiguous(head: nn.Module, args: tuple) -> tuple:
-    return args[0].contiguous(), *args[1:]
+    return (args[0].contiguous(), *args[1:]) if args else args

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lofit_fast as lf
+from lofit_fast import cli
 from lofit_fast.cli import app, parse_top
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -241,6 +242,21 @@ def test_eval_agrees_with_train(run_folder, model, data):
         "eval", "--model", model, "--data", data, "--adapter", run_folder / "adapter", "--dtype", "float32"
     )
     assert report["exact_match"] == summary["accuracy_after_tune"]
+
+
+def test_eval_judges_what_its_run_has_held_out(model, data, tmp_path, monkeypatch):
+    call("train", "--model", model, "--data", data, "--output", tmp_path, "--seed", 7, *QUICK)
+    load, seeds = cli._load_task, []
+
+    def noting(*arguments, seed):
+        seeds.append(seed)
+        return load(*arguments, seed=seed)
+
+    monkeypatch.setattr(cli, "_load_task", noting)
+    adapter = ("--adapter", tmp_path / "adapter")
+    for arguments in (adapter, (*adapter, "--seed", 3), ()):
+        as_json("eval", "--model", model, "--data", data, "--dtype", "float32", *arguments)
+    assert seeds == [7, 3, 42]
 
 
 def test_eval_prints_a_table(model, data):

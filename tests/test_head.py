@@ -61,8 +61,20 @@ def test_unpatching_takes_the_hook_off_the_head(llama):
     assert not llama.lm_head._forward_pre_hooks
 
 
-def test_a_failure_while_judging_leaves_no_hook(llama):
-    llama.requires_grad_(False)
-    with pytest.raises(ValueError, match="context"):
-        generate_answers(llama, tiny_tokenizer(), ["a" * 10_000])
-    assert not llama.lm_head._forward_pre_hooks
+def test_a_failure_while_judging_leaves_no_hook(llama, monkeypatch):
+    hooks = llama.lm_head._forward_pre_hooks
+
+    def failing(**_):
+        assert len(hooks) == 1
+        raise RuntimeError("no tokens today")
+
+    monkeypatch.setattr(llama, "generate", failing)
+    with pytest.raises(RuntimeError, match="no tokens"):
+        generate_answers(llama, tiny_tokenizer(), ["ab"])
+    assert not hooks
+
+
+def test_a_head_may_be_called_by_keyword(llama):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    hidden = torch.randn(2, 3, llama.config.hidden_size)
+    torch.testing.assert_close(llama.lm_head(input=hidden), llama.lm_head(hidden))

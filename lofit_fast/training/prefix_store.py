@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +96,8 @@ def digest(ids: Sequence[int]) -> bytes:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 if there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below a folder; 0 if there is none. Another process may be taking them away."""
+    return sum(found.st_size for found in _stats(folder) if stat.S_ISREG(found.st_mode))
 
 
 def make_room(root: Path, keep: str, allowed: int) -> None:
@@ -110,7 +112,7 @@ def make_room(root: Path, keep: str, allowed: int) -> None:
             if time.time() - _last_change(left) > _LEFT_AFTER_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     others = {path: size_on_disk(path) for path in stores if path.name != keep and (path / _INDEX).is_file()}
-    for path in sorted(others, key=lambda path: (path / _INDEX).stat().st_mtime):
+    for path in sorted(others, key=_last_change):
         if sum(others.values()) <= allowed:
             break
         shutil.rmtree(path, ignore_errors=True)
@@ -123,5 +125,13 @@ def _places(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _last_change(path: Path) -> float:
-    """When something below was last written, in seconds since the epoch; 0 once it is gone."""
-    return max((p.stat().st_mtime for p in (path, *path.rglob("*")) if p.exists()), default=0.0)
+    """When something below was last written or marked as used, in seconds since the epoch; 0 once it is gone."""
+    return max((found.st_mtime for found in _stats(path)), default=0.0)
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of a folder and everything below it, as far as it is still there."""
+    for base, _, names in os.walk(folder):
+        for path in (base, *(os.path.join(base, name) for name in names)):
+            with suppress(FileNotFoundError):
+                yield os.stat(path)

@@ -101,10 +101,7 @@ class _Timings:
         self.handle, self.batch = handle, batch
         key = json.dumps(_key(handle, batch), sort_keys=True)
         self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        try:
-            self.known: dict[str, Timing] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.known = {}
+        self.known = self._kept()
 
     def of(self, attention: str, compiled: bool) -> Timing:
         """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
@@ -113,8 +110,15 @@ class _Timings:
             self.known[name] = self._measured(Engine(attention=attention, compile=compiled))
             # a cache that cannot be written is no reason not to train
             with contextlib.suppress(OSError):
-                write_json(self.path, self.known)
+                # with what another process has measured meanwhile
+                write_json(self.path, self._kept() | self.known)
         return self.known[name]
+
+    def _kept(self) -> dict[str, Timing]:
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
 
     def _measured(self, engine: Engine) -> Timing:
         model, parameters = self.handle.model, list(self.handle.parameters())

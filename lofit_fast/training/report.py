@@ -1,5 +1,6 @@
 """What a finished run leaves to read: summary.json, heads.png, loss.png."""
 
+import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,12 @@ from lofit_fast.training.recipe import FitResult
 
 
 def write_summary(
-    folder: Path | str, result: FitResult, *, model: str, task: str, recipe: Recipe, **more: object
+    folder: Path | str, result: FitResult, *, model: str, task: str, recipe: Recipe, data_seed: int, **more: object
 ) -> dict[str, object]:
-    """Write the summary and the plots into a run folder; returns the summary. more: further keys of it."""
+    """Write the summary and the plots into a run folder; returns the summary.
+
+    data_seed: of the draw that set the evaluation data aside. more: further keys of the summary.
+    """
     folder = Path(folder)
     summary = {
         "model": model,
@@ -33,6 +37,7 @@ def write_summary(
         "heads": [list(pair) for pair in result.heads],
         **more,
         "recipe": asdict(recipe),
+        "data_seed": data_seed,
         "environment": environment(result.handle.model),
     }
     write_json(folder / "summary.json", summary)
@@ -42,6 +47,15 @@ def write_summary(
     if result.history:
         loss_curves(result.history, folder / "loss.png", title)
     return summary
+
+
+def data_seed_of(adapter: Path | str | None, otherwise: int = 42) -> int:
+    """The data seed of the run that an adapter folder lies in, so that what was held out is again; or `otherwise`."""
+    try:
+        return int(json.loads((Path(adapter).parent / "summary.json").read_text())["data_seed"])
+    # no adapter, no run around it, or one of something else
+    except (TypeError, OSError, ValueError, KeyError):
+        return otherwise
 
 
 def environment(model: torch.nn.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from torch import nn
@@ -34,14 +35,14 @@ def sweep(
     """Run every training of a grid; returns a row per run, in the order of the grid.
 
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so. jobs: processes that train at the
-    same time, each with a base of its own and its share of torch's threads; on a CPU as many as threads are fastest,
-    memory allowing.
+    same time, each with a base of its own and its share of torch's threads; on a CPU several with one thread each train
+    more runs an hour than one with several.
     Each process loads the model and the data once. Runs that differ only in what the choice of heads or step 2 depends
-    on (top, min_layer, tune_lr, tune_epochs) share one training of step 1, kept in `step1/`: such a run is, bit for bit
-    where layers are not compiled, the run that trains its own. Each run is a run folder `runs/<name>`; with resume on,
-    a finished one is not run again, and an interrupted one goes on. A run that fails is recorded with its error, and
-    the others go on. Writes sweep.json, sweep.csv and sweep.md after every run, so that a killed sweep has them too,
-    and sweep.png.
+    on (top, min_layer, tune_lr, tune_epochs) share one training of step 1, kept in `step1/`: such a run is the run that
+    trains its own, bit for bit on as many threads and where layers are not compiled. Each run is a run folder
+    `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on. A run that fails is
+    recorded with its error, and the others go on. Writes sweep.json, sweep.csv and sweep.md after every run, so that a
+    killed sweep has them too, and sweep.png.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
     Raises ValueError or OSError for a folder, a model or data that cannot be used, ChildProcessError (an OSError) when
@@ -57,14 +58,16 @@ def sweep(
     rows: dict[int, dict[str, object]] = {}
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
         if jobs == 1:
-            ended = enumerate(map(Runner(grid, folder, base, resume=resume, progress=progress), grid.runs))
+            runner = Runner(grid, folder, base, resume=resume, progress=progress)
+            ended = ((index, runner(run)) for index, run in enumerate(grid.runs))
         else:
             ended = rows_of_processes(grid, folder, min(jobs, len(grid.runs)), resume)
-        for index, row in ended:
-            rows[index] = row
-            bar.set_postfix_str(str(row["name"]))
-            bar.update()
-            _write_tables(folder, grid, _in_order(rows))
+        with closing(ended):
+            for index, row in ended:
+                rows[index] = row
+                bar.set_postfix_str(f"{row['status']}: {row['name']}")
+                bar.update()
+                _write_tables(folder, grid, _in_order(rows))
     metric = next((name for name in _BEST if any(name in row for row in rows.values())), None)
     if metric is not None:
         sweep_chart(_in_order(rows), metric, folder / "sweep.png", f"{grid.model}, {grid.task}")

@@ -32,6 +32,10 @@ class Runner:
             load_model(grid.model, dtype=grid.dtype, device=grid.device) if base is None else base
         )
         self._tasks = {size: self._task(size) for size in {run.train_size for run in grid.runs}}
+        if not all(task.train for task in self._tasks.values()):
+            raise ValueError(
+                f"a sweep trains on completions, and the task {grid.task} has none: see fit_preferences for preferences"
+            )
 
     def _task(self, size: int | None) -> Task:
         grid = self.grid
@@ -54,13 +58,13 @@ class Runner:
                 heads=run.heads,
                 **self.options,
             )
+            try:
+                summary = self._summary(folder, result, run, time.perf_counter() - started)
+            finally:
+                result.handle.unpatch()
         # one run's failure, of whatever kind, is no reason to lose the others
         except Exception as error:
             return {**row, "status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-        try:
-            summary = self._summary(folder, result, run, time.perf_counter() - started)
-        finally:
-            result.handle.unpatch()
         row |= {"status": "done", **{key: summary[key] for key in SHOWN if summary.get(key) is not None}}
         return {**row, "chosen_heads": summary["heads"]}
 
@@ -71,7 +75,14 @@ class Runner:
             return json.loads(path.read_text())
         last = result.history[-1] if result.history else {}
         losses = {key: last[key] for key in ("loss", "eval_loss") if key in last}
-        grid, recipe = self.grid, run.recipe
+        grid = self.grid
         return write_summary(
-            folder, result, model=grid.model, task=grid.task, recipe=recipe, wall_seconds=seconds, **losses
+            folder,
+            result,
+            model=grid.model,
+            task=grid.task,
+            recipe=run.recipe,
+            data_seed=grid.data_seed,
+            wall_seconds=seconds,
+            **losses,
         )

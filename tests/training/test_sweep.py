@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import lofit_fast as lf
 from lofit_fast.adapter import read_adapter
-from lofit_fast.tasks import load_task
+from lofit_fast.tasks import Task, load_task
 from lofit_fast.training import engine as engine_module
 from lofit_fast.training import recipe as recipe_module
 from lofit_fast.training import report as report_module
@@ -157,6 +157,22 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(data, tmp_path):
     assert failures(rows[:1]) is None
     assert lf.handle_of(model) is None
     assert "failed" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_run_whose_summary_cannot_be_read_is_recorded(data, tmp_path):
+    model = tiny_model("llama")
+    run(grid_of(data, top=[2, 3]), tmp_path, model)
+    (tmp_path / "runs" / "top=2" / "summary.json").write_text("{")
+    rows = run(grid_of(data, top=[2, 3]), tmp_path, model)
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert lf.handle_of(model) is None
+
+
+def test_a_task_without_completions_is_refused(data, tmp_path, monkeypatch):
+    preferences = Task("truthfulqa", [], [])
+    monkeypatch.setattr(run_module, "load_task", lambda *a, **o: preferences)
+    with pytest.raises(ValueError, match="the task truthfulqa has none: see fit_preferences"):
+        run(parse_grid({"base": {**BASE, "task": "truthfulqa"}, "grid": {"top": [2]}}), tmp_path)
 
 
 def test_given_heads_skip_step_1(data, tmp_path, trainings):

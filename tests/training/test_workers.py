@@ -1,9 +1,10 @@
 """A sweep in several processes: the rows of one process, and a step 1 that is trained once for those that share it."""
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 import pytest
 
@@ -38,7 +39,7 @@ def logged(runs, failing=()):
         return row
 
     with ThreadPoolExecutor(4) as pool:
-        rows = dict(in_order_of_need(runs, pool, work))
+        rows = dict(in_order_of_need(runs, pool, work, jobs=4))
     return rows, log
 
 
@@ -70,8 +71,23 @@ def test_runs_with_given_heads_wait_for_nobody(tmp_path):
         return {"status": "done"}
 
     with ThreadPoolExecutor(2) as pool:
-        rows = dict(in_order_of_need(runs_of(heads=[str(tmp_path / name) for name in "ab"]), pool, meeting))
+        rows = dict(in_order_of_need(runs_of(heads=[str(tmp_path / name) for name in "ab"]), pool, meeting, jobs=2))
     assert len(rows) == 2
+
+
+def test_no_run_waits_in_the_pool():
+    """What the pool holds cannot be taken back from it, should the sweep be stopped."""
+    handed = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, work, index):
+            handed.append(index)
+            return super().submit(work, index)
+
+    with Pool(2) as pool:
+        rows = in_order_of_need(runs_of(seed=[1, 2, 3, 4, 5, 6]), pool, lambda index: {"status": "done"}, jobs=2)
+        for ended, _ in enumerate(rows, start=1):
+            assert len(handed) <= ended + 2
 
 
 def test_two_processes_give_the_rows_of_one(grid, tmp_path):
@@ -94,13 +110,21 @@ def test_an_error_in_loading_the_base_is_the_callers(grid, tmp_path):
 
 
 def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
-    def died(*_):
-        raise BrokenProcessPool
-        yield
-
-    monkeypatch.setattr(workers, "in_order_of_need", died)
-    with pytest.raises(ChildProcessError, match="with fewer jobs"):
+    monkeypatch.setattr(workers, "_row", os._exit)
+    with pytest.raises(ChildProcessError, match="fewer jobs help"):
         sweep(grid, tmp_path / "sweep", jobs=2, progress=False)
+
+
+def test_workers_end_with_the_process_that_began_them():
+    context = get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    worker = context.Process(target=workers._end_with, args=(watched,))
+    worker.start()
+    worker.join(0.5)
+    assert worker.is_alive()
+    held.close()
+    worker.join(60)
+    assert worker.exitcode == 1
 
 
 @pytest.mark.parametrize(("options", "message"), [({"jobs": 0}, "at least one"), ({"jobs": 2, "base": ()}, "leave it")])

@@ -23,6 +23,7 @@ from lofit_fast.training.report import write_summary
 # generated stories cost nothing, so few passes over many; more heads than for a 7B model, as the guide says
 RECIPE = Recipe(select_epochs=1, tune_epochs=2, tune_lr=2e-2, top=0.2)
 _TIMED_BATCHES = 7
+DATA_SEED = 0
 
 
 def run_demo(folder: Path, model_name: str, train_size: int, validation_size: int, console: Console) -> dict:
@@ -33,7 +34,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
     started = time.perf_counter()
     console.rule(f"LoFiT on {model_name}")
     model, tokenizer = load_model(model_name)
-    task = kinship(train_size, validation_size, RECIPE.seed)
+    task = kinship(train_size, validation_size, DATA_SEED)
     progress = not console.quiet
     console.print(f"task: {len(task.train)} family stories, judged on {len(task.validation)} others. For example")
     console.print(f"  {task.validation[0].prompt}[bold]{task.validation[0].completion}[/]", highlight=False)
@@ -68,7 +69,7 @@ def run_demo(folder: Path, model_name: str, train_size: int, validation_size: in
         model=model_name,
         task=task.name,
         recipe=RECIPE,
-        data_seed=RECIPE.seed,
+        data_seed=DATA_SEED,
         **before,
         question=question,
         answer_before=answer_before.strip(),

@@ -47,24 +47,37 @@ def grouped_attention(
     dropout = dropout if module.training else 0.0
     arguments = query, key, value, attention_mask, scaling, dropout, softcap
     if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
-        return checkpoint(_attend, *arguments, use_reentrant=False), None
-    if query.shape[2] < _FUSED_FROM or softcap is not None:
-        return _attend(*arguments), None
-    fused = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
-    )
-    return fused.transpose(1, 2).contiguous(), None
+        mixed = _attend_again(*arguments)
+    elif query.shape[2] < _FUSED_FROM or softcap is not None:
+        mixed = _attend(*arguments)
+    else:
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+        )
+    return mixed.transpose(1, 2).contiguous(), None
 
 
-def _attend(
+def _attend_again(query: Tensor, key: Tensor, value: Tensor, *options) -> Tensor:
+    """`_attend`, whose weights the backward pass computes again."""
+    if not torch.compiler.is_compiling():
+        return checkpoint(_attend, query, key, value, *options, use_reentrant=False)
+    # a compiler would make the result again too, for the gradient of scales; uncompiled, weights in between are kept
+    return _mix(checkpoint(_weights, query, key, *options, use_reentrant=False), value)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *options) -> Tensor:
+    return _mix(_weights(query, key, *options), value)
+
+
+def _weights(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     mask: Tensor | None,
     scaling: float,
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
+    """(B, H, Q, K)."""
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
     rows = batch * groups, heads // groups * length
@@ -75,6 +88,13 @@ def _attend(
     if mask is not None:
         scores = scores + mask
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.dropout(nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype), dropout)
-    mixed = torch.bmm(weights.view(*rows, keys), value.reshape(-1, keys, value.shape[-1]))
-    return mixed.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    return nn.functional.dropout(weights, dropout)
+
+
+def _mix(weights: Tensor, value: Tensor) -> Tensor:
+    """(B, H, Q, D): the values by their weights."""
+    batch, heads, length, keys = weights.shape
+    groups = value.shape[1]
+    rows = weights.reshape(batch * groups, heads // groups * length, keys)
+    return torch.bmm(rows, value.reshape(-1, keys, value.shape[-1])).view(batch, heads, length, -1)

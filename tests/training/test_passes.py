@@ -41,6 +41,26 @@ def test_one_thread_leaves_every_product_whole(monkeypatch):
     assert rewritten(576, torch.bfloat16) == [aten]
 
 
+@pytest.mark.parametrize("beta", [1, 2])
+def test_the_bias_of_a_product_becomes_a_sum_of_its_own(beta, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(passes, "_fastest", lambda *key: 2)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=draw).bfloat16() for shape in ((320,), (600, 64), (64, 320))]
+    traced = make_fx(lambda bias, x, weight: torch.addmm(bias, x, weight, beta=beta))(*inputs)
+    passes.BlockedProducts()(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    # another sum than the plain one is left alone
+    assert called == ([ours, torch.ops.aten.add.Tensor] if beta == 1 else [torch.ops.aten.addmm.default])
+    exact = torch.addmm(*(each.double() for each in inputs), beta=beta)
+    rounding = 2.0 ** (exact.abs().max().log2().floor() - 8)
+    assert (traced(*inputs) - exact).abs().max() <= max(
+        2 * (torch.addmm(*inputs, beta=beta) - exact).abs().max(), rounding
+    )
+
+
 @pytest.mark.parametrize("rows", [513, 700, 1535])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])

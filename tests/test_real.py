@@ -68,6 +68,8 @@ def test_real_at_zero_is_the_base(model, batch):
 @pytest.mark.parametrize("component", ["scale", "offset"])
 def test_real_at_zero_is_the_base_in_bfloat16(batch, component):
     model, _ = load_model("smollm2", dtype="bfloat16", device="cpu")
+    # an attention that runs the same with and without a gradient: ours does not, and differs by rounding
+    model.set_attn_implementation("eager")
     assert_base_at_zero(model, batch, lf.LofitConfig(**{component: "all"}, init_std=0.0))
 
 

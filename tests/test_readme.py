@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, on a tiny model in place of the hub's."""
+"""The README's Python runs as it stands, on a tiny model in place of the hub's, and its numbers are the report's."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 import lofit_fast as lf
 from tests.tiny import tiny_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_readme_runs(monkeypatch, tmp_path):
@@ -30,3 +31,11 @@ def test_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "plain" / "config.json").is_file()
     assert lf.handle_of(names["model"]) is None
     assert isinstance(names["model"](torch.tensor([[3, 4]])).logits, torch.Tensor)
+
+
+def test_the_measured_table_is_the_reports():
+    table = (ROOT / "docs" / "results" / "benchmark" / "table.md").read_text()
+    rows, _, evidence = table.strip().partition("\n\n")
+    assert rows.startswith("| | SmolLM2-135M") and rows in README
+    # the commit that the numbers are of
+    assert evidence.rstrip(".") in README

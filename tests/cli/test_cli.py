@@ -1,4 +1,4 @@
-"""The command line on a tiny saved model: every command, its JSON, and one clear line for what goes wrong."""
+"""The command line on a tiny saved model: every command and its JSON."""
 
 import json
 import subprocess
@@ -6,72 +6,18 @@ import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import lofit_fast as lf
 from lofit_fast import cli
-from lofit_fast.cli import app, parse_top
-from tests.tiny import tiny_model
-from tests.tokenizer import tiny_tokenizer
+from lofit_fast.cli import parse_top
+from tests.cli.calling import QUICK, as_json, call, error_of
 
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "export", "demo")
-QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", "--dtype", "float32", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with a tiny Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer(chat=True).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A file of 20 examples; two are held out."""
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghijklmnopqr"]
-    rows += [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in "st"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def run_folder(model, data, tmp_path_factory):
-    """A finished run of `train`."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    call("train", "--model", model, "--data", data, "--output", folder, *QUICK, "--json")
-    return folder
-
-
-def call(*arguments, code=0, **options):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], **options)
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def as_json(*arguments, **options):
-    """The one JSON value that is all of standard output."""
-    return json.loads(call(*arguments, "--json", **options).stdout)
-
-
-def error_of(*arguments):
-    """The message of a command that is expected to fail: one line on standard error, nothing on standard output."""
-    result = call(*arguments, code=1)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    assert result.stderr.rstrip().endswith(lines[0])
-    assert "Traceback" not in result.output
-    # and the same as JSON
-    (message,) = as_json(*arguments, code=1).values()
-    assert lines[0] == f"error: {message}"
-    return message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
-    text = call(command, "--help", terminal_width=200).stdout
+    text = call(command, "--help").stdout
     assert f"lofit-fast {command}" in text
     assert "Examples:" in text
     assert "--json" in text
@@ -291,96 +237,6 @@ def test_a_plain_folder(run_folder, model, tmp_path, command):
     generate = ("--max-new-tokens", 4, "--dtype", "float32", "-p", "a=", "-p", "hello")
     adapted = as_json("generate", "--model", model, "--adapter", run_folder / "adapter", *generate)
     assert as_json("generate", "--model", output, *generate) == adapted
-
-
-def test_a_missing_data_file(model, tmp_path):
-    message = error_of("train", "--model", model, "--data", tmp_path / "no.jsonl", "--output", tmp_path / "run", *QUICK)
-    assert f"{tmp_path}/no.jsonl: no such file" in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_error_keeps_its_brackets(model, tmp_path):
-    # rich would take them for markup, and a closing tag that was never opened for an error of its own
-    for name in ("[red]no.jsonl", "[/red]no.jsonl"):
-        message = error_of("eval", "--model", model, "--data", tmp_path / name)
-        assert f"{name}: no such file" in message
-
-
-def test_an_unknown_task(model, tmp_path):
-    message = error_of("train", "--model", model, "--task", "clutr", "--output", tmp_path / "run")
-    assert "'clutr'" in message
-    assert "clutrr, completion, kinship" in message
-
-
-@pytest.mark.parametrize("top", ["many", "0", "1.5", "-1", "nan"])
-def test_a_bad_top(model, data, tmp_path, top):
-    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", f"--top={top}")
-    assert "top" in message
-    assert top in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_many_heads(model, data, tmp_path):
-    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK, "--top", 13)
-    assert "13" in message
-    assert "12" in message
-
-
-@pytest.mark.parametrize("content", ["{}", "7", '{"heads": 3}', "[[0, 1], [0", '{"heads": [0]}', ""])
-def test_bad_heads(model, data, tmp_path, content):
-    (tmp_path / "heads.json").write_text(content)
-    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
-    message = error_of(*arguments, tmp_path / "heads.json")
-    assert "heads.json holds no heads" in message
-    assert "[[layer, head], ...]" in message
-
-
-def test_missing_heads(model, data, tmp_path):
-    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
-    assert "no.json" in error_of(*arguments, tmp_path / "no.json")
-
-
-@pytest.mark.parametrize("command", ["eval", "generate", "merge", "export"])
-def test_a_missing_adapter(model, data, tmp_path, command):
-    more = {"eval": ("--data", data), "generate": ("-p", "a")}.get(command, ("--output", tmp_path / "out"))
-    message = error_of(command, "--model", model, "--adapter", tmp_path / "no", *more)
-    assert f"{tmp_path}/no is no adapter folder" in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_foreign_adapter(model, tmp_path):
-    handle = lf.patch(tiny_model("llama", num_hidden_layers=2), lf.LofitConfig(offset=[(0, 0)]))
-    handle.save(tmp_path / "adapter")
-    message = error_of("generate", "--model", model, "--adapter", tmp_path / "adapter", "-p", "a")
-    assert "for another model" in message
-    assert "layers=2" in message
-    assert "layers=3" in message
-
-
-def test_an_adapter_of_another_kind(model, tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    message = error_of("generate", "--model", model, "--adapter", tmp_path, "-p", "a")
-    assert "not a LoFiT adapter" in message
-    assert "'LORA'" in message
-
-
-def test_a_missing_model(data, tmp_path):
-    assert "no model folder" in error_of("eval", "--model", tmp_path / "none", "--data", data)
-
-
-def test_an_unknown_dtype(model, data):
-    assert "unknown dtype 'float8'" in error_of("eval", "--model", model, "--data", data, "--dtype", "float8")
-
-
-def test_an_unknown_device(model, data):
-    assert "warp" in error_of("eval", "--model", model, "--data", data, "--device", "warp")
-
-
-def test_an_output_below_a_file(model, data, tmp_path):
-    (tmp_path / "file").write_text("")
-    arguments = ("train", "--model", model, "--data", data, *QUICK, "--output")
-    assert "cannot write to output folder" in error_of(*arguments, tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(("text", "top"), [("32", 32), ("0.1", 0.1), ("1", 1), ("1.0", 1.0), ("1e-2", 0.01)])

@@ -1,20 +1,17 @@
 """`plan`, `bench roofline`, `autotune`: what they say of models, devices and adapters, and what they leave behind."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 import lofit_fast as lf
 from lofit_fast import planning
-from lofit_fast.cli import app
 from lofit_fast.cli_plan import parse_heads
 from lofit_fast.models import ALIASES
 from lofit_fast.planning import Layer, layers_of, plan_layers, spread_heads
 from lofit_kernels import measured, roofline
 from lofit_kernels.plan import SMALL_SCALES, answers_for, plan, plan_for, use_answers
+from tests.cli.calling import as_json, call, error_of
 from tests.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 
 # what step 1 takes in bfloat16 where nothing was measured
@@ -37,21 +34,6 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
     yield tmp_path
     use_answers("cpu", {})
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], terminal_width=200)
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def as_json(*arguments, code=0):
-    return json.loads(call(*arguments, "--json", code=code).stdout)
-
-
-def error_of(*arguments) -> str:
-    (message,) = as_json(*arguments, code=1).values()
-    return message
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

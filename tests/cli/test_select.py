@@ -3,35 +3,21 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from lofit_fast.cli import app
 from lofit_fast.heads import read_heads
-from tests.tiny import tiny_model
-from tests.tokenizer import tiny_tokenizer
+from tests.cli.calling import as_json, call
 
 QUICK = ("--top", "2", "--select-epochs", "1", "--dtype", "float32", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def where(tmp_path_factory):
-    """The options that name a tiny model and 18 examples."""
-    folder = tmp_path_factory.mktemp("select")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghijklmnopqr"]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return "--model", folder / "model", "--data", folder / "data.jsonl"
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
+@pytest.fixture
+def where(model, data):
+    """The options that name a tiny model and its examples."""
+    return "--model", model, "--data", data
 
 
 def select(where, *arguments):
-    return json.loads(call("select", *where, *QUICK, *arguments, "--json").stdout)
+    return as_json("select", *where, *QUICK, *arguments)
 
 
 def test_select_writes_heads_that_train_reads(where, tmp_path):
@@ -42,8 +28,8 @@ def test_select_writes_heads_that_train_reads(where, tmp_path):
     written = json.loads((tmp_path / "heads.json").read_text())
     assert written["method"] == "saliency"
     assert len(written["scores"]) == 3
-    heads = ("--heads", tmp_path / "heads.json", "--tune-epochs", "1", *QUICK, "--json")
-    done = json.loads(call("train", *where, "--output", tmp_path / "run", *heads).stdout)
+    heads = ("--heads", tmp_path / "heads.json", "--tune-epochs", "1", *QUICK)
+    done = as_json("train", *where, "--output", tmp_path / "run", *heads)
     assert sorted(done["heads"]) == sorted(row["heads"])
 
 

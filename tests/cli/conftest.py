@@ -1,0 +1,36 @@
+"""What the commands are called on: a tiny saved model, a file of examples, a finished run."""
+
+import json
+
+import pytest
+
+from tests.cli.calling import QUICK, call
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder with a tiny Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A file of 20 examples; two are held out."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghijklmnopqr"]
+    rows += [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in "st"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def run_folder(model, data, tmp_path_factory):
+    """A finished run of `train`."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    call("train", "--model", model, "--data", data, "--output", folder, *QUICK, "--json")
+    return folder

@@ -1,0 +1,97 @@
+"""What the commands say to bad input: one clear line, and nothing written."""
+
+import pytest
+
+import lofit_fast as lf
+from tests.cli.calling import QUICK, error_of
+from tests.tiny import tiny_model
+
+
+def test_a_missing_data_file(model, tmp_path):
+    message = error_of("train", "--model", model, "--data", tmp_path / "no.jsonl", "--output", tmp_path / "run", *QUICK)
+    assert f"{tmp_path}/no.jsonl: no such file" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_keeps_its_brackets(model, tmp_path):
+    # rich would take them for markup, and a closing tag that was never opened for an error of its own
+    for name in ("[red]no.jsonl", "[/red]no.jsonl"):
+        message = error_of("eval", "--model", model, "--data", tmp_path / name)
+        assert f"{name}: no such file" in message
+
+
+def test_an_unknown_task(model, tmp_path):
+    message = error_of("train", "--model", model, "--task", "clutr", "--output", tmp_path / "run")
+    assert "'clutr'" in message
+    assert "clutrr, completion, kinship" in message
+
+
+@pytest.mark.parametrize("top", ["many", "0", "1.5", "-1", "nan"])
+def test_a_bad_top(model, data, tmp_path, top):
+    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", f"--top={top}")
+    assert "top" in message
+    assert top in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_heads(model, data, tmp_path):
+    message = error_of("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK, "--top", 13)
+    assert "13" in message
+    assert "12" in message
+
+
+@pytest.mark.parametrize("content", ["{}", "7", '{"heads": 3}', "[[0, 1], [0", '{"heads": [0]}', ""])
+def test_bad_heads(model, data, tmp_path, content):
+    (tmp_path / "heads.json").write_text(content)
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
+    message = error_of(*arguments, tmp_path / "heads.json")
+    assert "heads.json holds no heads" in message
+    assert "[[layer, head], ...]" in message
+
+
+def test_missing_heads(model, data, tmp_path):
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", "--heads")
+    assert "no.json" in error_of(*arguments, tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "merge", "export"])
+def test_a_missing_adapter(model, data, tmp_path, command):
+    more = {"eval": ("--data", data), "generate": ("-p", "a")}.get(command, ("--output", tmp_path / "out"))
+    message = error_of(command, "--model", model, "--adapter", tmp_path / "no", *more)
+    assert f"{tmp_path}/no is no adapter folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_adapter(model, tmp_path):
+    handle = lf.patch(tiny_model("llama", num_hidden_layers=2), lf.LofitConfig(offset=[(0, 0)]))
+    handle.save(tmp_path / "adapter")
+    message = error_of("generate", "--model", model, "--adapter", tmp_path / "adapter", "-p", "a")
+    assert "for another model" in message
+    assert "layers=2" in message
+    assert "layers=3" in message
+
+
+def test_an_adapter_of_another_kind(model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    message = error_of("generate", "--model", model, "--adapter", tmp_path, "-p", "a")
+    assert "not a LoFiT adapter" in message
+    assert "'LORA'" in message
+
+
+def test_a_missing_model(data, tmp_path):
+    assert "no model folder" in error_of("eval", "--model", tmp_path / "none", "--data", data)
+
+
+def test_an_unknown_dtype(model, data):
+    assert "unknown dtype 'float8'" in error_of("eval", "--model", model, "--data", data, "--dtype", "float8")
+
+
+def test_an_unknown_device(model, data):
+    assert "warp" in error_of("eval", "--model", model, "--data", data, "--device", "warp")
+
+
+def test_an_output_below_a_file(model, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("train", "--model", model, "--data", data, *QUICK, "--output")
+    assert "cannot write to output folder" in error_of(*arguments, tmp_path / "file" / "run")

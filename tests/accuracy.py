@@ -7,6 +7,7 @@ def check(got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> Non
     """Error against float64 <= max(2 x eager's error, 1 ulp of the output dtype at the largest expected value)."""
     assert expected.dtype == torch.float64
     assert got.shape == expected.shape
+    assert got.dtype == eager.dtype
     if got.numel() == 0:
         return
     if got.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""The public functions on the CPU against the float64 reference: values, gradients and shapes (rule: tests/accuracy.py)."""
+"""The public functions on the CPU against float64, by the rule of tests/accuracy.py: values, gradients, shapes."""
 
 import pytest
 import torch

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lofit_fast.training.heap import release_free_memory
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # asks the kernel to forget the peak of the resident set size so far
@@ -25,8 +28,9 @@ class Memory:
 def peak_memory(device: torch.device | str) -> Iterator[Memory]:
     """A scope that measures: on CUDA what torch allocates, elsewhere the resident set size of the process (Linux).
 
-    On a CPU, memory that a first step maps (libraries, thread pools, weights not read yet) counts; so does whatever
-    else the process does meanwhile. Where the system keeps no peak that can be reset, peak_bytes stays None.
+    On a CPU, what was freed before and malloc still holds is given back first: using it again counts. Memory that a
+    first step maps (libraries, thread pools, weights not read yet) counts too, and so does whatever else the process
+    does meanwhile. Where the system keeps no peak that can be reset, peak_bytes stays None.
     """
     device = torch.device(device)
     memory = Memory()
@@ -36,6 +40,8 @@ def peak_memory(device: torch.device | str) -> Iterator[Memory]:
         yield memory
         memory.peak_bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    gc.collect()
+    release_free_memory()
     before = _resident("VmRSS") if _reset_peak() else None
     yield memory
     if before is not None:

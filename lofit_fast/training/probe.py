@@ -28,8 +28,8 @@ from lofit_fast.training.engine import Engine, prepared
 
 # a shorter run is over before a probe pays back
 FEWEST_STEPS = 40
-# seconds of steps below which compiling, which takes about a minute, is not even tried
-LEAST_TO_COMPILE = 240.0
+# seconds of steps below which compiling is not even tried: it takes some twenty, and saves half of the rest at best
+LEAST_TO_COMPILE = 60.0
 _ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
 _REPEATS = 3
 
@@ -87,7 +87,8 @@ def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[
     best = min(plain, key=plain.get)
     why = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plain.items()) + " a step"
     compiled = False
-    if engine.compile == "auto" and steps * plain[best] > LEAST_TO_COMPILE:
+    # what is known already costs nothing to ask
+    if engine.compile == "auto" and (timings.knows(best, True) or steps * plain[best] > LEAST_TO_COMPILE):
         measured = timings.of(best, True)
         compiled = steps * (plain[best] - measured["step"]) > measured["first"]
         why += f", compiled {measured['step']:.3g} s after {measured['first']:.3g} s"
@@ -105,7 +106,7 @@ class _Timings:
 
     def of(self, attention: str, compiled: bool) -> Timing:
         """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
-        name = f"{attention}{', compiled' if compiled else ''}"
+        name = _name(attention, compiled)
         if name not in self.known:
             self.known[name] = self._measured(Engine(attention=attention, compile=compiled))
             # a cache that cannot be written is no reason not to train
@@ -113,6 +114,10 @@ class _Timings:
                 # with what another process has measured meanwhile
                 write_json(self.path, self._kept() | self.known)
         return self.known[name]
+
+    def knows(self, attention: str, compiled: bool) -> bool:
+        """Whether `of` has the answer without measuring."""
+        return _name(attention, compiled) in self.known
 
     def _kept(self) -> dict[str, Timing]:
         try:
@@ -133,6 +138,10 @@ class _Timings:
                 # no compiler here, say: not a candidate
                 return {"first": float("inf"), "step": float("inf")}
             return {"first": first, "step": statistics.median(_seconds(step) for _ in range(_REPEATS))}
+
+
+def _name(attention: str, compiled: bool) -> str:
+    return f"{attention}, compiled" if compiled else attention
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -32,6 +32,20 @@ def test_peak_memory_is_that_of_the_scope():
     assert memory.peak_bytes == pytest.approx(64 * MIB, abs=4 * MIB)
 
 
+@pytest.mark.skipif(not measure._reset_peak(), reason="this system keeps no peak of memory that can be reset")
+def test_peak_memory_counts_what_malloc_had_kept():
+    def blocks():
+        # small enough for the heap; the last one keeps its end where it is
+        return [bytearray(64 * 1024) for _ in range(1024)], bytearray(64 * 1024)
+
+    held, last = blocks()
+    del held
+    with peak_memory("cpu") as memory:
+        again = blocks()
+    assert memory.peak_bytes == pytest.approx(64 * MIB, abs=8 * MIB)
+    assert len(last) == len(again[1])
+
+
 def test_unknown_memory_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     with peak_memory("cpu") as memory:

@@ -41,7 +41,8 @@ def handle(llama):
     ("engine", "steps", "chosen", "looked_at"),
     [
         (Engine(), 39, ("sdpa", False), 0),
-        (Engine(), 240, (GROUPED, False), 2),
+        (Engine(), 59, (GROUPED, False), 2),
+        (Engine(), 199, (GROUPED, False), 3),
         (Engine(), 1000, (GROUPED, True), 3),
         (Engine(compile=False), 1000, (GROUPED, False), 2),
         (Engine(attention=GROUPED), 1000, (GROUPED, True), 2),
@@ -62,6 +63,14 @@ def test_probe_asks_the_machine_once(handle, measured):
     # another length bucket is another question
     settle(handle, Engine(), lambda: {**BATCH, "input_ids": torch.zeros(2, 40, dtype=torch.int64)}, 1000)
     assert len(measured) == 6
+
+
+def test_probe_uses_what_it_knows_of_compiling(handle, measured):
+    settle(handle, Engine(), lambda: BATCH, 1000)
+    # too short to have tried it; the sixty seconds it takes are saved after two hundred steps
+    assert not settle(handle, Engine(), lambda: BATCH, 59)[0].compile
+    assert settle(handle, Engine(), lambda: BATCH, 201)[0].compile
+    assert len(measured) == 3
 
 
 def test_probe_measures_and_leaves_no_trace(handle, monkeypatch, tmp_path):

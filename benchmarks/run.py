@@ -48,13 +48,15 @@ def main(
     if cell is not None:
         write_json(into.resolve(), _measured(next(one for one in cells if one.name == cell), options))
         return
+    planned = [one.name for one in cells]
     cells = [one for one in cells if not only or any(text in one.name for text in only)]
     if not cells:
-        names = ", ".join(one.name for one in plan(full, models or tuple(MODELS)))
-        raise typer.BadParameter(f"no cell has {' or '.join(only)} in its name: expected part of one of {names}")
+        raise typer.BadParameter(
+            f"no cell has {' or '.join(only)} in its name: expected part of one of {', '.join(planned)}"
+        )
     store = Store.here(results.resolve(), options)
     failed = run_cells(cells, store, partial(_run_cell, options, full), float("inf") if full else budget)
-    path = write_summary(results.resolve(), store)
+    path = write_summary(results.resolve(), store, planned)
     out.print(f"wrote {path}; the report: lofit-fast report {results}", highlight=False)
     if failed:
         out.print(f"[red]failed:[/] {', '.join(failed)}")

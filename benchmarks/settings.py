@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import AS_RUN, PROVIDERS, Absent, Attached
+from benchmarks.providers import AS_RUN, PROVIDERS, Attached
 from benchmarks.steps import vectors
 from benchmarks.workload import Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.encoding import Encoded
@@ -82,13 +82,10 @@ def settled_engine(model: nn.Module, work: Workload) -> Engine:
 def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
     """A scope with the row's provider in a copy of the model, prepared as its setting says, in training mode.
 
-    Raises Absent where the provider cannot be had in this setting.
+    Raises Absent where the provider cannot be had here.
     """
-    provider = PROVIDERS[row.provider]
-    if row.setting in provider.absent:
-        raise Absent(provider.absent[row.setting])
     model = copied(base)
-    attached = provider.attach(model, vectors(base, row.step or "step 2"))
+    attached = PROVIDERS[row.provider].attach(model, vectors(base, row.step or "step 2"))
     # the optimizer a stock Trainer takes by default; ours takes the same
     optimizer = (
         torch.optim.AdamW(attached.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

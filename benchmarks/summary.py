@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.cells import Store
@@ -13,13 +13,17 @@ from lofit_fast.files import write_json
 STEPS = ("step 1", "step 2")
 
 
-def write_summary(results: Path, store: Store) -> Path:
-    """Write <results>/summary.json from the cells of one machine, whatever is there of them."""
+def write_summary(results: Path, store: Store, planned: Sequence[str] = ()) -> Path:
+    """Write <results>/summary.json from the cells of one machine, whatever is there of them.
+
+    planned: names of the cells there should be, so that the report can say which are not.
+    """
     meta = {
         **machine(),
         "results": store.folder.name,
         "stamp": store.stamp,
         "data": store.stamp["data"],
+        "planned": list(planned),
         "evidence": "GPU clock" if machine()["device"] != "cpu" else "CPU clock",
     }
     path = results / "summary.json"

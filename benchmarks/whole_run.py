@@ -1,4 +1,4 @@
-"""Whole runs, from a loaded model to a tuned adapter, everything in between included: compiling, selecting, saving."""
+"""Whole runs, from a loaded model to a tuned adapter: probing, compiling where it pays, selecting, saving."""
 
 from __future__ import annotations
 

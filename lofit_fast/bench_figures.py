@@ -78,7 +78,7 @@ def _whole_runs(results: BenchResults, path: Path) -> Path | None:
     colors = [_OURS if cell["provider"] == "ours" else _OTHERS for _, cell in runs]
     names = [f"{model}: {LABELS[cell['provider']]}" for model, cell in runs]
     _bars(axes, names, [cell["seconds"] for _, cell in runs], None, colors)
-    axes.set(xlabel="seconds, from a loaded model to the adapter, compiling included")
+    axes.set(xlabel="seconds, from a loaded model to the adapter: compiled where that pays, compiling included")
     return save_figure(figure, path)
 
 

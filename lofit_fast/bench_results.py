@@ -110,14 +110,15 @@ class BenchResults:
         return [row for row in (self.cell(name) or {}).get("rows", []) if "vs_floor" in row]
 
     def missing(self) -> list[tuple[str, str]]:
-        """(what, why) for all that is absent or was not timed because its loss was wrong."""
+        """(what, why) for all that is absent, was not run, or was not timed because its loss was wrong."""
         rows = [(name, cell["absent"]) for name, cell in self.cells.items() if "absent" in cell]
         for name, cell in self.cells.items():
             for row in cell.get("rows", []):
                 words = f"{name}: {label(row)}"
                 rows += [(words, row["absent"])] if "absent" in row else []
                 rows += [(words, f"not timed, its loss is wrong: {row['red']}")] if "red" in row else []
-        return rows
+        left = [name for name in self.summary["meta"].get("planned", ()) if name not in self.cells]
+        return rows + [(name, "not run with this code yet: make bench goes on where it was") for name in left]
 
 
 def label(row: dict) -> str:

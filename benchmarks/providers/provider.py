@@ -1,7 +1,7 @@
 """What a provider is: a way to put something trainable into a model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -36,10 +36,9 @@ class Provider:
 
     label: for people. attach: (fresh model copy, vectors) -> Attached; raises Absent where it cannot be had.
     lofit: whether it computes the same function as ours of the same vectors; the others start as the base model and
-    do not depend on the step. absent: setting -> why there is no such row.
+    do not depend on the step.
     """
 
     label: str
     attach: Callable[[nn.Module, Vectors], Attached]
     lofit: bool
-    absent: dict[str, str] = field(default_factory=dict)

@@ -2,18 +2,13 @@
 
 from benchmarks.providers import floor as floors
 from benchmarks.providers import fold_eager, hook, original, ours, peft_methods
-from benchmarks.providers.provider import SAME_ENGINE, Provider
+from benchmarks.providers.provider import Provider
 
 PROVIDERS: dict[str, Provider] = {
     "floor": Provider("frozen floor", floors.attach, lofit=False),
     "ours": Provider("lofit-fast", ours.attach, lofit=True),
     "hook": Provider("hook LoFiT", hook.attach, lofit=True),
-    "compiled_hook": Provider(
-        "hook LoFiT, compiled",
-        hook.attach_compiled,
-        lofit=True,
-        absent={SAME_ENGINE: "the engine compiles whole layers, hooks included: see hook"},
-    ),
+    "compiled_hook": Provider("hook LoFiT, compiled", hook.attach_compiled, lofit=True),
     "original": Provider("original per-head loop", original.attach, lofit=True),
     "fold_eager": Provider("fold in eager PyTorch", fold_eager.attach, lofit=True),
     "lora_qv": Provider("PEFT LoRA r=8, q and v", peft_methods.attach("lora_qv"), lofit=False),

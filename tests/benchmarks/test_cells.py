@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks import cells
 from benchmarks.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.plan import MEMORY, plan
 from benchmarks.run import _measured, main, run_cells
@@ -88,7 +89,17 @@ def test_names_of_cells_and_machines(store):
     assert {cell.name for cell in plan(full=False)} < {cell.name for cell in cells}
     assert device_slug({"device": "cpu", "processor": "AMD EPYC(TM) 9", "threads": 2}) == "amd-epyc-tm-9-2-threads"
     assert device_slug({"device": "NVIDIA H100 80GB", "processor": "x", "threads": 2}) == "nvidia-h100-80gb"
-    assert code_digest() == code_digest()
+
+
+def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    (tmp_path / "lofit_fast").mkdir()
+    code, report = tmp_path / "lofit_fast" / "patch.py", tmp_path / "lofit_fast" / "bench_report.py"
+    seen = []
+    for path, text in ((code, "1"), (report, "1"), (report, "2"), (code, "2"), (code, "1")):
+        path.write_text(text)
+        seen.append(code_digest())
+    assert seen[0] == seen[1] == seen[2] == seen[4] != seen[3]
 
 
 def row(provider, setting, step, seconds):
@@ -141,11 +152,12 @@ def test_a_row_alone_is_no_summary():
 
 
 def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
-    summary = json.loads(write_summary(tmp_path, store).read_text())
+    summary = json.loads(write_summary(tmp_path, store, ["M/steps"]).read_text())
     keys = {"vs_hook_as_run", "vs_lora_all_as_run", "vs_floor", "peak_memory_vs_hook"}
     keys |= {"prefix_cache_speedup", "mc_scoring_speedup"}
     assert all(keys <= summary[model].keys() for model in ("SmolLM2-135M", "Gemma-3-270M"))
     assert summary["meta"].keys() >= {"device", "versions", "commit", "results", "data", "evidence"}
+    assert summary["meta"]["planned"] == ["M/steps"]
 
 
 @pytest.mark.parametrize(

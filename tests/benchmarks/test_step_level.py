@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import check, settings, step_level
-from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Attached, Provider
+from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent, Attached, Provider
 from benchmarks.settings import Row
 from benchmarks.steps import STEPS, vectors
 from benchmarks.workload import grouped_batches, stock_batches, workload
@@ -47,15 +47,19 @@ def test_a_wrong_loss_is_not_timed(work, monkeypatch):
         attached = PROVIDERS["ours"].attach(model, values)
         return Attached(attached.model, attached.parameters, lambda other: None, attached.penalty)
 
+    def not_here(model, values):
+        raise Absent("not installed")
+
     monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", ignores_its_vectors, lofit=True))
+    monkeypatch.setitem(PROVIDERS, "nowhere", Provider("nowhere", not_here, lofit=True))
     said = []
-    rows = [Row("wrong", AS_RUN, "step 2"), Row("ours", AS_RUN, "step 2"), Row("compiled_hook", SAME_ENGINE, "step 2")]
+    rows = [Row("wrong", AS_RUN, "step 2"), Row("ours", AS_RUN, "step 2"), Row("nowhere", SAME_ENGINE, "step 2")]
     wrong, ours, absent = step_level.measure(tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append)[
         "rows"
     ]
     assert "expected" in wrong["red"] and "seconds" not in wrong
     assert len(ours["seconds"]) == 1
-    assert "seconds" not in absent and absent["absent"]
+    assert "seconds" not in absent and absent["absent"] == "not installed"
     assert any("NOT TIMED" in line for line in said)
 
 

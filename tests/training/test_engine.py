@@ -96,6 +96,18 @@ def test_engine_compiled_layers_compute_the_same(family, component, quick_compil
     )
 
 
+def test_engine_compiles_a_model_with_hooks_apart(quick_compiler):
+    # the two share the code of their layers, and dynamo by itself does not see that one has hooks
+    for hooks in ([], [lambda module, args: (2 * args[0],)]):
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            for hook in hooks:
+                layer.self_attn.o_proj.register_forward_pre_hook(hook)
+        expected = model(tokens()).logits
+        with prepared(model, Engine(compile=True)):
+            torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_engine_compiles_once_for_all_lengths(llama, quick_compiler):
     randomize(lf.patch(llama, lf.LofitConfig(scale="all")), 0.1)
     with prepared(llama, Engine(compile=True)):

@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="What the paths cost: predicted, or timed here.", no_args_is_help=True)
+bench = typer.Typer(help="What the paths cost, predicted: for timings, make bench.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 out, err = Console(), Console(stderr=True)
 
@@ -142,6 +142,7 @@ def train(
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = _load_task(name, data, tokenizer, train_size=train_size, seed=seed)
     common = {"output_dir": output, "heads": fixed, "resume": resume, "progress": not as_json}
+    common["callbacks"] = [ProfileSteps(output)] if profile else ()
     judged = {}
     if examples.preferences:
         # the engine's knobs are of completions
@@ -155,7 +156,6 @@ def train(
             recipe,
             engine=engine,
             eval_data=examples.validation or None,
-            callbacks=[ProfileSteps(output)] if profile else (),
             **common,
         )
     summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
@@ -24,7 +25,7 @@ from lofit_fast.patch import handle_of, load, patch
 from lofit_fast.reference import reference_logprobs
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.arguments import training_arguments
-from lofit_fast.training.measure import peak_memory
+from lofit_fast.training.measure import peak_memory, rates
 from lofit_fast.training.recipe import FitResult
 from lofit_fast.training.run import RunFolder, data_digest, weights_digest
 
@@ -52,10 +53,12 @@ def train_dpo(
     -log sigmoid(beta ((log p - log p_ref)(chosen) - (log p - log p_ref)(rejected))), mean over a batch, + l1 * sum |a|.
     One rejected answer per question and epoch, see `draw_rejected`; AdamW without decay, a learning rate that falls
     linearly to 0. The reference is computed once with the attachment disabled: no second model is loaded.
-    on_epoch: called with a dict after every epoch, as by `LofitTrainer`. callbacks: of transformers' Trainer.
+    on_epoch: called with a dict after every epoch, as by `LofitTrainer`, with rates in questions and in real tokens of
+    both answers. callbacks: of transformers' Trainer.
     max_length: longest prompt and answer in tokens; None means the model's context. output_dir: TRL's; nothing is kept
     in it.
-    Returns {"seconds", "loss": [mean of each epoch, without the L1 term]}; the references are part of the seconds.
+    Returns {"seconds", "loss": [mean of each epoch, without the L1 term], "tokens_per_s", "examples_per_s"}; the
+    references are part of these seconds.
     Raises ImportError without TRL, ValueError for no preferences, no epochs or a pair that is too long,
     FloatingPointError when training diverges. The model is left as it was but for the parameters.
     """
@@ -66,9 +69,16 @@ def train_dpo(
     trained = {id(parameter) for parameter in attachment.parameters()}
     if not trained or not trained <= {id(parameter) for parameter in model.parameters()}:
         raise ValueError("expected an attachment with parameters in its model, to train")
-    started = time.perf_counter()
+    started, tokens = time.perf_counter(), []
+    steps = math.ceil(len(preferences) / batch_size)
+
+    def done(rows: Sequence[dict]) -> tuple[float, float]:
+        """Questions and tokens of epochs, the last of which may have been cut short."""
+        shares = [(len(row["step_losses"]) / steps, row["epoch"] - 1) for row in rows]
+        return sum(share for share, _ in shares) * len(preferences), sum(share * tokens[at] for share, at in shares)
 
     def report(row: dict) -> None:
+        row |= rates(*done([row]), row["seconds"])
         rows.append(row)
         if on_epoch is not None:
             on_epoch(row)
@@ -84,6 +94,8 @@ def train_dpo(
             batch_size=2 * batch_size,
             progress=progress,
         )
+        lengths = [_tokens(pair) for pair in pairs]
+        tokens += [sum(lengths[index[pair]] for pair in enumerate(epoch)) for epoch in drawn]
         trainers.AttachmentDPOTrainer(
             attachment,
             pairs,
@@ -104,7 +116,8 @@ def train_dpo(
             ),
             processing_class=tokenizer,
         ).train()
-    return {"seconds": time.perf_counter() - started, "loss": [row["loss"] for row in rows]}
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "loss": [row["loss"] for row in rows], **rates(*done(rows), seconds)}
 
 
 def fit_preferences(
@@ -117,11 +130,13 @@ def fit_preferences(
     heads: Sequence[Head] | None = None,
     beta: float = 0.5,
     resume: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> FitResult:
     """Both steps of LoFiT with DPO instead of completions, in a run folder as `fit` writes it.
 
     heads: skip step 1 and tune these. resume: go on after the last finished step; there are no checkpoints inside one.
+    callbacks: of transformers' Trainer, for both steps.
     The model comes back patched with the tuned offsets; after an error it is as it was.
     Raises what `train_dpo` and `fit` raise; micro-batches (recipe.accumulation_steps above 1) are not supported.
     """
@@ -138,7 +153,7 @@ def fit_preferences(
 
     def train(handle, stage: str, lr: float, epochs: int, l1: float) -> dict[str, float]:
         with peak_memory(next(model.parameters()).device) as memory:
-            seconds = train_dpo(
+            trained = train_dpo(
                 handle,
                 tokenizer,
                 preferences,
@@ -152,10 +167,11 @@ def fit_preferences(
                 max_grad_norm=recipe.max_grad_norm,
                 max_length=recipe.max_length,
                 on_epoch=lambda row: run.append_history({"stage": stage, **row}),
+                callbacks=callbacks,
                 progress=progress,
-            )["seconds"]
-        speed = epochs * len(preferences) / seconds
-        return {"seconds": seconds, "examples_per_s": speed, "peak_memory_bytes": memory.peak_bytes}
+            )
+        kept = {key: trained[key] for key in ("seconds", "tokens_per_s", "examples_per_s")}
+        return {**kept, "peak_memory_bytes": memory.peak_bytes}
 
     if run.heads is None and heads is not None:
         run.write_heads(heads, None)
@@ -211,6 +227,11 @@ def _dataset(preferences: Sequence[Preference], pairs: Sequence[tuple[int, int]]
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
         }
     )
+
+
+def _tokens(pair: dict) -> int:
+    """Of both answers, each with its prompt."""
+    return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
 
 
 def _limit(model: nn.Module, max_length: int | None) -> int | None:

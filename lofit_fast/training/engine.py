@@ -96,7 +96,10 @@ def _compiled(layers: list[nn.Module]) -> Iterator[None]:
         # past the limit dynamo would run the layers uncompiled without a word; and without guards on hooks it would run
         # a model that has some on the graph of one that has none
         options = {"recompile_limit": _GRAPHS, "skip_nnmodule_hook_guards": False}
-        with torch._dynamo.config.patch(**options), torch._inductor.config.patch(post_grad_custom_post_pass=BlockedProducts()):
+        with (
+            torch._dynamo.config.patch(**options),
+            torch._inductor.config.patch(post_grad_custom_post_pass=BlockedProducts()),
+        ):
             yield
     finally:
         for layer, value in zip(layers, before, strict=True):

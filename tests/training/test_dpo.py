@@ -171,7 +171,13 @@ def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
         *(("tune", i) for i in (1, 2, 3)),
     ]
     assert result.history[-1]["loss"] < result.history[1]["loss"]
-    assert result.metrics["tune"].keys() == {"seconds", "examples_per_s", "peak_memory_bytes"}
+    assert result.metrics["tune"].keys() == {"seconds", "tokens_per_s", "examples_per_s", "peak_memory_bytes"}
+    # an epoch goes over each question's chosen answer and one that is rejected, here all as long
+    answers = [(p.prompt, answer) for p in PREFERENCES for answer in (p.chosen, p.rejected[0])]
+    tokens = sum(len(encode(TOKENIZER, Example(*pair), None)["input_ids"]) for pair in answers)
+    for row in result.history:
+        assert row["examples_per_s"] * row["seconds"] == pytest.approx(len(PREFERENCES))
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(tokens)
     assert json.loads((tmp_path / "state.json").read_text())["stage"] == "done"
     margins = []
     for scope in (contextlib.nullcontext(), result.handle.disabled()):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks.cells import Options, run_python
 
 
 def measure(options: Options) -> dict:
-    """Every op-level benchmark's group, name, parameters and statistics in seconds."""
+    """Every op-level benchmark's group, name, parameters and statistics in seconds; rows: what is absent, and why."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ops.json"
-        run_python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", f"--benchmark-json={path}")
-        report = json.loads(path.read_text())
+        timings, outcomes = Path(folder) / "ops.json", Path(folder) / "ops.xml"
+        reports = (f"--benchmark-json={timings}", f"--junitxml={outcomes}")
+        run_python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", *reports)
+        report, cases = json.loads(timings.read_text()), ElementTree.parse(outcomes).iter("testcase")
+        skipped = {case.get("name"): case.find("skipped") for case in cases}
     kept = ("median", "q1", "q3", "rounds")
     return {
         "benchmarks": [
@@ -25,5 +28,6 @@ def measure(options: Options) -> dict:
                 "extra": one.get("extra_info", {}),
             }
             for one in report["benchmarks"]
-        ]
+        ],
+        "rows": [{"provider": name, "absent": why.get("message")} for name, why in skipped.items() if why is not None],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -31,13 +31,16 @@ SETTINGS: dict[str, tuple[str | None, str | None]] = {
     "both": ("all", "all"),
     "few scales": ("few", None),
 }
+# of LoRA, with alpha twice as large
+RANK = 8
 
 
 @dataclass(frozen=True)
 class Projection:
     """Tensors of one projection: z (T, K) as attention hands it over, weight (N, K) frozen, grad (T, N) = dY.
 
-    scale, offset: (h, D) float32 leaves or None, on `scale_heads` and `offset_heads`, (h,) int64.
+    scale, offset: (h, D) float32 leaves or None, on `scale_heads` and `offset_heads`, (h,) int64. low_rank: LoRA's
+    A (8, K) and B (N, 8), float32 leaves as PEFT makes them.
     """
 
     setting: str
@@ -49,7 +52,8 @@ class Projection:
     scale_heads: Tensor | None
     offset: Tensor | None
     offset_heads: Tensor | None
-    # both again as lists, for those who loop over heads: reading them off a GPU in every step would wait for it
+    low_rank: tuple[Tensor, Tensor]
+    # the heads again as lists, for those who loop over them: reading them off a GPU in every step would wait for it
     lists: tuple[list[int], list[int]]
 
     @property
@@ -77,17 +81,22 @@ def projection(setting: str, shape: Shape, T: int, dtype: torch.dtype, device: s
     def draw(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*size, generator=generator, device=device) * std).to(to)
 
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
     def vectors(heads: list[int]) -> tuple[Tensor | None, Tensor | None]:
         if not heads:
             return None, None
-        rows = draw(len(heads), shape.D, std=0.1, to=torch.float64 if dtype == torch.float64 else torch.float32)
+        rows = draw(len(heads), shape.D, std=0.1, to=wide)
         return rows.requires_grad_(), torch.tensor(heads, device=device)
 
     z, weight = draw(T, shape.K).requires_grad_(), draw(shape.N, shape.K, std=shape.K**-0.5)
     by_name = {None: [], "all": list(range(shape.H)), "few": few_heads(shape.H)}
     lists = tuple(by_name[which] for which in SETTINGS[setting])
     scale, offset = (vectors(heads) for heads in lists)
-    return Projection(setting, shape, z, weight, draw(T, shape.N), *scale, *offset, lists)
+    grad = draw(T, shape.N)
+    sizes = ((RANK, shape.K), (shape.N, RANK))
+    low_rank = tuple(draw(*size, std=size[1] ** -0.5, to=wide).requires_grad_() for size in sizes)
+    return Projection(setting, shape, z, weight, grad, *scale, *offset, low_rank, lists)
 
 
 def _dense(rows: Tensor, heads: Tensor, n_heads: int) -> Tensor:
@@ -130,6 +139,12 @@ def eager_fold(z: Tensor, p: Projection) -> Tensor:
     columns = (p.offset_heads[:, None] * p.shape.D + torch.arange(p.shape.D, device=z.device)).flatten()
     bias = p.weight[:, columns].to(p.offset.dtype) @ p.offset.flatten()
     return linear(z, p.weight, bias.to(z.dtype))
+
+
+def lora(z: Tensor, p: Projection) -> Tensor:
+    """What PEFT's LoRA makes of this projection: y = z W^T + 2 (z A^T) B^T, with z cast to A's float32 and back."""
+    a, b = p.low_rank
+    return (linear(z, p.weight) + 2 * linear(linear(z.to(a.dtype), a), b)).to(z.dtype)
 
 
 def ours(z: Tensor, p: Projection, **path: str) -> Tensor:
@@ -204,6 +219,7 @@ class Provider:
     """A row: `forward(z, projection) -> y`, differentiable. ours: held to the accuracy rule before it is timed.
 
     refusal(projection): why it cannot express that projection anywhere, None when it can. needs: a key of NEEDS.
+    trained(projection): the leaves whose gradients it computes.
     """
 
     name: str
@@ -211,6 +227,7 @@ class Provider:
     ours: bool = False
     refusal: Callable[[Projection], str | None] = lambda p: None
     needs: str | None = None
+    trained: Callable[[Projection], Sequence[Tensor]] = lambda p: p.parameters
 
     def missing(self, p: Projection) -> str | None:
         """Why it cannot run on that projection here, None when it can."""
@@ -243,7 +260,7 @@ def _paths() -> Iterator[Provider]:
 PROVIDERS: dict[str, Provider] = {
     row.name: row
     for row in (
-        Provider("floor", floor),
+        Provider("floor", floor, trained=lambda p: ()),
         Provider("ours", ours, True),
         Provider("hook", hook),
         Provider("compiled hook", compiled_hook, needs="compiler"),
@@ -254,8 +271,16 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
+_ELSEWHERE = "adapts other projections than this one: see the step level"
+# adapters that compute another function: timed beside PROVIDERS, with nothing to be checked against
+OTHERS: dict[str, Provider] = {
+    "LoRA": Provider("LoRA", lora, trained=lambda p: p.low_rank),
+    **{name: Provider(name, floor, refusal=lambda p: _ELSEWHERE) for name in ("LoRA, q and v", "IA3", "BEFT")},
+}
+EVERYONE = {**PROVIDERS, **OTHERS}
+
+
 def step(provider: Provider, p: Projection) -> tuple[Tensor, ...]:
     """One forward and backward: (y, dz, and the gradients of the parameters, for providers that have any)."""
     y = provider.forward(p.z, p)
-    wanted = [p.z] if provider.name == "floor" else [p.z, *p.parameters]
-    return (y.detach(), *torch.autograd.grad(y, wanted, p.grad))
+    return (y.detach(), *torch.autograd.grad(y, [p.z, *provider.trained(p)], p.grad))

@@ -8,6 +8,7 @@ from functools import partial
 
 from benchmarks import generation, losses, memory, prefix, profile, step_level, sweep, whole_run
 from benchmarks.cells import Cell, Options
+from benchmarks.layer_level import measure as layer_level
 from benchmarks.loading import MODELS, loaded
 from benchmarks.op_level import measure as op_level
 from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent
@@ -26,6 +27,7 @@ CORE = (
 MEMORY = (*(Row(name, setting, step) for name, setting in (("hook", AS_RUN), ("ours", SAME_ENGINE)) for step in STEPS),)
 MORE_MEMORY = (Row("floor", SAME_ENGINE), *(Row(name, AS_RUN) for name in ("lora_qv", "lora_all", "ia3", "beft")))
 PEER_ROUNDS = 3
+LOSS_EXAMPLES = 32
 
 
 def peers(setting: str) -> list[Row]:
@@ -50,11 +52,11 @@ def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
     # one model's whole before the next one's
     for model in models:
         cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for name in whole_run.RUNS]
-        cells += [Cell(f"{model}/generation", partial(_generation, model), 2)]
         cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5)]
         cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5)]
-        cells += [Cell("ops", op_level, 2)] if model == models[0] else []
-    return cells + (_losses_of(models[1:]) + _more(models) if full else [])
+        cells += [Cell("ops", op_level, 1.5)] if model == models[0] else []
+    cells += [Cell(f"{model}/generation", partial(_generation, model), 2) for model in models[:1]]
+    return cells + (_more(models) if full else [])
 
 
 def _losses_of(models: list[str]) -> list[Cell]:
@@ -63,7 +65,9 @@ def _losses_of(models: list[str]) -> list[Cell]:
 
 
 def _more(models: list[str]) -> list[Cell]:
-    cells = [_memory(model, row, 1.0) for model in models for row in MORE_MEMORY]
+    cells = [Cell("layers", layer_level, 6), *_losses_of(models[1:])]
+    cells += [Cell(f"{model}/generation", partial(_generation, model), 2) for model in models[1:]]
+    cells += [_memory(model, row, 1.0) for model in models for row in MORE_MEMORY]
     for model in models:
         cells += [Cell(f"{model}/peers compiled", partial(_peers, model, SAME_ENGINE, True), 8)]
     return cells
@@ -126,7 +130,7 @@ def _whole(model: str, provider: str, options: Options) -> dict:
 
 def _losses(model: str, dtype: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data, dtype)
-    return losses.measure(base, tokenizer, task(options.data).train[: len(work.rows)], settled_engine(base, work))
+    return losses.measure(base, tokenizer, task(options.data).train[:LOSS_EXAMPLES], settled_engine(base, work))
 
 
 def _profile(model: str, options: Options) -> dict:

@@ -7,22 +7,23 @@ run here are skipped with their reason. `python -m benchmarks.gpu` is the one to
 import pytest
 import torch
 
-from benchmarks.operators import PROVIDERS, projection, step
-from benchmarks.shapes import Shape
+from benchmarks.operators import EVERYONE, projection, step
+from benchmarks.shapes import SHAPES
 
-T, SHAPE = 1024, Shape(H=16, H_kv=16, D=128, N=2048, inner=0)
+T, MODELS = 512, ("llama-3-8b", "gemma-7b")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("setting", ["step 1", "step 2"])
-@pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS)
-def test_projection(benchmark, provider, setting, dtype):
-    p = projection(setting, SHAPE, T, dtype, DEVICE)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("provider", EVERYONE.values(), ids=EVERYONE)
+def test_projection(benchmark, provider, model, setting):
+    shape = SHAPES[model]
+    p = projection(setting, shape, T, torch.bfloat16, DEVICE)
     why = provider.missing(p)
     if why:
         pytest.skip(f"{provider.name}, {setting}: {why}")
-    benchmark.group = f"{DEVICE} {dtype} {setting} T={T} K={SHAPE.K} N={SHAPE.N}"
+    benchmark.group = f"{DEVICE} bfloat16 {setting} T={T} {model} K={shape.K} N={shape.N}"
     # compiled here rather than inside the first round
     grads = step(provider, p)
 

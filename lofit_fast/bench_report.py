@@ -56,6 +56,7 @@ def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
         _generation(results),
         _warm(results),
         _ops(results),
+        _layers(results),
         _missing(results),
     ]
     head = f'<meta charset="utf-8"><title>lofit-fast: benchmark</title><style>{_STYLE}</style>'
@@ -133,6 +134,17 @@ def _ops(results: BenchResults) -> str:
     benchmarks = (results.cell("ops") or {}).get("benchmarks", [])
     rows = [(one["group"], one["name"], f"{1e3 * one['seconds']['median']:.3f} ms") for one in benchmarks]
     return _section("Ops", ("group", "benchmark", "median"), rows)
+
+
+def _layers(results: BenchResults) -> str:
+    cell = results.cell("layers") or {"groups": []}
+    rows = []
+    for group in cell["groups"]:
+        where = f"{group['level']} of {group['model']}, {group['setting']}, T = {group['T']}, {group['dtype']}"
+        for name, one in group["providers"].items():
+            times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**one["vs_floor"]) if "vs_floor" in one else ""
+            rows.append((where, name, f"{one['ms']:.2f} ms", times))
+    return _section("Layers", ("what", "provider", "median", "/ floor"), rows)
 
 
 def _missing(results: BenchResults) -> str:

@@ -53,6 +53,12 @@ def results(tmp_path):
             "order_difference": 0.02,
         },
         "SmolLM2-135M/sweep": {"absent": "no sweep"},
+        "layers": {
+            "groups": [
+                {"level": "layer", "model": "llama-3-8b", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
+                | {"providers": {"LoRA": {"ms": 3.0, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}}}
+            ]
+        },
         "ops": {"benchmarks": [{"group": "g", "name": "op", "seconds": {"median": 0.001}}]},
     }
     folder = tmp_path / "results"
@@ -85,6 +91,7 @@ def test_the_page_says_what_where_and_what_not(results, tmp_path):
         "GEMM 60%",
         "no sweep",
         "not &lt;installed&gt;",
+        "layer of llama-3-8b, step 1, T = 256, bfloat16</td><td>LoRA</td><td>3.00 ms</td><td>1.50 (1.40 to 1.60)",
         "SmolLM2-135M/generation</td><td>not run with this code yet",
     ):
         assert words in page

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.clock import Timed, input_sets, measure
 from benchmarks.gpu.decoder import DecoderLayer
-from benchmarks.operators import PROVIDERS, Provider, projection, step
+from benchmarks.operators import EVERYONE, Provider, projection, step
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import ratio
 
@@ -30,7 +30,7 @@ def time_projection(task: dict[str, Any]) -> dict[str, Any]:
     def run(provider: Provider) -> Callable[[int], object]:
         return lambda i: step(provider, sets[i % len(sets)])
 
-    return _rows(task, {name: run(PROVIDERS[name]) for name in task["providers"]}, first.z.numel())
+    return _rows(task, {name: run(EVERYONE[name]) for name in task["providers"]}, first.z.numel())
 
 
 def time_layer(task: dict[str, Any]) -> dict[str, Any]:
@@ -46,14 +46,14 @@ def time_layer(task: dict[str, Any]) -> dict[str, Any]:
         def one(i: int) -> object:
             x, grad = sets[i % len(sets)]
             y = layer(x, lambda z: provider.forward(z, p))
-            return torch.autograd.grad(y, [x] if provider.name == "floor" else [x, *p.parameters], grad)
+            return torch.autograd.grad(y, [x, *provider.trained(p)], grad)
 
         return one
 
-    runs: Runs = {name: run(PROVIDERS[name]) for name in task["providers"]}
+    runs: Runs = {name: run(EVERYONE[name]) for name in task["providers"]}
     if "floor" in runs:
         # how much of the layer the bare projection is: what an adapter's slow-down of it is diluted by
-        runs["the projection alone"] = lambda i: step(PROVIDERS["floor"], whole)
+        runs["the projection alone"] = lambda i: step(EVERYONE["floor"], whole)
     return _rows(task, runs, whole.z.numel())
 
 
@@ -85,7 +85,7 @@ def _rows(task: dict[str, Any], runs: Runs, elements: int) -> dict[str, Any]:
 
 def _missing(task: dict[str, Any]) -> dict[str, str]:
     p = projection(task["setting"], SHAPES[task["model"]], 1, getattr(torch, task["dtype"]), task["device"])
-    reasons = {name: PROVIDERS[name].missing(p) for name in task["providers"]}
+    reasons = {name: EVERYONE[name].missing(p) for name in task["providers"]}
     return {name: why for name, why in reasons.items() if why}
 
 

@@ -13,7 +13,7 @@ from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import checks, clock, plan, report
 from benchmarks.gpu.decoder import DecoderLayer
 from benchmarks.gpu.isolation import Isolated
-from benchmarks.operators import PROVIDERS, floor, projection
+from benchmarks.operators import PROVIDERS, Provider, floor, projection
 from benchmarks.shapes import SHAPES
 
 pytest.importorskip("triton")
@@ -147,14 +147,10 @@ def test_a_row_goes_on_without_the_provider_that_broke_the_device():
 def wrong(change):
     """The hook with something the matter."""
 
-    class Wrong:
-        name, ours, needs = "wrong", True, None
+    def forward(z, p):
+        return change(PROVIDERS["hook"].forward(z, p), z, p)
 
-        @staticmethod
-        def forward(z, p):
-            return change(PROVIDERS["hook"].forward(z, p), z, p)
-
-    return Wrong
+    return Provider("wrong", forward, ours=True)
 
 
 def drop(y, z, p):

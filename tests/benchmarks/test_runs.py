@@ -1,5 +1,7 @@
 """Whole runs, losses, memory, prefix and profile cells on a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from benchmarks.settings import Row
 from benchmarks.workload import task, workload
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.prefix_store import PrefixStore
 from tests.tiny import tiny_model
 from tests.tokenizer import word_tokenizer
 
@@ -34,8 +37,13 @@ def test_whole_runs_see_as_many_examples(work, provider):
     assert all(0 < loss < 20 for loss in seen)
 
 
-def test_our_losses_are_the_hooks(work):
-    report = losses.measure(tiny(), word_tokenizer(), task(None, SIZE).train, ENGINE)
+@pytest.mark.parametrize("packing", [False, True])
+def test_our_losses_are_the_hooks(work, packing, monkeypatch):
+    used, find = [], PrefixStore.find
+    monkeypatch.setattr(PrefixStore, "find", lambda store, ids: used.append(ids) or find(store, ids))
+    report = losses.measure(tiny(), word_tokenizer(), task(None, SIZE).train, replace(ENGINE, packing=packing))
+    # in step 2, from the prefix cache
+    assert len(used) >= 2 * SIZE
     assert report["difference"] < 1e-4
     assert report["order_difference"] > 10 * report["difference"]
     assert [len(found) for found in report["losses"].values()] == [4, 4, 4]

@@ -103,12 +103,24 @@ def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: 
 
 
 def _made(slots: Sequence[Slot], results: Results) -> str:
-    """On which machine and with what, as most cells say it."""
-    found = [result["environment"] for slot in slots for result in results.of(slot)]
+    """With what the cells were made, each value with its number of cells where they differ."""
+    cells = {results.tuning.settled(cell) for slot in slots for cell in slot.cells} - {None}
+    found = [result for cell in cells if (result := results.folder.result(cell))]
     if not found:
         return ""
-    common = Counter(tuple(sorted(one.items())) for one in found).most_common(1)[0][0]
-    return "Made with " + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in common) + "."
+    values = {key: Counter(one["environment"][key] for one in found) for key in found[0]["environment"]}
+    values["commit"] = Counter((one["commit"] or "unknown")[:7] for one in found)
+    parts = [f"{key.replace('_', '-')} {_counted(counter)}" for key, counter in values.items()]
+    if changed := sum(bool(one["dirty"]) for one in found):
+        parts.append(f"{changed} cells with changes that were not committed")
+    mixed = len(values["device"]) > 1
+    return f"Made with {'; '.join(parts)}." + " Seconds compare among the cells of one device only." * mixed
+
+
+def _counted(counter: Counter) -> str:
+    if len(counter) == 1:
+        return next(iter(counter))
+    return ", ".join(f"{value} ({n} cells)" for value, n in counter.most_common())
 
 
 def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:

@@ -1,10 +1,13 @@
 """What every rival does: it can be switched off and taken out, it is counted, and the trained ones learn."""
 
+import math
+
 import pytest
 import torch
 
 import lofit_fast as lf
 from lofit_fast.baselines.rivals import RIVALS
+from lofit_fast.tasks.task import Preference
 from lofit_fast.training.supervised import train_supervised
 from tests.baselines.edited import logits, shake
 from tests.baselines.test_iti import CONTRASTS
@@ -62,6 +65,24 @@ def test_rival_learns_and_trains_nothing_else(name, tmp_path):
     assert loss[-1] < loss[0] - 0.02
     attachment.unpatch()
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_rival_learns_preferences(name, tmp_path):
+    pytest.importorskip("trl")
+    from lofit_fast.training.dpo import train_dpo
+
+    model = tiny_model("llama")
+    before = logits(model)
+    attachment = made(name, model)
+    preferences = [Preference(c.prompt, c.right, (c.wrong,)) for c in CONTRASTS]
+    options = {"epochs": 4, "batch_size": 4, "output_dir": tmp_path, "progress": False}
+    trained = train_dpo(attachment, tiny_tokenizer(), preferences, lr=RIVALS[name].lr, **options)
+    # the loss of a model that is its own reference is log 2
+    assert trained["loss"][-1] < trained["loss"][0] < math.log(2) + 0.1
+    assert trained["examples_per_s"] > 0
+    attachment.unpatch()
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("name", TRAINED)

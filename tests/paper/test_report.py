@@ -107,6 +107,22 @@ def test_missing_cells_are_blank_and_counted(tmp_path):
     assert "ZeroDivisionError" in text
 
 
+def test_cells_made_on_several_machines_say_so(tmp_path):
+    made = session(tmp_path, replace(QUICK, only=("table1",), tasks=("clutrr",)))
+
+    def mixed(cell):
+        other = {"environment": {"device": "CPU, 1 threads", "torch": "2.13.0"}, "commit": "abcdef0123", "dirty": True}
+        return {**made_up(cell), **(other if cell.method == "lofit" else {})}
+
+    made.run(mixed, progress=False)
+    text = (tmp_path / "report.md").read_text()
+    for words in (
+        "Made with device CPU, 2 threads (6 cells), CPU, 1 threads (1 cells); torch 2.13.0;",
+        "commit unknown (6 cells), abcdef0 (1 cells); 1 cells with changes that were not committed. Seconds compare",
+    ):
+        assert words in text
+
+
 def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     settings = replace(FULL, tasks=("clutrr", "truthfulqa"), n_tuning=10, only=("table1",))
     made = session(tmp_path, settings)

@@ -31,6 +31,9 @@ def paper(
             "--only", help="table1, table2, table3, table5, transfer, layers, sizes, tops: some of them, comma between."
         ),
     ] = None,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="Take TriviaQA, NQ-open and MMLU from the hub where DIR lacks them.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Default: {OUTPUT}, with --quick {OUTPUT / 'quick'}.")
     ] = None,
@@ -58,8 +61,8 @@ def paper(
     lists = {"models": model, "tasks": task, "only": only}
     chosen = {key: tuple(",".join(values).split(",")) for key, values in lists.items() if values}
     settings = settings_of(quick, seeds=seeds, **chosen)
-    command = _command_line(quick, seeds, chosen)
-    session = Session(output, settings, survey(settings.tasks, data), command)
+    command = _command_line(quick, hub, seeds, chosen)
+    session = Session(output, settings, survey(settings.tasks, data, hub), command)
     outlook = session.outlook()
     estimate = f"about {outlook['minutes']:.0f} minutes on two slow cores"
     err.print(f"{outlook['cells']} cells, {outlook['to_run']} to run, {estimate}", highlight=False)
@@ -83,9 +86,9 @@ def paper(
         raise typer.Exit(1)
 
 
-def _command_line(quick: bool, seeds: int | None, chosen: dict[str, tuple[str, ...]]) -> str:
+def _command_line(quick: bool, hub: bool, seeds: int | None, chosen: dict[str, tuple[str, ...]]) -> str:
     """The command that makes the same cells, without the folders of this machine."""
-    words = ["lofit-fast paper --data DIR"] + ["--quick"] * quick
+    words = ["lofit-fast paper --data DIR"] + ["--quick"] * quick + ["--hub"] * hub
     if seeds is not None:
         words.append(f"--seeds {seeds}")
     flags = {"models": "--model", "tasks": "--tasks", "only": "--only"}

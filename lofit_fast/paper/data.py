@@ -39,7 +39,9 @@ class TaskData:
         """All of a task."""
         key = (name, *options.items())
         if key not in self._whole:
-            data = self.folder if TASKS[name].needs_data else None
+            # a task for judging only comes from the hub where the folder has no file of it
+            from_folder = _has(self.folder, name) if TASKS[name].outside else TASKS[name].needs_data
+            data = self.folder if from_folder else None
             self._whole[key] = load_task(name, data, self.tokenizer, seed=FIRST_SEED, **options)
         return self._whole[key]
 
@@ -53,8 +55,8 @@ class TaskData:
         return replace(task, train=train, validation=judged)
 
 
-def survey(tasks: tuple[str, ...], folder: Path | str | None) -> Available:
-    """What the folder holds of the tasks, and which tasks for judging only have a file in it.
+def survey(tasks: tuple[str, ...], folder: Path | str | None, hub: bool = False) -> Available:
+    """What the folder holds of the tasks, and which tasks for judging only have a file in it; with hub, all of those.
 
     Raises what the tasks' loaders raise for files that are missing or broken, ValueError for a task that is none.
     """
@@ -69,8 +71,12 @@ def survey(tasks: tuple[str, ...], folder: Path | str | None) -> Available:
     return Available(
         {name: len(task.preferences or task.train) for name, task in whole.items()},
         {name: len(task.choices or task.validation) for name, task in whole.items()},
-        tuple(name for name in outside if folder is not None and (Path(folder) / f"{name}.jsonl").is_file()),
+        tuple(name for name in outside if hub or _has(folder, name)),
     )
+
+
+def _has(folder: Path | str | None, name: str) -> bool:
+    return folder is not None and (Path(folder) / f"{name}.jsonl").is_file()
 
 
 def _drawn(rows, size: int, seed: int):

@@ -12,7 +12,8 @@ class Facts:
     """What a task offers, and how fast it runs: for estimates, on two slow cores with a model of 135 M parameters.
 
     closed: a closed set of answers. written: answers are written, not chosen. train_rate: examples trained a second.
-    judge_rate: questions judged a second. outside: for judging only, from a file of its own in the data folder.
+    judge_rate: questions judged a second. outside: for judging only, from a file of its own in the data folder, or
+    from the hub.
     """
 
     label: str

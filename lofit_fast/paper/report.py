@@ -140,7 +140,8 @@ def _outside(available: Available) -> str:
         return ""
     return (
         f"{', '.join(absent)}: not run, since the data folder had no file of theirs (`triviaqa.jsonl`, `nq_open.jsonl`,"
-        f" `mmlu.jsonl`; formats in docs/guide.md). The other local tasks, on which nothing was tuned here, stand in."
+        f" `mmlu.jsonl`; formats in docs/guide.md) and --hub was not given. The other local tasks, on which nothing was"
+        f" tuned here, stand in."
     )
 
 

@@ -1,9 +1,12 @@
 """The parts of tasks that cells train on and are judged by."""
 
+import json
+
 import pytest
 
 from lofit_fast.paper.cells import TUNING, VALIDATION
 from lofit_fast.paper.data import TaskData, survey
+from lofit_fast.tasks import open_domain
 
 SIZES = {"train_size": 12, "n_judged": 9}
 
@@ -43,7 +46,19 @@ def test_survey_counts_and_refuses(tmp_path):
     assert found.train["kinship"] > 100 and found.validation["kinship"] > 50 and found.outside == ()
     (tmp_path / "mmlu.jsonl").write_text("")
     assert survey(("kinship",), tmp_path).outside == ("mmlu",)
+    assert survey(("kinship",), tmp_path, hub=True).outside == ("triviaqa", "nq_open", "mmlu")
     with pytest.raises(ValueError, match="got the tasks mmlu, nothing, expected some of clutrr"):
         survey(("nothing", "mmlu"), None)
     with pytest.raises(ValueError, match="clutrr: expected the folder"):
         survey(("clutrr", "kinship"), None)
+
+
+def test_tasks_for_judging_come_from_the_folder_or_the_hub(tmp_path, monkeypatch):
+    def of_the_hub(name):
+        return [("hub: row 1", {"question": "who?", "answers": ["the hub"]})]
+
+    monkeypatch.setattr(open_domain, "_hub_rows", of_the_hub)
+    row = {"question": "who?", "answers": ["the folder"]}
+    (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
+    answers = [TaskData(tmp_path).whole(name).validation[0].answers for name in ("triviaqa", "nq_open")]
+    assert answers == [("the folder",), ("the hub",)]

@@ -104,8 +104,9 @@ def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: 
 
 def _made(slots: Sequence[Slot], results: Results) -> str:
     """With what the cells were made, each value with its number of cells where they differ."""
-    cells = {results.tuning.settled(cell) for slot in slots for cell in slot.cells} - {None}
-    found = [result for cell in cells if (result := results.folder.result(cell))]
+    # each cell once, in the order of the plan
+    cells = dict.fromkeys(results.tuning.settled(cell) for slot in slots for cell in slot.cells)
+    found = [result for cell in cells if cell is not None and (result := results.folder.result(cell))]
     if not found:
         return ""
     values = {key: Counter(one["environment"][key] for one in found) for key in found[0]["environment"]}

@@ -28,8 +28,9 @@ from lofit_fast.training.engine import Engine, prepared
 
 # a shorter run is over before a probe pays back
 FEWEST_STEPS = 40
-# seconds of steps below which compiling is not even tried: it takes some twenty, and saves half of the rest at best
-LEAST_TO_COMPILE = 60.0
+# seconds of steps below which compiling is not even tried: it takes twenty to fifty, the probe's own included, and
+# saves less than half of the steps' time
+LEAST_TO_COMPILE = 120.0
 _ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
 _REPEATS = 3
 

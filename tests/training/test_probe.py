@@ -41,7 +41,7 @@ def handle(llama):
     ("engine", "steps", "chosen", "looked_at"),
     [
         (Engine(), 39, ("sdpa", False), 0),
-        (Engine(), 59, (GROUPED, False), 2),
+        (Engine(), 119, (GROUPED, False), 2),
         (Engine(), 199, (GROUPED, False), 3),
         (Engine(), 1000, (GROUPED, True), 3),
         (Engine(compile=False), 1000, (GROUPED, False), 2),
@@ -68,7 +68,7 @@ def test_probe_asks_the_machine_once(handle, measured):
 def test_probe_uses_what_it_knows_of_compiling(handle, measured):
     settle(handle, Engine(), lambda: BATCH, 1000)
     # too short to have tried it; the sixty seconds it takes are saved after two hundred steps
-    assert not settle(handle, Engine(), lambda: BATCH, 59)[0].compile
+    assert not settle(handle, Engine(), lambda: BATCH, 119)[0].compile
     assert settle(handle, Engine(), lambda: BATCH, 201)[0].compile
     assert len(measured) == 3
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 from lofit_kernels import fold_offset, head_affine_linear, reference
-from tests.accuracy import check
+from tests.accuracy import check_with_dtype
 from tests.kernels.inputs import CASE_FORMS, FLOATS, H, N, doubled, eager, gradients, make
 
 
@@ -21,13 +21,13 @@ def test_affine_linear_under_autocast(case, form):
         y_linear = linear(inputs["z"], inputs["weight"], inputs["bias"])
     assert y.dtype == y_linear.dtype == torch.bfloat16
     rounded = {k: v.bfloat16() if k in ("z", "weight", "bias") else v for k, v in inputs.items()}
-    check(y, reference.affine_linear(**doubled(rounded)), y_eager)
+    check_with_dtype(y, reference.affine_linear(**doubled(rounded)), y_eager)
     grad = torch.randn(y.shape).bfloat16()
     expected = reference.affine_linear_backward(grad.double(), **doubled(rounded))
     got, eagerly = gradients(y, inputs, asked, grad), gradients(y_eager, inputs, asked, grad)
     for name in asked:
         assert got[name].dtype == torch.float32
-        check(got[name], getattr(expected, name), eagerly[name])
+        check_with_dtype(got[name], getattr(expected, name), eagerly[name])
 
 
 def test_affine_linear_under_autocast_keeps_float64():
@@ -58,6 +58,6 @@ def test_affine_linear_backward_inside_autocast_is_accurate():
         (eagerly,) = torch.autograd.grad(y_eager, offset, grad)
     rounded = {k: v.bfloat16() if k in ("z", "weight", "bias") else v for k, v in inputs.items()}
     expected = reference.affine_linear_backward(grad.double(), **doubled(rounded)).offset
-    check(got, expected, eagerly)
+    check_with_dtype(got, expected, eagerly)
     # sums over tokens stay wide: a step through bfloat16 would show
     assert (got.double() - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index, reference
-from tests.accuracy import check
+from tests.accuracy import check_with_dtype
 from tests.kernels.inputs import (
     CASE_FORMS,
     DTYPES,
@@ -28,7 +28,7 @@ from tests.kernels.inputs import (
 def test_affine_linear_is_accurate(case, form, dtype, bias, D):
     inputs = make(case, dtype, D, bias)
     got = head_affine_linear(**inputs, form=form)
-    check(got, reference.affine_linear(**doubled(inputs)), eager(**inputs))
+    check_with_dtype(got, reference.affine_linear(**doubled(inputs)), eager(**inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +43,7 @@ def test_affine_linear_gradients_are_accurate(case, form, dtype):
     expected = reference.affine_linear_backward(grad.double(), **doubled(inputs))
     got, eagerly = gradients(y, inputs, asked, grad), gradients(y_eager, inputs, asked, grad)
     for name in asked:
-        check(got[name], getattr(expected, name), eagerly[name])
+        check_with_dtype(got[name], getattr(expected, name), eagerly[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,7 +52,7 @@ def test_affine_is_accurate(case, dtype):
     inputs = make(case, dtype, bias=False, rows=(2, 5))
     del inputs["weight"], inputs["bias"]
     got = head_affine(**inputs)
-    check(got, reference.affine(**doubled(inputs)), eager_affine(**inputs))
+    check_with_dtype(got, reference.affine(**doubled(inputs)), eager_affine(**inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +69,7 @@ def test_affine_gradients_are_accurate(case, dtype):
     expected = reference.affine_linear_backward(grad.double(), weight=identity, **doubled(inputs))
     got, eagerly = gradients(y, inputs, asked, grad), gradients(y_eager, inputs, asked, grad)
     for name in asked:
-        check(got[name], getattr(expected, name), eagerly[name])
+        check_with_dtype(got[name], getattr(expected, name), eagerly[name])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -84,7 +84,7 @@ def test_fold_offset_is_accurate(heads, dtype, bias):
     eagerly = columns.to(wide) @ offset.view(-1) + (0 if b is None else b)
     folded = fold_offset(weight, offset, heads, b)
     assert folded.dtype == wide
-    check(folded, expected, eagerly)
+    check_with_dtype(folded, expected, eagerly)
 
 
 def test_fold_offset_has_no_gradient():
@@ -194,7 +194,7 @@ def test_affine_linear_takes_a_folded_offset(case, form, dtype, bias):
     inputs = make(case, dtype, bias=bias)
     folded = fold_offset(inputs["weight"], inputs["offset"], inputs["offset_heads"])
     got = head_affine_linear(**inputs, folded=folded, form=form)
-    check(got, reference.affine_linear(**doubled(inputs)), eager(**inputs))
+    check_with_dtype(got, reference.affine_linear(**doubled(inputs)), eager(**inputs))
     # it is the folded vector that counts
     moved = head_affine_linear(**inputs, folded=folded + 1, form=form)
     assert ((moved - got).float() - 1).abs().max() < 0.1

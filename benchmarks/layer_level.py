@@ -33,4 +33,4 @@ def measure(options: Options) -> dict:
         for name, one in found.items():
             if why := one.get("skipped") or one.get("error"):
                 rows.append({"provider": name, "step": f"{level} of {model}, {step}", "absent": why})
-    return {"groups": groups, "rows": rows, "tokens": T}
+    return {"groups": groups, "rows": rows}

@@ -12,6 +12,7 @@ import lofit_fast as lf
 from lofit_fast.encoding import IGNORED, encode
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.dpo import draw_rejected, fit_preferences, train_dpo
+from lofit_fast.training.profile import ProfileSteps
 from tests.hook import randomize
 from tests.test_reference import spread
 from tests.tiny import tiny_model
@@ -163,7 +164,9 @@ RECIPE = lf.Recipe(select_lr=5e-2, tune_lr=5e-2, select_epochs=1, tune_epochs=3,
 
 def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
     model = tiny_model("llama")
-    result = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, progress=False)
+    traced = {"callbacks": [ProfileSteps(tmp_path, warmup=0, steps=1)], "progress": False}
+    result = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, **traced)
+    assert {"select.md", "tune.md"} <= {path.name for path in (tmp_path / "profile").iterdir()}
     assert lf.handle_of(model) is result.handle
     assert (len(result.heads), result.scores.shape) == (4, (3, 4))
     assert [(row["stage"], row["epoch"]) for row in result.history] == [

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py
 TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
 BENCH = [*TRAIN, "peft>=0.21", "psutil", "pytest-benchmark>=5.3"]
 PAPER = [*TRAIN, "peft>=0.21", "trl>=1.16"]
-TEST = [*BENCH, *PAPER, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4"]
+TEST = [*BENCH, *PAPER, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
 DEV = [*TEST, "pre-commit>=4", "ruff==0.17.6"]
 

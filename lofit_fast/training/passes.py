@@ -1,24 +1,26 @@
 """Products in blocks of rows, where oneDNN is slow, and biases added by others: a rewrite of a compiled layer's graph.
 
-On two cores oneDNN ran some 16-bit products of middling size at half the rate of smaller and of larger ones, as if on
-one core; the same rows in two blocks took little more than half the time. Which shapes those are is measured on the
-present machine, when one is first met, so two processes may choose otherwise, and differ by rounding.
+On two cores oneDNN runs a 16-bit product at half its rate, as if on one core, for some numbers of rows and not for
+their neighbours: of (rows, 1536) by (1536, 576) those of 256 to 336, and most from 496 on. The same rows in blocks that
+it likes, 416 and 240 for 656, take little more than half the time. What it likes is measured on the present machine,
+when a product is first met, so two processes may choose otherwise, and differ by rounding.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 # rows and columns of a product around those for which it was seen
-_ROWS, _COLUMNS = (513, 1535), (256, 1280)
-_BLOCKS = (1, 2, 3)
-# row counts share a measurement with those next to them
-_ROWS_TOGETHER = 128
+_ROWS, _COLUMNS = (257, 1535), (256, 2048)
+# rows of blocks are multiples of this, as those of our batches are, up to the largest
+_GRAIN, _LARGEST_BLOCK = 16, 480
 # what blocks must gain in the measurement, as a share of the whole product's time
 _GAIN = 0.15
 # weights take turns, as a model's layers do: more than the cache next to a core holds
@@ -33,7 +35,7 @@ class BlockedProducts(CustomGraphPass):
 
     def uuid(self) -> object:
         """What makes a compiled graph another one in Inductor's cache."""
-        return "lofit_engine::mm", 2
+        return "lofit_engine::mm", 3
 
     def __call__(self, graph: fx.Graph) -> None:
         """Send every product that may need blocks through `lofit_engine::mm`.
@@ -67,9 +69,9 @@ def mm(x: Tensor, weight: Tensor) -> Tensor:
     rows, depth = x.shape
     if not _ROWS[0] <= rows <= _ROWS[1]:
         return torch.mm(x, weight)
-    together = -(-rows // _ROWS_TOGETHER) * _ROWS_TOGETHER
-    blocks = _fastest(together, depth, weight.shape[1], x.dtype, weight.stride(0) == 1, torch.get_num_threads())
-    return torch.mm(x, weight) if blocks == 1 else _in_blocks(x, weight, blocks)
+    product = _Product(depth, weight.shape[1], x.dtype, weight.stride(0) == 1, torch.get_num_threads())
+    blocks = _fastest(-(-rows // _GRAIN), product)
+    return torch.mm(x, weight) if len(blocks) == 1 else _in_blocks(x, weight, [_GRAIN * block for block in blocks])
 
 
 @torch.library.register_fake("lofit_engine::mm", lib=_library)
@@ -77,28 +79,50 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _in_blocks(x: Tensor, weight: Tensor, blocks: int) -> Tensor:
+def _in_blocks(x: Tensor, weight: Tensor, blocks: Sequence[int]) -> Tensor:
+    """blocks: rows of each; the last may be short of them."""
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for part, into in zip(x.chunk(blocks), out.chunk(blocks), strict=True):
-        torch.mm(part, weight, out=into)
+    start = 0
+    for rows in blocks:
+        torch.mm(x[start : start + rows], weight, out=out[start : start + rows])
+        start += rows
     return out
 
 
+class _Product(NamedTuple):
+    """A product but for its rows. transposed: whether the weight is stored as (columns, depth)."""
+
+    depth: int
+    columns: int
+    dtype: torch.dtype
+    transposed: bool
+    threads: int
+
+
 @cache
-def _fastest(rows: int, depth: int, columns: int, dtype: torch.dtype, transposed: bool, threads: int) -> int:
-    """The number of blocks that took least time; 1 unless others gain _GAIN over it."""
-    count = max(2, _WEIGHTS_BYTES // (depth * columns * dtype.itemsize))
-    shape = (columns, depth) if transposed else (depth, columns)
-    weights = [torch.ones(shape, dtype=dtype) for _ in range(count)]
-    weights = [weight.t() if transposed else weight for weight in weights]
-    x = torch.ones(rows, depth, dtype=dtype)
-    seconds: dict[int, list[float]] = {blocks: [] for blocks in _BLOCKS}
+def _fastest(grains: int, product: _Product) -> tuple[int, ...]:
+    """The blocks, in grains, that together take least time; a single one unless others gain _GAIN over it."""
+    # of every number of grains up to this one: (seconds, its blocks), the last block as large as can be
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for total in range(1, grains + 1):
+        splits = ((block, best[total - block]) for block in range(1, min(total, _LARGEST_BLOCK // _GRAIN) + 1))
+        best.append(min((_seconds(block, product) + spent, (*rest, block)) for block, (spent, rest) in splits))
+    seconds, blocks = best[grains]
+    return blocks if seconds < (1 - _GAIN) * _seconds(grains, product) else (grains,)
+
+
+@cache
+def _seconds(grains: int, product: _Product) -> float:
+    """What a product of that many grains of rows takes, the better of _REPEATS means over weights."""
+    count = max(2, _WEIGHTS_BYTES // (product.depth * product.columns * product.dtype.itemsize))
+    shape = (product.columns, product.depth) if product.transposed else (product.depth, product.columns)
+    weights = [torch.ones(shape, dtype=product.dtype) for _ in range(count)]
+    weights = [weight.t() if product.transposed else weight for weight in weights]
+    x = torch.ones(_GRAIN * grains, product.depth, dtype=product.dtype)
+    means = []
     for _ in range(_REPEATS):
-        for blocks, kept in seconds.items():
-            started = time.perf_counter()
-            for weight in weights:
-                _in_blocks(x, weight, blocks)
-            kept.append(time.perf_counter() - started)
-    took = {blocks: min(kept) for blocks, kept in seconds.items()}
-    best = min(took, key=took.get)
-    return best if took[best] < (1 - _GAIN) * took[1] else 1
+        started = time.perf_counter()
+        for weight in weights:
+            torch.mm(x, weight)
+        means.append((time.perf_counter() - started) / count)
+    return min(means)

@@ -44,7 +44,7 @@ def test_one_thread_leaves_every_product_whole(monkeypatch):
 @pytest.mark.parametrize("beta", [1, 2])
 def test_the_bias_of_a_product_becomes_a_sum_of_its_own(beta, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(passes, "_fastest", lambda *key: 2)
+    monkeypatch.setattr(passes, "_fastest", lambda grains, product: (grains - 20, 20))
     draw = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=draw).bfloat16() for shape in ((320,), (600, 64), (64, 320))]
     traced = make_fx(lambda bias, x, weight: torch.addmm(bias, x, weight, beta=beta))(*inputs)
@@ -66,16 +66,21 @@ def test_the_bias_of_a_product_becomes_a_sum_of_its_own(beta, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_mm_in_blocks_is_the_product(rows, blocks, transposed, monkeypatch):
     asked = []
-    monkeypatch.setattr(passes, "_fastest", lambda *key: asked.append(key) or blocks)
+
+    def fastest(grains, product):
+        asked.append(product)
+        return (*[5] * (blocks - 1), grains - 5 * (blocks - 1))
+
+    monkeypatch.setattr(passes, "_fastest", fastest)
     x, weight = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(96, 320, dtype=torch.bfloat16)
     weight = weight.t().contiguous().t() if transposed else weight
     exact = x.double() @ weight.double()
     allowed = max(2 * (x @ weight - exact).abs().max(), 2.0 ** (exact.abs().max().log2().floor() - 8))
     assert (ours(x, weight) - exact).abs().max() <= allowed
-    assert len(asked) == 1 and asked[0][4] == transposed
+    assert [(product.depth, product.columns, product.transposed) for product in asked] == [(96, 320, transposed)]
 
 
-@pytest.mark.parametrize("rows", [1, 512, 1536])
+@pytest.mark.parametrize("rows", [1, 256, 1536])
 def test_mm_measures_nothing_for_other_numbers_of_rows(rows, monkeypatch):
     monkeypatch.setattr(passes, "_fastest", lambda *key: pytest.fail(f"measured {key}"))
     x, weight = torch.randn(rows, 16, dtype=torch.bfloat16), torch.randn(16, 320, dtype=torch.bfloat16)
@@ -83,13 +88,46 @@ def test_mm_measures_nothing_for_other_numbers_of_rows(rows, monkeypatch):
 
 
 def test_mm_keeps_the_promises_of_its_schema(monkeypatch):
-    monkeypatch.setattr(passes, "_fastest", lambda *key: 2)
+    monkeypatch.setattr(passes, "_fastest", lambda grains, product: (grains - 20, 20))
     torch.library.opcheck(ours, (torch.randn(600, 16).bfloat16(), torch.randn(16, 320).bfloat16()))
 
 
-def test_the_number_of_blocks_is_measured_once_per_shape():
+PRODUCT = passes._Product(16, 320, torch.bfloat16, False, 2)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """What products of so many grains take, pretended: twice as long from 20 grains on. Returns what was asked."""
+    asked = []
+
+    def seconds(grains, product):
+        asked.append(grains)
+        return grains * (2.0 if grains >= 20 else 1.0) + 0.5
+
+    monkeypatch.setattr(passes, "_seconds", seconds)
     passes._fastest.cache_clear()
-    x, weight = torch.randn(600, 16).bfloat16(), torch.randn(16, 320).bfloat16()
-    for rows in (600, 620, 640):
-        ours(x[:1].expand(rows, 16).contiguous(), weight)
+    yield asked
+    passes._fastest.cache_clear()
+
+
+@pytest.mark.parametrize(("grains", "blocks"), [(19, 1), (20, 2), (38, 2), (39, 3)])
+def test_the_fastest_blocks_are_found(grains, blocks, pretended):
+    found = passes._fastest(grains, PRODUCT)
+    assert sum(found) == grains and len(found) == blocks
+    assert max(found) < 20
+
+
+def test_blocks_that_gain_little_are_not_worth_it(monkeypatch, pretended):
+    monkeypatch.setattr(passes, "_seconds", lambda grains, product: grains + (3.0 if grains >= 40 else 0.0))
+    # 39 and 1 would take 40 instead of 43
+    assert passes._fastest(40, PRODUCT) == (40,)
+
+
+def test_products_are_measured_once_per_shape():
+    passes._seconds.cache_clear()
+    passes._fastest.cache_clear()
+    x, weight = torch.randn(272, 16).bfloat16(), torch.randn(16, 320).bfloat16()
+    for rows in (270, 272, 260, 272):
+        ours(x[:rows], weight)
     assert passes._fastest.cache_info().misses == 1
+    assert passes._seconds.cache_info().misses == 272 // 16

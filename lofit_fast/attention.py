@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lofit_fast.packing import gather, spread
+
 GROUPED = "lofit_grouped"
 # where no gradient is wanted, the fused kernel wins from so many queries on: 8 times at 700 x 700, and without scores
 _FUSED_FROM = 16
@@ -14,10 +16,25 @@ _FUSED_FROM = 16
 def register() -> None:
     """Make GROUPED a name that transformers knows, as it knows "eager" and "sdpa"."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
 
     AttentionInterface.register(GROUPED, grouped_attention)
-    AttentionMaskInterface.register(GROUPED, eager_mask)
+    AttentionMaskInterface.register(GROUPED, grouped_mask)
+
+
+def grouped_mask(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options):
+    """transformers' mask for eager attention, of the padded rows where a batch is packed.
+
+    A batch is packed where its attention_mask (B, T) has another number of rows than its tokens: the mask is then
+    (B, 1, T, T), whatever the layer's kind of mask allows in a row that is not packed.
+    """
+    from transformers.masking_utils import eager_mask
+
+    if attention_mask is not None and len(attention_mask) != batch_size:
+        batch_size, q_length = attention_mask.shape
+        kv_length = q_length
+    return eager_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **options
+    )
 
 
 def grouped_attention(
@@ -29,6 +46,8 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    packed_rows: Tensor | None = None,
+    packed_places: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T + mask) v, with one product for all query heads that share their keys.
@@ -36,6 +55,8 @@ def grouped_attention(
     query: (B, H, Q, D). key, value: (B, G, K, D), H a multiple of G; all of one floating dtype. attention_mask: added
     to the scores, broadcast to (B, H, Q, K). scaling: D^-0.5 unless given. softcap: scores s become
     softcap tanh(s / softcap) before the mask (arXiv:2408.00118). dropout: of the weights, while the module trains.
+    packed_rows, packed_places: `rows` and `places` of a packed row, see `packing`. The others are then (1, ., N, D),
+    the mask that of the padded rows, and so is the result's B = 1, Q = N.
     Returns (B, Q, H, D), and None for the weights: the backward pass computes them again, one product of six more,
     so that no (B, H, Q, K) tensor is kept. Many queries without a gradient, as of a prompt, go to torch's fused kernel.
     Signature and shapes are those of transformers' AttentionInterface.
@@ -43,6 +64,9 @@ def grouped_attention(
     """
     if options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks, which attention {GROUPED!r} does not know")
+    tokens = query.shape[2]
+    if packed_rows is not None:
+        query, key, value = (spread(each, packed_rows, packed_places) for each in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     arguments = query, key, value, attention_mask, scaling, dropout, softcap
@@ -54,6 +78,8 @@ def grouped_attention(
         mixed = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
         )
+    if packed_rows is not None:
+        return gather(mixed, packed_rows, packed_places, tokens), None
     return mixed.transpose(1, 2).contiguous(), None
 
 

@@ -109,7 +109,7 @@ def train(
     device: Device = "auto",
     attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash_attention_2, ...")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the layers. Default: where it pays.")] = None,
-    packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: with flash attention.")] = None,
+    packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
     group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
     prefix_cache_gb: Annotated[
         float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")

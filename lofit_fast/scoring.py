@@ -111,10 +111,13 @@ def mc2(scores: Sequence[Tensor], correct: Sequence[Sequence[int]]) -> float:
     return float(torch.stack(shares).mean())
 
 
-def packing_refusal(model: nn.Module) -> str | None:
-    """Why a model's choices cannot share one row, or None where they can."""
+def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:
+    """Why sequences with a common beginning cannot share one row, or None where they can.
+
+    attention: what the model will have by then, if not what it has.
+    """
     config = text_config(model)
-    attention = config._attn_implementation
+    attention = attention or config._attn_implementation
     if config.model_type not in ARCHITECTURES:
         return f"it is not known whether model_type {config.model_type!r} obeys a mask of our own"
     if attention not in ("eager", "sdpa", GROUPED):

@@ -49,8 +49,16 @@ class CompletionCollator:
 
 
 def _targets(labels: Tensor) -> dict[str, Tensor]:
-    following = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)), 1)
+    keep, shift_labels = kept(torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)), 1))
+    return {"labels": labels, "logits_to_keep": keep, "shift_labels": shift_labels}
+
+
+def kept(following: Tensor) -> tuple[Tensor, Tensor]:
+    """(where the next token has a label, those labels in order). following: (B, S), the label of the next token.
+
+    Raises ValueError where there is none.
+    """
     keep = following != IGNORED
     if not keep.any():
         raise ValueError("a batch has no labels: every example's tokens are ignored")
-    return {"labels": labels, "logits_to_keep": keep, "shift_labels": following[keep]}
+    return keep, following[keep]

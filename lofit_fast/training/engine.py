@@ -13,11 +13,13 @@ from torch import nn
 
 from lofit_fast.architectures import decoder_layers
 from lofit_fast.attention import register
+from lofit_fast.training.heap import held_in_large_pages
+from lofit_fast.training.narrow import narrowed
 from lofit_fast.training.passes import BlockedProducts
 
 Choice = bool | Literal["auto"]
 BACKEND = "inductor"
-# graphs of one code object, which all layers share: with and without input gradient, per adapter and mode
+# graphs of one code object, which all layers share: with and without input gradient, narrowed, per adapter and mode
 _GRAPHS = 64
 
 
@@ -28,8 +30,13 @@ class Engine:
     attention: transformers' attn_implementation ("sdpa", "flash_attention_2", ...), our "lofit_grouped", or "auto".
     compile: torch.compile each decoder layer, one graph for all batch lengths; True, False or "auto".
     group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
-    packing: lay a batch's examples end to end in one row instead of padding them; True, False or "auto".
+    packing: lay a batch's examples end to end in one row instead of padding them, see `packed.collator_of`; True, False
+    or "auto".
     prefix_cache_gb: disk for the activations below the lowest tuned layer; 0 keeps none.
+    narrow: run the last layer's MLP on the rows whose logits are kept only, see `narrow.narrowed`; False for a model
+    whose last layer somebody listens to; True, False or "auto".
+    large_pages: on a CPU, hold the heap in large pages between steps, see `heap.held_in_large_pages`; True, False or
+    "auto".
     "auto" is settled on the present machine before a run, see `probe.settle`.
     Raises TypeError / ValueError for a value of another kind.
     """
@@ -39,11 +46,13 @@ class Engine:
     group_by_length: bool = True
     packing: Choice = "auto"
     prefix_cache_gb: float = 0.0
+    narrow: Choice = "auto"
+    large_pages: Choice = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, str) or not self.attention:
             raise TypeError(f"expected attention to be 'auto' or the name of an implementation, got {self.attention!r}")
-        for name in ("compile", "packing"):
+        for name in ("compile", "packing", "narrow", "large_pages"):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise TypeError(f"expected {name} to be True, False or 'auto', got {value!r}")
@@ -57,14 +66,19 @@ class Engine:
 def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
     """A scope in which the model runs as `engine` says; afterwards everything is as it was.
 
-    "auto" leaves the attention as it is and compiles nothing. Raises ValueError, before anything is changed, for an
-    attention implementation the model or the machine does not have.
+    model: the one that is called with the batches. "auto" leaves attention, layers and heap as they are. Raises
+    ValueError, before anything is changed, for an attention implementation the model or the machine does not have.
     """
     with ExitStack() as scopes:
         if engine.attention != "auto":
             scopes.enter_context(_attention(model, engine.attention))
+        # before the layers are compiled, which then see it
+        if engine.narrow is True:
+            scopes.enter_context(narrowed(model))
         if engine.compile is True:
             scopes.enter_context(_compiled(decoder_layers(model)))
+        if engine.large_pages is True and next(model.parameters()).device.type == "cpu":
+            scopes.enter_context(held_in_large_pages(model))
         yield
 
 

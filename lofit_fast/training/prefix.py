@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ Collator = Callable[[Sequence[Encoded]], dict[str, Tensor]]
 class PrefixCollator:
     """A collator's batches, with their cached states (B, S, N) under STATES when every example has them.
 
-    Follows right-padded batches (B, S) and packed ones (1, T), whose examples lie end to end. Raises ValueError for
-    batches laid out in another way.
+    Follows right-padded batches (B, S), packed ones (1, T), whose examples lie end to end, and those of a
+    PackedCollator. Raises ValueError for batches laid out in another way.
     """
 
     collator: Collator
@@ -64,14 +65,27 @@ class PrefixCollator:
             return batch
         ids = batch["input_ids"]
         laid = found[0].new_zeros((*ids.shape, found[0].shape[-1]))
-        start = 0
-        for i, (row, states) in enumerate(zip(rows, found, strict=True)):
-            place = (i, slice(0, len(states))) if len(ids) == len(rows) else (0, slice(start, start + len(states)))
-            if ids.shape[0] not in (1, len(rows)) or ids[place].tolist() != list(row["input_ids"]):
-                raise ValueError("expected batches padded on the right or packed end to end, in the order of the rows")
-            laid[place] = states
-            start += len(states)
+        for row, states, place in zip(rows, found, _places(batch, rows), strict=True):
+            tokens = ids[place]
+            if tokens.tolist() != list(row["input_ids"][: len(tokens)]):
+                raise ValueError("expected batches padded on the right or packed, in the order of the rows")
+            laid[place] = states[: len(tokens)]
         return {**batch, STATES: laid}
+
+
+def _places(batch: dict[str, Tensor], rows: Sequence[Encoded]) -> Iterator[tuple]:
+    """Where each row's tokens are in a batch's input_ids, all of them or but the last."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    if "packed_rows" in batch:
+        for index, real in zip(batch["packed_rows"], batch["attention_mask"].bool(), strict=True):
+            yield 0, index[real]
+    elif len(batch["input_ids"]) == len(rows):
+        for i, length in enumerate(lengths):
+            yield i, slice(length)
+    else:
+        ends = accumulate(lengths)
+        for end, length in zip(ends, lengths, strict=True):
+            yield 0, slice(end - length, end)
 
 
 @contextmanager

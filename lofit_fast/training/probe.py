@@ -23,14 +23,19 @@ from lofit_fast.encoding import Encoded
 from lofit_fast.files import write_json
 from lofit_fast.models import cache_folder
 from lofit_fast.patch import LofitHandle
-from lofit_fast.training.collate import CompletionCollator
+from lofit_fast.scoring import packing_refusal
 from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.packed import collator_of
 
 # a shorter run is over before a probe pays back
 FEWEST_STEPS = 40
 # seconds of steps below which compiling is not even tried: SmolLM2's layers took 32 and 13 s in step 1 and 2 on two
 # cores, once per process, and saved two fifths of the steps' time
 LEAST_TO_COMPILE = 120.0
+# steps from which a compiled last layer of its own pays: 10 s of compiling, 10 ms a step with SmolLM2
+LEAST_TO_NARROW = 1000
+# share of a padded batch's tokens that packing must save
+LEAST_TO_PACK = 0.05
 _ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
 _REPEATS = 3
 
@@ -38,26 +43,30 @@ Timing = dict[str, float]
 Batch = Mapping[str, Tensor]
 
 
-def settle(
-    handle: Attachment, engine: Engine, batch: Callable[[], Mapping[str, Tensor]], steps: int
-) -> tuple[Engine, str]:
+def settle(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch], steps: int) -> tuple[Engine, str]:
     """(engine without a single "auto", a sentence that says what was chosen and why).
 
-    batch: makes what the model is called with, of typical length; called only for a probe. steps: how many such steps
-    the run has. The fastest attention is taken; compiling, where the steps to come save more time than the compiler
-    takes. Packing is taken with flash attention only: elsewhere one long row costs more attention than padding does.
+    batch: makes what the model is called with under an engine, of typical length; called only for what is "auto".
+    steps: how many such steps the run has. The fastest attention is taken; compiling, where the steps to come save more
+    time than the compiler takes. Packing is taken with flash attention, and with GROUPED attention where it saves
+    tokens: elsewhere one long row costs more attention than padding does. Narrowing is free unless it is compiled, when
+    it takes many steps to pay; and the heap is worth moving in a run that is worth compiling.
     The model is as it was afterwards, its vectors' gradients None.
     """
     attention = handle.model.config._attn_implementation
+    why = "as asked"
     if engine.attention == "auto" or engine.compile == "auto":
         engine, why = _probed(handle, engine, batch, steps, attention)
-    else:
-        why = "as asked"
-    name = attention if engine.attention == "auto" else engine.attention
-    packing = name.startswith("flash_attention") if engine.packing == "auto" else engine.packing
-    engine = replace(engine, attention=name, packing=packing)
+    engine = _with_packing(handle, replace(engine, attention=_one(engine.attention, attention)), batch)
+    compiles = engine.compile is True
+    engine = replace(
+        engine,
+        narrow=_one(engine.narrow, not compiles or steps >= LEAST_TO_NARROW),
+        large_pages=_one(engine.large_pages, compiles),
+    )
+    packed = ", packed" if engine.packing else ""
     compiled = "compiled" if engine.compile else "not compiled"
-    return engine, f"engine: {name} attention, layers {compiled} ({why})"
+    return engine, f"engine: {engine.attention} attention{packed}, layers {compiled} ({why})"
 
 
 def settle_on(
@@ -67,58 +76,76 @@ def settle_on(
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
 
-    def batch() -> dict[str, Tensor]:
+    def batch(chosen: Engine) -> dict[str, Tensor]:
         device = next(attachment.model.parameters()).device
-        return {key: value.to(device) for key, value in CompletionCollator(pad)(middle).items()}
+        return {key: value.to(device) for key, value in collator_of(chosen, pad)(middle).items()}
 
     return settle(attachment, engine, batch, epochs * math.ceil(len(rows) / batch_size))
+
+
+def _one(asked, otherwise):
+    return otherwise if asked == "auto" else asked
+
+
+def _with_packing(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch]) -> Engine:
+    """The engine, its attention known, with packing settled."""
+    if engine.packing != "auto":
+        return engine
+    if engine.attention != GROUPED or packing_refusal(handle.model, GROUPED) is not None:
+        return replace(engine, packing=engine.attention.startswith("flash_attention"))
+    padded, packed = (batch(replace(engine, packing=packing))["input_ids"].numel() for packing in (False, True))
+    return replace(engine, packing=packed <= (1 - LEAST_TO_PACK) * padded)
 
 
 def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[Engine, str]:
     if steps < FEWEST_STEPS:
         return replace(engine, compile=engine.compile is True), f"{steps} steps are too few to probe"
-    timings = _Timings(handle, batch())
-    candidates = [engine.attention]
+    timings = _Timings(handle, batch)
+    names = [engine.attention]
     if engine.attention == "auto":
-        candidates = _ATTENTIONS.get(timings.batch["input_ids"].device.type, (attention,))
+        names = _ATTENTIONS.get(timings.device.type, (attention,))
     if engine.compile is True:
-        engine = replace(engine, attention=candidates[0])
-        return engine, "as asked, or the first of its device" if len(candidates) > 1 else "as asked"
-    plain = {name: timings.of(name, False)["step"] for name in candidates}
+        engine = replace(engine, attention=names[0])
+        return engine, "as asked, or the first of its device" if len(names) > 1 else "as asked"
+    candidates = [_with_packing(handle, replace(engine, attention=name, compile=False), batch) for name in names]
+    plain = {candidate: timings.of(candidate)["step"] for candidate in candidates}
     best = min(plain, key=plain.get)
-    why = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plain.items()) + " a step"
-    compiled = False
+    why = ", ".join(f"{one.attention} {seconds:.3g} s" for one, seconds in plain.items()) + " a step"
     # what is known already costs nothing to ask
-    if engine.compile == "auto" and (timings.knows(best, True) or steps * plain[best] > LEAST_TO_COMPILE):
-        measured = timings.of(best, True)
-        compiled = steps * (plain[best] - measured["step"]) > measured["first"]
+    compiled = replace(best, compile=True)
+    if engine.compile == "auto" and (timings.knows(compiled) or steps * plain[best] > LEAST_TO_COMPILE):
+        measured = timings.of(compiled)
         why += f", compiled {measured['step']:.3g} s after {measured['first']:.3g} s"
-    return replace(engine, attention=best, compile=compiled), why
+        if steps * (plain[best] - measured["step"]) > measured["first"]:
+            best = compiled
+    return best, why
 
 
 class _Timings:
     """Seconds of candidates, from the cache or measured now."""
 
-    def __init__(self, handle: Attachment, batch: Batch) -> None:
+    def __init__(self, handle: Attachment, batch: Callable[[Engine], Batch]) -> None:
         self.handle, self.batch = handle, batch
-        key = json.dumps(_key(handle, batch), sort_keys=True)
+        ids = batch(Engine(packing=False))["input_ids"]
+        self.device = ids.device
+        key = json.dumps(_key(handle, ids), sort_keys=True)
         self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         self.known = self._kept()
 
-    def of(self, attention: str, compiled: bool) -> Timing:
+    def of(self, engine: Engine) -> Timing:
         """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
-        name = _name(attention, compiled)
+        name = _name(engine)
         if name not in self.known:
-            self.known[name] = self._measured(Engine(attention=attention, compile=compiled))
+            self.known[name] = self._measured(engine)
             # a cache that cannot be written is no reason not to train
             with contextlib.suppress(OSError):
                 # with what another process has measured meanwhile
                 write_json(self.path, self._kept() | self.known)
         return self.known[name]
 
-    def knows(self, attention: str, compiled: bool) -> bool:
+    def knows(self, engine: Engine) -> bool:
         """Whether `of` has the answer without measuring."""
-        return _name(attention, compiled) in self.known
+        return _name(engine) in self.known
 
     def _kept(self) -> dict[str, Timing]:
         try:
@@ -128,9 +155,10 @@ class _Timings:
 
     def _measured(self, engine: Engine) -> Timing:
         model, parameters = self.handle.model, list(self.handle.parameters())
+        batch = self.batch(engine)
 
         def step() -> None:
-            torch.autograd.grad(model(**self.batch, use_cache=False).loss, parameters)
+            torch.autograd.grad(model(**batch, use_cache=False).loss, parameters)
 
         with torch.random.fork_rng(), prepared(model, engine):
             try:
@@ -141,8 +169,9 @@ class _Timings:
             return {"first": first, "step": statistics.median(_seconds(step) for _ in range(_REPEATS))}
 
 
-def _name(attention: str, compiled: bool) -> str:
-    return f"{attention}, compiled" if compiled else attention
+def _name(engine: Engine) -> str:
+    named = {"packed": engine.packing, "compiled": engine.compile}
+    return ", ".join([engine.attention, *(word for word, chosen in named.items() if chosen)])
 
 
 def _seconds(run: Callable[[], None]) -> float:
@@ -153,9 +182,8 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _key(handle: Attachment, batch: Batch) -> dict[str, object]:
-    """Whatever could turn a choice around."""
-    ids = batch["input_ids"]
+def _key(handle: Attachment, ids: Tensor) -> dict[str, object]:
+    """Whatever could turn a choice around. ids: (B, S), a padded batch."""
     on_gpu = ids.device.type == "cuda"
     return {
         "machine": torch.cuda.get_device_name(ids.device) if on_gpu else f"{platform.machine()} {platform.node()}",

@@ -23,9 +23,9 @@ from lofit_fast.heads import head_scores, offset_norms, select_heads
 from lofit_fast.patch import LofitHandle, handle_of, load, patch
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.arguments import training_arguments
-from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.measure import peak_memory, rates
+from lofit_fast.training.packed import collator_of
 from lofit_fast.training.prefix import prefix_cached
 from lofit_fast.training.probe import settle_on
 from lofit_fast.training.run import RunFolder, data_digest, last_checkpoint, weights_digest
@@ -222,7 +222,7 @@ class _Stages:
         engine, why = settle_on(handle, self.engine, self.train, pad, self.recipe.batch_size, epochs)
         if self.progress:
             print(why, file=sys.stderr)
-        collator = CompletionCollator(pad, packed=engine.packing)
+        collator = collator_of(engine, pad)
         # step 1 scales every layer, and leaves nothing below to keep
         prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
         tokens = sum(len(row["input_ids"]) for row in self.train)

@@ -12,8 +12,8 @@ from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.encoding import encode, pad_token_id
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.arguments import training_arguments
-from lofit_fast.training.collate import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.packed import collator_of
 from lofit_fast.training.probe import settle_on
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
@@ -75,6 +75,6 @@ def train_supervised(
                 prediction_loss_only=True,
             ),
             train_dataset=Rows(rows),
-            data_collator=CompletionCollator(pad, packed=engine.packing),
+            data_collator=collator_of(engine, pad),
         ).train()
     return {"seconds": time.perf_counter() - started, "loss": losses}

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import lofit_fast as lf
+from benchmarks.losses import recorded_batches
 from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_of
 from lofit_fast.config import RECIPES
 from lofit_fast.evaluation import exact_match_accuracy
 from lofit_fast.heads import jaccard
 from lofit_fast.models import load_model
 from lofit_fast.tasks import load_task
-from lofit_fast.training import recipe as training
 
 DATA = os.environ.get("LOFIT_FAST_DATA")
 RECIPE = lf.Recipe(**RECIPES["clutrr"], top=0.1)
@@ -39,18 +39,10 @@ def base():
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """Every training batch `fit` makes, in order; the labelled logits in it give the loss of full ones exactly."""
-    batches = []
-
-    class Recorder(training.CompletionCollator):
-        def __call__(self, rows):
-            batch = super().__call__(rows)
-            batches.append(batch)
-            return batch
-
-    monkeypatch.setattr(training, "CompletionCollator", Recorder)
-    return batches
+def recorded():
+    """Every training batch `fit` makes, in order, as a stock Trainer would have it."""
+    with recorded_batches() as batches:
+        yield batches
 
 
 def test_fit_equals_an_independent_hook(base, recorded, tmp_path):

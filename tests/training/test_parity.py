@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lofit_fast as lf
+from benchmarks.losses import recorded_batches
 from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_of
 from lofit_fast.heads import jaccard
-from lofit_fast.training import recipe as recipe_module
 from tests.tiny import LAYERS, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -17,18 +17,10 @@ RECIPE = lf.Recipe(top=4, select_epochs=3, tune_epochs=3, batch_size=4, l1=2e-3,
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """Every training batch that fit makes, in order, without what only our loss reads."""
-    batches = []
-
-    class Recorder(recipe_module.CompletionCollator):
-        def __call__(self, rows):
-            batch = super().__call__(rows)
-            batches.append({key: batch[key].clone() for key in ("input_ids", "attention_mask", "labels")})
-            return batch
-
-    monkeypatch.setattr(recipe_module, "CompletionCollator", Recorder)
-    return batches
+def recorded():
+    """Every training batch that fit makes, in order, as a stock Trainer would have it."""
+    with recorded_batches() as batches:
+        yield batches
 
 
 def hook_on(model, config):

@@ -7,11 +7,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import lofit_fast as lf
+from lofit_fast.attention import GROUPED
 from lofit_fast.encoding import IGNORED
 from lofit_fast.training import Engine, prepared
 from lofit_fast.training import engine as engine_module
+from lofit_fast.training.packed import PackedCollator
 from lofit_fast.training.prefix import STATES
-from tests.tiny import FAMILIES, HIDDEN
+from tests.tiny import FAMILIES, HIDDEN, tokens
 from tests.tokenizer import tiny_tokenizer
 from tests.training.prefixed import COLLATE, MIXED, ROWS, TOKENS, Passes, cached, deep, results, stores, tuned
 
@@ -89,6 +91,25 @@ def test_prefix_of_packed_batches(family, tmp_path):
     with cached(handle, tmp_path, collator=packed) as collate:
         got = results(handle, collate(batch))
     assert all((a - b).abs().max() <= 1e-13 * b.abs().max() for a, b in zip(got, plain, strict=True))
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_prefix_of_batches_with_a_shared_beginning(family, shared, tmp_path):
+    handle = tuned(deep(family, torch.float64))
+    handle.model.set_attn_implementation(GROUPED)
+    beginning = tokens(1, 4, 99)[0].tolist()[:shared]
+    rows = [
+        {"input_ids": beginning + row["input_ids"], "labels": [IGNORED] * shared + row["labels"]}
+        for row in (ROWS[4], ROWS[0], ROWS[9])
+    ]
+    collator = PackedCollator(0)
+    plain = results(handle, collator(rows))
+    with cached(handle, tmp_path, rows, collator=collator) as collate:
+        batch = collate(rows)
+        assert batch[STATES].shape == (*batch["input_ids"].shape, HIDDEN)
+        # rounding apart: transformers' norms are float32 in any dtype
+        for got, expected in zip(results(handle, batch), plain, strict=True):
+            assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_prefix_layers_run_once(tmp_path):

@@ -16,6 +16,8 @@ from lofit_fast.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# of a round of steps: fewer pad stock batches less than an epoch does, which flatters stock training
+PER_ROUND = 32
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Options:
 
     data: str | None = None
     rounds: int | None = None
-    examples: int = 32
+    examples: int = PER_ROUND
 
     def stamp(self) -> dict:
         """What of it a result depends on; a path is no part of that."""

@@ -79,12 +79,28 @@ def recorded_batches() -> Iterator[list[dict[str, Tensor]]]:
 
 
 def as_stock(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of ours, padded (B, S) or packed (1, T) with position_ids, as a padded one with labels."""
+    """A batch of ours, padded (B, S), packed (1, T) or with a shared beginning, as a padded one with labels."""
+    if "packed_rows" in batch:
+        return _spread(batch)
     if "position_ids" not in batch:
         return {key: batch[key].clone() for key in ("input_ids", "attention_mask", "labels")}
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], batch["position_ids"].shape[1]], strict=True)]
     ids, labels = (batch[key][0].split(lengths) for key in ("input_ids", "labels"))
+    return _padded(ids, labels)
+
+
+def _spread(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The examples of a PackedCollator's batch, each with its last token again, which is its last label."""
+    ids, labels = [], []
+    for index, real in zip(batch["packed_rows"], batch["attention_mask"].bool(), strict=True):
+        tokens, following = (batch[key][0, index[real]] for key in ("input_ids", "labels"))
+        ids.append(torch.cat((tokens, following[-1:])))
+        labels.append(torch.cat((torch.full_like(tokens[:1], IGNORED), following)))
+    return _padded(ids, labels)
+
+
+def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
     padded = nn.utils.rnn.pad_sequence
     return {
         "input_ids": padded(ids, batch_first=True),

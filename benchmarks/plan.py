@@ -9,9 +9,10 @@ from functools import partial
 from benchmarks import generation, losses, memory, prefix, profile, step_level, sweep, whole_run
 from benchmarks.cells import Cell, Options
 from benchmarks.layer_level import measure as layer_level
-from benchmarks.loading import MODELS, loaded
+from benchmarks.loading import MODELS, loaded, model_alone
 from benchmarks.op_level import measure as op_level
 from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent
+from benchmarks.serving import Host, apart
 from benchmarks.settings import Row, settled_engine
 from benchmarks.timing import ROUNDS
 from benchmarks.workload import BATCH, POOL, task
@@ -41,33 +42,44 @@ def peers(setting: str) -> list[Row]:
 def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
     """The cells of `make bench`, or of `make bench-full`, by falling importance."""
     models = [model for model in MODELS if model in models]
-    cells = [Cell(f"{model}/steps", partial(_core, model), minutes) for model, minutes in _each(models, 5, 9.5)]
+    cells = [Cell(f"{model}/steps", partial(_core, model), minutes) for model, minutes in _each(models, 6.5, 11)]
     for row in MEMORY:
         cells += [_memory(model, row, minutes) for model, minutes in _each(models, 0.6, 0.8)]
-    cells += [Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 1, 1)]
+    cells += [
+        Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 1.3, 1.6)
+    ]
     cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 1, 1.4)]
     cells += [Cell(f"{model}/sweep", partial(sweep.measure, model), 5) for model in models[:1]]
     cells += [Cell(f"{model}/profile", partial(_profile, model), 1) for model in models]
     cells += _losses_of(models[:1])
     # one model's whole before the next one's
     for model in models:
-        cells += [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.7) for name in whole_run.RUNS]
-        cells += [Cell(f"{model}/peers as run", partial(_peers, model, AS_RUN, False), 3.5)]
-        cells += [Cell(f"{model}/peers same engine", partial(_peers, model, SAME_ENGINE, False), 1.5)]
-        cells += [Cell("ops", op_level, 1.5)] if model == models[0] else []
-    cells += [Cell(f"{model}/generation", partial(_generation, model), 2) for model in models[:1]]
+        cells += _whole_runs(model, [name for name in whole_run.RUNS if model == models[0] or name != "lora_all"])
+        cells += [*_peers_of(model), Cell("ops", op_level, 1.5)] if model == models[0] else []
+    cells += [Cell(f"{model}/generation", partial(_generation, model), 1) for model in models[:1]]
     return cells + (_more(models) if full else [])
+
+
+def _whole_runs(model: str, names: Iterable[str]) -> list[Cell]:
+    return [Cell(f"{model}/whole run {name}", partial(_whole, model, name), 1.5) for name in names]
+
+
+def _peers_of(model: str) -> list[Cell]:
+    minutes = {AS_RUN: 2.5, SAME_ENGINE: 1.5}
+    return [Cell(f"{model}/peers {name}", partial(_peers, model, name, False), minutes[name]) for name in minutes]
 
 
 def _losses_of(models: list[str]) -> list[Cell]:
     dtypes = ("float32", "auto")
-    return [Cell(f"{model}/losses {dtype}", partial(_losses, model, dtype), 4) for model in models for dtype in dtypes]
+    return [Cell(f"{model}/losses {dtype}", partial(_losses, model, dtype), 2) for model in models for dtype in dtypes]
 
 
 def _more(models: list[str]) -> list[Cell]:
     cells = [Cell("layers", layer_level, 6), *_losses_of(models[1:])]
     cells += [Cell(f"{model}/generation", partial(_generation, model), 2) for model in models[1:]]
     cells += [_memory(model, row, 1.0) for model in models for row in MORE_MEMORY]
+    for model in models[1:]:
+        cells += [*_whole_runs(model, ["lora_all"]), *_peers_of(model)]
     for model in models:
         cells += [Cell(f"{model}/peers compiled", partial(_peers, model, SAME_ENGINE, True), 8)]
     return cells
@@ -85,10 +97,15 @@ def _memory(model: str, row: Row, minutes: float) -> Cell:
 def _core(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data, size=POOL)
     rounds = options.rounds or ROUNDS
-    return step_level.measure(base, work, CORE, rounds=rounds, examples=options.examples)
+    return step_level.measure(base, work, CORE, rounds=rounds, examples=options.examples, host=_own_processes(model))
+
+
+def _own_processes(model: str) -> Host:
+    return partial(apart, partial(model_alone, model))
 
 
 def _peers(model: str, setting: str, compiled: bool, options: Options) -> dict:
+    """All rows in this process: loading the model once for each of up to 17 would take longer than timing them."""
     base, _, work = loaded(model, options.data, size=POOL)
     # compiling every peer's layers takes longer than timing them: `make bench-full` does
     engine = replace(settled_engine(base, work), compile=compiled)
@@ -103,7 +120,8 @@ def _measured_memory(model: str, row: Row, options: Options) -> dict:
 
 def _prefix(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data)
-    return prefix.measure(base, work, rounds=options.rounds or ROUNDS, examples=options.examples)
+    rounds = options.rounds or ROUNDS
+    return prefix.measure(base, work, rounds=rounds, examples=options.examples, host=_own_processes(model))
 
 
 def _scoring(model: str, options: Options) -> dict:

@@ -4,50 +4,67 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from benchmarks import step_level
 from benchmarks.providers import SAME_ENGINE, Absent
+from benchmarks.serving import Host
 from benchmarks.settings import Live, Row, live
 from benchmarks.workload import Workload
 from lofit_fast.patch import handle_of
-from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.packed import collator_of
 
 ROW = Row("ours", SAME_ENGINE, "step 2, upper quarter")
 GB = 4.0
 
 
-def measure(base: nn.Module, work: Workload, *, rounds: int, examples: int, engine: Engine | None = None) -> dict:
-    """Seconds per round with the cache off and on, the cache filled before; fill_seconds beside them."""
-    fill: list[float] = []
+def measure(
+    base: nn.Module,
+    work: Workload,
+    *,
+    rounds: int,
+    examples: int,
+    engine: Engine | None = None,
+    host: Host | None = None,
+) -> dict:
+    """Seconds per round with the cache off and on, the cache filled before; fill_seconds beside them.
 
-    @contextmanager
-    def opened(model: nn.Module, row: Row, chosen: Engine) -> Iterator[Live]:
-        with live(model, ROW, chosen) as one, ExitStack() as scopes:
-            yield one if row.provider == "off" else scopes.enter_context(_cached(one, work, fill))
-
-    rows = [Row("off", SAME_ENGINE, ROW.step), Row("on", SAME_ENGINE, ROW.step)]
-    report = step_level.measure(base, work, rows, rounds=rounds, examples=examples, engine=engine, opened=opened)
+    host: as in `step_level.measure`.
+    """
+    rows = [Row(name, SAME_ENGINE, ROW.step) for name in ("off", "on")]
+    how = {"engine": engine, "host": host, "opened": partial(_opened, work)}
+    report = step_level.measure(base, work, rows, rounds=rounds, examples=examples, **how)
+    fill = [row.pop("fill_seconds") for row in report["rows"] if "fill_seconds" in row]
     return {**report, "fill_seconds": fill[0] if fill else None}
 
 
 @contextmanager
-def _cached(one: Live, work: Workload, fill: list[float]) -> Iterator[Live]:
+def _opened(work: Workload, model: nn.Module, row: Row, engine: Engine, copied: Callable) -> Iterator[Live]:
+    with live(model, ROW, engine, copied) as plain, _CACHES[row.provider](plain, work) as one:
+        yield one
+
+
+@contextmanager
+def _cached(one: Live, work: Workload) -> Iterator[Live]:
     from lofit_fast.training.prefix import prefix_cached
 
-    plain = CompletionCollator(work.pad)
+    plain = collator_of(one.engine, work.pad)
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
         prefix_cached(handle_of(one.attached.model), work.rows, plain, gb=GB, folder=Path(folder)) as collate,
     ):
-        fill.append(time.perf_counter() - started)
+        filled = time.perf_counter() - started
         if collate is plain:
             raise Absent("the prefix cache found nothing to keep")
-        yield replace(one, collate=collate)
+        yield replace(one, collate=collate, notes={"fill_seconds": filled})
+
+
+_CACHES = {"off": lambda one, work: nullcontext(one), "on": _cached}

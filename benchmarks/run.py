@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.cells import RESULTS, ROOT, Cell, Options, Store
+from benchmarks.cells import PER_ROUND, RESULTS, ROOT, Cell, Options, Store
 from benchmarks.loading import MODELS
 from benchmarks.plan import plan
 from benchmarks.providers import Absent
@@ -34,7 +34,7 @@ def main(
     models: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(MODELS)}.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only cells with this in their name.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved rounds, instead of each cell's own.")] = None,
-    examples: Annotated[int, typer.Option(help="Examples per round of the step-level ratios.")] = 24,
+    examples: Annotated[int, typer.Option(help="Examples per round of the step-level ratios.")] = PER_ROUND,
     results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS,
     budget: Annotated[float, typer.Option(help="Start no cell that may end later than this many minutes.")] = BUDGET,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,

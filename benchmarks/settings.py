@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from benchmarks.providers import AS_RUN, PROVIDERS, Attached
 from benchmarks.steps import vectors
 from benchmarks.workload import Collate, Workload, grouped_batches, stock_batches
+from lofit_fast.attention import GROUPED
 from lofit_fast.encoding import Encoded
 from lofit_fast.models import best_attention
 from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.packed import collator_of
 
 L1 = 5e-4
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
 # what transformers does unless told otherwise
-STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False)
+STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False, narrow=False, large_pages=False)
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,24 @@ class Row:
 class Live:
     """A row whose provider sits in a model of its own.
 
-    optimizer: of its parameters; None for the floor. collate: makes the engine's batches, if not its plain collator.
+    optimizer: of its parameters; None for the floor. engine: of the row's setting. collate: makes its batches, if not
+    the engine's own collator.
+    notes: what else was measured while it was put there, for the row's results.
     """
 
     row: Row
     attached: Attached
     optimizer: torch.optim.Optimizer | None
+    engine: Engine
     collate: Collate | None = None
+    notes: dict[str, float] = field(default_factory=dict)
 
     def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
         """The examples as this row's setting batches them, on the model's device."""
         stock = self.row.setting == AS_RUN
-        made = stock_batches(rows, pad) if stock else grouped_batches(rows, pad, self.collate)
+        made = (
+            stock_batches(rows, pad) if stock else grouped_batches(rows, self.collate or collator_of(self.engine, pad))
+        )
         device = next(self.attached.model.parameters()).device
         return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
@@ -73,9 +81,10 @@ class Live:
 
 
 def settled_engine(model: nn.Module, work: Workload) -> Engine:
-    """The engine that our own training would choose for this model on this machine."""
+    """The engine that our own training would choose for this model on this machine, for a run of many steps."""
     weight = next(model.parameters())
-    return Engine(attention=best_attention(weight.device, weight.dtype), compile=True, packing=False)
+    attention = best_attention(weight.device, weight.dtype)
+    return Engine(attention=attention, compile=True, packing=attention == GROUPED, narrow=True, large_pages=True)
 
 
 @contextmanager
@@ -93,8 +102,9 @@ def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deep
         else None
     )
     attached.model.train()
-    with prepared(attached.model, STOCK if row.setting == AS_RUN else engine):
-        yield Live(row, attached, optimizer)
+    chosen = STOCK if row.setting == AS_RUN else engine
+    with prepared(attached.model, chosen):
+        yield Live(row, attached, optimizer, chosen)
 
 
 def uncopied(model: nn.Module) -> nn.Module:

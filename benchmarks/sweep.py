@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cells import Options, run_python
-from benchmarks.loading import MODELS
+from benchmarks.loading import MODELS, model_folder
 from benchmarks.workload import EXAMPLES, task
 
 # two draws of everything, two learning rates of step 2: what shares a step 1 is left to the sweep to find
@@ -24,8 +24,10 @@ def measure(model: str, options: Options) -> dict:
 
     One training at a time has all threads. jobs: processes of the sweep that has several, one per thread as far as
     there is a step 1 for each; 1 on a GPU. speedup, speedup_jobs: separate runs over the sweep in one process, and in
-    `jobs`; without an interval.
+    `jobs`; without an interval. Raises Absent for a model whose package is not there.
     """
+    # converted before anybody's time is taken
+    model_folder(model)
     examples = task(options.data).train[:EXAMPLES]
     rows = [{key: asdict(one)[key] for key in ("prompt", "completion")} for one in examples]
     with tempfile.TemporaryDirectory() as name:

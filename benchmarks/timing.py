@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+K, T = TypeVar("K"), TypeVar("T")
 ROUNDS = 7
 _RESAMPLES = 10_000
 
@@ -32,22 +34,44 @@ class Ratio:
 def interleaved(
     providers: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of every provider in every round: each round runs all of them once, in an order that turns by one.
+    """Seconds of every provider in every round, which `in_turns` orders.
 
     warmup: rounds thrown away first. device: "cuda" waits for the GPU around each call.
     Raises ValueError for fewer than one round.
     """
+    clocked = {name: lambda number, run=run: seconds_of(run, device) for name, run in providers.items()}
+    return in_turns(clocked, rounds=rounds, warmup=warmup)
+
+
+def in_turns(calls: Mapping[K, Callable[[int], T]], *, rounds: int, warmup: int = 0) -> dict[K, list[T]]:
+    """What every call returned of every round: each round makes all of them once, in an order that turns by one.
+
+    A call gets the number of the round, from 1. warmup: rounds before those, up to number 0, whose returns are thrown
+    away.
+    Raises ValueError for fewer than one round.
+    """
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
-    names = list(providers)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    names = list(calls)
+    returned: dict[K, list[T]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
         shift = turn % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            took = _seconds(providers[name], device)
+            one = calls[name](turn - warmup + 1)
             if turn >= warmup:
-                seconds[name].append(took)
-    return seconds
+                returned[name].append(one)
+    return returned
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """How long a call takes. device: "cuda" waits for the GPU before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
@@ -86,16 +110,6 @@ def commit() -> dict[str, object]:
     head = _git(here, "rev-parse", "HEAD")
     changed = _git(here, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
     return {"commit": head, "dirty": None if head is None else bool(changed)}
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _processor() -> str:

@@ -66,12 +66,9 @@ def stock_batches(rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
     return [{key: batch[key] for key in kept} for batch in _batches(rows, collate)]
 
 
-def grouped_batches(rows: Sequence[Encoded], pad: int, collate: Collate | None = None) -> list[dict[str, Tensor]]:
-    """As our engine makes them: examples of like length together, the longest first, logits where there is a label.
-
-    collate: another collator than the engine's plain one.
-    """
-    batches = _batches(_by_length(rows), collate or CompletionCollator(pad))
+def grouped_batches(rows: Sequence[Encoded], collate: Collate) -> list[dict[str, Tensor]]:
+    """As our engine makes them: examples of like length together, the longest first. collate: the engine's collator."""
+    batches = _batches(_by_length(rows), collate)
     return batches[-1:] + batches[:-1]
 
 

@@ -6,11 +6,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import cells
+from benchmarks import cells, loading
 from benchmarks.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.plan import MEMORY, plan
 from benchmarks.run import _measured, main, run_cells
 from benchmarks.summary import STEPS, summarize, write_summary
+from lofit_fast.models import ALIASES, Packaged
 
 CELLS = [Cell("m/one", lambda options: {"value": 1}, 1), Cell("m/two", lambda options: {"value": 2}, 30)]
 
@@ -74,6 +75,17 @@ def test_an_absent_cell_says_why_and_is_looked_for_again(store):
     store.write("m/none", content, 0.1)
     assert store.read("m/none")["absent"] == "no such thing"
     assert not store.finished("m/none")
+
+
+def test_a_model_that_is_not_installed_is_absent_and_says_how_to_install_it(monkeypatch):
+    nowhere = Packaged(lambda: None, "pip install a-model")
+    for alias in loading.MODELS.values():
+        monkeypatch.setitem(ALIASES, alias, nowhere)
+    needing = [cell for cell in plan(full=True) if "/" in cell.name]
+    for cell in needing:
+        alias = loading.MODELS[cell.name.split("/")[0]]
+        expected = {"absent": f"the packaged model {alias!r} is not installed: pip install a-model"}
+        assert _measured(cell, Options()) == expected, cell.name
 
 
 def test_no_path_of_the_data_is_kept(store, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import loading, memory, plan, step_level
+from benchmarks import loading, memory, plan, serving, step_level
 from benchmarks.cells import Options, Store
 from benchmarks.run import _measured, run_cells
 from benchmarks.summary import write_summary
@@ -20,11 +20,12 @@ NAMES = ("steps", "memory", "whole run lora_all")
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The first model of the benchmark replaced by a tiny one, in an engine that does not compile."""
+    """The first model of the benchmark replaced by a tiny one, in an engine that does not compile, in this process."""
     folder = tmp_path / "model"
     tiny_model("llama", max_position_embeddings=512, initializer_range=0.2).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     monkeypatch.setitem(loading.MODELS, MODEL, str(folder))
+    monkeypatch.setattr(plan, "apart", lambda load, job: serving.here(load(), job))
     for module in (plan, step_level, memory):
         monkeypatch.setattr(
             module, "settled_engine", lambda *_: Engine(attention="eager", compile=False, packing=False)

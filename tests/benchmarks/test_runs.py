@@ -9,8 +9,10 @@ from benchmarks import losses, memory, prefix, profile, whole_run
 from benchmarks.providers import AS_RUN, SAME_ENGINE, Absent
 from benchmarks.settings import Row
 from benchmarks.workload import task, workload
+from lofit_fast.attention import GROUPED
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.packed import PackedCollator
 from lofit_fast.training.prefix_store import PrefixStore
 from tests.tiny import tiny_model
 from tests.tokenizer import word_tokenizer
@@ -37,11 +39,12 @@ def test_whole_runs_see_as_many_examples(work, provider):
     assert all(0 < loss < 20 for loss in seen)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_our_losses_are_the_hooks(work, packing, monkeypatch):
+@pytest.mark.parametrize(("attention", "packing"), [("eager", False), ("eager", True), (GROUPED, True)])
+def test_our_losses_are_the_hooks(work, attention, packing, monkeypatch):
     used, find = [], PrefixStore.find
     monkeypatch.setattr(PrefixStore, "find", lambda store, ids: used.append(ids) or find(store, ids))
-    report = losses.measure(tiny(), word_tokenizer(), task(None, SIZE).train, replace(ENGINE, packing=packing))
+    engine = replace(ENGINE, attention=attention, packing=packing)
+    report = losses.measure(tiny(), word_tokenizer(), task(None, SIZE).train, engine)
     # in step 2, from the prefix cache
     assert len(used) >= 2 * SIZE
     assert report["difference"] < 1e-4
@@ -62,6 +65,14 @@ def test_a_packed_batch_is_unpacked_as_it_was_padded(work):
     for key, expected in plain.items():
         mask = plain["attention_mask"].bool()
         assert torch.equal(again[key][mask], expected[mask]), key
+
+
+def test_a_batch_with_a_shared_beginning_is_unpacked_as_it_was_padded(work):
+    again = losses.as_stock(PackedCollator(work.pad)(work.rows[:3]))
+    plain = losses.as_stock(CompletionCollator(work.pad, pad_to_multiple_of=1)(work.rows[:3]))
+    mask = plain["attention_mask"].bool()
+    assert again["attention_mask"].equal(plain["attention_mask"])
+    assert all(again[key][mask].equal(plain[key][mask]) for key in ("input_ids", "labels"))
 
 
 def test_memory_counts_what_a_step_needs(work, monkeypatch):

@@ -1,13 +1,20 @@
 """Every provider computes what it should before it is timed, in both settings; a wrong one is not timed."""
 
+import multiprocessing
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
-from benchmarks import check, settings, step_level
+from benchmarks import check, serving, settings, step_level
 from benchmarks.providers import AS_RUN, PROVIDERS, SAME_ENGINE, Absent, Attached, Provider
 from benchmarks.settings import Row
 from benchmarks.steps import STEPS, vectors
 from benchmarks.workload import grouped_batches, stock_batches, workload
+from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine
 from tests.tiny import tiny_model
 from tests.tokenizer import word_tokenizer
@@ -65,17 +72,57 @@ def test_a_wrong_loss_is_not_timed(work, monkeypatch):
 
 def test_a_check_that_proves_nothing_is_refused(work, monkeypatch):
     monkeypatch.setattr(check, "CHECK_STDS", (0.0,))
-    with (
-        settings.live(tiny(), Row("ours", AS_RUN, "step 2"), ENGINE) as one,
-        pytest.raises(ValueError, match="prove nothing"),
-    ):
-        check.Checks(tiny(), work)(one)
+    with pytest.raises(ValueError, match="prove nothing"):
+        check.references(tiny(), work, ["step 2"])
+
+
+@contextmanager
+def noted(base, row, engine, copied):
+    """A row that notes its process and whether it has the loaded model itself; of some providers, one that fails."""
+    if row.provider == "beft":
+        raise KeyError("of this row")
+    if row.provider == "ia3":
+        os._exit(3)
+    with settings.live(base, row, engine, copied) as one:
+        yield replace(one, notes={"process": os.getpid(), "itself": one.attached.model is base})
+
+
+def apart(rows, work):
+    """Measured in processes of their own."""
+    how = {"engine": ENGINE, "host": partial(serving.apart, tiny), "opened": noted, "say": lambda line: None}
+    return step_level.measure(tiny(), work, rows, rounds=2, examples=8, **how)
+
+
+def test_rows_in_processes_of_their_own(work):
+    rows = [Row("ours", SAME_ENGINE, "step 1"), Row("hook", AS_RUN, "step 2")]
+    report = apart(rows, work)
+    here = step_level.measure(tiny(), work, rows, rounds=2, examples=8, engine=ENGINE, say=lambda line: None)
+    assert report.keys() == here.keys() and report["graphs_compiled_while_timing"] == 0
+    for row, expected in zip(report["rows"], here["rows"], strict=True):
+        assert row.keys() - {"process", "itself"} == expected.keys()
+        assert row["check"] == pytest.approx(expected["check"], rel=1e-5)
+        assert len(row["seconds"]) == 2 and row["itself"]
+    assert len({os.getpid(), *(row["process"] for row in report["rows"])}) == 3
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    "providers, message",
+    [
+        (["floor", "beft"], r"(?s)^beft, as run: its process failed\n.*in noted.*KeyError: 'of this row'"),
+        (["ia3"], "^ia3, as run: its process ended, with exit code 3$"),
+    ],
+)
+def test_what_fails_in_a_process_is_an_error_here_and_leaves_none_behind(work, providers, message):
+    with pytest.raises(RuntimeError, match=message):
+        apart([Row(name, AS_RUN) for name in providers], work)
+    assert multiprocessing.active_children() == []
 
 
 def test_both_settings_batch_the_same_examples(work):
     rows = work.drawn(3, 12)
     assert rows != work.drawn(4, 12)
-    stock, grouped = stock_batches(rows, work.pad), grouped_batches(rows, work.pad)
+    stock, grouped = stock_batches(rows, work.pad), grouped_batches(rows, CompletionCollator(work.pad))
     assert [len(batch["input_ids"]) for batch in stock] == [8, 4]
     assert set(stock[0]) == {"input_ids", "attention_mask", "labels"}
     assert "logits_to_keep" in grouped[0]
@@ -90,10 +137,10 @@ def test_a_round_is_made_of_an_epochs_batches(work):
     def lengths(batches):
         return sorted(tuple(sorted(batch["attention_mask"].sum(1).tolist())) for batch in batches)
 
-    epoch = lengths(grouped_batches(work.rows, work.pad))
+    epoch = lengths(grouped_batches(work.rows, CompletionCollator(work.pad)))
     for number in range(3):
         drawn = work.drawn(number, 16)
-        assert set(lengths(grouped_batches(drawn, work.pad))) <= set(epoch)
+        assert set(lengths(grouped_batches(drawn, CompletionCollator(work.pad)))) <= set(epoch)
         ordered = [len(row["input_ids"]) for row in drawn]
         assert ordered != sorted(ordered)
 

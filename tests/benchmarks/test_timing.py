@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.timing import interleaved, machine, ratio
+from benchmarks.timing import in_turns, interleaved, machine, ratio
 
 
 def test_interleaved_runs_each_once_a_round_in_turning_order():
@@ -11,6 +11,13 @@ def test_interleaved_runs_each_once_a_round_in_turning_order():
     seconds = interleaved(providers, rounds=2, warmup=1)
     assert calls == list("abc") + list("bca") + list("cab")
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_calls_in_turns_get_their_round_and_what_they_return_is_kept():
+    called = []
+    returned = in_turns({0: lambda number: called.append(number), 1: lambda number: -number}, rounds=2, warmup=1)
+    assert called == [0, 1, 2]
+    assert returned == {0: [None, None], 1: [-1, -2]}
 
 
 def test_interleaved_refuses_no_rounds():

@@ -66,18 +66,22 @@ def main(
 def run_cells(cells: list[Cell], store: Store, run: Callable[[Cell, Path], bool], budget: float) -> list[str]:
     """Measure what is not finished, as long as it fits in the minutes. Returns the names of cells that failed.
 
+    A machine that takes longer for the cells so far than they were expected to take is expected to go on so.
     run: writes a cell's content to a path, and returns whether that went well.
     """
     started, failed, left = time.monotonic(), [], []
+    expected = 0.0
     for number, one in enumerate(cells, start=1):
         spent = (time.monotonic() - started) / 60
+        minutes = one.minutes * max(1.0, spent / expected if expected else 1.0)
         head = f"[{number}/{len(cells)}] {one.name}"
         if store.finished(one.name):
             out.print(f"{head}: finished before", highlight=False)
-        elif spent + one.minutes > budget:
+        elif spent + minutes > budget:
             left.append(one.name)
         else:
-            out.print(f"{head}: about {one.minutes:g} min, {spent:.1f} min so far", highlight=False)
+            out.print(f"{head}: about {minutes:.2g} min, {spent:.1f} min so far", highlight=False)
+            expected += one.minutes
             if not _kept(one, store, run):
                 failed.append(one.name)
     if left:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -128,12 +128,13 @@ def _ready(one: Live, checks: Checks, job: Job) -> Served:
         red = f"loss {check.loss:.5f}, expected {check.reference:.5f} +- {check.tolerance:.5f}"
         return Served({**entry, "red": red}, None)
     as_run = job.row.setting == AS_RUN
+    first = job.batches(one, 0)
     # nothing compiles as run beyond a hook's own function, and one batch warms that
-    _steps(one, job.batches(one, 0)[: 1 if as_run else None])
+    _steps(one, first[: 1 if as_run else None])
     entry["warm_seconds"] = time.perf_counter() - started
-    # our compiled layers measure blocks for each shape of a product, once per process: not in a round
-    for number in range(1, job.rounds + 1) if job.engine.compile is True and not as_run else ():
-        _steps(one, job.batches(one, number))
+    if job.engine.compile is True and not as_run:
+        # our compiled layers measure blocks for each number of rows, once per process: not in a round
+        _steps(one, _other_widths(first, (job.batches(one, number) for number in range(1, job.rounds + 1))))
     gc.collect()
     release_free_memory()
     return Served(entry, partial(_round, one, job))
@@ -151,6 +152,14 @@ def _round(one: Live, job: Job, number: int) -> Round:
 def _steps(one: Live, batches: list[dict[str, Tensor]]) -> None:
     for batch in batches:
         one.step(batch)
+
+
+def _other_widths(met: list[dict[str, Tensor]], rounds: Iterable[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """A batch of every shape of input_ids that is not among those met."""
+    others = {batch["input_ids"].shape: batch for batches in rounds for batch in batches}
+    for batch in met:
+        others.pop(batch["input_ids"].shape, None)
+    return list(others.values())
 
 
 def _graphs() -> int:

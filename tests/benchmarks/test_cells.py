@@ -65,6 +65,20 @@ def test_what_does_not_fit_in_the_time_is_left_for_the_next_run(store):
     assert runs.names == ["m/one", "m/two"]
 
 
+def test_a_slow_machine_is_expected_to_stay_slow(store, monkeypatch):
+    clock, cells = [0.0], [Cell(f"m/{n}", lambda options: {}, 10) for n in "abcd"]
+    monkeypatch.setattr("benchmarks.run.time.monotonic", lambda: clock[0])
+    runs = Runs()
+
+    def slowly(cell, into):
+        clock[0] += 18 * 60
+        return runs(cell, into)
+
+    run_cells(cells, store, slowly, 45)
+    # after 36 minutes another cell of ten fits by the plan, but not at this pace
+    assert runs.names == ["m/a", "m/b"]
+
+
 def test_an_absent_cell_says_why_and_is_looked_for_again(store):
     from benchmarks.providers import Absent
 

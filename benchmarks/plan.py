@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 from benchmarks import generation, losses, memory, prefix, profile, step_level, sweep, whole_run
@@ -108,7 +107,7 @@ def _peers(model: str, setting: str, compiled: bool, options: Options) -> dict:
     """All rows in this process: loading the model once for each of up to 17 would take longer than timing them."""
     base, _, work = loaded(model, options.data, size=POOL)
     # compiling every peer's layers takes longer than timing them: `make bench-full` does
-    engine = replace(settled_engine(base, work), compile=compiled)
+    engine = settled_engine(base, work, compiled)
     rounds = options.rounds or PEER_ROUNDS
     return step_level.measure(base, work, peers(setting), rounds=rounds, examples=BATCH, engine=engine)
 
@@ -136,7 +135,7 @@ def _scoring(model: str, options: Options) -> dict:
 def _generation(model: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data)
     prompts = [example.prompt for example in task(options.data).train[: generation.PROMPTS]]
-    engine = replace(settled_engine(base, work), compile=False)
+    engine = settled_engine(base, work, compiled=False)
     return generation.measure(base, tokenizer, prompts, rounds=options.rounds or PEER_ROUNDS, engine=engine)
 
 

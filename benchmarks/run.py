@@ -55,7 +55,8 @@ def main(
             f"no cell has {' or '.join(only)} in its name: expected part of one of {', '.join(planned)}"
         )
     store = Store.here(results.resolve(), options)
-    failed = run_cells(cells, store, partial(_run_cell, options, full), float("inf") if full else budget)
+    how = partial(_run_cell, options, full, models or [])
+    failed = run_cells(cells, store, how, float("inf") if full else budget)
     path = write_summary(results.resolve(), store, planned)
     out.print(f"wrote {path}; the report: lofit-fast report {results}", highlight=False)
     if failed:
@@ -105,10 +106,12 @@ def _kept(cell: Cell, store: Store, run: Callable[[Cell, Path], bool]) -> bool:
     return True
 
 
-def _run_cell(options: Options, full: bool, cell: Cell, into: Path) -> bool:
+def _run_cell(options: Options, full: bool, models: list[str], cell: Cell, into: Path) -> bool:
     """One cell in a process of its own, whose output passes through."""
     command = [sys.executable, "-m", "benchmarks.run", "--cell", cell.name, "--into", str(into)]
     command += ["--full"] if full else []
+    # which cells there are depends on the models
+    command += [word for model in models for word in ("--model", model)]
     command += ["--data", options.data] if options.data else []
     command += ["--rounds", str(options.rounds)] if options.rounds else []
     return subprocess.run([*command, "--examples", str(options.examples)], cwd=ROOT).returncode == 0

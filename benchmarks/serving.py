@@ -131,10 +131,10 @@ def _ready(one: Live, checks: Checks, job: Job) -> Served:
     first = job.batches(one, 0)
     # nothing compiles as run beyond a hook's own function, and one batch warms that
     _steps(one, first[: 1 if as_run else None])
-    entry["warm_seconds"] = time.perf_counter() - started
     if job.engine.compile is True and not as_run:
         # our compiled layers measure blocks for each number of rows, once per process: not in a round
         _steps(one, _other_widths(first, (job.batches(one, number) for number in range(1, job.rounds + 1))))
+    entry["warm_seconds"] = time.perf_counter() - started
     gc.collect()
     release_free_memory()
     return Served(entry, partial(_round, one, job))

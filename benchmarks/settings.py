@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from benchmarks.providers import AS_RUN, PROVIDERS, Attached
 from benchmarks.steps import vectors
-from benchmarks.workload import Collate, Workload, grouped_batches, stock_batches
-from lofit_fast.attention import GROUPED
+from benchmarks.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.encoding import Encoded
 from lofit_fast.models import best_attention
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.packed import collator_of
+from lofit_fast.training.probe import typical_batch, with_packing
 
 L1 = 5e-4
 LEARNING_RATE = 1e-3
@@ -80,11 +80,16 @@ class Live:
         return loss.item()
 
 
-def settled_engine(model: nn.Module, work: Workload) -> Engine:
-    """The engine that our own training would choose for this model on this machine, for a run of many steps."""
+def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> Engine:
+    """The engine that our own training chooses for this model on this machine where it compiles.
+
+    For a run of the paper's length, some 200 steps: too few for the graph that a compiled narrow layer would need.
+    compiled: False for the engine that it chooses where it does not.
+    """
     weight = next(model.parameters())
     attention = best_attention(weight.device, weight.dtype)
-    return Engine(attention=attention, compile=True, packing=attention == GROUPED, narrow=True, large_pages=True)
+    engine = Engine(attention=attention, compile=compiled, narrow=not compiled, large_pages=compiled)
+    return with_packing(model, engine, typical_batch(model, work.rows, work.pad, BATCH))
 
 
 @contextmanager

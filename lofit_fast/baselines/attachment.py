@@ -13,6 +13,7 @@ class Attachment(Protocol):
     """A method in a model. `LofitHandle` is one.
 
     One that has a term of its own in the loss also has `penalty() -> Tensor`, a scalar; trainers add it.
+    One that must know the examples of a batch apart has `takes_packed_rows = False`.
     """
 
     model: nn.Module

@@ -47,6 +47,8 @@ class LowRankEdit(nn.Module):
 class Loreft(Edits):
     """Edits, and the hook that tells them where the prompts are."""
 
+    takes_packed_rows = False
+
     def __init__(self, model: nn.Module, layers: Sequence[int] | None, rank: int, first: int, last: int) -> None:
         self._edges = PromptEdges(model, first, last)
         try:

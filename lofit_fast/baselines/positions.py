@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from lofit_fast.encoding import IGNORED
 
+_PACKED = "prompts cannot be told apart in a packed row: train without packing"
+
 
 class PromptEdges:
     """mask: of the forward that runs, (B, S) bool, true at every prompt's first `first` and last `last` tokens.
@@ -40,11 +42,13 @@ def prompt_edges(given: dict, first: int, last: int) -> Tensor | None:
         return None
     ids = given.get("input_ids")
     tokens = given["inputs_embeds"][..., 0] if ids is None else ids
+    if given.get("packed_rows") is not None:
+        raise ValueError(_PACKED)
     real, mask = torch.ones_like(tokens, dtype=torch.bool), given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         real = mask.bool()
     elif given.get("position_ids") is not None and (given["position_ids"].diff(dim=-1) < 0).any():
-        raise ValueError("prompts cannot be told apart in a packed row: train without packing")
+        raise ValueError(_PACKED)
     position = torch.arange(tokens.shape[1], device=tokens.device)
     prompt = real & (position < _ends(given, tokens)[:, None])
     rank, length = prompt.cumsum(1), prompt.sum(1, keepdim=True)

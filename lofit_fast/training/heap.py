@@ -23,6 +23,8 @@ _LARGEST_BLOCK = 2**25
 # what glibc itself arrives at once a block of the largest size was freed
 _USUAL = {_MMAP_THRESHOLD: _LARGEST_BLOCK, _TRIM_THRESHOLD: 2 * _LARGEST_BLOCK}
 _HOLDING = {_MMAP_THRESHOLD: _LARGEST_BLOCK, _TRIM_THRESHOLD: 2**31 - 1}
+# mallopt(3): the older names of what GLIBC_TUNABLES sets
+_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 # asm-generic/mman-common.h; Linux 6.1
 _MADV_COLLAPSE = 25
 _PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -48,11 +50,12 @@ def held_in_large_pages(model: nn.Module) -> Iterator[None]:
     """A scope in which malloc keeps what is freed, and from the model's second training pass on in large pages.
 
     Moving it takes a second or two per GB, once. Holes become pages too: the process grows by some percent. It is the
-    whole process's heap; of nested scopes the outermost counts.
+    whole process's heap; of nested scopes the outermost counts. Where the environment sets malloc's options, glibc goes
+    by them, and nothing is done here.
     Afterwards what is free is given back, and malloc does as it usually does.
     """
     global _held
-    if _held or not _has_glibc():
+    if _held or not _has_glibc() or _set_outside():
         yield
         return
     passes = 0
@@ -94,6 +97,11 @@ def _heap() -> Iterator[tuple[int, int]]:
 def _set(options: dict[int, int]) -> None:
     for option, value in options.items():
         _call("mallopt", option, value)
+
+
+def _set_outside() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return "glibc.malloc." in tunables or any(name in os.environ for name in _VARIABLES)
 
 
 def _has_glibc() -> bool:

@@ -55,7 +55,6 @@ class PackedCollator:
         index[own] = torch.arange(shared, shared + len(places))
         keep, shift_labels = kept(_laid(following, shared))
         return {
-            # first, where Trainer looks for the number of examples by which it weighs evaluation losses
             "attention_mask": (column < torch.tensor(real)[:, None]).long(),
             "input_ids": _laid(tokens, shared),
             "position_ids": torch.cat((column[:shared], places % width))[None],

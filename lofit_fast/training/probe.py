@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_fast.architectures import find_projections, fingerprint
 from lofit_fast.attention import GROUPED
@@ -52,12 +52,15 @@ def settle(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch],
     tokens: elsewhere one long row costs more attention than padding does. Narrowing is free unless it is compiled, when
     it takes many steps to pay; and the heap is worth moving in a run that is worth compiling.
     The model is as it was afterwards, its vectors' gradients None.
+    Raises ValueError where packing with GROUPED attention is asked for a model that would not obey its mask.
     """
     attention = handle.model.config._attn_implementation
+    if engine.packing == "auto" and not getattr(handle, "takes_packed_rows", True):
+        engine = replace(engine, packing=False)
     why = "as asked"
     if engine.attention == "auto" or engine.compile == "auto":
         engine, why = _probed(handle, engine, batch, steps, attention)
-    engine = _with_packing(handle, replace(engine, attention=_one(engine.attention, attention)), batch)
+    engine = with_packing(handle.model, replace(engine, attention=_one(engine.attention, attention)), batch)
     compiles = engine.compile is True
     engine = replace(
         engine,
@@ -73,25 +76,34 @@ def settle_on(
     attachment: Attachment, engine: Engine, rows: Sequence[Encoded], pad: int, batch_size: int, epochs: int
 ) -> tuple[Engine, str]:
     """`settle` for epochs over encoded examples, on a batch of middling length. pad: the token that fills it up."""
+    batch = typical_batch(attachment.model, rows, pad, batch_size)
+    return settle(attachment, engine, batch, epochs * math.ceil(len(rows) / batch_size))
+
+
+def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int) -> Callable[[Engine], Batch]:
+    """What makes a batch of middling length under an engine, on the model's device."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
 
-    def batch(chosen: Engine) -> dict[str, Tensor]:
-        device = next(attachment.model.parameters()).device
-        return {key: value.to(device) for key, value in collator_of(chosen, pad)(middle).items()}
+    def batch(engine: Engine) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        return {key: value.to(device) for key, value in collator_of(engine, pad)(middle).items()}
 
-    return settle(attachment, engine, batch, epochs * math.ceil(len(rows) / batch_size))
+    return batch
 
 
 def _one(asked, otherwise):
     return otherwise if asked == "auto" else asked
 
 
-def _with_packing(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch]) -> Engine:
-    """The engine, its attention known, with packing settled."""
+def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Batch]) -> Engine:
+    """The engine, its attention known, with packing settled. Raises ValueError as `settle` does."""
+    refusal = packing_refusal(model, GROUPED) if engine.attention == GROUPED else None
+    if engine.packing is True and refusal is not None:
+        raise ValueError(f"packing with {GROUPED!r} attention was asked for, but {refusal}")
     if engine.packing != "auto":
         return engine
-    if engine.attention != GROUPED or packing_refusal(handle.model, GROUPED) is not None:
+    if engine.attention != GROUPED or refusal is not None:
         return replace(engine, packing=engine.attention.startswith("flash_attention"))
     padded, packed = (batch(replace(engine, packing=packing))["input_ids"].numel() for packing in (False, True))
     return replace(engine, packing=packed <= (1 - LEAST_TO_PACK) * padded)
@@ -107,7 +119,7 @@ def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[
     if engine.compile is True:
         engine = replace(engine, attention=names[0])
         return engine, "as asked, or the first of its device" if len(names) > 1 else "as asked"
-    candidates = [_with_packing(handle, replace(engine, attention=name, compile=False), batch) for name in names]
+    candidates = [with_packing(handle.model, replace(engine, attention=name, compile=False), batch) for name in names]
     plain = {candidate: timings.of(candidate)["step"] for candidate in candidates}
     best = min(plain, key=plain.get)
     why = ", ".join(f"{one.attention} {seconds:.3g} s" for one, seconds in plain.items()) + " a step"
@@ -127,14 +139,14 @@ class _Timings:
     def __init__(self, handle: Attachment, batch: Callable[[Engine], Batch]) -> None:
         self.handle, self.batch = handle, batch
         ids = batch(Engine(packing=False))["input_ids"]
-        self.device = ids.device
+        self.device, self.padded = ids.device, ids.numel()
         key = json.dumps(_key(handle, ids), sort_keys=True)
         self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         self.known = self._kept()
 
     def of(self, engine: Engine) -> Timing:
         """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
-        name = _name(engine)
+        name = self._name(engine)
         if name not in self.known:
             self.known[name] = self._measured(engine)
             # a cache that cannot be written is no reason not to train
@@ -145,13 +157,21 @@ class _Timings:
 
     def knows(self, engine: Engine) -> bool:
         """Whether `of` has the answer without measuring."""
-        return _name(engine) in self.known
+        return self._name(engine) in self.known
 
     def _kept(self) -> dict[str, Timing]:
         try:
             return json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
+
+    def _name(self, engine: Engine) -> str:
+        """What a timing is kept as: all that is timed of an engine, and the share of the tokens that packing leaves."""
+        named = {"narrow": engine.narrow is True, "compiled": engine.compile}
+        words = [engine.attention, *(word for word, chosen in named.items() if chosen)]
+        if engine.packing:
+            words.append(f"packed to {self.batch(engine)['input_ids'].numel() / self.padded:.1f}")
+        return ", ".join(words)
 
     def _measured(self, engine: Engine) -> Timing:
         model, parameters = self.handle.model, list(self.handle.parameters())
@@ -167,11 +187,6 @@ class _Timings:
                 # no compiler here, say: not a candidate
                 return {"first": float("inf"), "step": float("inf")}
             return {"first": first, "step": statistics.median(_seconds(step) for _ in range(_REPEATS))}
-
-
-def _name(engine: Engine) -> str:
-    named = {"packed": engine.packing, "compiled": engine.compile}
-    return ", ".join([engine.attention, *(word for word, chosen in named.items() if chosen)])
 
 
 def _seconds(run: Callable[[], None]) -> float:

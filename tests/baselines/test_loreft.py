@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from lofit_fast import scoring
+from lofit_fast.attention import GROUPED, register
 from lofit_fast.baselines import loreft
 from lofit_fast.baselines.positions import prompt_edges
 from lofit_fast.encoding import IGNORED
 from lofit_fast.evaluation import generate_answers
 from lofit_fast.training import CompletionCollator
+from lofit_fast.training.packed import PackedCollator
 from tests.baselines.edited import logits, right_padded, shake
 from tests.tiny import HIDDEN, LAYERS, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
@@ -53,6 +55,15 @@ def test_loreft_is_its_equation_at_prompt_positions():
     assert (logits(model, **batch) - logits(plain, **batch)).abs().max() <= 1e-12
     untouched = tiny_model("llama", torch.float64)
     assert (logits(model, **batch) - logits(untouched, **batch)).abs().max() > 1e-3
+
+
+def test_loreft_refuses_a_batch_with_a_shared_beginning():
+    model, _ = edited()
+    register()
+    model.set_attn_implementation(GROUPED)
+    rows = [{"input_ids": [5, 6, 7, last], "labels": [IGNORED, IGNORED, IGNORED, last]} for last in (8, 9)]
+    with pytest.raises(ValueError, match="train without packing"):
+        model(**PackedCollator(0)(rows), use_cache=False)
 
 
 def test_loreft_trains_on_batches_that_compute_few_logits():

@@ -28,7 +28,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "apart", lambda load, job: serving.here(load(), job))
     for module in (plan, step_level, memory):
         monkeypatch.setattr(
-            module, "settled_engine", lambda *_: Engine(attention="eager", compile=False, packing=False)
+            module, "settled_engine", lambda *_, **__: Engine(attention="eager", compile=False, packing=False)
         )
 
 

@@ -1,6 +1,8 @@
 """Free memory goes back to the system or is held in large pages, and what is in use stays as it is."""
 
 import ctypes
+import platform
+import re
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,7 @@ from lofit_fast.training.heap import held_in_large_pages, release_free_memory
 from tests.tiny import tokens
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc can give free pages back")
+KERNEL = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
 MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -58,8 +61,20 @@ def test_an_unsettled_engine_leaves_the_heap_alone(llama, monkeypatch):
             assert not llama._forward_pre_hooks
 
 
+@glibc
+@pytest.mark.parametrize(
+    ("name", "value"), [("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"), ("MALLOC_TRIM_THRESHOLD_", "1000000")]
+)
+def test_what_the_environment_sets_stays(name, value, llama, monkeypatch):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(heap, "_set", lambda options: pytest.fail(f"{options} set"))
+    with held_in_large_pages(llama):
+        assert not llama._forward_pre_hooks
+
+
 @pytest.mark.skipif(
-    not MODES.is_file() or "[never]" in MODES.read_text(), reason="this system has no transparent huge pages"
+    not MODES.is_file() or "[never]" in MODES.read_text() or KERNEL < (6, 1),
+    reason="this system cannot collapse pages: it has no transparent huge pages, or Linux before 6.1",
 )
 def test_what_is_in_use_survives_a_move():
     kept = [torch.full((1000, 100), float(i)) for i in range(100)]

@@ -5,6 +5,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.attention import GROUPED
+from lofit_fast.baselines.rivals import RIVALS
 from lofit_fast.encoding import IGNORED
 from lofit_fast.training import CompletionCollator, Engine, probe
 from lofit_fast.training.packed import collator_of
@@ -133,6 +134,27 @@ def test_probe_does_not_pack_what_it_does_not_know(handle):
     handle.model.config.use_bidirectional_attention = True
     engine = Engine(attention=GROUPED, compile=False)
     assert settle_on(handle, engine, examples(80, 60, 40), 0, 3, 1)[0].packing is False
+
+
+def test_probe_refuses_packing_that_would_be_wrong(handle):
+    handle.model.config.use_bidirectional_attention = True
+    engine = Engine(attention=GROUPED, compile=False, packing=True)
+    with pytest.raises(ValueError, match="packing with 'lofit_grouped' attention was asked for, but "):
+        settle_on(handle, engine, examples(80, 60, 40), 0, 3, 1)
+
+
+def test_probe_does_not_pack_for_who_must_know_examples_apart(llama):
+    loreft = RIVALS["loreft"].make(llama)
+    engine = Engine(attention=GROUPED, compile=False)
+    assert settle_on(loreft, engine, examples(80, 60, 40), 0, 3, 1)[0].packing is False
+
+
+def test_probe_asks_again_where_packing_saves_otherwise(handle, measured):
+    # as long as each other, padded
+    for shared, own in ((20, 80), (60, 40)):
+        rows = examples(own, own, own, own, shared=shared)
+        settle_on(handle, Engine(attention=GROUPED, compile="auto"), rows, 0, 4, 50)
+    assert len(measured) == 2
 
 
 def test_probe_measures_what_will_run(handle, monkeypatch, tmp_path):

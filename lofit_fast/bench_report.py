@@ -74,7 +74,10 @@ def _reading() -> str:
         "<p>A ratio is the median over interleaved pairs of rounds on the same examples, with its 95 % bootstrap "
         "interval; of the two rows (step 1: scales on all heads; step 2: offsets on 10 % of the heads, layer 0 among "
         "them) the worse one is shown. <em>As its users run it</em>: full logits, right padding, unsorted batches of "
-        "8, sdpa attention, AdamW. <em>Same engine</em>: everything of ours around it, only the adapter differs. "
+        "8, sdpa attention, AdamW. <em>Same engine</em>: everything of ours around it, only the adapter differs; on a "
+        "CPU that is packed rows, compiled layers and a heap held in large pages. Each row has a process of its own, "
+        "and waits while the others have their turn: what frees and allocates pages in every step, as hooks and "
+        "LoRA do, is slower for it than alone. "
         "<em>Frozen floor</em>: no adapter, backward down to the same lowest layer, no optimizer. No provider is timed "
         "before its loss is right.</p>"
     )
@@ -127,7 +130,9 @@ def _warm(results: BenchResults) -> str:
         for row in cell.get("rows", [])
         if "warm_seconds" in row and row["provider"] in ("ours", "floor", "compiled_hook", "off", "on")
     ]
-    return _section("First pass, compiling included", ("cell", "row", "seconds"), rows)
+    return _section(
+        "Before the first round: compiling, and meeting every number of rows", ("cell", "row", "seconds"), rows
+    )
 
 
 def _ops(results: BenchResults) -> str:

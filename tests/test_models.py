@@ -130,12 +130,27 @@ def test_as_dtype(given, expected):
     assert models.as_dtype(given) is expected
 
 
-@pytest.mark.parametrize("amx", [True, False])
-@pytest.mark.parametrize("avx", [True, False])
-def test_best_dtype_on_a_cpu(monkeypatch, amx, avx):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    assert models.best_dtype(torch.device("cpu")) is (torch.bfloat16 if amx or avx else torch.float32)
+@pytest.fixture
+def unprobed():
+    models._cpu_gains_from_16_bits.cache_clear()
+    yield
+    models._cpu_gains_from_16_bits.cache_clear()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, torch.bfloat16), (0.9, torch.float32), (4.0, torch.float32)])
+def test_best_dtype_on_a_cpu_is_probed_once(monkeypatch, unprobed, share, expected):
+    seconds, asked = {torch.bfloat16: share, torch.float32: 1.0}, []
+    monkeypatch.setattr(models, "_product_seconds", lambda dtype: asked.append(dtype) or seconds[dtype])
+    assert models.best_dtype(torch.device("cpu")) is models.best_dtype(torch.device("cpu")) is expected
+    assert len(asked) == 2
+
+
+@pytest.mark.skipif(
+    not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()),
+    reason="this processor has no instructions for bfloat16",
+)
+def test_the_probe_finds_a_processor_with_16_bits(unprobed):
+    assert models.best_dtype(torch.device("cpu")) is torch.bfloat16
 
 
 @pytest.mark.parametrize("native", [True, False])

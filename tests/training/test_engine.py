@@ -4,20 +4,9 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.training import engine as engine_module
 from lofit_fast.training.engine import Engine, decoder_layers, prepared
 from tests.hook import randomize
 from tests.tiny import LAYERS, tiny_model, tokens
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """Dynamo and AOT autograd without Inductor: the same graphs and guards, no C++ compiler."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(engine_module, "BACKEND", "aot_eager")
-    yield
-    torch._dynamo.reset()
 
 
 def belongings(model):

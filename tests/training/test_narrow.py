@@ -9,7 +9,6 @@ from lofit_fast.architectures import decoder_layers
 from lofit_fast.baselines.rivals import RIVALS
 from lofit_fast.encoding import IGNORED
 from lofit_fast.training import CompletionCollator
-from lofit_fast.training import engine as engine_module
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.narrow import narrowed
 from tests.hook import randomize
@@ -319,16 +318,6 @@ def test_narrow_with_pefts_wrapper(config):
     with prepared(adapted, Engine(narrow=True)):
         assert_same(results(adapted, inputs, parameters), expected)
     assert seen == [KEPT]
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """Dynamo and AOT autograd without Inductor: the same graphs and guards, no C++ compiler."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(engine_module, "BACKEND", "aot_eager")
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

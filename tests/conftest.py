@@ -1,6 +1,8 @@
 """Set-up shared by all tests: Triton's interpreter where there is no GPU, quiet libraries, tiny models."""
 
+import gc
 import os
+import sys
 
 import torch
 
@@ -19,10 +21,37 @@ from lofit_kernels.plan import use_answers  # noqa: E402
 from tests.tiny import FAMILIES, tiny_model  # noqa: E402
 
 
+def pytest_collection_finish(session):
+    """Leave what was imported out of every later garbage collection, of which training makes several a run."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def untraced():
+    """No coverage meanwhile, for tests that compile what others run: its tracer doubles what the compiler takes.
+
+    pytest-cov's own `no_cover` does not stop the tracer in xdist's processes.
+    """
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
+
+
+@pytest.fixture
+def dynamo(untraced):
+    """A compiler that has compiled nothing yet: no graph of another test serves this one."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True, scope="session")

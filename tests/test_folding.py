@@ -293,13 +293,6 @@ def test_folding_leaves_replicas_alone(calls):
     assert calls["fold"] == [1, 1]
 
 
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_folding_compiles(dynamo, calls, whole):
     expected = by_layer()

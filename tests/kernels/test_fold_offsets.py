@@ -102,15 +102,13 @@ def test_affine_linear_opcheck_folded_with_a_graph(needs):
     assert set(torch.library.opcheck(ops.affine_linear, args).values()) == {"SUCCESS"}
 
 
-def test_fold_offsets_compiles_whole():
+def test_fold_offsets_compiles_whole(dynamo):
     weights, offsets, heads = make()
 
     def run(*offsets):
         return torch.cat(fold_offsets(weights, offsets, heads))
 
-    torch._dynamo.reset()
     y, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(*offsets), run(*offsets)
-    torch._dynamo.reset()
     assert torch.equal(y, expected)
     grad = torch.randn_like(y)
     got, wanted = torch.autograd.grad(y, offsets, grad), torch.autograd.grad(expected, offsets, grad)

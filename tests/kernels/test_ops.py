@@ -105,13 +105,6 @@ def test_affine_opcheck_of_strided_rows():
     assert passed(ops.affine_linear, [z, *projection()[1:], *vectors("both"), None, "pass", "aten"])
 
 
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(function):
     """fullgraph: a graph break raises; T stays symbolic and recompiling for another T is an error."""
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -229,8 +229,7 @@ def test_head_affine_linear_follows_an_answer(answered):
     assert torch.equal(head_affine_linear(z, weight, **run, form="pass"), by_form["pass"])
 
 
-def test_compiled_follows_an_answer_without_compiling_for_each_number_of_tokens(answered):
-    torch._dynamo.reset()
+def test_compiled_follows_an_answer_without_compiling_for_each_number_of_tokens(answered, dynamo):
     weight, scale = torch.randn(24, 32), torch.randn(2, 8, requires_grad=True)
 
     def run(z):
@@ -246,4 +245,3 @@ def test_compiled_follows_an_answer_without_compiling_for_each_number_of_tokens(
         form = "delta" if T == 20 else "pass"
         assert torch.equal(y, head_affine_linear(z, weight, scale=scale, scale_heads=[1, 3], form=form))
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (z, scale)))
-    torch._dynamo.reset()

@@ -320,8 +320,15 @@ def test_narrow_with_pefts_wrapper(config):
     assert seen == [KEPT]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        ("llama", True),
+        ("gemma3", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("gemma3", True, marks=pytest.mark.slow),
+    ],
+)
 def test_narrow_compiles_once_for_all_shapes(family, packed, quick_compiler):
     model = patched(family)
     shapes = [SHAPES, ((12, 2), (5, 4), (6, 1)), ((8, 8), (8, 5), (3, 2)), ((30, 2), (9, 1))]

@@ -128,13 +128,11 @@ def test_packed_examples_with_a_beginning_see_nothing_of_each_other(family):
     assert not before[own].equal(after[own])
 
 
-def test_compiled_packed_batches_are_right_and_share_their_graphs(llama):
+def test_compiled_packed_batches_are_right_and_share_their_graphs(llama, dynamo):
     handle = lf.patch(llama, lf.LofitConfig(scale="all", init_std=0.1))
     # the first of another length than the model is wide, which a compiler would take for the same number
     shapes = (((17, 2), (9, 1), (8, 3), (5, 2)), SHAPES, ((30, 1), (22, 5)))
     batches = [PackedCollator(0)(examples(shared, shape)) for shared, shape in zip((5, 4, 7), shapes, strict=True)]
-    # a graph of another test would serve this one too
-    torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
 
     def losses(engine):

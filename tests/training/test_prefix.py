@@ -277,7 +277,7 @@ def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
     assert len(stores(cache / "prefix")) == 1
 
 
-def test_prefix_with_compiled_layers(tmp_path, monkeypatch):
+def test_prefix_with_compiled_layers(tmp_path, monkeypatch, dynamo):
     monkeypatch.setattr(engine_module, "BACKEND", "eager")
     handle = tuned(deep())
     plain = results(handle, COLLATE(ROWS[:4]))

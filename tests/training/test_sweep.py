@@ -192,7 +192,7 @@ def test_train_sizes_are_drawn_once_each(data, tmp_path):
     assert [len(json.loads(lines[0])["step_losses"]) for lines in history] == [1, 2]
 
 
-def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch):
+def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch, dynamo):
     # the compiler proper adds minutes and no graphs
     monkeypatch.setattr(engine_module, "BACKEND", "eager")
     model, graphs = tiny_model("llama"), []
@@ -204,8 +204,6 @@ def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(run_module, "fit", counted)
-    # what other tests have compiled would serve here too
-    torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     rows = run(grid_of(data, {"compile": True}, tune_lr=[1e-2, 2e-2]), tmp_path, model)
     assert [row["status"] for row in rows] == ["done", "done"]

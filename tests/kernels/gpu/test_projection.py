@@ -206,8 +206,7 @@ def test_valid_paths_all_run_and_agree(device):
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_projection_with_fused_products_compiles_whole(device):
-    torch._dynamo.reset()
+def test_projection_with_fused_products_compiles_whole(device, dynamo):
     inputs = make("offsets elsewhere", torch.float32, device, ("z", "scale", "offset"))
 
     def run(z):
@@ -219,7 +218,6 @@ def test_projection_with_fused_products_compiles_whole(device):
     dy = torch.randn_like(y)
     pairs = zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
     assert all(torch.equal(got, wanted) for got, wanted in pairs)
-    torch._dynamo.reset()
 
 
 def test_projection_with_fused_products_takes_a_folded_offset(device):

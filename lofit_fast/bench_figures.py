@@ -78,17 +78,19 @@ def _whole_runs(results: BenchResults, path: Path) -> Path | None:
     colors = [_OURS if cell["provider"] == "ours" else _OTHERS for _, cell in runs]
     names = [f"{model}: {LABELS[cell['provider']]}" for model, cell in runs]
     _bars(axes, names, [cell["seconds"] for _, cell in runs], None, colors)
-    axes.set(xlabel="seconds, from a loaded model to the adapter: compiled where that pays, compiling included")
+    axes.set(xlabel="seconds from a loaded model to the adapter, compiling included")
     return save_figure(figure, path)
 
 
 def _bars(axes, names: Sequence[str], values: Sequence[float], intervals, colors) -> None:
     places = range(len(names))
-    axes.barh(places, values, color=colors, alpha=0.75)
+    axes.barh(places, values, color=colors)
     for place, interval in zip(places, intervals or [], strict=False):
         if interval is not None:
             axes.plot(interval, (place, place), color="black", marker="|", linewidth=1)
+    # where a bar begins there is neither an interval nor a target
     for place, value in zip(places, values, strict=True):
-        axes.annotate(f" {value:.2f}", (value, place), va="bottom", fontsize=7)
+        text = f"{value:.2f}" if value < 10 else f"{value:.3g}"
+        axes.annotate(text, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()

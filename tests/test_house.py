@@ -125,6 +125,7 @@ ORDER = {
         "narrow",
         "engine",
         "packed",
+        "timings",
         "probe",
         "measure",
         "profile",

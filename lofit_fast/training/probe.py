@@ -1,31 +1,20 @@
-"""What "auto" means on this machine: a few timed steps of each candidate, once, remembered in the user's cache."""
+"""What "auto" means on this machine: the candidates of which a few steps take least."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-import transformers
 from torch import Tensor, nn
 
-from lofit_fast.architectures import find_projections, fingerprint
 from lofit_fast.attention import GROUPED
 from lofit_fast.baselines.attachment import Attachment
 from lofit_fast.encoding import Encoded
-from lofit_fast.files import write_json
-from lofit_fast.models import cache_folder
-from lofit_fast.patch import LofitHandle
 from lofit_fast.scoring import packing_refusal
-from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.engine import Engine
 from lofit_fast.training.packed import collator_of
+from lofit_fast.training.timings import Batch, Timings
 
 # a shorter run is over before a probe pays back
 FEWEST_STEPS = 40
@@ -37,10 +26,6 @@ LEAST_TO_NARROW = 1000
 # share of a padded batch's tokens that packing must save
 LEAST_TO_PACK = 0.05
 _ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
-_REPEATS = 3
-
-Timing = dict[str, float]
-Batch = Mapping[str, Tensor]
 
 
 def settle(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch], steps: int) -> tuple[Engine, str]:
@@ -112,7 +97,7 @@ def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Bat
 def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[Engine, str]:
     if steps < FEWEST_STEPS:
         return replace(engine, compile=engine.compile is True), f"{steps} steps are too few to probe"
-    timings = _Timings(handle, batch)
+    timings = Timings(handle, batch)
     names = [engine.attention]
     if engine.attention == "auto":
         names = _ATTENTIONS.get(timings.device.type, (attention,))
@@ -120,94 +105,21 @@ def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[
         engine = replace(engine, attention=names[0])
         return engine, "as asked, or the first of its device" if len(names) > 1 else "as asked"
     candidates = [with_packing(handle.model, replace(engine, attention=name, compile=False), batch) for name in names]
-    plain = {candidate: timings.of(candidate)["step"] for candidate in candidates}
+    plain = _steps(timings, candidates)
+    if timings.refreshed(min(plain, key=plain.get)):
+        plain = _steps(timings, candidates)
     best = min(plain, key=plain.get)
     why = ", ".join(f"{one.attention} {seconds:.3g} s" for one, seconds in plain.items()) + " a step"
     # what is known already costs nothing to ask
     compiled = replace(best, compile=True)
     if engine.compile == "auto" and (timings.knows(compiled) or steps * plain[best] > LEAST_TO_COMPILE):
-        measured = timings.of(compiled)
+        [measured] = timings.of([compiled])
         why += f", compiled {measured['step']:.3g} s after {measured['first']:.3g} s"
         if steps * (plain[best] - measured["step"]) > measured["first"]:
             best = compiled
     return best, why
 
 
-class _Timings:
-    """Seconds of candidates, from the cache or measured now."""
-
-    def __init__(self, handle: Attachment, batch: Callable[[Engine], Batch]) -> None:
-        self.handle, self.batch = handle, batch
-        ids = batch(Engine(packing=False))["input_ids"]
-        self.device, self.padded = ids.device, ids.numel()
-        key = json.dumps(_key(handle, ids), sort_keys=True)
-        self.path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        self.known = self._kept()
-
-    def of(self, engine: Engine) -> Timing:
-        """ "first": seconds of the first step; "step": median seconds of those after it; infinite where it fails."""
-        name = self._name(engine)
-        if name not in self.known:
-            self.known[name] = self._measured(engine)
-            # a cache that cannot be written is no reason not to train
-            with contextlib.suppress(OSError):
-                # with what another process has measured meanwhile
-                write_json(self.path, self._kept() | self.known)
-        return self.known[name]
-
-    def knows(self, engine: Engine) -> bool:
-        """Whether `of` has the answer without measuring."""
-        return self._name(engine) in self.known
-
-    def _kept(self) -> dict[str, Timing]:
-        try:
-            return json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def _name(self, engine: Engine) -> str:
-        """What a timing is kept as: all that is timed of an engine, and the share of the tokens that packing leaves."""
-        named = {"narrow": engine.narrow is True, "compiled": engine.compile}
-        words = [engine.attention, *(word for word, chosen in named.items() if chosen)]
-        if engine.packing:
-            words.append(f"packed to {self.batch(engine)['input_ids'].numel() / self.padded:.1f}")
-        return ", ".join(words)
-
-    def _measured(self, engine: Engine) -> Timing:
-        model, parameters = self.handle.model, list(self.handle.parameters())
-        batch = self.batch(engine)
-
-        def step() -> None:
-            torch.autograd.grad(model(**batch, use_cache=False).loss, parameters)
-
-        with torch.random.fork_rng(), prepared(model, engine):
-            try:
-                first = _seconds(step)
-            except RuntimeError:
-                # no compiler here, say: not a candidate
-                return {"first": float("inf"), "step": float("inf")}
-            return {"first": first, "step": statistics.median(_seconds(step) for _ in range(_REPEATS))}
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _key(handle: Attachment, ids: Tensor) -> dict[str, object]:
-    """Whatever could turn a choice around. ids: (B, S), a padded batch."""
-    on_gpu = ids.device.type == "cuda"
-    return {
-        "machine": torch.cuda.get_device_name(ids.device) if on_gpu else f"{platform.machine()} {platform.node()}",
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "model": fingerprint(handle.model, find_projections(handle.model)).as_dict(),
-        "dtype": str(next(handle.model.parameters()).dtype),
-        "scales": handle.config.scale is not None if isinstance(handle, LofitHandle) else type(handle).__name__,
-        # powers of two
-        "rows, length": [ids.shape[0], ids.shape[1].bit_length()],
-        "versions": [torch.__version__, transformers.__version__],
-    }
+def _steps(timings: Timings, candidates: list[Engine]) -> dict[Engine, float]:
+    """Seconds a step of each candidate."""
+    return {one: timing["step"] for one, timing in zip(candidates, timings.of(candidates), strict=True)}

@@ -7,7 +7,7 @@ import lofit_fast as lf
 from lofit_fast.attention import GROUPED
 from lofit_fast.baselines.rivals import RIVALS
 from lofit_fast.encoding import IGNORED
-from lofit_fast.training import CompletionCollator, Engine, probe
+from lofit_fast.training import CompletionCollator, Engine, timings
 from lofit_fast.training.packed import collator_of
 from lofit_fast.training.probe import settle, settle_on
 from tests.tiny import tokens
@@ -21,7 +21,7 @@ def batch(engine):
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """Pretended timings instead of real ones; the list of what was measured."""
+    """Pretended timings instead of real ones, which hold; the list of what was measured."""
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
     table = {
         (GROUPED, False): {"first": 1.0, "step": 1.0},
@@ -30,11 +30,12 @@ def measured(monkeypatch, tmp_path):
     }
     seen = []
 
-    def pretend(self, engine):
-        seen.append((engine.attention, engine.compile))
-        return table[seen[-1]]
+    def pretend(self, engines, repeats=3):
+        asked = [(engine.attention, engine.compile) for engine in engines]
+        seen.extend(asked if repeats == 3 else [])
+        return [table[one] for one in asked]
 
-    monkeypatch.setattr(probe._Timings, "_measured", pretend)
+    monkeypatch.setattr(timings.Timings, "_measured", pretend)
     return seen
 
 
@@ -97,7 +98,7 @@ def test_probe_uses_what_it_knows_of_compiling(handle, measured):
 def test_probe_measures_and_leaves_no_trace(handle, monkeypatch, tmp_path):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
     before, state = handle.model.config._attn_implementation, torch.get_rng_state()
-    timing = probe._Timings(handle, batch).of(Engine(attention="eager", compile=False))
+    [timing] = timings.Timings(handle, batch).of([Engine(attention="eager", compile=False)])
     assert 0 < timing["step"] < 60
     assert handle.model.config._attn_implementation == before
     assert torch.get_rng_state().equal(state)

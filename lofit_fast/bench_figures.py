@@ -84,13 +84,13 @@ def _whole_runs(results: BenchResults, path: Path) -> Path | None:
 
 def _bars(axes, names: Sequence[str], values: Sequence[float], intervals, colors) -> None:
     places = range(len(names))
-    axes.barh(places, values, color=colors)
+    axes.barh(places, values, color=colors, alpha=0.6)
     for place, interval in zip(places, intervals or [], strict=False):
         if interval is not None:
             axes.plot(interval, (place, place), color="black", marker="|", linewidth=1)
     # where a bar begins there is neither an interval nor a target
     for place, value in zip(places, values, strict=True):
         text = f"{value:.2f}" if value < 10 else f"{value:.3g}"
-        axes.annotate(text, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
+        axes.annotate(text, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()

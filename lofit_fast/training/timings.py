@@ -23,7 +23,6 @@ from lofit_fast.training.engine import Engine, prepared
 _REPEATS = 3
 # a step that takes less than this share of what is remembered: then the machine was busy, and may have misled
 _BUSIER = 0.75
-_FAILED = {"first": float("inf"), "step": float("inf")}
 
 Timing = dict[str, float]
 Batch = Mapping[str, Tensor]
@@ -38,17 +37,18 @@ class Timings:
     def __init__(self, handle: Attachment, batch: Callable[[Engine], Batch]) -> None:
         self.handle, self.batch = handle, batch
         ids = batch(Engine(packing=False))["input_ids"]
-        self.device, self._padded = ids.device, ids.numel()
+        self.device, self._tokens = ids.device, ids.numel()
         key = json.dumps(_key(handle, ids), sort_keys=True)
-        self._path = cache_folder() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        self._path = cache_folder() / "timings" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         self._known = self._kept()
         self._remembered = set(self._known)
 
     def of(self, engines: Sequence[Engine]) -> list[Timing]:
-        """Of each engine "first", the seconds of its first step, and "step", the least of those after it.
+        """Of each engine "first", the seconds of its first step, "step", the least of those after it, and "tokens", how
+        many the padded batch has.
 
         Engines that are not known are measured in turns, so that a machine that is busy for a while is so for all.
-        Both are infinite where a step fails, as it does where there is no compiler.
+        Seconds are infinite where a step fails, as it does where there is no compiler.
         """
         new = [engine for engine in engines if not self.knows(engine)]
         if new:
@@ -66,13 +66,13 @@ class Timings:
     def refreshed(self, engine: Engine) -> bool:
         """Forget everything where a step now takes much less than is remembered; returns whether that was so.
 
-        What else was remembered then is as doubtful, and the choices made of it. Two steps; none where it was measured
-        by this object.
+        What else was remembered then is as doubtful, and the choices made of it. Fewer tokens than those of the time
+        are expected to take less, in proportion; more, no less. Two steps; none where it was measured by this object.
         """
         if self._name(engine) not in self._remembered:
             return False
-        now = self._measured([engine], repeats=1)[0]
-        if now["step"] >= _BUSIER * self._known[self._name(engine)]["step"]:
+        [now], then = self._measured([engine], repeats=1), self._known[self._name(engine)]
+        if now["step"] >= _BUSIER * then["step"] * min(1.0, now["tokens"] / then["tokens"]):
             return False
         self._known, self._remembered = {}, set()
         with contextlib.suppress(OSError):
@@ -90,7 +90,7 @@ class Timings:
         named = {"narrow": engine.narrow is True, "compiled": engine.compile}
         words = [engine.attention, *(word for word, chosen in named.items() if chosen)]
         if engine.packing:
-            words.append(f"packed to {self.batch(engine)['input_ids'].numel() / self._padded:.1f}")
+            words.append(f"packed to {self.batch(engine)['input_ids'].numel() / self._tokens:.1f}")
         return ", ".join(words)
 
     def _measured(self, engines: Sequence[Engine], repeats: int = _REPEATS) -> list[Timing]:
@@ -106,10 +106,8 @@ class Timings:
                         except RuntimeError:
                             # no compiler here, say: not a candidate
                             del taken[number]
-        return [
-            {"first": taken[number][0], "step": min(taken[number][1:])} if number in taken else dict(_FAILED)
-            for number in range(len(engines))
-        ]
+        seconds = [taken.get(number, [float("inf")] * 2) for number in range(len(engines))]
+        return [{"first": first, "step": min(later), "tokens": self._tokens} for first, *later in seconds]
 
 
 def _seconds_of_step(model, batch: Batch, parameters) -> float:

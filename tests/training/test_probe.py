@@ -24,9 +24,9 @@ def measured(monkeypatch, tmp_path):
     """Pretended timings instead of real ones, which hold; the list of what was measured."""
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
     table = {
-        (GROUPED, False): {"first": 1.0, "step": 1.0},
-        ("sdpa", False): {"first": 1.0, "step": 2.0},
-        (GROUPED, True): {"first": 60.0, "step": 0.7},
+        (GROUPED, False): {"first": 1.0, "step": 1.0, "tokens": 16},
+        ("sdpa", False): {"first": 1.0, "step": 2.0, "tokens": 16},
+        (GROUPED, True): {"first": 60.0, "step": 0.7, "tokens": 16},
     }
     seen = []
 

@@ -4,7 +4,7 @@ import pytest
 
 import lofit_fast as lf
 from lofit_fast.attention import GROUPED
-from lofit_fast.training import Engine, timings
+from lofit_fast.training import CompletionCollator, Engine, timings
 from lofit_fast.training.packed import collator_of
 from lofit_fast.training.probe import settle
 from lofit_fast.training.timings import Timings
@@ -16,6 +16,10 @@ ENGINES = [Engine(attention=name, compile=False, packing=False) for name in (GRO
 
 def batch(engine):
     return collator_of(engine, 0)(ROWS)
+
+
+def timing(first, step):
+    return {"first": first, "step": step, "tokens": 16}
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def clock(monkeypatch):
 def test_timings_are_taken_in_turns_and_the_least_counts(handle, clock):
     seconds, order = clock
     seconds += [9.0, 8.0, 5.0, 6.0, 3.0, 4.0, 7.0, 4.5]
-    assert Timings(handle, batch).of(ENGINES) == [{"first": 9.0, "step": 3.0}, {"first": 8.0, "step": 4.0}]
+    assert Timings(handle, batch).of(ENGINES) == [timing(9.0, 3.0), timing(8.0, 4.0)]
     assert order == [GROUPED, "sdpa"] * 4
 
 
@@ -51,8 +55,8 @@ def test_timings_of_what_fails_are_infinite_and_it_is_not_tried_again(handle, cl
     seconds, order = clock
     seconds += [None, 8.0, 6.0, 4.0, 4.5]
     failed, fine = Timings(handle, batch).of(ENGINES)
-    assert failed == {"first": float("inf"), "step": float("inf")}
-    assert fine == {"first": 8.0, "step": 4.0}
+    assert failed == timing(float("inf"), float("inf"))
+    assert fine == timing(8.0, 4.0)
     # remembered as well
     assert Timings(handle, batch).of(ENGINES) == [failed, fine]
     assert order.count(GROUPED) == 1
@@ -71,6 +75,24 @@ def test_timings_of_a_busier_time_are_forgotten(handle, clock, now, forgotten):
     assert later.refreshed(ENGINES[0]) is forgotten
     for again in (later, Timings(handle, batch)):
         assert [again.knows(engine) for engine in ENGINES] == [not forgotten] * 2
+    assert not seconds
+
+
+@pytest.mark.parametrize(
+    ("then", "later", "now", "forgotten"),
+    [(15, 9, 0.5, False), (15, 9, 0.4, True), (9, 15, 0.8, False), (9, 15, 0.7, True)],
+)
+def test_timings_of_another_length_are_compared_with_what_it_should_take(handle, clock, then, later, now, forgotten):
+    def of_length(length):
+        rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(2, length)]
+        # one question: both are of the same power of two
+        return lambda engine: CompletionCollator(0, pad_to_multiple_of=1)(rows)
+
+    seconds, _ = clock
+    seconds += [1.0] * 4
+    Timings(handle, of_length(then)).of(ENGINES[:1])
+    seconds += [1.0, now]
+    assert Timings(handle, of_length(later)).refreshed(ENGINES[0]) is forgotten
     assert not seconds
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,27 +131,32 @@ def test_as_dtype(given, expected):
     assert models.as_dtype(given) is expected
 
 
-@pytest.fixture
-def unprobed():
-    models._cpu_gains_from_16_bits.cache_clear()
-    yield
-    models._cpu_gains_from_16_bits.cache_clear()
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.5, torch.bfloat16), (0.9, torch.float32), (4.0, torch.float32)])
-def test_best_dtype_on_a_cpu_is_probed_once(monkeypatch, unprobed, share, expected):
-    seconds, asked = {torch.bfloat16: share, torch.float32: 1.0}, []
-    monkeypatch.setattr(models, "_product_seconds", lambda dtype: asked.append(dtype) or seconds[dtype])
-    assert models.best_dtype(torch.device("cpu")) is models.best_dtype(torch.device("cpu")) is expected
-    assert len(asked) == 2
-
-
-@pytest.mark.skipif(
-    not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()),
-    reason="this processor has no instructions for bfloat16",
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "vendor", "expected"),
+    [
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        # reports the instructions, and takes twice float32's time with them
+        (False, True, "GenuineIntel", torch.float32),
+        (False, True, "", torch.float32),
+        (False, False, "AuthenticAMD", torch.float32),
+        (False, False, "", torch.float32),
+    ],
 )
-def test_the_probe_finds_a_processor_with_16_bits(unprobed):
-    assert models.best_dtype(torch.device("cpu")) is torch.bfloat16
+def test_best_dtype_on_a_cpu_is_a_rule(monkeypatch, amx, avx512_bf16, vendor, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(models, "_vendor", lambda: vendor)
+    assert models.best_dtype(torch.device("cpu")) is expected
+
+
+def test_best_dtype_asks_no_clock(monkeypatch):
+    def asked(*args):
+        raise AssertionError("the choice of a dtype took the time of something")
+
+    for clock in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(time, clock, asked)
+    assert models.best_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("native", [True, False])

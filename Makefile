@@ -29,7 +29,7 @@ $(GEMMA): $(STAMP)
 	touch $@
 
 demo: $(STAMP) ## train LoFiT on a real small model and show the result
-	$(BIN)/lofit-fast demo --output $(DEMO)
+	$(BIN)/python -m examples.demo --output $(DEMO)
 
 # a file's tests stay in one process: two such took 7 minutes on two cores where one took 14
 test: $(STAMP) ## all tests, with coverage of both packages
@@ -49,12 +49,12 @@ OTHER_TRITONS := 3.6.0 3.9.0
 aot: $(STAMP) ## compile every kernel, tile and architecture on three Triton versions, check the machine code
 	$(call compile_all,$(TRITON),)
 	$(foreach version,$(OTHER_TRITONS),$(call compile_all,$(version),--dtype bfloat16))
-	$(BIN)/python -m benchmarks.static_report $(patsubst %,$(VENV)/static-%.json,$(TRITON) $(OTHER_TRITONS))
+	$(BIN)/python -m benchmarks.proof.static_report $(patsubst %,$(VENV)/static-%.json,$(TRITON) $(OTHER_TRITONS))
 
 define compile_all
 	test -d $(VENV)/triton-$(1) || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(1) triton==$(1)
 	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$(1):kernels:. \
-		$(BIN)/python -m benchmarks.machine_code --summary --json $(VENV)/static-$(1).json $(2)
+		$(BIN)/python -m benchmarks.proof.machine_code --summary --json $(VENV)/static-$(1).json $(2)
 
 endef
 
@@ -71,17 +71,17 @@ sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bo
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/proof/test_watch.py -q -m 'slow or not slow'
 
 bench: $(GEMMA) ## ours against the peers on this machine, in 45 minutes; DATA=DIR for CLUTRR; goes on if interrupted
-	$(BIN)/python -m benchmarks.run $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m benchmarks.speed $(if $(DATA),--data $(DATA))
 
 bench-full: $(GEMMA) ## every cell of the benchmark, however long it takes; goes on if interrupted
-	$(BIN)/python -m benchmarks.run --full $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m benchmarks.speed --full $(if $(DATA),--data $(DATA))
 
 # no $(STAMP): a GPU machine is taken as found, with the torch and Triton that it has, and no network
 bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)
-	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu $(ARGS)
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.speed.gpu $(ARGS)
 
 paper-quick: $(STAMP) ## the paper's tables and figures on few examples, in 11 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
-	$(BIN)/lofit-fast paper --quick $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m benchmarks.accuracy --quick $(if $(DATA),--data $(DATA)) $(ARGS)
 
 real: $(GEMMA) ## everything on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'

@@ -36,5 +36,5 @@ setup(
         "safetensors>=0.6",
     ],
     extras_require={"train": TRAIN, "bench": BENCH, "paper": PAPER, "flash": FLASH, "test": TEST, "dev": DEV},
-    entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli:main"]},
+    entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli.app:main"]},
 )

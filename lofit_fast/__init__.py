@@ -1,9 +1,11 @@
 """lofit-fast: LoFiT, localized fine-tuning of attention heads, fast and whole (arXiv:2406.01563)."""
 
+from importlib import import_module
+
 from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.heads import head_scores, select_heads
-from lofit_fast.merge import export, verify_export
-from lofit_fast.patch import LofitHandle, handle_of, load, patch
+from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
+from lofit_fast.patching.merge import export, verify_export
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,10 +24,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # training pulls in transformers' Trainer: loaded when asked for, so that importing the package stays light
-    if name in ("Engine", "fit"):
-        from lofit_fast import training
+# these pull in transformers' Trainer: loaded when asked for, so that importing the package stays light
+_LATER = {"Engine": "lofit_fast.training.engine", "fit": "lofit_fast.training.fit"}
 
-        return getattr(training, name)
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.architectures import Projection, find_projections
 from lofit_fast.config import Head, check_top
+from lofit_fast.patching.architectures import Projection, find_projections
 
 if TYPE_CHECKING:
-    from lofit_fast.patch import LofitHandle
+    from lofit_fast.patching.handle import LofitHandle
 
 # torch's default
 _ADAM_EPS = 1e-8

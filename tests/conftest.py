@@ -17,8 +17,8 @@ torch.set_num_threads(1)
 
 import pytest  # noqa: E402
 
-from lofit_kernels.plan import use_answers  # noqa: E402
-from tests.tiny import FAMILIES, tiny_model  # noqa: E402
+from lofit_kernels.dispatch import use_answers  # noqa: E402
+from tests.tiny_models import FAMILIES, tiny_model  # noqa: E402
 
 
 def pytest_collection_finish(session):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lofit_fast import LofitConfig, head_scores, patch, select_heads
-from lofit_fast.architectures import find_projections
 from lofit_fast.heads import jaccard, offset_norms, probing_layer_scores, random_scores, saliency_scores
-from tests.hook import randomize
-from tests.tiny import HEADS, LAYERS, tokens
+from lofit_fast.patching.architectures import find_projections
+from tests.oracle import randomize
+from tests.tiny_models import HEADS, LAYERS, tokens
 
 SCORES = torch.tensor([[0.1, 0.9, 0.3], [0.9, 0.2, 0.8]])
 BEST_FIRST = [(0, 1), (1, 0), (1, 2), (0, 2), (1, 1), (0, 0)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import lofit_fast as lf
-from tests.tiny import tiny_model
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

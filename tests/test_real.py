@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.baselines.hook import HookLofit, vectors_of
-from lofit_fast.encoding import encode
-from lofit_fast.models import load_model
+from benchmarks.peers.hook import HookLofit, vectors_of
+from lofit_fast.data.encode import encode
+from lofit_fast.models.load import load_model
 from lofit_fast.training import CompletionCollator
-from tests.hook import randomize
+from tests.oracle import randomize
 
 pytestmark = pytest.mark.real
 

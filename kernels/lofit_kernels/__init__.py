@@ -5,7 +5,7 @@
 Knows torch and, on a GPU, Triton; knows nothing of models or trainers.
 """
 
+from lofit_kernels.dispatch import Plan, plan
 from lofit_kernels.functional import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
-from lofit_kernels.plan import Plan, plan
 
 __all__ = ["Plan", "fold_offset", "fold_offsets", "head_affine", "head_affine_linear", "head_index", "plan"]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lofit_kernels import measured, reference
+from lofit_kernels import answers, reference
+from lofit_kernels.answers import Key, Path
+from lofit_kernels.dispatch import is_many, plan, valid_paths
 from lofit_kernels.functional import head_affine_linear, head_index
-from lofit_kernels.measured import Key, Path
-from lofit_kernels.plan import is_many, plan, valid_paths
 from lofit_kernels.roofline import Shape
 
 ROUNDS = 9
@@ -90,7 +90,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, backends, r
     ratios = {path: statistics.median(map(float.__truediv__, took, rows[default])) for path, took in rows.items()}
     best = min(ratios, key=ratios.__getitem__)
     return Answer(
-        measured.key(dtype, shape.N, shape.K, shape.D, shape.n_scale, shape.T),
+        answers.key(dtype, shape.N, shape.K, shape.D, shape.n_scale, shape.T),
         default,
         best if ratios[best] < MARGIN else default,
         {path: statistics.median(took) for path, took in rows.items()},

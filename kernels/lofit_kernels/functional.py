@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lofit_kernels import ops, traced
-from lofit_kernels.plan import is_many, plan
+from lofit_kernels import compiled_cpu, ops
+from lofit_kernels.compiled_cpu import is_traced
+from lofit_kernels.dispatch import is_many, plan
 from lofit_kernels.projection import primitives
-from lofit_kernels.traced import is_traced
 
 Heads = Tensor | Sequence[int] | None
 
@@ -56,7 +56,7 @@ def head_affine_linear(
     unfolded = offset is not None and folded is None
     if is_traced(z, weight, scale is not None, chosen, form, len(constants) + unfolded):
         constants += [_fold_group([weight], [offset], [offset_heads], "aten")[0]] if unfolded else []
-        return traced.affine_linear(z, weight, scale, scale_heads, constants)
+        return compiled_cpu.affine_linear(z, weight, scale, scale_heads, constants)
     run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
     return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
 

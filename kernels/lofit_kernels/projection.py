@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels import aten
-from lofit_kernels.plan import LOW_PRECISION, plan_for
+from lofit_kernels.dispatch import LOW_PRECISION, plan_for
 
 # form -> the primitive that is the whole product, scale and constants included
 _FUSED_FORWARD = {"pass": "prologue_linear", "delta": "delta_linear"}

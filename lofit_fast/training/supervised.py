@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lofit_fast.architectures import text_config
-from lofit_fast.baselines.attachment import Attachment
-from lofit_fast.encoding import encode, pad_token_id
+from lofit_fast.data.encode import encode, pad_token_id
+from lofit_fast.data.pack import collator_of
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.arguments import training_arguments
 from lofit_fast.training.engine import Engine, prepared
-from lofit_fast.training.packed import collator_of
-from lofit_fast.training.probe import settle_on
+from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.engine.auto import settle_on
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
 # rivals are not prepared for compiling, and one row hides where its prompts end

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lofit_fast.adapter import fill, read_adapter
-from lofit_fast.baselines.attachment import Attachment
-from lofit_fast.encoding import Encoded
-from lofit_fast.layer import eval_mode
-from lofit_fast.training.batching import GroupedByLength
-from lofit_fast.training.heap import release_free_memory
+from lofit_fast.cpu.heap import release_free_memory
+from lofit_fast.data.encode import Encoded
+from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.storage import fill, read_adapter
+from lofit_fast.training.engine.attachment import Attachment
 
 
 class LofitTrainer(Trainer):

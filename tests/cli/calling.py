@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from lofit_fast.cli import app
+from lofit_fast.cli.app import app
 
 QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", "--dtype", "float32", "--device", "cpu")
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.cli.calling import QUICK, call
-from tests.tiny import tiny_model
-from tests.tokenizer import tiny_tokenizer
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 
 import lofit_fast as lf
 from tests.cli.calling import QUICK, error_of
-from tests.tiny import tiny_model
+from tests.tiny_models import tiny_model
 
 
 def test_a_missing_data_file(model, tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import linear
 
 from lofit_kernels import fold_offset, head_affine_linear, reference
-from tests.accuracy import check_with_dtype
-from tests.kernels.inputs import CASE_FORMS, FLOATS, H, N, doubled, eager, gradients, make
+from tests.accuracy_rule import check_with_dtype
+from tests.kernels.op_inputs import CASE_FORMS, FLOATS, H, N, doubled, eager, gradients, make
 
 
 @pytest.mark.parametrize("case, form", CASE_FORMS)

@@ -1,4 +1,4 @@
-"""Small scales and offsets in 16 bits: how much of them reaches y (see benchmarks/dead_zone.py for the gain).
+"""Small scales and offsets in 16 bits: how much of them reaches y (see benchmarks/proof/dead_zone.py for the gain).
 
 The gain is known up to its standard error; a test allows five of them.
 """
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.dead_zone import Gain, H, gain, inputs, rows
+from benchmarks.proof.dead_zone import Gain, H, gain, inputs, rows
 from lofit_kernels import fold_offset, head_affine, head_affine_linear
 
 MAGNITUDES = [1e-4, 1e-3, 1e-2, 1e-1]

@@ -1,12 +1,12 @@
-"""The public functions on the CPU against float64, by the rule of tests/accuracy.py: values, gradients, shapes."""
+"""The public functions on the CPU against float64, by the rule of tests/accuracy_rule.py: values, gradients, shapes."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index, reference
-from tests.accuracy import check_with_dtype
-from tests.kernels.inputs import (
+from tests.accuracy_rule import check_with_dtype
+from tests.kernels.op_inputs import (
     CASE_FORMS,
     DTYPES,
     FLOATS,

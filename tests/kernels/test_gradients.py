@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lofit_kernels import head_affine, head_affine_linear, reference
 from lofit_kernels.projection import affine_linear_bwd
-from tests.kernels.inputs import CASE_FORMS, FLOATS, HEADS, H, N, doubled, make, small
+from tests.kernels.op_inputs import CASE_FORMS, FLOATS, HEADS, H, N, doubled, make, small
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lofit_kernels import head_affine_linear
-from lofit_kernels.plan import plan
+from lofit_kernels.dispatch import plan
 from lofit_kernels.roofline import (
     BACKWARD,
     DEVICES,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tests.proof.operators import OPERATORS
+from tests.proof.mutation_operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "lofit_kernels"
@@ -95,12 +95,8 @@ def modules() -> dict[str, Module]:
 
 
 def suites() -> dict[str, tuple[str, ...]]:
-    """Family -> the modules with its cases: kill_FAMILY.py and any kill_FAMILY_*.py. A family is a file of kernels."""
-    families: dict[str, tuple[str, ...]] = {}
-    for path in sorted(SUITES.glob("kill_*.py")):
-        family = path.stem.split("_")[1]
-        families[family] = (*families.get(family, ()), path.stem)
-    return families
+    """Family -> the modules with its cases: kill_FAMILY.py. A family is a file of kernels."""
+    return {path.stem.removeprefix("kill_"): (path.stem,) for path in sorted(SUITES.glob("kill_*.py"))}
 
 
 def _used(module: Module, everything: dict[str, Module]) -> set[tuple[str, str]]:

@@ -7,8 +7,20 @@ import itertools
 import torch
 
 from lofit_kernels.gpu.affine import affine_bwd, affine_delta_fwd, affine_fwd
-from tests.accuracy import check
-from tests.proof.inputs import Case, between, case, columns, far_rows, full, heads, programs, rows, unlisted, values
+from tests.accuracy_rule import check
+from tests.proof.kernel_inputs import (
+    Case,
+    between,
+    case,
+    columns,
+    far_rows,
+    full,
+    heads,
+    programs,
+    rows,
+    unlisted,
+    values,
+)
 from tests.proof.watch import Watch
 
 CASES: list[Case] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lofit_kernels.gpu.offset import column_sum, offset_bwd, offset_fold
-from tests.accuracy import check
-from tests.proof.inputs import Case, case, columns, far_rows, heads, programs, rows, unlisted, values, vector
+from tests.accuracy_rule import check
+from tests.proof.kernel_inputs import Case, case, columns, far_rows, heads, programs, rows, unlisted, values, vector
 from tests.proof.watch import Watch
 
 CASES: list[Case] = []

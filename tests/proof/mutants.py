@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.proof.bodies import PACKAGE, SUITES, Mutant, mutants, suites
-from tests.proof.operators import OPERATORS
+from tests.proof.mutation_operators import OPERATORS
 
 TABLE = SUITES / "survivors.toml"
 # seconds; the cases of a family take some ten

@@ -13,15 +13,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-FILES = (
-    "tests/proof/sanitized.py",
-    *(f"tests/kernels/gpu/test_{name}.py" for name in ("offset", "affine", "forward", "backward", "projection")),
-)
+KERNELS = ("offset", "affine", "linear_forward", "linear_backward", "projection")
+FILES = ("tests/proof/sanitized.py", *(f"tests/kernels/gpu/test_{name}.py" for name in KERNELS))
 # ttsem adds the products of a float32 dot one after the other, in one chain: over 512 columns and more further from
 # float64 than twice PyTorch on a CPU, which adds in blocks. The same chain in PyTorch has the same four errors to four
 # digits, so nothing else is wrong with them; in the interpreter these pass. How a GPU adds them has not been seen
 _SUMS = tuple(
-    f"tests/kernels/gpu/test_forward.py::test_linear_matches_float64[{shape}-True-torch.float32-{form}]"
+    f"tests/kernels/gpu/test_linear_forward.py::test_linear_matches_float64[{shape}-True-torch.float32-{form}]"
     for shape in ("7-100-128-all-plain", "9-30-256-one-padded")
     for form in ("delta_linear", "prologue_linear")
 )

@@ -8,7 +8,7 @@ import torch
 from ttsem.sanitize import KernelFault
 
 from lofit_kernels.gpu.affine import affine_fwd
-from lofit_kernels.gpu.forward import delta_linear, prologue_linear
+from lofit_kernels.gpu.linear_forward import delta_linear, prologue_linear
 from lofit_kernels.gpu.tiles import Tile
 from tests.proof import planted
 

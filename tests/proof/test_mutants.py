@@ -10,7 +10,7 @@ import pytest
 
 from tests.proof.bodies import ROOT, Module, _of_body, modules, mutants, suites
 from tests.proof.mutants import SAMPLE, SURVIVED, Outcome, Report, reasons, select
-from tests.proof.operators import OPERATORS
+from tests.proof.mutation_operators import OPERATORS
 
 
 def variants(operator: str, text: str) -> list[str]:

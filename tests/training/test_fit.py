@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import lofit_fast as lf
-from lofit_fast.adapter import read_adapter
 from lofit_fast.heads import select_heads
-from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_model, tokens
-from tests.training.fitting import (
+from lofit_fast.patching.storage import read_adapter
+from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model, tokens
+from tests.training.tiny_runs import (
     CLOCKED,
     EXAMPLES,
     HELD_OUT,

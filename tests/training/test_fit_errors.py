@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.training.run import RunFolder
-from tests.tiny import tiny_model
-from tests.tokenizer import tiny_tokenizer
-from tests.training.fitting import (
+from lofit_fast.training.run_folder import RunFolder
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.tiny_runs import (
     EXAMPLES,
     HELD_OUT,
     QUICK,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.training.run import RunFolder
-from tests.training.fitting import (
+from lofit_fast.training.run_folder import RunFolder
+from tests.training.tiny_runs import (
     CLOCKED,
     HELD_OUT,
     RECIPE,

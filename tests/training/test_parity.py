@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from benchmarks.losses import recorded_batches
-from lofit_fast.baselines.hook import HookLofit, HookStep, train_hook, vectors_of
+from benchmarks.peers.hook import HookLofit, HookStep, train_hook, vectors_of
+from benchmarks.speed.step.losses import recorded_batches
 from lofit_fast.heads import jaccard
-from tests.tiny import LAYERS, tiny_model
-from tests.tokenizer import tiny_tokenizer
+from tests.tiny_models import LAYERS, tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES = [
     {"prompt": f"{a}+{b}=", "completion": (b + a) * n} for n in (1, 2) for a, b in zip("abcdef", "uvwxyz", strict=True)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.baselines import jola, red
+from benchmarks.peers import jola, red
 from lofit_fast.training import Engine
 from lofit_fast.training.supervised import train_supervised
-from tests.tiny import tiny_model
-from tests.tokenizer import tiny_tokenizer
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES = [{"prompt": f"q{n % 3}: ", "completion": "abc"[n % 3]} for n in range(12)]
 

@@ -7,13 +7,13 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import lofit_fast as lf
-from lofit_fast.adapter import read_adapter
-from lofit_fast.encoding import IGNORED
+from lofit_fast.data.encode import IGNORED
+from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training import CompletionCollator, LofitTrainer
-from lofit_fast.training import recipe as recipe_module
-from tests.hook import randomize
-from tests.tiny import tiny_model, tokens
-from tests.tokenizer import tiny_tokenizer
+from lofit_fast.training import fit as recipe_module
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model, tokens
+from tests.tiny_tokenizers import tiny_tokenizer
 
 COLLATE = CompletionCollator(0)
 L1 = 0.05

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.jit import (
+from lofit_kernels.gpu.launch import (
     accumulator,
     common_unit,
     head_row,

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lofit_kernels.gpu import tiles
-from lofit_kernels.gpu.jit import INTERPRET, current_arch, unit_columns
+from lofit_kernels.gpu.launch import INTERPRET, current_arch, unit_columns
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 # no tile has more rows; offsets inside a tile are 32-bit

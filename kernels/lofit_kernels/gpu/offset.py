@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.jit import accumulator, common_unit, launch, split_rows, sum_partials, tile_for, unit_columns
+from lofit_kernels.gpu.launch import accumulator, common_unit, launch, split_rows, sum_partials, tile_for, unit_columns
 
 
 @triton.jit(do_not_specialize=["N", "n_heads", "stride_weight"])

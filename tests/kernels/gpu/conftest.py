@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.accuracy import check
+from tests.accuracy_rule import check
 
 
 @pytest.fixture

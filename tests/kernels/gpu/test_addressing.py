@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lofit_kernels.gpu.jit import recording
+from lofit_kernels.gpu.launch import recording
 
 # what is small whatever the model: a number per head, per element of a head, or per output
 LISTS = {"scale", "offset", "scale_heads", "offset_heads", "heads", "bias", "addend", "gain"}
@@ -21,7 +21,7 @@ SMALL |= {"layers", "slots", "reached i64", "reached f32"}
 COMPILE = """
 import json
 import triton
-from lofit_kernels.gpu.catalogue import catalogue, target
+from benchmarks.proof.catalogue import catalogue, target
 found = {}
 for one in catalogue(sample=True, architectures=["sm_80"]):
     if one.name not in found:
@@ -89,7 +89,7 @@ def test_offsets_sees_a_narrow_address():
 
 @pytest.mark.parametrize("stride, copied", [(2**23 - 8, False), (2**30, True), (2**31, True)])
 def test_rows_that_a_tile_cannot_span_are_copied(device, stride, copied):
-    from lofit_kernels.gpu.forward import delta_linear
+    from lofit_kernels.gpu.linear_forward import delta_linear
 
     # never read: the launch is only noted
     z = torch.empty_strided((3, 32), (stride, 1), dtype=torch.float16, device="meta")

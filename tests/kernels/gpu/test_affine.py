@@ -186,7 +186,7 @@ def test_affine_bwd_inplace_touches_only_the_listed_heads(device, rows):
 
 
 def test_affine_bwd_many_chunks_and_an_expanded_gradient(device, poisoned, rows, monkeypatch):
-    from lofit_kernels.gpu import jit
+    from lofit_kernels.gpu import launch
 
     D, T = 16, 203
     a, a_heads = parameters("some", D, device)
@@ -195,7 +195,7 @@ def test_affine_bwd_many_chunks_and_an_expanded_gradient(device, poisoned, rows,
     for G in (rows(T, H * D, torch.float32, seed=3), rows(T, H * D, torch.float32, "expanded", seed=3)):
         expected = backward_in(torch.float64, G, z, a, a_heads, v_heads, D)
         for programs in (1, 8, 4096):
-            monkeypatch.setattr(jit, "PROGRAMS", programs)
+            monkeypatch.setattr(launch, "PROGRAMS", programs)
             for inplace in (False, True):
                 before = G.clone()
                 given = G.clone() if inplace and G.stride(0) else G
@@ -245,7 +245,7 @@ def test_affine_errors_name_what_was_got(device, rows):
 
 
 def test_affine_launch_counts(device, rows):
-    from lofit_kernels.gpu.jit import recording
+    from lofit_kernels.gpu.launch import recording
 
     D = 16
     z = rows(40, H * D, torch.float32)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from lofit_kernels import answers
 from lofit_kernels import autotune as module
-from lofit_kernels import measured
+from lofit_kernels.answers import Path
 from lofit_kernels.autotune import Answer, autotune
-from lofit_kernels.measured import Path
-from lofit_kernels.plan import GEMMS
+from lofit_kernels.dispatch import GEMMS
 from lofit_kernels.roofline import Shape
 
 TOY = Shape(T=20, N=24, H=4, D=16, n_scale=1)
@@ -21,7 +21,7 @@ def only(answers) -> Answer:
 
 def test_autotune_on_aten():
     answer = only(autotune([TOY], torch.float32, torch.device("cpu"), rounds=2))
-    assert answer.case == measured.key(torch.float32, 24, 64, 16, 1, 20)
+    assert answer.case == answers.key(torch.float32, 24, 64, 16, 1, 20)
     assert answer.default == ATEN_PASS
     assert set(answer.seconds) == set(answer.ratios) == {ATEN_PASS, ATEN_DELTA}
     assert answer.ratios[ATEN_PASS] == 1

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lofit_kernels.gpu import jit
+from lofit_kernels.gpu import launch
 from lofit_kernels.gpu.offset import column_sum, offset_bwd, offset_fold
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -78,8 +78,8 @@ def test_offset_fold_reads_only_the_selected_columns(device, rows):
 def test_column_sum_matches_float64(device, poisoned, accurate, rows, monkeypatch, dtype, T, N, kind):
     grad = rows(T, N, dtype, kind)
     before = grad.clone()
-    for programs in (1, jit.PROGRAMS):
-        monkeypatch.setattr(jit, "PROGRAMS", programs)
+    for programs in (1, launch.PROGRAMS):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
         total = column_sum(grad)
         assert total.dtype == torch.float32
         accurate(total, grad.double().sum(0), grad.float().sum(0))
@@ -99,8 +99,8 @@ def test_offset_bwd_matches_float64(device, poisoned, accurate, rows, monkeypatc
     before = weight.clone(), total.clone()
     expected = (total.double() @ selected(weight, heads, D).double()).view(-1, D)
     eager = (total @ selected(weight, heads, D).float()).view(-1, D)
-    for programs in (1, jit.PROGRAMS):
-        monkeypatch.setattr(jit, "PROGRAMS", programs)
+    for programs in (1, launch.PROGRAMS):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
         dv = offset_bwd(total, weight, heads, D)
         assert dv.dtype == torch.float32
         accurate(dv, expected, eager)
@@ -143,7 +143,7 @@ def test_offset_errors_name_what_was_got(device, rows):
 def test_offset_launch_counts(device, rows):
     v, heads = parameters("some", 16, device)
     weight = rows(20, H * 16, torch.float32)
-    with jit.recording("sm_90") as recorded:
+    with launch.recording("sm_90") as recorded:
         offset_fold(weight, v, heads)
         offset_bwd(column_sum(rows(40, 20, torch.float32)), weight, heads, 16)
     assert len(recorded.launches) == 5

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import linear
 
 from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index, reference
-from lofit_kernels.gpu.jit import recording
-from lofit_kernels.plan import valid_paths
+from lofit_kernels.dispatch import valid_paths
+from lofit_kernels.gpu.launch import recording
 
 H, D, N, T = 4, 16, 24, 9
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,0 +1,231 @@
+"""How each kind of method is fitted and judged: one table, FITTING."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy.method_table import LOFIT_DEFAULTS
+from benchmarks.accuracy.paper_cells import Cell
+from benchmarks.accuracy.task_parts import TaskData
+from lofit_fast.config import RECIPES, Head, Recipe
+from lofit_fast.evaluation.judge import score_candidates
+from lofit_fast.files import write_json
+from lofit_fast.heads import select_heads
+from lofit_fast.tasks.contrast import contrasts
+from lofit_fast.tasks.task import Task, exact_match
+from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.attachment import Attachment
+
+SHOTS = 5
+# of a recipe, what the choice of heads does not depend on
+_NOT_OF_HEADS = ("tune_lr", "tune_epochs")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a cell is run with. task: its own part of the data. folder: for a run's files, taken away afterwards.
+    selections: heads once chosen, shared between cells."""
+
+    model: nn.Module
+    tokenizer: object
+    data: TaskData
+    task: Task
+    folder: Path
+    selections: Path
+
+
+@dataclass
+class Fitted:
+    """A method in the model, to be judged. seconds: of "selection" and "training". settings: all hyperparameters.
+
+    task: what it is judged on. judged: hits, where the method answers without the model's generation.
+    """
+
+    task: Task
+    attachment: Attachment | None = None
+    heads: list[Head] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    n_parameters: int = 0
+    judged: list[float] | None = None
+
+    def judge(self, bench: Bench, task: Task) -> tuple[dict[str, float], list[float]]:
+        """(metrics, a hit per question) of the model as it now is."""
+        if self.judged is not None:
+            return {"exact_match": sum(self.judged) / len(self.judged)}, self.judged
+        from lofit_fast.evaluation.judge import judge
+
+        judgement = judge(bench.model, bench.tokenizer, task)
+        return judgement.metrics, [float(hit) for hit in judgement.hits]
+
+
+def recipe_of(cell: Cell, task: str | None = None) -> Recipe:
+    """LoFiT's recipe of a cell. task: whose published settings to start from; None means the cell's own."""
+    own = {"seed": cell.seed, "select_epochs": cell.epochs, "tune_epochs": cell.epochs}
+    options = dict(cell.options)
+    if task is not None:
+        options = {key: value for key, value in options.items() if key == "top"}
+    return Recipe(**{**RECIPES.get(task or cell.task, {}), **LOFIT_DEFAULTS, **options, **own})
+
+
+@contextmanager
+def fitted(bench: Bench, cell: Cell, kind: str) -> Iterator[Fitted]:
+    """A scope in which the cell's method is in the model; afterwards the model is as it was, whatever happened."""
+    result = FITTING[kind](bench, cell)
+    try:
+        yield result
+    finally:
+        if result.attachment is not None:
+            result.attachment.unpatch()
+
+
+def _base(bench: Bench, cell: Cell) -> Fitted:
+    return Fitted(bench.task)
+
+
+def _few_shot(bench: Bench, cell: Cell) -> Fitted:
+    from benchmarks.peers.prompting import few_shot
+
+    return Fitted(few_shot(bench.task, SHOTS, seed=cell.seed), settings={"shots": SHOTS})
+
+
+def _majority(bench: Bench, cell: Cell) -> Fitted:
+    answer = Counter(example.completion.strip() for example in bench.task.train).most_common(1)[0][0]
+    hits = [float(exact_match(answer, example.answers)) for example in bench.task.validation]
+    return Fitted(bench.task, judged=hits, settings={"answer": answer})
+
+
+def _constrained(bench: Bench, cell: Cell) -> Fitted:
+    task = bench.task
+    scores = score_candidates(bench.model, bench.tokenizer, [e.prompt for e in task.validation], task.candidates)
+    said = [task.candidates[int(i)] for i in scores.argmax(1)]
+    hits = [float(exact_match(text, e.answers)) for text, e in zip(said, task.validation, strict=True)]
+    return Fitted(task, judged=hits, settings={"candidates": len(task.candidates)})
+
+
+def _fitted(bench: Bench, cell: Cell) -> Fitted:
+    from benchmarks.peers.rivals import RIVALS
+
+    rival = RIVALS[cell.method]
+    options = {**rival.options, **dict(cell.options)}
+    started = time.perf_counter()
+    attachment = rival.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
+    seconds = {"training": time.perf_counter() - started}
+    return Fitted(bench.task, attachment, seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
+
+
+def _trained(bench: Bench, cell: Cell) -> Fitted:
+    from benchmarks.peers.rivals import RIVALS
+
+    rival = RIVALS[cell.method]
+    options = {"lr": rival.lr, **rival.options, **dict(cell.options)}
+    making = {key: value for key, value in options.items() if key != "lr"}
+    attachment = rival.make(bench.model, seed=cell.seed, **making)
+    try:
+        seconds = _train(bench, attachment, lr=options["lr"], epochs=cell.epochs, seed=cell.seed)
+    except BaseException:
+        attachment.unpatch()
+        raise
+    return Fitted(
+        bench.task,
+        attachment,
+        seconds={"training": seconds},
+        settings={**options, "epochs": cell.epochs},
+        n_parameters=attachment.n_parameters(),
+    )
+
+
+def _train(bench: Bench, attachment: Attachment, **options) -> float:
+    """Seconds of training an attachment on the task: with DPO where it has preferences."""
+    options |= {"output_dir": bench.folder, "progress": False}
+    if bench.task.preferences:
+        from lofit_fast.training.preferences import train_dpo
+
+        return train_dpo(attachment, bench.tokenizer, bench.task.preferences, **options)["seconds"]
+    from lofit_fast.training.supervised import train_supervised
+
+    options["engine"] = _engine(bench.model)
+    return train_supervised(attachment, bench.tokenizer, bench.task.train, **options)["seconds"]
+
+
+def _lofit(bench: Bench, cell: Cell) -> Fitted:
+    recipe = recipe_of(cell)
+    heads, selecting = _heads(bench, cell)
+    common = {"output_dir": bench.folder, "heads": heads, "progress": False}
+    if bench.task.preferences:
+        from lofit_fast.training.preferences import fit_preferences
+
+        result = fit_preferences(bench.model, bench.tokenizer, bench.task.preferences, recipe, **common)
+    else:
+        from lofit_fast.training.fit import fit
+
+        engine = _engine(bench.model)
+        result = fit(bench.model, bench.tokenizer, bench.task.train, recipe, engine=engine, **common)
+    return Fitted(
+        bench.task,
+        result.handle,
+        heads=heads,
+        seconds={"selection": selecting, "training": result.metrics["tune"]["seconds"]},
+        settings=asdict(recipe),
+        n_parameters=result.handle.n_parameters(),
+    )
+
+
+def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
+    """(heads, the seconds of choosing them), chosen now or by an earlier cell.
+
+    The scores of step 1 serve every number of heads; what other selectors choose may depend on it.
+    """
+    recipe, task = recipe_of(cell), bench.task
+    if cell.heads_from:
+        recipe = recipe_of(cell, cell.heads_from)
+        part = {"train_size": cell.heads_size, "n_judged": 1, "seed": cell.seed, "split": cell.split}
+        task = bench.data.part(cell.heads_from, **part)
+    learnt = cell.heads_size if cell.heads_from else cell.train_size
+    of_heads = {key: value for key, value in asdict(recipe).items() if key not in _NOT_OF_HEADS}
+    kept = recipe.of_step1() if cell.selector == "lofit" else of_heads
+    # what is set aside for tuning changes what is drawn from the rest
+    aside = cell.n_validation if cell.split != "validation" else 0
+    identity = [cell.model, cell.heads_from or cell.task, cell.selector, cell.split, aside, learnt, kept]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = bench.selections / f"{digest}.json"
+    if not path.is_file():
+        from lofit_fast.selection.methods import SELECTORS
+
+        run = {"output_dir": bench.folder / "selection", "seed": cell.seed, "progress": False}
+        chosen = SELECTORS[cell.selector](bench.model, bench.tokenizer, task, recipe, **run)
+        scores = None if chosen.scores is None else chosen.scores.tolist()
+        content = {"heads": [list(pair) for pair in chosen.heads], "scores": scores, "seconds": chosen.seconds}
+        bench.selections.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    content = json.loads(path.read_text())
+    if cell.selector == "lofit":
+        return select_heads(torch.tensor(content["scores"]), recipe.top, recipe.min_layer), content["seconds"]
+    return [tuple(pair) for pair in content["heads"]], content["seconds"]
+
+
+def _engine(model: nn.Module) -> Engine:
+    """The same engine for every method, so that their seconds compare: rivals are not compiled."""
+    return Engine(attention=model.config._attn_implementation, compile=False, packing=False)
+
+
+# a method's kind -> what brings it into the model
+FITTING: dict[str, Callable[[Bench, Cell], Fitted]] = {
+    "base": _base,
+    "majority": _majority,
+    "constrained": _constrained,
+    "few_shot": _few_shot,
+    "fitted": _fitted,
+    "trained": _trained,
+    "lofit": _lofit,
+}

@@ -1,0 +1,184 @@
+"""report.md: every table and figure, from the plan and the cells that are there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.accuracy import figures, tables
+from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Available, Plan, Slot, labelled
+from benchmarks.accuracy.method_table import METHODS, TASKS
+from benchmarks.accuracy.settings import Settings
+from benchmarks.accuracy.tables import Results
+from lofit_fast.files import write_text
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is to be known to read what follows, and the table or figure."""
+
+    title: str
+    says: str
+    table: Callable[[Sequence[Slot], Results], str] | None = None
+
+
+SECTIONS = {
+    "table1": Section(
+        "Table 1: LoFiT, 0-shot, ITI, RepE, and controls",
+        "Majority answers the commonest training answer; constrained 0-shot takes the best-scoring of all answers of"
+        " the task; 5-shot puts five training examples before the question. Stars: another accuracy than LoFiT's on"
+        " the same questions.",
+        tables.accuracy_table,
+    ),
+    "table2": Section(
+        "Table 2: ways to choose heads",
+        "The same step 2 on heads chosen in different ways. Overlap is with the choice of LoFiT's step 1 of the same"
+        " seed. All use the settings of LoFiT.",
+        tables.selection_table,
+    ),
+    "table3": Section(
+        "Table 3: LoFiT and other trained methods",
+        "Seconds are of training, with those of choosing heads, on this machine and uncompiled; LoFiT goes through its"
+        " epochs twice, once per step, the others once.",
+        tables.rivals_table,
+    ),
+    "table5": Section("Table 5: out of domain", "", tables.outside_table),
+    "transfer": Section(
+        "Figure 1: heads of another task",
+        "Offsets tuned on heads that step 1 chose on each task. Stars: another accuracy than with own heads.",
+    ),
+    "layers": Section(
+        "Figure 2: where the chosen heads are", "Heads chosen by step 1 in every layer, mean over seeds."
+    ),
+    "sizes": Section("Figure 3: accuracy over training size", "Settings are those tuned with all examples."),
+    "tops": Section("Figure 4: accuracy over the number of heads", "One step 1 per task and seed, cut at each number."),
+}
+
+
+def write_report(
+    output: Path, settings: Settings, available: Available, results: Results, command: str, summary: dict | None
+) -> Path:
+    """Write report.md and the figures into `output`. command: what made the cells. summary: of the last run."""
+    slots = Plan(settings, available).slots()
+    parts = [_head(slots, results, settings, command, summary)]
+    for name, section in SECTIONS.items():
+        own = [slot for slot in slots if slot.experiment == name]
+        if not own:
+            continue
+        lines = [f"## {section.title}", section.says, _missing(own, results)]
+        caption = _caption(own, results)
+        if section.table is not None:
+            lines += [section.table(own, results) + f"\n{caption}"]
+        else:
+            figures.save(figures.FIGURES[name](own, results, _short(own)), output / "figures" / name)
+            lines += [f"![{section.title}](figures/{name}.png)", f"{caption} Also as [SVG](figures/{name}.svg)."]
+        if name == "table5":
+            lines.append(_outside(available))
+        parts.append("\n\n".join(line for line in lines if line))
+    parts.append(_tuning(slots, results, settings))
+    path = output / "report.md"
+    write_text(path, "\n\n".join(parts).rstrip() + "\n")
+    return path
+
+
+def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: str, summary: dict | None) -> str:
+    cells = {cell for slot in slots for cell in slot.cells}
+    missing = results.missing(slots)
+    lines = [
+        "# The paper's experiments",
+        f"Made by `{command}`; every number comes from a JSON file under [cells/](cells/).",
+        f"{len(cells) - missing} of {len(cells)} cells are finished; what is missing is blank.",
+        "Accuracy in percent, on validation questions; ± is the sample standard deviation over seeds, left out for one"
+        " seed. Stars: paired bootstrap over questions, two-sided, \\* p < 0.05, \\*\\* p < 0.01, \\*\\*\\* p < 0.001,"
+        " not corrected for the number of comparisons.",
+    ]
+    if made := _made(slots, results):
+        lines.append(made)
+    if summary and summary["failed"]:
+        failed = "".join(f"\n* `{one['cell']}`: {one['error']}" for one in summary["failed"])
+        lines.append(f"Failed in the last run, and tried again by the next:{failed}")
+    return "\n\n".join(lines)
+
+
+def _made(slots: Sequence[Slot], results: Results) -> str:
+    """With what the cells were made, each value with its number of cells where they differ."""
+    # each cell once, in the order of the plan
+    cells = dict.fromkeys(results.tuning.settled(cell) for slot in slots for cell in slot.cells)
+    found = [result for cell in cells if cell is not None and (result := results.folder.result(cell))]
+    if not found:
+        return ""
+    values = {key: Counter(one["environment"][key] for one in found) for key in found[0]["environment"]}
+    values["commit"] = Counter((one["commit"] or "unknown")[:7] for one in found)
+    parts = [f"{key.replace('_', '-')} {_counted(counter)}" for key, counter in values.items()]
+    if changed := sum(bool(one["dirty"]) for one in found):
+        parts.append(f"{changed} cells with changes that were not committed")
+    mixed = len(values["device"]) > 1
+    return f"Made with {'; '.join(parts)}." + " Seconds compare among the cells of one device only." * mixed
+
+
+def _counted(counter: Counter) -> str:
+    if len(counter) == 1:
+        return next(iter(counter))
+    return ", ".join(f"{value} ({n} cells)" for value, n in counter.most_common())
+
+
+def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
+    if not settings.n_tuning:
+        text = "None: every method ran with its default settings, ours included. The full run tunes each alike."
+    else:
+        text = (
+            "Every method that is trained or fitted gets the same number of runs, with one seed, judged by training"
+            " examples set aside; the chosen settings are bold. All ways to choose heads use LoFiT's.\n\n"
+        ) + tables.tuning_table(slots, results)
+    return f"## Tuning\n\n{text}"
+
+
+def _outside(available: Available) -> str:
+    absent = [facts.label for name, facts in TASKS.items() if facts.outside and name not in available.outside]
+    if not absent:
+        return ""
+    return (
+        f"{', '.join(absent)}: not run, since the data folder had no file of theirs (`triviaqa.jsonl`, `nq_open.jsonl`,"
+        f" `mmlu.jsonl`; formats in docs/guide.md) and --hub was not given. The other local tasks, on which nothing was"
+        f" tuned here, stand in."
+    )
+
+
+def _missing(slots: Sequence[Slot], results: Results) -> str:
+    cells = {cell for slot in slots for cell in slot.cells}
+    missing = results.missing(slots)
+    return f"{missing} of {len(cells)} cells are missing." if missing else ""
+
+
+def _facts(slots: Sequence[Slot]) -> tuple[str, dict[str, str], list[int]]:
+    """(models, per task its sizes in words, numbers of seeds)."""
+    cells = [cell for slot in slots for cell in slot.cells]
+    sizes = {}
+    for task in dict.fromkeys(cell.task for cell in cells):
+        own = [cell for cell in cells if cell.task == task]
+        trained = sorted({cell.train_size for cell in own if cell.train_size})
+        span = f"{trained[0]} to {trained[-1]}" if len(trained) > 1 else str(*trained)
+        sizes[task] = f"{span or 'no'} training examples, n = {own[0].n_validation} questions"
+    seeds = sorted({len(slot.cells) for slot in slots if METHODS[slot.cells[0].method].learns})
+    return ", ".join(dict.fromkeys(cell.model for cell in cells)), sizes, seeds or [1]
+
+
+def _caption(slots: Sequence[Slot], results: Results) -> str:
+    models, sizes, seeds = _facts(slots)
+    tasks = "; ".join(f"{labelled(task)}: {text}" for task, text in sizes.items())
+    epochs = max(cell.epochs for slot in slots for cell in slot.cells)
+    text = f"*Model: {models}. {tasks}. Seeds: {' or '.join(map(str, seeds))}. Epochs: {epochs}.*"
+    if TRAINED_FOR_OUTSIDE in sizes and (count := max(cell.n_outside for slot in slots for cell in slot.cells)):
+        text = text[:-1] + f" Out of domain: at most {count} questions a task.*"
+    return text
+
+
+def _short(slots: Sequence[Slot]) -> str:
+    """A figure's own caption."""
+    models, sizes, seeds = _facts(slots)
+    questions = ", ".join(
+        f"{labelled(task)} n = {text.rpartition('n = ')[2].split()[0]}" for task, text in sizes.items()
+    )
+    return f"{models}; {questions}; seeds: {' or '.join(map(str, seeds))}"

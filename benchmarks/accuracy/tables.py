@@ -1,0 +1,165 @@
+"""The paper's tables in Markdown, from the cells that are there; a blank, and a count, for those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.accuracy.bootstrap import mean_and_spread, mean_hits, paired_bootstrap, stars
+from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
+from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
+from benchmarks.accuracy.paper_cells import CellFolder, main_metric
+from benchmarks.accuracy.tuning import Tuning
+from lofit_fast.heads import jaccard
+
+Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What slots hold so far."""
+
+    folder: CellFolder
+    tuning: Tuning
+
+    def of(self, slot: Slot) -> list[dict]:
+        """The results of a slot's finished cells, by ascending seed."""
+        settled = [self.tuning.settled(cell) for cell in slot.cells]
+        found = [self.folder.result(cell) for cell in settled if cell is not None]
+        return [result for result in found if result is not None]
+
+    def missing(self, slots: Sequence[Slot]) -> int:
+        """How many of the slots' cells have no result."""
+        cells = {cell: None for slot in slots for cell in slot.cells}
+        settled = [self.tuning.settled(cell) for cell in cells]
+        return sum(cell is None or self.folder.result(cell) is None for cell in settled)
+
+
+def markdown(header: Sequence[str], rows: Rows) -> str:
+    """A table; cells may hold anything but line breaks."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and, over several seeds, sample standard deviation of shares, in percent; "" for none."""
+    if not values:
+        return ""
+    mean, spread = mean_and_spread([100 * value for value in values])
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+
+
+def score(results: Sequence[dict], outside: str | None = None) -> str:
+    """The main metric of some results, MC1 and MC2 where there are both. outside: of that other task."""
+    judged = [result if outside is None else result["outside"].get(outside) for result in results]
+    judged = [one["metrics"] for one in judged if one is not None]
+    if not judged:
+        return ""
+    shown = ("mc1", "mc2") if "mc2" in judged[0] and "exact_match" not in judged[0] else (main_metric(judged[0]),)
+    return " / ".join(percent([metrics[name] for metrics in judged]) for name in shown)
+
+
+def accuracy_table(slots: Sequence[Slot], results: Results) -> str:
+    """Methods by tasks (table 1): accuracy, starred where it differs from LoFiT's on the same questions."""
+    models = list(dict.fromkeys(slot.model for slot in slots))
+    tasks = list(dict.fromkeys(slot.column for slot in slots))
+    rows = []
+    for model in models:
+        own = [slot for slot in slots if slot.model == model]
+        for method in dict.fromkeys(slot.row for slot in own):
+            cells = []
+            for task in tasks:
+                slot, lofit = (_at(own, name, task) for name in (method, "lofit"))
+                cells.append("n/a" if slot is None else _starred(slot, lofit, results))
+            rows.append([f"{METHODS[method].label}, {model}" if len(models) > 1 else METHODS[method].label, *cells])
+    return markdown(["", *(_with_metric(task) for task in tasks)], rows)
+
+
+def selection_table(slots: Sequence[Slot], results: Results) -> str:
+    """Ways to choose heads (table 2): accuracy, seconds of choosing, overlap with LoFiT's choice of the same seed."""
+    rows = []
+    for slot in slots:
+        found = results.of(slot)
+        reference = {result["cell"]["seed"]: result["heads"] for result in results.of(_at(slots, "lofit", slot.column))}
+        pairs = [(result["heads"], reference.get(result["cell"]["seed"])) for result in found]
+        overlaps = [jaccard(_heads(first), _heads(second)) for first, second in pairs if second is not None]
+        rows.append(
+            [
+                SELECTOR_LABELS[slot.row],
+                labelled(slot.column),
+                score(found),
+                _mean(found, lambda result: result["seconds"]["selection"], "{:.1f}"),
+                f"{fmean(overlaps):.2f}" if overlaps else "",
+                _mean(found, lambda result: len(result["heads"]), "{:.0f}"),
+            ]
+        )
+    return markdown(["heads chosen by", "task", "accuracy, %", "seconds to choose", "overlap (Jaccard)", "heads"], rows)
+
+
+def rivals_table(slots: Sequence[Slot], results: Results) -> str:
+    """Trained methods (table 3): accuracy, parameters, seconds of choosing heads and of training."""
+    rows = []
+    for slot in slots:
+        found = results.of(slot)
+        rows.append(
+            [
+                METHODS[slot.row].label,
+                labelled(slot.column),
+                score(found),
+                _mean(found, lambda result: result["n_parameters"], "{:,.0f}"),
+                _mean(found, lambda result: result["seconds"]["selection"] + result["seconds"]["training"], "{:.0f}"),
+            ]
+        )
+    return markdown(["", "task", "accuracy, %", "parameters", "seconds"], rows)
+
+
+def outside_table(slots: Sequence[Slot], results: Results) -> str:
+    """What models tuned on TruthfulQA still know (table 5): methods by tasks judged."""
+    judged = list(dict.fromkeys(slot.column for slot in slots))
+    rows = []
+    for method in dict.fromkeys(slot.row for slot in slots):
+        at = {task: results.of(_at(slots, method, task)) for task in judged}
+        cells = [score(at[task], None if task == TRAINED_FOR_OUTSIDE else task) for task in judged]
+        rows.append([METHODS[method].label, *cells])
+    return markdown(["tuned on TruthfulQA, judged on", *(_with_metric(task) for task in judged)], rows)
+
+
+def tuning_table(slots: Sequence[Slot], results: Results) -> str:
+    """Every tuning run: method, task, what was tried, and how it did on examples set aside; the chosen one in bold."""
+    rows = []
+    for runs in dict.fromkeys(tuple(results.tuning.runs(cell)) for slot in slots for cell in slot.cells):
+        best = results.tuning.best(runs) if runs else None
+        for run in runs:
+            found = results.folder.result(run)
+            tried = ", ".join(f"{key} {value}" for key, value in run.options) or "as they are"
+            mark = "**" if run == best else ""
+            done = f"{mark}{score([found])}{mark}" if found else ""
+            sizes = f"{run.train_size} / {run.n_validation}"
+            where = f"{labelled(run.task)}, {run.model}"
+            rows.append([METHODS[run.method].label, where, f"{mark}{tried}{mark}", done, sizes])
+    return markdown(["", "task", "settings tried", "accuracy, %", "trained on / judged by"], rows) if rows else ""
+
+
+def _starred(slot: Slot, lofit: Slot | None, results: Results) -> str:
+    found = results.of(slot)
+    theirs = results.of(lofit) if lofit is not None and lofit != slot else []
+    if not found or not theirs:
+        return score(found)
+    return score(found) + stars(paired_bootstrap(mean_hits(found), mean_hits(theirs)))
+
+
+def _at(slots: Sequence[Slot], row: str, column: object) -> Slot | None:
+    return next((slot for slot in slots if (slot.row, slot.column) == (row, column)), None)
+
+
+def _mean(found: Sequence[dict], value: Callable[[dict], float], text: str) -> str:
+    return text.format(fmean(value(result) for result in found)) if found else ""
+
+
+def _heads(pairs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, head in pairs]
+
+
+def _with_metric(task: str) -> str:
+    return f"{labelled(task)}, {'exact match' if TASKS[task].written else 'MC1 / MC2'}, %"

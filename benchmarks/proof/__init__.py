@@ -1,0 +1,1 @@
+"""What is exact without a GPU: machine code, counts, the dead zone."""

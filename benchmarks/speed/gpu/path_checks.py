@@ -1,0 +1,118 @@
+"""Is a path right on this device: accuracy against float64, nothing unwritten, nothing overwritten, twice the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.op.operators import PROVIDERS, Projection, Provider, projection, step
+from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels import reference
+
+_ALLOCATORS = ("empty", "empty_like", "empty_strided")
+_METHODS = ("new_empty", "new_empty_strided")
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised floating-point memory is NaN inside: an element that nobody writes shows."""
+    places = [(torch, name) for name in _ALLOCATORS] + [(Tensor, name) for name in _METHODS]
+    before = [getattr(owner, name) for owner, name in places]
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
+
+        return wrapped
+
+    for (owner, name), allocate in zip(places, before, strict=True):
+        setattr(owner, name, poison(allocate))
+    try:
+        yield
+    finally:
+        for (owner, name), allocate in zip(places, before, strict=True):
+            setattr(owner, name, allocate)
+
+
+def exact(p: Projection) -> tuple[Tensor, ...]:
+    """(y, dz, da and dv where there are any) in float64, from the definition."""
+    wide = {
+        name: x.detach().double() if x is not None and x.is_floating_point() else x for name, x in p.vectors.items()
+    }
+    z, weight, grad = (x.detach().double() for x in (p.z, p.weight, p.grad))
+    gradients = reference.affine_linear_backward(grad, z, weight, None, **wide)
+    wanted = (gradients.z, gradients.scale, gradients.offset)
+    return (reference.affine_linear(z, weight, None, **wide), *(x for x in wanted if x is not None))
+
+
+def allowed(expected: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
+    """The accuracy rule: twice the error of eager PyTorch, or one unit in the last place at the largest magnitude."""
+    largest = expected.abs().max()
+    ulp = torch.finfo(dtype).eps * 2 ** torch.floor(torch.log2(largest)).item() if largest > 0 else 0.0
+    return max(2 * (eager.double() - expected).abs().max().item(), ulp)
+
+
+def problems(provider: Provider, p: Projection, planted: bool = False) -> list[str]:
+    """What is wrong with a provider on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
+    inputs = [p.z, p.weight, p.grad, *p.parameters]
+    before = [x.detach().clone() for x in inputs]
+    # from the inputs as they were
+    right, eager = exact(p), step(PROVIDERS["hook"], p)
+    # a compiler's own allocations are not ours to poison
+    if provider.needs == "compiler":
+        got, again = step(provider, p), None
+    else:
+        with poisoned():
+            got, again = step(provider, p), step(provider, p)
+    if planted:
+        got = (got[0] * 1.01, *got[1:])
+    found = []
+    for name, x, expected, by_hook in zip(_names(p), got, right, eager, strict=True):
+        if x.shape != expected.shape or x.dtype != by_hook.dtype:
+            found.append(f"{name}: {x.dtype} {tuple(x.shape)}, expected {by_hook.dtype} {tuple(expected.shape)}")
+        elif not x.isfinite().all():
+            found.append(f"{name}: {int((~x.isfinite()).sum())} elements were not written or are not finite")
+        else:
+            error, bound = (x.double() - expected).abs().max().item(), allowed(expected, by_hook, x.dtype)
+            if error > bound:
+                found.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
+    if again is not None and provider.ours and not planted:
+        pairs = zip(_names(p), got, again, strict=True)
+        found += [f"{name}: a second call gave other bits" for name, x, y in pairs if not torch.equal(x, y)]
+    if not all(torch.equal(x, old) for x, old in zip(inputs, before, strict=True)):
+        found.append("an input was overwritten")
+    return found
+
+
+def _names(p: Projection) -> list[str]:
+    return ["y", "dz", *(name for name, x in (("da", p.scale), ("dv", p.offset)) if x is not None)]
+
+
+def check(task: dict[str, Any]) -> dict[str, Any]:
+    """One provider on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
+    provider = PROVIDERS[task["provider"]]
+    found, missing, checked = [], set(), 0
+    for case in task["cases"]:
+        for setting in case["settings"]:
+            where = f"{case['model']} T={case['T']} {case['dtype']} {setting}"
+            p = projection(setting, SHAPES[case["model"]], case["T"], getattr(torch, case["dtype"]), task["device"])
+            why = provider.missing(p)
+            if why:
+                missing.add(why)
+                continue
+            try:
+                found += [f"{where}: {problem}" for problem in problems(provider, p, task["planted"])]
+                checked += 1
+            except torch.OutOfMemoryError:
+                missing.add(f"out of memory at {where}")
+            except Exception as failure:
+                found.append(f"{where}: {type(failure).__name__}: {str(failure).strip()[:400]}")
+                # after an illegal access nothing on this device works any more in this process
+                if task["device"] == "cuda":
+                    torch.cuda.synchronize()
+    return {"checked": checked, "problems": found, "missing": sorted(missing)}

@@ -1,0 +1,110 @@
+"""The process that touches the GPU: reads tasks, one JSON line each, and answers each with one line.
+
+It is expendable: a kernel that reads where it must not takes this process with it, not the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# marks an answer among whatever libraries print
+MARK = "@lofit "
+BROKEN = 3
+
+
+def machine(task: dict[str, Any]) -> dict[str, Any]:
+    """Device, driver, versions, commit, and what nvidia-smi says of clocks and power now."""
+    import torch
+
+    from benchmarks.speed.timing import machine as described
+
+    if task["device"] == "cuda" and not torch.cuda.is_available():
+        return {"error": "torch sees no GPU here; --device cpu rehearses without one"}
+    found = {**described(), "float32_matmul_precision": torch.get_float32_matmul_precision()}
+    if task["device"] == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "nvidia_smi": nvidia_smi(str(getattr(properties, "uuid", ""))),
+        }
+    else:
+        found["device"] = "cpu"
+    return found
+
+
+_QUERY = (
+    "name,driver_version,pstate,compute_mode,persistence_mode,temperature.gpu,utilization.gpu,power.draw,power.limit,"
+    "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+)
+
+
+def nvidia_smi(uuid: str) -> dict[str, str] | str:
+    """One GPU's state as nvidia-smi tells it, or why there is none."""
+    select = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", *select]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        return f"nvidia-smi: {type(failure).__name__}"
+    values = done.stdout.strip().splitlines()[:1]
+    if done.returncode or not values:
+        return f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200]}"
+    return dict(zip(_QUERY.split(","), (value.strip() for value in values[0].split(",")), strict=False))
+
+
+def _kinds() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    from benchmarks.speed.gpu.path_checks import check
+    from benchmarks.speed.gpu.row_times import time_layer, time_projection
+
+    return {"machine": machine, "check": check, "projection": time_projection, "layer": time_layer}
+
+
+def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The answer, and whether this process can go on."""
+    import torch
+
+    if task["device"] == "cpu":
+        # toy shapes gain nothing from threads
+        torch.set_num_threads(1)
+    try:
+        result = _kinds()[task["kind"]](task)
+    except Exception as failure:
+        result = {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
+        traceback.print_exc()
+    if task["device"] != "cuda" or not torch.cuda.is_initialized():
+        return result, True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as failure:
+        return result | {"broken": str(failure).strip()[:200]}, False
+    return result, "broken_by" not in result
+
+
+def main() -> int:
+    """Answers until there is nothing more to answer."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    # whatever else is printed must not look like an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        result, alive = _answer(json.loads(line))
+        answers.write(MARK + json.dumps(result) + "\n")
+        answers.flush()
+        if not alive:
+            # a normal exit would wait for the broken device
+            os._exit(BROKEN)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

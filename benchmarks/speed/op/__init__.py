@@ -1,0 +1,1 @@
+"""One output projection, or one layer, by everyone."""

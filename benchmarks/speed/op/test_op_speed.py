@@ -1,0 +1,37 @@
+"""One output projection, forward and backward, by every row of `operators.py`. Run by `make bench`.
+
+On a CPU these are CPU clock times of one machine; compare within a group, not between machines. The rows that cannot
+run here are skipped with their reason. `python -m benchmarks.speed.gpu` is the one to use on a GPU.
+"""
+
+import pytest
+import torch
+
+from benchmarks.speed.op.operators import EVERYONE, projection, step
+from benchmarks.speed.op.shapes import SHAPES
+
+T, MODELS = 512, ("llama-3-8b", "gemma-7b")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("setting", ["step 1", "step 2"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("provider", EVERYONE.values(), ids=EVERYONE)
+def test_projection(benchmark, provider, model, setting):
+    shape = SHAPES[model]
+    p = projection(setting, shape, T, torch.bfloat16, DEVICE)
+    why = provider.missing(p)
+    if why:
+        pytest.skip(f"{provider.name}, {setting}: {why}")
+    benchmark.group = f"{DEVICE} bfloat16 {setting} T={T} {model} K={shape.K} N={shape.N}"
+    # compiled here rather than inside the first round
+    grads = step(provider, p)
+
+    def synchronized():
+        found = step(provider, p)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    benchmark(synchronized)
+    assert all(g.isfinite().all() for g in grads)

@@ -1,0 +1,109 @@
+"""summary.json: the ratios of the present machine, from its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.speed.cells import Store
+from benchmarks.speed.step.packaged_models import MODELS
+from benchmarks.speed.timing import Ratio, machine, ratio
+from lofit_fast.files import write_json
+
+STEPS = ("step 1", "step 2")
+
+
+def write_summary(results: Path, store: Store, planned: Sequence[str] = ()) -> Path:
+    """Write <results>/summary.json from the cells of one machine, whatever is there of them.
+
+    planned: names of the cells there should be, so that the report can say which are not.
+    """
+    meta = {
+        **machine(),
+        "results": store.folder.name,
+        "stamp": store.stamp,
+        "data": store.stamp["data"],
+        "planned": list(planned),
+        "evidence": "GPU clock" if machine()["device"] != "cpu" else "CPU clock",
+    }
+    path = results / "summary.json"
+    write_json(path, {**{model: summarize(store.read, model) for model in MODELS}, "meta": meta})
+    return path
+
+
+def summarize(read: Callable[[str], dict | None], model: str) -> dict:
+    """One model's keys: the worse of the two steps, its interval, and the rows it is the worse of; None if not there.
+
+    read: a cell's content by name, None if it was not measured.
+    """
+    steps, peak = read(f"{model}/steps"), _memory(read, model)
+    summary = {
+        **_worse("vs_hook_as_run", _rows(steps, ("hook", "as run"), ("ours", "same engine")), min),
+        **_worse("vs_lora_all_as_run", _rows(steps, ("lora_all", "as run"), ("ours", "same engine")), min),
+        **_worse("vs_floor", _rows(steps, ("ours", "same engine"), ("floor", "same engine")), max),
+        "peak_memory_vs_hook": max((row["first"] for row in peak.values()), default=None),
+        "peak_memory_vs_hook_rows": peak,
+    }
+    prefix, scoring, sweep = (read(f"{model}/{name}") or {} for name in ("prefix cache", "scoring", "sweep"))
+    seconds = {row["provider"]: row.get("seconds") for row in prefix.get("rows", [])}
+    summary |= _one("prefix_cache_speedup", _ratio(seconds.get("off"), seconds.get("on")))
+    summary |= _one("mc_scoring_speedup", scoring.get("speedup"))
+    if sweep:
+        summary |= _one("sweep_speedup", sweep.get("speedup"))
+        summary |= _one("sweep_jobs_speedup", sweep.get("speedup_jobs"))
+    missing = {"steps": steps, "prefix cache": prefix, "scoring": scoring}
+    reasons = {name: (cell or {}).get("absent", "not measured") for name, cell in missing.items() if not _whole(cell)}
+    return {**summary, "absent": reasons}
+
+
+def _whole(cell: dict | None) -> bool:
+    return bool(cell) and "absent" not in cell
+
+
+def _rows(cell: dict | None, numerator: tuple[str, str], denominator: tuple[str, str]) -> dict[str, dict]:
+    """Per step the ratio of two providers that were timed in the same rounds."""
+    found = {}
+    for step in STEPS:
+        pair = [_seconds(cell, provider, setting, step) for provider, setting in (numerator, denominator)]
+        if made := _ratio(*pair):
+            found[step] = made
+    return found
+
+
+def _seconds(cell: dict | None, provider: str, setting: str, step: str) -> list[float] | None:
+    for row in (cell or {}).get("rows", []):
+        if (row["provider"], row["setting"]) == (provider, setting) and row["step"] in (step, ""):
+            return row.get("seconds")
+    return None
+
+
+def _ratio(numerator: list[float] | None, denominator: list[float] | None) -> dict | None:
+    return _plain(ratio(numerator, denominator)) if numerator and denominator else None
+
+
+def _plain(made: Ratio) -> dict:
+    return {"median": made.median, "low": made.low, "high": made.high}
+
+
+def _worse(key: str, rows: dict[str, dict], worse: Callable) -> dict:
+    # one step alone is no row of the table: the missing one could be the worse
+    chosen = worse(rows.values(), key=lambda row: row["median"]) if len(rows) == len(STEPS) else None
+    return {**_one(key, chosen), f"{key}_rows": rows}
+
+
+def _one(key: str, made: dict | None) -> dict:
+    if not made:
+        return {key: None, f"{key}_interval": None}
+    interval = None if made["low"] is None else [made["low"], made["high"]]
+    return {key: made["median"], f"{key}_interval": interval}
+
+
+def _memory(read: Callable[[str], dict | None], model: str) -> dict[str, dict]:
+    """Per step, our peak over the hook's: over the first steps, compiling included, and over later ones."""
+    found = {}
+    for step in STEPS:
+        ours, hook = (read(f"{model}/memory {name} {step}") for name in ("ours", "hook"))
+        if _whole(ours) and _whole(hook):
+            pair = {"first": "first_peak", "steady": "steady_peak"}
+            found[step] = {name: ours[key] / hook[key] for name, key in pair.items()}
+    return found

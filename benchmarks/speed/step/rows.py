@@ -1,0 +1,118 @@
+"""The two settings of every comparison: as its users run it, and in our engine. Never mixed in one row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.provider import AS_RUN, Attached
+from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.speed.step.steps import vectors
+from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
+from lofit_fast.data.encode import Encoded
+from lofit_fast.data.pack import collator_of
+from lofit_fast.models.load import best_attention
+from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.engine.auto import typical_batch, with_packing
+
+L1 = 5e-4
+LEARNING_RATE = 1e-3
+MAX_GRAD_NORM = 1.0
+# what transformers does unless told otherwise
+STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False, narrow=False, large_pages=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to time. step: a key of STEPS, or "" for providers that do not depend on it."""
+
+    provider: str
+    setting: str
+    step: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.provider, self.step, self.setting) if part)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A row whose provider sits in a model of its own.
+
+    optimizer: of its parameters; None for the floor. engine: of the row's setting. collate: makes its batches, if not
+    the engine's own collator.
+    notes: what else was measured while it was put there, for the row's results.
+    """
+
+    row: Row
+    attached: Attached
+    optimizer: torch.optim.Optimizer | None
+    engine: Engine
+    collate: Collate | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
+        """The examples as this row's setting batches them, on the model's device."""
+        stock = self.row.setting == AS_RUN
+        made = (
+            stock_batches(rows, pad) if stock else grouped_batches(rows, self.collate or collator_of(self.engine, pad))
+        )
+        device = next(self.attached.model.parameters()).device
+        return [{key: value.to(device) for key, value in batch.items()} for batch in made]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The model's loss on a batch, with its graph."""
+        return self.attached.model(**batch, use_cache=False).loss
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """One training step, optimizer included; the floor ends with its backward pass. Returns the loss."""
+        loss, parameters = self.loss(batch), self.attached.parameters
+        penalty = 0.0 if self.attached.penalty is None else L1 * self.attached.penalty()
+        (loss + penalty).backward()
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return loss.item()
+
+
+def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> Engine:
+    """The engine that our own training chooses for this model on this machine where it compiles.
+
+    For a run of the paper's length, some 200 steps: too few for the graph that a compiled narrow layer would need.
+    compiled: False for the engine that it chooses where it does not.
+    """
+    weight = next(model.parameters())
+    attention = best_attention(weight.device, weight.dtype)
+    engine = Engine(attention=attention, compile=compiled, narrow=not compiled, large_pages=compiled)
+    return with_packing(model, engine, typical_batch(model, work.rows, work.pad, BATCH))
+
+
+@contextmanager
+def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
+    """A scope with the row's provider in a copy of the model, prepared as its setting says, in training mode.
+
+    Raises Absent where the provider cannot be had here.
+    """
+    model = copied(base)
+    attached = PROVIDERS[row.provider].attach(model, vectors(base, row.step or "step 2"))
+    # the optimizer a stock Trainer takes by default; ours takes the same
+    optimizer = (
+        torch.optim.AdamW(attached.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        if attached.trains
+        else None
+    )
+    attached.model.train()
+    chosen = STOCK if row.setting == AS_RUN else engine
+    with prepared(attached.model, chosen):
+        yield Live(row, attached, optimizer, chosen)
+
+
+def uncopied(model: nn.Module) -> nn.Module:
+    """For `live` in a process that measures one row only: the model itself."""
+    return model

@@ -1,0 +1,287 @@
+"""The choice of path, as data.
+
+A path is a form (the algebra), a backend (who computes the elementwise and reduction parts) and a gemm (whose matrix
+products). Forms:
+
+    fold    y = z W^T + (b + W v)                       offset only: nothing of z is touched or saved
+    pass    y = ((1 + a) z) W^T + (b + W v)             one elementwise pass before the GEMM
+    delta   y = z W^T + (a z_S) W_S^T + (b + W v)       the middle term is the addend of the GEMM's fp32 accumulator
+
+In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
+`delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM.
+
+`MANY` is where that cost is no longer small: beyond it the 16-bit default is `pass`. Step 1, which scales every head to
+rank them, chooses the same heads either way (docs/numerics.md); tuned scales on a few heads keep their full effect.
+
+The default is a table. Answers measured by `autotune.py` on the present device replace it where they are as safe: a
+measured answer may turn `pass` into `delta`, never `delta` into `pass`, however much faster that is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lofit_kernels import answers
+from lofit_kernels.answers import Key, Path
+
+BACKENDS = ("aten", "triton")
+# looked up, not imported
+HAS_TRITON = find_spec("triton") is not None
+FORMS = ("fold", "pass", "delta")
+# which of the two products is a Triton kernel with the scale inside: gemm -> (forward, backward); the others are the
+# vendor's
+GEMMS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
+    {
+        "vendor": (False, False),
+        "fused_forward": (True, False),
+        "fused_backward": (False, True),
+        "fused": (True, True),
+    }
+)
+# (form, whether the forward product is fused) -> what the forward is called; the fused pass is a prologue
+FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
+    {
+        ("fold", False): "fold",
+        ("pass", False): "pass",
+        ("delta", False): "delta",
+        ("pass", True): "prologue",
+        ("delta", True): "fused delta",
+    }
+)
+# the share of scaled heads beyond which a second product over them is too dear a default
+MANY = 0.25
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+# float64 exists for gradcheck and oracles; the kernels accumulate in float32
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what each form does to a scale: (form, dtype) -> words; see docs/numerics.md and tests/kernels/test_dead_zone.py
+SMALL_SCALES: Mapping[tuple[str, torch.dtype], str] = MappingProxyType(
+    {
+        **{("fold", dtype): "no scale here" for dtype in (torch.float64, *TRITON_DTYPES)},
+        ("pass", torch.bfloat16): "|a| < 2^-9 has no effect on y (its gradient is right)",
+        ("pass", torch.float16): "|a| < 2^-12 has no effect on y (its gradient is right)",
+        ("delta", torch.bfloat16): "every |a| acts; rounding y adds noise, no bias",
+        ("delta", torch.float16): "every |a| acts; rounding y adds noise, no bias",
+        **{(form, dtype): "every |a| acts" for form in ("pass", "delta") for dtype in (torch.float32, torch.float64)},
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one projection is computed: `form` in FORMS, `backend` in BACKENDS, `gemm` in GEMMS, and why."""
+
+    form: str
+    backend: str
+    gemm: str
+    reason: str
+
+    @property
+    def path(self) -> Path:
+        """(form, backend, gemm), without the reason."""
+        return Path(self.form, self.backend, self.gemm)
+
+    @property
+    def fused_forward(self) -> bool:
+        """Whether the forward product has the scale inside."""
+        return GEMMS[self.gemm][0]
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether the backward product has the reductions inside."""
+        return GEMMS[self.gemm][1]
+
+    @property
+    def forward(self) -> str:
+        """The forward's name: fold, pass, delta, prologue or fused delta."""
+        return FORWARD[self.form, self.fused_forward]
+
+    @property
+    def backward(self) -> str:
+        """The backward's name: fold (column sum and thin product), pass (after the product) or epilogue (inside it)."""
+        return "fold" if self.form == "fold" else "epilogue" if self.fused_backward else "pass"
+
+
+# (has a scale, 16-bit dtype, on many heads) -> form, gemm, reason; first match wins, None matches both
+_RULES: tuple[tuple[bool, bool | None, bool | None, str, str, str], ...] = (
+    (False, None, None, "fold", "vendor", "offset only: folded into the bias, no activation saved"),
+    (True, True, False, "delta", "vendor", "16-bit scale on few heads: the delta form keeps small scales alive"),
+    (True, True, True, "pass", "vendor", "16-bit scale on many heads: one elementwise pass, then the vendor GEMM"),
+    (True, False, None, "pass", "vendor", "scale in full precision: one elementwise pass, then the vendor GEMM"),
+)
+
+
+def plan(
+    *,
+    has_scale: bool,
+    dtype: torch.dtype,
+    device_type: str,
+    many_heads: bool = False,
+    form: str = "auto",
+    backend: str = "auto",
+    gemm: str = "auto",
+    answer: Path | None = None,
+) -> Plan:
+    """Choose the path for one projection.
+
+    has_scale: whether any head has a scale. dtype: of z and W. device_type: "cpu", "cuda", ...
+    many_heads: whether more than the share MANY of the heads has one.
+    form, backend, gemm: "auto", or one of FORMS / BACKENDS / GEMMS to insist on it. Without a scale every form is the
+    fold, and every gemm the vendor's.
+    answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
+    would bring in a dead zone that the default does not have.
+    Raises ValueError for an unknown form, backend or gemm, a fold of a scale, a fused gemm on another backend than
+    Triton, or a dtype the backend does not compute in.
+    """
+    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON
+    # torch.compile would trace past the cache, with a warning
+    choose = _choose if torch.compiler.is_compiling() else _choose_once
+    case = _Case(has_scale, dtype in LOW_PRECISION, many_heads)
+    return choose(case, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
+
+
+def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
+    """`plan`, on a device whose backends are `known`, the default one first."""
+    has_scale = case.has_scale
+    default_form, default_gemm, reason = _default(case)
+    default = Path(default_form, known[0], default_gemm)
+    if has_scale and answer is not None and _applies(answer, asked, default, known):
+        return Plan(*answer, "measured fastest here of what keeps the default's precision")
+    chosen = Path(*(part if wish == "auto" else wish for wish, part in zip(asked, default, strict=True)))
+    refusal = _unknown(chosen)
+    if not has_scale:
+        chosen = Path("fold", chosen.backend, "vendor")
+    elif asked.form != "auto" or asked.gemm != "auto":
+        reason = "asked for"
+    refusal = refusal or _refusal(chosen, has_scale, dtype)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return Plan(*chosen, reason)
+
+
+_choose_once = lru_cache(maxsize=1024)(_choose)
+
+
+def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Plan:
+    """`plan` for a projection of T rows as it is about to run, with the answers measured for its device and shape.
+
+    weight: (N, K); scale: (h, D) or None. Remembered by everything but the exact T, of which only the power of four
+    below it counts.
+    """
+    tokens, (N, K) = answers.tokens_bucket(T), weight.shape
+    vectors = None if scale is None else tuple(scale.shape)
+    return _remembered(tokens, N, K, vectors, weight.dtype, weight.device, form, backend, gemm)
+
+
+def is_many(scaled: int, of: int) -> bool:
+    """Whether `scaled` of so many heads (or columns of z) are many."""
+    # symbolic sizes compare to a symbol, which no rule matches: `not` asks for its value
+    return not scaled <= MANY * of
+
+
+def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
+    """Let this process use these answers for a device (see `answers.device_name`) instead of those in its file."""
+    _ANSWERS[device_name] = answers
+    _remembered.cache_clear()
+
+
+def answers_for(device_name: str) -> Mapping[Key, Path]:
+    """The answers measured on a device: those given to `use_answers`, or its file's, read once on first use."""
+    if device_name not in _ANSWERS:
+        _ANSWERS[device_name] = answers.read_answers(device_name)
+    return _ANSWERS[device_name]
+
+
+def has_answers(device_type: str) -> bool:
+    """Whether anything was measured on a device without a name of its own; in a compiled graph, when it was traced."""
+    return bool(answers_for(device_type))
+
+
+# torch.compiler.assume_constant_result, which would import the compiler together with this package
+has_answers._dynamo_marked_constant = True
+
+
+def valid_paths(
+    *,
+    has_scale: bool,
+    dtype: torch.dtype,
+    many_heads: bool = False,
+    backends: tuple[str, ...] = BACKENDS,
+    safe_only: bool = False,
+) -> list[Path]:
+    """Every (form, backend, gemm) that `head_affine_linear` computes such a case by, the default's form first.
+
+    backends: those to consider. safe_only: leave out forms with a dead zone where the default has none.
+    """
+    default, _, _ = _default(_Case(has_scale, dtype in LOW_PRECISION, many_heads))
+    forms = ("fold",) if not has_scale else sorted(("pass", "delta"), key=lambda form: form != default)
+    allowed = [form for form in forms if not safe_only or _as_safe(form, default)]
+    paths = (Path(form, backend, gemm) for form in allowed for backend in backends for gemm in GEMMS)
+    return [path for path in paths if _refusal(path, has_scale, dtype) is None and (has_scale or path.gemm == "vendor")]
+
+
+# device name -> what was measured on it
+_ANSWERS: dict[str, Mapping[Key, Path]] = {}
+
+
+@lru_cache(maxsize=4096)
+def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Plan:
+    answer = None
+    if vectors is not None and "auto" in (form, backend, gemm):
+        key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
+        answer = answers_for(answers.device_name(device)).get(key)
+    many = vectors is not None and is_many(vectors[0] * vectors[1], K)
+    wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm}
+    return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
+
+
+class _Case(NamedTuple):
+    """What the rules look at."""
+
+    has_scale: bool
+    low_precision: bool
+    many_heads: bool
+
+
+def _default(case: _Case) -> tuple[str, str, str]:
+    matches = (rule for rule in _RULES if all(want in (None, is_) for want, is_ in zip(rule, case, strict=False)))
+    return next(matches)[len(case) :]
+
+
+def _as_safe(form: str, default: str) -> bool:
+    """Whether a form loses no small scale that the default form keeps."""
+    return form in (default, "delta")
+
+
+def _applies(answer: Path, asked: Path, default: Path, backends: tuple[str, ...]) -> bool:
+    agrees = all(wish in ("auto", part) for wish, part in zip(asked, answer, strict=True))
+    return agrees and _as_safe(answer.form, default.form) and answer.backend in backends
+
+
+def _unknown(path: Path) -> str | None:
+    """Which part of a path has a name nobody knows, or None."""
+    for name, got, known in zip(Path._fields, path, (FORMS, BACKENDS, tuple(GEMMS)), strict=True):
+        if got not in known:
+            return f"unknown {name} {got!r}: expected 'auto' or one of {known}"
+    return None
+
+
+def _refusal(path: Path, has_scale: bool, dtype: torch.dtype) -> str | None:
+    """Why nothing computes this path, or None."""
+    reasons = (
+        (has_scale and path.form == "fold", "form 'fold' cannot express a scale: expected 'pass' or 'delta'"),
+        (
+            path.gemm != "vendor" and path.backend != "triton",
+            f"gemm {path.gemm!r} is a Triton kernel: expected backend 'triton', got {path.backend!r}",
+        ),
+        (
+            path.backend == "triton" and dtype not in TRITON_DTYPES,
+            f"backend 'triton' computes in {TRITON_DTYPES}, got {dtype}",
+        ),
+    )
+    return next((reason for impossible, reason in reasons if impossible), None)

@@ -1,0 +1,226 @@
+"""The commands about paths: `plan`, `bench roofline`, `autotune`. Registered in `cli.py`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+# heavy imports happen inside the commands: --help must be instant
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Alias, folder, .gguf file, hub id, or a row of `bench roofline`.", metavar="NAME"
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+HEADS_HELP = "all, a count (32) or a fraction (0.1) of the model's heads, taken as spread evenly over its layers."
+
+
+def plan(
+    model: ModelName,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", min=1)],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="Plan for this adapter's heads.", metavar="DIR")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help=f"Scaled heads: {HEADS_HELP} Default: all.")] = None,
+    offset: Annotated[str | None, typer.Option(help=f"Shifted heads: {HEADS_HELP}")] = None,
+    device: Annotated[str, typer.Option(help="present, or A100, H100, H200, B200, MI300X.")] = "present",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Per layer: the path that would run, why, what it does to small scales, and its predicted cost to the floor."""
+    from lofit_fast.models import op_paths
+    from lofit_fast.models.load import as_dtype, best_device, best_dtype
+
+    if adapter is not None and (scale is not None or offset is not None):
+        raise ValueError("expected --adapter, or --scale and --offset, got both")
+    # the devices of the table compute in bfloat16
+    automatic = best_dtype(best_device()) if device == op_paths.PRESENT else as_dtype("bfloat16")
+    chosen = automatic if dtype == "auto" else as_dtype(dtype)
+    layers = op_paths.layers_of(model)
+    if adapter is not None:
+        scaled, shifted = op_paths.adapter_heads(adapter, layers)
+    else:
+        scale = "all" if scale is None and offset is None else scale
+        scaled, shifted = (op_paths.spread_heads(parse_heads(text), layers) for text in (scale, offset))
+    rows = op_paths.plan_layers(layers, scaled, shifted, tokens=tokens, dtype=chosen, device=device)
+    report = {"model": model, "tokens": tokens, "dtype": str(chosen), "device": device, "layers": rows}
+    if as_json:
+        print(json.dumps(report))
+        return
+    _show_plan(report)
+
+
+def bench_roofline(
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="A100, H100, H200, B200, MI300X; may be repeated. Default: all."),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens per forward pass.", min=1)] = 4096,
+    top: Annotated[float, typer.Option(help="Share of heads that step 2 shifts.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Bytes, operations and predicted time of every path for real models' projections. No clock is involved."""
+    from dataclasses import asdict
+
+    from lofit_fast.models import op_paths
+    from lofit_kernels.roofline import DEVICES
+
+    names = device or list(DEVICES)
+    rows = op_paths.roofline_rows(names, tokens=tokens, top=top)
+    assumed = {name: asdict(DEVICES[name]) for name in names}
+    report = {"evidence": op_paths.EVIDENCE, "tokens": tokens, "top": top, "devices": assumed, "rows": rows}
+    if as_json:
+        print(json.dumps(report))
+        return
+    _show_roofline(report)
+
+
+def autotune(
+    model: ModelName = "SmolLM2-135M",
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024.")] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="Scaled heads of a layer: all, a count, a fraction. May be repeated. Default: all."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="aten, triton; may be repeated. Default: what the device computes with.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, of which the median counts.", min=1)] = 9,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the paths on this device, numbers checked first, and keep the answers for every later run on it.
+
+    An answer holds for its dtype, N, K, head_dim, share of scaled heads and tokens from a power of four to the next,
+    under the torch and Triton that made it. It never brings in a form that loses small scales which the default keeps.
+    """
+    from lofit_fast.models import op_paths
+    from lofit_fast.models.load import as_device, as_dtype, best_device, best_dtype
+    from lofit_kernels.answers import device_name, versions
+    from lofit_kernels.dispatch import BACKENDS
+
+    if backend and (unknown := set(backend) - set(BACKENDS)):
+        raise ValueError(f"unknown backend {sorted(unknown)}: expected some of {BACKENDS}")
+    where = best_device() if device == "auto" else as_device(device)
+    chosen = best_dtype(where) if dtype == "auto" else as_dtype(dtype)
+    tops = [parse_heads(text) for text in heads or ["all"]]
+    with Console(quiet=as_json).status("measuring") as status:
+        answers, file = op_paths.measure(
+            op_paths.layers_of(model),
+            tops,
+            tokens or [1024],
+            chosen,
+            where,
+            backends=backend,
+            rounds=rounds,
+            tell=lambda answer: status.update(f"measured {answer.case}"),
+        )
+    rows = [{"case": a.case._asdict(), "path": str(a.chosen), **a.evidence()} for a in answers]
+    report = {"device": device_name(where), "versions": versions(), "file": str(file), "answers": rows}
+    if as_json:
+        print(json.dumps(report))
+        return
+    _show_answers(report)
+
+
+def parse_heads(text: str | None) -> str | int | float | None:
+    """ "all", "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
+    if text is None or text == "all":
+        return text
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise ValueError(f"expected heads to be 'all', a count like 32 or a fraction like 0.1, got {text!r}")
+
+
+def _show_plan(report: dict) -> None:
+    console, rows = Console(), report["layers"]
+    title = f"{report['model']}, {report['tokens']} tokens, {report['dtype']}, {report['device']} device"
+    table = Table("layers", "heads", "forward", "backward", "backend", "to the floor", title=title)
+    reasons = dict.fromkeys((row["why"], row.get("small_scales")) for row in rows)
+    for first, last in _runs(rows):
+        row = rows[first]
+        numbers = str(row["layer"]) if first == last else f"{row['layer']}-{rows[last]['layer']}"
+        heads = f"{row['H']} x {row['D']}: {row['scaled']} scaled, {row['shifted']} shifted"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        table.add_row(numbers, heads, row["forward"], row["backward"], row.get("backend", "-"), ratio)
+    console.print(table)
+    for why, small_scales in reasons:
+        console.print(f"{why}{f'; {small_scales}' if small_scales else ''}", highlight=False, markup=False)
+    predicted = next(
+        (row["evidence"] for row in rows if "evidence" in row), "no roofline for this device: no prediction"
+    )
+    console.print(f"floor: the frozen projection, forward and backward. Ratio: {predicted}", highlight=False)
+
+
+def _runs(rows: list[dict]) -> list[tuple[int, int]]:
+    """(first, last) of neighbouring rows that differ in their layer only."""
+    runs: list[tuple[int, int]] = []
+    for index, row in enumerate(rows):
+        if runs and {**rows[runs[-1][0]], "layer": None} == {**row, "layer": None}:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    return runs
+
+
+def _show_roofline(report: dict) -> None:
+    console, rows = Console(), report["rows"]
+    cells = {(row["device"], row["step"], row["model"], row["path"]): row for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    steps = {"select": "step 1, scales on all heads", "tune": f"step 2, offsets on {report['top']:.0%} of the heads"}
+    for step, title in steps.items():
+        paths = list(dict.fromkeys(row["path"] for row in rows if row["step"] == step))
+        for device in report["devices"]:
+            found = {model: [cells[device, step, model, path] for path in paths] for model in models}
+            table = _path_table(paths[1:], "plan", title=f"{device}, {title}: time to the floor's")
+            for model, row in found.items():
+                chosen = ", ".join(cell["path"] for cell in row if cell["chosen"])
+                table.add_row(model, *(f"{cell['ratio']:.2f}" for cell in row[1:]), chosen)
+            console.print(table)
+        # the counts are the same on every device
+        table = _path_table(paths, "10^9 flop", title=f"{title}: MB moved, operations (exact counts)")
+        for model, row in found.items():
+            moved = (f"{(cell['forward_bytes'] + cell['backward_bytes']) / 1e6:.0f}" for cell in row)
+            flops = dict.fromkeys(f"{cell['flops'] / 1e9:.0f}" for cell in row)
+            table.add_row(model, *moved, ", ".join(flops))
+        console.print(table)
+    console.print(
+        f"One output projection, forward and backward, {report['tokens']} tokens, bfloat16. Floor: the frozen "
+        f"projection. Of two numbers of operations the second is delta's. Ratios: {report['evidence']}.",
+        highlight=False,
+    )
+
+
+def _path_table(paths: list[str], last: str, title: str) -> Table:
+    table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for path in paths:
+        # a line per word keeps the columns of numbers narrow
+        table.add_column(path.replace(" ", "\n"), justify="right", no_wrap=True)
+    table.add_column(last, no_wrap=True)
+    return table
+
+
+def _show_answers(report: dict) -> None:
+    console = Console()
+    table = Table("case", "path", "ms", "to the default", "", title=f"measured on {report['device']}")
+    for row in report["answers"]:
+        case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
+        for path, milliseconds in row["milliseconds"].items():
+            note = "chosen" if path == row["path"] else ""
+            table.add_row(case, path, f"{milliseconds:.3g}", f"{row['ratio_to_default'][path]:.2f}", note)
+            case = ""
+        for path, reason in row["refused"].items():
+            table.add_row(case, path, "-", "-", f"refused: {reason}")
+    console.print(table)
+    console.print(f"answers: {report['file']}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""How good a model is: greedy answers, scored choices, log-probabilities."""

@@ -1,0 +1,388 @@
+"""How likely a model finds given answers: log-probabilities in which every distinct token runs once.
+
+The prompts' common beginning (a few-shot prefix, say) runs once for all questions and stays as keys and values. What
+follows it is a tree per question: the question's own tokens, then its choices, which branch where their tokens differ.
+Several trees lie end to end in one row of a batch of one, and a mask lets every token see just the tokens it follows:
+no padding, no repeated prompt, no copy of the keys and values per question or choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.cpu.attention import GROUPED
+from lofit_fast.data.encode import encode_prompt
+from lofit_fast.patching.architectures import ARCHITECTURES, text_config
+from lofit_fast.patching.handle import evaluating
+
+# tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
+MAX_TOKENS = 256
+# of one forward's logits
+_LOGIT_BYTES = 2**28
+# numbers of float32 logits at a time, while they are normalised
+_SLICE = 2**24
+
+_log = logging.getLogger(__name__)
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer,
+    questions: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    *,
+    shared_prefix: str = "",
+    end: bool = False,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> list[Tensor]:
+    """log p(choice | shared_prefix + question), summed over its tokens: a float32 row per question, on the CPU.
+
+    choices: per question its own list, of any number and length. shared_prefix: put before every question, a few-shot
+    prompt for instance. end: score an end-of-sequence token after each choice too, so that none gains by being the
+    beginning of another.
+    Prompts are tokenized whole and what they share is found in their tokens, so that a token reaching over the end of
+    the prefix is the one it is in the joint text. Choices are tokenized apart from their prompt, as in training.
+    max_tokens: of a forward. Memory is bounded by the keys and values of the common beginning (P tokens) plus those,
+    the mask (max_tokens x (P + max_tokens)), and 256 MiB of logits, whatever the number of questions; a single path
+    longer than max_tokens runs alone.
+    Where `packing_refusal` gives a reason, it is logged and each choice takes a forward of its own: slow, exact too.
+    A model with a module whose `depends_on_prompt` is true runs every prompt whole, and by itself, before its choices.
+    Raises ValueError for a question without choices, a choice without tokens, or a prompt and choice that do not fit
+    the model's context.
+    """
+    if len(questions) != len(choices):
+        raise ValueError(f"expected a list of choices per question, got {len(choices)} for {len(questions)} questions")
+    if max_tokens < 1:
+        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
+    if end and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+    prompts = [encode_prompt(tokenizer, shared_prefix + question) for question in questions]
+    endings = [
+        _endings(tokenizer, question, options, end) for question, options in zip(questions, choices, strict=True)
+    ]
+    for prompt, rows in zip(prompts, endings, strict=True):
+        check_room(model, [prompt], max(map(len, rows)))
+    scores = [torch.zeros(len(rows)) for rows in endings]
+    reason = packing_refusal(model)
+    if reason is not None:
+        _log.warning("scoring takes a forward per choice: %s", reason)
+    score = _score_packed if reason is None else _score_singly
+    if reason is None and any(getattr(module, "depends_on_prompt", False) for module in model.modules()):
+        score = _score_by_question
+    with (
+        evaluating(model),
+        tqdm(total=sum(map(len, endings)), desc="scoring", disable=not progress, leave=False) as bar,
+    ):
+        for question, choice, value in score(model, prompts, endings, max_tokens):
+            scores[question][choice] = value
+            bar.update()
+    return scores
+
+
+def mc1(scores: Sequence[Tensor], correct: Sequence[Sequence[int]]) -> float:
+    """Share of questions whose best-scoring choice is a correct one, 0 to 1 (TruthfulQA, arXiv:2109.07958).
+
+    scores: of `score_choices`. correct: per question the indices of its correct choices; TruthfulQA's MC1 lists one.
+    A tie with a wrong choice counts as wrong. Raises ValueError for no questions, or indices that do not fit.
+    """
+    _check_correct(scores, correct)
+    hits = 0
+    for row, right in zip(scores, correct, strict=True):
+        wrong = set(range(len(row))) - set(right)
+        hits += _best(row, right) > _best(row, wrong)
+    return hits / len(scores)
+
+
+def mc2(scores: Sequence[Tensor], correct: Sequence[Sequence[int]]) -> float:
+    """Mean over questions of the probability of the correct choices among all, sum_correct p / sum_all p, 0 to 1.
+
+    As for `mc1`; computed from log-probabilities, so that long answers do not vanish.
+    """
+    _check_correct(scores, correct)
+    shares = [row.double().softmax(0)[list(right)].sum() for row, right in zip(scores, correct, strict=True)]
+    return float(torch.stack(shares).mean())
+
+
+def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:
+    """Why sequences with a common beginning cannot share one row, or None where they can.
+
+    attention: what the model will have by then, if not what it has.
+    """
+    config = text_config(model)
+    attention = attention or config._attn_implementation
+    if config.model_type not in ARCHITECTURES:
+        return f"it is not known whether model_type {config.model_type!r} obeys a mask of our own"
+    if attention not in ("eager", "sdpa", GROUPED):
+        return f"attention {attention!r} takes no mask of our own: load the model with eager or sdpa"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
+    if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
+        return "its rotary embedding depends on the length of the whole sequence"
+    return None
+
+
+def check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
+    """Raise ValueError unless the longest of the encoded prompts and `more` tokens fit the model's context."""
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if context is not None and longest + more > context:
+        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
+
+
+@dataclass
+class _Tree:
+    """Token sequences with common beginnings: node i is tokens[i], after node parents[i] (-1: after the prefix).
+
+    depths: of each node below the prefix, from 0. targets: (node, token, question, choice): the token is scored there.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._children: dict[tuple[int, int], int] = {}
+
+    def add(self, question: int, choice: int, start: Sequence[int], ending: Sequence[int]) -> None:
+        """A prompt's tokens, not yet run, and the choice's, all of which are scored; the last needs not be run."""
+        node = -1
+        for i, token in enumerate([*start, *ending]):
+            if i >= len(start):
+                self.targets.append((node, token, question, choice))
+            if i < len(start) + len(ending) - 1:
+                node = self._child(node, token)
+
+    def rows(self) -> int:
+        """How many nodes need logits."""
+        return len({node for node, *_ in self.targets})
+
+    def append(self, other: _Tree) -> None:
+        """Put another tree beside this one."""
+        shift = len(self.tokens)
+        self.tokens += other.tokens
+        self.parents += [parent if parent < 0 else parent + shift for parent in other.parents]
+        self.depths += other.depths
+        self.targets += [(node + shift, *rest) for node, *rest in other.targets]
+
+    def _child(self, node: int, token: int) -> int:
+        if (node, token) not in self._children:
+            self._children[node, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(node)
+            self.depths.append(0 if node < 0 else self.depths[node] + 1)
+        return self._children[node, token]
+
+
+class _Prefix:
+    """The cache a forward is given: keys and values (1, heads, P, D) per layer, kept once and never added to."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.filling = True
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """What the layer attends to: the prefix's keys and values before its own."""
+        if self.filling:
+            self.layers[layer] = keys, values
+        if self.filling or layer not in self.layers:
+            return keys, values
+        before = self.layers[layer]
+        return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """P."""
+        return self.layers[layer][0].shape[2] if layer in self.layers else 0
+
+
+def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[int, int, float]]:
+    """(question, choice, score) of every choice."""
+    shared = _common_beginning(prompts)
+    prefix = _Prefix()
+    if shared:
+        _forward(model, _chain(shared), prefix, 0, keep=1)
+    prefix.filling = False
+    max_rows = _max_rows(model)
+    trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
+    for tree in _packed(trees, max_tokens, max_rows):
+        yield from _tree_scores(model, tree, prefix, len(shared))
+
+
+def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tuple[int, int, float]]:
+    """The same, a whole prompt at a time, and then its choices."""
+    max_rows = _max_rows(model)
+    for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
+        prefix = _Prefix()
+        first = _forward(model, _chain(prompt), prefix, 0, keep=1)
+        prefix.filling = False
+        for tree in _trees([[]], [rows], max_tokens, max_rows):
+            for _, choice, value in _tree_scores(model, tree, prefix, len(prompt), first):
+                yield question, choice, value
+
+
+def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) -> Iterator[tuple[int, int, float]]:
+    """Those of a tree's choices. first: (1, vocabulary), the logits of node -1, where a choice begins there."""
+    nodes = sorted({node for node, *_ in tree.targets} - {-1})
+    logits = [] if first is None else [first]
+    if nodes:
+        keep = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
+        keep[0, nodes] = True
+        logits.append(_forward(model, tree, prefix, offset, keep))
+    row_of = {node: row for row, node in enumerate(nodes if first is None else [-1, *nodes])}
+    rows, tokens = [row_of[node] for node, *_ in tree.targets], [token for _, token, *_ in tree.targets]
+    sums: dict[tuple[int, int], float] = {}
+    for (_, _, question, choice), value in zip(tree.targets, _log_p(torch.cat(logits), rows, tokens), strict=True):
+        sums[question, choice] = sums.get((question, choice), 0.0) + value
+    yield from ((question, choice, value) for (question, choice), value in sums.items())
+
+
+def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]]:
+    """The same, a whole sequence at a time."""
+    for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
+        for choice, ending in enumerate(rows):
+            ids = torch.tensor([prompt + ending[:-1]], device=model.device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(ending)).logits[0]
+            yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+
+
+def _chain(tokens: Sequence[int]) -> _Tree:
+    """A tree without branches."""
+    return _Tree(list(tokens), list(range(-1, len(tokens) - 1)), list(range(len(tokens))))
+
+
+def _max_rows(model) -> int:
+    """How many rows of logits a forward may give."""
+    vocabulary = model.get_output_embeddings().weight
+    return max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
+
+
+def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | int) -> Tensor:
+    """(kept nodes, vocabulary) logits of a tree that follows `offset` tokens of prefix."""
+    positions = torch.tensor(tree.depths) + offset
+    seen = _sight(tree.parents, offset)
+    key_positions = torch.cat((torch.arange(offset), positions))
+    masks = _masks(text_config(model), seen, positions[:, None] - key_positions, model)
+    out = model(
+        input_ids=torch.tensor([tree.tokens], device=model.device),
+        position_ids=positions[None].to(model.device),
+        attention_mask=masks,
+        past_key_values=prefix,
+        use_cache=True,
+        logits_to_keep=keep if isinstance(keep, int) else keep.to(model.device),
+    )
+    return out.logits.flatten(0, -2)
+
+
+def _sight(parents: Sequence[int], offset: int) -> Tensor:
+    """(n, offset + n) bool: whether a node sees each token of the prefix (always) and each node (its ancestors)."""
+    seen = torch.zeros(len(parents), offset + len(parents), dtype=torch.bool)
+    seen[:, :offset] = True
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] = seen[parent]
+        seen[node, offset + node] = True
+    return seen
+
+
+def _masks(config, seen: Tensor, distance: Tensor, model) -> Tensor | dict[str, Tensor]:
+    """What is added to the attention scores, in the form the model's family takes; distance: (n, keys) in tokens."""
+
+    def additive(visible: Tensor) -> Tensor:
+        hidden = torch.finfo(model.dtype).min
+        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, hidden)
+        return mask[None, None].to(model.device)
+
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in types:
+        # the model picks one by the type of each layer
+        near = additive(seen & (distance < window))
+        return {"full_attention": additive(seen), "sliding_attention": near}
+    slides = window is not None and not types
+    return additive(seen & (distance < window) if slides else seen)
+
+
+def _trees(starts, endings, max_tokens: int, max_rows: int) -> Iterator[_Tree]:
+    """A tree per question; one that is too large is split between its choices."""
+    for question, (start, rows) in enumerate(zip(starts, endings, strict=True)):
+        groups = [list(enumerate(rows))]
+        while groups:
+            group = groups.pop()
+            tree = _Tree()
+            for choice, ending in group:
+                tree.add(question, choice, start, ending)
+            if len(group) > 1 and (len(tree.tokens) > max_tokens or tree.rows() > max_rows):
+                groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+            else:
+                yield tree
+
+
+def _packed(trees: Iterator[_Tree], max_tokens: int, max_rows: int) -> Iterator[_Tree]:
+    """Trees side by side, as many as the limits let."""
+    row, rows = _Tree(), 0
+    for tree in trees:
+        more = tree.rows()
+        if row.tokens and (len(row.tokens) + len(tree.tokens) > max_tokens or rows + more > max_rows):
+            yield row
+            row, rows = _Tree(), 0
+        row.append(tree)
+        rows += more
+    if row.tokens:
+        yield row
+
+
+def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
+    """log softmax(logits)[row, token] of each pair, in float32 at least. logits: (rows, vocabulary)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    norms = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(max(1, _SLICE // logits.shape[1]))])
+    at = torch.tensor(rows, device=logits.device)
+    picked = logits[at, torch.tensor(tokens, device=logits.device)].to(wide) - norms[at]
+    return picked.tolist()
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens all prompts begin with, short of the last token of any: that one gives its question's first logits."""
+    if not prompts:
+        return []
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    length = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return list(first[:length])
+
+
+def _check_correct(scores: Sequence[Tensor], correct: Sequence[Sequence[int]]) -> None:
+    if not len(scores) or len(scores) != len(correct):
+        raise ValueError(f"expected correct choices of at least one question, got {len(correct)} for {len(scores)}")
+    for number, (row, right) in enumerate(zip(scores, correct, strict=True)):
+        if not len(right):
+            raise ValueError(f"question {number} has no correct choice")
+        if not 0 <= min(right) <= max(right) < len(row):
+            raise ValueError(f"question {number} has {len(row)} choices, got the correct ones {list(right)}")
+
+
+def _best(row: Tensor, indices: Iterable[int]) -> float:
+    return max((row[i].item() for i in indices), default=-math.inf)
+
+
+def _endings(tokenizer, question: str, choices: Sequence[str], end: bool) -> list[list[int]]:
+    if isinstance(choices, str) or not len(choices):
+        raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {choices!r}")
+    rows = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in choices]
+    if empty := [text for text, row in zip(choices, rows, strict=True) if not row]:
+        raise ValueError(f"a choice has no tokens: {empty[0]!r}, for the question {question[:60]!r}")
+    return [row + [tokenizer.eos_token_id] * end for row in rows]
+
+
+def _rope_types(parameters: dict) -> set[str]:
+    """Of one rotary embedding, or of one per layer type."""
+    if "rope_type" in parameters:
+        return {parameters["rope_type"]}
+    return {row["rope_type"] for row in parameters.values() if isinstance(row, dict) and "rope_type" in row}

@@ -1,0 +1,181 @@
+"""Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.data.encode import encode_prompt, pad_token_id
+from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
+from lofit_fast.patching.handle import evaluating
+from lofit_fast.tasks.task import Example, Task, exact_match
+
+# the paper's
+MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a model does on a task.
+
+    metrics: "exact_match", or "mc1" and "mc2", each 0 to 1. hits: per question, in the task's order, 1.0 or 0.0 for
+    right or wrong by the first of them, so that two models can be compared question by question.
+    """
+
+    metrics: dict[str, float]
+    hits: list[float]
+
+
+def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, progress: bool = False) -> Judgement:
+    """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
+
+    MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
+    share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
+    Raises ValueError for a task with nothing to be judged by, and what `generate_answers` and `score_choices` raise.
+    """
+    if task.choices:
+        return _judge_choices(model, tokenizer, task, progress)
+    _check_any(task.validation)
+    hits = _hits(
+        model,
+        tokenizer,
+        task.validation,
+        max_new_tokens=answer_length(tokenizer, task.validation),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return Judgement({"exact_match": sum(hits) / len(hits)}, hits)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy continuations, in the order of the prompts, special tokens left out.
+
+    Batches are of like length and padded on the left; a patched model runs with its offsets folded.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(model, encoded, max_new_tokens)
+    answers: list[str] = [""] * len(prompts)
+    greedy = _greedy(model, tokenizer, max_new_tokens)
+    with evaluating(model):
+        for rows in _by_length(encoded, batch_size, "generating", progress):
+            ids, mask = pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), _device(model))
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(rows, texts, strict=True):
+                answers[i] = text
+    return answers
+
+
+def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
+    """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
+    _check_any(examples)
+    hits = _hits(model, tokenizer, examples, **options)
+    return sum(hits) / len(hits)
+
+
+def answer_length(tokenizer, examples: Sequence[Example]) -> int:
+    """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
+    return max([MAX_NEW_TOKENS, *(len(_ids(tokenizer, e.completion)) + 1 for e in examples)])
+
+
+def score_candidates(
+    model: nn.Module, tokenizer, prompts: Sequence[str], candidates: Sequence[str], **options
+) -> Tensor:
+    """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
+
+    The same candidates for every prompt; see `scoring.score_choices` for the options, and for how little of it runs.
+    The end token is scored too, so that no candidate gains by being the beginning of another.
+    """
+    if not candidates:
+        raise ValueError("expected candidates to score, got none")
+    rows = score_choices(model, tokenizer, prompts, [candidates] * len(prompts), end=True, **options)
+    return torch.stack(rows) if rows else torch.zeros(0, len(candidates))
+
+
+def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], candidates, **options) -> float:
+    """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
+    _check_any(examples)
+    scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
+    best = [candidates[int(i)] for i in scores.argmax(1)]
+    return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
+
+
+def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, S) int64, padded on the left as generation wants it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> Judgement:
+    prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
+    scores = score_choices(model, tokenizer, prompts, choices, shared_prefix=task.shared_prefix, progress=progress)
+    # of MC1's choices one is correct: the best answer
+    listed = [
+        row[[c.best, *(i for i in range(len(row)) if i not in c.correct)]]
+        for row, c in zip(scores, task.choices, strict=True)
+    ]
+    hits = [mc1([row], [[0]]) for row in listed]
+    metrics = {"mc1": sum(hits) / len(hits), "mc2": mc2(scores, [c.correct for c in task.choices])}
+    return Judgement(metrics, hits)
+
+
+def _hits(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> list[float]:
+    """Per example whether the greedy answer is one of the correct ones, 1.0 or 0.0."""
+    answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
+    return [float(exact_match(answer, e.answers)) for answer, e in zip(answers, examples, strict=True)]
+
+
+def _check_any(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("accuracy needs at least one example, got none")
+
+
+def _greedy(model: nn.Module, tokenizer, max_new_tokens: int):
+    """Greedy decoding and nothing else, whatever sampling and penalties the model was published with."""
+    from transformers import GenerationConfig
+
+    published = getattr(model, "generation_config", None)
+    # chat models list more than one token that ends an answer
+    ends = getattr(published, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id(tokenizer),
+        eos_token_id=sorted(ends),
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+    )
+
+
+def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first, so that memory peaks at once."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+            bar.update(len(order[start : start + batch_size]))
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,215 @@
+"""What the op would do for a whole model and what that should cost: for `plan`, `bench roofline` and `autotune`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise, product
+from pathlib import Path
+
+import torch
+
+from lofit_fast.config import HeadSet
+from lofit_fast.files import write_json
+from lofit_fast.models.load import best_device, resolve
+from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.storage import read_adapter
+from lofit_kernels import answers, roofline
+from lofit_kernels.autotune import ROUNDS, Answer, autotune
+from lofit_kernels.dispatch import SMALL_SCALES, Plan, answers_for, is_many, plan, use_answers
+from lofit_kernels.roofline import DEVICES, PATHS, Device, Shape
+
+EVIDENCE = "prediction (roofline), not a measurement"
+PRESENT = "present"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One output projection: N outputs, H heads of D inputs."""
+
+    layer: int
+    H: int
+    D: int
+    N: int
+
+
+# name -> layers, heads, head_dim, hidden size, as published in their configs
+MODELS: dict[str, tuple[int, int, int, int]] = {
+    "SmolLM2-135M": (30, 9, 64, 576),
+    "Gemma-3-270M": (18, 4, 256, 640),
+    "Llama-3.2-1B": (16, 32, 64, 2048),
+    "Llama-2-7B": (32, 32, 128, 4096),
+    "Llama-3-8B": (32, 32, 128, 4096),
+    "Gemma-7B": (28, 16, 256, 3072),
+    "Llama-2-13B": (40, 40, 128, 5120),
+    "Llama-3-70B": (80, 64, 128, 8192),
+}
+# the paths of each step that are worth a column
+STEP_PATHS = {
+    "select": ("hook", "compiled hook", "pass", "delta", "fused delta", "prologue"),
+    "tune": ("hook", "compiled hook", "fold"),
+}
+
+
+def layers_of(name: str) -> list[Layer]:
+    """The output projections of a model: a row of MODELS, an alias, a folder, a .gguf file, or a hub id.
+
+    Only the config is read; no weights are (an alias or a GGUF file is converted on first use, as everywhere).
+    Raises ValueError for a model without such projections, OSError for one that is not there.
+    """
+    if name in MODELS:
+        count, H, D, N = MODELS[name]
+        return [Layer(layer, H, D, N) for layer in range(count)]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [Layer(p.layer, p.n_heads, p.head_dim, p.module.out_features) for p in find_projections(model)]
+
+
+def adapter_heads(folder: Path, layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
+    """How many heads of each layer an adapter scales, and how many it shifts.
+
+    Raises what `read_adapter` raises, and ValueError for an adapter of a model of another shape.
+    """
+    adapter = read_adapter(folder)
+    got, first = adapter.fingerprint, layers[0]
+    shape, expected = (got.layers, got.heads, got.head_dim, got.hidden), (len(layers), first.H, first.D, first.N)
+    if shape != expected:
+        raise ValueError(f"{folder} is for another model: (layers, heads, head_dim, hidden) {shape}, not {expected}")
+    return tuple(_listed(heads, layers) for heads in (adapter.config.scale, adapter.config.offset))
+
+
+def _listed(heads: HeadSet, layers: Sequence[Layer]) -> list[int]:
+    if heads == "all":
+        return [layer.H for layer in layers]
+    numbers = [number for number, _ in heads or ()]
+    return [numbers.count(layer.layer) for layer in layers]
+
+
+def spread_heads(top: str | int | float | None, layers: Sequence[Layer]) -> list[int]:
+    """How many heads of each layer have a vector when "all" have, or a count or fraction of them spread evenly.
+
+    Raises ValueError for a count or fraction out of range.
+    """
+    total = sum(layer.H for layer in layers)
+    if top is None:
+        return [0] * len(layers)
+    count = total if top == "all" else round(top * total) if isinstance(top, float) else top
+    if not 0 < count <= total:
+        raise ValueError(f"expected 'all', a count up to {total} or a fraction in (0, 1], got {top}")
+    ends = [count * heads // total for heads in accumulate(layer.H for layer in layers)]
+    return [end - start for start, end in pairwise((0, *ends))]
+
+
+def plan_layers(
+    layers: Sequence[Layer],
+    n_scale: Sequence[int],
+    n_offset: Sequence[int],
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str = PRESENT,
+) -> list[dict]:
+    """Per layer: the path, why, what it does to small scales, and its predicted cost.
+
+    device: "present", with what was measured on it, or a name in `roofline.DEVICES`. No cost is predicted for a device
+    that is not there, or in float64. Raises ValueError for an unknown device.
+    """
+    name, kind, model = _device(device)
+    return [
+        _layer_row(layer, scaled, shifted, tokens, dtype, kind, model, {} if name is None else answers_for(name))
+        for layer, scaled, shifted in zip(layers, n_scale, n_offset, strict=True)
+    ]
+
+
+def _layer_row(
+    layer: Layer, scaled: int, shifted: int, tokens: int, dtype: torch.dtype, kind: str, model: Device | None, known
+) -> dict:
+    row = {**asdict(layer), "scaled": scaled, "shifted": shifted}
+    if not scaled and not shifted:
+        return {**row, "forward": "base", "backward": "base", "why": "no heads here: the base layer itself"}
+    answer = None
+    if scaled:
+        answer = known.get(answers.key(dtype, layer.N, layer.H * layer.D, layer.D, scaled, tokens))
+    many = is_many(scaled, layer.H)
+    chosen = plan(has_scale=scaled > 0, many_heads=many, dtype=dtype, device_type=kind, answer=answer)
+    row |= {"forward": chosen.forward, "backward": chosen.backward, "backend": chosen.backend, "gemm": chosen.gemm}
+    row |= {"why": chosen.reason, "small_scales": SMALL_SCALES[chosen.form, dtype]}
+    return row | _cost(layer, scaled, shifted, tokens, dtype, model, chosen)
+
+
+def _cost(layer: Layer, scaled: int, shifted: int, tokens, dtype, model: Device | None, chosen: Plan) -> dict:
+    if model is None or dtype == torch.float64:
+        return {}
+    shape = Shape(tokens, layer.N, layer.H, layer.D, scaled, shifted, dtype.itemsize)
+    return {**asdict(roofline.predict((chosen.forward, chosen.backward), shape, model)), "evidence": EVIDENCE}
+
+
+def _device(name: str) -> tuple[str | None, str, Device | None]:
+    """(name that answers are filed under, torch's kind of device, its roofline)."""
+    if name == PRESENT:
+        device = best_device()
+        filed = answers.device_name(device)
+        return filed, device.type, roofline.device_like(filed)
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}: expected {PRESENT!r} or one of {', '.join(DEVICES)}")
+    return None, "cuda", DEVICES[name]
+
+
+def roofline_rows(
+    devices: Sequence[str], *, tokens: int, dtype: torch.dtype = torch.bfloat16, top: float = 0.1
+) -> list[dict]:
+    """Counts and predictions of one projection of every model on every device, by every path of both steps.
+
+    Step "select" scales all heads, step "tune" shifts the share `top` of them (at least one). `chosen` marks the path
+    that `plan` takes where nothing was measured. Raises ValueError for an unknown device or a top out of (0, 1].
+    """
+    if not 0 < top <= 1:
+        raise ValueError(f"expected a share of heads in (0, 1], got {top}")
+    rows = []
+    for name in devices:
+        _, kind, device = _device(name)
+        for model, (_, H, D, N) in MODELS.items():
+            shifted = max(1, round(top * H))
+            for step, heads in (("select", {"n_scale": H}), ("tune", {"n_offset": shifted})):
+                shape = Shape(tokens, N, H, D, **heads, itemsize=dtype.itemsize)
+                chosen = plan(has_scale=step == "select", many_heads=step == "select", dtype=dtype, device_type=kind)
+                for path in ("floor", *STEP_PATHS[step]):
+                    seen = asdict(roofline.predict(PATHS[path], shape, device))
+                    taken = PATHS[path] == (chosen.forward, chosen.backward)
+                    rows.append({"device": name, "model": model, "step": step, "path": path, **seen, "chosen": taken})
+    return rows
+
+
+def measure(
+    layers: Sequence[Layer],
+    tops: Sequence[str | int | float],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backends: Sequence[str] | None = None,
+    rounds: int = ROUNDS,
+    tell=lambda answer: None,
+) -> tuple[list[Answer], Path]:
+    """Measure the paths for every shape in `layers`, share of heads and number of tokens; write and use the answers.
+
+    tell: called with each answer as it comes. Returns the answers and the file they were written to, together with
+    those it already held. Raises what `autotune` raises, and OSError where the cache folder cannot be written.
+    """
+    shapes: dict[answers.Key, Shape] = {}
+    for layer in {(row.H, row.D, row.N): row for row in layers}.values():
+        for top, T in product(tops, tokens):
+            n_scale = max(1, *spread_heads(top, [layer]))
+            shape = Shape(T, layer.N, layer.H, layer.D, n_scale, itemsize=dtype.itemsize)
+            shapes[answers.key(dtype, shape.N, shape.K, shape.D, n_scale, T)] = shape
+    found = []
+    for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
+        tell(answer)
+        found.append(answer)
+    name = answers.device_name(device)
+    kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
+    file = answers.answers_file(name)
+    write_json(file, answers.answers_content(name, kept))
+    use_answers(name, answers.read_answers(name))
+    return found, file

@@ -1,1 +1,0 @@
-"""The paper's experiments as cells: planned, run once each, and put into tables and figures. `lofit-fast paper`."""

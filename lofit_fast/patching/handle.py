@@ -1,0 +1,230 @@
+"""Putting LoFiT into a model and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
+from lofit_fast.patching.fold import ModelFold, decoder_of
+from lofit_fast.patching.layer import LofitLinear, eval_mode
+from lofit_fast.patching.merge import check_mergeable, merge_into_base
+from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
+from lofit_fast.patching.storage import check_fits, fill, read_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.hooks import RemovableHandle
+
+
+class LofitHandle:
+    """A patched model's adapter: its parameters, its switches, and the way back.
+
+    model: the patched model. config: what is adapted. projections: every output projection of the decoder.
+    layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
+    """
+
+    def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
+        self.model, self.config, self.projections = model, config, projections
+        self.fingerprint = fingerprint(model, projections)
+        self.layers = _build_layers(config, projections)
+        # names, since a parameter may be another object by the time it is given back
+        self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._fold: ModelFold | None = None
+        self._head: RemovableHandle | None = None
+        self._live = False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters, one per component per adapted layer, by ascending layer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("<layer>.<component>", parameter) of every component, by ascending layer."""
+        for number, layer in self.layers.items():
+            for name, parameter in layer.named_parameters(recurse=False):
+                yield f"{number}.{name}", parameter
+
+    def n_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A scope in which the model computes what the base computes."""
+        self.check_live()
+        before = {layer: layer.enabled for layer in self.layers.values()}
+        for layer in before:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer, enabled in before.items():
+                layer.enabled = enabled
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused.
+
+        The vectors must not change inside it.
+        """
+        self.check_live()
+        with torch.no_grad(), ExitStack() as scopes:
+            for layer in self.layers.values():
+                scopes.enter_context(layer.fold())
+            yield
+
+    def reference_logprobs(self, dataset: Dataset, tokenizer, **options) -> Dataset:
+        """The data set with the base model's log-probabilities of its answers, for DPO with TRL.
+
+        The adapter is disabled meanwhile, so that no second model is needed. dataset: of the `datasets` library, with
+        the texts prompt, chosen and rejected. See `reference.reference_logprobs` for the columns it gets, the options
+        (max_length, batch_size, progress) and the errors.
+        """
+        return reference_logprobs(self, dataset, tokenizer, **options)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the adapter folder; see `adapter.save_adapter`."""
+        return save_adapter(self, folder)
+
+    def unpatch(self) -> nn.Module:
+        """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
+
+        A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
+        before anything is changed, when something else has wrapped ours.
+        """
+        self.check_live()
+        adapted = [p for p in self.projections if p.layer in self.layers]
+        for p in adapted:
+            if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
+                raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        for p in adapted:
+            setattr(p.parent, p.attribute, self.layers[p.layer].base_layer)
+        parameters = dict(self.model.named_parameters())
+        for name in self._frozen:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        self._fold.remove()
+        if self._head is not None:
+            self._head.remove()
+        self._live = False
+        return self.model
+
+    def merge(self) -> nn.Module:
+        """Write the adapter into the base weights and return the plain model. Ends the handle.
+
+        W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
+        and reloads with its biases, where its family can (else use `export`).
+        Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
+        """
+        self.check_live()
+        check_mergeable(self)
+        self.unpatch()
+        merge_into_base(self)
+        return self.model
+
+    def _attach(self) -> None:
+        self.model.requires_grad_(False)
+        for projection in self.projections:
+            if layer := self.layers.get(projection.layer):
+                layer.handle = self
+                # not train(), which would reach into the base
+                layer.training = projection.module.training
+                setattr(projection.parent, projection.attribute, layer)
+        decoder = decoder_of(self.model, [projection.name for projection in self.projections])
+        self._fold = ModelFold(decoder, list(self.layers.values()))
+        self._head = keep_head_input_whole(self.model)
+        self._live = True
+
+    def check_live(self) -> None:
+        """Raise ValueError when the handle has ended."""
+        if not self._live:
+            raise ValueError("this handle has ended: its model was unpatched or merged")
+
+
+def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
+    """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
+
+    model: a Hugging Face decoder (or a PeftModel around one). Works for the families in `architectures.py` and for
+    every model with linears called o_proj whose inputs are heads x head_dim. Undo with `handle.unpatch()`.
+    Raises TypeError or ValueError for an unknown model, a model already patched, a layer or head out of range. A
+    refused model is as it was.
+    """
+    if not isinstance(config, LofitConfig):
+        raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
+    if handle_of(model) is not None:
+        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
+    handle = LofitHandle(model, config, find_projections(model))
+    handle._attach()
+    return handle
+
+
+def load(model: nn.Module, folder: Path | str) -> LofitHandle:
+    """Patch a model with an adapter folder.
+
+    Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
+    shape (both shapes are named). A refused model is as it was.
+    """
+    adapter = read_adapter(folder)
+    check_fits(adapter, fingerprint(model, find_projections(model)))
+    handle = patch(model, adapter.config)
+    try:
+        fill(handle, adapter)
+    except ValueError:
+        handle.unpatch()
+        raise
+    return handle
+
+
+def handle_of(model: nn.Module) -> LofitHandle | None:
+    """The handle of a patched model, or None."""
+    return next((module.handle for module in model.modules() if isinstance(module, LofitLinear)), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
+    handle = handle_of(model)
+    without_grad = torch.no_grad() if handle is None else handle.folded()
+    with eval_mode(model), whole_head_input(model), without_grad:
+        yield
+
+
+def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
+    """The wrappers, filled from the config's seed, attached to nothing yet."""
+    scale = _heads_by_layer("scale", config.scale, projections)
+    offset = _heads_by_layer("offset", config.offset, projections)
+    # drawn on the CPU, so that a seed means the same on every device
+    generator = torch.Generator().manual_seed(config.seed)
+    layers = {}
+    for p in projections:
+        heads = (scale.get(p.layer), offset.get(p.layer))
+        if heads == (None, None):
+            continue
+        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads)
+        for vectors in layer.parameters(recurse=False):
+            draw = torch.randn(vectors.shape, generator=generator) * config.init_std
+            vectors.data.copy_(draw)
+        layers[p.layer] = layer
+    return layers
+
+
+def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:
+    if heads is None:
+        return {}
+    if heads == "all":
+        return {p.layer: list(range(p.n_heads)) for p in projections}
+    sizes = {p.layer: p.n_heads for p in projections}
+    wrong = [(layer, head) for layer, head in heads if head >= sizes.get(layer, 0)]
+    if wrong:
+        raise ValueError(
+            f"{component} names heads the model does not have: {wrong}; expected layers up to {max(sizes)} and heads "
+            f"below {max(sizes.values())}"
+        )
+    return {layer: sorted(h for at, h in heads if at == layer) for layer in sorted({at for at, _ in heads})}

@@ -1,0 +1,155 @@
+"""The adapter on disk: adapter_config.json and adapter_model.safetensors, holding the selected heads only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lofit_fast.config import LofitConfig
+from lofit_fast.files import whole_folder, write_json
+from lofit_fast.patching.architectures import Fingerprint, architecture_of, text_config
+
+if TYPE_CHECKING:
+    from lofit_fast.patching.handle import LofitHandle
+
+FORMAT_VERSION = 1
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+COMPONENTS = ("scale", "offset")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as read from disk: its config, its tensors by (component, layer), and the base model it is for."""
+
+    config: LofitConfig
+    tensors: dict[tuple[str, int], Tensor]
+    fingerprint: Fingerprint
+    base_model: str
+
+
+def save_adapter(handle: LofitHandle, folder: Path | str) -> Path:
+    """Write the handle's vectors as an adapter folder, whole or not at all. Returns the folder.
+
+    Tensors are named "layers.<n>.<projection>.<component>", (heads in that layer, D) in their own dtype, float32
+    or float64, rows by ascending head.
+    Raises OSError when the folder cannot be written.
+    """
+    config, projection = handle.config, architecture_of(handle.model).projection
+    description = {
+        "peft_type": "LOFIT",
+        "task_type": "CAUSAL_LM",
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": getattr(text_config(handle.model), "_name_or_path", "") or "",
+        "fingerprint": handle.fingerprint.as_dict(),
+        "scale": config.scale,
+        "offset": config.offset,
+        "init_std": config.init_std,
+        "seed": config.seed,
+    }
+    tensors = {
+        f"layers.{number}.{projection}.{component}": vectors.detach().cpu().contiguous()
+        for number, layer in handle.layers.items()
+        for component in COMPONENTS
+        if (vectors := getattr(layer, component)) is not None
+    }
+    with whole_folder(folder) as scratch:
+        save_file(tensors, scratch / TENSOR_FILE, metadata={"format": "pt"})
+        write_json(scratch / CONFIG_FILE, description)
+    return Path(folder)
+
+
+def read_adapter(folder: Path | str) -> Adapter:
+    """Read an adapter folder.
+
+    Raises FileNotFoundError when a file is missing, ValueError when one is truncated, of another kind, or of a newer
+    format.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
+    description = _read_description(folder / CONFIG_FILE)
+    try:
+        config = LofitConfig(**{key: description[key] for key in ("scale", "offset", "init_std", "seed")})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} does not describe an adapter: {error}") from error
+    made_for = description["fingerprint"]
+    expected = {field.name for field in fields(Fingerprint)}
+    if not isinstance(made_for, dict) or made_for.keys() != expected:
+        raise ValueError(f"{folder / CONFIG_FILE} has the fingerprint {made_for}, expected {sorted(expected)}")
+    base = description.get("base_model_name_or_path", "")
+    return Adapter(config, _read_tensors(folder / TENSOR_FILE), Fingerprint(**made_for), base)
+
+
+def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
+    """Raise ValueError, naming both fingerprints, unless the adapter was made for a model of this shape."""
+    if adapter.fingerprint != handle_fingerprint:
+        raise ValueError(
+            f"the adapter is for another model: it was made for {adapter.fingerprint}, this model is "
+            f"{handle_fingerprint}"
+        )
+
+
+@torch.no_grad()
+def fill(handle: LofitHandle, adapter: Adapter) -> None:
+    """Copy the adapter's tensors into a handle of the same config, all or none.
+
+    Raises ValueError, before anything is written, when a tensor is missing, unknown or of another shape.
+    """
+    wanted = {
+        (component, number): vectors
+        for number, layer in handle.layers.items()
+        for component in COMPONENTS
+        if (vectors := getattr(layer, component)) is not None
+    }
+    shapes = {key: tuple(vectors.shape) for key, vectors in wanted.items()}
+    got = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
+    if shapes != got:
+        wrong = sorted(key for key in shapes.keys() | got.keys() if shapes.get(key) != got.get(key))
+        first = wrong[0]
+        raise ValueError(
+            f"adapter tensors do not match adapter_config.json in {len(wrong)} places: {first[0]} of layer {first[1]} "
+            f"is {got.get(first)}, expected {shapes.get(first)}"
+        )
+    for key, vectors in wanted.items():
+        vectors.copy_(adapter.tensors[key])
+
+
+def _read_description(path: Path) -> dict:
+    try:
+        description = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from error
+    if not isinstance(description, dict) or description.get("peft_type") != "LOFIT":
+        kind = description.get("peft_type") if isinstance(description, dict) else type(description).__name__
+        raise ValueError(f"{path} is not a LoFiT adapter: expected peft_type 'LOFIT', got {kind!r}")
+    expected = {"format_version", "fingerprint", "scale", "offset", "init_std", "seed"}
+    if absent := sorted(expected - description.keys()):
+        raise ValueError(f"{path} lacks {', '.join(absent)}")
+    if description["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {description['format_version']}, this release reads {FORMAT_VERSION}"
+        )
+    return description
+
+
+def _read_tensors(path: Path) -> dict[tuple[str, int], Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            named = {name: file.get_tensor(name) for name in list(file.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    tensors = {}
+    for name, tensor in named.items():
+        parts = name.split(".")
+        if len(parts) < 4 or parts[0] != "layers" or not parts[1].isdigit() or parts[-1] not in COMPONENTS:
+            raise ValueError(f"{path} holds a foreign tensor {name!r}: expected layers.<n>.<projection>.<component>")
+        tensors[parts[-1], int(parts[1])] = tensor
+    return tensors

@@ -1,0 +1,69 @@
+"""Ending step 1 early: once the best heads no longer change, more epochs only polish scales that are thrown away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainerCallback
+
+from lofit_fast.config import Head, check_top
+from lofit_fast.heads import head_scores, jaccard, select_heads
+from lofit_fast.patching.handle import LofitHandle, handle_of
+
+
+@dataclass
+class SettledHeads(TrainerCallback):
+    """Stops step 1 when the top heads have settled; leaves step 2, and any training without scales, alone.
+
+    top, min_layer: as in the recipe. every: optimizer steps between two looks; None means half an epoch. threshold,
+    patience: stop after this many looks in a row that share at least this much (Jaccard) with the look before.
+    The learning rate still falls as for all epochs, so that a run cut short is the beginning of the whole one.
+    A resumed run looks anew: at worst it trains a little longer. Afterwards `overlaps` has every look's overlap with
+    the one before, and `stopped_at` the step it stopped after, or None.
+    """
+
+    top: int | float
+    min_layer: int = 0
+    every: int | None = None
+    threshold: float = 0.9
+    patience: int = 2
+    overlaps: list[float] = field(default_factory=list, init=False)
+    stopped_at: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        check_top(self.top)
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"expected every to be None or >= 1 step, got {self.every}")
+        if not 0 < self.threshold <= 1 or self.patience < 1:
+            raise ValueError(f"expected threshold in (0, 1] and patience >= 1, got {self.threshold}, {self.patience}")
+
+    @property
+    def settings(self) -> dict[str, int | float | None]:
+        """What decides when it stops."""
+        return {name: getattr(self, name) for name in ("top", "min_layer", "every", "threshold", "patience")}
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        """A training begins: is it one of scales?"""
+        handle = handle_of(model)
+        self._handle: LofitHandle | None = None if handle is None or handle.config.scale is None else handle
+        if self._handle is not None:
+            self.overlaps, self.stopped_at = [], None
+            self._before: list[Head] | None = None
+            self._steps = self.every or max(1, round(state.max_steps / state.num_train_epochs / 2))
+
+    def on_step_end(self, args, state, control, **_):
+        """Look, and stop if nothing has changed for long enough."""
+        if self._handle is None or state.global_step % self._steps:
+            return
+        heads = select_heads(head_scores(self._handle), self.top, self.min_layer)
+        if self._before is not None:
+            self.overlaps.append(jaccard(heads, self._before))
+        self._before = heads
+        last = self.overlaps[-self.patience :]
+        if len(last) == self.patience and min(last) >= self.threshold:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_):
+        """Let go of the model."""
+        self._handle = None

@@ -1,0 +1,221 @@
+"""What a head knows of the truth: its output on right and wrong answers, and linear probes that tell the two apart.
+
+All probes of a kind are fitted at once, as a batch of small Newton problems in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.data.encode import encode_prompt, pad_token_id
+from lofit_fast.evaluation.choices import check_room
+from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.handle import evaluating
+from lofit_fast.tasks.contrast import Contrast
+
+FOLDS = 5
+_ITERATIONS, _HALVINGS = 50, 20
+# of the features that are fitted at a time, in float64
+_CHUNK_BYTES = 2**27
+
+
+@torch.no_grad()
+def head_activations(
+    model: nn.Module, tokenizer, contrasts: Sequence[Contrast], *, batch_size: int = 16, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """z, the input of every output projection, at the last token of each answer, and whether the answer is right.
+
+    Returns ((2n, layers, heads, D) float32, (2n,) bool), both on the CPU, for n contrasts: rows 2i and 2i + 1 are the
+    right and the wrong answer of contrast i. Layers are numbered as in the model; where one has no attention or fewer
+    heads than others, the rest is NaN. No end-of-sequence token follows an answer.
+    Raises ValueError for no contrasts, an answer without tokens or too long for the model's context, or a model whose
+    layers have heads of different sizes.
+    """
+    if not contrasts:
+        raise ValueError("activations need at least one contrast, got none")
+    projections = find_projections(model)
+    sizes = {p.head_dim for p in projections}
+    if len(sizes) > 1:
+        raise ValueError(f"expected heads of one size in all layers, got head_dim {sorted(sizes)}")
+    encoded = [_encoded(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    check_room(model, encoded, 0)
+    shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
+    activations = torch.full(shape, math.nan)
+    device = next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    with (
+        evaluating(model),
+        _LastInputs({p.layer: p.module for p in projections}) as inputs,
+        tqdm(total=len(order), desc="activations", disable=not progress, leave=False) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = _pad_right([encoded[i] for i in rows], pad_token_id(tokenizer), device)
+            inputs.last = mask.sum(1) - 1
+            # one position of logits, which nobody reads
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            for p in projections:
+                z = inputs.taken.pop(p.layer).float().cpu()
+                activations[rows, p.layer, : p.n_heads] = z.view(len(rows), p.n_heads, p.head_dim)
+            bar.update(len(rows))
+    return activations, torch.tensor([True, False]).repeat(len(contrasts))
+
+
+def probe_accuracy(
+    activations: Tensor, labels: Tensor, *, folds: int = FOLDS, l2: float = 1.0, seed: int = 42, progress: bool = False
+) -> Tensor:
+    """Held-out accuracy of a logistic probe per head: (layers, heads) float32. ITI's scores (arXiv:2306.03341).
+
+    activations, labels: as `head_activations` gives them, the two answers to a question in consecutive rows. Questions
+    are dealt into `folds` at random; every answer is judged by a probe fitted to the other folds, on features brought
+    to mean 0 and deviation 1 there. The share of right judgements is taken over all answers. Heads the model does not
+    have score minus infinity.
+    Raises ValueError for shapes that do not fit, or fewer questions than folds.
+    """
+    heads = _checked(activations, labels, folds).flatten(1, 2).transpose(0, 1)
+    accuracy = _held_out_accuracy(heads, labels, folds, l2, seed, "probing heads", progress)
+    return accuracy.view(activations.shape[1:3])
+
+
+def layer_probe_accuracy(
+    activations: Tensor, labels: Tensor, *, folds: int = FOLDS, l2: float = 1.0, seed: int = 42, progress: bool = False
+) -> Tensor:
+    """As `probe_accuracy`, with one probe per layer on all its heads side by side: (layers,) float32."""
+    layers = _checked(activations, labels, folds).flatten(2).transpose(0, 1)
+    # a layer with fewer heads than others is still a layer
+    present = ~layers.isnan().all(2).all(1)
+    layers = layers.nan_to_num().where(present[:, None, None], math.nan)
+    return _held_out_accuracy(layers, labels, folds, l2, seed, "probing layers", progress)
+
+
+def fit_probes(features: Tensor, labels: Tensor, l2: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Logistic regressions, all at once: weights (P, F) and intercepts (P,) that minimise
+
+        sum_n log(1 + exp(-s_n (x_n w + c))) + l2 / 2 |w|^2,    s_n = 1 where the label is true, -1 where not.
+
+    features: (P, N, F) for P problems, floating point. labels: (N,) bool. Newton's method with halved steps, which
+    ends where no component of the gradient exceeds 1e-6 N in float64 (1e-3 N in float32).
+    Raises ValueError for l2 <= 0, without which separable data have no optimum.
+    """
+    if not l2 > 0:
+        raise ValueError(f"expected l2 > 0, got {l2}")
+    # in the space that the rows span, where the optimum lies: exact, and small where there are few rows
+    basis = torch.linalg.qr(features.mT).Q if features.shape[2] > features.shape[1] else None
+    x = features if basis is None else features @ basis
+    x = torch.cat((x, x.new_ones(*x.shape[:2], 1)), 2)
+    sign = torch.where(labels, 1.0, -1.0).to(x)
+    penalty = torch.full((x.shape[2],), l2).to(x)
+    penalty[-1] = 0.0
+    w = x.new_zeros(x.shape[0], x.shape[2])
+
+    def objective(at: Tensor) -> Tensor:
+        margins = sign * (x @ at[..., None])[..., 0]
+        return -nn.functional.logsigmoid(margins).sum(1) + (penalty * at * at).sum(1) / 2
+
+    enough = (1e-6 if x.dtype == torch.float64 else 1e-3) * x.shape[1]
+    value = objective(w)
+    for _ in range(_ITERATIONS):
+        p = torch.sigmoid((x @ w[..., None])[..., 0])
+        gradient = ((p - (sign > 0).to(p))[:, None] @ x)[:, 0] + penalty * w
+        if gradient.abs().max() <= enough:
+            break
+        hessian = (x * (p * (1 - p))[..., None]).mT @ x + torch.diag(penalty)
+        # the intercept has no penalty, and no curvature either where every answer is certain
+        hessian[:, -1, -1] += 1e-9 * x.shape[1]
+        step = torch.linalg.solve(hessian, gradient)
+        promised = (gradient * step).sum(1)
+        share = torch.ones_like(value)
+        for _ in range(_HALVINGS):
+            reached = objective(w - share[:, None] * step)
+            too_far = ~(reached <= value - 1e-4 * share * promised)
+            if not too_far.any():
+                break
+            share = torch.where(too_far, share / 2, share)
+        better = reached < value
+        w = torch.where(better[:, None], w - share[:, None] * step, w)
+        value = torch.where(better, reached, value)
+    weights = w[:, :-1]
+    return (weights if basis is None else (basis @ weights[..., None])[..., 0]), w[:, -1]
+
+
+def fold_of(n_questions: int, folds: int, seed: int) -> Tensor:
+    """The fold of every question, (n,) int64: sizes differ by one at most, drawn from the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.arange(n_questions).remainder(folds)[torch.randperm(n_questions, generator=draw)]
+
+
+class _LastInputs(ExitStack):
+    """A scope in which every projection leaves its input at the row's last token in `taken`, (B, K) per layer."""
+
+    def __init__(self, projections: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.taken: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
+        for layer, module in projections.items():
+            self.callback(module.register_forward_pre_hook(self._taker(layer)).remove)
+
+    def _taker(self, layer: int):
+        def take(_, inputs) -> None:
+            z = inputs[0]
+            last = self.last.to(z.device)
+            self.taken[layer] = z[torch.arange(len(last), device=z.device), last]
+
+        return take
+
+
+def _held_out_accuracy(features, labels, folds: int, l2: float, seed: int, label: str, progress: bool) -> Tensor:
+    """(P,) float32 on the CPU for features (P, 2n, F); minus infinity where they are NaN."""
+    labels = labels.to(features.device)
+    fold = fold_of(len(labels) // 2, folds, seed).repeat_interleave(2).to(features.device)
+    accuracy = torch.full((len(features),), -math.inf)
+    known = (~features.isnan().any(2).any(1)).nonzero()[:, 0]
+    with tqdm(total=folds * len(known), desc=label, disable=not progress, leave=False) as bar:
+        for chunk in known.split(max(1, _CHUNK_BYTES // (8 * features[0].numel()))):
+            part = features[chunk].double()
+            hits = torch.zeros(len(chunk), dtype=torch.int64, device=features.device)
+            for held_out in range(folds):
+                inside, outside = fold != held_out, fold == held_out
+                mean, spread = (f(part[:, inside], 1, keepdim=True) for f in (torch.mean, torch.std))
+                # a feature that never changes tells nothing
+                spread = spread.where(spread > 1e-7 * mean.abs(), math.inf)
+                standard = (part - mean) / spread
+                weights, intercepts = fit_probes(standard[:, inside], labels[inside], l2)
+                said = (standard[:, outside] @ weights[..., None])[..., 0] + intercepts[:, None] > 0
+                hits += (said == labels[outside]).sum(1)
+                bar.update(len(chunk))
+            accuracy[chunk.cpu()] = (hits / len(labels)).float().cpu()
+    return accuracy
+
+
+def _checked(activations: Tensor, labels: Tensor, folds: int) -> Tensor:
+    if activations.dim() != 4 or labels.shape != activations.shape[:1] or len(labels) % 2:
+        raise ValueError(
+            "expected activations (2n, layers, heads, D) and labels (2n,), got "
+            f"{tuple(activations.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.bool or (labels[::2] == labels[1::2]).any():
+        raise ValueError("expected bool labels, a right and a wrong answer in every two consecutive rows")
+    if not 2 <= folds <= len(labels) // 2:
+        raise ValueError(f"expected folds from 2 to the {len(labels) // 2} questions there are, got {folds}")
+    return activations
+
+
+def _encoded(tokenizer, prompt: str, answer: str) -> list[int]:
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"an answer has no tokens: {answer!r} to {prompt[:60]!r}")
+    return encode_prompt(tokenizer, prompt) + ids
+
+
+def _pad_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, S) int64."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask

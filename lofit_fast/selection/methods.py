@@ -1,0 +1,144 @@
+"""Ways to choose heads, side by side: LoFiT's own, the paper's baselines, and two that cost a fraction of step 1."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.heads import probing_layer_scores, random_scores, saliency_scores, select_heads
+from lofit_fast.patching.handle import patch
+from lofit_fast.selection.early_stop import SettledHeads
+from lofit_fast.selection.linear_probes import head_activations, layer_probe_accuracy, probe_accuracy
+from lofit_fast.tasks.contrast import contrasts
+from lofit_fast.tasks.task import Task
+from lofit_fast.training.fit import Component
+from lofit_fast.training.objectives import objective_of
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen heads, best first, the (layers, heads) scores they were chosen by, and what choosing took."""
+
+    heads: list[Head]
+    scores: Tensor
+    seconds: float
+
+
+class Selector(Protocol):
+    """One way to choose heads; the model comes back as it was."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        task: Task,
+        recipe: Recipe,
+        *,
+        output_dir: Path | str,
+        seed: int = 42,
+        progress: bool = False,
+    ) -> Selection:
+        """recipe.top and min_layer say how many heads and where; `seed` stands in for the recipe's.
+
+        output_dir: of the methods that train, which go on from an interrupted run in it where the task has completions.
+        """
+
+
+def lofit(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """LoFiT's step 1: the norm of each head's trained scale. With preferences it is trained with DPO."""
+    return _trained(model, tokenizer, task, recipe, "scale", output_dir, seed, progress)
+
+
+def early_stop(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """As `lofit`, ended by `SettledHeads` when the top heads have settled."""
+    settled = SettledHeads(recipe.top, recipe.min_layer)
+    return _trained(model, tokenizer, task, recipe, "scale", output_dir, seed, progress, [settled])
+
+
+def bias_norm(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """The norm of each head's offset, trained on all heads with the recipe of step 1."""
+    return _trained(model, tokenizer, task, recipe, "offset", output_dir, seed, progress)
+
+
+def saliency(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """One pass over the training data, no update: `saliency_scores` of the gradients where all scales are zero."""
+    recipe = replace(recipe, seed=seed)
+
+    def scores() -> Tensor:
+        handle = patch(model, LofitConfig(scale="all", init_std=0.0))
+        try:
+            return saliency_scores(
+                handle, objective_of(task).losses(model, tokenizer, task, recipe, progress), recipe.l1
+            )
+        finally:
+            handle.unpatch()
+
+    return _timed(scores, recipe)
+
+
+def iti_probe(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """How well a probe on a head's output tells right answers from wrong ones: ITI's choice (arXiv:2306.03341)."""
+
+    def scores() -> Tensor:
+        z, labels = head_activations(model, tokenizer, contrasts(task, seed), progress=progress)
+        return probe_accuracy(z, labels, seed=seed, progress=progress)
+
+    return _timed(scores, recipe)
+
+
+def probing_layers(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """All heads of the layers whose probes are best, and of the last layer needed its best-probed heads."""
+
+    def scores() -> Tensor:
+        z, labels = head_activations(model, tokenizer, contrasts(task, seed), progress=progress)
+        layers = layer_probe_accuracy(z, labels, seed=seed, progress=progress)
+        return probing_layer_scores(layers, probe_accuracy(z, labels, seed=seed, progress=progress))
+
+    return _timed(scores, recipe)
+
+
+def random(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+    """Heads drawn from the seed: the floor of the table."""
+    return _timed(lambda: random_scores(model, seed), recipe)
+
+
+# adding a way is adding a row and its test
+SELECTORS: dict[str, Selector] = {
+    "lofit": lofit,
+    "random": random,
+    "bias_norm": bias_norm,
+    "iti_probe": iti_probe,
+    "probing_layers": probing_layers,
+    "saliency": saliency,
+    "early_stop": early_stop,
+}
+
+
+def _timed(scores: Callable[[], Tensor], recipe: Recipe) -> Selection:
+    started = time.perf_counter()
+    found = scores()
+    return Selection(select_heads(found, recipe.top, recipe.min_layer), found, time.perf_counter() - started)
+
+
+def _trained(
+    model,
+    tokenizer,
+    task,
+    recipe,
+    component: Component,
+    output_dir,
+    seed,
+    progress,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Selection:
+    recipe = replace(recipe, seed=seed)
+    step1 = objective_of(task).step1
+    scores, seconds = step1(model, tokenizer, task, recipe, component, output_dir, callbacks, progress)
+    return Selection(select_heads(scores, recipe.top, recipe.min_layer), scores, seconds)

@@ -1,0 +1,109 @@
+"""No work where nobody reads: the last layer's MLP runs on the rows whose logits are kept, and on no others.
+
+After its attention the last decoder layer works on each token by itself, and so does all that follows. Of a batch that
+brings `logits_to_keep` as a mask, the MLP's rows outside of the mask change neither logits nor gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
+
+_MASK = "logits_to_keep"
+# who asks for one of these may read more of the last layer than what its logits need
+_ASKS_FOR_MORE = ("output_hidden_states", "use_cache", "past_key_values")
+
+
+@contextmanager
+def narrowed(model: nn.Module) -> Iterator[None]:
+    """A scope in which the last layer's MLP computes the rows that `logits_to_keep` keeps, and zeros elsewhere.
+
+    model: what is called with the batches, a Hugging Face model or PEFT's wrapper of one. Logits and gradients are
+    what they are without, up to rounding. Whoever listens to the last layer's output gets it without the MLP's part in
+    the other rows. The MLP runs whole in a forward pass without a boolean mask (B, S), with a cache, or that gives out
+    hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
+    A model whose last layer has no MLP that is known to work row by row is left alone. What is added is hooks, and all
+    of them go.
+    """
+    layer = decoder_layers(model)[-1]
+    mlp = dict(layer.named_modules()).get(architecture_of(model).ffn)
+    if mlp is None or not _works_by_row(mlp) or not _takes_masks(model):
+        yield
+        return
+    rows = _Rows(model, layer)
+    hooks = [
+        model.register_forward_pre_hook(rows.take, with_kwargs=True),
+        model.register_forward_hook(rows.drop, always_call=True),
+        # next to the MLP: what hangs on it already is given whole batches, before and after
+        mlp.register_forward_pre_hook(rows.gather),
+        mlp.register_forward_hook(rows.scatter, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Rows:
+    """The rows read of the forward pass that is going on: mask (B, S) bool, index (rows,) int64; None for all."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        self.model, self.layer = model, layer
+        self.mask: Tensor | None = None
+        self.index: Tensor | None = None
+
+    def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get(_MASK)
+        is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2
+        # a replica of data parallelism shares these hooks, and runs beside the others
+        if module is self.model and is_mask and not self._read_in_full(kwargs):
+            self.mask, self.index = mask, mask.flatten().nonzero().flatten()
+
+    def drop(self, module: nn.Module, args: tuple, output: object) -> None:
+        if module is self.model:
+            self.mask = self.index = None
+
+    def gather(self, mlp: nn.Module, args: tuple) -> tuple[Tensor] | None:
+        if self.index is None or len(args) != 1:
+            return None
+        return (args[0].flatten(0, -2).index_select(0, self.index.to(args[0].device)),)
+
+    def scatter(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if self.index is None or len(args) != 1:
+            return None
+        whole = output.new_zeros(self.mask.numel(), output.shape[-1])
+        return whole.index_copy(0, self.index.to(output.device), output).view(*self.mask.shape, -1)
+
+    def _read_in_full(self, kwargs: dict) -> bool:
+        checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
+        asked = any(kwargs.get(key) not in (None, False) for key in _ASKS_FOR_MORE)
+        return checkpointed or asked or getattr(text_config(self.model), "output_hidden_states", False)
+
+
+def _works_by_row(mlp: nn.Module) -> bool:
+    """Whether it is a plain MLP by its name, without experts or convolutions (weights of more dimensions) or dropout.
+
+    Dropout would be another draw on fewer rows. Wrappers, of quantization or sharding too, have other names.
+    """
+    linear = all(parameter.dim() <= 2 for parameter in mlp.parameters())
+    return type(mlp).__name__.endswith("MLP") and linear and not any(map(_drops, mlp.modules()))
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = [module.p] if isinstance(module, nn.Dropout) else []
+    # of a dropout that is called as a function
+    rates += [value for name, value in vars(module).items() if name.endswith("dropout")]
+    return any(rates)
+
+
+def _takes_masks(model: nn.Module) -> bool:
+    """Whether the model, or one that it wraps, names the mask: others would compute all logits and never look at it."""
+    takers = (module for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return any(_MASK in inspect.signature(type(module).forward).parameters for module in takers)

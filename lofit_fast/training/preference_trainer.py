@@ -1,0 +1,131 @@
+"""TRL's DPOTrainer, for any attachment: references that are given, one rejected answer per question and epoch, L1."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import FusedCausalLMOutput
+
+from lofit_fast.data.encode import IGNORED, pad_token_id
+from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.trainer import LofitTrainer, report_epochs
+
+
+class ReferencedDPOTrainer(DPOTrainer):
+    """DPOTrainer for data from `LofitHandle.reference_logprobs`, taken as it is.
+
+    Nothing is tokenized again, and no reference is computed, or loaded as a second model: TRL's own way would compute
+    it from the active model, adapter and all. Use it with DPOConfig(precompute_ref_log_probs=True). Sends no telemetry.
+    On a CPU logits are made for labelled tokens only, where TRL would make all; the loss is TRL's.
+    TRL puts a forward of its own on the model, which stays: take "forward" out of vars(model) afterwards.
+    """
+
+    def __init__(self, model: nn.Module, **options) -> None:
+        given = vars(model).get("forward", model.forward)
+        super().__init__(model=model, **options)
+        if next(model.parameters()).device.type == "cpu":
+            model.forward = _labelled_only(given)
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, *_):
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+class AttachmentDPOTrainer(ReferencedDPOTrainer):
+    """Trains an attachment's parameters on questions with several rejected answers.
+
+    pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
+    l1, on_epoch: as in `LofitTrainer`; so is the `penalty()` of an attachment that has one. Batches are of questions
+    of like length.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        pairs: Dataset,
+        draws: Sequence[Sequence[int]],
+        *,
+        l1: float,
+        on_epoch: Callable[[dict], None],
+        callbacks: Sequence[TrainerCallback],
+        args,
+        processing_class,
+    ) -> None:
+        self.handle, self.l1, self.on_epoch = attachment, l1, on_epoch
+        rows = list(pairs)
+        lengths = [max(map(_length, (rows[epoch[question]] for epoch in draws))) for question in range(len(draws[0]))]
+        self.sampler = GroupedByLength(lengths, args.per_device_train_batch_size, args.seed)
+        collate = DataCollatorForPreference(pad_token_id(processing_class))
+        super().__init__(
+            attachment.model,
+            args=args,
+            callbacks=callbacks,
+            processing_class=processing_class,
+            train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
+            # the sampler knows the epoch whose batches are being made
+            data_collator=lambda batch: collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch]),
+        )
+        report_epochs(self)
+
+    l1_term = LofitTrainer.l1_term
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, plus l1 * sum |a| and the penalty while training."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return loss
+        self.losses.add(loss.detach(), 1.0)
+        penalty = getattr(self.handle, "penalty", None)
+        return loss + self.l1_term() + (0.0 if penalty is None else penalty())
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+
+def _length(pair: dict) -> int:
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+def _labelled_only(given: Callable) -> Callable:
+    """A forward that answers TRL's fused_lm_head=True as TRL's own does, from the logits of labelled tokens alone.
+
+    given: the model's forward.
+    """
+
+    @functools.wraps(given)
+    def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **options):
+        if not fused_lm_head:
+            return given(*args, **options, labels=labels)
+        output = given(*args, **{**options, **keeping(labels)})
+        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels), **_watched(output.logits, labels))
+
+    return forward
+
+
+@torch.no_grad()
+def _watched(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What TRL logs of the labelled positions, 0 elsewhere: entropy, mean_logits, is_top1, each (B, S - 1)."""
+    following = labels[:, 1:]
+    mask, wide = following != IGNORED, logits.detach().flatten(0, -2).float()
+    norm = wide.logsumexp(1)
+    entropy = norm - ((wide - norm[:, None]).exp() * wide).sum(1)
+    rows = {
+        "entropy": entropy,
+        "mean_logits": wide.mean(1),
+        "is_top1": wide.argmax(1) == following[mask],
+    }
+    return {name: row.new_zeros(mask.shape).masked_scatter(mask, row) for name, row in rows.items()}

@@ -1,0 +1,1 @@
+"""Activations below the lowest tuned layer, computed once and kept."""

@@ -1,0 +1,74 @@
+"""What a finished run leaves to read: summary.json, heads.png, loss.png."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from lofit_fast.config import Recipe
+from lofit_fast.files import write_json
+from lofit_fast.plots import heads_map, loss_curves
+from lofit_fast.training.fit import FitResult
+
+
+def write_summary(
+    folder: Path | str, result: FitResult, *, model: str, task: str, recipe: Recipe, data_seed: int, **more: object
+) -> dict[str, object]:
+    """Write the summary and the plots into a run folder; returns the summary.
+
+    data_seed: of the draw that set the evaluation data aside. more: further keys of the summary.
+    """
+    folder = Path(folder)
+    summary = {
+        "model": model,
+        "task": task,
+        **{
+            f"accuracy_after_{stage}": values["exact_match"]
+            for stage, values in result.metrics.items()
+            if "exact_match" in values
+        },
+        "trainable_parameters": result.handle.n_parameters(),
+        "seconds": sum(values["seconds"] for values in result.metrics.values()),
+        **{key: result.metrics["tune"].get(key) for key in ("tokens_per_s", "examples_per_s", "peak_memory_bytes")},
+        "n_heads": len(result.heads),
+        "heads": [list(pair) for pair in result.heads],
+        **more,
+        "recipe": asdict(recipe),
+        "data_seed": data_seed,
+        "environment": environment(result.handle.model),
+    }
+    write_json(folder / "summary.json", summary)
+    title = f"{model}, {task}"
+    if result.scores is not None:
+        heads_map(result.scores, result.heads, folder / "heads.png", title)
+    if result.history:
+        loss_curves(result.history, folder / "loss.png", title)
+    return summary
+
+
+def data_seed_of(adapter: Path | str | None, otherwise: int = 42) -> int:
+    """The data seed of the run that an adapter folder lies in, so that what was held out is again; or `otherwise`."""
+    try:
+        return int(json.loads((Path(adapter).parent / "summary.json").read_text())["data_seed"])
+    # no adapter, no run around it, or one of something else
+    except (TypeError, OSError, ValueError, KeyError):
+        return otherwise
+
+
+def environment(model: torch.nn.Module) -> dict[str, str]:
+    """Where and with what a number was made."""
+    from lofit_fast import __version__
+
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "lofit_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

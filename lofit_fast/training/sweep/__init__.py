@@ -1,0 +1,1 @@
+"""Many trainings on one loaded base."""

@@ -1,0 +1,102 @@
+"""Every method's cell on a tiny model: the model comes back untouched, step 1 is shared, what changes it is caught."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.accuracy import execute
+from benchmarks.accuracy.fitting import FITTING
+from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS
+from benchmarks.accuracy.paper_cells import Cell, as_options
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import word_tokenizer
+
+pytest.importorskip("lofit_fast.selection.methods")
+pytest.importorskip("benchmarks.peers.rivals")
+
+CELL = Cell("tiny", "kinship", "zero_shot", 42, 12, 6, 1)
+LOFIT = replace(CELL, method="lofit", selector="lofit", options=as_options({"top": 3}))
+
+
+@pytest.fixture
+def executor(tmp_path, monkeypatch):
+    """One whose only model is a tiny Llama; `loads` counts."""
+    loads = []
+
+    def load(name, **_):
+        loads.append(name)
+        return tiny_model("llama", max_position_embeddings=512), word_tokenizer()
+
+    monkeypatch.setattr(execute, "load_model", load)
+    made = execute.Executor(None, tmp_path)
+    made.loads = loads
+    return made
+
+
+def test_every_method_runs_and_leaves_the_model_alone(executor):
+    for method, row in METHODS.items():
+        cell = replace(LOFIT if method == "lofit" else CELL, method=method)
+        result = executor(cell)
+        assert len(result["hits"]) == 6, method
+        assert result["metrics"]["exact_match"] == pytest.approx(sum(result["hits"]) / 6)
+        assert (result["n_parameters"] > 0) == row.tuned
+        assert result["seconds"]["cell"] > 0
+    assert executor.loads == ["tiny"]
+    assert {row.kind for row in METHODS.values()} == set(FITTING)
+
+
+def test_step1_is_run_once_for_all_its_cells(executor, monkeypatch):
+    from lofit_fast.selection import methods
+
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return methods.lofit(*arguments, **options)
+
+    monkeypatch.setitem(methods.SELECTORS, "lofit", counted)
+    few, many = (executor(replace(LOFIT, options=as_options({"top": top}))) for top in (2, 5))
+    assert many["heads"][:2] == few["heads"]
+    assert few["seconds"]["selection"] == many["seconds"]["selection"] > 0
+    # another number of offsets, as many as head_dim numbers a head
+    assert many["n_parameters"] * 2 == few["n_parameters"] * 5
+    assert calls == [1]
+    executor(replace(LOFIT, seed=43))
+    assert calls == [1, 1]
+
+
+def test_heads_of_another_task_and_other_selectors(executor):
+    borrowed = executor(replace(LOFIT, heads_from="kinship", heads_size=20))
+    assert len(borrowed["heads"]) == 3
+    chosen = {name: executor(replace(LOFIT, selector=name))["heads"] for name in SELECTOR_LABELS}
+    assert all(len(heads) == 3 for heads in chosen.values())
+
+
+def test_a_tuning_cell_and_another_task_to_be_judged_on(executor):
+    assert len(executor(replace(CELL, split="tuning"))["hits"]) == 6
+    result = executor(replace(CELL, outside=("kinship",), n_outside=4))
+    assert len(result["outside"]["kinship"]["hits"]) == 4
+
+
+def test_a_method_that_changes_the_model_is_caught(executor, monkeypatch):
+    def spoil(bench, cell):
+        next(bench.model.parameters()).data.add_(1.0)
+        return FITTING["majority"](bench, cell)
+
+    monkeypatch.setitem(FITTING, "base", spoil)
+    with pytest.raises(RuntimeError, match="zero_shot did not leave the model as it was"):
+        executor(CELL)
+    executor(replace(CELL, method="majority"))
+    assert executor.loads == ["tiny", "tiny"]
+
+
+def test_a_failed_cell_leaves_no_folder(executor, tmp_path, monkeypatch):
+    def fail(bench, cell):
+        bench.folder.mkdir(parents=True)
+        raise FloatingPointError("diverged")
+
+    monkeypatch.setitem(FITTING, "base", fail)
+    with pytest.raises(FloatingPointError):
+        executor(CELL)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert (tmp_path / ".gitignore").read_text() == "*\n"

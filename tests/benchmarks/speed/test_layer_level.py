@@ -1,0 +1,53 @@
+"""Op and layer level beside each other: who is timed, who is absent and why, and LoRA's product."""
+
+import pytest
+import torch
+
+from benchmarks.speed.cells import Options
+from benchmarks.speed.op import layer_level
+from benchmarks.speed.op.operators import EVERYONE, OTHERS, PROVIDERS, projection, step
+from benchmarks.speed.op.shapes import SHAPES
+
+
+def test_everyone_is_timed_or_absent_with_a_reason(monkeypatch):
+    monkeypatch.setattr(layer_level, "MODELS", ("toy",))
+    monkeypatch.setattr(layer_level, "T", 16)
+    # what needs a compiler takes seconds here
+    few = {name: one for name, one in EVERYONE.items() if one.needs is None}
+    monkeypatch.setattr(layer_level, "EVERYONE", few)
+    report = layer_level.measure(Options(None, 2, 8))
+    assert [(g["level"], g["setting"]) for g in report["groups"]] == [
+        (level, step) for level in ("projection", "layer") for step in ("step 1", "step 2")
+    ]
+    absent = {(row["provider"], row["step"]) for row in report["rows"]}
+    for group in report["groups"]:
+        where = f"{group['level']} of toy, {group['setting']}"
+        timed = {name for name, one in group["providers"].items() if one["ms"] > 0 and one["vs_floor"]["median"] > 0}
+        assert {"floor", "ours", "hook", "original loop", "LoRA"} <= timed
+        assert timed - {"the projection alone"} | {name for name in few if (name, where) in absent} == set(few)
+    reasons = {row["absent"] for row in report["rows"] if row["provider"] == "IA3"}
+    assert reasons == {"adapts other projections than this one: see the step level"}
+
+
+def test_lora_is_pefts():
+    peft = pytest.importorskip("peft")
+    p = projection("step 1", SHAPES["toy"], 9, torch.bfloat16, "cpu")
+    model = torch.nn.Sequential(torch.nn.Linear(p.shape.K, p.shape.N, bias=False)).bfloat16()
+    model[0].weight.data.copy_(p.weight)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"])
+    adapted = peft.get_peft_model(model, config)
+    layer = adapted.base_model.model[0]
+    for matrix, rows in zip((layer.lora_A, layer.lora_B), p.low_rank, strict=True):
+        matrix["default"].weight.data.copy_(rows)
+    y = adapted(p.z)
+    wanted = (p.z, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    expected = (y, *torch.autograd.grad(y, wanted, p.grad))
+    for got, right in zip(step(OTHERS["LoRA"], p), expected, strict=True):
+        assert got.dtype == right.dtype
+        torch.testing.assert_close(got, right, rtol=0, atol=0)
+
+
+def test_the_floor_trains_nothing():
+    p = projection("step 2", SHAPES["toy"], 9, torch.float32, "cpu")
+    assert len(step(PROVIDERS["floor"], p)) == 2
+    assert len(step(PROVIDERS["hook"], p)) == 3

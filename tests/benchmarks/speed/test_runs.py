@@ -1,0 +1,105 @@
+"""Whole runs, losses, memory, prefix and profile cells on a tiny model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.peers.provider import AS_RUN, SAME_ENGINE, Absent
+from benchmarks.speed.step import losses, peak_memory, prefix_speed, step_profile, whole_run
+from benchmarks.speed.step.rows import Row
+from benchmarks.speed.step.workload import task, workload
+from lofit_fast.cpu.attention import GROUPED
+from lofit_fast.data.pack import PackedCollator
+from lofit_fast.training import CompletionCollator
+from lofit_fast.training.engine import Engine
+from lofit_fast.training.prefix_cache.store import PrefixStore
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import word_tokenizer
+
+ENGINE = Engine(attention="eager", compile=False, packing=False)
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def work():
+    return workload(word_tokenizer(), None, SIZE)
+
+
+def tiny(**changes):
+    return tiny_model("llama", max_position_embeddings=512, initializer_range=0.2, **changes)
+
+
+@pytest.mark.parametrize("provider", whole_run.RUNS)
+def test_whole_runs_see_as_many_examples(work, provider):
+    report = whole_run.measure(provider, tiny(), word_tokenizer(), task(None, SIZE).train, work)
+    seen = [loss for stage in report["losses"].values() for loss in stage]
+    assert len(seen) == report["epochs"] == 4
+    assert report["seconds"] > 0
+    assert all(0 < loss < 20 for loss in seen)
+
+
+@pytest.mark.parametrize(("attention", "packing"), [("eager", False), ("eager", True), (GROUPED, True)])
+def test_our_losses_are_the_hooks(work, attention, packing, monkeypatch):
+    used, find = [], PrefixStore.find
+    monkeypatch.setattr(PrefixStore, "find", lambda store, ids: used.append(ids) or find(store, ids))
+    engine = replace(ENGINE, attention=attention, packing=packing)
+    report = losses.measure(tiny(), word_tokenizer(), task(None, SIZE).train, engine)
+    # in step 2, from the prefix cache
+    assert len(used) >= 2 * SIZE
+    assert report["difference"] < 1e-4
+    assert report["order_difference"] > 10 * report["difference"]
+    assert [len(found) for found in report["losses"].values()] == [4, 4, 4]
+
+
+def test_a_packed_batch_is_unpacked_as_it_was_padded(work):
+    padded = CompletionCollator(work.pad)(work.rows[:3])
+    lengths = padded["attention_mask"].sum(1).tolist()
+    packed = {
+        key: torch.cat([row[:n] for row, n in zip(padded[key], lengths, strict=True)])[None]
+        for key in ("input_ids", "labels")
+    }
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    again, plain = losses.as_stock(packed), losses.as_stock(padded)
+    assert again.keys() == plain.keys()
+    for key, expected in plain.items():
+        mask = plain["attention_mask"].bool()
+        assert torch.equal(again[key][mask], expected[mask]), key
+
+
+def test_a_batch_with_a_shared_beginning_is_unpacked_as_it_was_padded(work):
+    again = losses.as_stock(PackedCollator(work.pad)(work.rows[:3]))
+    plain = losses.as_stock(CompletionCollator(work.pad, pad_to_multiple_of=1)(work.rows[:3]))
+    mask = plain["attention_mask"].bool()
+    assert again["attention_mask"].equal(plain["attention_mask"])
+    assert all(again[key][mask].equal(plain[key][mask]) for key in ("input_ids", "labels"))
+
+
+def test_memory_counts_what_a_step_needs(work, monkeypatch):
+    monkeypatch.setattr(peak_memory, "settled_engine", lambda model, work: ENGINE)
+    report = peak_memory.measure(tiny(), work, Row("hook", AS_RUN, "step 2"), steps=2)
+    assert report["meter"] == "resident set"
+    assert report["first_peak"] > 0 and report["loaded"] > 0
+    assert report["steady_peak"] == report["first_peak"]
+    assert "steady_peak" in peak_memory.measure(tiny(), work, Row("ours", SAME_ENGINE, "step 1"), steps=2)
+
+
+def test_the_prefix_cache_is_timed_off_and_on(work):
+    pytest.importorskip("lofit_fast.training.prefix_cache.cache", reason="no prefix cache in this checkout")
+    report = prefix_speed.measure(tiny(num_hidden_layers=8), work, rounds=1, examples=8, engine=ENGINE)
+    assert [(row["provider"], row["check"]["ok"], len(row["seconds"])) for row in report["rows"]] == [
+        ("off", True, 1),
+        ("on", True, 1),
+    ]
+    assert report["fill_seconds"] > 0
+
+
+def test_the_profile_adds_up(work):
+    try:
+        report = step_profile.measure(tiny(), work, Row("ours", SAME_ENGINE, "step 1"), ENGINE)
+    except Absent as reason:
+        pytest.skip(str(reason))
+    # the rest is put under Python: what was counted twice would make it more than the whole
+    assert sum(report["kinds"].values()) == pytest.approx(report["seconds_per_step"], rel=0.05)
+    assert 0 < report["kinds"]["GEMM"] < report["seconds_per_step"]
+    assert report["row"] == "ours, step 1, same engine"

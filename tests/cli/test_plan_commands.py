@@ -1,0 +1,221 @@
+"""`plan`, `bench roofline`, `autotune`: what they say of models, devices and adapters, and what they leave behind."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import lofit_fast as lf
+from lofit_fast.cli.plan_commands import parse_heads
+from lofit_fast.models import op_paths
+from lofit_fast.models.load import ALIASES
+from lofit_fast.models.op_paths import Layer, layers_of, plan_layers, spread_heads
+from lofit_kernels import answers, roofline
+from lofit_kernels.dispatch import SMALL_SCALES, answers_for, plan, plan_for, use_answers
+from tests.cli.calling import as_json, call, error_of
+from tests.tiny_models import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
+
+# what step 1 takes in bfloat16 where nothing was measured
+DEFAULT = plan(has_scale=True, many_heads=True, dtype=torch.bfloat16, device_type="cuda")
+LLAMA = [Layer(layer, HEADS, HEAD_DIM, HIDDEN) for layer in range(LAYERS)]
+COMMANDS = (("plan",), ("autotune",), ("bench", "roofline"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny Llama's config and no weights."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing measured once the test is over."""
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
+    yield tmp_path
+    use_answers("cpu", {})
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_examples(command):
+    text = call(*command, "--help").stdout
+    assert f"lofit-fast {' '.join(command)}" in text
+    assert "Examples:" in text
+    assert "--json" in text
+
+
+def test_layers_of_a_family(family, tmp_path):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    head_dim = model.model.layers[0].self_attn.o_proj.in_features // HEADS
+    assert layers_of(str(tmp_path)) == [Layer(layer, HEADS, head_dim, HIDDEN) for layer in range(LAYERS)]
+
+
+def test_layers_of_reads_no_weights(folder):
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert layers_of(str(folder)) == LLAMA
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("alias", "row"), [("smollm2", "SmolLM2-135M"), ("gemma3-270m", "Gemma-3-270M")])
+def test_the_table_of_models_agrees_with_a_real_one(alias, row):
+    if ALIASES[alias].locate() is None:
+        pytest.skip(f"not installed: {ALIASES[alias].install}")
+    assert layers_of(alias) == layers_of(row)
+
+
+def test_layers_of_a_model_without_projections(tmp_path):
+    AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=2, vocab_size=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not supported"):
+        layers_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("top", "counts"), [(None, [0, 0, 0]), ("all", [4, 4, 4]), (1, [0, 0, 1]), (7, [2, 2, 3]), (0.5, [2, 2, 2])]
+)
+def test_spread_heads(top, counts):
+    assert spread_heads(top, LLAMA) == counts
+
+
+def test_spread_heads_over_layers_of_different_heads():
+    layers = [Layer(0, 2, 8, 16), Layer(1, 6, 8, 16)]
+    assert spread_heads(4, layers) == [1, 3]
+    assert spread_heads("all", layers) == [2, 6]
+
+
+@pytest.mark.parametrize("top", [0, 13, 0.0, 1.5, -1])
+def test_spread_heads_refuses(top):
+    with pytest.raises(ValueError, match="a count up to 12 or a fraction"):
+        spread_heads(top, LLAMA)
+
+
+def test_parse_heads():
+    assert [parse_heads(text) for text in (None, "all", "32", "0.1")] == [None, "all", 32, 0.1]
+    with pytest.raises(ValueError, match="'some'"):
+        parse_heads("some")
+
+
+def test_plan_layers_predicts_what_the_roofline_does():
+    rows = plan_layers(LLAMA, [4, 0, 0], [0, 2, 0], tokens=4096, dtype=torch.bfloat16, device="H100")
+    by_default = (DEFAULT.forward, DEFAULT.backward)
+    assert [(row["forward"], row["backward"]) for row in rows] == [by_default, ("fold", "fold"), ("base", "base")]
+    assert rows[0]["small_scales"] == SMALL_SCALES[DEFAULT.form, torch.bfloat16]
+    shape = roofline.Shape(4096, HIDDEN, HEADS, HEAD_DIM, n_scale=4)
+    assert rows[0]["ratio"] == roofline.predict(by_default, shape, roofline.DEVICES["H100"]).ratio
+    assert rows[0]["evidence"] == rows[1]["evidence"] == op_paths.EVIDENCE
+    assert "ratio" not in rows[2]
+
+
+def test_plan_layers_in_float32_takes_the_pass():
+    (row,) = plan_layers(LLAMA[:1], [4], [0], tokens=64, dtype=torch.float32, device="A100")
+    assert (row["forward"], row["small_scales"]) == ("pass", "every |a| acts")
+    assert row["ratio"] > 1
+
+
+def test_plan_layers_of_an_unknown_device():
+    with pytest.raises(ValueError, match="unknown device 'TPU': expected 'present' or one of A100"):
+        plan_layers(LLAMA, [1] * 3, [0] * 3, tokens=1, dtype=torch.bfloat16, device="TPU")
+
+
+def test_plan_command(folder):
+    report = as_json("plan", "--model", folder, "--tokens", 512, "--device", "H200")
+    assert [row["layer"] for row in report["layers"]] == [0, 1, 2]
+    assert {row["forward"] for row in report["layers"]} == {DEFAULT.forward}
+    assert report["dtype"] == "torch.bfloat16"
+    text = call("plan", "--model", folder, "--tokens", 512, "--device", "H200").stdout
+    assert "0-2" in text
+    assert op_paths.EVIDENCE in " ".join(text.split())
+    report = as_json(
+        "plan", "--model", folder, "--tokens", 512, "--scale", "6", "--offset", "0.5", "--dtype", "float32"
+    )
+    assert [(row["scaled"], row["shifted"]) for row in report["layers"]] == [(2, 2)] * 3
+
+
+def test_plan_command_for_an_adapter(folder, tmp_path):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(scale=[(0, 1)], offset=[(0, 1), (2, 0), (2, 3)]))
+    handle.save(tmp_path)
+    report = as_json("plan", "--model", folder, "--tokens", 64, "--adapter", tmp_path)
+    assert [(row["scaled"], row["shifted"]) for row in report["layers"]] == [(1, 1), (0, 0), (0, 2)]
+    assert "for another model" in error_of("plan", "--model", "Llama-3-8B", "--tokens", 64, "--adapter", tmp_path)
+    arguments = ("plan", "--model", folder, "--tokens", 64, "--adapter", tmp_path, "--scale", "all")
+    assert "got both" in error_of(*arguments)
+
+
+def test_plan_command_refuses(folder):
+    assert "unknown device 'T4'" in error_of("plan", "--model", folder, "--tokens", 8, "--device", "T4")
+    assert "'most'" in error_of("plan", "--model", folder, "--tokens", 8, "--scale", "most")
+    assert "no model folder" in error_of("plan", "--model", "./nowhere", "--tokens", 8)
+
+
+def test_bench_roofline_command():
+    report = as_json("bench", "roofline", "--device", "H100", "--device", "MI300X")
+    assert report["evidence"] == "prediction (roofline), not a measurement"
+    assert set(report["devices"]) == {"H100", "MI300X"}
+    assert {row["model"] for row in report["rows"]} == set(op_paths.MODELS)
+    for row in report["rows"]:
+        assert row["ratio"] == 1 if row["path"] == "floor" else row["ratio"] > 1
+    chosen = {(row["step"], row["path"]) for row in report["rows"] if row["chosen"]}
+    assert chosen == {("select", DEFAULT.forward), ("tune", "fold")}
+    # the counts are the shape's, whatever the device
+    seen = {}
+    for row in report["rows"]:
+        counts = (row["forward_bytes"], row["backward_bytes"], row["flops"])
+        assert seen.setdefault((row["model"], row["step"], row["path"]), counts) == counts
+
+
+def test_bench_roofline_prints_tables():
+    text = call("bench", "roofline", "--device", "B200").stdout
+    assert "B200, step 1" in text
+    # nothing is cut off in 80 columns
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\u2026" not in text
+    assert "Llama-3-70B" in text
+    assert "not a measurement" in " ".join(text.split())
+    assert "unknown device" in error_of("bench", "roofline", "--device", "T4")
+    assert "share of heads" in error_of("bench", "roofline", "--top", "2")
+
+
+def test_autotune_command_leaves_answers_that_are_used(folder, cache):
+    arguments = ("autotune", "--model", folder, "--tokens", 20, "--device", "cpu", "--dtype", "float32", "--rounds", 1)
+    report = as_json(*arguments, "--heads", "all", "--heads", "1")
+    assert report["file"] == str(cache / "autotune" / "cpu.json")
+    assert [row["case"]["share"] for row in report["answers"]] == [1.0, 0.25]
+    assert report["answers"][0]["ratio_to_default"].keys() == {"pass/aten/vendor", "delta/aten/vendor"}
+    kept = answers.read_answers("cpu")
+    assert kept == answers_for("cpu")
+    assert {str(path) for path in kept.values()} == {row["path"] for row in report["answers"]}
+    # another run adds to them
+    as_json(*arguments, "--tokens", 100, "--backend", "aten")
+    assert {case.tokens for case in answers.read_answers("cpu")} == {16, 64}
+    # and the op and the plan follow what is there
+    case = answers.key(torch.float32, HIDDEN, HEADS * HEAD_DIM, HEAD_DIM, HEADS, 20)
+    use_answers("cpu", {case: answers.Path("delta", "aten", "vendor")})
+    weight, scale = torch.empty(HIDDEN, HEADS * HEAD_DIM), torch.empty(HEADS, HEAD_DIM)
+    assert plan_for(30, weight, scale, "auto", "auto", "auto").form == "delta"
+    rows = plan_layers(LLAMA, [HEADS] * 3, [0] * 3, tokens=30, dtype=torch.float32)
+    if not torch.cuda.is_available():
+        assert {row["forward"] for row in rows} == {"delta"}
+        assert "measured" in rows[0]["why"]
+
+
+def test_autotune_command_measures_triton_paths(folder, cache):
+    if not torch.cuda.is_available():
+        pytest.importorskip("triton")
+    arguments = ("autotune", "--model", folder, "--tokens", 8, "--dtype", "float16", "--rounds", 1, "--device", "cpu")
+    (row,) = as_json(*arguments, "--backend", "aten", "--backend", "triton")["answers"]
+    if not torch.cuda.is_available():
+        assert row["refused"] == {}
+        assert {"delta/triton/fused", "delta/triton/vendor"} <= row["milliseconds"].keys()
+
+
+def test_autotune_command_prints_a_table(folder, cache):
+    text = call(
+        "autotune", "--model", folder, "--tokens", 8, "--device", "cpu", "--dtype", "float32", "--rounds", 1
+    ).stdout
+    assert "chosen" in text
+    assert "cpu.json" in text.replace("\n", "")
+
+
+def test_autotune_command_refuses(folder, cache):
+    assert "unknown backend ['cutlass']" in error_of("autotune", "--model", folder, "--backend", "cutlass")
+    assert list(cache.iterdir()) == []

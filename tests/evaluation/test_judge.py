@@ -1,0 +1,240 @@
+"""Greedy answers and scored candidates against one sequence at a time, without padding, batches or a cache."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.data.encode import encode_prompt
+from lofit_fast.evaluation.judge import (
+    constrained_accuracy,
+    exact_match_accuracy,
+    generate_answers,
+    judge,
+    score_candidates,
+)
+from lofit_fast.tasks import Example, Task
+from lofit_fast.tasks.task import MultipleChoice
+from tests.oracle import randomize
+from tests.tiny_models import FAMILIES, VOCAB, tiny_model
+from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
+
+# prompts shorter and longer than a sliding window of 8, in no order of length
+PROMPTS = ["abcdef", "q", "The quick brown fox jumps!", "x=1; y=2;", "a longer prompt than that", "zz"]
+# one begins another; one ends where another goes on
+CANDIDATES = [" yes", " y", "no", " yes, sir"]
+TOKENIZER = tiny_tokenizer()
+SLIDING = {"gemma2": {"sliding_window": 8}, "mistral": {"sliding_window": 8}}
+
+
+@pytest.fixture(
+    params=[*((name, {}) for name in FAMILIES), *SLIDING.items()], ids=lambda p: p[0] + "-sliding" * bool(p[1])
+)
+def model(request):
+    """Each family in turn, and those with sliding windows with one that prompts are longer than."""
+    name, changes = request.param
+    model = tiny_model(name, **changes)
+    _spread(model)
+    return model
+
+
+def _spread(model):
+    """Larger weights: answers that depend on the prompt, and logits far apart."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0 if "embed" not in name else 2.0)
+
+
+@torch.no_grad()
+def greedy(model, prompt, steps):
+    ids = encode_prompt(TOKENIZER, prompt)
+    new = []
+    while len(new) < steps and 2 not in new:
+        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    return TOKENIZER.decode(new, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def score(model, prompt, candidate):
+    start = encode_prompt(TOKENIZER, prompt)
+    end = [VOCABULARY[c] for c in candidate] + [2]
+    log_p = model(torch.tensor([start + end]), use_cache=False).logits[0].float().log_softmax(-1)
+    return sum(log_p[len(start) + i - 1, token] for i, token in enumerate(end))
+
+
+def naive_scores(model):
+    return torch.tensor([[score(model, prompt, c) for c in CANDIDATES] for prompt in PROMPTS])
+
+
+def test_answers_equal_one_prompt_at_a_time(model):
+    answers = generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=6, batch_size=4)
+    expected = [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert len(set(expected)) > 1
+    assert answers == expected
+
+
+def test_scores_equal_a_full_forward_each(model):
+    scores = score_candidates(model, TOKENIZER, PROMPTS, CANDIDATES)
+    expected = naive_scores(model)
+    assert (scores.shape, scores.dtype, scores.device.type) == (expected.shape, torch.float32, "cpu")
+    assert expected.std() > 1e-2
+    assert (scores - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_batches_change_nothing(llama, batch_size):
+    _spread(llama)
+    answers = generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4, batch_size=batch_size)
+    assert answers == [greedy(llama, prompt, 4) for prompt in PROMPTS]
+    scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES, max_tokens=16 * batch_size)
+    assert (scores - naive_scores(llama)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("folded_before", [False, True])
+def test_a_patched_model(llama, folded_before):
+    _spread(llama)
+    base = naive_scores(llama)
+    handle = lf.patch(llama, lf.LofitConfig(offset=[(0, 1), (2, 3)], scale=[(1, 0)]))
+    randomize(handle, std=1.0)
+    expected = naive_scores(llama)
+    texts = [greedy(llama, prompt, 4) for prompt in PROMPTS]
+    assert (expected - base).abs().max() > 1e-2
+    if folded_before:
+        with handle.folded():
+            answers = generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4)
+            scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES)
+    else:
+        answers = generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4)
+        scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES)
+    assert answers == texts
+    assert (scores - expected).abs().max() <= 1e-4
+    # no stale fold is left behind
+    assert all(layer.folded is None for layer in handle.layers.values())
+    with torch.no_grad():
+        handle.layers[0].offset.mul_(3.0)
+    assert (naive_scores(llama) - expected).abs().max() > 1e-3
+
+
+# what the rigged model says after a character; None is the end of the sequence
+NEXT = {"=": "b", "#": "c", "b": None, "c": None}
+
+
+def rigged():
+    """A Llama whose layers do nothing, so that the next token depends on the last one alone, by NEXT."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=8)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(128)[:VOCAB])
+        model.lm_head.weight.zero_()
+        for character, follower in NEXT.items():
+            model.lm_head.weight[2 if follower is None else VOCABULARY[follower], VOCABULARY[character]] = 1.0
+    return model
+
+
+EXAMPLES = [Example("q=", "b"), Example("qq#", "c"), Example("qqq=", "c"), Example("#", "d", ("B", "c"))]
+
+
+def test_exact_match_accuracy():
+    assert generate_answers(rigged(), TOKENIZER, ["q=", "#"]) == ["b", "c"]
+    assert exact_match_accuracy(rigged(), TOKENIZER, EXAMPLES, batch_size=3) == 0.75
+
+
+def test_constrained_accuracy():
+    # "bc" begins with the best token, but the end comes right after it
+    assert constrained_accuracy(rigged(), TOKENIZER, EXAMPLES, ["bc", "d", "b", "c"]) == 0.75
+    # without the right answer in the set, the best of the wrong ones
+    assert constrained_accuracy(rigged(), TOKENIZER, EXAMPLES[:2], ["d", "c"]) == 0.5
+
+
+def test_nothing_to_judge(llama):
+    assert generate_answers(llama, TOKENIZER, []) == []
+    with pytest.raises(ValueError, match="at least one example"):
+        exact_match_accuracy(llama, TOKENIZER, [])
+
+
+def test_nothing_to_judge_by_candidates(llama):
+    with pytest.raises(ValueError, match="at least one"):
+        constrained_accuracy(llama, TOKENIZER, [], CANDIDATES)
+    with pytest.raises(ValueError, match="candidate"):
+        score_candidates(llama, TOKENIZER, PROMPTS, [])
+
+
+def test_the_context_is_a_limit(llama):
+    # bos + 58 + 5 = 64, the whole context
+    assert len(generate_answers(llama, TOKENIZER, ["x" * 58], max_new_tokens=5)) == 1
+    with pytest.raises(ValueError, match=r"60 tokens and 5 more .* context of 64"):
+        generate_answers(llama, TOKENIZER, ["x", "x" * 59], max_new_tokens=5)
+    assert score_candidates(llama, TOKENIZER, ["x" * 58], ["yyyy"]).isfinite().all()
+    with pytest.raises(ValueError, match=r"60 tokens and 5 more .* context of 64"):
+        score_candidates(llama, TOKENIZER, ["x" * 59], ["y", "yyyy"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_put_back(llama, monkeypatch, training):
+    llama.train(training)
+    generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=1)
+    assert llama.training is training
+    score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES)
+    assert llama.training is training
+    modes = []
+
+    def failing(**options):
+        modes.append(llama.training)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(llama, "generate", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=1)
+    assert modes == [False]
+    assert llama.training is training
+
+
+def test_nothing_is_tracked(llama):
+    llama.requires_grad_(True)
+    assert not score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES).requires_grad
+
+
+def test_answers_are_greedy_whatever_the_model_was_saved_with(llama):
+    # as of models whose generation_config.json asks for sampling and for penalties
+    _spread(llama)
+    expected = [greedy(llama, prompt, 6) for prompt in PROMPTS]
+    llama.generation_config.update(do_sample=True, temperature=9.0, top_p=0.9, top_k=5, repetition_penalty=5.0)
+    assert generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=6) == expected
+
+
+def test_judge_by_exact_match():
+    judged = judge(rigged(), TOKENIZER, Task("t", [], EXAMPLES), batch_size=3)
+    assert judged.metrics == {"exact_match": 0.75}
+    assert judged.hits == [1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="at least one example"):
+        judge(rigged(), TOKENIZER, Task("t", EXAMPLES, []))
+
+
+def test_judge_by_choices(llama):
+    _spread(llama)
+    candidates = (" yes", " no", " maybe", " x")
+    shared = "Q: ab\nA: cd\n\n"
+    prompts = ["Q: e?\nA:", "Q: what?\nA:", "Q: q1?\nA:"]
+    rows = []
+    for prompt in prompts:
+        start = encode_prompt(TOKENIZER, shared + prompt)
+        # no end of sequence: the benchmark scores the answer's own tokens
+        ends = [[VOCABULARY[c] for c in text] for text in candidates]
+        with torch.no_grad():
+            log_p = [llama(torch.tensor([start + end])).logits[0].log_softmax(-1) for end in ends]
+        rows.append(
+            torch.stack([p[len(start) - 1 :][range(len(end)), end].sum() for p, end in zip(log_p, ends, strict=True)])
+        )
+    order = [row.argsort(descending=True).tolist() for row in rows]
+    # the best answer first, behind a correct one, and behind a wrong one
+    marked = [((order[0][0], order[0][3]), 0), ((order[1][0], order[1][1]), 1), ((order[2][1], order[2][3]), 0)]
+    choices = [
+        MultipleChoice(prompt, candidates, correct, correct[best])
+        for prompt, (correct, best) in zip(prompts, marked, strict=True)
+    ]
+    judged = judge(llama, TOKENIZER, Task("t", [], [], choices=tuple(choices), shared_prefix=shared))
+    assert judged.hits == [1.0, 1.0, 0.0]
+    share = sum(row.softmax(0)[list(c.correct)].sum() for row, c in zip(rows, choices, strict=True)) / 3
+    assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}

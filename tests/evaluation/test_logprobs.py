@@ -1,0 +1,98 @@
+"""DPO's reference of a patched model against an untouched copy of its base, one sequence at a time."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.data.encode import IGNORED, encode_prompt
+from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model, tokens
+from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
+
+datasets = pytest.importorskip("datasets")
+
+TOKENIZER = tiny_tokenizer()
+ROWS = {
+    "prompt": ["Q: ab? A:", "Q: ab? A:", "Q: who is it? A:", "x"],
+    "chosen": [" yes", " yes", " Ann of Rome", "y</s>"],
+    "rejected": [" no", " perhaps", " Bo", "zz"],
+}
+
+
+def spread(model):
+    """Logits far apart."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0 if "embed" not in name else 2.0)
+    return model
+
+
+@torch.no_grad()
+def log_p(model, prompt, answer):
+    """log p(answer, end | prompt) from full logits of one sequence."""
+    start = encode_prompt(TOKENIZER, prompt)
+    end = [VOCABULARY[c] for c in answer.removesuffix("</s>")] + [2]
+    rows = model(torch.tensor([start + end]), use_cache=False).logits[0].double().log_softmax(-1)
+    return sum(rows[len(start) - 1 + i, token] for i, token in enumerate(end)).item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_reference_equals_an_untouched_copy(family, batch_size):
+    model, copy = spread(tiny_model(family)), spread(tiny_model(family))
+    handle = lf.patch(model, lf.LofitConfig(scale="all", offset=[(0, 1), (2, 3)]))
+    randomize(handle, std=1.0)
+    done = handle.reference_logprobs(datasets.Dataset.from_dict(ROWS), TOKENIZER, batch_size=batch_size)
+    for side in ("chosen", "rejected"):
+        expected = [log_p(copy, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
+        active = [log_p(model, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
+        got = torch.tensor(done[f"ref_{side}_logps"], dtype=torch.float64)
+        assert (got - torch.tensor(active, dtype=torch.float64)).abs().min() > 1e-2
+        assert (got - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 1e-4
+    assert all(layer.enabled for layer in handle.layers.values())
+
+
+def test_reference_columns(llama):
+    handle = lf.patch(llama.train(), lf.LofitConfig(scale="all"))
+    # what is there already is replaced
+    given = datasets.Dataset.from_dict(ROWS | {"ref_chosen_logps": [0.0] * 4, "note": list("abcd")})
+    done = handle.reference_logprobs(given, TOKENIZER)
+    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert set(done.column_names) == {*ROWS, "note", *ids, "ref_chosen_logps", "ref_rejected_logps"}
+    assert done["note"] == list("abcd")
+    assert done["prompt_ids"][3] == [1, VOCABULARY["x"]]
+    # one end-of-sequence token, whether the text brought one or not
+    assert done["chosen_ids"][3] == [VOCABULARY["y"], 2]
+    assert done["rejected_ids"][3] == [VOCABULARY["z"]] * 2 + [2]
+    assert done["ref_chosen_logps"][0] == done["ref_chosen_logps"][1] < 0
+    assert llama.training
+
+
+def test_reference_errors(llama):
+    handle = lf.patch(llama, lf.LofitConfig(scale="all"))
+
+    def of(**columns):
+        return handle.reference_logprobs(datasets.Dataset.from_dict(ROWS | columns), TOKENIZER, max_length=20)
+
+    with pytest.raises(ValueError, match=r"columns prompt, chosen, rejected, got \['prompt', 'rejected'\]"):
+        handle.reference_logprobs(datasets.Dataset.from_dict(ROWS).remove_columns("chosen"), TOKENIZER)
+    with pytest.raises(ValueError, match="texts in the column chosen, got list"):
+        of(chosen=[[{"role": "assistant", "content": "a"}]] * 4)
+    with pytest.raises(ValueError, match="tokens long, the limit is 20"):
+        of()
+    with pytest.raises(ValueError, match="completion must hold some text"):
+        of(prompt=["a"] * 4, chosen=["</s>"] * 4)
+    handle.unpatch()
+    with pytest.raises(ValueError, match="has ended"):
+        of(prompt=["a"] * 4)
+
+
+def test_labelled_log_probs_in_their_places(llama):
+    ids = tokens(2, 7)
+    labels = ids.masked_fill(torch.tensor([[1, 1, 1, 0, 0, 0, 1], [0, 1, 0, 1, 1, 1, 1]]).bool(), IGNORED)
+    got = labelled_log_probs(llama(ids, **keeping(labels)), labels)
+    every = llama(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    expected = torch.where(labels[:, 1:] != IGNORED, every, 0.0)
+    assert (got - expected).abs().max() <= 1e-6
+    assert ((got != 0) == (labels[:, 1:] != IGNORED)).all()

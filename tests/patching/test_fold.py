@@ -1,0 +1,323 @@
+"""One fold per forward for all layers: the same numbers as layer by layer, under whatever runs a model."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import lofit_fast as lf
+from lofit_fast.patching import fold as model_fold
+from lofit_fast.patching.fold import decoder_of
+from lofit_kernels import aten
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model, tokens
+
+# layer 0 has both components, layer 1 heads with a gap, layer 2 a scale only
+CONFIG = lf.LofitConfig(scale=[(0, 0), (2, 1)], offset=[(0, 1), (0, 2), (1, 0), (1, 3)])
+
+
+def build(config=CONFIG, dtype=torch.float32, **changes):
+    model = tiny_model("llama", dtype, **changes)
+    handle = lf.patch(model, config)
+    randomize(handle)
+    return model, handle
+
+
+def loss(model, seed: int = 5):
+    ids = tokens(seed=seed)
+    return model(input_ids=ids, labels=ids).loss
+
+
+def gradients(handle) -> list:
+    return [None if p.grad is None else p.grad.clone() for p in handle.parameters()]
+
+
+def same(got, expected) -> bool:
+    return all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each fold and each backward of a fold was for, in order."""
+    seen = {"fold": [], "bwd": []}
+    for name in seen:
+        counted = getattr(aten, f"grouped_{name}")
+
+        def count(*args, name=name, counted=counted):
+            seen[name].append(len(args[0]))
+            return counted(*args)
+
+        monkeypatch.setattr(aten, f"grouped_{name}", count)
+    return seen
+
+
+def by_layer(dtype=torch.float32, seeds=(5,)) -> list:
+    """The gradients when every layer folds for itself."""
+    model, handle = build(dtype=dtype)
+    handle._fold.remove()
+    for seed in seeds:
+        loss(model, seed).backward()
+    return gradients(handle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_is_one_fold_and_one_backward_to_the_same_bits(calls, dtype):
+    model, handle = build(dtype=dtype)
+    loss(model).backward()
+    assert calls == {"fold": [2], "bwd": [2]}
+    assert same(gradients(handle), by_layer(dtype))
+    assert calls["fold"] == [2, 1, 1]
+
+
+def test_folding_belongs_to_its_forward(calls):
+    model, handle = build()
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.5)
+    before = loss(model)
+    before.backward()
+    optimizer.step()
+    # no version counter moves here
+    for parameter in handle.parameters():
+        parameter.data.mul_(1.5)
+    after = loss(model)
+    assert calls["fold"] == [2, 2]
+    handle._fold.remove()
+    assert torch.equal(loss(model), after) and not torch.equal(before, after)
+
+
+def test_folding_under_accumulation():
+    expected = by_layer(seeds=(5, 6))
+    model, handle = build()
+    for seed in (5, 6):
+        loss(model, seed).backward()
+    assert same(gradients(handle), expected)
+    model, handle = build()
+    # the sum of two gradients does not depend on their order
+    (loss(model, 5) + loss(model, 6)).backward()
+    for got, wanted in zip(gradients(handle), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_folding_under_activation_checkpointing(calls, reentrant):
+    expected = by_layer()
+    model, handle = build()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls["bwd"].clear()
+    loss(model).backward()
+    assert same(gradients(handle), expected)
+    # without a graph in the first run, each layer's second run has one of its own
+    assert calls["bwd"] == ([1, 1] if reentrant else [2])
+
+
+def test_folding_under_mixed_checkpointing_of_two_forwards():
+    expected = by_layer(seeds=(6, 5))
+    model, handle = build()
+    model.train()
+    model.enable_input_require_grads()
+    losses = []
+    for seed, reentrant in ((5, True), (6, False)):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        losses.append(loss(model, seed))
+    sum(losses).backward()
+    for got, wanted in zip(gradients(handle), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_folding_of_parts_of_the_model(calls):
+    model, handle = build()
+    hidden = torch.randn(2, 5, 64)
+    layer = handle.layers[1]
+    layer(hidden).sum().backward()
+    assert calls == {"fold": [1], "bwd": [1]}
+    assert handle.layers[0].offset.grad is None and layer.offset.grad is not None
+    # the decoder is called without its head
+    model.model(tokens()).last_hidden_state.sum().backward()
+    assert calls == {"fold": [1, 2], "bwd": [1, 2]}
+
+
+def test_folding_gives_no_gradient_to_layers_that_were_not_run(calls):
+    model, handle = build()
+    model.model.layers = model.model.layers[:1]
+    loss(model).backward()
+    assert calls == {"fold": [2], "bwd": [1]}
+    assert handle.layers[1].offset.grad is None and handle.layers[0].offset.grad is not None
+
+
+def test_folding_without_gradients_is_not_done(calls):
+    model, handle = build()
+    with torch.no_grad():
+        loss(model)
+    with torch.inference_mode():
+        loss(model)
+    model.generate(tokens(), max_new_tokens=2, do_sample=False)
+    with handle.folded():
+        loss(model)
+    with handle.disabled():
+        loss(model)
+    assert calls == {"fold": [], "bwd": []}
+
+
+def test_folding_inside_a_folded_scope_is_fresh_where_gradients_are(calls):
+    model, handle = build()
+    with handle.folded(), torch.enable_grad():
+        loss(model).backward()
+        assert all(at.folded is not None for at in handle.layers.values() if at.offset is not None)
+    assert calls["fold"] == [2]
+    assert same(gradients(handle), by_layer())
+
+
+def test_folding_skips_what_it_may_not_touch(calls):
+    model, handle = build()
+    handle.layers[0].base_layer.register_forward_hook(lambda *_: None)
+    handle.layers[2].enabled = False
+    loss(model).backward()
+    assert calls["fold"] == [1]
+    handle.layers[1].base_layer.weight.requires_grad_(True)
+    loss(model).backward()
+    # gradients of the weight run through the offset too: the op has both
+    assert calls["fold"] == [1]
+    assert handle.layers[1].base_layer.weight.grad is not None
+    handle.layers[1].base_layer.weight.requires_grad_(False)
+    handle.layers[1].offset.requires_grad_(False)
+    loss(model).backward()
+    assert calls["fold"] == [1]
+
+
+def test_folding_waits_for_weights_that_come_later(calls):
+    model, handle = build()
+    weight = handle.layers[0].base_layer.weight
+    kept = weight.detach().clone()
+
+    def gather(*_):
+        weight.untyped_storage().resize_(kept.numel() * kept.element_size())
+        weight.data.copy_(kept)
+
+    weight.untyped_storage().resize_(0)
+    model.model.layers[0].register_forward_pre_hook(gather)
+    loss(model).backward()
+    assert calls["fold"] == [1, 1]
+    assert same(gradients(handle), by_layer())
+
+
+def left_over(handle) -> list:
+    return [layer for layer in handle.layers.values() if layer.folded_with_graph is not None]
+
+
+def test_folding_ends_with_an_exception():
+    model, handle = build()
+    fail = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss(model)
+    assert left_over(handle) == []
+    fail.remove()
+    loss(model).backward()
+    assert same(gradients(handle), by_layer())
+
+
+def test_folding_keeps_no_graph_alive(monkeypatch):
+    model, handle = build()
+    graphs = []
+
+    def fold(*args):
+        folded = folding_of(*args)
+        graphs.extend(weakref.ref(bias) for bias in folded)
+        return folded
+
+    folding_of = model_fold.fold_offsets
+    monkeypatch.setattr(model_fold, "fold_offsets", fold)
+    result = loss(model)
+    assert left_over(handle) == []
+    del result
+    gc.collect()
+    assert len(graphs) == 2 and all(ref() is None for ref in graphs)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_folding_of_a_copy_is_its_own(twin_of, calls):
+    model, handle = build()
+    loss(model).backward()
+    twin = twin_of(model)
+    other = lf.handle_of(twin)
+    twin.zero_grad()
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    loss(twin).backward()
+    assert calls["fold"] == [2, 2]
+    assert same(gradients(handle), by_layer()) and not same(gradients(other), gradients(handle))
+    other.unpatch()
+    assert not twin.model._forward_pre_hooks and model.model._forward_pre_hooks
+    loss(model).backward()
+    assert calls["fold"][-1] == 2
+
+
+@pytest.mark.parametrize("end", ["unpatch", "merge"])
+def test_folding_ends_with_the_handle(calls, end):
+    model, handle = build()
+    getattr(handle, end)()
+    assert not model.model._forward_hooks and not model.model._forward_pre_hooks
+    model.requires_grad_(True)
+    loss(model).backward()
+    assert calls["fold"] == []
+
+
+def test_folding_under_a_wrapper(calls):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    model, handle = build()
+    loss(Wrapper(model)).backward()
+    # as an engine does that takes the forward and leaves the call
+    ids = tokens(seed=5)
+    model.forward(input_ids=ids, labels=ids).loss.backward()
+    assert calls == {"fold": [2, 2], "bwd": [2, 2]}
+    assert same(gradients(handle), by_layer(seeds=(5, 5)))
+
+
+def test_folding_leaves_replicas_alone(calls):
+    model, handle = build()
+    twin = copy.copy(model.model)
+    with torch.enable_grad():
+        twin(tokens())
+    # the replica's hooks are the original's, and layers fold for themselves
+    assert calls["fold"] == [1, 1]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_folding_compiles(dynamo, calls, whole):
+    expected = by_layer()
+    for seen in calls.values():
+        seen.clear()
+    model, handle = build()
+    # tracing is what is tested: one layer is as good as all, and nothing is lowered
+    if whole:
+        run = torch.compile(model, backend="eager", fullgraph=True)
+    else:
+        run = model
+        model.model.layers[1].compile(backend="eager", fullgraph=True)
+    loss(run).backward()
+    assert left_over(handle) == []
+    assert calls == {"fold": [2], "bwd": [2]}
+    for got, wanted in zip(gradients(handle), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["model.layers.0.self_attn.o_proj", "model.layers.2.self_attn.o_proj"], "model"),
+        (["model.layers.1.self_attn.o_proj"], "model.layers.1.self_attn"),
+    ],
+)
+def test_decoder_of(llama, names, expected):
+    assert decoder_of(llama, names) is llama.get_submodule(expected)

@@ -1,0 +1,131 @@
+"""What a handle does when the model around it is unusual, changed by others, or no longer its own."""
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from benchmarks.peers.hook import vectors_of
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model, tokens
+
+CONFIG = lf.LofitConfig(scale=[(1, 0)], offset=[(0, 1), (2, 3)])
+
+
+def hybrid():
+    """Attention in layers 1 and 3 only."""
+    import transformers
+
+    sizes = {name: 8 for name in ("linear_key_head_dim", "linear_value_head_dim")}
+    sizes |= {name: 16 for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "head_dim")}
+    sizes |= {name: 2 for name in ("linear_num_key_heads", "linear_num_value_heads", "num_experts")}
+    config = transformers.Qwen3NextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts_per_tok=1,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        mlp_only_layers=[0, 1, 2, 3],
+        **sizes,
+    )
+    return transformers.Qwen3NextForCausalLM(config).eval()
+
+
+def test_heads_of_a_hybrid_are_named_by_their_layer():
+    model = hybrid()
+    handle = lf.patch(model, lf.LofitConfig(scale="all"))
+    assert list(handle.layers) == [1, 3]
+    with torch.no_grad():
+        handle.layers[3].scale[2] = 5.0
+    (best,) = lf.select_heads(lf.head_scores(handle), top=1)
+    assert best == (3, 2)
+    handle.unpatch()
+    assert list(lf.patch(model, lf.LofitConfig(offset=[best])).layers) == [3]
+
+
+@pytest.mark.parametrize("end", ["unpatch", "merge"])
+def test_an_ended_handle_says_so(llama, tmp_path, end):
+    handle = lf.patch(llama, CONFIG)
+    getattr(handle, end)()
+    uses = [handle.unpatch, handle.merge, lambda: lf.export(handle, tmp_path), lambda: lf.verify_export(handle, "")]
+    for use in (*uses, handle.disabled().__enter__, handle.folded().__enter__):
+        with pytest.raises(ValueError, match="has ended"):
+            use()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_merging_what_cannot_be_saved_warns(family):
+    handle = lf.patch(tiny_model(family), CONFIG)
+    with pytest.warns(UserWarning, match="lofit_fast.export"):
+        handle.merge()
+
+
+def test_unpatch_keeps_what_was_put_around_the_base_since(llama):
+    from peft import LoraConfig, get_peft_model
+
+    handle = lf.patch(llama, CONFIG)
+    wrapped = get_peft_model(llama, LoraConfig(target_modules=["base_layer"], r=2, init_lora_weights=False)).eval()
+    with handle.disabled(), torch.no_grad():
+        expected = wrapped(tokens()).logits
+    handle.unpatch()
+    assert torch.equal(wrapped(tokens()).logits, expected)
+
+
+def test_unpatch_under_somebody_elses_wrapper_is_refused(llama):
+    handle = lf.patch(llama, CONFIG)
+    attention = llama.model.layers[1].self_attn
+    attention.o_proj = torch.nn.Sequential(attention.o_proj)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj has been replaced"):
+        handle.unpatch()
+    assert lf.handle_of(llama) is handle
+
+
+def test_offloaded_weights_are_patched_where_they_compute(llama):
+    from accelerate import cpu_offload
+
+    plain = lf.patch(tiny_model("llama"), CONFIG)
+    randomize(plain)
+    cpu_offload(llama, execution_device=torch.device("cpu"))
+    handle = lf.patch(llama, CONFIG)
+    assert {p.device.type for p in handle.parameters()} == {"cpu"}
+    randomize(handle)
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens()).logits, plain.model(tokens()).logits)
+
+
+def test_weights_that_are_nowhere_are_refused():
+    with pytest.raises(ValueError, match="meta device"):
+        lf.patch(tiny_model("llama").to("meta"), CONFIG)
+
+
+def test_heads_and_flags_survive_new_parameters(llama):
+    handle = lf.patch(llama, CONFIG)
+    before = {key: heads for key, (heads, _) in vectors_of(handle).items()}
+    llama.to_empty(device="cpu")
+    assert {key: heads for key, (heads, _) in vectors_of(handle).items()} == before
+    assert all(layer.offset_heads is None or layer.offset_heads.max() < 4 for layer in handle.layers.values())
+    handle.unpatch()
+    assert all(p.requires_grad for p in llama.parameters())
+
+
+def test_nested_folds_compute_once(llama, monkeypatch):
+    handle, folds = lf.patch(llama, CONFIG), []
+    import lofit_fast.patching.layer as layer
+
+    fold = layer.fold_offset
+    monkeypatch.setattr(layer, "fold_offset", lambda *a, **k: folds.append(1) or fold(*a, **k))
+    with handle.folded():
+        with handle.folded():
+            pass
+        assert all(at.folded is not None for at in handle.layers.values() if at.offset is not None)
+    assert len(folds) == 2
+    assert all(at.folded is None for at in handle.layers.values())
+
+
+def test_export_into_an_adapter_folder_is_refused(llama, tmp_path):
+    handle = lf.patch(llama, CONFIG)
+    handle.save(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter"):
+        lf.export(handle, tmp_path)

@@ -1,0 +1,83 @@
+"""What the tests of the prefix cache share: models with a prefix, sequences, and the scope under test."""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+import lofit_fast as lf
+from lofit_fast.data.encode import IGNORED
+from lofit_fast.training import CompletionCollator
+from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model, tokens
+
+COLLATE = CompletionCollator(0)
+HEADS = [(2, 1), (3, 0), (3, 3)]
+# four layers whose types differ by place. the window is shorter than the longest sequences; but longer than any
+# padding, since sdpa makes NaN of a query whose whole window is padding
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+WINDOW = {"sliding_window": 11, "layer_types": MIXED}
+CHANGES = {"gemma2": WINDOW, "gemma3": WINDOW}
+
+
+def rows(count=12):
+    """Sequences of 6 to 16 tokens."""
+    result = []
+    for seed in range(count):
+        ids = tokens(1, 6 + 3 * seed % 11, seed)[0].tolist()
+        result.append({"input_ids": ids, "labels": [IGNORED] * (len(ids) - 2) + ids[-2:]})
+    return result
+
+
+ROWS = rows()
+TOKENS = sum(len(row["input_ids"]) for row in ROWS)
+
+
+def deep(family="llama", dtype=torch.float32, **changes):
+    return tiny_model(family, dtype, num_hidden_layers=4, **{**CHANGES.get(family, {}), **changes})
+
+
+def tuned(model, heads=HEADS):
+    handle = lf.patch(model, lf.LofitConfig(offset=heads))
+    randomize(handle, 0.1)
+    return handle
+
+
+@contextmanager
+def cached(handle, folder, sequences=ROWS, gb=1.0, collator=COLLATE):
+    """The scope under test, in which its warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "prefix cache")
+        with prefix_cached(handle, sequences, collator, gb=gb, folder=folder) as with_states:
+            assert isinstance(with_states, PrefixCollator)
+            yield with_states
+
+
+def stores(folder):
+    return sorted(path.name for path in folder.glob("*") if (path / "index.json").is_file())
+
+
+def results(handle, batch):
+    """Logits and the gradient of their loss, in the model's dtype, as one vector each."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+    logits = handle.model(**inputs, use_cache=False).logits.flatten(0, -2)
+    loss = torch.nn.functional.cross_entropy(logits, batch["shift_labels"])
+    gradients = torch.autograd.grad(loss, list(handle.parameters()))
+    return logits.detach().flatten(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Passes:
+    """Counts the tokens, padding included, that go through each of a model's layers."""
+
+    def __init__(self, model):
+        self.tokens = [0] * len(model.model.layers)
+        for i, layer in enumerate(model.model.layers):
+            layer.register_forward_pre_hook(lambda module, args, i=i: self.add(i, args[0]))
+
+    def add(self, layer, states):
+        self.tokens[layer] += states.shape[:2].numel()
+
+    def take(self):
+        taken, self.tokens = self.tokens, [0] * len(self.tokens)
+        return taken

@@ -1,0 +1,232 @@
+"""DPO through TRL against its equation, step by step, and what is left behind."""
+
+import contextlib
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lofit_fast as lf
+from lofit_fast.data.encode import IGNORED, encode
+from lofit_fast.tasks.task import Example, Preference
+from lofit_fast.training.preferences import draw_rejected, fit_preferences, train_dpo
+from lofit_fast.training.profiling import ProfileSteps
+from tests.evaluation.test_logprobs import spread
+from tests.oracle import randomize
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+
+pytest.importorskip("trl")
+
+TOKENIZER = tiny_tokenizer()
+PREFERENCES = [
+    Preference(f"Q: {name}? A:", f" {name}.", tuple(f" {wrong}!" for wrong in "xyz"[: 1 + number % 3]))
+    for number, name in enumerate(("ab", "cde", "f", "ghij", "kl", "m"))
+]
+
+
+def log_p(model, prompt, answer):
+    row = encode(TOKENIZER, Example(prompt, answer), None)
+    ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+    rows = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    return rows.gather(1, ids[1:, None])[:, 0][labels[1:] != IGNORED].sum()
+
+
+def by_hand(model, handle, reference, lr, epochs, beta, l1):
+    """One step an epoch over all questions. Returns the losses."""
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=lr, weight_decay=0.0)
+    losses = []
+    for epoch, draws in enumerate(draw_rejected(PREFERENCES, epochs, 7)):
+        optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
+        margins = []
+        for preference, drawn in zip(PREFERENCES, draws, strict=True):
+            pair = (preference.chosen, preference.rejected[drawn])
+            with torch.no_grad():
+                base = [log_p(reference, preference.prompt, answer) for answer in pair]
+            ratios = [log_p(model, preference.prompt, a) - b for a, b in zip(pair, base, strict=True)]
+            margins.append(ratios[0] - ratios[1])
+        loss = -nn.functional.logsigmoid(beta * torch.stack(margins)).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        (loss + l1 * sum(layer.scale.abs().sum() for layer in handle.layers.values())).backward()
+        nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
+        optimizer.step()
+    return losses
+
+
+def test_train_dpo_follows_the_equation(tmp_path, monkeypatch):
+    import trl.trainer.dpo_trainer as theirs
+
+    # neither a second model nor a report to anyone
+    monkeypatch.setattr(theirs, "create_model_from_path", None)
+    monkeypatch.setattr("trl.trainer.base_trainer._BaseTrainer._send_telemetry", None)
+    ours, hand, base = (spread(tiny_model("llama", dtype=torch.float64)) for _ in range(3))
+    handles = [lf.patch(model, lf.LofitConfig(scale="all", seed=3)) for model in (ours, hand)]
+    for handle in handles:
+        randomize(handle, std=0.3)
+    options = {"lr": 2e-2, "epochs": 3, "beta": 0.7, "l1": 1e-2}
+    losses = by_hand(hand, handles[1], base, **options)
+    done = train_dpo(
+        handles[0], TOKENIZER, PREFERENCES, batch_size=6, seed=7, output_dir=tmp_path, progress=False, **options
+    )
+    assert done["loss"] == pytest.approx(losses, abs=1e-6)
+    assert done["seconds"] > 0
+    assert losses[0] != pytest.approx(0.6931, abs=1e-2)
+    for mine, theirs_ in zip(*(handle.parameters() for handle in handles), strict=True):
+        assert (mine - theirs_).abs().max() <= 1e-5
+
+
+class Shift(nn.Module):
+    """An attachment that is not ours: adds a vector to what a module puts out."""
+
+    def __init__(self, model):
+        super().__init__()
+        object.__setattr__(self, "model", model.requires_grad_(False))
+        self.vector, self.on = nn.Parameter(torch.full((32,), 0.5)), True
+        model.model.layers[1].mlp.register_forward_hook(lambda _, args, out: out + self.vector if self.on else out)
+        model.model.layers[1].shift = self
+
+    @contextlib.contextmanager
+    def disabled(self):
+        self.on = False
+        yield
+        self.on = True
+
+    def penalty(self):
+        return 100.0 * self.vector.square().sum()
+
+
+def test_train_dpo_of_any_attachment(tmp_path):
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shift = Shift(model)
+    untold = {"lr": 1e-2, "epochs": 1, "output_dir": tmp_path}
+    seen = []
+    done = train_dpo(
+        shift, TOKENIZER, PREFERENCES, lr=1e-2, epochs=2, batch_size=4, output_dir=tmp_path, on_epoch=seen.append,
+        progress=False,
+    )  # fmt: skip
+    assert [row["loss"] for row in seen] == done["loss"]
+    assert len(seen[0]["step_losses"]) == 2
+    # the penalty pulls all of it towards zero
+    assert (shift.vector < 0.5).all()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    # trainers would never see it
+    del model.model.layers[1].shift
+    with pytest.raises(ValueError, match="parameters in its model"):
+        train_dpo(shift, TOKENIZER, PREFERENCES, **untold)
+
+
+def test_train_dpo_leaves_the_model_as_it_was(tmp_path):
+    model, tokenizer = tiny_model("gemma2").train(), tiny_tokenizer()
+    tokenizer.pad_token = None
+    model.config.pad_token_id, model.config.use_cache = None, True
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    seen = (set(vars(model)), model.generation_config.pad_token_id, getattr(model, "model_tags", None))
+    train_dpo(handle, tokenizer, PREFERENCES[:2], lr=1e-2, epochs=1, output_dir=tmp_path, progress=False)
+    # every Trainer leaves the one, and a tag that is None is as good as none
+    assert set(vars(model)) - seen[0] <= {"_is_accelerate_prepared", "model_tags"}
+    assert (model.generation_config.pad_token_id, getattr(model, "model_tags", None)) == seen[1:]
+    assert (model.config.pad_token_id, model.config.use_cache, tokenizer.pad_token) == (None, True, None)
+    assert all(module.training for module in model.modules())
+
+
+def test_labelled_only_answers_as_trl_does():
+    from trl.trainer.utils import add_fused_lm_head
+
+    from lofit_fast.training.preference_trainer import _labelled_only
+
+    # with a soft cap on its logits
+    model = tiny_model("gemma2", seed=5)
+    ours = _labelled_only(model.forward)
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
+    add_fused_lm_head(model, outputs=names)
+    ids = torch.randint(3, 97, (3, 9))
+    given = {"input_ids": ids, "labels": ids.masked_fill(torch.rand(3, 9) < 0.6, IGNORED), "use_cache": False}
+    with torch.no_grad():
+        mine, theirs = ours(**given, fused_lm_head=True), model(**given, fused_lm_head=True)
+    for name in names:
+        assert (mine[name].float() - theirs[name].float()).abs().max() <= 2e-5, name
+    assert mine.log_probs.abs().sum() > 1
+
+
+def test_draw_rejected():
+    draws = draw_rejected(PREFERENCES, 40, 1)
+    assert draws[:3] == draw_rejected(PREFERENCES, 3, 1) != draw_rejected(PREFERENCES, 3, 2)
+    for number, preference in enumerate(PREFERENCES):
+        assert {epoch[number] for epoch in draws} == set(range(len(preference.rejected)))
+
+
+RECIPE = lf.Recipe(select_lr=5e-2, tune_lr=5e-2, select_epochs=1, tune_epochs=3, top=4, batch_size=3)
+
+
+def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    traced = {"callbacks": [ProfileSteps(tmp_path, warmup=0, steps=1)], "progress": False}
+    result = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, **traced)
+    assert {"select.md", "tune.md"} <= {path.name for path in (tmp_path / "profile").iterdir()}
+    assert lf.handle_of(model) is result.handle
+    assert (len(result.heads), result.scores.shape) == (4, (3, 4))
+    assert [(row["stage"], row["epoch"]) for row in result.history] == [
+        ("select", 1),
+        *(("tune", i) for i in (1, 2, 3)),
+    ]
+    assert result.history[-1]["loss"] < result.history[1]["loss"]
+    assert result.metrics["tune"].keys() == {"seconds", "tokens_per_s", "examples_per_s", "peak_memory_bytes"}
+    # an epoch goes over each question's chosen answer and one that is rejected, here all as long
+    answers = [(p.prompt, answer) for p in PREFERENCES for answer in (p.chosen, p.rejected[0])]
+    tokens = sum(len(encode(TOKENIZER, Example(*pair), None)["input_ids"]) for pair in answers)
+    for row in result.history:
+        assert row["examples_per_s"] * row["seconds"] == pytest.approx(len(PREFERENCES))
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(tokens)
+    assert json.loads((tmp_path / "state.json").read_text())["stage"] == "done"
+    margins = []
+    for scope in (contextlib.nullcontext(), result.handle.disabled()):
+        with scope, torch.no_grad():
+            margins.append(
+                [log_p(model, p.prompt, p.chosen) - log_p(model, p.prompt, p.rejected[0]) for p in PREFERENCES]
+            )
+    assert sum(margins[0]) > sum(margins[1])
+    # a finished run is only loaded
+    monkeypatch.setattr("lofit_fast.training.preferences.train_dpo", None)
+    tuned = [parameter.clone() for parameter in result.handle.parameters()]
+    result.handle.unpatch()
+    again = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(again.handle.parameters(), tuned, strict=True))
+    again.handle.unpatch()
+    with pytest.raises(ValueError, match="another beta"):
+        fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, beta=0.1)
+
+
+def test_fit_preferences_of_given_heads(tmp_path):
+    model = tiny_model("llama")
+    result = fit_preferences(
+        model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, heads=[(1, 2), (0, 0)], progress=False
+    )
+    assert (result.heads, result.scores, set(result.handle.layers)) == ([(1, 2), (0, 0)], None, {0, 1})
+
+
+def test_dpo_errors(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+
+    def fit(preferences=PREFERENCES, heads=None, **changes):
+        recipe = lf.Recipe(**{"batch_size": 2, **changes})
+        fit_preferences(model, TOKENIZER, preferences, recipe, output_dir=tmp_path / "run", heads=heads)
+
+    for wrong, message in (
+        ({"top": 13}, "asked for the top 13 heads"),
+        ({"heads": [(9, 0)]}, "heads the model does not have"),
+        ({"accumulation_steps": 2}, "got accumulation_steps=2, expected 1"),
+        ({"max_length": 9}, "the limit is 9"),
+        ({"preferences": []}, "expected preferences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(**wrong)
+        assert lf.handle_of(model) is None
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "lofit_fast.training.preference_trainer", raising=False)
+    monkeypatch.delattr("lofit_fast.training.preference_trainer", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "lofit-fast\[paper\]"'):
+        fit()

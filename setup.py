@@ -10,10 +10,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py
 
 TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
 BENCH = [*TRAIN, "peft>=0.21", "psutil", "pytest-benchmark>=5.3"]
-PAPER = [*TRAIN, "peft>=0.21", "trl>=1.16"]
-TEST = [*BENCH, *PAPER, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+PREFERENCES = [*TRAIN, "trl>=1.16"]
+TEST = [*BENCH, *PREFERENCES, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
-DEV = [*TEST, "pre-commit>=4", "ruff==0.17.6"]
+DEV = [*TEST, "import-linter>=2.17", "pre-commit>=4", "ruff==0.17.6"]
 
 setup(
     name="lofit-fast",
@@ -35,6 +35,6 @@ setup(
         "transformers>=5.23",
         "safetensors>=0.6",
     ],
-    extras_require={"train": TRAIN, "bench": BENCH, "paper": PAPER, "flash": FLASH, "test": TEST, "dev": DEV},
-    entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli.app:main"]},
+    extras_require={"train": TRAIN, "bench": BENCH, "preferences": PREFERENCES, "flash": FLASH, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli:main"]},
 )

@@ -3,9 +3,10 @@
 from importlib import import_module
 
 from lofit_fast.config import LofitConfig, Recipe
-from lofit_fast.heads import head_scores, select_heads
+from lofit_fast.heads import select_heads
+from lofit_fast.patching.export import export, verify_export
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
-from lofit_fast.patching.merge import export, verify_export
+from lofit_fast.patching.head_norms import head_scores
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,17 +16,28 @@ __all__ = [
     "Recipe",
     "export",
     "fit",
+    "fit_preferences",
     "handle_of",
     "head_scores",
+    "judge",
     "load",
+    "load_model",
     "patch",
+    "reference_logprobs",
     "select_heads",
     "verify_export",
 ]
 
 
-# these pull in transformers' Trainer: loaded when asked for, so that importing the package stays light
-_LATER = {"Engine": "lofit_fast.training.engine", "fit": "lofit_fast.training.fit"}
+# these pull in transformers: loaded when asked for, so that importing the package stays light
+_LATER = {
+    "Engine": "lofit_fast.training.engine",
+    "fit": "lofit_fast.training.fit",
+    "fit_preferences": "lofit_fast.training.fit",
+    "judge": "lofit_fast.evaluation.judge",
+    "load_model": "lofit_fast.models.load",
+    "reference_logprobs": "lofit_fast.evaluation.logprobs",
+}
 
 
 def __getattr__(name: str):

@@ -1,5 +1,5 @@
-"""`python -m lofit_fast.cli`, the same as `lofit-fast`."""
+"""`python -m lofit_fast.cli`, the same as `lofit-fast`: what torchrun starts."""
 
-from lofit_fast.cli.app import main
+from lofit_fast.cli import main
 
 main()

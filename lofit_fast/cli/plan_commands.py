@@ -1,23 +1,25 @@
-"""The commands about paths: `plan`, `bench roofline`, `autotune`. Registered in `cli.py`."""
+"""The commands about how the op is computed: `plan` and `autotune`."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from lofit_fast.cli.options import Device, Dtype, Json, parse_heads
 
 # heavy imports happen inside the commands: --help must be instant
 ModelName = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Alias, folder, .gguf file, hub id, or a row of `bench roofline`.", metavar="NAME"
+        "--model",
+        "-m",
+        help="Alias, folder, .gguf file, hub id, or a name such as Llama-3-8B.",
+        metavar="NAME",
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 HEADS_HELP = "all, a count (32) or a fraction (0.1) of the model's heads, taken as spread evenly over its layers."
 
 
@@ -35,7 +37,7 @@ def plan(
 ) -> None:
     """Per layer: the path that would run, why, what it does to small scales, and its predicted cost to the floor."""
     from lofit_fast.models import op_paths
-    from lofit_fast.models.load import as_dtype, best_device, best_dtype
+    from lofit_fast.models.device import as_dtype, best_device, best_dtype
 
     if adapter is not None and (scale is not None or offset is not None):
         raise ValueError("expected --adapter, or --scale and --offset, got both")
@@ -56,31 +58,6 @@ def plan(
     _show_plan(report)
 
 
-def bench_roofline(
-    device: Annotated[
-        list[str] | None,
-        typer.Option("--device", help="A100, H100, H200, B200, MI300X; may be repeated. Default: all."),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens per forward pass.", min=1)] = 4096,
-    top: Annotated[float, typer.Option(help="Share of heads that step 2 shifts.")] = 0.1,
-    as_json: Json = False,
-) -> None:
-    """Bytes, operations and predicted time of every path for real models' projections. No clock is involved."""
-    from dataclasses import asdict
-
-    from lofit_fast.models import op_paths
-    from lofit_kernels.roofline import DEVICES
-
-    names = device or list(DEVICES)
-    rows = op_paths.roofline_rows(names, tokens=tokens, top=top)
-    assumed = {name: asdict(DEVICES[name]) for name in names}
-    report = {"evidence": op_paths.EVIDENCE, "tokens": tokens, "top": top, "devices": assumed, "rows": rows}
-    if as_json:
-        print(json.dumps(report))
-        return
-    _show_roofline(report)
-
-
 def autotune(
     model: ModelName = "SmolLM2-135M",
     tokens: Annotated[list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024.")] = None,
@@ -92,7 +69,7 @@ def autotune(
         list[str] | None, typer.Option(help="aten, triton; may be repeated. Default: what the device computes with.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, of which the median counts.", min=1)] = 9,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -102,7 +79,7 @@ def autotune(
     under the torch and Triton that made it. It never brings in a form that loses small scales which the default keeps.
     """
     from lofit_fast.models import op_paths
-    from lofit_fast.models.load import as_device, as_dtype, best_device, best_dtype
+    from lofit_fast.models.device import as_device, as_dtype, best_device, best_dtype
     from lofit_kernels.answers import device_name, versions
     from lofit_kernels.dispatch import BACKENDS
 
@@ -112,7 +89,7 @@ def autotune(
     chosen = best_dtype(where) if dtype == "auto" else as_dtype(dtype)
     tops = [parse_heads(text) for text in heads or ["all"]]
     with Console(quiet=as_json).status("measuring") as status:
-        answers, file = op_paths.measure(
+        answers, file = op_paths.measure_paths(
             op_paths.layers_of(model),
             tops,
             tokens or [1024],
@@ -128,18 +105,6 @@ def autotune(
         print(json.dumps(report))
         return
     _show_answers(report)
-
-
-def parse_heads(text: str | None) -> str | int | float | None:
-    """ "all", "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
-    if text is None or text == "all":
-        return text
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    raise ValueError(f"expected heads to be 'all', a count like 32 or a fraction like 0.1, got {text!r}")
 
 
 def _show_plan(report: dict) -> None:
@@ -171,44 +136,6 @@ def _runs(rows: list[dict]) -> list[tuple[int, int]]:
         else:
             runs.append((index, index))
     return runs
-
-
-def _show_roofline(report: dict) -> None:
-    console, rows = Console(), report["rows"]
-    cells = {(row["device"], row["step"], row["model"], row["path"]): row for row in rows}
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    steps = {"select": "step 1, scales on all heads", "tune": f"step 2, offsets on {report['top']:.0%} of the heads"}
-    for step, title in steps.items():
-        paths = list(dict.fromkeys(row["path"] for row in rows if row["step"] == step))
-        for device in report["devices"]:
-            found = {model: [cells[device, step, model, path] for path in paths] for model in models}
-            table = _path_table(paths[1:], "plan", title=f"{device}, {title}: time to the floor's")
-            for model, row in found.items():
-                chosen = ", ".join(cell["path"] for cell in row if cell["chosen"])
-                table.add_row(model, *(f"{cell['ratio']:.2f}" for cell in row[1:]), chosen)
-            console.print(table)
-        # the counts are the same on every device
-        table = _path_table(paths, "10^9 flop", title=f"{title}: MB moved, operations (exact counts)")
-        for model, row in found.items():
-            moved = (f"{(cell['forward_bytes'] + cell['backward_bytes']) / 1e6:.0f}" for cell in row)
-            flops = dict.fromkeys(f"{cell['flops'] / 1e9:.0f}" for cell in row)
-            table.add_row(model, *moved, ", ".join(flops))
-        console.print(table)
-    console.print(
-        f"One output projection, forward and backward, {report['tokens']} tokens, bfloat16. Floor: the frozen "
-        f"projection. Of two numbers of operations the second is delta's. Ratios: {report['evidence']}.",
-        highlight=False,
-    )
-
-
-def _path_table(paths: list[str], last: str, title: str) -> Table:
-    table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for path in paths:
-        # a line per word keeps the columns of numbers narrow
-        table.add_column(path.replace(" ", "\n"), justify="right", no_wrap=True)
-    table.add_column(last, no_wrap=True)
-    return table
 
 
 def _show_answers(report: dict) -> None:

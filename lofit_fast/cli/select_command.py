@@ -1,4 +1,4 @@
-"""The command `select`: heads chosen one way or several, and what each way costs. Registered in `cli.py`."""
+"""The command `select`: heads chosen one way or several, and what each way costs."""
 
 import json
 import math
@@ -10,14 +10,31 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lofit_fast.config import RECIPES, Recipe
+from lofit_fast.cli.options import (
+    L1,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    MinLayer,
+    Model,
+    Seed,
+    SelectEpochs,
+    SelectLr,
+    TaskName,
+    Top,
+    TrainSize,
+    recipe_of,
+    task_name,
+)
 
 # heavy imports happen inside the command: --help must be instant
 METHODS = ("lofit", "random", "bias_norm", "iti_probe", "probing_layers", "saliency", "early_stop")
 
 
 def select(
-    model: Annotated[str, typer.Option("--model", "-m", help="As for train.", metavar="NAME")],
+    model: Model,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", help=f"{', '.join(METHODS)}; may be repeated, or all. Default: saliency."),
@@ -26,22 +43,22 @@ def select(
         Path | None,
         typer.Option("--output", "-o", help="heads.json, for train --heads; of several methods a folder of them."),
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", "-t", help="As for train.", metavar="NAME")] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="As for train.", metavar="PATH")] = None,
-    train_size: Annotated[int | None, typer.Option(help="Use this many training examples.")] = None,
-    top: Annotated[str | None, typer.Option(help="Heads to choose: a count (32) or a fraction (0.1).")] = None,
-    min_layer: Annotated[int | None, typer.Option(help="Choose heads of this layer and above only.")] = None,
-    select_lr: Annotated[float | None, typer.Option(help="Learning rate of the methods that train.")] = None,
-    l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")] = None,
-    select_epochs: Annotated[int | None, typer.Option(help="Epochs of the methods that train.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per batch.")] = None,
+    task: TaskName = None,
+    data: Data = None,
+    train_size: TrainSize = None,
+    top: Top = None,
+    min_layer: MinLayer = None,
+    select_lr: SelectLr = None,
+    l1: L1 = None,
+    select_epochs: SelectEpochs = None,
+    batch_size: BatchSize = None,
     reference: Annotated[
         Path | None, typer.Option(help="A heads.json to compare with. Default: lofit's choice, if it is a method.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 42,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Choose heads without tuning them: by LoFiT's step 1, by what it is compared with, or by one pass of gradients.
 
@@ -54,11 +71,9 @@ def select(
     from lofit_fast.tasks import load_task
 
     names = _methods(method)
-    name = task or ("kinship" if data is None else "completion")
+    name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
-    given |= {"min_layer": min_layer, "top": None if top is None else parse_top(top)}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    recipe = Recipe(**{**RECIPES.get(name, {}), "seed": seed, **chosen})
+    recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed)
@@ -80,18 +95,6 @@ def select(
         print(json.dumps({"model": model, "task": examples.name, "top": recipe.top, "methods": rows}))
         return
     Console().print(_table(rows, f"heads for {examples.name} on {model}"))
-
-
-def parse_top(text: str) -> int | float:
-    """ "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError for anything else."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"expected --top to be a count like 32 or a fraction like 0.1, got {text!r}") from None
 
 
 def _methods(asked: list[str] | None) -> list[str]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lofit_fast.cpu.packed_rows import gather, spread
+from lofit_fast.data.pack import GROUPED
 
-GROUPED = "lofit_grouped"
 # where no gradient is wanted, the fused kernel wins from so many queries on: 8 times at 700 x 700, and without scores
 _FUSED_FROM = 16
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.data.padding import padded, rectangle
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,11 @@ class CompletionCollator:
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Raises ValueError for a batch without a single label."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = longest if self.packed else -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        labels = torch.full((len(rows), width), IGNORED)
-        ids = torch.full((len(rows), width), self.pad_token_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[i, :length] = torch.tensor(row["input_ids"])
-            labels[i, :length] = torch.tensor(row["labels"])
-            mask[i, :length] = 1
+        multiple = 1 if self.packed else self.pad_to_multiple_of
+        ids, mask = padded([row["input_ids"] for row in rows], self.pad_token_id, multiple_of=multiple)
+        labels = rectangle([row["labels"] for row in rows], IGNORED, multiple_of=multiple)
         if self.packed:
-            real = mask.bool()
+            real, width = mask.bool(), ids.shape[1]
             # nothing predicts the first token of an example
             labels[:, 0] = IGNORED
             position = torch.arange(width).expand(len(rows), width)[real][None]

@@ -26,10 +26,7 @@ def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | No
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
     example = as_example(example)
     prompt = encode_prompt(tokenizer, example.prompt)
-    completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-    if not completion:
-        raise ValueError(f"an example has nothing to learn from: completion {example.completion!r} has no tokens")
-    ending = completion + [tokenizer.eos_token_id]
+    ending = [*encode_answer(tokenizer, example.completion), tokenizer.eos_token_id]
     length = len(prompt) + len(ending)
     if max_length is not None and length > max_length:
         raise ValueError(
@@ -60,6 +57,22 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")
     # some tokenizers close every text with an end token, after which nothing can be continued
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_bos else ids
+
+
+def encode_answer(tokenizer, answer: str) -> list[int]:
+    """An answer's token ids, without special tokens: they are tokenized apart from their prompt.
+
+    Raises ValueError when there is not a single token.
+    """
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ValueError(f"nothing to learn from or to score: {answer!r} has no tokens")
+    return ids
+
+
+def encode_pair(tokenizer, prompt: str, answer: str) -> list[int]:
+    """A prompt's token ids and its answer's, without an end-of-sequence token. Raises as the two do."""
+    return encode_prompt(tokenizer, prompt) + encode_answer(tokenizer, answer)
 
 
 def pad_token_id(tokenizer) -> int:

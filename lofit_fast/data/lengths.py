@@ -1,9 +1,10 @@
-"""Which examples share a batch: of like length, so that little is padding, in an order that stays random."""
+"""Which examples share a batch: of like length, so that little is padding."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 
 # lengths are blurred by up to this share, so that an epoch's batches are not the last epoch's
 _BLUR = 0.05
@@ -46,3 +47,19 @@ class GroupedByLength(Sampler[int]):
             longest = self.lengths[batches].amax(1).argmax()
             order = torch.cat((longest[None], order[order != longest]))
         return iter([*batches[order].flatten().tolist(), *left.tolist()])
+
+
+def longest_first(lengths: Sequence[int], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first, so that memory peaks at once. For passes without training.
+
+    Args:
+        lengths: tokens per row.
+        batch_size: rows per batch; the last may have fewer.
+        label, progress: of the bar that counts rows, and whether it is shown.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            yield batch
+            bar.update(len(batch))

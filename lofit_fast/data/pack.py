@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from lofit_fast.cpu.attention import GROUPED
 from lofit_fast.data.collate import CompletionCollator, kept
 from lofit_fast.data.encode import IGNORED, Encoded
-from lofit_fast.training.engine import Engine
 
+# the attention that reads packed rows, see `cpu.attention`
+GROUPED = "lofit_grouped"
 # a row of one token is a shape of its own to a compiler
 _FEWEST_SHARED = 2
 
@@ -73,13 +73,6 @@ class PackedCollator:
             ids += [self.pad_token_id] * more
             labels += [IGNORED] * more
             missing -= more
-
-
-def collator_of(engine: Engine, pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-    """The collator of a settled engine: one row and shared beginnings with GROUPED attention, one row, or padding."""
-    if engine.packing is True and engine.attention == GROUPED:
-        return PackedCollator(pad_token_id)
-    return CompletionCollator(pad_token_id, packed=engine.packing is True)
 
 
 def _shared(tokens: Sequence[Sequence[int]], following: Sequence[Sequence[int]]) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.cpu.attention import GROUPED
 from lofit_fast.data.encode import encode_prompt
+from lofit_fast.data.pack import GROUPED
 from lofit_fast.patching.architectures import ARCHITECTURES, text_config
 from lofit_fast.patching.handle import evaluating
 

@@ -1,13 +1,14 @@
 """Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from lofit_fast.data.encode import encode_prompt, pad_token_id
+from lofit_fast.data.encode import encode_answer, encode_prompt, pad_token_id
+from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.tasks.task import Example, Task, exact_match
@@ -67,10 +68,11 @@ def generate_answers(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_room(model, encoded, max_new_tokens)
     answers: list[str] = [""] * len(prompts)
-    greedy = _greedy(model, tokenizer, max_new_tokens)
+    greedy, device = _greedy(model, tokenizer, max_new_tokens), next(model.parameters()).device
     with evaluating(model):
-        for rows in _by_length(encoded, batch_size, "generating", progress):
-            ids, mask = pad_left([encoded[i] for i in rows], pad_token_id(tokenizer), _device(model))
+        for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
+            ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
+            ids, mask = ids.to(device), mask.to(device)
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
@@ -87,7 +89,7 @@ def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
 
 def answer_length(tokenizer, examples: Sequence[Example]) -> int:
     """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
-    return max([MAX_NEW_TOKENS, *(len(_ids(tokenizer, e.completion)) + 1 for e in examples)])
+    return max([MAX_NEW_TOKENS, *(len(encode_answer(tokenizer, e.completion)) + 1 for e in examples)])
 
 
 def score_candidates(
@@ -110,14 +112,6 @@ def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
     best = [candidates[int(i)] for i in scores.argmax(1)]
     return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
-
-
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, S) int64, padded on the left as generation wants it."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> Judgement:
@@ -162,20 +156,3 @@ def _greedy(model: nn.Module, tokenizer, max_new_tokens: int):
         no_repeat_ngram_size=0,
         min_length=0,
     )
-
-
-def _by_length(encoded: list[list[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
-    """Indices in batches of like length, the longest first, so that memory peaks at once."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
-            bar.update(len(order[start : start + batch_size]))
-
-
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import IGNORED, Encoded, encode, pad_token_id
+from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.padding import padded, rectangle
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.tasks.task import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lofit_fast.training.engine.attachment import Attachment
-
 TEXTS = ("prompt", "chosen", "rejected")
 
 
+class Switchable(Protocol):
+    """Something in a model that can be switched off for a while. `LofitHandle` is one."""
+
+    model: nn.Module
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A scope in which the model computes what the base computes."""
+
+
 def reference_logprobs(
-    attachment: Attachment,
+    attachment: Switchable,
     dataset: Dataset,
     tokenizer,
     *,
@@ -35,8 +44,8 @@ def reference_logprobs(
     dataset: of the `datasets` library, with the texts prompt, chosen and rejected. The columns added, or replaced:
     prompt_ids, chosen_ids, rejected_ids: token ids, prompt and answers tokenized apart, answers with an
     end-of-sequence token. ref_chosen_logps, ref_rejected_logps: log p(answer and end | prompt), summed over its tokens,
-    of the model as it is with the attachment disabled. TRL's collator reads exactly these; its own trainer would
-    tokenize again, and compute a reference from the active model: `training.dpo_trainer.ReferencedDPOTrainer` does not.
+    of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own trainer would
+    tokenize again and compute a reference from the active model; `preference_trainer.ReferencedDPOTrainer` does not.
     An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
     more than max_length tokens.
@@ -64,8 +73,10 @@ def log_probs(
     values = [0.0] * len(rows)
     device = next(model.parameters()).device
     with eval_mode(model):
-        for chosen in _by_length(rows, batch_size, progress):
-            ids, labels, mask = (part.to(device) for part in _padded([rows[i] for i in chosen], pad))
+        for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
+            ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
+            labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
+            ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
             logp = labelled_log_probs(model(input_ids=ids, attention_mask=mask, **keeping(labels)), labels)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
@@ -105,22 +116,3 @@ def _split(row: Encoded) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the answer)."""
     length = row["labels"].count(IGNORED)
     return row["input_ids"][:length], row["input_ids"][length:]
-
-
-def _by_length(rows: Sequence[Encoded], batch_size: int, progress: bool) -> Iterator[list[int]]:
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    with tqdm(total=len(order), desc="reference", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
-            bar.update(len(order[start : start + batch_size]))
-
-
-def _padded(rows: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, labels, mask), (B, S) int64, padded on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def filled(values: Sequence[list[int]], fill: int) -> Tensor:
-        return torch.tensor([value + [fill] * (width - len(value)) for value in values])
-
-    ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
-    return filled(ids, pad), filled(labels, IGNORED), filled([[1] * len(row) for row in ids], 0)

@@ -1,4 +1,4 @@
-"""What the op would do for a whole model and what that should cost: for `plan`, `bench roofline` and `autotune`."""
+"""What the op would do for a whole model and what that should cost: for `plan` and `autotune`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,13 +9,14 @@ import torch
 
 from lofit_fast.config import HeadSet
 from lofit_fast.files import write_json
-from lofit_fast.models.load import best_device, resolve
+from lofit_fast.models.device import best_device
+from lofit_fast.models.load import resolve
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.storage import read_adapter
 from lofit_kernels import answers, roofline
 from lofit_kernels.autotune import ROUNDS, Answer, autotune
 from lofit_kernels.dispatch import SMALL_SCALES, Plan, answers_for, is_many, plan, use_answers
-from lofit_kernels.roofline import DEVICES, PATHS, Device, Shape
+from lofit_kernels.roofline import DEVICES, Device, Shape
 
 EVIDENCE = "prediction (roofline), not a measurement"
 PRESENT = "present"
@@ -41,11 +42,6 @@ MODELS: dict[str, tuple[int, int, int, int]] = {
     "Gemma-7B": (28, 16, 256, 3072),
     "Llama-2-13B": (40, 40, 128, 5120),
     "Llama-3-70B": (80, 64, 128, 8192),
-}
-# the paths of each step that are worth a column
-STEP_PATHS = {
-    "select": ("hook", "compiled hook", "pass", "delta", "fused delta", "prologue"),
-    "tune": ("hook", "compiled hook", "fold"),
 }
 
 
@@ -156,32 +152,7 @@ def _device(name: str) -> tuple[str | None, str, Device | None]:
     return None, "cuda", DEVICES[name]
 
 
-def roofline_rows(
-    devices: Sequence[str], *, tokens: int, dtype: torch.dtype = torch.bfloat16, top: float = 0.1
-) -> list[dict]:
-    """Counts and predictions of one projection of every model on every device, by every path of both steps.
-
-    Step "select" scales all heads, step "tune" shifts the share `top` of them (at least one). `chosen` marks the path
-    that `plan` takes where nothing was measured. Raises ValueError for an unknown device or a top out of (0, 1].
-    """
-    if not 0 < top <= 1:
-        raise ValueError(f"expected a share of heads in (0, 1], got {top}")
-    rows = []
-    for name in devices:
-        _, kind, device = _device(name)
-        for model, (_, H, D, N) in MODELS.items():
-            shifted = max(1, round(top * H))
-            for step, heads in (("select", {"n_scale": H}), ("tune", {"n_offset": shifted})):
-                shape = Shape(tokens, N, H, D, **heads, itemsize=dtype.itemsize)
-                chosen = plan(has_scale=step == "select", many_heads=step == "select", dtype=dtype, device_type=kind)
-                for path in ("floor", *STEP_PATHS[step]):
-                    seen = asdict(roofline.predict(PATHS[path], shape, device))
-                    taken = PATHS[path] == (chosen.forward, chosen.backward)
-                    rows.append({"device": name, "model": model, "step": step, "path": path, **seen, "chosen": taken})
-    return rows
-
-
-def measure(
+def measure_paths(
     layers: Sequence[Layer],
     tops: Sequence[str | int | float],
     tokens: Sequence[int],

@@ -11,16 +11,14 @@ import torch
 from torch import nn
 
 from lofit_fast.config import HeadSet, LofitConfig
-from lofit_fast.evaluation.logprobs import reference_logprobs
-from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
+from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
 from lofit_fast.patching.merge import check_mergeable, merge_into_base
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
-from lofit_fast.patching.storage import check_fits, fill, read_adapter, save_adapter
+from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from torch.utils.hooks import RemovableHandle
 
 
@@ -80,18 +78,27 @@ class LofitHandle:
                 scopes.enter_context(layer.fold())
             yield
 
-    def reference_logprobs(self, dataset: Dataset, tokenizer, **options) -> Dataset:
-        """The data set with the base model's log-probabilities of its answers, for DPO with TRL.
+    def vectors(self) -> dict[tuple[str, int], nn.Parameter]:
+        """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each."""
+        return {
+            (component, number): vectors
+            for number, layer in self.layers.items()
+            for component in COMPONENTS
+            if (vectors := getattr(layer, component)) is not None
+        }
 
-        The adapter is disabled meanwhile, so that no second model is needed. dataset: of the `datasets` library, with
-        the texts prompt, chosen and rejected. See `reference.reference_logprobs` for the columns it gets, the options
-        (max_length, batch_size, progress) and the errors.
-        """
-        return reference_logprobs(self, dataset, tokenizer, **options)
+    def adapter(self) -> Adapter:
+        """What `save` writes; the tensors are the handle's own."""
+        base = getattr(text_config(self.model), "_name_or_path", "") or ""
+        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base)
+
+    def take(self, adapter: Adapter) -> None:
+        """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
+        fill(self.vectors(), adapter)
 
     def save(self, folder: Path | str) -> Path:
-        """Write the adapter folder; see `adapter.save_adapter`."""
-        return save_adapter(self, folder)
+        """Write the adapter folder; see `storage.save_adapter`."""
+        return save_adapter(self.adapter(), folder)
 
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
@@ -124,9 +131,9 @@ class LofitHandle:
         Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
         """
         self.check_live()
-        check_mergeable(self)
+        check_mergeable(self.model, self.layers, self.projections)
         self.unpatch()
-        merge_into_base(self)
+        merge_into_base(self.model, self.layers, self.projections)
         return self.model
 
     def _attach(self) -> None:
@@ -175,7 +182,7 @@ def load(model: nn.Module, folder: Path | str) -> LofitHandle:
     check_fits(adapter, fingerprint(model, find_projections(model)))
     handle = patch(model, adapter.config)
     try:
-        fill(handle, adapter)
+        handle.take(adapter)
     except ValueError:
         handle.unpatch()
         raise

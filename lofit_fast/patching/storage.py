@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +13,7 @@ from torch import Tensor
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.files import whole_folder, write_json
-from lofit_fast.patching.architectures import Fingerprint, architecture_of, text_config
-
-if TYPE_CHECKING:
-    from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.architectures import ARCHITECTURES, GENERIC, Fingerprint
 
 FORMAT_VERSION = 1
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -26,7 +22,7 @@ COMPONENTS = ("scale", "offset")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read from disk: its config, its tensors by (component, layer), and the base model it is for."""
+    """An adapter as it is on disk: its config, its tensors by (component, layer), and the base model it is for."""
 
     config: LofitConfig
     tensors: dict[tuple[str, int], Tensor]
@@ -34,30 +30,29 @@ class Adapter:
     base_model: str
 
 
-def save_adapter(handle: LofitHandle, folder: Path | str) -> Path:
-    """Write the handle's vectors as an adapter folder, whole or not at all. Returns the folder.
+def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
+    """Write an adapter folder, whole or not at all. Returns the folder.
 
     Tensors are named "layers.<n>.<projection>.<component>", (heads in that layer, D) in their own dtype, float32
     or float64, rows by ascending head.
     Raises OSError when the folder cannot be written.
     """
-    config, projection = handle.config, architecture_of(handle.model).projection
+    config = adapter.config
     description = {
         "peft_type": "LOFIT",
         "task_type": "CAUSAL_LM",
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": getattr(text_config(handle.model), "_name_or_path", "") or "",
-        "fingerprint": handle.fingerprint.as_dict(),
+        "base_model_name_or_path": adapter.base_model,
+        "fingerprint": adapter.fingerprint.as_dict(),
         "scale": config.scale,
         "offset": config.offset,
         "init_std": config.init_std,
         "seed": config.seed,
     }
+    projection = ARCHITECTURES.get(adapter.fingerprint.model_type, GENERIC).projection
     tensors = {
         f"layers.{number}.{projection}.{component}": vectors.detach().cpu().contiguous()
-        for number, layer in handle.layers.items()
-        for component in COMPONENTS
-        if (vectors := getattr(layer, component)) is not None
+        for (component, number), vectors in adapter.tensors.items()
     }
     with whole_folder(folder) as scratch:
         save_file(tensors, scratch / TENSOR_FILE, metadata={"format": "pt"})
@@ -98,17 +93,12 @@ def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
 
 
 @torch.no_grad()
-def fill(handle: LofitHandle, adapter: Adapter) -> None:
-    """Copy the adapter's tensors into a handle of the same config, all or none.
+def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
+    """Copy the adapter's tensors into those of a model, all or none.
 
+    wanted: the model's, by (component, layer).
     Raises ValueError, before anything is written, when a tensor is missing, unknown or of another shape.
     """
-    wanted = {
-        (component, number): vectors
-        for number, layer in handle.layers.items()
-        for component in COMPONENTS
-        if (vectors := getattr(layer, component)) is not None
-    }
     shapes = {key: tuple(vectors.shape) for key, vectors in wanted.items()}
     got = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
     if shapes != got:

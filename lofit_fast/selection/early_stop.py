@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from transformers import TrainerCallback
 
 from lofit_fast.config import Head, check_top
-from lofit_fast.heads import head_scores, jaccard, select_heads
+from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.patching.handle import LofitHandle, handle_of
+from lofit_fast.patching.head_norms import head_scores
 
 
 @dataclass
@@ -38,9 +39,10 @@ class SettledHeads(TrainerCallback):
             raise ValueError(f"expected threshold in (0, 1] and patience >= 1, got {self.threshold}, {self.patience}")
 
     @property
-    def settings(self) -> dict[str, int | float | None]:
-        """What decides when it stops."""
-        return {name: getattr(self, name) for name in ("top", "min_layer", "every", "threshold", "patience")}
+    def identity(self) -> dict[str, object]:
+        """What decides when it stops: runs that differ in it are different runs, see `fit`."""
+        settings = ("top", "min_layer", "every", "threshold", "patience")
+        return {"early_stop": {name: getattr(self, name) for name in settings}}
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """A training begins: is it one of scales?"""

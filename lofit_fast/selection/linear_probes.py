@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.data.encode import encode_prompt, pad_token_id
+from lofit_fast.data.encode import encode_pair, pad_token_id
+from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.tasks.contrast import Contrast
 
-FOLDS = 5
+SPLITS = 5
 _ITERATIONS, _HALVINGS = 50, 20
 # of the features that are fitted at a time, in float64
 _CHUNK_BYTES = 2**27
@@ -43,55 +45,61 @@ def head_activations(
     sizes = {p.head_dim for p in projections}
     if len(sizes) > 1:
         raise ValueError(f"expected heads of one size in all layers, got head_dim {sorted(sizes)}")
-    encoded = [_encoded(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    encoded = [encode_pair(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
     check_room(model, encoded, 0)
     shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
     activations = torch.full(shape, math.nan)
     device = next(model.parameters()).device
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    with (
-        evaluating(model),
-        _LastInputs({p.layer: p.module for p in projections}) as inputs,
-        tqdm(total=len(order), desc="activations", disable=not progress, leave=False) as bar,
-    ):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = _pad_right([encoded[i] for i in rows], pad_token_id(tokenizer), device)
+    lengths = [len(row) for row in encoded]
+    with evaluating(model), _LastInputs({p.layer: p.module for p in projections}) as inputs:
+        for rows in longest_first(lengths, batch_size, "activations", progress):
+            ids, mask = (x.to(device) for x in padded([encoded[i] for i in rows], pad_token_id(tokenizer)))
             inputs.last = mask.sum(1) - 1
             # one position of logits, which nobody reads
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
             for p in projections:
                 z = inputs.taken.pop(p.layer).float().cpu()
                 activations[rows, p.layer, : p.n_heads] = z.view(len(rows), p.n_heads, p.head_dim)
-            bar.update(len(rows))
     return activations, torch.tensor([True, False]).repeat(len(contrasts))
 
 
 def probe_accuracy(
-    activations: Tensor, labels: Tensor, *, folds: int = FOLDS, l2: float = 1.0, seed: int = 42, progress: bool = False
+    activations: Tensor,
+    labels: Tensor,
+    *,
+    splits: int = SPLITS,
+    l2: float = 1.0,
+    seed: int = 42,
+    progress: bool = False,
 ) -> Tensor:
     """Held-out accuracy of a logistic probe per head: (layers, heads) float32. ITI's scores (arXiv:2306.03341).
 
     activations, labels: as `head_activations` gives them, the two answers to a question in consecutive rows. Questions
-    are dealt into `folds` at random; every answer is judged by a probe fitted to the other folds, on features brought
+    are dealt into `splits` at random; every answer is judged by a probe fitted to the other splits, on features brought
     to mean 0 and deviation 1 there. The share of right judgements is taken over all answers. Heads the model does not
     have score minus infinity.
-    Raises ValueError for shapes that do not fit, or fewer questions than folds.
+    Raises ValueError for shapes that do not fit, or fewer questions than splits.
     """
-    heads = _checked(activations, labels, folds).flatten(1, 2).transpose(0, 1)
-    accuracy = _held_out_accuracy(heads, labels, folds, l2, seed, "probing heads", progress)
+    heads = _checked(activations, labels, splits).flatten(1, 2).transpose(0, 1)
+    accuracy = _held_out_accuracy(heads, labels, splits, l2, seed, "probing heads", progress)
     return accuracy.view(activations.shape[1:3])
 
 
 def layer_probe_accuracy(
-    activations: Tensor, labels: Tensor, *, folds: int = FOLDS, l2: float = 1.0, seed: int = 42, progress: bool = False
+    activations: Tensor,
+    labels: Tensor,
+    *,
+    splits: int = SPLITS,
+    l2: float = 1.0,
+    seed: int = 42,
+    progress: bool = False,
 ) -> Tensor:
     """As `probe_accuracy`, with one probe per layer on all its heads side by side: (layers,) float32."""
-    layers = _checked(activations, labels, folds).flatten(2).transpose(0, 1)
+    layers = _checked(activations, labels, splits).flatten(2).transpose(0, 1)
     # a layer with fewer heads than others is still a layer
     present = ~layers.isnan().all(2).all(1)
     layers = layers.nan_to_num().where(present[:, None, None], math.nan)
-    return _held_out_accuracy(layers, labels, folds, l2, seed, "probing layers", progress)
+    return _held_out_accuracy(layers, labels, splits, l2, seed, "probing layers", progress)
 
 
 def fit_probes(features: Tensor, labels: Tensor, l2: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -144,10 +152,10 @@ def fit_probes(features: Tensor, labels: Tensor, l2: float = 1.0) -> tuple[Tenso
     return (weights if basis is None else (basis @ weights[..., None])[..., 0]), w[:, -1]
 
 
-def fold_of(n_questions: int, folds: int, seed: int) -> Tensor:
-    """The fold of every question, (n,) int64: sizes differ by one at most, drawn from the seed."""
+def split_of(n_questions: int, splits: int, seed: int) -> Tensor:
+    """The split of every question, (n,) int64: sizes differ by one at most, drawn from the seed."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.arange(n_questions).remainder(folds)[torch.randperm(n_questions, generator=draw)]
+    return torch.arange(n_questions).remainder(splits)[torch.randperm(n_questions, generator=draw)]
 
 
 class _LastInputs(ExitStack):
@@ -169,18 +177,18 @@ class _LastInputs(ExitStack):
         return take
 
 
-def _held_out_accuracy(features, labels, folds: int, l2: float, seed: int, label: str, progress: bool) -> Tensor:
+def _held_out_accuracy(features, labels, splits: int, l2: float, seed: int, label: str, progress: bool) -> Tensor:
     """(P,) float32 on the CPU for features (P, 2n, F); minus infinity where they are NaN."""
     labels = labels.to(features.device)
-    fold = fold_of(len(labels) // 2, folds, seed).repeat_interleave(2).to(features.device)
+    split = split_of(len(labels) // 2, splits, seed).repeat_interleave(2).to(features.device)
     accuracy = torch.full((len(features),), -math.inf)
     known = (~features.isnan().any(2).any(1)).nonzero()[:, 0]
-    with tqdm(total=folds * len(known), desc=label, disable=not progress, leave=False) as bar:
+    with tqdm(total=splits * len(known), desc=label, disable=not progress, leave=False) as bar:
         for chunk in known.split(max(1, _CHUNK_BYTES // (8 * features[0].numel()))):
             part = features[chunk].double()
             hits = torch.zeros(len(chunk), dtype=torch.int64, device=features.device)
-            for held_out in range(folds):
-                inside, outside = fold != held_out, fold == held_out
+            for held_out in range(splits):
+                inside, outside = split != held_out, split == held_out
                 mean, spread = (f(part[:, inside], 1, keepdim=True) for f in (torch.mean, torch.std))
                 # a feature that never changes tells nothing
                 spread = spread.where(spread > 1e-7 * mean.abs(), math.inf)
@@ -193,7 +201,7 @@ def _held_out_accuracy(features, labels, folds: int, l2: float, seed: int, label
     return accuracy
 
 
-def _checked(activations: Tensor, labels: Tensor, folds: int) -> Tensor:
+def _checked(activations: Tensor, labels: Tensor, splits: int) -> Tensor:
     if activations.dim() != 4 or labels.shape != activations.shape[:1] or len(labels) % 2:
         raise ValueError(
             "expected activations (2n, layers, heads, D) and labels (2n,), got "
@@ -201,21 +209,6 @@ def _checked(activations: Tensor, labels: Tensor, folds: int) -> Tensor:
         )
     if labels.dtype != torch.bool or (labels[::2] == labels[1::2]).any():
         raise ValueError("expected bool labels, a right and a wrong answer in every two consecutive rows")
-    if not 2 <= folds <= len(labels) // 2:
-        raise ValueError(f"expected folds from 2 to the {len(labels) // 2} questions there are, got {folds}")
+    if not 2 <= splits <= len(labels) // 2:
+        raise ValueError(f"expected splits from 2 to the {len(labels) // 2} questions there are, got {splits}")
     return activations
-
-
-def _encoded(tokenizer, prompt: str, answer: str) -> list[int]:
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"an answer has no tokens: {answer!r} to {prompt[:60]!r}")
-    return encode_prompt(tokenizer, prompt) + ids
-
-
-def _pad_right(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, S) int64."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask

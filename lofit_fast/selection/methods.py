@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.heads import probing_layer_scores, random_scores, saliency_scores, select_heads
+from lofit_fast.heads import select_heads
 from lofit_fast.patching.handle import patch
 from lofit_fast.selection.early_stop import SettledHeads
 from lofit_fast.selection.linear_probes import head_activations, layer_probe_accuracy, probe_accuracy
+from lofit_fast.selection.scores import probing_layer_scores, random_scores, saliency_scores
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Task
-from lofit_fast.training.fit import Component
+from lofit_fast.training.fit import Component, select_by_training
 from lofit_fast.training.objectives import objective_of
 
 
@@ -72,11 +73,10 @@ def saliency(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=Fa
     recipe = replace(recipe, seed=seed)
 
     def scores() -> Tensor:
+        data = objective_of(task).encoded(model, tokenizer, recipe.max_length)
         handle = patch(model, LofitConfig(scale="all", init_std=0.0))
         try:
-            return saliency_scores(
-                handle, objective_of(task).losses(model, tokenizer, task, recipe, progress), recipe.l1
-            )
+            return saliency_scores(handle, data.losses(recipe, progress), recipe.l1)
         finally:
             handle.unpatch()
 
@@ -139,6 +139,9 @@ def _trained(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Selection:
     recipe = replace(recipe, seed=seed)
-    step1 = objective_of(task).step1
-    scores, seconds = step1(model, tokenizer, task, recipe, component, output_dir, callbacks, progress)
-    return Selection(select_heads(scores, recipe.top, recipe.min_layer), scores, seconds)
+    # judged by nothing: the choice is all that is wanted
+    objective = objective_of(replace(task, validation=[]))
+    how = {"component": component, "callbacks": callbacks, "progress": progress}
+    run = select_by_training(model, tokenizer, objective, recipe, output_dir=output_dir, **how)
+    heads = select_heads(run.scores, recipe.top, recipe.min_layer)
+    return Selection(heads, run.scores, run.metrics["select"]["seconds"])

@@ -1,5 +1,8 @@
-"""The arguments of a Trainer, alike for every method: AdamW's rate falling linearly to 0, no decay, no reporting."""
+"""How one training goes: its schedule, and the arguments that transformers' trainers take of it."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -7,33 +10,77 @@ from torch import nn
 from transformers import TrainingArguments
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW without decay (0.9, 0.999), its rate falling linearly to 0 without warm-up, gradients clipped.
+
+    Args:
+        lr: the rate of the first step.
+        epochs: passes over the examples.
+        batch_size: examples per optimizer step, taken in accumulation_steps micro-batches.
+        accumulation_steps: a divisor of batch_size.
+        l1: weight of sum |a| over the scales (over the offsets where there are no scales).
+        max_grad_norm: what the gradient's norm is clipped to.
+        seed: of the order of the examples.
+        max_length: longest prompt and answer in tokens; None means the model's context.
+        eval_batch_size: examples at a time where nothing is trained.
+
+    Raises:
+        ValueError: fewer than 0 epochs, or a batch that does not divide.
+    """
+
+    lr: float
+    epochs: int
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    l1: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    max_length: int | None = None
+    eval_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ValueError(f"expected epochs >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
+        if self.accumulation_steps < 1 or self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
+            )
+
+
 def training_arguments(
     model: nn.Module,
     folder: Path | str,
+    schedule: Schedule,
     *,
-    lr: float,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    max_grad_norm: float,
     progress: bool,
+    keep: bool = False,
     kind: type[TrainingArguments] = TrainingArguments,
     **more,
 ) -> TrainingArguments:
-    """A step per `batch_size` examples on the device the model is on; nothing is saved unless `more` says so.
+    """A trainer's arguments on the device the model is on; nothing is reported anywhere.
 
-    kind: TrainingArguments or a class derived from it. more: its other fields.
+    Args:
+        model: what is trained.
+        folder: where the trainer may write.
+        schedule: see `Schedule`.
+        progress: whether a bar is shown.
+        keep: whether a checkpoint is left after every epoch; only the last one is kept.
+        kind: TrainingArguments or a class derived from it.
+        more: its other fields.
     """
+    saving = {"save_strategy": "epoch", "save_total_limit": 1} if keep else {"save_strategy": "no"}
     common = {
         "output_dir": str(folder),
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": lr,
-        "num_train_epochs": epochs,
+        "per_device_train_batch_size": schedule.batch_size // schedule.accumulation_steps,
+        "gradient_accumulation_steps": schedule.accumulation_steps,
+        "per_device_eval_batch_size": schedule.eval_batch_size,
+        "learning_rate": schedule.lr,
+        "num_train_epochs": schedule.epochs,
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
-        "max_grad_norm": max_grad_norm,
-        "seed": seed,
-        "save_strategy": "no",
+        "max_grad_norm": schedule.max_grad_norm,
+        "seed": schedule.seed,
         "logging_strategy": "epoch",
         "remove_unused_columns": False,
         "disable_tqdm": not progress,
@@ -41,7 +88,7 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
     }
-    arguments = kind(**{**common, **more})
+    arguments = kind(**{**common, **saving, **more})
     # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lofit_fast.cpu.heap import release_free_memory
+from lofit_fast.training.engine.cpu_extras import release_free_memory
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # asks the kernel to forget the peak of the resident set size so far

@@ -1,38 +1,31 @@
-"""The two steps of LoFiT: learn scales on every head, keep the best heads, learn offsets on those."""
+"""The two steps of LoFiT: learn scales on every head, keep the best heads, learn offsets on those. One driver."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.data.encode import as_example, encode, encode_prompt, pad_token_id
-from lofit_fast.data.pack import collator_of
-from lofit_fast.evaluation.judge import answer_length, check_room, exact_match_accuracy
-from lofit_fast.heads import head_scores, offset_norms, select_heads
-from lofit_fast.patching.architectures import find_projections, fingerprint, text_config
+from lofit_fast.heads import select_heads
+from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
-from lofit_fast.selection.early_stop import SettledHeads
-from lofit_fast.tasks.task import Example
-from lofit_fast.training.arguments import training_arguments
-from lofit_fast.training.cost import peak_memory, rates
-from lofit_fast.training.engine import Engine, prepared
-from lofit_fast.training.engine.auto import settle_on
-from lofit_fast.training.prefix_cache.cache import prefix_cached
-from lofit_fast.training.run_folder import RunFolder, data_digest, last_checkpoint, weights_digest
-from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
+from lofit_fast.patching.head_norms import head_scores, offset_norms
+from lofit_fast.tasks.task import Preference
+from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.auto import said
+from lofit_fast.training.objectives import BETA, Completions, Examples, Objective, Preferences
+from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
+from lofit_fast.training.stage import cost_of, settle_for, train
 
-Examples = Sequence[Example | Mapping[str, str]]
 Component = Literal["scale", "offset"]
 # what step 1 can train, and how a head is scored by it
 SCORES = {"scale": head_scores, "offset": offset_norms}
@@ -45,7 +38,7 @@ class FitResult:
     handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
     the scale norms of step 1, or None when the heads were given. history: a dict per epoch and stage.
     metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
-    peak_memory_bytes (above what was held before the stage; see `measure.peak_memory`), exact_match.
+    peak_memory_bytes (above what was held before the stage; see `cost.peak_memory`), exact_match.
     """
 
     handle: LofitHandle
@@ -70,36 +63,102 @@ def fit(
     resume: bool = True,
     progress: bool = True,
 ) -> FitResult:
-    """Run LoFiT: step 1 (select), top heads, step 2 (tune). The model comes back patched with the tuned offsets.
+    """Run LoFiT on completions: step 1 (select), top heads, step 2 (tune). The model comes back patched.
 
-    train, eval_data: tasks' Examples, or mappings with "prompt" and "completion". eval_data gives a loss per epoch and
-    the exact match after each step. heads: skip step 1 and tune these. step1_dir: a folder that runs share: step 1 is
-    taken from there when one of the same settings, model and data has left it, and trained there otherwise.
-    engine: how steps are run; None means the defaults. callbacks: of transformers' Trainer, for both steps.
-    output_dir: the run folder; a run that was interrupted goes on from its last epoch when resume is on.
-    Raises ValueError for empty data, an example without labels or too long, a folder with another run in it, more
-    heads than there are; OSError for a folder that cannot be written; FloatingPointError when training diverges. After
-    an error the model is as it was, and the folder holds whole files only.
+    Args:
+        model, tokenizer: an unpatched Hugging Face model and its tokenizer.
+        train: tasks' Examples, or mappings with "prompt" and "completion".
+        recipe: how the steps are trained; None means the paper's.
+        output_dir: the run folder; an interrupted run goes on from its last epoch when resume is on.
+        engine: how steps are run; None means the defaults.
+        eval_data: as train; gives a loss per epoch and the exact match after each step.
+        heads: skip step 1 and tune these.
+        step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
+            has left it, and trained there otherwise.
+        callbacks: of transformers' Trainer, for both steps.
+        resume: whether to go on with the run in the folder.
+        progress: whether bars and the engine's choice are shown.
+
+    Raises:
+        ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
+            there are.
+        OSError: a folder that cannot be written.
+        FloatingPointError: training diverges.
+
+    After an error the model is as it was, and the folder holds whole files only.
     """
-    recipe = recipe or Recipe()
+    how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
+    objective = Completions(train, eval_data or ())
+    return fit_objective(
+        model, tokenizer, objective, recipe, output_dir=output_dir, resume=resume, progress=progress, **how
+    )
+
+
+def fit_preferences(
+    model: nn.Module,
+    tokenizer,
+    preferences: Sequence[Preference],
+    recipe: Recipe | None = None,
+    *,
+    output_dir: Path | str,
+    engine: Engine | None = None,
+    heads: Sequence[Head] | None = None,
+    beta: float = BETA,
+    step1_dir: Path | str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = True,
+    progress: bool = True,
+) -> FitResult:
+    """Run LoFiT with DPO on preferences: arguments, run folder and errors are those of `fit`.
+
+    Args:
+        preferences: a prompt, its chosen answer and its rejected ones each.
+        beta: of DPO's loss.
+
+    Raises:
+        ImportError: TRL is not installed.
+        ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, prefix_cache_gb, accumulation_steps.
+    """
+    how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
+    objective = Preferences(preferences, beta)
+    return fit_objective(
+        model, tokenizer, objective, recipe, output_dir=output_dir, resume=resume, progress=progress, **how
+    )
+
+
+def fit_objective(
+    model: nn.Module,
+    tokenizer,
+    objective: Objective,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: Path | str,
+    engine: Engine | None = None,
+    heads: Sequence[Head] | None = None,
+    step1_dir: Path | str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = True,
+    progress: bool = True,
+) -> FitResult:
+    """Both steps on any objective; see `fit`."""
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
-    stages = _Stages(model, tokenizer, recipe, engine or Engine(), train, eval_data, progress, callbacks)
-    stages.check_heads(heads)
-    run = RunFolder.open(output_dir, stages.identity(heads), resume)
+    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+    steps.check_heads(heads)
+    run = RunFolder.open(output_dir, steps.identity(heads), resume)
     if run.heads is None and heads is not None:
         run.write_heads(heads, None)
     elif run.heads is None and step1_dir is not None:
-        stages.adopt(run, Path(step1_dir))
+        steps.adopt(run, Path(step1_dir))
     elif run.heads is None:
-        stages.select(run, resume)
-    return stages.tune(run, resume)
+        steps.select(run, resume)
+    return steps.tune(run, resume)
 
 
 def select_by_training(
     model: nn.Module,
     tokenizer,
-    train: Examples,
+    objective: Objective,
     recipe: Recipe | None = None,
     *,
     output_dir: Path | str,
@@ -114,30 +173,29 @@ def select_by_training(
     component: "scale" is LoFiT's; "offset" trains offsets on all heads with the same recipe and scores by their norm.
     Everything else, errors too, as in `fit`, which goes on with step 2 in a folder of scales.
     """
-    stages = _Stages(model, tokenizer, recipe or Recipe(), engine or Engine(), train, None, progress, callbacks)
-    stages.check_heads(None)
-    run = RunFolder.open(output_dir, stages.identity(None, component), resume)
+    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+    steps.check_heads(None)
+    run = RunFolder.open(output_dir, steps.identity(None, component), resume)
     if run.heads is None:
-        stages.select(run, resume, component)
+        steps.select(run, resume, component)
     return run
 
 
-class _Stages:
-    """Everything the two steps share: encoded data, the recipe, the way a step is trained and measured."""
+class _TwoSteps:
+    """Everything the two steps share: the encoded data, the recipe, the way a step is trained and measured."""
 
-    def __init__(self, model, tokenizer, recipe, engine, train: Examples, eval_data, progress, callbacks) -> None:
-        self.model, self.tokenizer, self.progress = model, tokenizer, progress
-        self.recipe, self.engine, self.callbacks = recipe, engine, callbacks
+    def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
+        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        self.callbacks, self.progress = callbacks, progress
         self.projections = find_projections(model)
-        if not len(train):
-            raise ValueError("the training data is empty: expected at least one example")
-        context = getattr(text_config(model), "max_position_embeddings", None)
-        limit = min((n for n in (recipe.max_length, context) if n is not None), default=None)
-        self.train = [encode(tokenizer, example, limit) for example in train]
-        self.eval_examples = [as_example(example) for example in eval_data or ()]
-        self.eval = [encode(tokenizer, example, limit) for example in self.eval_examples]
-        self.answer_length = answer_length(tokenizer, self.eval_examples)
-        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.eval_examples], self.answer_length)
+        self.objective = objective
+        self.data = objective.encoded(model, tokenizer, recipe.max_length)
+        self.engine = self.data.usable(engine, recipe.accumulation_steps)
+        if min(recipe.select_epochs, recipe.tune_epochs) < self.data.least_epochs:
+            raise ValueError(
+                f"training on {objective.name} takes at least {self.data.least_epochs} epoch in each step, got "
+                f"select_epochs={recipe.select_epochs} and tune_epochs={recipe.tune_epochs}"
+            )
 
     def check_heads(self, heads: Sequence[Head] | None) -> None:
         """Fail before training, not after it, on heads that cannot be chosen."""
@@ -159,16 +217,17 @@ class _Stages:
         """What makes two runs the same one."""
         # what few runs have is named by those alone
         special = {} if component == "scale" else {"component": component}
-        if stops := [callback.settings for callback in self.callbacks if isinstance(callback, SettledHeads)]:
-            special["early_stop"] = stops
+        for callback in self.callbacks:
+            special |= getattr(callback, "identity", {})
         return special | {
+            "objective": self.objective.name,
             "recipe": asdict(self.recipe),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
                 "weights": weights_digest(p.module for p in self.projections),
             },
-            "data": data_digest(self.train),
-            "eval_data": data_digest(self.eval),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            **self.data.identity(),
             "heads": None if heads is None else [list(pair) for pair in heads],
             # of the engine's knobs the one that says which examples share a batch
             "group_by_length": self.engine.group_by_length,
@@ -179,7 +238,7 @@ class _Stages:
         recipe = self.recipe
         handle = patch(self.model, self._config(**{component: "all"}))
         try:
-            metrics = self._train(handle, run, "select", recipe.select_lr, recipe.select_epochs, recipe.l1, resume)
+            metrics = self._train(handle, run, "select", self._schedule(recipe.select_lr, recipe.select_epochs), resume)
             handle.save(run.path / "select" / "adapter")
             scores = SCORES[component](handle)
         finally:
@@ -198,13 +257,13 @@ class _Stages:
 
     def tune(self, run: RunFolder, resume: bool) -> FitResult:
         """Step 2, from the base model; or its saved result when the run is done."""
-        recipe = self.recipe
         if run.stage == "done":
             handle = load(self.model, run.path / "adapter")
         else:
             handle = patch(self.model, self._config(offset=run.heads))
             try:
-                metrics = self._train(handle, run, "tune", recipe.tune_lr, recipe.tune_epochs, 0.0, resume)
+                schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
+                metrics = self._train(handle, run, "tune", schedule, resume)
                 handle.save(run.path / "adapter")
                 run.record("tune", metrics)
             except BaseException:
@@ -215,79 +274,48 @@ class _Stages:
     def _config(self, **heads) -> LofitConfig:
         return LofitConfig(init_std=self.recipe.init_std, seed=self.recipe.seed, **heads)
 
-    def _train(self, handle, run: RunFolder, stage: str, lr: float, epochs: int, l1: float, resume: bool) -> dict:
-        folder = run.path / stage
-        checkpoint = last_checkpoint(folder) if resume else None
-        pad = pad_token_id(self.tokenizer)
-        engine, why = settle_on(handle, self.engine, self.train, pad, self.recipe.batch_size, epochs)
+    def _schedule(self, lr: float, epochs: int) -> Schedule:
+        shared = ("batch_size", "accumulation_steps", "l1", "max_grad_norm", "seed", "max_length", "eval_batch_size")
+        return Schedule(lr, epochs, **{name: getattr(self.recipe, name) for name in shared})
+
+    def _train(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule, resume: bool) -> dict:
+        engine = self._engine(handle, run, stage, schedule)
         if self.progress:
-            print(why, file=sys.stderr)
-        collator = collator_of(engine, pad)
-        # step 1 scales every layer, and leaves nothing below to keep
-        prefix_gb = self.engine.prefix_cache_gb if stage == "tune" else 0.0
-        tokens = sum(len(row["input_ids"]) for row in self.train)
-        steps = math.ceil(len(self.train) / self.recipe.batch_size)
-
-        def done(rows: Sequence[dict]) -> tuple[float, float]:
-            """Examples and tokens of epochs, the last of which may have been cut short."""
-            share = sum(len(row["step_losses"]) for row in rows) / steps
-            return share * len(self.train), share * tokens
-
-        def on_epoch(row: dict) -> None:
-            run.append_history({"stage": stage, **row, **rates(*done([row]), row["seconds"])})
-
-        started = time.perf_counter()
-        with (
-            undisturbed(self.model),
-            prepared(self.model, engine),
-            peak_memory(next(self.model.parameters()).device) as memory,
-            prefix_cached(
-                handle, self.train + self.eval, collator, gb=prefix_gb, progress=self.progress
-            ) as with_prefix,
-        ):
-            filling = time.perf_counter() - started
-            LofitTrainer(
-                handle,
-                l1=l1,
-                group_by_length=self.engine.group_by_length,
-                on_epoch=on_epoch,
-                callbacks=list(self.callbacks),
-                args=self._arguments(folder, lr, epochs),
-                train_dataset=Rows(self.train),
-                eval_dataset=Rows(self.eval) if self.eval else None,
-                data_collator=with_prefix,
-            ).train(resume_from_checkpoint=checkpoint)
+            print(said(engine), file=sys.stderr)
+        folder = run.path / stage
+        before, peak = train(
+            handle,
+            self.data,
+            schedule,
+            engine,
+            folder=folder,
+            on_epoch=lambda row: run.append_history({"stage": stage, **row}),
+            callbacks=self.callbacks,
+            progress=self.progress,
+            keep=True,
+            checkpoint=last_checkpoint(folder) if resume else None,
+        )
         # the epochs from the history, so that an interrupted run counts whole
         rows = [row for row in run.history if row["stage"] == stage]
-        seconds = filling + sum(row["seconds"] for row in rows)
-        metrics = {"seconds": seconds, **rates(*done(rows), seconds)}
-        metrics["peak_memory_bytes"] = memory.peak_bytes
-        if self.eval_examples:
-            metrics["exact_match"] = exact_match_accuracy(
-                self.model,
-                self.tokenizer,
-                self.eval_examples,
-                max_new_tokens=self.answer_length,
-                batch_size=self.recipe.eval_batch_size,
-                progress=self.progress,
-            )
-        return metrics
+        metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
+        return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
 
-    def _arguments(self, folder: Path, lr: float, epochs: int) -> TrainingArguments:
-        recipe = self.recipe
-        return training_arguments(
-            self.model,
-            folder,
-            lr=lr,
-            epochs=epochs,
-            batch_size=recipe.batch_size // recipe.accumulation_steps,
-            seed=recipe.seed,
-            max_grad_norm=recipe.max_grad_norm,
-            progress=self.progress,
-            gradient_accumulation_steps=recipe.accumulation_steps,
-            per_device_eval_batch_size=recipe.eval_batch_size,
-            eval_strategy="epoch" if self.eval else "no",
-            save_strategy="epoch",
-            save_total_limit=1,
-            prediction_loss_only=True,
-        )
+    def _engine(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule) -> Engine:
+        """The settled engine: of the interrupted run where one has begun the stage, settled and kept otherwise."""
+        asked = self.engine
+        if stage == "select":
+            # step 1 scales every layer, and leaves nothing below to keep
+            asked = replace(asked, prefix_cache_gb=0.0)
+        kept = run.engine(stage)
+        if kept is None:
+            engine, _ = settle_for(handle, asked, self.data, self.tokenizer, schedule)
+            run.keep_engine(stage, asdict(engine))
+            return engine
+        # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
+        for name, value in asdict(asked).items():
+            if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
+                raise ValueError(
+                    f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
+                    "folder, or start over with resume=False (--no-resume)"
+                )
+        return Engine(**{**kept, "prefix_cache_gb": asked.prefix_cache_gb})

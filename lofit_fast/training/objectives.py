@@ -1,128 +1,386 @@
-"""What step 1 learns from: a task's completions, or its preferences. The one place that tells the two apart."""
+"""What a training learns from: completions, or preferences. Everything that differs between the two is here.
+
+An objective holds the data. `encoded` turns it into what one model and tokenizer make of it, checked, which is what
+`stage.train` and the two-step driver `fit.fit_objective` work with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.data.collate import CompletionCollator
-from lofit_fast.data.encode import Encoded, encode, pad_token_id
+from lofit_fast.data.encode import Encoded, as_example, encode, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
-from lofit_fast.patching.handle import patch
+from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
+from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.tasks.contrast import contrasts
-from lofit_fast.tasks.task import Example, Task
-from lofit_fast.training.fit import SCORES, Component, select_by_training
+from lofit_fast.tasks.task import Example, Preference, Task
+from lofit_fast.training.arguments import Schedule, training_arguments
+from lofit_fast.training.engine import Engine, collator_of
+from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.prefix_cache.cache import prefix_cached
+from lofit_fast.training.run_folder import data_digest
+from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
+Examples = Sequence[Example | Mapping[str, str]]
 # of DPO's loss, the paper's
 BETA = 0.5
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One way to learn from a task.
+class Objective(Protocol):
+    """What is learned. name: in sentences and in the run folder."""
 
-    step1(model, tokenizer, task, recipe, component, output_dir, callbacks, progress): step 1 alone, on a model that
-    comes back as it was: (layers, heads) scores and the seconds the training took.
-    losses(model, tokenizer, task, recipe, progress): the loss of each batch of one pass over the training data.
+    name: str
+
+    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedObjective:
+        """The data as this model's tokens. Raises ValueError for data that cannot be learned from."""
+
+
+class EncodedObjective(Protocol):
+    """An objective's data as one model's tokens.
+
+    rows: what an epoch goes through, as the engine's choices see it. n_examples: of an epoch. least_epochs: that a
+    step can be trained for.
     """
 
-    step1: Callable[..., tuple[Tensor, float]]
-    losses: Callable[..., Iterator[Tensor]]
+    rows: list[Encoded]
+    n_examples: int
+    least_epochs: int
+
+    def identity(self) -> dict[str, object]:
+        """What of it makes two runs the same one: plain data."""
+
+    def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
+        """The engine without what this objective has no use for. Raises ValueError where that was asked for."""
+
+    def tokens(self, epoch: int) -> int:
+        """Real tokens of an epoch, counted from 0."""
+
+    def as_it_was(self) -> object:
+        """A scope after which the model is as it was but for the attachment's parameters."""
+
+    def trainer(self, attachment: Attachment, schedule: Schedule, engine: Engine, **how) -> object:
+        """A scope with the Trainer that trains the attachment; entering it does the work that comes before steps.
+
+        how: folder, on_epoch, callbacks, progress, keep.
+        """
+
+    def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
+        """How the model does now, on what was given to judge by; empty where there is nothing."""
+
+    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
+        """The loss of each batch of the first epoch, with its graph, in the order of training."""
 
 
 def objective_of(task: Task) -> Objective:
-    """Preferences where the task has any, completions otherwise."""
-    return PREFERENCES if task.preferences else COMPLETIONS
+    """Preferences where the task has any, completions otherwise, judged by the task's validation examples."""
+    return Preferences(task.preferences) if task.preferences else Completions(task.train, task.validation)
 
 
-def _completions_step1(
-    model: nn.Module,
-    tokenizer,
-    task: Task,
-    recipe: Recipe,
-    component: Component,
-    output_dir: Path | str,
-    callbacks: Sequence[TrainerCallback],
-    progress: bool,
-) -> tuple[Tensor, float]:
-    options = {"component": component, "callbacks": callbacks, "progress": progress}
-    run = select_by_training(model, tokenizer, task.train, recipe, output_dir=output_dir, **options)
-    return run.scores, run.metrics["select"]["seconds"]
+@dataclass(frozen=True)
+class Completions:
+    """Cross-entropy on the completion of each prompt.
+
+    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion". evaluation gives a loss per epoch
+    and the exact match at the end; it may be empty.
+    """
+
+    train: Examples
+    evaluation: Examples = ()
+
+    name = "completions"
+
+    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedCompletions:
+        """Raises ValueError for no examples, one without labels, or one that does not fit max_length or the context."""
+        return EncodedCompletions(model, tokenizer, self.train, self.evaluation, max_length)
 
 
-def _preferences_step1(
-    model: nn.Module,
-    tokenizer,
-    task: Task,
-    recipe: Recipe,
-    component: Component,
-    output_dir: Path | str,
-    callbacks: Sequence[TrainerCallback],
-    progress: bool,
-) -> tuple[Tensor, float]:
-    # it needs trl, which only preferences do
-    from lofit_fast.training.preferences import train_dpo
+class EncodedCompletions:
+    """See `EncodedObjective`."""
 
-    handle = patch(model, LofitConfig(**{component: "all"}, init_std=recipe.init_std, seed=recipe.seed))
-    try:
-        metrics = train_dpo(
-            handle,
-            tokenizer,
-            task.preferences,
-            lr=recipe.select_lr,
-            epochs=recipe.select_epochs,
-            beta=BETA,
-            l1=recipe.l1,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            output_dir=output_dir,
-            max_grad_norm=recipe.max_grad_norm,
-            max_length=recipe.max_length,
-            callbacks=callbacks,
-            progress=progress,
+    least_epochs = 0
+
+    def __init__(self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length) -> None:
+        if not len(train):
+            raise ValueError("the training data is empty: expected at least one example")
+        self.model, self.tokenizer, limit = model, tokenizer, _limit(model, max_length)
+        self.rows = [encode(tokenizer, example, limit) for example in train]
+        self.n_examples = len(self.rows)
+        self.judged = [as_example(example) for example in evaluation]
+        self.judged_rows = [encode(tokenizer, example, limit) for example in self.judged]
+        self.answer_length = answer_length(tokenizer, self.judged)
+        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.judged], self.answer_length)
+
+    def identity(self) -> dict[str, object]:
+        """Digests of the examples."""
+        return {"data": data_digest(self.rows), "eval_data": data_digest(self.judged_rows)}
+
+    def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
+        """All of it."""
+        return engine
+
+    def tokens(self, epoch: int) -> int:
+        """Of all examples."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    def as_it_was(self):
+        """Modes and the config's cache."""
+        return undisturbed(self.model)
+
+    @contextmanager
+    def trainer(
+        self,
+        attachment: Attachment,
+        schedule: Schedule,
+        engine: Engine,
+        *,
+        folder: Path,
+        on_epoch: Callable[[dict], None],
+        callbacks: Sequence[TrainerCallback],
+        progress: bool,
+        keep: bool,
+    ) -> Iterator[Trainer]:
+        """The prefix cache is filled first."""
+        collator = collator_of(engine, pad_token_id(self.tokenizer))
+        cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+        with prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix:
+            yield LofitTrainer(
+                attachment,
+                l1=schedule.l1,
+                group_by_length=engine.group_by_length,
+                on_epoch=on_epoch,
+                callbacks=list(callbacks),
+                args=training_arguments(
+                    self.model,
+                    folder,
+                    schedule,
+                    progress=progress,
+                    keep=keep,
+                    eval_strategy="epoch" if self.judged_rows else "no",
+                    prediction_loss_only=True,
+                ),
+                train_dataset=Rows(self.rows),
+                eval_dataset=Rows(self.judged_rows) if self.judged_rows else None,
+                data_collator=with_prefix,
+            )
+
+    def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
+        """Exact match of greedy answers."""
+        if not self.judged:
+            return {}
+        options = {"max_new_tokens": self.answer_length, "batch_size": batch_size, "progress": progress}
+        return {"exact_match": exact_match_accuracy(self.model, self.tokenizer, self.judged, **options)}
+
+    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
+        """Mean cross-entropy of each batch."""
+        for batch in _first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
+            yield _loss_sum(self.model, batch) / batch["shift_labels"].numel()
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """DPO (arXiv:2305.18290), through TRL: a chosen answer against one of several rejected ones, drawn per epoch.
+
+        -log sigmoid(beta ((log p - log p_ref)(chosen) - (log p - log p_ref)(rejected))), mean over a batch
+
+    The reference is the model with the attachment disabled, computed once: no second model is loaded.
+    """
+
+    preferences: Sequence[Preference]
+    beta: float = BETA
+
+    name = "preferences"
+
+    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedPreferences:
+        """Raises ImportError without TRL, ValueError for no preferences or an answer that is too long."""
+        return EncodedPreferences(model, tokenizer, self.preferences, self.beta, max_length)
+
+
+class EncodedPreferences:
+    """See `EncodedObjective`."""
+
+    least_epochs = 1
+    # knobs of the engine that DPO has no use for, and what stands for "not used"
+    UNUSED = {"packing": False, "narrow": False, "prefix_cache_gb": 0.0}
+
+    def __init__(self, model: nn.Module, tokenizer, preferences: Sequence[Preference], beta: float, max_length) -> None:
+        _preference_trainer()
+        if not preferences:
+            raise ValueError("the training data is empty: expected at least one preference, got none")
+        self.model, self.tokenizer, self.preferences, self.beta = model, tokenizer, preferences, beta
+        self.limit = _limit(model, max_length)
+        answers = [(p.prompt, answer) for p in preferences for answer in (p.chosen, *p.rejected)]
+        self._answers = {pair: encode(tokenizer, Example(*pair), self.limit) for pair in answers}
+        self._digest = data_digest([self._answers[pair] for pair in answers])
+        self.rows = [self._answers[p.prompt, p.chosen] for p in preferences]
+        self.n_examples = len(preferences)
+        self._tokens: list[int] = []
+
+    def identity(self) -> dict[str, object]:
+        """Digest of all answers, and beta."""
+        return {"data": self._digest, "beta": self.beta}
+
+    def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
+        """Without packing, narrowing and the prefix cache, and no micro-batches."""
+        for name, unused in self.UNUSED.items():
+            asked = getattr(engine, name)
+            if asked not in ("auto", unused):
+                raise ValueError(
+                    f"{name}={asked} was asked for, but training on preferences (DPO) cannot use it: expected {unused}"
+                )
+        if accumulation_steps > 1:
+            raise ValueError(f"got accumulation_steps={accumulation_steps}, expected 1: DPO here takes whole batches")
+        return replace(engine, **self.UNUSED)
+
+    def tokens(self, epoch: int) -> int:
+        """Of both answers to every question, each with its prompt."""
+        return self._tokens[epoch]
+
+    def as_it_was(self):
+        """TRL sets modes, padding, tags and a forward of its own."""
+        return _as_it_was(self.model, self.tokenizer)
+
+    @contextmanager
+    def trainer(
+        self,
+        attachment: Attachment,
+        schedule: Schedule,
+        engine: Engine,
+        *,
+        folder: Path,
+        on_epoch: Callable[[dict], None],
+        callbacks: Sequence[TrainerCallback],
+        progress: bool,
+        keep: bool,
+    ) -> Iterator[Trainer]:
+        """The references are computed first."""
+        from datasets import Dataset
+        from trl import DPOConfig
+
+        drawn = draw_rejected(self.preferences, schedule.epochs, schedule.seed)
+        index = {pair: number for number, pair in enumerate(sorted({p for epoch in drawn for p in enumerate(epoch)}))}
+        chosen = [(self.preferences[question], rejected) for question, rejected in index]
+        texts = {
+            "prompt": [preference.prompt for preference, _ in chosen],
+            "chosen": [preference.chosen for preference, _ in chosen],
+            "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
+        }
+        how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
+        pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
+        lengths = [_pair_tokens(pair) for pair in pairs]
+        self._tokens = [sum(lengths[index[pair]] for pair in enumerate(epoch)) for epoch in drawn]
+        # TRL and transformers disagree on the name of a switch that is off here
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            arguments = training_arguments(
+                self.model,
+                folder,
+                schedule,
+                progress=progress,
+                keep=keep,
+                kind=DPOConfig,
+                beta=self.beta,
+                precompute_ref_log_probs=True,
+                max_length=None,
+                disable_dropout=False,
+                # the model's own dtype, and no layer computed twice
+                bf16=False,
+                gradient_checkpointing=False,
+            )
+        yield _preference_trainer().AttachmentDPOTrainer(
+            attachment,
+            pairs,
+            [[index[pair] for pair in enumerate(epoch)] for epoch in drawn],
+            l1=schedule.l1,
+            on_epoch=on_epoch,
+            callbacks=list(callbacks),
+            args=arguments,
+            processing_class=self.tokenizer,
+            group_by_length=engine.group_by_length,
         )
-        return SCORES[component](handle), metrics["seconds"]
+
+    def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
+        """Nothing: preferences bring no questions to judge by."""
+        return {}
+
+    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
+        """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
+        pairs = contrasts(Task("preferences", [], [], preferences=tuple(self.preferences)), recipe.seed)
+        right, wrong = ([self._answers[c.prompt, getattr(c, side)] for c in pairs] for side in ("right", "wrong"))
+        batches = zip(
+            _first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
+            _first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
+            strict=True,
+        )
+        for better, worse in batches:
+            difference = _loss_sum(self.model, better) - _loss_sum(self.model, worse)
+            yield self.beta / 2 * difference / len(better["input_ids"])
+
+
+def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> list[list[int]]:
+    """Per epoch and question the index of the rejected answer to train on; the same for the same (seed, epoch)."""
+    draws = []
+    for epoch in range(epochs):
+        drawn = random.Random(f"{seed} {epoch}")
+        draws.append([drawn.randrange(len(preference.rejected)) for preference in preferences])
+    return draws
+
+
+def _preference_trainer():
+    # seconds to import, and an extra
+    try:
+        from lofit_fast.training import preference_trainer
+    except ImportError as error:
+        raise ImportError(f'DPO needs TRL: pip install "lofit-fast[preferences]" ({error})') from error
+    return preference_trainer
+
+
+def _pair_tokens(pair: dict) -> int:
+    """Of both answers, each with its prompt."""
+    return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+
+
+def _limit(model: nn.Module, max_length: int | None) -> int | None:
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    return min((n for n in (max_length, context) if n is not None), default=None)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
+    config, generation = text_config(model), model.generation_config
+    places = [(config, "pad_token_id"), (generation, "pad_token_id"), (model.config, "use_cache")]
+    places += [(model, "model_tags"), (tokenizer, "pad_token")]
+    before = [(place, name, getattr(place, name, None)) for place, name in places]
+    forward = vars(model).get("forward")
+    try:
+        with eval_mode(model):
+            yield
     finally:
-        handle.unpatch()
+        for place, name, value in before:
+            setattr(place, name, value)
+        vars(model).pop("forward", None)
+        if forward is not None:
+            model.forward = forward
 
 
-def _completion_losses(model: nn.Module, tokenizer, task: Task, recipe: Recipe, progress: bool) -> Iterator[Tensor]:
-    rows = [encode(tokenizer, example, recipe.max_length) for example in task.train]
-    for batch in _batches(model, tokenizer, rows, recipe, progress):
-        yield _loss_sum(model, batch) / batch["shift_labels"].numel()
-
-
-def _preference_losses(model: nn.Module, tokenizer, task: Task, recipe: Recipe, progress: bool) -> Iterator[Tensor]:
-    """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
-    pairs = contrasts(task, recipe.seed)
-    right, wrong = (
-        [encode(tokenizer, Example(c.prompt, getattr(c, side)), recipe.max_length) for c in pairs]
-        for side in ("right", "wrong")
-    )
-    batches = zip(
-        _batches(model, tokenizer, right, recipe, progress, order_of=right),
-        _batches(model, tokenizer, wrong, recipe, False, order_of=right),
-        strict=True,
-    )
-    for better, worse in batches:
-        difference = _loss_sum(model, better) - _loss_sum(model, worse)
-        yield BETA / 2 * difference / len(better["input_ids"])
-
-
-def _batches(
+def _first_epoch(
     model: nn.Module,
     tokenizer,
     rows: list[Encoded],
-    recipe: Recipe,
+    recipe,
     progress: bool,
     order_of: list[Encoded] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -144,7 +402,3 @@ def _loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """-log p of all labelled tokens, summed."""
     with torch.enable_grad(), eval_mode(model):
         return model(**batch, use_cache=False).loss * batch["shift_labels"].numel()
-
-
-COMPLETIONS = Objective(_completions_step1, _completion_losses)
-PREFERENCES = Objective(_preferences_step1, _preference_losses)

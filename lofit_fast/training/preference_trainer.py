@@ -17,11 +17,11 @@ from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.trainer import LofitTrainer, report_epochs
+from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
 
 
 class ReferencedDPOTrainer(DPOTrainer):
-    """DPOTrainer for data from `LofitHandle.reference_logprobs`, taken as it is.
+    """DPOTrainer for data from `lofit_fast.reference_logprobs`, taken as it is.
 
     Nothing is tokenized again, and no reference is computed, or loaded as a second model: TRL's own way would compute
     it from the active model, adapter and all. Use it with DPOConfig(precompute_ref_log_probs=True). Sends no telemetry.
@@ -45,12 +45,11 @@ class ReferencedDPOTrainer(DPOTrainer):
         pass
 
 
-class AttachmentDPOTrainer(ReferencedDPOTrainer):
+class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
     """Trains an attachment's parameters on questions with several rejected answers.
 
     pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
-    l1, on_epoch: as in `LofitTrainer`; so is the `penalty()` of an attachment that has one. Batches are of questions
-    of like length.
+    l1, on_epoch: see `AttachmentTraining`. group_by_length: batches of questions of like length; else any.
     """
 
     def __init__(
@@ -64,11 +63,14 @@ class AttachmentDPOTrainer(ReferencedDPOTrainer):
         callbacks: Sequence[TrainerCallback],
         args,
         processing_class,
+        group_by_length: bool = True,
     ) -> None:
         self.handle, self.l1, self.on_epoch = attachment, l1, on_epoch
         rows = list(pairs)
         lengths = [max(map(_length, (rows[epoch[question]] for epoch in draws))) for question in range(len(draws[0]))]
-        self.sampler = GroupedByLength(lengths, args.per_device_train_batch_size, args.seed)
+        # of one length, their order is a plain shuffle
+        grouped = lengths if group_by_length else [1] * len(lengths)
+        self.sampler = GroupedByLength(grouped, args.per_device_train_batch_size, args.seed)
         collate = DataCollatorForPreference(pad_token_id(processing_class))
         super().__init__(
             attachment.model,
@@ -81,16 +83,15 @@ class AttachmentDPOTrainer(ReferencedDPOTrainer):
         )
         report_epochs(self)
 
-    l1_term = LofitTrainer.l1_term
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, plus l1 * sum |a| and the penalty while training."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return loss
         self.losses.add(loss.detach(), 1.0)
-        penalty = getattr(self.handle, "penalty", None)
-        return loss + self.l1_term() + (0.0 if penalty is None else penalty())
+        if loss.device.type == "cpu":
+            check_finite(loss.item(), self.state.epoch)
+        return loss + self.extra_loss()
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler

@@ -72,6 +72,15 @@ class RunFolder:
         """Per finished stage, what was measured at its end."""
         return self._read("state.json")["metrics"]
 
+    def engine(self, stage: str) -> dict[str, object] | None:
+        """The settled engine that a stage was begun with, as plain data; None before it has begun."""
+        return self._read("state.json").get("engine", {}).get(stage)
+
+    def keep_engine(self, stage: str, engine: dict[str, object]) -> None:
+        """A stage begins: keep the engine it is run with, so that a resumed run goes on as it began."""
+        state = self._read("state.json")
+        write_json(self.path / "state.json", {**state, "engine": {**state.get("engine", {}), stage: engine}})
+
     def record(self, stage: str, metrics: dict[str, float]) -> None:
         """A stage is over: keep what was measured and move on to the next."""
         state = self._read("state.json")
@@ -134,6 +143,14 @@ def weights_digest(projections: Iterable[nn.Module]) -> str:
     for projection in projections:
         digest.update(projection.weight[:1].detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def dtype_of_run(folder: Path | str) -> str | None:
+    """The dtype that the run in a folder was begun in, "bfloat16" say; None where there is no run, or no word of it."""
+    try:
+        return json.loads((Path(folder) / "state.json").read_text())["identity"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -13,23 +13,55 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lofit_fast.cpu.heap import release_free_memory
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.layer import eval_mode
-from lofit_fast.patching.storage import fill, read_adapter
+from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.engine.cpu_extras import release_free_memory
 
 
-class LofitTrainer(Trainer):
-    """Trains a handle's vectors, or any attachment's parameters; everything else about it is Trainer's.
+class AttachmentTraining:
+    """What a trainer of transformers lacks to train an attachment: an L1 term, checkpoints of it alone, epoch reports.
 
-    handle: checkpoints need a LofitHandle. l1: weight of sum |a| over all of a handle's scales, or over the offsets
-    of one without scales, added to the loss once per optimizer step; so is the `penalty()` of an attachment that has
-    one.
-    on_epoch: called with a dict after every epoch: epoch, loss (mean over its steps, without the L1 term), l1 (the
-    term's last value), seconds, step_losses, and eval_loss when there is an evaluation set.
-    group_by_length: draw batches of examples of like length, see `GroupedByLength`.
+    Mixed into a Trainer. handle: the attachment; checkpoints need a LofitHandle. l1: weight of sum |a| over all of a
+    handle's scales, or over the offsets of one without scales. on_epoch: called with a dict after every epoch: epoch,
+    loss (mean over its steps, without the L1 term), l1 (the term's last value), seconds, step_losses, and eval_loss
+    where there is an evaluation set.
+    """
+
+    handle: Attachment
+    l1: float
+    on_epoch: Callable[[dict], None]
+
+    def l1_term(self) -> Tensor:
+        """l1 * sum |a|, a scalar."""
+        layers = getattr(self.handle, "layers", {}).values()
+        scales = [layer.scale for layer in layers if layer.scale is not None]
+        vectors = scales or [layer.offset for layer in layers if layer.offset is not None]
+        if not self.l1 or not vectors:
+            return torch.zeros((), device=self.args.device)
+        # one norm over all layers instead of one kernel per layer
+        return self.l1 * torch.cat([vector.flatten() for vector in vectors]).abs().sum()
+
+    def extra_loss(self) -> Tensor:
+        """What is added to the loss once per optimizer step: the L1 term, and the attachment's own penalty."""
+        penalty = getattr(self.handle, "penalty", None)
+        return self.l1_term() if penalty is None else self.l1_term() + penalty()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # the frozen base is in the cache already: a checkpoint is the adapter
+        self.handle.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.handle.take(read_adapter(resume_from_checkpoint))
+
+
+class LofitTrainer(AttachmentTraining, Trainer):
+    """Trains a handle's vectors, or any attachment's parameters, on completions; the rest of it is Trainer's.
+
+    handle, l1, on_epoch: see `AttachmentTraining`. group_by_length: draw batches of examples of like length, see
+    `GroupedByLength`.
     Raises FloatingPointError at the first epoch (on a CPU: step) whose loss is not finite.
     """
 
@@ -56,21 +88,9 @@ class LofitTrainer(Trainer):
         loss = result[0] if return_outputs else result
         self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
         if loss.device.type == "cpu":
-            _check_finite(loss.item(), self.state.epoch)
-        penalty = getattr(self.handle, "penalty", None)
-        more = self.l1_term() if penalty is None else self.l1_term() + penalty()
-        total = loss + more / self.current_gradient_accumulation_steps
+            check_finite(loss.item(), self.state.epoch)
+        total = loss + self.extra_loss() / self.current_gradient_accumulation_steps
         return (total, result[1]) if return_outputs else total
-
-    def l1_term(self) -> Tensor:
-        """l1 * sum |a|, a scalar."""
-        layers = getattr(self.handle, "layers", {}).values()
-        scales = [layer.scale for layer in layers if layer.scale is not None]
-        vectors = scales or [layer.offset for layer in layers if layer.offset is not None]
-        if not self.l1 or not vectors:
-            return torch.zeros((), device=self.args.device)
-        # one norm over all layers instead of one kernel per layer
-        return self.l1 * torch.cat([vector.flatten() for vector in vectors]).abs().sum()
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -80,13 +100,6 @@ class LofitTrainer(Trainer):
         lengths = [len(row["input_ids"]) for row in dataset]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return GroupedByLength(lengths, batch_size, self.args.seed)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # the frozen base is in the cache already: a checkpoint is the adapter
-        self.handle.save(Path(output_dir or self.args.output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        fill(self.handle, read_adapter(resume_from_checkpoint))
 
 
 @contextmanager
@@ -137,7 +150,7 @@ class _StepLosses:
 class _EpochReport(TrainerCallback):
     """Calls on_epoch once the epoch, and its evaluation if there is one, is over."""
 
-    def __init__(self, trainer: LofitTrainer) -> None:
+    def __init__(self, trainer: AttachmentTraining) -> None:
         self.trainer = trainer
         self.report: dict | None = None
 
@@ -151,7 +164,7 @@ class _EpochReport(TrainerCallback):
         seconds = time.perf_counter() - self.started
         steps = trainer.losses.take()
         loss = sum(steps) / len(steps)
-        _check_finite(loss, state.epoch)
+        check_finite(loss, state.epoch)
         self.report = {
             # the last may have been cut short
             "epoch": math.ceil(state.epoch - 1e-6),
@@ -181,11 +194,8 @@ class _QuietProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
-def report_epochs(trainer: Trainer) -> None:
-    """Give a trainer `losses`, to be told of every step's loss, a report to its `on_epoch`, and a quiet progress bar.
-
-    The trainer has `on_epoch` and `l1_term()`, as LofitTrainer has them.
-    """
+def report_epochs(trainer: AttachmentTraining) -> None:
+    """Give a trainer `losses` for every step's loss, a report to its `on_epoch`, and a quiet progress bar."""
     trainer.losses = _StepLosses()
     trainer.remove_callback(PrinterCallback)
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
@@ -194,7 +204,8 @@ def report_epochs(trainer: Trainer) -> None:
     trainer.add_callback(_EpochReport(trainer))
 
 
-def _check_finite(loss: float, epoch: float | None) -> None:
+def check_finite(loss: float, epoch: float | None) -> None:
+    """Raise FloatingPointError for a loss that is not a number to go on with."""
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {loss} in epoch {epoch or 0:.2f}: training diverged; try a lower learning rate or float32"

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import lofit_fast as lf
-from lofit_fast.cli import app
-from lofit_fast.cli.app import parse_top
+from lofit_fast import tasks
+from lofit_fast.cli.options import parse_top
 from tests.cli.calling import QUICK, as_json, call, error_of
 
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "export")
@@ -166,7 +166,7 @@ def test_train_passes_the_engine_on(model, data, tmp_path, monkeypatch):
         seen.append(engine)
         raise ValueError("enough")
 
-    monkeypatch.setattr("lofit_fast.training.fit.fit", fit)
+    monkeypatch.setattr("lofit_fast.training.fit.fit_objective", fit)
     command = ("train", "--model", model, "--data", data, "--output", tmp_path, *QUICK)
     error_of(*command)
     error_of(*command, "--attention", "eager", "--no-compile", "--packing", "--no-group-by-length")
@@ -192,13 +192,13 @@ def test_eval_agrees_with_train(run_folder, model, data):
 
 def test_eval_judges_what_its_run_has_held_out(model, data, tmp_path, monkeypatch):
     call("train", "--model", model, "--data", data, "--output", tmp_path, "--seed", 7, *QUICK)
-    load, seeds = app._load_task, []
+    load, seeds = tasks.load_task, []
 
     def noting(*arguments, seed):
         seeds.append(seed)
         return load(*arguments, seed=seed)
 
-    monkeypatch.setattr(app, "_load_task", noting)
+    monkeypatch.setattr(tasks, "load_task", noting)
     adapter = ("--adapter", tmp_path / "adapter")
     for arguments in (adapter, (*adapter, "--seed", 3), ()):
         as_json("eval", "--model", model, "--data", data, "--dtype", "float32", *arguments)

@@ -1,11 +1,11 @@
-"""`plan`, `bench roofline`, `autotune`: what they say of models, devices and adapters, and what they leave behind."""
+"""`plan` and `autotune`: what they say of models, devices and adapters, and what they leave behind."""
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 import lofit_fast as lf
-from lofit_fast.cli.plan_commands import parse_heads
+from lofit_fast.cli.options import parse_heads
 from lofit_fast.models import op_paths
 from lofit_fast.models.load import ALIASES
 from lofit_fast.models.op_paths import Layer, layers_of, plan_layers, spread_heads
@@ -17,7 +17,7 @@ from tests.tiny_models import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 # what step 1 takes in bfloat16 where nothing was measured
 DEFAULT = plan(has_scale=True, many_heads=True, dtype=torch.bfloat16, device_type="cuda")
 LLAMA = [Layer(layer, HEADS, HEAD_DIM, HIDDEN) for layer in range(LAYERS)]
-COMMANDS = (("plan",), ("autotune",), ("bench", "roofline"))
+COMMANDS = (("plan",), ("autotune",))
 
 
 @pytest.fixture(scope="module")
@@ -145,34 +145,6 @@ def test_plan_command_refuses(folder):
     assert "unknown device 'T4'" in error_of("plan", "--model", folder, "--tokens", 8, "--device", "T4")
     assert "'most'" in error_of("plan", "--model", folder, "--tokens", 8, "--scale", "most")
     assert "no model folder" in error_of("plan", "--model", "./nowhere", "--tokens", 8)
-
-
-def test_bench_roofline_command():
-    report = as_json("bench", "roofline", "--device", "H100", "--device", "MI300X")
-    assert report["evidence"] == "prediction (roofline), not a measurement"
-    assert set(report["devices"]) == {"H100", "MI300X"}
-    assert {row["model"] for row in report["rows"]} == set(op_paths.MODELS)
-    for row in report["rows"]:
-        assert row["ratio"] == 1 if row["path"] == "floor" else row["ratio"] > 1
-    chosen = {(row["step"], row["path"]) for row in report["rows"] if row["chosen"]}
-    assert chosen == {("select", DEFAULT.forward), ("tune", "fold")}
-    # the counts are the shape's, whatever the device
-    seen = {}
-    for row in report["rows"]:
-        counts = (row["forward_bytes"], row["backward_bytes"], row["flops"])
-        assert seen.setdefault((row["model"], row["step"], row["path"]), counts) == counts
-
-
-def test_bench_roofline_prints_tables():
-    text = call("bench", "roofline", "--device", "B200").stdout
-    assert "B200, step 1" in text
-    # nothing is cut off in 80 columns
-    assert max(map(len, text.splitlines())) <= 80
-    assert "\u2026" not in text
-    assert "Llama-3-70B" in text
-    assert "not a measurement" in " ".join(text.split())
-    assert "unknown device" in error_of("bench", "roofline", "--device", "T4")
-    assert "share of heads" in error_of("bench", "roofline", "--top", "2")
 
 
 def test_autotune_command_leaves_answers_that_are_used(folder, cache):

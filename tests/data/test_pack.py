@@ -7,8 +7,9 @@ from transformers import TrainingArguments
 import lofit_fast as lf
 from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.encode import IGNORED
-from lofit_fast.data.pack import PackedCollator, collator_of
+from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import CompletionCollator, Engine, LofitTrainer, prepared
+from lofit_fast.training.engine import collator_of
 from lofit_fast.training.trainer import Rows
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 

@@ -43,7 +43,7 @@ def test_reference_equals_an_untouched_copy(family, batch_size):
     model, copy = spread(tiny_model(family)), spread(tiny_model(family))
     handle = lf.patch(model, lf.LofitConfig(scale="all", offset=[(0, 1), (2, 3)]))
     randomize(handle, std=1.0)
-    done = handle.reference_logprobs(datasets.Dataset.from_dict(ROWS), TOKENIZER, batch_size=batch_size)
+    done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS), TOKENIZER, batch_size=batch_size)
     for side in ("chosen", "rejected"):
         expected = [log_p(copy, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
         active = [log_p(model, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
@@ -57,7 +57,7 @@ def test_reference_columns(llama):
     handle = lf.patch(llama.train(), lf.LofitConfig(scale="all"))
     # what is there already is replaced
     given = datasets.Dataset.from_dict(ROWS | {"ref_chosen_logps": [0.0] * 4, "note": list("abcd")})
-    done = handle.reference_logprobs(given, TOKENIZER)
+    done = lf.reference_logprobs(handle, given, TOKENIZER)
     ids = ("prompt_ids", "chosen_ids", "rejected_ids")
     assert set(done.column_names) == {*ROWS, "note", *ids, "ref_chosen_logps", "ref_rejected_logps"}
     assert done["note"] == list("abcd")
@@ -73,10 +73,10 @@ def test_reference_errors(llama):
     handle = lf.patch(llama, lf.LofitConfig(scale="all"))
 
     def of(**columns):
-        return handle.reference_logprobs(datasets.Dataset.from_dict(ROWS | columns), TOKENIZER, max_length=20)
+        return lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS | columns), TOKENIZER, max_length=20)
 
     with pytest.raises(ValueError, match=r"columns prompt, chosen, rejected, got \['prompt', 'rejected'\]"):
-        handle.reference_logprobs(datasets.Dataset.from_dict(ROWS).remove_columns("chosen"), TOKENIZER)
+        lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS).remove_columns("chosen"), TOKENIZER)
     with pytest.raises(ValueError, match="texts in the column chosen, got list"):
         of(chosen=[[{"role": "assistant", "content": "a"}]] * 4)
     with pytest.raises(ValueError, match="tokens long, the limit is 20"):

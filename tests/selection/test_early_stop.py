@@ -7,18 +7,20 @@ import pytest
 import lofit_fast as lf
 from lofit_fast.selection.early_stop import SettledHeads
 from lofit_fast.training.fit import select_by_training
+from lofit_fast.training.objectives import Completions
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
 # six steps an epoch
 RECIPE = lf.Recipe(top=3, batch_size=2, select_epochs=4, tune_epochs=1)
+DATA = Completions(EXAMPLES)
 
 
 def step1(folder, *callbacks, model=None, recipe=RECIPE):
     model = model or tiny_model("llama")
     options = {"output_dir": folder, "callbacks": callbacks, "progress": False}
-    return select_by_training(model, tiny_tokenizer(), EXAMPLES, recipe, **options)
+    return select_by_training(model, tiny_tokenizer(), DATA, recipe, **options)
 
 
 def steps_of(run):
@@ -69,7 +71,12 @@ def test_step_2_and_offsets_are_left_alone(tmp_path):
     assert settled.stopped_at == 2
     result.handle.unpatch()
     run = select_by_training(
-        model, tiny_tokenizer(), EXAMPLES, RECIPE, **options | {"output_dir": tmp_path / "o"}, component="offset"
+        model,
+        tiny_tokenizer(),
+        DATA,
+        RECIPE,
+        **options | {"output_dir": tmp_path / "o"},
+        component="offset",
     )
     assert steps_of(run) == [6] * 4
 
@@ -102,17 +109,15 @@ def test_offsets_and_scales_do_not_share_a_folder(tmp_path):
     by_scale = step1(tmp_path, model=model).scores
     options = {"output_dir": tmp_path, "progress": False}
     with pytest.raises(ValueError, match="another component"):
-        select_by_training(model, tiny_tokenizer(), EXAMPLES, RECIPE, **options, component="offset")
-    by_offset = select_by_training(
-        model, tiny_tokenizer(), EXAMPLES, RECIPE, **options, component="offset", resume=False
-    )
+        select_by_training(model, tiny_tokenizer(), DATA, RECIPE, **options, component="offset")
+    by_offset = select_by_training(model, tiny_tokenizer(), DATA, RECIPE, **options, component="offset", resume=False)
     assert not by_offset.scores.allclose(by_scale)
 
 
 def test_offsets_on_all_heads_are_penalised_as_scales_are(tmp_path):
     options = {"output_dir": tmp_path, "progress": False, "component": "offset", "resume": False}
     plain, penalised = (
-        select_by_training(tiny_model("llama"), tiny_tokenizer(), EXAMPLES, lf.Recipe(l1=l1), **options).scores
+        select_by_training(tiny_model("llama"), tiny_tokenizer(), DATA, lf.Recipe(l1=l1), **options).scores
         for l1 in (0.0, 1.0)
     )
     assert penalised.max() < plain.min()

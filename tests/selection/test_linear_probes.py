@@ -9,10 +9,10 @@ import lofit_fast as lf
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.selection.linear_probes import (
     fit_probes,
-    fold_of,
     head_activations,
     layer_probe_accuracy,
     probe_accuracy,
+    split_of,
 )
 from lofit_fast.tasks.contrast import Contrast
 from tests.tiny_models import HEADS, LAYERS, tiny_model
@@ -91,10 +91,10 @@ def test_a_question_is_never_on_both_sides():
     for question in range(40):
         activations[2 * question : 2 * question + 2, 0, 0, :] = torch.randn(6)
     assert probe_accuracy(activations, labels)[0, 0] == pytest.approx(0.5)
-    folds = fold_of(11, 3, seed=1)
-    assert sorted(folds.bincount().tolist()) == [3, 4, 4]
-    assert folds.equal(fold_of(11, 3, seed=1))
-    assert not folds.equal(fold_of(11, 3, seed=2))
+    splits = split_of(11, 3, seed=1)
+    assert sorted(splits.bincount().tolist()) == [3, 4, 4]
+    assert splits.equal(split_of(11, 3, seed=1))
+    assert not splits.equal(split_of(11, 3, seed=2))
 
 
 def test_scale_and_shift_of_a_feature_do_not_matter():
@@ -128,7 +128,7 @@ def test_heads_a_layer_does_not_have():
         (lambda a, y: (a, y[:-1]), "expected activations"),
         (lambda a, y: (a, y.sort().values), "a right and a wrong"),
         (lambda a, y: (a, y.long()), "bool labels"),
-        (lambda a, y: (a[:4], y[:4]), "folds from 2 to the 2 questions"),
+        (lambda a, y: (a[:4], y[:4]), "splits from 2 to the 2 questions"),
     ],
 )
 def test_probes_refuse(change, message):

@@ -1,8 +1,5 @@
 """Every way to choose heads: what it returns, what it leaves, and that it finds what is there to be found."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -130,7 +127,7 @@ def test_preferences_push_as_dpo_does_at_its_start(tmp_path):
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(scale="all", init_std=0.0))
     recipe = lf.Recipe(top=3, batch_size=len(PAIRS))
-    (loss,) = objective_of(PREFERENCES).losses(model, tiny_tokenizer(), PREFERENCES, recipe, False)
+    (loss,) = objective_of(PREFERENCES).encoded(model, tiny_tokenizer(), None).losses(recipe, False)
     got = torch.autograd.grad(loss, list(handle.parameters()))
     losses = []
     for c in contrasts(PREFERENCES, recipe.seed):
@@ -152,18 +149,18 @@ def test_preferences_without_training(name, tmp_path):
 def test_preferences_are_trained_with_dpo(name, component, stops, tmp_path, monkeypatch):
     calls = []
 
-    def train_dpo(handle, tokenizer, preferences, **options):
-        calls.append((getattr(handle.config, component), preferences, options))
+    def train(handle, data, schedule, engine, *, on_epoch, callbacks, **how):
+        calls.append((getattr(handle.config, component), data.preferences, schedule, callbacks))
         getattr(handle.layers[2], component).data[1] = 7.0
-        return {"seconds": 1.5, "loss": [0.7]}
+        return 1.5, None
 
-    monkeypatch.setitem(sys.modules, "lofit_fast.training.preferences", SimpleNamespace(train_dpo=train_dpo))
+    monkeypatch.setattr("lofit_fast.training.fit.train", train)
     model = tiny_model("llama")
     found = select(name, tmp_path, PREFERENCES, model=model, seed=5)
     assert (found.heads[0], found.seconds) == ((2, 1), 1.5)
-    ((heads, preferences, options),) = calls
+    ((heads, preferences, schedule, callbacks),) = calls
     assert (heads, preferences) == ("all", PREFERENCES.preferences)
-    expected = {"lr": RECIPE.select_lr, "epochs": 2, "beta": 0.5, "l1": RECIPE.l1, "batch_size": 3, "seed": 5}
-    assert expected.items() <= options.items()
-    assert len(options["callbacks"]) == stops
+    expected = {"lr": RECIPE.select_lr, "epochs": 2, "l1": RECIPE.l1, "batch_size": 3, "seed": 5}
+    assert expected.items() <= vars(schedule).items()
+    assert len(callbacks) == stops
     assert lf.handle_of(model) is None

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lofit_fast.training import engine as engine_module
+from lofit_fast.training.engine import compiled_layers
 
 
 @pytest.fixture
 def quick_compiler(monkeypatch, dynamo):
     """Dynamo and AOT autograd without Inductor: the same graphs and guards, no C++ compiler."""
-    monkeypatch.setattr(engine_module, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")

@@ -11,8 +11,11 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED, encode
 from lofit_fast.tasks.task import Example, Preference
-from lofit_fast.training.preferences import draw_rejected, fit_preferences, train_dpo
+from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.fit import fit_preferences
+from lofit_fast.training.objectives import Preferences, draw_rejected
 from lofit_fast.training.profiling import ProfileSteps
+from lofit_fast.training.stage import train_attachment
 from tests.evaluation.test_logprobs import spread
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model
@@ -25,6 +28,12 @@ PREFERENCES = [
     Preference(f"Q: {name}? A:", f" {name}.", tuple(f" {wrong}!" for wrong in "xyz"[: 1 + number % 3]))
     for number, name in enumerate(("ab", "cde", "f", "ghij", "kl", "m"))
 ]
+
+
+def train_dpo(attachment, folder, preferences=PREFERENCES, tokenizer=TOKENIZER, beta=0.5, **changes):
+    schedule = Schedule(**{"epochs": 1, **changes})
+    how = {"output_dir": folder, "progress": False}
+    return train_attachment(attachment, tokenizer, Preferences(preferences, beta), schedule, **how)
 
 
 def log_p(model, prompt, answer):
@@ -68,9 +77,7 @@ def test_train_dpo_follows_the_equation(tmp_path, monkeypatch):
         randomize(handle, std=0.3)
     options = {"lr": 2e-2, "epochs": 3, "beta": 0.7, "l1": 1e-2}
     losses = by_hand(hand, handles[1], base, **options)
-    done = train_dpo(
-        handles[0], TOKENIZER, PREFERENCES, batch_size=6, seed=7, output_dir=tmp_path, progress=False, **options
-    )
+    done = train_dpo(handles[0], tmp_path, batch_size=6, seed=7, **options)
     assert done["loss"] == pytest.approx(losses, abs=1e-6)
     assert done["seconds"] > 0
     assert losses[0] != pytest.approx(0.6931, abs=1e-2)
@@ -102,21 +109,15 @@ def test_train_dpo_of_any_attachment(tmp_path):
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shift = Shift(model)
-    untold = {"lr": 1e-2, "epochs": 1, "output_dir": tmp_path}
-    seen = []
-    done = train_dpo(
-        shift, TOKENIZER, PREFERENCES, lr=1e-2, epochs=2, batch_size=4, output_dir=tmp_path, on_epoch=seen.append,
-        progress=False,
-    )  # fmt: skip
-    assert [row["loss"] for row in seen] == done["loss"]
-    assert len(seen[0]["step_losses"]) == 2
+    done = train_dpo(shift, tmp_path, lr=1e-2, epochs=2, batch_size=4)
+    assert len(done["loss"]) == 2
     # the penalty pulls all of it towards zero
     assert (shift.vector < 0.5).all()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     # trainers would never see it
     del model.model.layers[1].shift
     with pytest.raises(ValueError, match="parameters in its model"):
-        train_dpo(shift, TOKENIZER, PREFERENCES, **untold)
+        train_dpo(shift, tmp_path, lr=1e-2)
 
 
 def test_train_dpo_leaves_the_model_as_it_was(tmp_path):
@@ -125,7 +126,7 @@ def test_train_dpo_leaves_the_model_as_it_was(tmp_path):
     model.config.pad_token_id, model.config.use_cache = None, True
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
     seen = (set(vars(model)), model.generation_config.pad_token_id, getattr(model, "model_tags", None))
-    train_dpo(handle, tokenizer, PREFERENCES[:2], lr=1e-2, epochs=1, output_dir=tmp_path, progress=False)
+    train_dpo(handle, tmp_path, PREFERENCES[:2], tokenizer, lr=1e-2)
     # every Trainer leaves the one, and a tag that is None is as good as none
     assert set(vars(model)) - seen[0] <= {"_is_accelerate_prepared", "model_tags"}
     assert (model.generation_config.pad_token_id, getattr(model, "model_tags", None)) == seen[1:]
@@ -190,7 +191,7 @@ def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
             )
     assert sum(margins[0]) > sum(margins[1])
     # a finished run is only loaded
-    monkeypatch.setattr("lofit_fast.training.preferences.train_dpo", None)
+    monkeypatch.setattr("lofit_fast.training.fit.train", None)
     tuned = [parameter.clone() for parameter in result.handle.parameters()]
     result.handle.unpatch()
     again = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, progress=False)
@@ -220,7 +221,8 @@ def test_dpo_errors(tmp_path, monkeypatch):
         ({"heads": [(9, 0)]}, "heads the model does not have"),
         ({"accumulation_steps": 2}, "got accumulation_steps=2, expected 1"),
         ({"max_length": 9}, "the limit is 9"),
-        ({"preferences": []}, "expected preferences"),
+        ({"preferences": []}, "at least one preference"),
+        ({"select_epochs": 0}, "at least 1 epoch in each step"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(**wrong)
@@ -228,5 +230,25 @@ def test_dpo_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "lofit_fast.training.preference_trainer", raising=False)
     monkeypatch.delattr("lofit_fast.training.preference_trainer", raising=False)
-    with pytest.raises(ImportError, match=r'pip install "lofit-fast\[paper\]"'):
+    with pytest.raises(ImportError, match=r'pip install "lofit-fast\[preferences\]"'):
         fit()
+
+
+@pytest.mark.parametrize("unused", [{"packing": True}, {"narrow": True}, {"prefix_cache_gb": 1.0}])
+def test_dpo_refuses_what_it_cannot_use(tmp_path, unused):
+    model = tiny_model("llama")
+    [(name, value)] = unused.items()
+    with pytest.raises(ValueError, match=f"{name}={value} was asked for, but training on preferences"):
+        fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, engine=lf.Engine(**unused))
+    assert lf.handle_of(model) is None and not list(tmp_path.iterdir())
+
+
+def test_dpo_uses_the_rest_of_the_engine(tmp_path):
+    model, seen = tiny_model("llama"), set()
+    model.register_forward_pre_hook(lambda m, _: seen.add(m.config._attn_implementation))
+    engine = lf.Engine(attention="eager", compile=False, group_by_length=False)
+    fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, engine=engine, progress=False)
+    assert "eager" in seen
+    kept = json.loads((tmp_path / "state.json").read_text())
+    assert kept["engine"]["tune"]["attention"] == "eager"
+    assert kept["identity"]["group_by_length"] is False

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import lofit_fast as lf
-from lofit_fast.training import fit as recipe_module
+from lofit_fast.training import objectives
 from lofit_fast.training.profiling import ProfileSteps, as_markdown, summarize
 from tests.tiny_models import tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -119,7 +119,7 @@ def test_wrong_numbers_of_steps_are_refused(tmp_path):
 
 
 def test_history_has_the_rates_of_every_epoch(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_module, "exact_match_accuracy", lambda *_, **__: 0.0)
+    monkeypatch.setattr(objectives, "exact_match_accuracy", lambda *_, **__: 0.0)
     result = lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=tmp_path, progress=False)
     for row in result.history:
         assert row["examples_per_s"] * row["seconds"] == pytest.approx(16)

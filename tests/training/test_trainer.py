@@ -9,8 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.training import CompletionCollator, LofitTrainer
-from lofit_fast.training import fit as recipe_module
+from lofit_fast.training import CompletionCollator, LofitTrainer, objectives
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -177,7 +176,7 @@ def test_trainer_raises_on_a_loss_that_is_not_finite(tmp_path, monkeypatch, wher
     base = {name: value.clone() for name, value in handle.model.state_dict().items()}
     if where == "epoch":
         # what is left of the checks on a device where reading every step's loss would wait for it
-        check = recipe_module.LofitTrainer.compute_loss.__globals__["_check_finite"]
+        check = objectives.LofitTrainer.compute_loss.__globals__["check_finite"]
         epochs = []
 
         def only_at_epochs(loss, epoch):
@@ -185,7 +184,7 @@ def test_trainer_raises_on_a_loss_that_is_not_finite(tmp_path, monkeypatch, wher
             if epoch == round(epoch):
                 check(loss, epoch)
 
-        monkeypatch.setitem(recipe_module.LofitTrainer.compute_loss.__globals__, "_check_finite", only_at_epochs)
+        monkeypatch.setitem(objectives.LofitTrainer.compute_loss.__globals__, "check_finite", only_at_epochs)
     with torch.no_grad():
         handle.layers[1].scale[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"loss is nan in epoch .*lower learning rate"):
@@ -218,7 +217,7 @@ def watched(monkeypatch):
             super().__init__(handle, **{**options, "callbacks": [watch]})
             seen.append((self, watch))
 
-    monkeypatch.setattr(recipe_module, "LofitTrainer", Watched)
+    monkeypatch.setattr(objectives, "LofitTrainer", Watched)
     return seen
 
 

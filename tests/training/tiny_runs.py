@@ -4,7 +4,7 @@ import copy
 import json
 
 import lofit_fast as lf
-from lofit_fast.training import fit as recipe_module
+from lofit_fast.training import objectives
 from tests.tiny_tokenizers import tiny_tokenizer
 
 # what a clock says, and no seed repeats
@@ -57,11 +57,11 @@ def assert_equal_vectors(got, expected):
 
 def count_steps(monkeypatch, steps):
     """Append to steps at every training step."""
-    compute = recipe_module.LofitTrainer.compute_loss
+    compute = objectives.LofitTrainer.compute_loss
 
     def counting(self, model, *args, **options):
         if model.training:
             steps.append(None)
         return compute(self, model, *args, **options)
 
-    monkeypatch.setattr(recipe_module.LofitTrainer, "compute_loss", counting)
+    monkeypatch.setattr(objectives.LofitTrainer, "compute_loss", counting)

@@ -1,68 +1,100 @@
-"""What "auto" means on this machine: the candidates of which a few steps take least."""
+"""What "auto" means: rules on the device, the model and the amount of work. No clock is asked.
+
+Attention and compiled layers change the last bits of a result. So they are chosen by rules that give the same answer in
+every process, and the answer goes into the run folder.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from lofit_fast.cpu.attention import GROUPED
 from lofit_fast.data.encode import Encoded
-from lofit_fast.data.pack import collator_of
+from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.choices import packing_refusal
-from lofit_fast.training.engine import Engine
+from lofit_fast.patching.architectures import ARCHITECTURES, decoder_layers, text_config
+from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.step_times import Batch, Timings
+from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 
-# a shorter run is over before a probe pays back
-FEWEST_STEPS = 40
-# seconds of steps below which compiling is not even tried: SmolLM2's layers took 32 and 13 s in step 1 and 2 on two
-# cores, once per process, and saved two fifths of the steps' time
-LEAST_TO_COMPILE = 120.0
+# floating-point operations of a stage from which compiled layers pay on a CPU: SmolLM2's took 13 to 32 s to compile,
+# once per process, and two minutes of its steps were 5e13 operations on the slower of two processors
+COMPILE_FROM = 5e13
 # steps from which a compiled last layer of its own pays: 10 s of compiling, 10 ms a step with SmolLM2
-LEAST_TO_NARROW = 1000
+NARROW_FROM = 1000
 # share of a padded batch's tokens that packing must save
 LEAST_TO_PACK = 0.05
-_ATTENTIONS = {"cpu": (GROUPED, "sdpa")}
+_COMPILERS = ("g++", "clang++", "c++")
+
+Batch = Mapping[str, Tensor]
 
 
-def settle(handle: Attachment, engine: Engine, batch: Callable[[Engine], Batch], steps: int) -> tuple[Engine, str]:
-    """(engine without a single "auto", a sentence that says what was chosen and why).
-
-    batch: makes what the model is called with under an engine, of typical length; called only for what is "auto".
-    steps: how many such steps the run has. The fastest attention is taken; compiling, where the steps to come save more
-    time than the compiler takes. Packing is taken with flash attention, and with GROUPED attention where it saves
-    tokens: elsewhere one long row costs more attention than padding does. Narrowing is free unless it is compiled, when
-    it takes many steps to pay; and the heap is worth moving in a run that is worth compiling.
-    The model is as it was afterwards, its vectors' gradients None.
-    Raises ValueError where packing with GROUPED attention is asked for a model that would not obey its mask.
-    """
-    attention = handle.model.config._attn_implementation
-    if engine.packing == "auto" and not getattr(handle, "takes_packed_rows", True):
-        engine = replace(engine, packing=False)
-    why = "as asked"
-    if engine.attention == "auto" or engine.compile == "auto":
-        engine, why = _probed(handle, engine, batch, steps, attention)
-    engine = with_packing(handle.model, replace(engine, attention=_one(engine.attention, attention)), batch)
-    compiles = engine.compile is True
-    engine = replace(
-        engine,
-        narrow=_one(engine.narrow, not compiles or steps >= LEAST_TO_NARROW),
-        large_pages=_one(engine.large_pages, compiles),
-    )
-    packed = ", packed" if engine.packing else ""
-    compiled = "compiled" if engine.compile else "not compiled"
-    return engine, f"engine: {engine.attention} attention{packed}, layers {compiled} ({why})"
-
-
-def settle_on(
+def settle(
     attachment: Attachment, engine: Engine, rows: Sequence[Encoded], pad: int, batch_size: int, epochs: int
 ) -> tuple[Engine, str]:
-    """`settle` for epochs over encoded examples, on a batch of middling length. pad: the token that fills it up."""
-    batch = typical_batch(attachment.model, rows, pad, batch_size)
-    return settle(attachment, engine, batch, epochs * math.ceil(len(rows) / batch_size))
+    """The engine without a single "auto", and a sentence that says what was chosen.
+
+    Args:
+        attachment: what is in the model. One with `takes_packed_rows = False` is not packed unless that is asked for.
+        engine: what was asked for.
+        rows: the examples of an epoch.
+        pad: the token id that fills a batch.
+        batch_size: examples per optimizer step.
+        epochs: how often the examples are seen.
+
+    The rules. Attention: GROUPED on a CPU, for the families of the table; the model's own elsewhere. Compiled layers:
+    on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
+    attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
+    row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
+    pages: with compiled layers.
+
+    Raises:
+        ValueError: packing with GROUPED attention is asked for a model that would not obey its mask.
+    """
+    model = attachment.model
+    device = next(model.parameters()).device
+    if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
+        engine = replace(engine, packing=False)
+    engine = replace(engine, attention=_one(engine.attention, best_attention(model, device)))
+    engine = with_packing(model, engine, typical_batch(model, rows, pad, batch_size))
+    tokens = epochs * sum(len(row["input_ids"]) for row in rows)
+    steps = epochs * math.ceil(len(rows) / batch_size)
+    engine = replace(engine, compile=_one(engine.compile, pays_to_compile(model, device, tokens)))
+    engine = replace(
+        engine,
+        narrow=_one(engine.narrow, not engine.compile or steps >= NARROW_FROM),
+        large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
+    )
+    return engine, said(engine)
+
+
+def said(engine: Engine) -> str:
+    """A settled engine in a sentence."""
+    packed = ", packed" if engine.packing else ""
+    return f"engine: {engine.attention} attention{packed}, layers {'compiled' if engine.compile else 'not compiled'}"
+
+
+def best_attention(model: nn.Module, device: torch.device) -> str:
+    """GROUPED on a CPU for the families of the table, the attention that the model has elsewhere."""
+    config = text_config(model)
+    grouped = device.type == "cpu" and HAS_CPU_EXTRAS and config.model_type in ARCHITECTURES
+    return GROUPED if grouped else config._attn_implementation
+
+
+def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:
+    """Whether so many tokens, forward and backward to the input, are worth what compiling the layers takes.
+
+    A product with frozen weights takes 2 operations per weight and token forward, and 2 backward.
+    """
+    if device.type != "cpu" or not any(map(shutil.which, _COMPILERS)):
+        return False
+    weights = sum(parameter.numel() for layer in decoder_layers(model) for parameter in layer.parameters())
+    return 4 * weights * tokens >= COMPILE_FROM
 
 
 def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int) -> Callable[[Engine], Batch]:
@@ -75,10 +107,6 @@ def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_siz
         return {key: value.to(device) for key, value in collator_of(engine, pad)(middle).items()}
 
     return batch
-
-
-def _one(asked, otherwise):
-    return otherwise if asked == "auto" else asked
 
 
 def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Batch]) -> Engine:
@@ -94,32 +122,5 @@ def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Bat
     return replace(engine, packing=packed <= (1 - LEAST_TO_PACK) * padded)
 
 
-def _probed(handle, engine: Engine, batch, steps: int, attention: str) -> tuple[Engine, str]:
-    if steps < FEWEST_STEPS:
-        return replace(engine, compile=engine.compile is True), f"{steps} steps are too few to probe"
-    timings = Timings(handle, batch)
-    names = [engine.attention]
-    if engine.attention == "auto":
-        names = _ATTENTIONS.get(timings.device.type, (attention,))
-    if engine.compile is True:
-        engine = replace(engine, attention=names[0])
-        return engine, "as asked, or the first of its device" if len(names) > 1 else "as asked"
-    candidates = [with_packing(handle.model, replace(engine, attention=name, compile=False), batch) for name in names]
-    plain = _steps(timings, candidates)
-    if timings.refreshed(min(plain, key=plain.get)):
-        plain = _steps(timings, candidates)
-    best = min(plain, key=plain.get)
-    why = ", ".join(f"{one.attention} {seconds:.3g} s" for one, seconds in plain.items()) + " a step"
-    # what is known already costs nothing to ask
-    compiled = replace(best, compile=True)
-    if engine.compile == "auto" and (timings.knows(compiled) or steps * plain[best] > LEAST_TO_COMPILE):
-        [measured] = timings.of([compiled])
-        why += f", compiled {measured['step']:.3g} s after {measured['first']:.3g} s"
-        if steps * (plain[best] - measured["step"]) > measured["first"]:
-            best = compiled
-    return best, why
-
-
-def _steps(timings: Timings, candidates: list[Engine]) -> dict[Engine, float]:
-    """Seconds a step of each candidate."""
-    return {one: timing["step"] for one, timing in zip(candidates, timings.of(candidates), strict=True)}
+def _one(asked, otherwise):
+    return otherwise if asked == "auto" else asked

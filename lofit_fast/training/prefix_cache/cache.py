@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import Encoded
+from lofit_fast.data.padding import padded
 from lofit_fast.files import writable_folder
-from lofit_fast.models.load import cache_folder
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
+from lofit_kernels.answers import cache_folder
 
 STATES = "prefix_states"
 # padded tokens per forward of a fill
@@ -104,22 +106,23 @@ def prefix_cached(
     Losses and gradients are what they are without, up to rounding; batches with other sequences run as ever.
     sequences: all that training and evaluation will see; when they do not all fit, the shortest are kept.
     gb: bound on all stores in `folder` together, in 10^9 bytes; 0 caches nothing. folder: default "prefix" in
-    `models.cache_folder()`.
+    the cache folder of lofit-fast.
     Nothing is cached, and a warning says why, when the lowest layer is tuned, when the layers below are not frozen or
     not the same in every pass (dropout), when the disk does not take it, or when the model's outputs with the cache
     differ from those without.
     """
-    prefix = _Prefix(handle)
-    store = None
-    if gb:
-        folder = folder or cache_folder() / "prefix"
-        with eval_mode(handle.model), torch.no_grad(), prefix.uncompiled():
-            try:
-                store = _checked_store(prefix, sequences, collator, gb, folder, progress)
-            # training goes on without it, whatever a model, a batch or a disk may raise
-            except Exception as error:
-                reason = str(error) if isinstance(error, _Unfit | OSError) else f"{type(error).__name__}: {error}"
-                warnings.warn(f"prefix cache off: {reason}", stacklevel=3)
+    if not gb:
+        yield collator
+        return
+    prefix, store = _Prefix(handle), None
+    folder = folder or cache_folder() / "prefix"
+    with eval_mode(handle.model), torch.no_grad(), prefix.uncompiled():
+        try:
+            store = _checked_store(prefix, sequences, collator, gb, folder, progress)
+        # training goes on without it, whatever a model, a batch or a disk may raise
+        except Exception as error:
+            reason = str(error) if isinstance(error, _Unfit | OSError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"prefix cache off: {reason}", stacklevel=3)
     if store is None:
         yield collator
     else:
@@ -150,9 +153,7 @@ class _Prefix:
 
     def run(self, batch: Sequence[Sequence[int]]) -> Tensor:
         """The states (B, S, N) that enter layer `until`, for sequences padded to the longest."""
-        width = max(map(len, batch))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=self.device)
+        ids, mask = (x.to(self.device) for x in padded(batch, 0))
         with recorded(self.layers, self.until) as states:
             self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         return states.value
@@ -163,8 +164,7 @@ class _Prefix:
 
     def uncompiled(self):
         """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
-        compiled = any(layer._compiled_call_impl is not None for layer in self.layers)
-        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        return torch.compiler.set_stance("force_eager") if any_compiled(self.layers) else nullcontext()
 
 
 def _checked_store(prefix: _Prefix, sequences, collator, gb: float, root: Path, progress: bool) -> PrefixStore:

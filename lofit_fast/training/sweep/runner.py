@@ -10,7 +10,8 @@ from torch import nn
 
 from lofit_fast.models.load import load_model
 from lofit_fast.tasks import Task, load_task
-from lofit_fast.training.fit import fit
+from lofit_fast.training.fit import fit_objective
+from lofit_fast.training.objectives import objective_of
 from lofit_fast.training.summary import write_summary
 from lofit_fast.training.sweep.grid import Grid, Run
 
@@ -21,7 +22,7 @@ SHOWN = ("accuracy_after_select", "accuracy_after_tune", "loss", "eval_loss", "n
 class Runner:
     """run -> row, on one loaded base and the task's data, loaded once.
 
-    folder: the sweep's. base: (model, tokenizer) if they are loaded already. options: of `fit`.
+    folder: the sweep's. base: (model, tokenizer) if they are loaded already. options: of `fit_objective`.
     Raises ValueError or OSError for a model or data that cannot be used.
     """
 
@@ -32,10 +33,8 @@ class Runner:
             load_model(grid.model, dtype=grid.dtype, device=grid.device) if base is None else base
         )
         self._tasks = {size: self._task(size) for size in {run.train_size for run in grid.runs}}
-        if not all(task.train for task in self._tasks.values()):
-            raise ValueError(
-                f"a sweep trains on completions, and the task {grid.task} has none: see fit_preferences for preferences"
-            )
+        if not all(task.train or task.preferences for task in self._tasks.values()):
+            raise ValueError(f"the task {grid.task} has nothing to train on: a sweep wants completions or preferences")
 
     def _task(self, size: int | None) -> Task:
         grid = self.grid
@@ -45,19 +44,10 @@ class Runner:
         """Train one run, or take it as it is; a failure becomes a row too."""
         row = {"name": run.name, **run.varied}
         folder, task = self.folder / "runs" / run.name, self._tasks[run.train_size]
-        validation = task.validation or None
         started = time.perf_counter()
         try:
-            result = fit(
-                self.model,
-                self.tokenizer,
-                task.train,
-                run.recipe,
-                output_dir=folder,
-                eval_data=validation,
-                heads=run.heads,
-                **self.options,
-            )
+            how = {"output_dir": folder, "heads": run.heads, **self.options}
+            result = fit_objective(self.model, self.tokenizer, objective_of(task), run.recipe, **how)
             try:
                 summary = self._summary(folder, result, run, time.perf_counter() - started)
             finally:

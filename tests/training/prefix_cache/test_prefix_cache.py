@@ -11,7 +11,7 @@ from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import Engine, prepared
-from lofit_fast.training import engine as engine_module
+from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.prefix_cache.cache import STATES
 from tests.tiny_models import FAMILIES, HIDDEN, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -290,7 +290,7 @@ def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
 
 
 def test_prefix_with_compiled_layers(tmp_path, monkeypatch, dynamo):
-    monkeypatch.setattr(engine_module, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
     handle = tuned(deep())
     plain = results(handle, COLLATE(ROWS[:4]))
     counters.clear()

@@ -10,9 +10,11 @@ from torch._dynamo.utils import counters
 import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.tasks import Task, load_task
-from lofit_fast.training import engine as engine_module
-from lofit_fast.training import fit as recipe_module
+from lofit_fast.tasks.task import Preference
+from lofit_fast.training import fit as fit_module
+from lofit_fast.training import objectives
 from lofit_fast.training import summary as report_module
+from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.sweep import runner as run_module
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import failures, sweep
@@ -27,7 +29,7 @@ def bare(monkeypatch):
     """Without the pictures and the answers of each run, which are tested elsewhere."""
     for name in ("heads_map", "loss_curves"):
         monkeypatch.setattr(report_module, name, lambda *_: None)
-    monkeypatch.setattr(recipe_module, "exact_match_accuracy", lambda *_, **__: 0.5)
+    monkeypatch.setattr(objectives, "exact_match_accuracy", lambda *_, **__: 0.5)
 
 
 @pytest.fixture
@@ -42,13 +44,13 @@ def data(tmp_path):
 def trainings(monkeypatch):
     """The stages that were really trained, as (stage, learning rate)."""
     done = []
-    train = recipe_module._Stages._train
+    train = fit_module.train
 
-    def noting(self, handle, run, stage, lr, *rest):
-        done.append((stage, lr))
-        return train(self, handle, run, stage, lr, *rest)
+    def noting(handle, data, schedule, engine, *, folder, **how):
+        done.append((folder.name, schedule.lr))
+        return train(handle, data, schedule, engine, folder=folder, **how)
 
-    monkeypatch.setattr(recipe_module._Stages, "_train", noting)
+    monkeypatch.setattr(fit_module, "train", noting)
     return done
 
 
@@ -131,18 +133,18 @@ def test_finished_runs_are_kept_and_new_ones_added(data, tmp_path, trainings):
 
 
 def test_an_interrupted_sweep_goes_on(data, tmp_path, trainings, monkeypatch):
-    fit, grid = run_module.fit, grid_of(data, tune_lr=[1e-2, 2e-2])
+    fit, grid = run_module.fit_objective, grid_of(data, tune_lr=[1e-2, 2e-2])
 
     def interrupted(*args, output_dir, **options):
         if output_dir.name == "tune_lr=0.02":
             raise KeyboardInterrupt
         return fit(*args, output_dir=output_dir, **options)
 
-    monkeypatch.setattr(run_module, "fit", interrupted)
+    monkeypatch.setattr(run_module, "fit_objective", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(grid, tmp_path)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 1
-    monkeypatch.setattr(run_module, "fit", fit)
+    monkeypatch.setattr(run_module, "fit_objective", fit)
     trainings.clear()
     assert [row["status"] for row in run(grid, tmp_path)] == ["done", "done"]
     assert trainings == [("tune", 2e-2)]
@@ -168,11 +170,23 @@ def test_a_run_whose_summary_cannot_be_read_is_recorded(data, tmp_path):
     assert lf.handle_of(model) is None
 
 
-def test_a_task_without_completions_is_refused(data, tmp_path, monkeypatch):
-    preferences = Task("truthfulqa", [], [])
-    monkeypatch.setattr(run_module, "load_task", lambda *a, **o: preferences)
-    with pytest.raises(ValueError, match="the task truthfulqa has none: see fit_preferences"):
-        run(parse_grid({"base": {**BASE, "task": "truthfulqa"}, "grid": {"top": [2]}}), tmp_path)
+def sweep_of(task, folder, monkeypatch, **grid):
+    monkeypatch.setattr(run_module, "load_task", lambda *a, **o: task)
+    return run(parse_grid({"base": {**BASE, "task": task.name}, "grid": grid}), folder)
+
+
+def test_a_task_with_nothing_to_train_on_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="the task mmlu has nothing to train on"):
+        sweep_of(Task("mmlu", [], []), tmp_path, monkeypatch, top=[2])
+
+
+def test_preferences_are_swept_too_and_share_their_step_1(tmp_path, trainings, monkeypatch):
+    pytest.importorskip("trl")
+    pairs = tuple(Preference(f"Q: {a}? A:", f" {a}.", (" x!", " y!")) for a in "abcd")
+    task = Task("truthfulqa", [], [], preferences=pairs)
+    rows = sweep_of(task, tmp_path, monkeypatch, tune_lr=[1e-2, 2e-2])
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert trainings == [("select", 5e-3), ("tune", 1e-2), ("tune", 2e-2)]
 
 
 def test_given_heads_skip_step_1(data, tmp_path, trainings):
@@ -194,16 +208,16 @@ def test_train_sizes_are_drawn_once_each(data, tmp_path):
 
 def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch, dynamo):
     # the compiler proper adds minutes and no graphs
-    monkeypatch.setattr(engine_module, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
     model, graphs = tiny_model("llama"), []
-    fit = run_module.fit
+    fit = run_module.fit_objective
 
     def counted(*args, **options):
         result = fit(*args, **options)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    monkeypatch.setattr(run_module, "fit", counted)
+    monkeypatch.setattr(run_module, "fit_objective", counted)
     before = counters["stats"]["unique_graphs"]
     rows = run(grid_of(data, {"compile": True}, tune_lr=[1e-2, 2e-2]), tmp_path, model)
     assert [row["status"] for row in rows] == ["done", "done"]

@@ -1,4 +1,4 @@
-"""Training any attachment: what LofitTrainer adds for one, and what comes back."""
+"""Training any attachment on completions: what is added to the loss, and what comes back."""
 
 import pytest
 import torch
@@ -6,35 +6,38 @@ import torch
 import lofit_fast as lf
 from benchmarks.peers import jola, red
 from lofit_fast.training import Engine
-from lofit_fast.training.supervised import train_supervised
+from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.objectives import Completions
+from lofit_fast.training.stage import train_attachment
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES = [{"prompt": f"q{n % 3}: ", "completion": "abc"[n % 3]} for n in range(12)]
 
 
-def trained(attachment, folder, **options):
-    options = {"lr": 5e-2, "epochs": 3, "batch_size": 4, "progress": False} | options
-    return train_supervised(attachment, tiny_tokenizer(), EXAMPLES, output_dir=folder, **options)
+def trained(attachment, folder, examples=EXAMPLES, engine=None, **changes):
+    schedule = Schedule(**{"lr": 5e-2, "epochs": 3, "batch_size": 4, **changes})
+    how = {"output_dir": folder, "engine": engine, "progress": False}
+    return train_attachment(attachment, tiny_tokenizer(), Completions(examples), schedule, **how)
 
 
 def vectors(attachment):
     return torch.cat([parameter.detach().flatten() for parameter in attachment.parameters()])
 
 
-def test_supervised_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path):
+def test_stage_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path):
     attachment = red.attach(tiny_model("llama"))
     before = attachment.model.config.use_cache
     result = trained(attachment, tmp_path)
     assert len(result["loss"]) == 3
     assert result["loss"][-1] < result["loss"][0]
-    assert result["seconds"] > 0
+    assert result["seconds"] > 0 and result["examples_per_s"] > 0 and result["tokens_per_s"] > 0
     assert not attachment.model.training
     assert attachment.model.config.use_cache == before
     assert list(tmp_path.iterdir()) == []
 
 
-def test_supervised_is_reproducible_from_its_seed(tmp_path):
+def test_stage_is_reproducible_from_its_seed(tmp_path):
     results = []
     for seed in (1, 1, 2):
         attachment = jola.attach(tiny_model("llama"))
@@ -44,7 +47,7 @@ def test_supervised_is_reproducible_from_its_seed(tmp_path):
     assert not torch.equal(results[0], results[2])
 
 
-def test_supervised_adds_penalties_to_what_is_minimised_and_not_to_the_loss(tmp_path):
+def test_stage_adds_penalties_to_what_is_minimised_and_not_to_the_loss(tmp_path):
     gates, losses = [], []
     for weight in (0.0, 10.0):
         attachment = jola.attach(tiny_model("llama"), gate_weight=weight)
@@ -54,7 +57,7 @@ def test_supervised_adds_penalties_to_what_is_minimised_and_not_to_the_loss(tmp_
     assert losses[1] < 10
 
 
-def test_supervised_trains_a_handle_with_an_l1_term(tmp_path):
+def test_stage_trains_a_handle_with_an_l1_term(tmp_path):
     norms = []
     for l1 in (0.0, 10.0):
         handle = lf.patch(tiny_model("llama"), lf.LofitConfig(scale="all", init_std=0.1))
@@ -63,7 +66,7 @@ def test_supervised_trains_a_handle_with_an_l1_term(tmp_path):
     assert norms[1] < norms[0] / 2
 
 
-def test_supervised_runs_on_the_engine_it_is_given(tmp_path):
+def test_stage_runs_on_the_engine_it_is_given(tmp_path):
     handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
     seen = set()
     handle.model.register_forward_pre_hook(lambda m, _: seen.add(m.config._attn_implementation))
@@ -71,10 +74,20 @@ def test_supervised_runs_on_the_engine_it_is_given(tmp_path):
     assert seen == {"eager"}
 
 
-def test_supervised_refuses_what_cannot_be_trained(tmp_path):
+def test_stage_refuses_what_cannot_be_trained(tmp_path):
     attachment = red.attach(tiny_model("llama"))
     with pytest.raises(ValueError, match="empty"):
-        train_supervised(attachment, tiny_tokenizer(), [], lr=1.0, epochs=1, output_dir=tmp_path)
+        trained(attachment, tmp_path, [])
     with pytest.raises(ValueError, match="tokens long"):
-        long = [{"prompt": "x" * 70, "completion": "y"}]
-        train_supervised(attachment, tiny_tokenizer(), long, lr=1.0, epochs=1, output_dir=tmp_path)
+        trained(attachment, tmp_path, [{"prompt": "x" * 70, "completion": "y"}])
+    with pytest.raises(ValueError, match="at least one epoch"):
+        trained(attachment, tmp_path, epochs=0)
+    attachment.unpatch()
+    with pytest.raises(ValueError, match="parameters in its model"):
+        trained(attachment, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"epochs": -1}, {"accumulation_steps": 3}])
+def test_schedule_refuses_what_cannot_be(wrong):
+    with pytest.raises(ValueError, match="got|divide"):
+        Schedule(**{"lr": 1e-2, "epochs": 1, **wrong})

@@ -1,0 +1,39 @@
+"""The commands that write a plain model: `merge`, and `export`, which also proves it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_fast.cli.adapted_model import loaded
+from lofit_fast.cli.command import show
+from lofit_fast.cli.options import Adapter, Dtype, Json, Model
+
+# heavy imports happen inside the commands: --help must be instant
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the plain model.")]
+
+
+def merge(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", as_json: Json = False) -> None:
+    """Write the adapter into the weights: a plain model folder. Not reloaded; `export` also proves the result."""
+    _exported(model, adapter, output, dtype)
+    show({"output": str(output)}, as_json, "merged")
+
+
+def export(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", as_json: Json = False) -> None:
+    """Merge, write, reload with stock transformers, and compare its logits with the patched model's."""
+    from lofit_fast.patching.export import verify_export
+
+    report = verify_export(_exported(model, adapter, output, dtype), output)
+    show({"output": str(output), **asdict(report)}, as_json, "exported and verified")
+
+
+def _exported(model: str, adapter: Path, output: Path, dtype: str):
+    """The handle whose plain model was written."""
+    from lofit_fast.patching import export as plain
+    from lofit_fast.patching.handle import handle_of
+
+    base, tokenizer = loaded(model, adapter, dtype, "cpu")
+    handle = handle_of(base)
+    plain.export(handle, output, tokenizer)
+    return handle

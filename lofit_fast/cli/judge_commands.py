@@ -1,0 +1,68 @@
+"""The commands that ask a model: `eval` and `generate`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from lofit_fast.cli.adapted_model import loaded
+from lofit_fast.cli.command import show
+from lofit_fast.cli.options import Data, Device, Dtype, Json, Model, OptionalAdapter, TaskName, task_name
+
+# heavy imports happen inside the commands: --help must be instant
+
+
+def eval(
+    model: Model,
+    adapter: OptionalAdapter = None,
+    task: TaskName = None,
+    data: Data = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Exact match of greedy answers, or MC1 and MC2; of a closed set also the best-scoring answer, and the majority."""
+    from lofit_fast.evaluation.judge import constrained_accuracy, judge
+    from lofit_fast.tasks import load_task, majority_accuracy
+    from lofit_fast.training.summary import data_seed_of
+
+    base, tokenizer = loaded(model, adapter, dtype, device)
+    seed = data_seed_of(adapter) if seed is None else seed
+    examples = load_task(task_name(task, data), data, tokenizer, seed=seed)
+    progress = {"progress": not as_json}
+    report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
+    report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics
+    if examples.candidates:
+        scored = constrained_accuracy(base, tokenizer, examples.validation, examples.candidates, **progress)
+        report |= {"best_scoring_candidate": scored, "majority": majority_accuracy(examples)}
+    show(report, as_json, f"{adapter or 'base'} on {model}")
+
+
+def generate(
+    model: Model,
+    adapter: OptionalAdapter = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be repeated. Default: stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Greedy answers to prompts, one per line of standard input unless given."""
+    from lofit_fast.evaluation.judge import generate_answers
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: expected --prompt, or lines on standard input")
+    base, tokenizer = loaded(model, adapter, dtype, device)
+    answers = generate_answers(base, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=not as_json)
+    if as_json:
+        print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
+        return
+    for text, answer in zip(prompts, answers, strict=True):
+        # not through rich: a model's words are neither wrapped nor searched for markup and emoji
+        print(f"{text}\033[1m{answer}\033[0m" if sys.stdout.isatty() else text + answer)

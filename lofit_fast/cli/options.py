@@ -1,0 +1,72 @@
+"""The options that commands share, and how numbers of heads are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="smollm2, gemma3-270m, a folder, a .gguf file, or a hub id.", metavar="NAME"),
+]
+Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder written by train.", metavar="DIR")]
+OptionalAdapter = Annotated[
+    Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without it, the base model.", metavar="DIR")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task", "-t", help="kinship, clutrr, mquake, ... (docs/guide.md). Default: by --data.", metavar="NAME"
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="JSONL of prompt/completion or messages; the folder of a published task.", metavar="PATH"
+    ),
+]
+TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.")]
+Top = Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")]
+MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.")]
+SelectLr = Annotated[float | None, typer.Option(help="Learning rate of step 1, and of the methods that train.")]
+L1 = Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")]
+SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step.")]
+Seed = Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def parse_heads(text: str | None, option: str = "heads", all_is_known: bool = True) -> str | int | float | None:
+    """ "all", "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError naming the option for anything else."""
+    if text is None or (text == "all" and all_is_known):
+        return text
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    known = "'all', " if all_is_known else ""
+    raise ValueError(f"expected {option} to be {known}a count like 32 or a fraction like 0.1, got {text!r}")
+
+
+def parse_top(text: str | None) -> int | float | None:
+    """--top: a count or a fraction of the heads. Raises ValueError for anything else."""
+    return parse_heads(text, "--top", all_is_known=False)
+
+
+def recipe_of(task: str, seed: int, top: str | None, **given):
+    """The task's recipe with what was given on the command line instead; None stands for not given.
+
+    Raises what `Recipe` raises, and ValueError for a top that is no number of heads.
+    """
+    from lofit_fast.config import RECIPES, Recipe
+
+    chosen = {key: value for key, value in {**given, "top": parse_top(top)}.items() if value is not None}
+    return Recipe(**{**RECIPES.get(task, {}), "seed": seed, **chosen})
+
+
+def task_name(task: str | None, data: str | None) -> str:
+    """The task asked for: by name, else completions of the given data, else the one that needs none."""
+    return task or ("kinship" if data is None else "completion")

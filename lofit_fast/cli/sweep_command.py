@@ -1,0 +1,48 @@
+"""The command `sweep`: many trainings on one loaded base."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from lofit_fast.cli.command import err, out
+from lofit_fast.cli.options import Json
+
+# heavy imports happen inside the command: --help must be instant
+
+
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept.")],
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run many trainings on one loaded base: every combination of a grid, with a table and a plot at the end.
+
+    A file such as: [base] model = "smollm2", top = 0.1 [grid] seed = [1, 2], tune_lr = [1e-2, 2e-2] (one key a line).
+    Runs that differ only in top, min_layer, tune_lr or tune_epochs share one step 1. docs/guide.md has all keys.
+    """
+    from lofit_fast.training.sweep.grid import read_grid
+    from lofit_fast.training.sweep.run import as_table, failures
+    from lofit_fast.training.sweep.run import sweep as run_sweep
+
+    plan = read_grid(grid)
+    if dry_run:
+        rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
+    else:
+        rows = run_sweep(plan, output, jobs=jobs, resume=resume, progress=not as_json)
+    if as_json:
+        print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
+    else:
+        out.print(as_table(rows, f"{plan.task} on {plan.model}"))
+    if failed := failures(rows):
+        if not as_json:
+            err.print(Text(f"error: {failed}", "bold red"), soft_wrap=True)
+        raise typer.Exit(1)

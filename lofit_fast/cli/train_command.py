@@ -1,0 +1,103 @@
+"""The command `train`: both steps of LoFiT on a task or on data of one's own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_fast.cli.command import show
+from lofit_fast.cli.options import (
+    L1,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    MinLayer,
+    Model,
+    Seed,
+    SelectEpochs,
+    SelectLr,
+    TaskName,
+    Top,
+    TrainSize,
+    recipe_of,
+    task_name,
+)
+
+# heavy imports happen inside the command: --help must be instant
+
+
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; an interrupted run goes on from it.")],
+    task: TaskName = None,
+    data: Data = None,
+    train_size: TrainSize = None,
+    top: Top = None,
+    min_layer: MinLayer = None,
+    heads: Annotated[Path | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json.")] = None,
+    select_lr: SelectLr = None,
+    tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
+    l1: L1 = None,
+    select_epochs: SelectEpochs = None,
+    tune_epochs: Annotated[int | None, typer.Option(help="Epochs of step 2.")] = None,
+    batch_size: BatchSize = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Of DPO, for tasks of preferences (truthfulqa). Default: 0.5.")
+    ] = None,
+    accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    seed: Seed = 42,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash_attention_2, ...")] = "auto",
+    compile: Annotated[bool | None, typer.Option(help="Compile the layers. Default: where it pays.")] = None,
+    packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
+    group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
+    prefix_cache_gb: Annotated[
+        float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
+    ] = 0.0,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
+    from lofit_fast.evaluation.judge import judge
+    from lofit_fast.heads import read_heads
+    from lofit_fast.models.load import load_model
+    from lofit_fast.tasks import load_task
+    from lofit_fast.training.engine import Engine
+    from lofit_fast.training.fit import fit_objective
+    from lofit_fast.training.objectives import Preferences, objective_of
+    from lofit_fast.training.profiling import ProfileSteps
+    from lofit_fast.training.run_folder import dtype_of_run
+    from lofit_fast.training.summary import write_summary
+
+    name = task_name(task, data)
+    numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
+    numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
+    recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, **numbers)
+    knobs = {"compile": compile, "packing": packing}
+    knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
+    engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
+    fixed = None if heads is None else read_heads(heads)
+    if dtype == "auto" and resume:
+        # a run goes on in the dtype that it was begun in
+        dtype = dtype_of_run(output) or dtype
+    base, tokenizer = load_model(model, dtype=dtype, device=device)
+    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed)
+    objective = objective_of(examples)
+    if isinstance(objective, Preferences):
+        objective = replace(objective, beta=Preferences.beta if beta is None else beta)
+    elif beta is not None:
+        raise ValueError(f"--beta is of DPO, which the task {name} does not train with")
+    how = {"engine": engine, "heads": fixed, "resume": resume, "progress": not as_json}
+    how["callbacks"] = [ProfileSteps(output)] if profile else ()
+    result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
+    judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
+    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged)
+    show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")

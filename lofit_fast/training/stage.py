@@ -1,0 +1,141 @@
+"""One training of one attachment: a stage of LoFiT, or all that a peer needs. Every method goes through here."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from lofit_fast.data.encode import pad_token_id
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.cost import peak_memory, rates
+from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.objectives import EncodedObjective, Objective
+
+
+def train_attachment(
+    attachment: Attachment,
+    tokenizer,
+    objective: Objective,
+    schedule: Schedule,
+    *,
+    output_dir: Path | str,
+    engine: Engine | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> dict[str, object]:
+    """Train what an attachment has to train, whatever method it is: one loss, schedule and engine for all.
+
+    Args:
+        attachment: in its model.
+        tokenizer: of the model.
+        objective: `Completions` or `Preferences`.
+        schedule: rates, epochs and batches.
+        output_dir: where the trainer may write; nothing is kept there.
+        engine: how steps are run; None means the defaults.
+        callbacks: of transformers' Trainer.
+        progress: whether bars and the engine's choice are shown.
+
+    Returns:
+        {"seconds", "loss": [mean of each epoch, without the L1 term], "tokens_per_s", "examples_per_s",
+        "peak_memory_bytes"}. What comes before the steps (references, the prefix cache) is part of the seconds.
+
+    Raises:
+        ValueError: nothing to train, no epochs, data that cannot be learned from, a knob the objective cannot use.
+        ImportError: preferences without TRL.
+        FloatingPointError: training diverges; the attachment is still in the model.
+    """
+    if not schedule.epochs:
+        raise ValueError("expected at least one epoch to train, got 0")
+    if engine is not None and engine.prefix_cache_gb and not isinstance(attachment, LofitHandle):
+        raise ValueError(
+            f"prefix_cache_gb={engine.prefix_cache_gb} was asked for, but only LoFiT's layers are known to leave those "
+            f"below them alone: expected 0 for a {type(attachment).__name__}"
+        )
+    data = objective.encoded(attachment.model, tokenizer, schedule.max_length)
+    asked = data.usable(engine or Engine(), schedule.accumulation_steps)
+    settled, said = settle_for(attachment, asked, data, tokenizer, schedule)
+    if progress:
+        print(said, file=sys.stderr)
+    rows: list[dict] = []
+    where = {"folder": Path(output_dir), "callbacks": callbacks, "progress": progress}
+    before, peak = train(attachment, data, schedule, settled, on_epoch=rows.append, **where)
+    return {"loss": [row["loss"] for row in rows], **cost_of(rows, data, schedule, before), "peak_memory_bytes": peak}
+
+
+def settle_for(
+    attachment: Attachment, engine: Engine, data: EncodedObjective, tokenizer, schedule: Schedule
+) -> tuple[Engine, str]:
+    """`auto.settle` for a schedule over an objective's data."""
+    return settle(attachment, engine, data.rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+
+
+def train(
+    attachment: Attachment,
+    data: EncodedObjective,
+    schedule: Schedule,
+    engine: Engine,
+    *,
+    folder: Path,
+    on_epoch: Callable[[dict], None],
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+    keep: bool = False,
+    checkpoint: str | None = None,
+) -> tuple[float, int | None]:
+    """The training itself: (seconds before its first step, peak bytes above what was held before).
+
+    Args:
+        attachment, data, schedule: what is trained, on what, and how.
+        engine: a settled one.
+        folder: where the trainer writes.
+        on_epoch: called with a dict after every epoch, see `trainer.AttachmentTraining`, with rates in real tokens.
+        callbacks: of transformers' Trainer.
+        progress: whether bars are shown.
+        keep: whether checkpoints are left in the folder.
+        checkpoint: one to go on from.
+
+    Raises:
+        ValueError: an attachment without parameters in its model.
+        FloatingPointError: training diverges.
+    """
+    model = attachment.model
+    trained = {id(parameter) for parameter in attachment.parameters()}
+    # an optimizer that a trainer makes sees the model's parameters alone
+    if not trained or not trained <= {id(parameter) for parameter in model.parameters()}:
+        raise ValueError(f"expected an attachment with parameters in its model, got a {type(attachment).__name__}")
+
+    def report(row: dict) -> None:
+        on_epoch(row | rates(*_done([row], data, schedule), row["seconds"]))
+
+    started = time.perf_counter()
+    how = {"folder": folder, "on_epoch": report, "callbacks": callbacks, "progress": progress, "keep": keep}
+    with (
+        data.as_it_was(),
+        prepared(model, engine),
+        peak_memory(next(model.parameters()).device) as memory,
+        data.trainer(attachment, schedule, engine, **how) as trainer,
+    ):
+        before = time.perf_counter() - started
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return before, memory.peak_bytes
+
+
+def cost_of(rows: Sequence[dict], data: EncodedObjective, schedule: Schedule, before: float) -> dict[str, float]:
+    """seconds, tokens_per_s and examples_per_s of epochs, an interrupted run's too. before: seconds ahead of them."""
+    seconds = before + sum(row["seconds"] for row in rows)
+    return {"seconds": seconds, **rates(*_done(rows, data, schedule), seconds)}
+
+
+def _done(rows: Sequence[dict], data: EncodedObjective, schedule: Schedule) -> tuple[float, float]:
+    """Examples and tokens of epochs, the last of which may have been cut short."""
+    steps = math.ceil(data.n_examples / schedule.batch_size)
+    shares = [(len(row["step_losses"]) / steps, row["epoch"] - 1) for row in rows]
+    return sum(share for share, _ in shares) * data.n_examples, sum(share * data.tokens(at) for share, at in shares)

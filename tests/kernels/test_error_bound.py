@@ -11,7 +11,7 @@ SUMS = ["scale", "offset", "bias"]
 
 
 def judged(dtype, seed=0, T=45, drop=None):
-    """name -> (the op's sums over tokens, the exact ones, eager's in several orders). drop: a row withheld from the op."""
+    """name -> (sums of the op, exact ones, eager in several orders of each). drop: a row that the op does not get."""
     torch.manual_seed(seed)
     inputs = make("both_different", dtype, D=12, rows=(T,))
     for name in SUMS:

@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from lofit_kernels import head_affine, head_affine_linear, ops
+from lofit_kernels.answers import Path
+from lofit_kernels.dispatch import NUMBERED_PATHS
 from tests.accuracy_rule import check
 
 H, D, N = 4, 8, 12
 K = H * D
+
+# numbers of paths, as the forward op gives them to the backward op
+PASS, FOLD = (NUMBERED_PATHS.index(Path(form, "aten", "vendor")) for form in ("pass", "fold"))
 
 # heads of (scale, offset)
 HEADS = {
@@ -75,14 +80,14 @@ def test_affine_linear_opcheck_folded(bias):
 )
 @pytest.mark.parametrize("case", ["both", "no_heads"])
 def test_affine_linear_backward_opcheck(case, needs):
-    args = [torch.randn(2, 3, N), *projection(grad=False), *vectors(case, grad=False), list(needs), "aten"]
+    args = [torch.randn(2, 3, N), *projection(grad=False), *vectors(case, grad=False), list(needs), PASS]
     assert passed(ops.affine_linear_backward, args)
 
 
 def test_affine_linear_backward_opcheck_without_z():
     _, weight, bias = projection(grad=False)
     needs = [True, False, True, False, True, False]
-    args = [torch.randn(2, 3, N), None, weight, bias, *vectors("offset_some", grad=False), needs, "aten"]
+    args = [torch.randn(2, 3, N), None, weight, bias, *vectors("offset_some", grad=False), needs, FOLD]
     assert passed(ops.affine_linear_backward, args)
 
 

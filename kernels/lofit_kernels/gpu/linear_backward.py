@@ -1,4 +1,4 @@
-"""The projection's backward GEMM, dY W, with dz, da and dv taken from its accumulator."""
+"""Experimental until a GPU has timed it: the backward GEMM, dY W, with dz, da and dv taken from its accumulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The projection with the scale inside the GEMM: delta form (a few heads) and prologue form (all heads)."""
+"""Experimental until a GPU has timed it: the projection with the scale inside the GEMM.
+
+The delta form is for a few heads, the prologue form for all of them.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def gradients(y: Tensor, inputs: dict, asked, grad: Tensor) -> dict[str, Tensor 
 def eager_in_orders(run, inputs: dict, asked, grad: Tensor) -> dict[str, list[Tensor]]:
     """By name the gradients of run(**inputs), in autograd; those that sum over tokens in several orders of that sum.
 
-    run: `eager` or `eager_affine`, or one of them under autocast. grad: of its result.
+    run: `eager` or `eager_affine`, or one of them under autocast. grad: of its result. The offset's gradient is a sum
+    over tokens and over columns of N; it is computed with either of them first.
     """
     columns = [grad.shape[-1]] if "weight" in inputs else []
     found = {name: [] for name in asked}
@@ -86,6 +87,10 @@ def eager_in_orders(run, inputs: dict, asked, grad: Tensor) -> dict[str, list[Te
         for name, gradient in gradients(run(**given), inputs, asked, dy).items():
             if turn == 0 or name in ("bias", "scale", "offset"):
                 found[name].append(gradient)
+        if n and "offset" in asked:
+            offset, weight = inputs["offset"].detach(), given["weight"].detach().to(dy.dtype)
+            summed = (dy.to(offset.dtype).sum(0) @ weight.to(offset.dtype)).view(-1, offset.shape[1])
+            found["offset"].append(summed[inputs["offset_heads"]])
     return found
 
 

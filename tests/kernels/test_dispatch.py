@@ -252,9 +252,9 @@ def taken(monkeypatch):
     return paths
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
 @pytest.mark.parametrize("before, after", [("delta", "pass"), ("pass", "delta")])
-def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, compiled, before, after):
+def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, backend, before, after):
     weight, scale = torch.randn(24, 32), torch.randn(2, 8, requires_grad=True)
     # another shape has an answer, too, so that a graph compiled now leaves the choice to its run
     elsewhere = {answers.key(F32, 24, 32, 8, 2, 4): Path("delta", "aten", "vendor")}
@@ -264,8 +264,8 @@ def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, compile
         return head_affine_linear(z, weight, scale=scale, scale_heads=[1, 3])
 
     answered({**elsewhere, case: Path(before, "aten", "vendor")})
-    if compiled:
-        run = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    if backend is not None:
+        run = torch.compile(run, fullgraph=True, backend=backend, dynamic=True)
     for T in (16, 20):
         answered({**elsewhere, case: Path(before, "aten", "vendor")})
         z = torch.randn(T, 32, requires_grad=True)
@@ -274,6 +274,25 @@ def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, compile
         assert torch.equal(y, head_affine_linear(z, weight, scale=scale, scale_heads=[1, 3], form=before))
         torch.autograd.grad(y.sum(), (z, scale))
     assert taken == [(before, "aten", "vendor")] * 2
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_compiled_graph_leaves_the_choice_to_its_run_only_where_something_was_measured(answered, dynamo, measured):
+    weight, scale = torch.randn(24, 64).bfloat16(), torch.randn(1, 8)
+    answered({answers.key(F32, 24, 32, 8, 2, 4): Path("delta", "aten", "vendor")} if measured else {})
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.extend(node for node in graph.graph.nodes if "lofit.affine_linear" in str(node.target))
+        return graph
+
+    def run(z):
+        return head_affine_linear(z, weight, scale=scale, scale_heads=[1])
+
+    torch.compile(run, fullgraph=True, backend=keep)(torch.randn(5, 64).bfloat16())
+    (node,) = graphs
+    # an unknown number in a graph keeps it from becoming a CUDA graph
+    assert node.args[-3:] == (("auto", "auto", "auto") if measured else ("delta", "aten", "vendor"))
 
 
 @pytest.mark.parametrize("path", NUMBERED_PATHS)

@@ -53,14 +53,21 @@ def exact(p: Projection) -> tuple[Tensor, ...]:
 
 
 def by_hook(p: Projection) -> tuple[tuple[Tensor, ...], ...]:
-    """(y,), (dz,) and, where there are any, da and dv of the eager hook, these in several orders of their sums."""
-    y, dz, *sums = step(PROVIDERS["hook"], p)
-    by_order = [sums]
-    for t, n in orders(*p.grad.shape, device=p.grad.device)[1:]:
-        z = p.z.detach()[t].requires_grad_()
-        shuffled = replace(p, z=z, weight=p.weight[n], grad=p.grad[t][:, n])
-        by_order.append(step(PROVIDERS["hook"], shuffled)[2:])
-    return (y,), (dz,), *zip(*by_order, strict=True)
+    """(y,), (dz,) and, where there are any, da and dv of the eager hook, these in several orders of their sums.
+
+    dv is a sum over tokens and over columns of N; it is computed with either of them first.
+    """
+    y, dz, *_ = step(PROVIDERS["hook"], p)
+    sums: list[list[Tensor]] = [[] for _ in p.parameters]
+    for t, n in orders(*p.grad.shape, device=p.grad.device):
+        z, weight, grad = p.z.detach()[t].requires_grad_(), p.weight[n], p.grad[t][:, n]
+        found = step(PROVIDERS["hook"], replace(p, z=z, weight=weight, grad=grad))[2:]
+        for kept, gradient in zip(sums, found, strict=True):
+            kept.append(gradient)
+        if p.offset is not None:
+            summed = grad.to(p.offset.dtype).sum(0) @ weight.to(p.offset.dtype)
+            sums[-1].append(summed.view(-1, p.shape.D)[p.offset_heads])
+    return (y,), (dz,), *(tuple(kept) for kept in sums)
 
 
 def problems(provider: Provider, p: Projection, planted: bool = False) -> list[str]:

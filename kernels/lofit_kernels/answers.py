@@ -22,7 +22,7 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 
 
 class Path(NamedTuple):
-    """A way to compute a projection; see `plan.py` for the words."""
+    """A way to compute a projection; see `dispatch.py` for the words."""
 
     form: str
     backend: str

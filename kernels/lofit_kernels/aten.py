@@ -1,7 +1,7 @@
 """The primitives in plain ATen: CPU, and every device or dtype without Triton.
 
-The same names and signatures as `gpu.offset`, `gpu.grouped` and `gpu.affine`: `projection.py` and `ops.py` compose
-either. `heads` are always (h,) int64, ascending, on z's device. Sums and products run in float32 (float64 for
+The names and signatures are those of `gpu.offset`, `gpu.offset_grouped` and `gpu.affine`: `projection.py` and `ops.py`
+compose either. `heads` are always (h,) int64, ascending, on z's device. Sums and products run in float32 (float64 for
 float64).
 """
 

@@ -12,33 +12,36 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels.aten import head_columns
-from lofit_kernels.dispatch import LOW_PRECISION, Plan, has_answers
+from lofit_kernels.dispatch import LOW_PRECISION, has_answers
+from lofit_kernels.op_arguments import Arguments
 
 
-def is_traced(z: Tensor, weight: Tensor, has_scale: bool, chosen: Plan, asked: str, constants: int) -> bool:
-    """Whether `affine_linear` below computes such a case: under torch.compile, on a CPU, where an op does no better.
+def is_traced(arguments: Arguments, asked: str) -> bool:
+    """Whether `affine_linear` below computes such a case under torch.compile: on a CPU, where an op does no better.
 
-    chosen, asked: the path, and the form that was asked for. constants: how many of bias and offset, folded or not.
+    arguments: with the path that is the default for them. asked: the form that was asked for.
     The op stays for the delta form and for several constants beside 16-bit activations, which need one accumulator for
     all terms; for a weight that is trained; and for answers measured here, which depend on the number of tokens.
     """
-    if not torch.compiler.is_compiling() or z.device.type != "cpu" or chosen.backend != "aten":
+    z, path = arguments.z, arguments.path
+    if z.device.type != "cpu" or path.backend != "aten":
         return False
-    if weight.requires_grad or chosen.form == "delta" or (constants > 1 and z.dtype in LOW_PRECISION):
+    shift = arguments.offset is not None or arguments.folded is not None
+    constants = shift + (arguments.bias is not None)
+    if arguments.weight.requires_grad or path.form == "delta" or (constants > 1 and z.dtype in LOW_PRECISION):
         return False
-    return not has_scale or asked != "auto" or not has_answers(z.device.type)
+    return arguments.scale is None or asked != "auto" or not has_answers(z.device)
 
 
-def affine_linear(
-    z: Tensor, weight: Tensor, scale: Tensor | None, scale_heads: Tensor | None, constants: list[Tensor]
-) -> Tensor:
-    """y (..., N). z: (..., K); weight: (N, K), frozen; scale: (h, D) or None; heads: (h,) int64; constants: (N,)."""
+def affine_linear(arguments: Arguments) -> Tensor:
+    """y (..., N) of arguments whose offset, if there is one, is folded and whose weight is frozen."""
+    constants = [constant for constant in (arguments.bias, arguments.folded) if constant is not None]
     constant = sum(constants[1:], constants[0]) if constants else None
-    return _Projection.apply(z, weight, scale, scale_heads, constant)
+    return _Projection.apply(arguments.z, arguments.weight, arguments.scale, arguments.scale_heads, constant)
 
 
 class _Projection(torch.autograd.Function):
-    """y = ((1 + a) * z) W^T + c; arguments as in `affine_linear`, the constants as one."""
+    """y = ((1 + a) * z) W^T + c. z: (..., K); weight: (N, K); scale: (h, D), heads: (h,) int64, or None; c: (N,)."""
 
     @staticmethod
     def forward(ctx, z, weight, scale, heads, constant):

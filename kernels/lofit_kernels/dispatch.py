@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,6 +55,8 @@ FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
         ("delta", True): "fused delta",
     }
 )
+# every path by number: what a compiled graph can hand from a forward to a backward pass
+NUMBERED_PATHS: tuple[Path, ...] = tuple(Path(*parts) for parts in product(FORMS, BACKENDS, GEMMS))
 # the share of scaled heads beyond which a second product over them is too dear a default
 MANY = 0.25
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -197,9 +200,9 @@ def answers_for(device_name: str) -> Mapping[Key, Path]:
     return _ANSWERS[device_name]
 
 
-def has_answers(device_type: str) -> bool:
-    """Whether anything was measured on a device without a name of its own; in a compiled graph, when it was traced."""
-    return bool(answers_for(device_type))
+def has_answers(device: torch.device) -> bool:
+    """Whether anything was measured on a device; in a compiled graph, when it was traced."""
+    return bool(answers_for(answers.device_name(device)))
 
 
 # torch.compiler.assume_constant_result, which would import the compiler together with this package

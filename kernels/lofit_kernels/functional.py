@@ -1,14 +1,17 @@
 """The public functions: validate, choose a path, call the op."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels import compiled_cpu, ops
+from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
-from lofit_kernels.dispatch import is_many, plan
+from lofit_kernels.dispatch import Plan, has_answers, is_many, plan, plan_for
+from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
 Heads = Tensor | Sequence[int] | None
@@ -36,7 +39,7 @@ def head_affine_linear(
     `head_index`, whose values are trusted; None means every head.
     folded: (N,), W v computed beforehand, float32 (float64 when z is): of `fold_offsets`, and the gradient goes through
     it; or of `fold_offset`, to be reused in inference. The offset itself need not be given then, and gets no gradient.
-    form, backend, gemm: see `plan.py`; "auto" follows its table and what was measured on this device.
+    form, backend, gemm: see `dispatch.py`; "auto" follows its table and what was measured on this device.
 
     Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
     Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
@@ -45,20 +48,37 @@ def head_affine_linear(
     z, weight, bias = _autocast(z, weight, bias)
     _check_projection(z, weight, bias)
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
-    path = {"form": form, "backend": backend, "gemm": gemm}
-    many = scale is not None and is_many(scale.numel(), weight.shape[1])
-    chosen = plan(has_scale=scale is not None, dtype=z.dtype, device_type=z.device.type, many_heads=many, **path)
+    asked = Path(form, backend, gemm)
+    compiling = torch.compiler.is_compiling()
+    # in a compiled graph the number of tokens may be a symbol, which no measured answer can be looked up for
+    chosen = _default(z, weight, scale, asked) if compiling else plan_for(z.shape[:-1].numel(), weight, scale, *asked)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     if folded is not None:
         _check_folded(z, weight, offset, folded)
-    constants = [constant for constant in (bias, folded) if constant is not None]
-    unfolded = offset is not None and folded is None
-    if is_traced(z, weight, scale is not None, chosen, form, len(constants) + unfolded):
-        constants += [_fold_group([weight], [offset], [offset_heads], "aten")[0]] if unfolded else []
-        return compiled_cpu.affine_linear(z, weight, scale, scale_heads, constants)
-    run = ops.affine_linear if torch.compiler.is_compiling() else ops.AffineLinear.apply
-    return run(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
+    arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, chosen.path)
+    if compiling:
+        return _compiled(arguments, asked)
+    return ops.AffineLinear.apply(*arguments.tensors(), arguments)
+
+
+def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path) -> Plan:
+    """The path where nothing was measured."""
+    many = scale is not None and is_many(scale.numel(), weight.shape[1])
+    case = {"has_scale": scale is not None, "many_heads": many, "dtype": z.dtype, "device_type": z.device.type}
+    return plan(**case, **asked._asdict())
+
+
+def _compiled(arguments: Arguments, asked: Path) -> Tensor:
+    """y (..., N) as torch.compile traces it. arguments: with the path where nothing was measured."""
+    if is_traced(arguments, asked.form):
+        folded = arguments.folded
+        if folded is None and arguments.offset is not None:
+            (folded,) = _fold_group([arguments.weight], [arguments.offset], [arguments.offset_heads], "aten")
+        return compiled_cpu.affine_linear(replace(arguments, folded=folded))
+    if arguments.scale is not None and has_answers(arguments.z.device):
+        arguments = replace(arguments, path=asked)
+    return ops.affine_linear(*arguments.flat())[0]
 
 
 def head_affine(

@@ -7,10 +7,15 @@ The Functions call the same code without the dispatcher's wrappers, which cost m
 Differentiating twice raises, either way, instead of returning something wrong.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lofit_kernels.answers import Path
+from lofit_kernels.dispatch import NUMBERED_PATHS, plan_for
+from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
 
@@ -32,20 +37,26 @@ def affine_linear(
     form: str,
     backend: str,
     gemm: str = "auto",
-) -> Tensor:
-    """y = ((1 + a) * z + v) W^T + b. z: (..., K); weight: (N, K); scale, offset: (h, D) float32; heads: (h,) int64.
+) -> tuple[Tensor, int]:
+    """(y, the number of its path): the flat form of `Arguments`, all of them as there.
 
-    folded: (N,), W v computed beforehand, or None. With it the gradient is its own, and the offset gets none.
-    form, backend, gemm: as in `plan.plan`; what is "auto" is looked up here, where the number of tokens is a number.
+    With folded the gradient is its own, and the offset gets none. A part of the path that is "auto" is chosen here,
+    where the number of tokens is a number even in a graph compiled for any; the path's number in `NUMBERED_PATHS` is an
+    output, so that the backward pass takes the same one.
     """
-    vectors = (scale, scale_heads, offset, offset_heads)
+    flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
+    arguments = Arguments.rebuilt(flat)
+    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path).path
     with _as_written(z):
-        return affine_linear_fwd(z, weight, bias, *vectors, folded, form, backend, gemm)
+        return affine_linear_fwd(replace(arguments, path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
 def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm="auto"):
-    return z.new_empty(*z.shape[:-1], weight.shape[0])
+    path = Path("fold", backend, "vendor") if scale is None else Path(form, backend, gemm)
+    # a number that only the run tells keeps Inductor from using CUDA graphs: none where nothing is left to choose
+    number = torch.library.get_ctx().new_dynamic_size() if "auto" in path else NUMBERED_PATHS.index(path)
+    return z.new_empty(*z.shape[:-1], weight.shape[0]), number
 
 
 @torch.library.custom_op("lofit::affine_linear_backward", mutates_args=())
@@ -59,36 +70,33 @@ def affine_linear_backward(
     offset: Tensor | None,
     offset_heads: Tensor | None,
     needs: list[bool],
-    backend: str,
-    form: str = "auto",
-    gemm: str = "auto",
+    path: int,
 ) -> list[Tensor]:
     """The gradients of (z, weight, bias, scale, offset, folded) that `needs` asks for, in that order, others left out.
 
-    That of folded is sum_t dY in float32 (float64 for float64), the dtype that folded has.
+    path: the number that the forward op gave. The gradient of folded is sum_t dY in float32 (float64 for float64), the
+    dtype that folded has.
     """
-    vectors = (scale, scale_heads, offset, offset_heads)
-    grads = _linear_backward(grad, z, weight, bias, *vectors, needs, backend, form, gemm)
+    saved = (z, weight, bias, scale, scale_heads, offset, offset_heads)
+    grads = _linear_backward(grad, Arguments.of_saved(saved, NUMBERED_PATHS[path]), needs)
     return [g for g in grads if g is not None]
 
 
-def _linear_backward(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form, gemm):
+def _linear_backward(grad: Tensor, arguments: Arguments, needs: list[bool]) -> list[Tensor | None]:
     """The gradients of (z, weight, bias, scale, offset, folded) in their inputs' dtypes, None where not needed."""
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset, needs_folded = needs
     inner = (needs_z, needs_weight, needs_bias or needs_folded, needs_scale, needs_offset)
     with _as_written(grad):
-        vectors = (scale, scale_heads, offset, offset_heads)
-        grads = affine_linear_bwd(grad, z, weight, *vectors, inner, form, backend, gemm)
-    d_z, d_weight, total, d_scale, d_offset = grads
+        d_z, d_weight, total, d_scale, d_offset = affine_linear_bwd(grad, arguments, inner)
     # both are sum_t dY, and results of a custom operator must not share storage
     d_bias = total.clone() if needs_bias and needs_folded else total if needs_bias else None
     found = (d_z, d_weight, d_bias, d_scale, d_offset, total if needs_folded else None)
-    likes = (grad, weight, bias, scale, offset, total)
+    likes = (grad, arguments.weight, arguments.bias, arguments.scale, arguments.offset, total)
     return [None if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
 
 
 @affine_linear_backward.register_fake
-def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, backend, form="auto", gemm="auto"):
+def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, path):
     d_z = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if needs[0] else None
     rest = (None if x is None else torch.empty_like(x) for x in (weight, bias, scale, offset))
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -96,45 +104,47 @@ def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, ba
     return [g for g, needed in zip((d_z, *rest), needs, strict=True) if needed]
 
 
-def _save_linear(ctx, inputs, output):
-    z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm = inputs
-    needs = ctx.needs_input_grad
-    # z is the only activation: an offset alone never needs it
-    saved_z = z if needs[1] or needs[3] else None
-    ctx.needs = [needs[0], needs[1], needs[2], needs[3], needs[5] and folded is None, needs[7]]
-    ctx.path = (backend, form, gemm)
-    ctx.save_for_backward(saved_z, weight, bias, scale, scale_heads, offset, offset_heads)
+def _save_linear(ctx, arguments: Arguments) -> None:
+    """Keeps what the backward pass reads; z only for the gradients of weight and scale."""
+    asked = ctx.needs_input_grad
+    ctx.needs = Arguments.needed(asked, arguments.folded is not None)
+    ctx.save_for_backward(*arguments.saved(keep_z=ctx.needs[1] or ctx.needs[3]))
 
 
-def _linear_gradients(ctx, grad):
-    found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path))
-    return _as_inputs([next(found) if needed else None for needed in ctx.needs])
+def _setup_linear(ctx, inputs, output):
+    _save_linear(ctx, Arguments.rebuilt(inputs))
+    ctx.path = output[1]
 
 
-def _as_inputs(grads):
-    """The gradients of (z, weight, bias, scale, offset, folded) at the places of the op's eleven inputs."""
-    d_z, d_weight, d_bias, d_scale, d_offset, d_folded = grads
-    return d_z, d_weight, d_bias, d_scale, None, d_offset, None, d_folded, None, None, None
+def _linear_gradients(ctx, grad, _):
+    found = iter(affine_linear_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.path))
+    return *Arguments.placed([next(found) if needed else None for needed in ctx.needs]), None, None, None
 
 
-affine_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
+affine_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
 
 
 class AffineLinear(torch.autograd.Function):
-    """`lofit::affine_linear` for eager mode; the same arguments."""
+    """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose.
+
+    apply(*arguments.tensors(), arguments): autograd follows the tensors, which the arguments hold, too.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
-        """y; see `affine_linear`."""
-        _save_linear(ctx, inputs, None)
-        with _as_written(inputs[0]):
-            return affine_linear_fwd(*inputs)
+        """y (..., N)."""
+        arguments = inputs[-1]
+        _save_linear(ctx, arguments)
+        ctx.path = arguments.path
+        with _as_written(arguments.z):
+            return affine_linear_fwd(arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """The gradients that are needed; see `affine_linear_backward`."""
-        return _as_inputs(_linear_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.path))
+        """The gradients that are needed, by the path of the forward pass; see `affine_linear_backward`."""
+        arguments = Arguments.of_saved(ctx.saved_tensors, ctx.path)
+        return *Arguments.placed(_linear_backward(grad, arguments, ctx.needs)), None
 
 
 @torch.library.custom_op("lofit::grouped_fold", mutates_args=())

@@ -1,5 +1,5 @@
-"""One projection, forward and backward, composed as `plan.py` says: from a backend's primitives and the vendor's GEMMs,
-or from GEMMs with the scale inside.
+"""One projection, forward and backward: composed of a backend's primitives and the vendor's GEMMs, or of GEMMs with the
+scale inside. `dispatch.py` chooses among these; nothing is chosen here.
 
     fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
     delta        y = z W^T + (a z_S) W_S^T + (b + W v)
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels import aten
-from lofit_kernels.dispatch import LOW_PRECISION, plan_for
+from lofit_kernels.dispatch import GEMMS, LOW_PRECISION
+from lofit_kernels.op_arguments import Arguments
 
 # form -> the primitive that is the whole product, scale and constants included
 _FUSED_FORWARD = {"pass": "prologue_linear", "delta": "delta_linear"}
@@ -30,34 +31,25 @@ def primitives(backend: str) -> ModuleType:
     return triton
 
 
-def affine_linear_fwd(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    scale_heads: Tensor | None,
-    offset: Tensor | None,
-    offset_heads: Tensor | None,
-    folded: Tensor | None,
-    form: str,
-    backend: str,
-    gemm: str,
-) -> Tensor:
-    """y (..., N) for z (..., K); arguments as in `ops.affine_linear`."""
+def affine_linear_fwd(arguments: Arguments) -> Tensor:
+    """y (..., N) for z (..., K), by the path that the arguments name, every part of it."""
+    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
+    form, backend, gemm = arguments.path
     rows = z.reshape(-1, z.shape[-1])
-    chosen = plan_for(rows.shape[0], weight, scale, form, backend, gemm)
-    on = primitives(chosen.backend)
-    if offset is not None and folded is None:
-        folded = on.offset_fold(weight, offset, offset_heads)
-    constants = [term for term in (bias, folded) if term is not None]
-    if chosen.fused_forward:
-        product = getattr(on, _FUSED_FORWARD[chosen.form])
+    on = primitives(backend)
+    folded = arguments.folded
+    if arguments.offset is not None and folded is None:
+        folded = on.offset_fold(weight, arguments.offset, arguments.offset_heads)
+    constants = [term for term in (arguments.bias, folded) if term is not None]
+    fused, _ = GEMMS[gemm]
+    if fused:
+        product = getattr(on, _FUSED_FORWARD[form])
         y = product(rows, weight, _summed(constants, torch.float32), scale, scale_heads, scale.shape[1])
         return y.view(*z.shape[:-1], y.shape[-1])
     addend = None
-    if chosen.form == "pass":
+    if form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
-    elif chosen.form == "delta":
+    elif form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
         addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
     # rounded to 16 bits together, a large term would swallow a small one
@@ -73,34 +65,26 @@ def affine_linear_fwd(
 
 
 def affine_linear_bwd(
-    grad: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    scale: Tensor | None,
-    scale_heads: Tensor | None,
-    offset: Tensor | None,
-    offset_heads: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],
-    form: str,
-    backend: str,
-    gemm: str,
+    grad: Tensor, arguments: Arguments, needs: tuple[bool, bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (z, weight, bias, scale, offset), each only where `needs` asks; grad: (..., N).
+    """Gradients of (z, weight, bias, scale, offset), each only where `needs` asks, by the path of the forward pass.
 
-    z is needed for the gradients of scale and weight only.
+    grad: (..., N). arguments: those of the forward pass; z for the gradients of scale and weight only.
+    Sums over tokens are float32 (float64 for float64); the others have their input's dtype.
     """
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset = needs
+    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
     dy = grad.reshape(-1, grad.shape[-1])
-    chosen = plan_for(dy.shape[0], weight, scale, form, backend, gemm)
-    on = primitives(chosen.backend)
+    on = primitives(arguments.path.backend)
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     dz = d_weight = d_bias = d_scale = d_offset = None
     if needs_bias or needs_offset:
         total = on.column_sum(dy)
         d_bias = total if needs_bias else None
-        d_offset = on.offset_bwd(total, weight, offset_heads, offset.shape[1]) if needs_offset else None
+        d_offset = on.offset_bwd(total, weight, arguments.offset_heads, arguments.head_dim) if needs_offset else None
     wanted = (needs_z, needs_scale, False)
-    if chosen.fused_backward and (needs_z or needs_scale):
+    _, fused = GEMMS[arguments.path.gemm]
+    if fused and (needs_z or needs_scale):
         dz, d_scale, _ = on.affine_linear_bwd(dy, weight, rows, scale, scale_heads, None, scale.shape[1], wanted)
     elif needs_z or needs_scale:
         g = dy @ weight
@@ -110,8 +94,8 @@ def affine_linear_bwd(
             # g is a temporary of this call, so that untouched heads cost nothing
             dz, d_scale, _ = on.affine_bwd(g, rows, scale, scale_heads, None, scale.shape[1], wanted, inplace=True)
     if needs_weight:
-        head_dim = 1 if scale is None and offset is None else (scale if scale is not None else offset).shape[1]
-        d_weight = dy.T @ on.affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim)
+        vectors = (scale, scale_heads, arguments.offset, arguments.offset_heads)
+        d_weight = dy.T @ on.affine_fwd(rows, *vectors, arguments.head_dim)
     dz = dz.view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
     return dz, d_weight, d_bias, d_scale, d_offset
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lofit_kernels.error_bound import orders
+
 H, N, T = 4, 40, 9
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOATS = ("z", "weight", "bias", "scale", "offset")
@@ -65,6 +67,31 @@ def eager_affine(z, scale, scale_heads, offset, offset_heads) -> Tensor:
 def gradients(y: Tensor, inputs: dict, asked, grad: Tensor) -> dict[str, Tensor | None]:
     leaves = [inputs[name] for name in asked]
     return dict(zip(asked, torch.autograd.grad(y, leaves, grad, allow_unused=True), strict=True))
+
+
+def eager_in_orders(run, inputs: dict, asked, grad: Tensor) -> dict[str, list[Tensor]]:
+    """By name the gradients of run(**inputs), in autograd; those that sum over tokens in several orders of that sum.
+
+    run: `eager` or `eager_affine`, or one of them under autocast. grad: of its result. The offset's gradient is a sum
+    over tokens and over columns of N; it is computed with either of them first.
+    """
+    columns = [grad.shape[-1]] if "weight" in inputs else []
+    found = {name: [] for name in asked}
+    for turn, (t, *n) in enumerate(orders(grad.shape[:-1].numel(), *columns, device=grad.device)):
+        given = {**inputs, "z": inputs["z"].flatten(0, -2)[t]}
+        dy = grad.flatten(0, -2)[t]
+        if n:
+            dy = dy[:, n[0]]
+            given |= {name: inputs[name][n[0]] for name in ("weight", "bias") if inputs[name] is not None}
+        # through the indexing, back to the order of the inputs
+        for name, gradient in gradients(run(**given), inputs, asked, dy).items():
+            if turn == 0 or name in ("bias", "scale", "offset"):
+                found[name].append(gradient)
+        if n and "offset" in asked:
+            offset, weight = inputs["offset"].detach(), given["weight"].detach().to(dy.dtype)
+            summed = (dy.to(offset.dtype).sum(0) @ weight.to(offset.dtype)).view(-1, offset.shape[1])
+            found["offset"].append(summed[inputs["offset_heads"]])
+    return found
 
 
 def small(case: str) -> dict:

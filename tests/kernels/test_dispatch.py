@@ -5,9 +5,20 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from lofit_kernels import answers, dispatch, head_affine_linear
+from lofit_kernels import answers, dispatch, head_affine_linear, ops
 from lofit_kernels.answers import Path
-from lofit_kernels.dispatch import BACKENDS, FORMS, GEMMS, SMALL_SCALES, plan, plan_for, use_answers, valid_paths
+from lofit_kernels.dispatch import (
+    BACKENDS,
+    FORMS,
+    GEMMS,
+    NUMBERED_PATHS,
+    SMALL_SCALES,
+    plan,
+    plan_for,
+    use_answers,
+    valid_paths,
+)
+from lofit_kernels.projection import affine_linear_bwd
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -79,7 +90,6 @@ def choose(**changes):
 
 @pytest.fixture
 def triton_installed(monkeypatch):
-    # the package exports a function of the module's own name, so the module is reached by its globals
     return lambda present: monkeypatch.setattr(dispatch, "HAS_TRITON", present)
 
 
@@ -227,6 +237,68 @@ def test_head_affine_linear_follows_an_answer(answered):
     answered({answers.key(F32, 24, 32, 8, 2, 16): Path("delta", "aten", "vendor")})
     assert torch.equal(head_affine_linear(z, weight, **run), by_form["delta"])
     assert torch.equal(head_affine_linear(z, weight, **run, form="pass"), by_form["pass"])
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The paths that backward passes take, in order."""
+    paths = []
+
+    def spied(grad, arguments, needs):
+        paths.append(arguments.path)
+        return affine_linear_bwd(grad, arguments, needs)
+
+    monkeypatch.setattr(ops, "affine_linear_bwd", spied)
+    return paths
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("before, after", [("delta", "pass"), ("pass", "delta")])
+def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, backend, before, after):
+    weight, scale = torch.randn(24, 32), torch.randn(2, 8, requires_grad=True)
+    # another shape has an answer, too, so that a graph compiled now leaves the choice to its run
+    elsewhere = {answers.key(F32, 24, 32, 8, 2, 4): Path("delta", "aten", "vendor")}
+    case = answers.key(F32, 24, 32, 8, 2, 16)
+
+    def run(z):
+        return head_affine_linear(z, weight, scale=scale, scale_heads=[1, 3])
+
+    answered({**elsewhere, case: Path(before, "aten", "vendor")})
+    if backend is not None:
+        run = torch.compile(run, fullgraph=True, backend=backend, dynamic=True)
+    for T in (16, 20):
+        answered({**elsewhere, case: Path(before, "aten", "vendor")})
+        z = torch.randn(T, 32, requires_grad=True)
+        y = run(z)
+        answered({**elsewhere, case: Path(after, "aten", "vendor")})
+        assert torch.equal(y, head_affine_linear(z, weight, scale=scale, scale_heads=[1, 3], form=before))
+        torch.autograd.grad(y.sum(), (z, scale))
+    assert taken == [(before, "aten", "vendor")] * 2
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_compiled_graph_leaves_the_choice_to_its_run_only_where_something_was_measured(answered, dynamo, measured):
+    weight, scale = torch.randn(24, 64).bfloat16(), torch.randn(1, 8)
+    answered({answers.key(F32, 24, 32, 8, 2, 4): Path("delta", "aten", "vendor")} if measured else {})
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.extend(node for node in graph.graph.nodes if "lofit.affine_linear" in str(node.target))
+        return graph
+
+    def run(z):
+        return head_affine_linear(z, weight, scale=scale, scale_heads=[1])
+
+    torch.compile(run, fullgraph=True, backend=keep)(torch.randn(5, 64).bfloat16())
+    (node,) = graphs
+    # an unknown number in a graph keeps it from becoming a CUDA graph
+    assert node.args[-3:] == (("auto", "auto", "auto") if measured else ("delta", "aten", "vendor"))
+
+
+@pytest.mark.parametrize("path", NUMBERED_PATHS)
+def test_numbers_of_paths_stand_for_one_path_each(path):
+    assert NUMBERED_PATHS.count(path) == 1
+    assert path.form in FORMS and path.backend in BACKENDS and path.gemm in GEMMS
 
 
 def test_compiled_follows_an_answer_without_compiling_for_each_number_of_tokens(answered, dynamo):

@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lofit_kernels import head_affine, head_affine_linear, reference
+from lofit_kernels.answers import Path
+from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd
 from tests.kernels.op_inputs import CASE_FORMS, FLOATS, HEADS, H, N, doubled, make, small
 
@@ -104,7 +106,8 @@ def test_affine_linear_offset_alone_costs_no_gemm_over_tokens():
     needs = (False, False, False, False, True)
     with FlopCounterMode(display=False) as counter:
         vectors = (None, None, offset, torch.tensor([1, 3]))
-        *_, d_offset = affine_linear_bwd(dy, None, weight, *vectors, needs, "fold", "aten", "vendor")
+        arguments = Arguments(None, weight, None, *vectors, None, Path("fold", "aten", "vendor"))
+        *_, d_offset = affine_linear_bwd(dy, arguments, needs)
     assert d_offset.shape == offset.shape
     # the thin product at most, never T of them
     assert counter.get_total_flops() <= 2 * N * 2 * 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu.offset_grouped import grouped_bwd, grouped_fold
 from tests.accuracy_rule import check
 from tests.proof.kernel_inputs import Case, case, columns, far_rows, heads, programs, rows, unlisted, values, vector
@@ -41,8 +42,8 @@ def _grouped(
         assert folded[i].dtype == found[i].dtype == wide
         check(folded[i], taken.double() @ v.double(), taken.to(wide) @ v)
         exact.append((sums[i].double() @ taken.double()).view(-1, D))
-        eager.append((sums[i] @ taken.to(wide)).view(-1, D))
-    check(torch.cat(found), torch.cat(exact), torch.cat(eager))
+        eager.append([(sums[i][n] @ taken[n].to(wide)).view(-1, D) for (n,) in orders(N)])
+    check(torch.cat(found), torch.cat(exact), *(torch.cat(order) for order in zip(*eager, strict=True)))
     for launch in watch.launches[:2]:
         for i, listed in enumerate(lists):
             read = torch.from_numpy(launch.regions[f"reached {i}"].reads).view(N, -1)

@@ -8,13 +8,16 @@ import triton.language as tl
 
 from lofit_kernels.gpu.launch import (
     accumulator,
+    any_listed,
     common_unit,
+    count_heads,
+    head_gradients,
+    head_options,
     head_row,
     launch,
     listed_head,
     round_to,
     split_rows,
-    sum_partials,
     tile_for,
     unit_columns,
 )
@@ -151,17 +154,6 @@ def _affine_bwd_kernel(
         tl.store(partials + here + (n_da + row) * D, tl.sum(sum_g, 0), mask=(d < D) & (row >= 0))
 
 
-def _count_heads(x: torch.Tensor, head_dim: int) -> int:
-    """The number of heads in the columns of `x`."""
-    if head_dim < 1 or x.shape[1] % head_dim:
-        raise ValueError(f"head_dim {head_dim} does not divide the {x.shape[1]} columns of z")
-    return x.shape[1] // head_dim
-
-
-def _listed(values: torch.Tensor | None, heads: torch.Tensor | None) -> bool:
-    return values is not None and heads is not None and heads.shape[0] > 0
-
-
 def affine_fwd(
     z: torch.Tensor,
     scale: torch.Tensor | None,
@@ -177,8 +169,8 @@ def affine_fwd(
     """
     z = unit_columns(z, "z")
     acc, _ = accumulator(z, "z")
-    H, T = _count_heads(z, head_dim), z.shape[0]
-    with_scale, with_offset = _listed(scale, scale_heads), _listed(offset, offset_heads)
+    H, T = count_heads(z, "z", head_dim), z.shape[0]
+    with_scale, with_offset = any_listed(scale, scale_heads), any_listed(offset, offset_heads)
     if not with_scale and not with_offset:
         return z.clone(memory_format=torch.contiguous_format)
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -200,12 +192,8 @@ def affine_fwd(
         len(scale_heads) if with_scale else 0,
         len(offset_heads) if with_offset else 0,
         z.stride(0) // unit,
-        D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_HEADS=triton.next_power_of_2(H),
-        UNIT=unit,
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, head_dim, unit, acc),
     )
     return x
 
@@ -218,7 +206,7 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
     """
     z = unit_columns(z, "z")
     acc, _ = accumulator(z, "z")
-    _count_heads(z, head_dim)
+    count_heads(z, "z", head_dim)
     T, n_scale = z.shape[0], scale_heads.shape[0]
     x = torch.empty((T, n_scale * head_dim), dtype=z.dtype, device=z.device)
     if x.numel() == 0:
@@ -235,11 +223,7 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
         T,
         n_scale,
         z.stride(0) // unit,
-        D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        UNIT=unit,
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, head_dim, unit, acc),
     )
     return x
 
@@ -288,22 +272,11 @@ def _sweep(
         n_dv,
         *(stride // unit for stride in strides),
         blocks,
-        D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_HEADS=triton.next_power_of_2(K // head_dim),
         EVERY_HEAD=every_head,
-        UNIT=unit,
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, head_dim, unit, acc),
     )
     return partials
-
-
-def _parameter_grad(sums: torch.Tensor | None, n_heads: int, head_dim: int, grad: torch.Tensor) -> torch.Tensor:
-    # no sums: no rows of grad, or no heads
-    if sums is None:
-        return torch.zeros((n_heads, head_dim), dtype=accumulator(grad, "grad")[1], device=grad.device)
-    return sums.view(n_heads, head_dim)
 
 
 def affine_bwd(
@@ -328,7 +301,7 @@ def affine_bwd(
     Raises ValueError for an unsupported dtype or shape, and for a gradient whose inputs are missing.
     """
     need_dz, need_da, need_dv = needs
-    _count_heads(grad, head_dim)
+    count_heads(grad, "z", head_dim)
     if need_da and (z is None or scale_heads is None or z.shape != grad.shape):
         raise ValueError(f"da needs scale_heads and a z of shape {tuple(grad.shape)}")
     if need_dv and offset_heads is None:
@@ -337,7 +310,7 @@ def affine_bwd(
         grad = grad.clone(memory_format=torch.contiguous_format)
     grad = unit_columns(grad, "grad")
     every_head = need_dz and not inplace
-    scaled = need_dz and _listed(scale, scale_heads)
+    scaled = need_dz and any_listed(scale, scale_heads)
     dz = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if every_head else grad
     n_da = scale_heads.shape[0] if need_da else 0
     n_dv = offset_heads.shape[0] if need_dv else 0
@@ -352,11 +325,5 @@ def affine_bwd(
         n_da,
         n_dv,
     )
-    da = dv = None
-    if partials is not None:
-        da, dv = sum_partials(partials, n_da * head_dim)
-    return (
-        dz if need_dz else None,
-        _parameter_grad(da, n_da, head_dim, grad) if need_da else None,
-        _parameter_grad(dv, n_dv, head_dim, grad) if need_dv else None,
-    )
+    da, dv = head_gradients(partials, (n_da, n_dv), head_dim, (need_da, need_dv), grad)
+    return dz if need_dz else None, da, dv

@@ -150,12 +150,29 @@ def unit_columns(x: torch.Tensor, name: str, rows: int = 1) -> torch.Tensor:
     return x if near and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
 
 
+def count_heads(x: torch.Tensor, name: str, head_dim: int) -> int:
+    """H, the number of heads in the columns of `x` (R, H D). Raises ValueError when head_dim does not divide them."""
+    if head_dim < 1 or x.shape[1] % head_dim:
+        raise ValueError(f"head_dim {head_dim} does not divide the {x.shape[1]} columns of {name}")
+    return x.shape[1] // head_dim
+
+
+def any_listed(values: torch.Tensor | None, heads: torch.Tensor | None) -> bool:
+    """Whether there are values (h, D), for at least one head."""
+    return values is not None and heads is not None and heads.shape[0] > 0
+
+
 def common_unit(*sizes: int) -> int:
     """8 when it divides all sizes, else 1. Kernels take sizes and strides in this unit.
 
     Triton itself only notes multiples of 16: a stride of 72 would turn 16-byte accesses into 2-byte ones.
     """
     return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+def head_options(tile: tiles.Tile, D: int, unit: int, acc: tl.dtype) -> dict[str, Any]:
+    """The keyword arguments of a kernel that takes whole heads: D, the unit of strides, the dtype of sums, the tile."""
+    return {"D": D, "BLOCK_D": triton.next_power_of_2(D), "UNIT": unit, "ACC": acc, **tile.options()}
 
 
 def split_rows(n_rows: int, block: int, across: int) -> tuple[int, int]:
@@ -188,3 +205,20 @@ def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, to
         **chosen.options(),
     )
     return first, second
+
+
+def head_gradients(
+    partials: torch.Tensor | None, counts: tuple[int, int], head_dim: int, needs: tuple[bool, bool], like: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """da (counts[0], D) and dv (counts[1], D) of their partial sums (R, (counts[0] + counts[1]) D); None if not needed.
+
+    Zeros without partial sums, when there were no rows to sum or no heads. like: of the dtype that was summed.
+    """
+    sums = (None, None) if partials is None else sum_partials(partials, counts[0] * head_dim)
+
+    def shaped(total: torch.Tensor | None, n_heads: int) -> torch.Tensor:
+        if total is None:
+            return torch.zeros((n_heads, head_dim), dtype=accumulator(like, "grad")[1], device=like.device)
+        return total.view(n_heads, head_dim)
+
+    return tuple(shaped(*of) if need else None for *of, need in zip(sums, counts, needs, strict=True))

@@ -1,4 +1,4 @@
-"""The projection's backward GEMM, dY W, with dz, da and dv taken from its accumulator."""
+"""Experimental until a GPU has timed it: the backward GEMM, dY W, with dz, da and dv taken from its accumulator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.launch import common_unit, head_row, launch, listed_head, round_to, sum_partials
+from lofit_kernels.gpu.launch import (
+    any_listed,
+    common_unit,
+    count_heads,
+    head_gradients,
+    head_row,
+    launch,
+    listed_head,
+    round_to,
+)
 from lofit_kernels.gpu.matmul import (
     column_slices,
     describe,
@@ -210,8 +219,7 @@ def _check(
     (T, N), K = grad.shape, weight.shape[1]
     if weight.shape[0] != N:
         raise ValueError(f"grad has {N} columns and weight {weight.shape[0]} rows; expected as many")
-    if head_dim < 1 or K % head_dim:
-        raise ValueError(f"head_dim {head_dim} does not divide the {K} columns of weight")
+    count_heads(weight, "weight", head_dim)
     if needs[1] and (scale_heads is None or z is None or z.shape != (T, K) or z.dtype != grad.dtype):
         raise ValueError(f"da needs scale_heads and a z of shape {(T, K)} and of {grad.dtype}")
     if needs[2] and offset_heads is None:
@@ -316,7 +324,7 @@ def affine_linear_bwd(
     _check(grad, weight, z, scale_heads, offset_heads, head_dim, needs)
     n_da = scale_heads.shape[0] if need_da else 0
     n_dv = offset_heads.shape[0] if need_dv else 0
-    scaled = need_dz and scale is not None and scale_heads is not None and scale_heads.shape[0] > 0
+    scaled = need_dz and any_listed(scale, scale_heads)
     dz = torch.empty((grad.shape[0], weight.shape[1]), dtype=grad.dtype, device=grad.device) if need_dz else None
     partials = _sweep(
         grad,
@@ -330,9 +338,4 @@ def affine_linear_bwd(
         tile,
         descriptors,
     )
-    sums = (None, None) if partials is None else sum_partials(partials, n_da * head_dim)
-    da, dv = (
-        torch.zeros((n_heads, head_dim), device=grad.device) if total is None else total.view(n_heads, head_dim)
-        for total, n_heads in zip(sums, (n_da, n_dv), strict=True)
-    )
-    return dz, da if need_da else None, dv if need_dv else None
+    return dz, *head_gradients(partials, (n_da, n_dv), head_dim, (need_da, need_dv), grad)

@@ -1,4 +1,7 @@
-"""The projection with the scale inside the GEMM: delta form (a few heads) and prologue form (all heads)."""
+"""Experimental until a GPU has timed it: the projection with the scale inside the GEMM.
+
+The delta form is for a few heads, the prologue form for all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.launch import common_unit, launch, round_to
+from lofit_kernels.gpu.launch import common_unit, count_heads, launch, round_to
 from lofit_kernels.gpu.matmul import (
     column_slices,
     describe,
@@ -142,8 +145,7 @@ def _check(
 ) -> None:
     if z.shape[1] != weight.shape[1]:
         raise ValueError(f"z has {z.shape[1]} columns and weight {weight.shape[1]}; expected as many")
-    if head_dim < 1 or z.shape[1] % head_dim:
-        raise ValueError(f"head_dim {head_dim} does not divide the {z.shape[1]} columns of z")
+    count_heads(z, "z", head_dim)
     if scale.shape != (scale_heads.shape[0], head_dim):
         expected = (scale_heads.shape[0], head_dim)
         raise ValueError(f"scale must have shape {expected}, got {tuple(scale.shape)}")

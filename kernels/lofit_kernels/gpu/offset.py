@@ -6,7 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.launch import accumulator, common_unit, launch, split_rows, sum_partials, tile_for, unit_columns
+from lofit_kernels.gpu.launch import (
+    accumulator,
+    common_unit,
+    head_options,
+    launch,
+    split_rows,
+    sum_partials,
+    tile_for,
+    unit_columns,
+)
 
 
 @triton.jit(do_not_specialize=["N", "n_heads", "stride_weight"])
@@ -132,11 +141,7 @@ def offset_fold(
         N,
         n_heads,
         weight.stride(0) // unit,
-        D=D,
-        BLOCK_D=triton.next_power_of_2(D),
-        UNIT=unit,
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, D, unit, acc),
     )
     return out
 
@@ -199,10 +204,6 @@ def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tens
         n_heads,
         weight.stride(0) // unit,
         blocks,
-        D=D,
-        BLOCK_D=triton.next_power_of_2(D),
-        UNIT=unit,
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, D, unit, acc),
     )
     return sum_partials(partials, n_heads * D)[0].view(n_heads, D)

@@ -14,7 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lofit_kernels.gpu.launch import accumulator, common_unit, launch, split_rows, sum_partials, tile_for, unit_columns
+from lofit_kernels.gpu.launch import (
+    accumulator,
+    common_unit,
+    head_options,
+    launch,
+    split_rows,
+    sum_partials,
+    tile_for,
+    unit_columns,
+)
 
 _COLUMNS = 5
 _ALIGNMENT = 16
@@ -160,13 +169,9 @@ def grouped_fold(
         table,
         out,
         N,
-        D=D,
-        BLOCK_D=triton.next_power_of_2(D),
-        UNIT=unit,
         ALIGNED=aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, D, unit, acc),
     )
     return list(out.unbind())
 
@@ -206,12 +211,8 @@ def grouped_bwd(
         N,
         n_slots,
         blocks,
-        D=D,
-        BLOCK_D=triton.next_power_of_2(D),
-        UNIT=unit,
         ALIGNED=aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
-        ACC=acc,
-        **chosen.options(),
+        **head_options(chosen, D, unit, acc),
     )
     return list(sum_partials(partials, n_slots * D)[0].view(n_slots, D).split(counts))

@@ -31,7 +31,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def accurate():
-    """The accuracy rule of the project: accurate(got, expected in float64, eager)."""
+    """The accuracy rule of the project: accurate(got, expected in float64, eager, ...)."""
     return check
 
 

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu.launch import recording
 from lofit_kernels.gpu.linear_backward import affine_linear_bwd
 from lofit_kernels.gpu.tiles import Tile
@@ -38,6 +39,15 @@ def backward_in(dtype, grad, weight, z, a, a_heads, v_heads, D):
     return gain.reshape(-1) * G, da, G.sum(0)[columns(v_heads, D)].view(-1, D)
 
 
+def eager_in_orders(dtype, grad, weight, z, *rest):
+    """dz in `dtype`; da and dv in several orders of their sums, in float32 whatever the model's dtype."""
+    by_order = [
+        backward_in(torch.float32, grad[t][:, n], weight[n], z[t], *rest)[1:]
+        for t, n in orders(*grad.shape, device=grad.device)
+    ]
+    return ([backward_in(dtype, grad, weight, z, *rest)[0]], *zip(*by_order, strict=True))
+
+
 def bitwise_equal(x, y):
     return (x is None and y is None) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
@@ -48,11 +58,10 @@ def check(accurate, grad, weight, z, a, a_heads, v_heads, D, **options):
     got = affine_linear_bwd(*args, **options)
     dtype = grad.dtype
     expected = backward_in(torch.float64, *args)
-    # parameter gradients are float32 whatever the model's dtype: held to float32 arithmetic
-    eager = (backward_in(dtype, *args)[0], *backward_in(torch.float32, *args)[1:])
+    eager = eager_in_orders(dtype, *args)
     for name, x, exact, by_torch in zip(("dz", "da", "dv"), got, expected, eager, strict=True):
         assert x.dtype == (dtype if name == "dz" else torch.float32), name
-        accurate(x, exact, by_torch)
+        accurate(x, exact, *by_torch)
     assert all(torch.equal(x, old) for x, old in zip((grad, weight, z, a), before, strict=True))
     assert all(bitwise_equal(x, y) for x, y in zip(got, affine_linear_bwd(*args, **options), strict=True))
     return got

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu import launch, offset_grouped
 from lofit_kernels.gpu.offset_grouped import grouped_bwd, grouped_fold
 
@@ -67,8 +68,8 @@ def test_grouped_bwd_matches_float64(device, poisoned, accurate, rows, monkeypat
             assert (dv.dtype, dv.shape) == (torch.float32, (len(listed), D))
             columns = selected(weight, listed, D)
             exact.append((total.double() @ columns.double()).view(-1, D))
-            eager.append((total @ columns.float()).view(-1, D))
-        accurate(torch.cat(found), torch.cat(exact), torch.cat(eager))
+            eager.append([(total[n] @ columns[n].float()).view(-1, D) for (n,) in orders(N, device=device)])
+        accurate(torch.cat(found), torch.cat(exact), *(torch.cat(order) for order in zip(*eager, strict=True)))
         again = grouped_bwd(sums, weights, heads, D)
         assert all(bitwise_equal(x, y) for x, y in zip(found, again, strict=True))
     assert all(bitwise_equal(x, y) for x, y in zip(before, (*weights, *sums), strict=True))

@@ -9,8 +9,10 @@ from torch.nn.functional import linear
 from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_index, reference
 from lofit_kernels.dispatch import valid_paths
 from lofit_kernels.gpu.launch import recording
+from tests.kernels.op_inputs import eager_in_orders
 
 H, D, N, T = 4, 16, 24, 9
+FLOATS = ("z", "weight", "bias", "scale", "offset")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,17 +40,17 @@ def cast(case, dtype):
 def test_projection_on_triton_matches_the_reference(case, accurate, dtype):
     z, weight, bias, scale, scale_heads, offset, offset_heads, dy = cast(case, dtype)
     vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
+    inputs = {"z": z, "weight": weight, "bias": bias, **vectors}
     wide = [x.detach().double() for x in (z, weight, bias, scale)]
     exact = (*wide[:3], wide[3], scale_heads, offset.detach().double(), offset_heads)
     y = head_affine_linear(z, weight, bias, **vectors, backend="triton")
-    eager = linear(head_affine(z, **vectors, backend="aten"), weight, bias)
-    accurate(y, reference.affine_linear(*exact), eager)
+    accurate(y, reference.affine_linear(*exact), hooked(**inputs))
     leaves = (z, weight, bias, scale, offset)
     expected = reference.affine_linear_backward(dy.double(), *exact)
-    by_hook = torch.autograd.grad(eager, leaves, dy)
-    for name, got, eager_grad in zip(expected._fields, torch.autograd.grad(y, leaves, dy), by_hook, strict=True):
-        assert got.dtype == eager_grad.dtype, name
-        accurate(got, getattr(expected, name), eager_grad)
+    by_hook = eager_in_orders(hooked, inputs, FLOATS, dy)
+    for name, got in zip(FLOATS, torch.autograd.grad(y, leaves, dy), strict=True):
+        assert got.dtype == by_hook[name][0].dtype, name
+        accurate(got, getattr(expected, name), *by_hook[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +74,6 @@ def test_projection_without_rows_on_triton(case, dtype):
 
 
 SOME, ALL, NO_HEADS = [1, 3], list(range(H)), []
-FLOATS = ("z", "weight", "bias", "scale", "offset")
 # heads of (scale, offset), whether the base has a bias
 FUSED_CASES = {
     "a few heads": (SOME, None, False),
@@ -104,10 +105,9 @@ def make(name: str, dtype, device, asked=FLOATS) -> dict:
     return inputs
 
 
-def hooked(inputs: dict) -> torch.Tensor:
+def hooked(z, weight, bias, **vectors) -> torch.Tensor:
     """What an eager hook with float32 vectors computes."""
-    vectors = {k: v for k, v in inputs.items() if k not in ("z", "weight", "bias")}
-    return linear(head_affine(inputs["z"], **vectors, backend="aten"), inputs["weight"], inputs["bias"])
+    return linear(head_affine(z, **vectors, backend="aten"), weight, bias)
 
 
 def in_float64(inputs: dict) -> dict:
@@ -121,15 +121,15 @@ def test_projection_with_fused_products_matches_the_reference(device, accurate, 
     inputs = make(name, dtype, device)
     dy = torch.randn(3, 3, N, generator=torch.Generator().manual_seed(2)).to(dtype).to(device)
     before = {k: None if v is None else v.detach().clone() for k, v in inputs.items()}
-    y, eager = head_affine_linear(**inputs, form=form, backend="triton", gemm="fused"), hooked(inputs)
-    accurate(y, reference.affine_linear(**in_float64(inputs)), eager)
+    y = head_affine_linear(**inputs, form=form, backend="triton", gemm="fused")
+    accurate(y, reference.affine_linear(**in_float64(inputs)), hooked(**inputs))
     expected = reference.affine_linear_backward(dy.double(), **in_float64(inputs))
     asked = [leaf for leaf in FLOATS if inputs[leaf] is not None]
     leaves = [inputs[leaf] for leaf in asked]
-    by_hook = torch.autograd.grad(eager, leaves, dy, allow_unused=True)
-    for leaf, got, eager_grad in zip(asked, torch.autograd.grad(y, leaves, dy), by_hook, strict=True):
+    by_hook = eager_in_orders(hooked, inputs, asked, dy)
+    for leaf, got in zip(asked, torch.autograd.grad(y, leaves, dy), strict=True):
         assert got.dtype == inputs[leaf].dtype, leaf
-        accurate(got, getattr(expected, leaf), torch.zeros_like(got) if eager_grad is None else eager_grad)
+        accurate(got, getattr(expected, leaf), *(torch.zeros_like(got) if g is None else g for g in by_hook[leaf]))
     assert all(v is None or torch.equal(inputs[k], v) for k, v in before.items())
 
 

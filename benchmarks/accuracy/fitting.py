@@ -114,23 +114,23 @@ def _constrained(bench: Bench, cell: Cell) -> Fitted:
 
 
 def _fitted(bench: Bench, cell: Cell) -> Fitted:
-    from benchmarks.peers.rivals import RIVALS
+    from benchmarks.peers.table import COMPARED
 
-    rival = RIVALS[cell.method]
-    options = {**rival.options, **dict(cell.options)}
+    peer = COMPARED[cell.method]
+    options = {**peer.options, **dict(cell.options)}
     started = time.perf_counter()
-    attachment = rival.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
+    attachment = peer.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
     seconds = {"training": time.perf_counter() - started}
     return Fitted(bench.task, attachment, seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
 
 
 def _trained(bench: Bench, cell: Cell) -> Fitted:
-    from benchmarks.peers.rivals import RIVALS
+    from benchmarks.peers.table import COMPARED
 
-    rival = RIVALS[cell.method]
-    options = {"lr": rival.lr, **rival.options, **dict(cell.options)}
+    peer = COMPARED[cell.method]
+    options = {"lr": peer.lr, **peer.options, **dict(cell.options)}
     making = {key: value for key, value in options.items() if key != "lr"}
-    attachment = rival.make(bench.model, seed=cell.seed, **making)
+    attachment = peer.make(bench.model, seed=cell.seed, **making)
     try:
         seconds = _train(bench, attachment, lr=options["lr"], epochs=cell.epochs, seed=cell.seed)
     except BaseException:
@@ -215,7 +215,7 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
 
 
 def _engine(model: nn.Module) -> Engine:
-    """The same engine for every method, so that their seconds compare: rivals are not compiled."""
+    """The same engine for every method, so that their seconds compare: peers are not compiled."""
     return Engine(attention=model.config._attn_implementation, compile=False, packing=False)
 
 

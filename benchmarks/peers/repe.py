@@ -78,7 +78,7 @@ def last_states(model: nn.Module, tokenizer, contrasts: Sequence[Contrast]) -> t
     return tuple(torch.stack([states[i] for i in range(which, len(rows), 2)]) for which in (0, 1))
 
 
-def fit(
+def make(
     model: nn.Module,
     tokenizer,
     contrasts: Sequence[Contrast],

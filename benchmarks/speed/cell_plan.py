@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.peers.provider import AS_RUN, SAME_ENGINE, Absent
-from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
+from benchmarks.peers.table import TIMED
 from benchmarks.speed.cells import Cell, Options
 from benchmarks.speed.op.layer_level import measure as layer_level
 from benchmarks.speed.op.op_level import measure as op_level
@@ -35,16 +35,16 @@ CORE = (
     Row("lora_all", AS_RUN),
 )
 MEMORY = (*(Row(name, setting, step) for name, setting in (("hook", AS_RUN), ("ours", SAME_ENGINE)) for step in STEPS),)
-MORE_MEMORY = (Row("floor", SAME_ENGINE), *(Row(name, AS_RUN) for name in ("lora_qv", "lora_all", "ia3", "beft")))
+MORE_MEMORY = (Row("floor", SAME_ENGINE), *(Row(name, AS_RUN) for name in ("lora", "lora_all", "ia3", "beft")))
 PEER_ROUNDS = 3
 LOSS_EXAMPLES = 32
 
 
 def peers(setting: str) -> list[Row]:
-    """Every provider in one setting, at both steps where they differ."""
+    """Every peer in one setting, at both steps where they differ."""
     rows = []
-    for name, provider in PROVIDERS.items():
-        rows += [Row(name, setting, step) for step in (STEPS if provider.lofit else ("",))]
+    for name, peer in TIMED.items():
+        rows += [Row(name, setting, step) for step in (STEPS if peer.computes == "ours" else ("",))]
     return rows
 
 
@@ -100,7 +100,7 @@ def _each(models: list[str], *minutes: float) -> list[tuple[str, float]]:
 
 
 def _memory(model: str, row: Row, minutes: float) -> Cell:
-    return Cell(f"{model}/memory {row.provider} {row.step}".strip(), partial(_measured_memory, model, row), minutes)
+    return Cell(f"{model}/memory {row.peer} {row.step}".strip(), partial(_measured_memory, model, row), minutes)
 
 
 def _core(model: str, options: Options) -> dict:
@@ -149,10 +149,10 @@ def _generation(model: str, options: Options) -> dict:
     return generation_speed.measure(base, tokenizer, prompts, rounds=options.rounds or PEER_ROUNDS, engine=engine)
 
 
-def _whole(model: str, provider: str, options: Options) -> dict:
+def _whole(model: str, peer: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data)
     examples = task(options.data).train[: len(work.rows)]
-    return whole_run.measure(provider, base, tokenizer, examples, work)
+    return whole_run.measure(peer, base, tokenizer, examples, work)
 
 
 def _losses(model: str, dtype: str, options: Options) -> dict:

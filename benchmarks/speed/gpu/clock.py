@@ -1,4 +1,4 @@
-"""The GPU's clock: CUDA events, launches queued ahead, inputs that the cache has forgotten, providers interleaved."""
+"""The GPU's clock: CUDA events, launches queued ahead, inputs that the cache has forgotten, peers interleaved."""
 
 from __future__ import annotations
 

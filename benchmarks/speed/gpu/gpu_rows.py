@@ -21,7 +21,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A group of timings that are comparable: every provider, side by side. level: "projection" or "layer"."""
+    """A group of timings that are comparable: every peer, side by side. level: "projection" or "layer"."""
 
     level: str
     model: str
@@ -29,9 +29,9 @@ class Row:
     T: int
     dtype: str = "bfloat16"
 
-    def task(self, device: str, providers: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+    def task(self, device: str, peers: list[str], rounds: int, seconds: float) -> dict[str, Any]:
         """What a worker is sent."""
-        return {"kind": self.level, **vars(self), "device": device, "providers": providers} | {
+        return {"kind": self.level, **vars(self), "device": device, "peers": peers} | {
             "rounds": rounds,
             "seconds": seconds,
         }
@@ -84,6 +84,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 QUICK = {"cuda": 4, "cpu": 2}
 ROUNDS = {"cuda": 25, "cpu": 3}
-# seconds a row may take, and a check of one provider with all its compilation
+# seconds a row may take, and a check of one peer with all its compilation
 ROW_SECONDS = 12.0
 CHECK_SECONDS = 180.0

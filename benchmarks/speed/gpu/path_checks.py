@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.op.operators import PROVIDERS, Projection, Provider, projection, step
+from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
 from benchmarks.speed.op.shapes import SHAPES
 from lofit_kernels import reference
 
@@ -57,18 +57,18 @@ def allowed(expected: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
     return max(2 * (eager.double() - expected).abs().max().item(), ulp)
 
 
-def problems(provider: Provider, p: Projection, planted: bool = False) -> list[str]:
-    """What is wrong with a provider on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
+def problems(operator: Operator, p: Projection, planted: bool = False) -> list[str]:
+    """What is wrong with an operator on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
     inputs = [p.z, p.weight, p.grad, *p.parameters]
     before = [x.detach().clone() for x in inputs]
     # from the inputs as they were
-    right, eager = exact(p), step(PROVIDERS["hook"], p)
+    right, eager = exact(p), step(OPERATORS["hook"], p)
     # a compiler's own allocations are not ours to poison
-    if provider.needs == "compiler":
-        got, again = step(provider, p), None
+    if operator.needs == "compiler":
+        got, again = step(operator, p), None
     else:
         with poisoned():
-            got, again = step(provider, p), step(provider, p)
+            got, again = step(operator, p), step(operator, p)
     if planted:
         got = (got[0] * 1.01, *got[1:])
     found = []
@@ -81,7 +81,7 @@ def problems(provider: Provider, p: Projection, planted: bool = False) -> list[s
             error, bound = (x.double() - expected).abs().max().item(), allowed(expected, by_hook, x.dtype)
             if error > bound:
                 found.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
-    if again is not None and provider.ours and not planted:
+    if again is not None and operator.ours and not planted:
         pairs = zip(_names(p), got, again, strict=True)
         found += [f"{name}: a second call gave other bits" for name, x, y in pairs if not torch.equal(x, y)]
     if not all(torch.equal(x, old) for x, old in zip(inputs, before, strict=True)):
@@ -94,19 +94,19 @@ def _names(p: Projection) -> list[str]:
 
 
 def check(task: dict[str, Any]) -> dict[str, Any]:
-    """One provider on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
-    provider = PROVIDERS[task["provider"]]
+    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
+    operator = OPERATORS[task["peer"]]
     found, missing, checked = [], set(), 0
     for case in task["cases"]:
         for setting in case["settings"]:
             where = f"{case['model']} T={case['T']} {case['dtype']} {setting}"
             p = projection(setting, SHAPES[case["model"]], case["T"], getattr(torch, case["dtype"]), task["device"])
-            why = provider.missing(p)
+            why = operator.missing(p)
             if why:
                 missing.add(why)
                 continue
             try:
-                found += [f"{where}: {problem}" for problem in problems(provider, p, task["planted"])]
+                found += [f"{where}: {problem}" for problem in problems(operator, p, task["planted"])]
                 checked += 1
             except torch.OutOfMemoryError:
                 missing.add(f"out of memory at {where}")

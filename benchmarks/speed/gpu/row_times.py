@@ -1,4 +1,4 @@
-"""Times one row: every provider on one projection, or on one decoder layer, side by side."""
+"""Times one row: every peer on one projection, or on one decoder layer, side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.speed.gpu.clock import Timed, input_sets, measure
 from benchmarks.speed.op.decoder import DecoderLayer
-from benchmarks.speed.op.operators import EVERYONE, Provider, projection, step
+from benchmarks.speed.op.operators import EVERYONE, Operator, projection, step
 from benchmarks.speed.op.shapes import SHAPES
 from benchmarks.speed.timing import ratio
 
@@ -19,7 +19,7 @@ Runs = dict[str, Callable[[int], object]]
 
 
 def time_projection(task: dict[str, Any]) -> dict[str, Any]:
-    """Forward and backward of one projection by every provider of the task."""
+    """Forward and backward of one projection by every peer of the task."""
     shape, dtype, device = SHAPES[task["model"]], getattr(torch, task["dtype"]), task["device"]
     first = projection(task["setting"], shape, task["T"], dtype, device)
     one = sum(x.numel() * x.element_size() for x in (first.z, first.weight, first.grad))
@@ -27,14 +27,14 @@ def time_projection(task: dict[str, Any]) -> dict[str, Any]:
         projection(task["setting"], shape, task["T"], dtype, device, seed) for seed in range(1, input_sets(one, device))
     ]
 
-    def run(provider: Provider) -> Callable[[int], object]:
-        return lambda i: step(provider, sets[i % len(sets)])
+    def run(operator: Operator) -> Callable[[int], object]:
+        return lambda i: step(operator, sets[i % len(sets)])
 
-    return _rows(task, {name: run(EVERYONE[name]) for name in task["providers"]}, first.z.numel())
+    return _rows(task, {name: run(EVERYONE[name]) for name in task["peers"]}, first.z.numel())
 
 
 def time_layer(task: dict[str, Any]) -> dict[str, Any]:
-    """Forward and backward of a decoder layer with every provider of the task as its output projection."""
+    """Forward and backward of a decoder layer with every peer of the task as its output projection."""
     shape, dtype, device = SHAPES[task["model"]], getattr(torch, task["dtype"]), task["device"]
     layer = DecoderLayer(shape, task["T"], dtype, device)
     sets = [layer.inputs() for _ in range(2)]
@@ -42,15 +42,15 @@ def time_layer(task: dict[str, Any]) -> dict[str, Any]:
     p = projection(task["setting"], shape, 1, dtype, device)
     whole = projection(task["setting"], shape, task["T"], dtype, device)
 
-    def run(provider: Provider) -> Callable[[int], object]:
+    def run(operator: Operator) -> Callable[[int], object]:
         def one(i: int) -> object:
             x, grad = sets[i % len(sets)]
-            y = layer(x, lambda z: provider.forward(z, p))
-            return torch.autograd.grad(y, [x, *provider.trained(p)], grad)
+            y = layer(x, lambda z: operator.forward(z, p))
+            return torch.autograd.grad(y, [x, *operator.trained(p)], grad)
 
         return one
 
-    runs: Runs = {name: run(EVERYONE[name]) for name in task["providers"]}
+    runs: Runs = {name: run(EVERYONE[name]) for name in task["peers"]}
     if "floor" in runs:
         # how much of the layer the bare projection is: what an adapter's slow-down of it is diluted by
         runs["the projection alone"] = lambda i: step(EVERYONE["floor"], whole)
@@ -85,7 +85,7 @@ def _rows(task: dict[str, Any], runs: Runs, elements: int) -> dict[str, Any]:
 
 def _missing(task: dict[str, Any]) -> dict[str, str]:
     p = projection(task["setting"], SHAPES[task["model"]], 1, getattr(torch, task["dtype"]), task["device"])
-    reasons = {name: EVERYONE[name].missing(p) for name in task["providers"]}
+    reasons = {name: EVERYONE[name].missing(p) for name in task["peers"]}
     return {name: why for name, why in reasons.items() if why}
 
 

@@ -1,4 +1,4 @@
-"""One decoder layer in plain torch, with a place for a provider where its output projection stands."""
+"""One decoder layer in plain torch, with a place for a peer where its output projection stands."""
 
 from __future__ import annotations
 

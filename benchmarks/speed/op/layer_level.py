@@ -1,4 +1,4 @@
-"""Layer level: a decoder layer of a real model's shape, and its output projection alone, by every provider in turns."""
+"""Layer level: a decoder layer of a real model's shape, and its output projection alone, by every peer in turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEVELS = {"projection": time_projection, "layer": time_layer}
 
 
 def measure(options: Options) -> dict:
-    """Milliseconds of a forward and backward per level, model, step and provider, and the ratios to the floor.
+    """Milliseconds of a forward and backward per level, model, step and peer, and the ratios to the floor.
 
     What cannot run here is listed with its reason.
     """
@@ -29,8 +29,8 @@ def measure(options: Options) -> dict:
         row = Row(level, model, step, T)
         print(f"{level}, {model}, {step}", flush=True)
         found = LEVELS[level](row.task(device, list(EVERYONE), options.rounds or ROUNDS, float("inf")))["rows"]
-        groups.append({**vars(row), "providers": {name: one for name, one in found.items() if "ms" in one}})
+        groups.append({**vars(row), "peers": {name: one for name, one in found.items() if "ms" in one}})
         for name, one in found.items():
             if why := one.get("skipped") or one.get("error"):
-                rows.append({"provider": name, "step": f"{level} of {model}, {step}", "absent": why})
+                rows.append({"peer": name, "step": f"{level} of {model}, {step}", "absent": why})
     return {"groups": groups, "rows": rows}

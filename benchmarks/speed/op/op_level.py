@@ -29,5 +29,5 @@ def measure(options: Options) -> dict:
             }
             for one in report["benchmarks"]
         ],
-        "rows": [{"provider": name, "absent": why.get("message")} for name, why in skipped.items() if why is not None],
+        "rows": [{"peer": name, "absent": why.get("message")} for name, why in skipped.items() if why is not None],
     }

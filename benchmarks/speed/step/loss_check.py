@@ -1,4 +1,4 @@
-"""No provider is timed before its loss is right."""
+"""No peer is timed before its loss is right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Check:
-    """A provider's loss on the batch of its reference. ok: whether it is within the tolerance."""
+    """A peer's loss on the batch of its reference. ok: whether it is within the tolerance."""
 
     loss: float
     reference: float
@@ -53,7 +53,7 @@ class Check:
 def references(base: nn.Module, work: Workload, steps: Iterable[str]) -> dict[str, Reference]:
     """What the losses must be, by step, of rows in models like this one.
 
-    The vectors are large for this, so that a provider that ignored them would be seen. Raises ValueError where none of
+    The vectors are large for this, so that a peer that ignored them would be seen. Raises ValueError where none of
     CHECK_STDS makes a difference well beyond the tolerance.
     """
     weight = next(base.parameters())
@@ -62,7 +62,7 @@ def references(base: nn.Module, work: Workload, steps: Iterable[str]) -> dict[st
 
 
 class Checks:
-    """The check of one row; made before its provider is put into the model, since the heads are those of the base."""
+    """The check of one row; made before its peer is put into the model, since the heads are those of the base."""
 
     def __init__(self, base: nn.Module, work: Workload, reference: Reference) -> None:
         self.work, self.reference = work, reference

@@ -1,4 +1,4 @@
-"""Peak memory of training steps above the loaded model, one provider per process."""
+"""Peak memory of training steps above the loaded model, one peer per process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.peers.provider import AS_RUN
+from benchmarks.peers.peer import AS_RUN
 from benchmarks.speed.step.rows import Row, live, settled_engine, uncopied
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.cpu.heap import release_free_memory

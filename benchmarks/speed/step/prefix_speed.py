@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.peers.provider import SAME_ENGINE, Absent
+from benchmarks.peers.peer import SAME_ENGINE, Absent
 from benchmarks.speed.step import step_level
 from benchmarks.speed.step.row_process import Host
 from benchmarks.speed.step.rows import Live, Row, live
@@ -47,7 +47,7 @@ def measure(
 
 @contextmanager
 def _opened(work: Workload, model: nn.Module, row: Row, engine: Engine, copied: Callable) -> Iterator[Live]:
-    with live(model, ROW, engine, copied) as plain, _CACHES[row.provider](plain, work) as one:
+    with live(model, ROW, engine, copied) as plain, _CACHES[row.peer](plain, work) as one:
         yield one
 
 

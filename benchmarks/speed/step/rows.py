@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.provider import AS_RUN, Attached
-from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.peers.peer import AS_RUN, Attached
+from benchmarks.peers.table import TIMED
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.data.encode import Encoded
@@ -29,19 +29,19 @@ STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=F
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to time. step: a key of STEPS, or "" for providers that do not depend on it."""
+    """One thing to time. step: a key of STEPS, or "" for peers that do not depend on it."""
 
-    provider: str
+    peer: str
     setting: str
     step: str = ""
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (self.provider, self.step, self.setting) if part)
+        return ", ".join(part for part in (self.peer, self.step, self.setting) if part)
 
 
 @dataclass(frozen=True)
 class Live:
-    """A row whose provider sits in a model of its own.
+    """A row whose peer sits in a model of its own.
 
     optimizer: of its parameters; None for the floor. engine: of the row's setting. collate: makes its batches, if not
     the engine's own collator.
@@ -95,12 +95,12 @@ def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> E
 
 @contextmanager
 def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
-    """A scope with the row's provider in a copy of the model, prepared as its setting says, in training mode.
+    """A scope with the row's peer in a copy of the model, prepared as its setting says, in training mode.
 
-    Raises Absent where the provider cannot be had here.
+    Raises Absent where the peer cannot be had here.
     """
     model = copied(base)
-    attached = PROVIDERS[row.provider].attach(model, vectors(base, row.step or "step 2"))
+    attached = TIMED[row.peer].attach(model, vectors(base, row.step or "step 2"))
     # the optimizer a stock Trainer takes by default; ours takes the same
     optimizer = (
         torch.optim.AdamW(attached.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

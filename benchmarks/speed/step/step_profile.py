@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from benchmarks.peers.provider import Absent
+from benchmarks.peers.peer import Absent
 from benchmarks.speed.step.rows import Row, live, settled_engine
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.training.engine import Engine

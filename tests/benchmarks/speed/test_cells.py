@@ -81,7 +81,7 @@ def test_a_slow_machine_is_expected_to_stay_slow(store, monkeypatch):
 
 
 def test_an_absent_cell_says_why_and_is_looked_for_again(store):
-    from benchmarks.peers.provider import Absent
+    from benchmarks.peers.peer import Absent
 
     def absent(options):
         raise Absent("no such thing")
@@ -129,8 +129,8 @@ def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):
     assert seen[0] == seen[1] == seen[2] == seen[4] != seen[3]
 
 
-def row(provider, setting, step, seconds):
-    return {"provider": provider, "setting": setting, "step": step, "seconds": seconds}
+def row(peer, setting, step, seconds):
+    return {"peer": peer, "setting": setting, "step": step, "seconds": seconds}
 
 
 def cells_of(model):
@@ -151,9 +151,9 @@ def cells_of(model):
     }
     peaks = {("ours", "step 1"): 3, ("ours", "step 2"): 2, ("hook", "step 1"): 10, ("hook", "step 2"): 8}
     for each in MEMORY:
-        peak = peaks[each.provider, each.step]
-        content = {"provider": each.provider, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
-        cells[f"{model}/memory {each.provider} {each.step}"] = content
+        peak = peaks[each.peer, each.step]
+        content = {"peer": each.peer, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
+        cells[f"{model}/memory {each.peer} {each.step}"] = content
     return cells
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.peers.provider import AS_RUN, SAME_ENGINE, Absent
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
 from benchmarks.speed.step import losses, peak_memory, prefix_speed, step_profile, whole_run
 from benchmarks.speed.step.rows import Row
 from benchmarks.speed.step.workload import task, workload
@@ -30,9 +30,9 @@ def tiny(**changes):
     return tiny_model("llama", max_position_embeddings=512, initializer_range=0.2, **changes)
 
 
-@pytest.mark.parametrize("provider", whole_run.RUNS)
-def test_whole_runs_see_as_many_examples(work, provider):
-    report = whole_run.measure(provider, tiny(), word_tokenizer(), task(None, SIZE).train, work)
+@pytest.mark.parametrize("peer", whole_run.RUNS)
+def test_whole_runs_see_as_many_examples(work, peer):
+    report = whole_run.measure(peer, tiny(), word_tokenizer(), task(None, SIZE).train, work)
     seen = [loss for stage in report["losses"].values() for loss in stage]
     assert len(seen) == report["epochs"] == 4
     assert report["seconds"] > 0
@@ -87,7 +87,7 @@ def test_memory_counts_what_a_step_needs(work, monkeypatch):
 def test_the_prefix_cache_is_timed_off_and_on(work):
     pytest.importorskip("lofit_fast.training.prefix_cache.cache", reason="no prefix cache in this checkout")
     report = prefix_speed.measure(tiny(num_hidden_layers=8), work, rounds=1, examples=8, engine=ENGINE)
-    assert [(row["provider"], row["check"]["ok"], len(row["seconds"])) for row in report["rows"]] == [
+    assert [(row["peer"], row["check"]["ok"], len(row["seconds"])) for row in report["rows"]] == [
         ("off", True, 1),
         ("on", True, 1),
     ]

@@ -1,6 +1,6 @@
 """What one adapted projection costs in things that can be counted: launches, bytes moved, bytes saved for backward.
 
-    python -m benchmarks.proof.counts [--model llama-3.2-1b] [--tokens 512] [--no-compile] [--markdown FILE]
+    python -m benchmarks.proof.counts [--model Llama-3.2-1B] [--tokens 512] [--no-compile] [--markdown FILE]
 
 Exact, the same on every machine, no GPU needed. `benchmarks.proof.traffic` says how launches and bytes are counted. The
 compiled hook's are Inductor's own figures for the code it generates for the CPU, and are labelled so.
@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.proof.traffic import Traffic, counted
 from benchmarks.speed.op.operators import OPERATORS, SETTINGS, Operator, Projection, projection, step
-from benchmarks.speed.op.shapes import SHAPES, Shape
+from lofit_kernels.shapes import SHAPES, LayerShape
 
 ARCH = "sm_90"
 INDUCTOR = "compiled_hook"
@@ -147,7 +147,7 @@ def count(operator: Operator, p: Projection) -> Count:
     return Count(p.setting, operator.name, found.launches, found.gemms, found.bytes, *saved, p.z.numel(), source)
 
 
-def counts(shape: Shape, T: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> list[Count | str]:
+def counts(shape: LayerShape, T: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> list[Count | str]:
     """Every peer in every setting: a Count, or a line that says why there is none."""
     rows: list[Count | str] = []
     for setting in SETTINGS:
@@ -212,7 +212,7 @@ def plain(rows: Sequence[Count | str], dtype: torch.dtype) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="benchmarks.proof.counts", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--model", choices=SHAPES, default="Llama-3.2-1B")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled hook out")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between the markers of FILE")

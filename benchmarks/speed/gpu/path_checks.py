@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
-from benchmarks.speed.op.shapes import SHAPES
 from lofit_kernels import reference
+from lofit_kernels.shapes import SHAPES
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 _METHODS = ("new_empty", "new_empty_strided")

@@ -11,8 +11,8 @@ import torch
 from benchmarks.speed.gpu.clock import Timed, input_sets, measure
 from benchmarks.speed.op.decoder import DecoderLayer
 from benchmarks.speed.op.operators import EVERYONE, Operator, projection, step
-from benchmarks.speed.op.shapes import SHAPES
 from benchmarks.speed.timing import ratio
+from lofit_kernels.shapes import SHAPES
 
 # what is run in a row: name -> one step on input set number i
 Runs = dict[str, Callable[[int], object]]

@@ -13,7 +13,7 @@ from benchmarks.speed.op.operators import EVERYONE
 from benchmarks.speed.timing import ROUNDS
 
 T = 256
-MODELS = ("llama-3-8b", "gemma-7b", "llama-2-7b")
+TIMED_LAYERS = ("Llama-3-8B", "Gemma-7B", "Llama-2-7B")
 STEPS = ("step 1", "step 2")
 LEVELS = {"projection": time_projection, "layer": time_layer}
 
@@ -25,7 +25,7 @@ def measure(options: Options) -> dict:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups, rows = [], []
-    for level, model, step in product(LEVELS, MODELS, STEPS):
+    for level, model, step in product(LEVELS, TIMED_LAYERS, STEPS):
         row = Row(level, model, step, T)
         print(f"{level}, {model}, {step}", flush=True)
         found = LEVELS[level](row.task(device, list(EVERYONE), options.rounds or ROUNDS, float("inf")))["rows"]

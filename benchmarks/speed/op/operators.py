@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.speed.op.shapes import Shape
 from lofit_kernels import head_affine_linear, plan
 from lofit_kernels.dispatch import BACKENDS, FORMS, GEMMS
+from lofit_kernels.shapes import LayerShape
 
 # name -> on which heads there is a scale, on which an offset
 SETTINGS: dict[str, tuple[str | None, str | None]] = {
@@ -45,7 +45,7 @@ class Projection:
     """
 
     setting: str
-    shape: Shape
+    shape: LayerShape
     z: Tensor
     weight: Tensor
     grad: Tensor
@@ -75,7 +75,7 @@ def few_heads(n_heads: int) -> list[int]:
     return [i * n_heads // count for i in range(count)]
 
 
-def projection(setting: str, shape: Shape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
+def projection(setting: str, shape: LayerShape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
     """Random tensors for a row of SETTINGS, with magnitudes as in a model: z and dY of order 1, y of order 1."""
     generator = torch.Generator(device).manual_seed(seed)
 

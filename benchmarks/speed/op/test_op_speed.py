@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from benchmarks.speed.op.operators import EVERYONE, projection, step
-from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels.shapes import SHAPES
 
-T, MODELS = 512, ("llama-3-8b", "gemma-7b")
+T, TIMED_PROJECTIONS = 512, ("Llama-3-8B", "Gemma-7B")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("setting", ["step 1", "step 2"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", TIMED_PROJECTIONS)
 @pytest.mark.parametrize("operator", EVERYONE.values(), ids=EVERYONE)
 def test_projection(benchmark, operator, model, setting):
     shape = SHAPES[model]

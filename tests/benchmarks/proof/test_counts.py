@@ -9,7 +9,7 @@ import lofit_fast as lf
 from benchmarks.proof import counts
 from benchmarks.proof.traffic import counted
 from benchmarks.speed.op.operators import OPERATORS, SETTINGS, no_compiler, projection
-from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels.shapes import SHAPES
 from tests.tiny_models import HEAD_DIM, HEADS, tiny_model
 
 pytest.importorskip("triton")

@@ -14,7 +14,7 @@ from benchmarks.speed.gpu import clock, gpu_report, gpu_rows, path_checks
 from benchmarks.speed.gpu.isolation import Isolated
 from benchmarks.speed.op.decoder import DecoderLayer
 from benchmarks.speed.op.operators import OPERATORS, Operator, floor, projection
-from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels.shapes import SHAPES
 
 pytest.importorskip("triton")
 
@@ -263,7 +263,7 @@ def test_rows_are_ordered_by_importance_and_exist():
         assert all(row.model in SHAPES and row.level in ("projection", "layer") for row in rows)
         assert len(set(rows)) == len(rows) >= gpu_rows.QUICK[device]
     timed = {row.model for row in gpu_rows.ROWS["cuda"]}
-    assert timed == set(SHAPES) - {"toy"}
+    assert timed == {"Llama-3-8B", "Llama-3.2-1B", "Gemma-7B", "SmolLM2-135M", "Llama-2-7B"}
     assert len({row.T for row in gpu_rows.ROWS["cuda"]}) == 3
     assert gpu_rows.ROWS["cuda"][0].dtype == "bfloat16"
 

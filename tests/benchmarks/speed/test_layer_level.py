@@ -7,11 +7,11 @@ from benchmarks.peers.table import PEERS
 from benchmarks.speed.cells import Options
 from benchmarks.speed.op import layer_level
 from benchmarks.speed.op.operators import EVERYONE, OPERATORS, OTHERS, projection, step
-from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels.shapes import SHAPES
 
 
 def test_everyone_is_timed_or_absent_with_a_reason(monkeypatch):
-    monkeypatch.setattr(layer_level, "MODELS", ("toy",))
+    monkeypatch.setattr(layer_level, "TIMED_LAYERS", ("toy",))
     monkeypatch.setattr(layer_level, "T", 16)
     # what needs a compiler takes seconds here
     few = {name: one for name, one in EVERYONE.items() if one.needs is None}

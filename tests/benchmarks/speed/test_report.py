@@ -53,7 +53,7 @@ def results(tmp_path):
         "SmolLM2-135M/sweep": {"absent": "no sweep"},
         "layers": {
             "groups": [
-                {"level": "layer", "model": "llama-3-8b", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
+                {"level": "layer", "model": "Llama-3-8B", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
                 | {"peers": {"lora_all": {"ms": 3.0, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}}}
             ]
         },
@@ -89,7 +89,7 @@ def test_the_page_says_what_where_and_what_not(results, tmp_path):
         "GEMM 60%",
         "no sweep",
         "not &lt;installed&gt;",
-        "layer of llama-3-8b, step 1, T = 256, bfloat16</td><td>PEFT LoRA, all-linear</td><td>3.00 ms</td>"
+        "layer of Llama-3-8B, step 1, T = 256, bfloat16</td><td>PEFT LoRA, all-linear</td><td>3.00 ms</td>"
         "<td>1.50 (1.40 to 1.60)",
         "SmolLM2-135M/generation</td><td>not run with this code yet",
     ):

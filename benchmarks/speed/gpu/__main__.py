@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.speed.gpu import gpu_report, gpu_rows
 from benchmarks.speed.gpu.isolation import ROOT, Isolated
+from benchmarks.speed.op.timed_row import TimedRow
 
 REQUIRED = {"torch": (2, 11), "triton": (3, 6)}
 OPTIONAL = {
@@ -113,7 +114,7 @@ class Session:
         if self.report.get("not_run"):
             self.say(f"out of time: {len(self.report['not_run'])} rows were not run, and are listed as such")
 
-    def _row(self, row: gpu_rows.Row, names: list[str]) -> dict[str, Any]:
+    def _row(self, row: TimedRow, names: list[str]) -> dict[str, Any]:
         """One row; again without a peer that took the GPU down with it."""
         fallen: dict[str, Any] = {}
         while True:

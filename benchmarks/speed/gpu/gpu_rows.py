@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from benchmarks.speed.op.timed_row import TimedRow
 
 SETTINGS = ("step 1", "step 2", "both", "few scales")
 
@@ -17,24 +18,6 @@ class Check:
     T: int
     dtype: str
     settings: tuple[str, ...] = SETTINGS
-
-
-@dataclass(frozen=True)
-class Row:
-    """A group of timings that are comparable: every peer, side by side. level: "projection" or "layer"."""
-
-    level: str
-    model: str
-    setting: str
-    T: int
-    dtype: str = "bfloat16"
-
-    def task(self, device: str, peers: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-        """What a worker is sent."""
-        return {"kind": self.level, **vars(self), "device": device, "peers": peers} | {
-            "rounds": rounds,
-            "seconds": seconds,
-        }
 
 
 # T that no tile divides; D = 64, 128, 256; N = 576 that no tile of 128 divides
@@ -52,35 +35,35 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 }
 
 
-def _cuda_rows() -> Iterator[Row]:
+def _cuda_rows() -> Iterator[TimedRow]:
     small = ("Llama-3.2-1B", "Gemma-7B", "SmolLM2-135M")
     for level in ("projection", "layer"):
         for setting in ("step 1", "step 2"):
-            yield Row(level, "Llama-3-8B", setting, 4096)
+            yield TimedRow(level, "Llama-3-8B", setting, 4096)
     for model in small:
         for setting in ("step 1", "step 2"):
-            yield Row("projection", model, setting, 4096)
+            yield TimedRow("projection", model, setting, 4096)
     for setting in ("both", "few scales"):
-        yield Row("projection", "Llama-3-8B", setting, 4096)
+        yield TimedRow("projection", "Llama-3-8B", setting, 4096)
     for T in (512, 16384):
         for setting in ("step 1", "step 2"):
-            yield Row("projection", "Llama-3-8B", setting, T)
+            yield TimedRow("projection", "Llama-3-8B", setting, T)
     for model in ("Llama-2-7B", *small):
         for setting in ("step 1", "step 2"):
-            yield Row("layer", model, setting, 4096)
+            yield TimedRow("layer", model, setting, 4096)
     for model in small:
         for T in (512, 16384):
             for setting in ("step 1", "step 2"):
-                yield Row("projection", model, setting, T)
+                yield TimedRow("projection", model, setting, T)
     for dtype in ("float16", "float32"):
         for setting in ("step 1", "step 2"):
-            yield Row("projection", "Llama-3-8B", setting, 4096, dtype)
+            yield TimedRow("projection", "Llama-3-8B", setting, 4096, dtype)
 
 
 # the output projections of Llama-2-7B and Llama-3-8B are alike: as projections they share their rows
-ROWS: dict[str, tuple[Row, ...]] = {
+ROWS: dict[str, tuple[TimedRow, ...]] = {
     "cuda": tuple(_cuda_rows()),
-    "cpu": (Row("projection", "toy", "step 1", 32), Row("layer", "toy", "step 2", 32)),
+    "cpu": (TimedRow("projection", "toy", "step 1", 32), TimedRow("layer", "toy", "step 2", 32)),
 }
 QUICK = {"cuda": 4, "cpu": 2}
 ROUNDS = {"cuda": 25, "cpu": 3}

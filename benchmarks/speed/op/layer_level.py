@@ -7,9 +7,9 @@ from itertools import product
 import torch
 
 from benchmarks.speed.cells import Options
-from benchmarks.speed.gpu.gpu_rows import Row
-from benchmarks.speed.gpu.row_times import time_layer, time_projection
 from benchmarks.speed.op.operators import EVERYONE
+from benchmarks.speed.op.row_times import time_layer, time_projection
+from benchmarks.speed.op.timed_row import TimedRow
 from benchmarks.speed.timing import ROUNDS
 
 T = 256
@@ -26,7 +26,7 @@ def measure(options: Options) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups, rows = [], []
     for level, model, step in product(LEVELS, TIMED_LAYERS, STEPS):
-        row = Row(level, model, step, T)
+        row = TimedRow(level, model, step, T)
         print(f"{level}, {model}, {step}", flush=True)
         found = LEVELS[level](row.task(device, list(EVERYONE), options.rounds or ROUNDS, float("inf")))["rows"]
         groups.append({**vars(row), "peers": {name: one for name, one in found.items() if "ms" in one}})

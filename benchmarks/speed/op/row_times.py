@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.gpu.clock import Timed, input_sets, measure
+from benchmarks.speed.op.clock import Timed, input_sets, measure
 from benchmarks.speed.op.decoder import DecoderLayer
 from benchmarks.speed.op.operators import EVERYONE, Operator, projection, step
 from benchmarks.speed.timing import ratio

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
 from benchmarks.peers.table import TIMED
 from benchmarks.speed.cells import Cell, Options
-from benchmarks.speed.op.layer_level import measure as layer_level
-from benchmarks.speed.op.op_level import measure as op_level
+from benchmarks.speed.op.layer_level import layer_milliseconds
+from benchmarks.speed.op.op_level import operator_seconds
 from benchmarks.speed.step import (
     generation_speed,
     losses,
     peak_memory,
     prefix_speed,
+    scoring_speed,
     step_level,
     step_profile,
     sweep_speed,
@@ -58,13 +59,13 @@ def plan(full: bool, models: Iterable[str] = tuple(MODELS)) -> list[Cell]:
         Cell(f"{model}/prefix cache", partial(_prefix, model), minutes) for model, minutes in _each(models, 1.3, 1.6)
     ]
     cells += [Cell(f"{model}/scoring", partial(_scoring, model), minutes) for model, minutes in _each(models, 1, 1.4)]
-    cells += [Cell(f"{model}/sweep", partial(sweep_speed.measure, model), 5) for model in models[:1]]
+    cells += [Cell(f"{model}/sweep", partial(sweep_speed.sweep_runs_per_hour, model), 5) for model in models[:1]]
     cells += [Cell(f"{model}/profile", partial(_profile, model), 1) for model in models]
     cells += _losses_of(models[:1])
     # one model's whole before the next one's
     for model in models:
         cells += _whole_runs(model, [name for name in whole_run.RUNS if model == models[0] or name != "lora_all"])
-        cells += [*_peers_of(model), Cell("ops", op_level, 1.5)] if model == models[0] else []
+        cells += [*_peers_of(model), Cell("ops", operator_seconds, 1.5)] if model == models[0] else []
     cells += [Cell(f"{model}/generation", partial(_generation, model), 1) for model in models[:1]]
     return cells + (_more(models) if full else [])
 
@@ -84,7 +85,7 @@ def _losses_of(models: list[str]) -> list[Cell]:
 
 
 def _more(models: list[str]) -> list[Cell]:
-    cells = [Cell("layers", layer_level, 6), *_losses_of(models[1:])]
+    cells = [Cell("layers", layer_milliseconds, 6), *_losses_of(models[1:])]
     cells += [Cell(f"{model}/generation", partial(_generation, model), 2) for model in models[1:]]
     cells += [_memory(model, row, 1.0) for model in models for row in MORE_MEMORY]
     for model in models[1:]:
@@ -106,7 +107,9 @@ def _memory(model: str, row: Row, minutes: float) -> Cell:
 def _core(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data, size=POOL)
     rounds = options.rounds or ROUNDS
-    return step_level.measure(base, work, CORE, rounds=rounds, examples=options.examples, host=_own_processes(model))
+    return step_level.step_seconds(
+        base, work, CORE, rounds=rounds, examples=options.examples, host=_own_processes(model)
+    )
 
 
 def _own_processes(model: str) -> Host:
@@ -119,47 +122,45 @@ def _peers(model: str, setting: str, compiled: bool, options: Options) -> dict:
     # compiling every peer's layers takes longer than timing them: `make bench-full` does
     engine = settled_engine(base, work, compiled)
     rounds = options.rounds or PEER_ROUNDS
-    return step_level.measure(base, work, peers(setting), rounds=rounds, examples=BATCH, engine=engine)
+    return step_level.step_seconds(base, work, peers(setting), rounds=rounds, examples=BATCH, engine=engine)
 
 
 def _measured_memory(model: str, row: Row, options: Options) -> dict:
     base, _, work = loaded(model, options.data)
-    return peak_memory.measure(base, work, row)
+    return peak_memory.peak_bytes(base, work, row)
 
 
 def _prefix(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data)
     rounds = options.rounds or ROUNDS
-    return prefix_speed.measure(base, work, rounds=rounds, examples=options.examples, host=_own_processes(model))
+    return prefix_speed.prefix_speedup(base, work, rounds=rounds, examples=options.examples, host=_own_processes(model))
 
 
 def _scoring(model: str, options: Options) -> dict:
-    try:
-        from benchmarks.speed.step.scoring_speed import measure
-    except ImportError as error:
-        raise Absent(f"multiple-choice scoring is not in this checkout: {error}") from error
     base, tokenizer, _ = loaded(model, options.data)
-    return measure(base, tokenizer, rounds=options.rounds or ROUNDS)
+    return scoring_speed.scoring_speedup(base, tokenizer, rounds=options.rounds or ROUNDS)
 
 
 def _generation(model: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data)
     prompts = [example.prompt for example in task(options.data).train[: generation_speed.PROMPTS]]
     engine = settled_engine(base, work, compiled=False)
-    return generation_speed.measure(base, tokenizer, prompts, rounds=options.rounds or PEER_ROUNDS, engine=engine)
+    return generation_speed.generation_seconds(
+        base, tokenizer, prompts, rounds=options.rounds or PEER_ROUNDS, engine=engine
+    )
 
 
 def _whole(model: str, peer: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data)
     examples = task(options.data).train[: len(work.rows)]
-    return whole_run.measure(peer, base, tokenizer, examples, work)
+    return whole_run.whole_run_seconds(peer, base, tokenizer, examples, work)
 
 
 def _losses(model: str, dtype: str, options: Options) -> dict:
     base, tokenizer, work = loaded(model, options.data, dtype)
-    return losses.measure(base, tokenizer, task(options.data).train[:LOSS_EXAMPLES], settled_engine(base, work))
+    return losses.loss_difference(base, tokenizer, task(options.data).train[:LOSS_EXAMPLES], settled_engine(base, work))
 
 
 def _profile(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data, size=POOL)
-    return {"steps": [step_profile.measure(base, work, row) for row in CORE[:2]]}
+    return {"steps": [step_profile.step_kinds(base, work, row) for row in CORE[:2]]}

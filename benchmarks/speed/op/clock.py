@@ -33,7 +33,9 @@ def input_sets(bytes_of_one: int, device: str) -> int:
     return min(_MAX_SETS, max(2, -(-2 * cache // max(1, bytes_of_one)) + 1))
 
 
-def measure(runs: Mapping[str, Callable[[int], object]], rounds: int, seconds: float, device: str) -> dict[str, Timed]:
+def milliseconds_in_turns(
+    runs: Mapping[str, Callable[[int], object]], rounds: int, seconds: float, device: str
+) -> dict[str, Timed]:
     """Every run in every round, in an order that turns by one; at least 3 rounds, then until the seconds are over.
 
     runs: name -> run(i), one step on input set number i. They must have run once already: nothing is warmed up here

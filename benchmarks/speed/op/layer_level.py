@@ -18,7 +18,7 @@ STEPS = ("step 1", "step 2")
 LEVELS = {"projection": time_projection, "layer": time_layer}
 
 
-def measure(options: Options) -> dict:
+def layer_milliseconds(options: Options) -> dict:
     """Milliseconds of a forward and backward per level, model, step and peer, and the ratios to the floor.
 
     What cannot run here is listed with its reason.

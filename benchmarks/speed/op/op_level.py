@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from benchmarks.speed.cells import Options, run_python
 
 
-def measure(options: Options) -> dict:
+def operator_seconds(options: Options) -> dict:
     """Every op-level benchmark's group, name, parameters and statistics in seconds; rows: what is absent, and why."""
     with tempfile.TemporaryDirectory() as folder:
         timings, outcomes = Path(folder) / "ops.json", Path(folder) / "ops.xml"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.op.clock import Timed, input_sets, measure
+from benchmarks.speed.op.clock import Timed, input_sets, milliseconds_in_turns
 from benchmarks.speed.op.decoder import DecoderLayer
 from benchmarks.speed.op.operators import EVERYONE, Operator, projection, step
 from benchmarks.speed.timing import ratio
@@ -77,7 +77,7 @@ def _rows(task: dict[str, Any], runs: Runs, elements: int) -> dict[str, Any]:
             rows[name] = {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
             if device == "cuda" and _broken():
                 return {"rows": rows, "broken_by": name}
-    timed = measure(ready, task["rounds"], task["seconds"], device)
+    timed = milliseconds_in_turns(ready, task["rounds"], task["seconds"], device)
     for name, found in timed.items():
         rows[name] |= _summary(found, timed.get(first))
     return {"rows": rows, "elements": elements}

@@ -27,7 +27,9 @@ _MAY_DIFFER = 0.25
 _LARGE = 3.0
 
 
-def measure(base: nn.Module, tokenizer, prompts: Sequence[str], *, rounds: int, engine: Engine | None = None) -> dict:
+def generation_seconds(
+    base: nn.Module, tokenizer, prompts: Sequence[str], *, rounds: int, engine: Engine | None = None
+) -> dict:
     """Seconds per round of every row, once ours and the hook begin their answers alike, and otherwise than the base.
 
     prompts: one batch. Raises ValueError when more than a quarter of ours and the hook's first tokens differ, or none

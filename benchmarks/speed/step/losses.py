@@ -27,7 +27,7 @@ from lofit_fast.training.engine import Engine, prepared
 PREFIX_GB = 2.0
 
 
-def measure(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
+def loss_difference(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
     """Epoch losses of `fit`, of a hook on the very batches that fit made, and of one on them in another order.
 
     Heads are selected in the upper half of the layers, so that step 2 starts from the prefix cache; the hooks' step 2

@@ -20,7 +20,7 @@ from lofit_fast.cpu.heap import release_free_memory
 STEPS = 10
 
 
-def measure(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) -> dict:
+def peak_bytes(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) -> dict:
     """Bytes above what the process held after loading, as plain data.
 
     On a CPU the peak resident set (VmHWM, reset after loading), on a GPU the allocator's. first_peak: over the first

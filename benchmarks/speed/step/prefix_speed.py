@@ -25,7 +25,7 @@ ROW = Row("ours", SAME_ENGINE, "step 2, upper quarter")
 GB = 4.0
 
 
-def measure(
+def prefix_speedup(
     base: nn.Module,
     work: Workload,
     *,
@@ -36,11 +36,11 @@ def measure(
 ) -> dict:
     """Seconds per round with the cache off and on, the cache filled before; fill_seconds beside them.
 
-    host: as in `step_level.measure`.
+    host: as in `step_level.step_seconds`.
     """
     rows = [Row(name, SAME_ENGINE, ROW.step) for name in ("off", "on")]
     how = {"engine": engine, "host": host, "opened": partial(_opened, work)}
-    report = step_level.measure(base, work, rows, rounds=rounds, examples=examples, **how)
+    report = step_level.step_seconds(base, work, rows, rounds=rounds, examples=examples, **how)
     fill = [row.pop("fill_seconds") for row in report["rows"] if "fill_seconds" in row]
     return {**report, "fill_seconds": fill[0] if fill else None}
 

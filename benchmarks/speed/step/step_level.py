@@ -18,7 +18,7 @@ from lofit_fast.cpu.heap import release_free_memory
 from lofit_fast.training.engine import Engine
 
 
-def measure(
+def step_seconds(
     base: nn.Module,
     work: Workload,
     rows: Sequence[Row],

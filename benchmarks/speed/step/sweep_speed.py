@@ -19,7 +19,7 @@ SEEDS, TUNE_LRS = (1, 2), (1e-2, 2e-2)
 EPOCHS, TOP = 2, 0.1
 
 
-def measure(model: str, options: Options) -> dict:
+def sweep_runs_per_hour(model: str, options: Options) -> dict:
     """Wall-clock of each, from the first command to the last adapter, no evaluation in any; once.
 
     One training at a time has all threads. jobs: processes of the sweep that has several, one per thread as far as

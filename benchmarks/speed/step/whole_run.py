@@ -58,7 +58,7 @@ def lora_all(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
 RUNS: dict[str, Callable[..., dict]] = {"ours": ours, "hook": hook, "lora_all": lora_all}
 
 
-def measure(peer: str, model: nn.Module, tokenizer, examples, work: Workload) -> dict:
+def whole_run_seconds(peer: str, model: nn.Module, tokenizer, examples, work: Workload) -> dict:
     """Seconds and epoch losses of one peer's run."""
     started = time.perf_counter()
     report = RUNS[peer](model, tokenizer, examples, work)

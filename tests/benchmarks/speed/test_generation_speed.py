@@ -3,7 +3,7 @@
 import pytest
 
 import benchmarks.speed.step.generation_speed as generation
-from benchmarks.speed.step.generation_speed import ROWS, measure
+from benchmarks.speed.step.generation_speed import ROWS, generation_seconds
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -11,7 +11,7 @@ PROMPTS = ["abc", "a longer prompt", "z"]
 
 
 def test_every_row_is_timed_in_every_round():
-    found = measure(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=2)
+    found = generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=2)
     assert [(row["peer"], len(row["seconds"])) for row in found["rows"]] == [(row.peer, 2) for row in ROWS]
     assert found["against_ours"].keys() == {"hook", "lora_all"} and found["prompts"] == 3
 
@@ -32,4 +32,4 @@ def test_other_answers_are_not_timed(monkeypatch, changed, message):
 
     monkeypatch.setattr(generation, "_run", idle)
     with pytest.raises(ValueError, match=message):
-        measure(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=1)
+        generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=1)

@@ -239,7 +239,7 @@ def test_the_gpu_clock_divides_by_its_repeats(monkeypatch):
 
         return one
 
-    timed = clock.measure({name: step(name) for name in seen}, rounds=5, seconds=60, device="cuda")
+    timed = clock.milliseconds_in_turns({name: step(name) for name in seen}, rounds=5, seconds=60, device="cuda")
     for name, row in timed.items():
         assert row.device_ms == [2.0] * 5 and len(row.host_ms) == 5
         # inputs rotate: no number twice

@@ -16,7 +16,7 @@ def test_everyone_is_timed_or_absent_with_a_reason(monkeypatch):
     # what needs a compiler takes seconds here
     few = {name: one for name, one in EVERYONE.items() if one.needs is None}
     monkeypatch.setattr(layer_level, "EVERYONE", few)
-    report = layer_level.measure(Options(None, 2, 8))
+    report = layer_level.layer_milliseconds(Options(None, 2, 8))
     assert [(g["level"], g["setting"]) for g in report["groups"]] == [
         (level, step) for level in ("projection", "layer") for step in ("step 1", "step 2")
     ]

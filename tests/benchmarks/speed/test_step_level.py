@@ -44,7 +44,9 @@ def tiny(dtype=torch.float32, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
 def test_every_peer_has_the_right_loss_and_seconds(work, dtype):
-    report = step_level.measure(tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None)
+    report = step_level.step_seconds(
+        tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None
+    )
     assert [row for row in report["rows"] if "seconds" not in row] == []
     assert all(row["check"]["ok"] and len(row["seconds"]) == 2 for row in report["rows"])
     assert report["dtype"] == str(dtype).removeprefix("torch.")
@@ -62,9 +64,9 @@ def test_a_wrong_loss_is_not_timed(work, monkeypatch):
     monkeypatch.setitem(TIMED, "nowhere", Peer("nowhere", "ours", attach=not_here))
     said = []
     rows = [Row("wrong", AS_RUN, "step 2"), Row("ours", AS_RUN, "step 2"), Row("nowhere", SAME_ENGINE, "step 2")]
-    wrong, ours, absent = step_level.measure(tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append)[
-        "rows"
-    ]
+    wrong, ours, absent = step_level.step_seconds(
+        tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append
+    )["rows"]
     assert "expected" in wrong["red"] and "seconds" not in wrong
     assert len(ours["seconds"]) == 1
     assert "seconds" not in absent and absent["absent"] == "not installed"
@@ -91,13 +93,13 @@ def noted(base, row, engine, copied):
 def apart(rows, work):
     """Measured in processes of their own."""
     how = {"engine": ENGINE, "host": partial(row_process.apart, tiny), "opened": noted, "say": lambda line: None}
-    return step_level.measure(tiny(), work, rows, rounds=2, examples=8, **how)
+    return step_level.step_seconds(tiny(), work, rows, rounds=2, examples=8, **how)
 
 
 def test_rows_in_processes_of_their_own(work):
     rows = [Row("ours", SAME_ENGINE, "step 1"), Row("hook", AS_RUN, "step 2")]
     report = apart(rows, work)
-    here = step_level.measure(tiny(), work, rows, rounds=2, examples=8, engine=ENGINE, say=lambda line: None)
+    here = step_level.step_seconds(tiny(), work, rows, rounds=2, examples=8, engine=ENGINE, say=lambda line: None)
     assert report.keys() == here.keys() and report["graphs_compiled_while_timing"] == 0
     for row, expected in zip(report["rows"], here["rows"], strict=True):
         assert row.keys() - {"process", "itself"} == expected.keys()

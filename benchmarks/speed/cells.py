@@ -61,8 +61,8 @@ class Store:
         return cls(results / device_slug(where), {**stamp, **options.stamp()})
 
     def path(self, cell: str) -> Path:
-        """A cell's file."""
-        return self.folder / "cells" / f"{cell.replace('/', '.')}.json"
+        """A cell's file: "SmolLM2-135M/memory hook step 1" -> "SmolLM2-135M.memory-hook-step-1.json"."""
+        return self.folder / "cells" / f"{cell.replace('/', '.').replace(' ', '-')}.json"
 
     def read(self, cell: str) -> dict | None:
         """A cell's content if it was measured (or found absent) by this code, here, with these options."""

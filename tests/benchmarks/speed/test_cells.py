@@ -112,7 +112,9 @@ def test_no_path_of_the_data_is_kept(store, tmp_path):
 def test_names_of_cells_and_machines(store):
     cells = plan(full=True)
     assert len({cell.name for cell in cells}) == len(cells)
-    assert len({store.path(cell.name) for cell in cells}) == len(cells)
+    files = {store.path(cell.name).name for cell in cells}
+    assert len(files) == len(cells) and not any(" " in name or "/" in name for name in files)
+    assert "SmolLM2-135M.memory-hook-step-1.json" in files
     assert {cell.name for cell in plan(full=False)} < {cell.name for cell in cells}
     assert device_slug({"device": "cpu", "processor": "AMD EPYC(TM) 9", "threads": 2}) == "amd-epyc-tm-9-2-threads"
     assert device_slug({"device": "NVIDIA H100 80GB", "processor": "x", "threads": 2}) == "nvidia-h100-80gb"

@@ -21,7 +21,6 @@ from benchmarks.speed.step.whole_run import RECIPE
 from lofit_fast.config import LofitConfig
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.architectures import decoder_layers
-from lofit_fast.training import fit as training
 from lofit_fast.training.engine import Engine, prepared
 
 PREFIX_GB = 2.0
@@ -36,7 +35,7 @@ def loss_difference(model: nn.Module, tokenizer, examples, engine: Engine) -> di
     """
     plain, engine = copy.deepcopy(model), replace(engine, prefix_cache_gb=PREFIX_GB)
     recipe = replace(RECIPE, min_layer=len(decoder_layers(model)) // 2)
-    with recorded_batches() as batches, tempfile.TemporaryDirectory() as folder, own_cache(folder):
+    with recorded_batches(model) as batches, tempfile.TemporaryDirectory() as folder, own_cache(folder):
         result = lf.fit(model, tokenizer, examples, recipe, output_dir=f"{folder}/run", engine=engine, progress=False)
     ours = [row["loss"] for row in result.history]
     epochs = _in_epochs(batches, RECIPE.select_epochs + RECIPE.tune_epochs)
@@ -60,22 +59,22 @@ def own_cache(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_batches() -> Iterator[list[dict[str, Tensor]]]:
-    """A scope that keeps every batch `fit` trains on, as a stock Trainer would have it: padded, full labels."""
+def recorded_batches(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """A scope that keeps every batch the model is trained on, as a stock Trainer would have it: padded, full labels.
+
+    A hook on the model sees what it is called with in training mode.
+    """
     batches: list[dict[str, Tensor]] = []
-    trainer = training.LofitTrainer
 
-    class Recorder(trainer):
-        def compute_loss(self, model, inputs, *args, **options):
-            if model.training:
-                batches.append(as_stock(inputs))
-            return super().compute_loss(model, inputs, *args, **options)
+    def record(module: nn.Module, args: tuple, given: dict) -> None:
+        if module.training:
+            batches.append(as_stock(given))
 
-    training.LofitTrainer = Recorder
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield batches
     finally:
-        training.LofitTrainer = trainer
+        hook.remove()
 
 
 def as_stock(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,6 +52,19 @@ def test_our_losses_are_the_hooks(work, attention, packing, monkeypatch):
     assert [len(found) for found in report["losses"].values()] == [4, 4, 4]
 
 
+def test_batches_are_recorded_in_training_alone_and_the_hook_goes():
+    model, ids = tiny(), torch.tensor([[5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with losses.recorded_batches(model) as batches:
+        model(**batch)
+        model.train()
+        model(**batch)
+        model(**{**batch, "input_ids": ids + 1})
+    model(**batch)
+    assert [one["input_ids"].tolist() for one in batches] == [ids.tolist(), (ids + 1).tolist()]
+    assert not model._forward_pre_hooks
+
+
 def test_a_packed_batch_is_unpacked_as_it_was_padded(work):
     padded = CompletionCollator(work.pad)(work.rows[:3])
     lengths = padded["attention_mask"].sum(1).tolist()

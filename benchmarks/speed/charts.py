@@ -65,7 +65,7 @@ def _memory(results: BenchResults, path: Path) -> Path | None:
     names = [f"{model}: {label(cell)}" for model, cell in cells]
     colors = [_OURS if cell["peer"] == "ours" else _OTHERS for _, cell in cells]
     _bars(axes, names, [cell["first_peak"] / _GB for _, cell in cells], None, colors)
-    axes.set(xlabel="GB above the loaded model over 10 steps, compiling included")
+    axes.set(xlabel="GB above the loaded model over 5 steps, compiling included")
     return save_figure(figure, path)
 
 

@@ -15,7 +15,7 @@ def operator_seconds(options: Options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         timings, outcomes = Path(folder) / "ops.json", Path(folder) / "ops.xml"
         reports = (f"--benchmark-json={timings}", f"--junitxml={outcomes}")
-        run_python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", *reports)
+        run_python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", "--benchmark-max-time=0.3", *reports)
         report, cases = json.loads(timings.read_text()), ElementTree.parse(outcomes).iter("testcase")
         skipped = {case.get("name"): case.find("skipped") for case in cases}
     kept = ("median", "q1", "q3", "rounds")

@@ -17,7 +17,7 @@ from benchmarks.speed.step.rows import Row, live, settled_engine, uncopied
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.cpu.heap import release_free_memory
 
-STEPS = 10
+STEPS = 5
 
 
 def peak_bytes(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) -> dict:

@@ -105,6 +105,8 @@ def scoring_speedup(
             "packed": lambda: score_choices(model, tokenizer, work.questions, work.choices, shared_prefix=work.prefix),
         },
         rounds=rounds,
+        # the check has run both
+        warmup=0,
         device=model.device.type,
     )
     return {

@@ -19,7 +19,7 @@ from benchmarks.speed.step.workload import BATCH, Workload, stock_batches
 from lofit_fast.config import RECIPES, Recipe
 from lofit_fast.training.engine import prepared
 
-RECIPE = Recipe(**RECIPES["clutrr"], top=0.1, select_epochs=2, tune_epochs=2)
+RECIPE = Recipe(**RECIPES["clutrr"], top=0.1, select_epochs=1, tune_epochs=1)
 
 
 def ours(model: nn.Module, tokenizer, examples, work: Workload) -> dict:

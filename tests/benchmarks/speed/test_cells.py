@@ -7,8 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.speed import cells
-from benchmarks.speed.__main__ import _measured, main, run_cells
-from benchmarks.speed.cell_plan import MEMORY, plan
+from benchmarks.speed.__main__ import BUDGET, _measured, main, run_cells
+from benchmarks.speed.cell_plan import PLANNED_MINUTES, memory_rows, plan
 from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.speed.ratios import STEPS, summarize, write_summary
 from benchmarks.speed.step import packaged_models
@@ -120,6 +120,11 @@ def test_names_of_cells_and_machines(store):
     assert device_slug({"device": "NVIDIA H100 80GB", "processor": "x", "threads": 2}) == "nvidia-h100-80gb"
 
 
+def test_all_of_make_bench_fits_into_one_call():
+    assert sum(cell.minutes for cell in plan(full=False)) <= PLANNED_MINUTES < BUDGET
+    assert {cell.name for cell in plan(full=False, models=["Gemma-3-270M"])} <= {cell.name for cell in plan(full=True)}
+
+
 def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "ROOT", tmp_path)
     (tmp_path / "lofit_fast").mkdir()
@@ -152,7 +157,7 @@ def cells_of(model):
         f"{model}/scoring": {"absent": "not built"},
     }
     peaks = {("ours", "step 1"): 3, ("ours", "step 2"): 2, ("hook", "step 1"): 10, ("hook", "step 2"): 8}
-    for each in MEMORY:
+    for each in (row for step in STEPS for row in memory_rows(step)):
         peak = peaks[each.peer, each.step]
         content = {"peer": each.peer, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
         cells[f"{model}/memory {each.peer} {each.step}"] = content

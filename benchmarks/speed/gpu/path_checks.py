@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.speed.allowed_error import allowed_error
 from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
 from lofit_kernels import reference
 from lofit_kernels.shapes import SHAPES
@@ -50,13 +51,6 @@ def exact(p: Projection) -> tuple[Tensor, ...]:
     return (reference.affine_linear(z, weight, None, **wide), *(x for x in wanted if x is not None))
 
 
-def allowed(expected: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
-    """The accuracy rule: twice the error of eager PyTorch, or one unit in the last place at the largest magnitude."""
-    largest = expected.abs().max()
-    ulp = torch.finfo(dtype).eps * 2 ** torch.floor(torch.log2(largest)).item() if largest > 0 else 0.0
-    return max(2 * (eager.double() - expected).abs().max().item(), ulp)
-
-
 def problems(operator: Operator, p: Projection, planted: bool = False) -> list[str]:
     """What is wrong with an operator on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
     inputs = [p.z, p.weight, p.grad, *p.parameters]
@@ -78,7 +72,8 @@ def problems(operator: Operator, p: Projection, planted: bool = False) -> list[s
         elif not x.isfinite().all():
             found.append(f"{name}: {int((~x.isfinite()).sum())} elements were not written or are not finite")
         else:
-            error, bound = (x.double() - expected).abs().max().item(), allowed(expected, by_hook, x.dtype)
+            error, by_eager = ((y.double() - expected).abs().max().item() for y in (x, by_hook))
+            bound = allowed_error(by_eager, expected.abs().max().item(), x.dtype)
             if error > bound:
                 found.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
     if again is not None and operator.ours and not planted:

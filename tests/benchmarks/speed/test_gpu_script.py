@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.speed.gpu import __main__ as script
-from benchmarks.speed.gpu import clock, gpu_report, gpu_rows, path_checks
+from benchmarks.speed.gpu import gpu_report, gpu_rows, path_checks
 from benchmarks.speed.gpu.isolation import Isolated
+from benchmarks.speed.op import clock
 from benchmarks.speed.op.decoder import DecoderLayer
 from benchmarks.speed.op.operators import OPERATORS, Operator, floor, projection
 from lofit_kernels.shapes import SHAPES

@@ -6,6 +6,10 @@ taken from the errors of the single tokens: the mean of some numbers is never la
 that a loss cannot be further off than that, however the tokens' errors hang together. The plain hook's own root mean
 square is measured on the very batch, in training mode as it is timed: under every attention that a row may use, in the
 opposite order of the examples, and with the examples one by one. The largest counts.
+
+The exact loss is computed here from the logits of the model in wider floats. The loss of the models' own code would not
+do: it rounds logits to float32 first, and sums over the vocabulary in float32, with an error that depends on the
+processor's instructions and on the number of positions.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.peers.hook import HookLofit, Vectors
 from benchmarks.speed.allowed_error import allowed_error
 from benchmarks.speed.step.rows import STOCK, Live
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import Workload, stock_batches
-from lofit_fast.data.encode import Encoded
+from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.training.engine import prepared
 
 CHECK_STDS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -146,17 +151,15 @@ def _token_losses(model: nn.Module, rows: Sequence[Encoded], pad: int, values: V
     """The loss at every labelled token, (n,) float64: with the plain hook in the model, in training mode."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in stock_batches(rows, pad)[0].items()}
-    following = batch.pop("labels")[:, 1:]
+    # the label of a position is the token after it
+    labels = nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORED)[:, 1:]
     hook, training = HookLofit(model, values), model.training
     try:
-        logits = model.train()(**batch, use_cache=False).logits[:, :-1].detach()
+        logits = model.train()(**batch, use_cache=False).logits.detach()
     finally:
         hook.remove()
         model.train(training)
-    losses = []
-    for row, labels in zip(logits, following, strict=True):
-        labelled = labels >= 0
-        # as the models' own loss does it: in float32 at least
-        wide = row[labelled].to(torch.promote_types(row.dtype, torch.float32)).log_softmax(-1)
-        losses.append(-wide.gather(1, labels[labelled][:, None])[:, 0].double())
-    return losses
+    # as the models' own loss: in float32 at least, and over all positions, since its rounding depends on their number
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    losses = cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="none").double().view_as(labels)
+    return [row[labelled] for row, labelled in zip(losses, labels != IGNORED, strict=True)]

@@ -35,6 +35,13 @@ setup(
         "transformers>=5.23",
         "safetensors>=0.6",
     ],
-    extras_require={"train": TRAIN, "bench": BENCH, "preferences": PREFERENCES, "flash": FLASH, "test": TEST, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "bench": BENCH,
+        "preferences": PREFERENCES,
+        "flash": FLASH,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["lofit-fast = lofit_fast.cli:main"]},
 )

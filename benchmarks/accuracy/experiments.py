@@ -106,7 +106,7 @@ def _table2(plan: Plan) -> Iterator[Slot]:
 
 
 def _table3(plan: Plan) -> Iterator[Slot]:
-    yield from _table("table3", TABLE3, plan.of(plan.settings.rival_tasks), plan)
+    yield from _table("table3", TABLE3, plan.of(plan.settings.peer_tasks), plan)
 
 
 def _table5(plan: Plan) -> Iterator[Slot]:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,9 @@ from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
 
 SHOTS = 5
+# the same engine for every method, so that their seconds compare: peers are not prepared for compiling, and one row
+# hides where its prompts end
+ENGINE = Engine(compile=False, packing=False)
 # of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
 
@@ -114,23 +117,23 @@ def _constrained(bench: Bench, cell: Cell) -> Fitted:
 
 
 def _fitted(bench: Bench, cell: Cell) -> Fitted:
-    from benchmarks.peers.rivals import RIVALS
+    from benchmarks.peers.table import COMPARED
 
-    rival = RIVALS[cell.method]
-    options = {**rival.options, **dict(cell.options)}
+    peer = COMPARED[cell.method]
+    options = {**peer.options, **dict(cell.options)}
     started = time.perf_counter()
-    attachment = rival.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
+    attachment = peer.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
     seconds = {"training": time.perf_counter() - started}
     return Fitted(bench.task, attachment, seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
 
 
 def _trained(bench: Bench, cell: Cell) -> Fitted:
-    from benchmarks.peers.rivals import RIVALS
+    from benchmarks.peers.table import COMPARED
 
-    rival = RIVALS[cell.method]
-    options = {"lr": rival.lr, **rival.options, **dict(cell.options)}
+    peer = COMPARED[cell.method]
+    options = {"lr": peer.lr, **peer.options, **dict(cell.options)}
     making = {key: value for key, value in options.items() if key != "lr"}
-    attachment = rival.make(bench.model, seed=cell.seed, **making)
+    attachment = peer.make(bench.model, seed=cell.seed, **making)
     try:
         seconds = _train(bench, attachment, lr=options["lr"], epochs=cell.epochs, seed=cell.seed)
     except BaseException:
@@ -145,32 +148,30 @@ def _trained(bench: Bench, cell: Cell) -> Fitted:
     )
 
 
-def _train(bench: Bench, attachment: Attachment, **options) -> float:
+def _train(bench: Bench, attachment: Attachment, *, lr: float, epochs: int, seed: int) -> float:
     """Seconds of training an attachment on the task: with DPO where it has preferences."""
-    options |= {"output_dir": bench.folder, "progress": False}
-    if bench.task.preferences:
-        from lofit_fast.training.preferences import train_dpo
+    from lofit_fast.training.arguments import Schedule
+    from lofit_fast.training.stage import train_attachment
 
-        return train_dpo(attachment, bench.tokenizer, bench.task.preferences, **options)["seconds"]
-    from lofit_fast.training.supervised import train_supervised
+    schedule = Schedule(lr, epochs, seed=seed)
+    how = {"output_dir": bench.folder, "engine": ENGINE, "progress": False}
+    return train_attachment(attachment, bench.tokenizer, _objective(bench), schedule, **how)["seconds"]
 
-    options["engine"] = _engine(bench.model)
-    return train_supervised(attachment, bench.tokenizer, bench.task.train, **options)["seconds"]
+
+def _objective(bench: Bench):
+    """What the task is trained on; nothing is judged meanwhile."""
+    from lofit_fast.training.objectives import objective_of
+
+    return objective_of(replace(bench.task, validation=[]))
 
 
 def _lofit(bench: Bench, cell: Cell) -> Fitted:
     recipe = recipe_of(cell)
     heads, selecting = _heads(bench, cell)
-    common = {"output_dir": bench.folder, "heads": heads, "progress": False}
-    if bench.task.preferences:
-        from lofit_fast.training.preferences import fit_preferences
+    from lofit_fast.training.fit import fit_objective
 
-        result = fit_preferences(bench.model, bench.tokenizer, bench.task.preferences, recipe, **common)
-    else:
-        from lofit_fast.training.fit import fit
-
-        engine = _engine(bench.model)
-        result = fit(bench.model, bench.tokenizer, bench.task.train, recipe, engine=engine, **common)
+    how = {"output_dir": bench.folder, "heads": heads, "engine": ENGINE, "progress": False}
+    result = fit_objective(bench.model, bench.tokenizer, _objective(bench), recipe, **how)
     return Fitted(
         bench.task,
         result.handle,
@@ -212,11 +213,6 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
     if cell.selector == "lofit":
         return select_heads(torch.tensor(content["scores"]), recipe.top, recipe.min_layer), content["seconds"]
     return [tuple(pair) for pair in content["heads"]], content["seconds"]
-
-
-def _engine(model: nn.Module) -> Engine:
-    """The same engine for every method, so that their seconds compare: rivals are not compiled."""
-    return Engine(attention=model.config._attn_implementation, compile=False, packing=False)
 
 
 # a method's kind -> what brings it into the model

@@ -98,9 +98,9 @@ def grid(method: str) -> tuple[dict[str, object], ...]:
     if method == "lofit":
         settings = LOFIT_TUNING
     else:
-        from benchmarks.peers.rivals import RIVALS
+        from benchmarks.peers.table import COMPARED
 
-        settings = RIVALS[method].tuning[:TUNING_RUNS]
+        settings = COMPARED[method].tuning[:TUNING_RUNS]
     if len(settings) != TUNING_RUNS:
         raise ValueError(f"{method}: expected {TUNING_RUNS} settings to try, got {len(settings)}")
     return settings

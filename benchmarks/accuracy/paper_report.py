@@ -42,7 +42,7 @@ SECTIONS = {
         "Table 3: LoFiT and other trained methods",
         "Seconds are of training, with those of choosing heads, on this machine and uncompiled; LoFiT goes through its"
         " epochs twice, once per step, the others once.",
-        tables.rivals_table,
+        tables.peers_table,
     ),
     "table5": Section("Table 5: out of domain", "", tables.outside_table),
     "transfer": Section(

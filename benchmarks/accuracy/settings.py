@@ -14,9 +14,9 @@ class Settings:
     """What is run. Sizes are upper bounds: a task with fewer examples gives all it has.
 
     models: the first has every cell, the others LoFiT and 0-shot only. seeds: how many, per task (`default` for the
-    rest). epochs: of each step of LoFiT and of every rival. n_tuning: training examples set aside for tuning, 0 for
+    rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set aside for tuning, 0 for
     none, with every method at its default settings. n_outside: questions of each task judged out of domain.
-    selection_tasks, rival_tasks, transfer_tasks, sweep_tasks: the tasks of table 2, table 3, the figure of other tasks'
+    selection_tasks, peer_tasks, transfer_tasks, sweep_tasks: the tasks of table 2, table 3, the figure of other tasks'
     heads, and the figures of sizes and of top.
     """
 
@@ -29,7 +29,7 @@ class Settings:
     n_tuning: int
     n_outside: int
     selection_tasks: tuple[str, ...]
-    rival_tasks: tuple[str, ...]
+    peer_tasks: tuple[str, ...]
     transfer_tasks: tuple[str, ...]
     sweep_tasks: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ QUICK = Settings(
     n_tuning=0,
     n_outside=32,
     selection_tasks=("mquake",),
-    rival_tasks=("clutrr", "mquake"),
+    peer_tasks=("clutrr", "mquake"),
     transfer_tasks=("clutrr", "mquake"),
     sweep_tasks=("mquake",),
     sizes=(16, 32, 64),
@@ -68,7 +68,7 @@ FULL = Settings(
     n_tuning=60,
     n_outside=100,
     selection_tasks=("clutrr", "mquake"),
-    rival_tasks=("clutrr", "mquake", "truthfulqa"),
+    peer_tasks=("clutrr", "mquake", "truthfulqa"),
     transfer_tasks=("clutrr", "mquake", "truthfulqa"),
     sweep_tasks=("clutrr", "mquake"),
     sizes=(25, 50, 100, 200, 300),

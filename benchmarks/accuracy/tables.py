@@ -97,7 +97,7 @@ def selection_table(slots: Sequence[Slot], results: Results) -> str:
     return markdown(["heads chosen by", "task", "accuracy, %", "seconds to choose", "overlap (Jaccard)", "heads"], rows)
 
 
-def rivals_table(slots: Sequence[Slot], results: Results) -> str:
+def peers_table(slots: Sequence[Slot], results: Results) -> str:
     """Trained methods (table 3): accuracy, parameters, seconds of choosing heads and of training."""
     rows = []
     for slot in slots:

@@ -1,1 +1,1 @@
-"""Peers: the methods and implementations that lofit-fast is measured against, one file each."""
+"""Peers: the methods and implementations that lofit-fast is measured against. `table.PEERS` lists them."""

@@ -1,4 +1,4 @@
-"""A frozen model with small modules hung beside its own: what most rivals are."""
+"""A frozen model with small modules hung beside its own: what most peers are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lofit_fast.patching.handle import handle_of
 
 # the name an edit has as a child of the module it edits, so that optimizers, casts and moves find it
-CHILD = "rival"
+CHILD = "peer"
 
 
 class Edits:

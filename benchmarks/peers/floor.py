@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from benchmarks.peers.hook import Vectors
-from benchmarks.peers.provider import Attached
+from benchmarks.peers.peer import Attached, Vectors
 from lofit_fast.patching.architectures import find_projections
 
 

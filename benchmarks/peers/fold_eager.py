@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from benchmarks.peers.hook import Vectors
-from benchmarks.peers.provider import Attached
+from benchmarks.peers.peer import Attached, Vectors
 from lofit_fast.patching.architectures import find_projections
 
 

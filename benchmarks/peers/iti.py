@@ -35,13 +35,13 @@ class Directions:
 def find_directions(
     model: nn.Module, tokenizer, contrasts: Sequence[Contrast], *, seed: int = 42, direction: Kind = "mean_shift"
 ) -> Directions:
-    """The costly part of `fit`, which no strength and no number of heads enters. seed: of the probes' folds."""
+    """The costly part of `make`, which no strength and no number of heads enters. seed: of the probes' splits."""
     activations, labels = head_activations(model, tokenizer, contrasts)
     return Directions(probe_accuracy(activations, labels, seed=seed), shifts(activations, labels, direction))
 
 
 def shifts(activations: Tensor, labels: Tensor, direction: Kind = "mean_shift") -> Tensor:
-    """sigma * u of every head, (layers, heads, D) float32. activations, labels: of `probing.head_activations`.
+    """sigma * u of every head, (layers, heads, D) float32. activations, labels: of `linear_probes.head_activations`.
 
     Raises ValueError for another direction than "mean_shift" or "probe".
     """
@@ -70,7 +70,7 @@ def steer(model: nn.Module, directions: Directions, *, top: int | float, alpha: 
     return handle
 
 
-def fit(
+def make(
     model: nn.Module,
     tokenizer,
     contrasts: Sequence[Contrast],

@@ -53,7 +53,7 @@ class Jola(Edits):
         return self.gate_weight * torch.stack([edit.open_gates() for _, edit in self.hosts]).sum()
 
 
-def attach(model: nn.Module, *, seed: int = 42, gate_weight: float = 4e-5) -> Jola:
+def make(model: nn.Module, *, seed: int = 42, gate_weight: float = 4e-5) -> Jola:
     """2 D + 2 parameters per head. seed: of nothing: it starts from the base model, and its gates draw in training."""
     return Jola(model, gate_weight)
 

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from benchmarks.peers.edits import check_unedited, seeded
+from benchmarks.peers.peer import Attached, Vectors
+from benchmarks.peers.peft_model import peft_attached
 
+RANK, ALPHA, QUERY_AND_VALUE = 8, 16, ("q_proj", "v_proj")
 # PEFT's name for the one adapter there is
 _ADAPTER = "default"
 
@@ -61,17 +64,26 @@ class Lora:
         return self.model
 
 
-def attach(
+def make(
     model: nn.Module,
     *,
     seed: int = 42,
-    rank: int = 8,
-    alpha: int = 16,
-    targets: str | Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = RANK,
+    alpha: int = ALPHA,
+    targets: str | Sequence[str] = QUERY_AND_VALUE,
 ) -> Lora:
     """targets: the linears' names inside a layer, or "all-linear". seed: of A; B starts at zero, the base model."""
     from peft import LoraConfig
 
-    named = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=named, task_type="CAUSAL_LM")
+    config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **_options(rank, alpha, targets))
     return Lora(model, config, seed)
+
+
+def attach(model: nn.Module, vectors: Vectors, targets: str | Sequence[str] = QUERY_AND_VALUE) -> Attached:
+    """The same, in PEFT's own wrapper around the model. targets: as for `make`. The vectors play no part."""
+    return peft_attached(model, "LoraConfig", **_options(RANK, ALPHA, targets))
+
+
+def _options(rank: int, alpha: int, targets: str | Sequence[str]) -> dict:
+    named = targets if isinstance(targets, str) else list(targets)
+    return {"r": rank, "lora_alpha": alpha, "target_modules": named}

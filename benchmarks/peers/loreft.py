@@ -65,7 +65,7 @@ class Loreft(Edits):
         return super().unpatch()
 
 
-def attach(
+def make(
     model: nn.Module,
     *,
     seed: int = 42,

@@ -3,13 +3,14 @@
 Written from the description of the release (github.com/fc2869/lo-fit, modelling code of December 2024), not from its
 code: each head's slice of the attention output is cloned, multiplied by 1 + a, shifted by v and assigned back in place,
 heads that are not being tuned included, with a = 0 and v = 0. The release leaves anomaly detection on; here it is off,
-which only makes this baseline faster.
+which only makes this peer faster.
 """
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.hook import HookLofit
+from benchmarks.peers.hook import HookLofit, attached_hook
+from benchmarks.peers.peer import Attached, Vectors
 
 
 class OriginalLofit(HookLofit):
@@ -33,3 +34,8 @@ class OriginalLofit(HookLofit):
     def _by_head(self, layer: int, component: str) -> dict[int, Tensor]:
         rows = self.parameters.get((layer, component))
         return {} if rows is None else dict(zip(self.heads[layer, component].tolist(), rows, strict=True))
+
+
+def attach(model: nn.Module, vectors: Vectors) -> Attached:
+    """The per-head loop on every adapted projection."""
+    return attached_hook(model, OriginalLofit(model, vectors))

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import lofit_fast as lf
-from benchmarks.peers.hook import Vectors
-from benchmarks.peers.provider import Attached
+from benchmarks.peers.peer import Attached, Vectors
 
 
 def attach(model: nn.Module, vectors: Vectors) -> Attached:

@@ -22,7 +22,7 @@ class ScaleAndBias(nn.Module):
         return head_affine(h, scale=self.scale, offset=self.offset)
 
 
-def attach(model: nn.Module, *, seed: int = 42) -> Edits:
+def make(model: nn.Module, *, seed: int = 42) -> Edits:
     """2 N parameters per layer. seed: of nothing, since RED starts from the base model."""
     width, ffn = text_config(model).hidden_size, architecture_of(model).ffn
     return Edits(model, [(layer.get_submodule(ffn), ScaleAndBias(width)) for layer in decoder_layers(model)])

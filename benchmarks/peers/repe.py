@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.edits import Edits
-from lofit_fast.data.encode import encode_prompt, pad_token_id
+from lofit_fast.data.encode import encode_pair, pad_token_id
+from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.layer import eval_mode
@@ -54,18 +56,16 @@ def last_states(model: nn.Module, tokenizer, contrasts: Sequence[Contrast]) -> t
     """
     if not contrasts:
         raise ValueError("reading vectors need at least one contrast, got none")
-    rows = [_encoded(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    rows = [encode_pair(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
     check_room(model, rows, 0)
     layers, states = decoder_layers(model), {}
-    # longest first, so that memory peaks at once
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    device = next(model.parameters()).device
     taken: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _, __, out: taken.append(_hidden(out))) for layer in layers]
     try:
         with eval_mode(model):
-            for start in range(0, len(order), _BATCH):
-                batch = order[start : start + _BATCH]
-                ids, mask = _padded([rows[i] for i in batch], pad_token_id(tokenizer), next(model.parameters()).device)
+            for batch in longest_first([len(row) for row in rows], _BATCH, "states", False):
+                ids, mask = (x.to(device) for x in padded([rows[i] for i in batch], pad_token_id(tokenizer)))
                 taken.clear()
                 # one position of logits, which nobody reads
                 model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -78,7 +78,7 @@ def last_states(model: nn.Module, tokenizer, contrasts: Sequence[Contrast]) -> t
     return tuple(torch.stack([states[i] for i in range(which, len(rows), 2)]) for which in (0, 1))
 
 
-def fit(
+def make(
     model: nn.Module,
     tokenizer,
     contrasts: Sequence[Contrast],
@@ -103,14 +103,3 @@ def fit(
 
 def _hidden(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _encoded(tokenizer, prompt: str, answer: str) -> list[int]:
-    return encode_prompt(tokenizer, prompt) + list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-
-def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, S) int64, padded on the right."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    return ids.to(device), mask.long().to(device)

@@ -1,6 +1,6 @@
 """What one adapted projection costs in things that can be counted: launches, bytes moved, bytes saved for backward.
 
-    python -m benchmarks.proof.counts [--model llama-3.2-1b] [--tokens 512] [--no-compile] [--markdown FILE]
+    python -m benchmarks.proof.counts [--model Llama-3.2-1B] [--tokens 512] [--no-compile] [--markdown FILE]
 
 Exact, the same on every machine, no GPU needed. `benchmarks.proof.traffic` says how launches and bytes are counted. The
 compiled hook's are Inductor's own figures for the code it generates for the CPU, and are labelled so.
@@ -21,11 +21,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.proof.traffic import Traffic, counted
-from benchmarks.speed.op.operators import PROVIDERS, SETTINGS, Projection, Provider, projection, step
-from benchmarks.speed.op.shapes import SHAPES, Shape
+from benchmarks.speed.op.operators import OPERATORS, SETTINGS, Operator, Projection, projection, step
+from lofit_kernels.shapes import SHAPES, LayerShape
 
 ARCH = "sm_90"
-INDUCTOR = "compiled hook"
+INDUCTOR = "compiled_hook"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Count:
     under sdpa and under eager attention. per_element: of z, (T, K)."""
 
     setting: str
-    provider: str
+    peer: str
     launches: int
     gemms: int
     bytes: int
@@ -77,7 +77,7 @@ def saved_storages(run: Callable[[], Tensor]) -> dict[int, Tensor]:
     return saved if y.requires_grad else {}
 
 
-def saved_bytes(provider: Provider, p: Projection, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
+def saved_bytes(operator: Operator, p: Projection, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
     """Bytes kept for backward by attention and the adapted projection, less those of attention and the frozen one.
 
     Each storage once; the weight, the vectors and the lists of heads, which exist anyway, not at all.
@@ -89,21 +89,21 @@ def saved_bytes(provider: Provider, p: Projection, attention: Callable[[Tensor, 
     constants = [p.weight, p.scale_heads, p.offset_heads, *p.parameters]
     known = {x.untyped_storage().data_ptr() for x in constants if x is not None}
 
-    def total(row: Provider) -> int:
+    def total(row: Operator) -> int:
         found = saved_storages(lambda: row.forward(attention(*qkv), p))
         return sum(x.untyped_storage().nbytes() for at, x in found.items() if at not in known)
 
-    return total(provider) - total(PROVIDERS["floor"])
+    return total(operator) - total(OPERATORS["floor"])
 
 
-def traffic(provider: Provider, p: Projection) -> Traffic:
+def traffic(operator: Operator, p: Projection) -> Traffic:
     """Launches and bytes of one forward and backward."""
     with counted(ARCH) as found:
-        step(provider, p)
+        step(operator, p)
     return found
 
 
-def inductor_traffic(provider: Provider, p: Projection) -> Traffic:
+def inductor_traffic(operator: Operator, p: Projection) -> Traffic:
     """Inductor's own figures for the kernels it generates for one forward and backward on this device."""
     from torch._functorch import config as functorch
     from torch._inductor import config, metrics
@@ -120,7 +120,7 @@ def inductor_traffic(provider: Provider, p: Projection) -> Traffic:
     try:
         # a graph from the cache would not be counted; compiled C++ may come from there
         with config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-            step(provider, p)
+            step(operator, p)
         external = [node.is_extern() for node, _ in metrics.nodes_num_elem]
         # Inductor notes bytes in units of four
         moved = sum(4 * words for (_, words), gemm in zip(metrics.nodes_num_elem, external, strict=True) if not gemm)
@@ -132,37 +132,37 @@ def inductor_traffic(provider: Provider, p: Projection) -> Traffic:
         torch._dynamo.reset()
 
 
-def count(provider: Provider, p: Projection) -> Count:
-    """The row of one provider on one projection. Paths on Triton are counted where they cannot run, too."""
+def count(operator: Operator, p: Projection) -> Count:
+    """The row of one operator on one projection. Paths on Triton are counted where they cannot run, too."""
     from lofit_kernels.gpu.launch import recording
 
-    if provider.name == INDUCTOR:
-        found, source = inductor_traffic(provider, p), "Inductor, CPU"
+    if operator.name == INDUCTOR:
+        found, source = inductor_traffic(operator, p), "Inductor, CPU"
     else:
-        found, source = traffic(provider, p), "exact"
+        found, source = traffic(operator, p), "exact"
     saved = []
     for attention in (sdpa, eager):
         with recording(ARCH):
-            saved.append(saved_bytes(provider, p, attention))
-    return Count(p.setting, provider.name, found.launches, found.gemms, found.bytes, *saved, p.z.numel(), source)
+            saved.append(saved_bytes(operator, p, attention))
+    return Count(p.setting, operator.name, found.launches, found.gemms, found.bytes, *saved, p.z.numel(), source)
 
 
-def counts(shape: Shape, T: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> list[Count | str]:
-    """Every provider in every setting: a Count, or a line that says why there is none."""
+def counts(shape: LayerShape, T: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> list[Count | str]:
+    """Every peer in every setting: a Count, or a line that says why there is none."""
     rows: list[Count | str] = []
     for setting in SETTINGS:
         p = projection(setting, shape, T, dtype, "cpu")
-        for provider in PROVIDERS.values():
-            why = provider.missing(p) if provider.needs == "compiler" else provider.refusal(p)
-            if provider.name == INDUCTOR and not compiled:
+        for operator in OPERATORS.values():
+            why = operator.missing(p) if operator.needs == "compiler" else operator.refusal(p)
+            if operator.name == INDUCTOR and not compiled:
                 why = "left out by --no-compile"
-            rows.append(f"{setting}, {provider.name}: {why}" if why else count(provider, p))
+            rows.append(f"{setting}, {operator.name}: {why}" if why else count(operator, p))
     return rows
 
 
 _HEADER = (
     "setting",
-    "provider",
+    "peer",
     "launches",
     "of them GEMMs",
     "bytes moved / element of z",
@@ -181,7 +181,7 @@ def table(rows: Sequence[Count | str], dtype: torch.dtype) -> list[list[str]]:
     return [
         [
             row.setting,
-            row.provider + ("" if row.source == "exact" else f" ({row.source})"),
+            row.peer + ("" if row.source == "exact" else f" ({row.source})"),
             str(row.launches),
             str(row.gemms),
             f"{row.bytes_per_element:.2f}",
@@ -212,7 +212,7 @@ def plain(rows: Sequence[Count | str], dtype: torch.dtype) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="benchmarks.proof.counts", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--model", choices=SHAPES, default="Llama-3.2-1B")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled hook out")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between the markers of FILE")

@@ -117,7 +117,7 @@ PATHS = {
 }
 
 
-def measure(dtype: torch.dtype = torch.bfloat16) -> dict[str, list[dict[str, float]]]:
+def gain_by_magnitude(dtype: torch.dtype = torch.bfloat16) -> dict[str, list[dict[str, float]]]:
     """Per path, a row of magnitude, gain, standard error and noise."""
     torch.manual_seed(0)
     given = inputs(dtype, bias=False)
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
-    found = measure()
+    found = gain_by_magnitude()
     write_json(options.output / "dead_zone.json", {"machine": machine(), "paths": found})
     plot(found, options.output / "dead_zone.png")
     print(table(found))

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.peers.provider import Absent
+from benchmarks.peers.peer import Absent
 from benchmarks.speed.cell_plan import plan
 from benchmarks.speed.cells import PER_ROUND, RESULTS, ROOT, Cell, Options, Store
 from benchmarks.speed.ratios import write_summary

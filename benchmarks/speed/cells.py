@@ -16,8 +16,9 @@ from lofit_fast.files import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# of a round of steps: fewer pad stock batches less than an epoch does, which flatters stock training
-PER_ROUND = 32
+# of a round of steps: two batches. The fewer there are, the less stock batches are padded compared with an epoch's,
+# which flatters stock training
+PER_ROUND = 16
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Store:
         return cls(results / device_slug(where), {**stamp, **options.stamp()})
 
     def path(self, cell: str) -> Path:
-        """A cell's file."""
-        return self.folder / "cells" / f"{cell.replace('/', '.')}.json"
+        """A cell's file: "SmolLM2-135M/memory hook step 1" -> "SmolLM2-135M.memory-hook-step-1.json"."""
+        return self.folder / "cells" / f"{cell.replace('/', '.').replace(' ', '-')}.json"
 
     def read(self, cell: str) -> dict | None:
         """A cell's content if it was measured (or found absent) by this code, here, with these options."""

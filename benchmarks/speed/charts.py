@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed.results import LABELS, BenchResults, label
+from benchmarks.speed.results import BenchResults, label, peer_label
 from lofit_fast.plots import new_figure, save_figure
 
 _OURS, _OTHERS = "tab:blue", "tab:gray"
@@ -48,7 +48,7 @@ def _steps(results: BenchResults, model: str, path: Path) -> Path | None:
     figure, axes = new_figure((6.2 * len(panels), height), columns=len(panels))
     for axis, (title, rows) in zip(axes if len(panels) > 1 else [axes], panels.items(), strict=True):
         ratios = [row["vs_floor"] for row in rows]
-        colors = [_OURS if row["provider"] == "ours" else _OTHERS for row in rows]
+        colors = [_OURS if row["peer"] == "ours" else _OTHERS for row in rows]
         intervals = [(r["low"], r["high"]) for r in ratios]
         _bars(axis, [label(row) for row in rows], [r["median"] for r in ratios], intervals, colors)
         axis.axvline(1, color="black", linewidth=0.8)
@@ -63,9 +63,9 @@ def _memory(results: BenchResults, path: Path) -> Path | None:
         return None
     figure, axes = new_figure((8, 0.8 + 0.3 * len(cells)))
     names = [f"{model}: {label(cell)}" for model, cell in cells]
-    colors = [_OURS if cell["provider"] == "ours" else _OTHERS for _, cell in cells]
+    colors = [_OURS if cell["peer"] == "ours" else _OTHERS for _, cell in cells]
     _bars(axes, names, [cell["first_peak"] / _GB for _, cell in cells], None, colors)
-    axes.set(xlabel="GB above the loaded model over 10 steps, compiling included")
+    axes.set(xlabel="GB above the loaded model over 5 steps, compiling included")
     return save_figure(figure, path)
 
 
@@ -75,8 +75,8 @@ def _whole_runs(results: BenchResults, path: Path) -> Path | None:
     if not runs:
         return None
     figure, axes = new_figure((8, 0.8 + 0.34 * len(runs)))
-    colors = [_OURS if cell["provider"] == "ours" else _OTHERS for _, cell in runs]
-    names = [f"{model}: {LABELS[cell['provider']]}" for model, cell in runs]
+    colors = [_OURS if cell["peer"] == "ours" else _OTHERS for _, cell in runs]
+    names = [f"{model}: {peer_label(cell['peer'])}" for model, cell in runs]
     _bars(axes, names, [cell["seconds"] for _, cell in runs], None, colors)
     axes.set(xlabel="seconds from a loaded model to the adapter, compiling included")
     return save_figure(figure, path)

@@ -45,7 +45,7 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
         "peak_memory_vs_hook_rows": peak,
     }
     prefix, scoring, sweep = (read(f"{model}/{name}") or {} for name in ("prefix cache", "scoring", "sweep"))
-    seconds = {row["provider"]: row.get("seconds") for row in prefix.get("rows", [])}
+    seconds = {row["peer"]: row.get("seconds") for row in prefix.get("rows", [])}
     summary |= _one("prefix_cache_speedup", _ratio(seconds.get("off"), seconds.get("on")))
     summary |= _one("mc_scoring_speedup", scoring.get("speedup"))
     if sweep:
@@ -61,18 +61,18 @@ def _whole(cell: dict | None) -> bool:
 
 
 def _rows(cell: dict | None, numerator: tuple[str, str], denominator: tuple[str, str]) -> dict[str, dict]:
-    """Per step the ratio of two providers that were timed in the same rounds."""
+    """Per step the ratio of two peers that were timed in the same rounds."""
     found = {}
     for step in STEPS:
-        pair = [_seconds(cell, provider, setting, step) for provider, setting in (numerator, denominator)]
+        pair = [_seconds(cell, peer, setting, step) for peer, setting in (numerator, denominator)]
         if made := _ratio(*pair):
             found[step] = made
     return found
 
 
-def _seconds(cell: dict | None, provider: str, setting: str, step: str) -> list[float] | None:
+def _seconds(cell: dict | None, peer: str, setting: str, step: str) -> list[float] | None:
     for row in (cell or {}).get("rows", []):
-        if (row["provider"], row["setting"]) == (provider, setting) and row["step"] in (step, ""):
+        if (row["peer"], row["setting"]) == (peer, setting) and row["step"] in (step, ""):
             return row.get("seconds")
     return None
 

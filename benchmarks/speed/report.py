@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.speed.cells import RESULTS
 from benchmarks.speed.charts import draw_all
-from benchmarks.speed.results import BenchResults, Target, label
+from benchmarks.speed.results import BenchResults, Target, label, peer_label
 from lofit_fast.files import whole_folder
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
@@ -82,7 +82,7 @@ def _reading() -> str:
         "CPU that is packed rows, compiled layers and a heap held in large pages. Each row has a process of its own, "
         "and waits while the others have their turn: what frees and allocates pages in every step, as hooks and "
         "LoRA do, is slower for it than alone. "
-        "<em>Frozen floor</em>: no adapter, backward down to the same lowest layer, no optimizer. No provider is timed "
+        "<em>Frozen floor</em>: no adapter, backward down to the same lowest layer, no optimizer. No peer is timed "
         "before its loss is right.</p>"
     )
 
@@ -119,7 +119,7 @@ def _generation(results: BenchResults) -> str:
         if not name.endswith("/generation"):
             continue
         for row in cell.get("rows", []):
-            times = cell["against_ours"].get(row["provider"])
+            times = cell["against_ours"].get(row["peer"])
             times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**times) if times else ""
             median = f"{statistics.median(row['seconds']):.2f} s"
             rows.append((name.partition("/")[0], label(row), row["setting"], median, times))
@@ -132,7 +132,7 @@ def _warm(results: BenchResults) -> str:
         (name, f"{label(row)}, {row['setting']}", f"{row['warm_seconds']:.1f} s")
         for name, cell in results.cells.items()
         for row in cell.get("rows", [])
-        if "warm_seconds" in row and row["provider"] in ("ours", "floor", "compiled_hook", "off", "on")
+        if "warm_seconds" in row and row["peer"] in ("ours", "floor", "compiled_hook", "off", "on")
     ]
     return _section(
         "Before the first round: compiling, and meeting every number of rows", ("cell", "row", "seconds"), rows
@@ -150,10 +150,10 @@ def _layers(results: BenchResults) -> str:
     rows = []
     for group in cell["groups"]:
         where = f"{group['level']} of {group['model']}, {group['setting']}, T = {group['T']}, {group['dtype']}"
-        for name, one in group["providers"].items():
+        for name, one in group["peers"].items():
             times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**one["vs_floor"]) if "vs_floor" in one else ""
-            rows.append((where, name, f"{one['ms']:.2f} ms", times))
-    return _section("Layers", ("what", "provider", "median", "/ floor"), rows)
+            rows.append((where, peer_label(name), f"{one['ms']:.2f} ms", times))
+    return _section("Layers", ("what", "peer", "median", "/ floor"), rows)
 
 
 def _missing(results: BenchResults) -> str:

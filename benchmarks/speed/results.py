@@ -1,10 +1,12 @@
-"""What a benchmark run left: its summary and the cells of one machine, read from JSON and nothing else."""
+"""What a benchmark run left: its summary and the cells of one machine, read from its JSON files."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.peers.table import PEERS
 
 # what the project promised of each ratio: (key, words, bound, whether the ratio should be at least the bound)
 TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
@@ -26,18 +28,6 @@ TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
         ("prefix_cache_speedup", "step 2 in the upper quarter of the layers, prefix cache off / on", 1.6, True),
         ("mc_scoring_speedup", "multiple-choice scoring, one forward per answer / ours", 8.0, True),
     ),
-}
-LABELS = {
-    "floor": "frozen floor",
-    "ours": "lofit-fast",
-    "hook": "hook LoFiT",
-    "compiled_hook": "hook LoFiT, compiled",
-    "original": "original per-head loop",
-    "fold_eager": "fold in eager PyTorch",
-    "lora_qv": "PEFT LoRA, q and v",
-    "lora_all": "PEFT LoRA, all-linear",
-    "ia3": "PEFT IA3",
-    "beft": "PEFT BEFT",
 }
 
 
@@ -122,9 +112,14 @@ class BenchResults:
 
 
 def label(row: dict) -> str:
-    """A row in words: provider and step."""
-    name = LABELS.get(row["provider"], row["provider"])
+    """A row in words: peer and step."""
+    name = peer_label(row["peer"])
     return f"{name}, {row['step']}" if row.get("step") else name
+
+
+def peer_label(name: str) -> str:
+    """A peer's label; what is no peer, as a path of ours or a setting of the prefix cache, keeps its name."""
+    return PEERS[name].label if name in PEERS else name
 
 
 def _parsed(path: Path) -> dict:

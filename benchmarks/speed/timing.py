@@ -32,14 +32,14 @@ class Ratio:
 
 
 def interleaved(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warmup: int = 1, device: str = "cpu"
+    peers: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of every provider in every round, which `in_turns` orders.
+    """Seconds of every peer in every round, which `in_turns` orders.
 
     warmup: rounds thrown away first. device: "cuda" waits for the GPU around each call.
     Raises ValueError for fewer than one round.
     """
-    clocked = {name: lambda number, run=run: seconds_of(run, device) for name, run in providers.items()}
+    clocked = {name: lambda number, run=run: seconds_of(run, device) for name, run in peers.items()}
     return in_turns(clocked, rounds=rounds, warmup=warmup)
 
 

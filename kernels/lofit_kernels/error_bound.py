@@ -7,6 +7,8 @@ kernel that is just as exact then fails. What the rule means is the error of eag
 computed by eager in several orders (`orders`), and the largest of these errors counts.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,19 +31,20 @@ def allowed_error(expected: Tensor, *eager: Tensor) -> float:
         raise ValueError(f"expected eager results of one dtype and of shape {tuple(expected.shape)}, got {got}")
     if expected.numel() == 0:
         return 0.0
-    return max(2 * max(largest_error(x, expected) for x in eager), ulp(expected, dtypes.pop()))
+    worst = max(largest_error(x, expected) for x in eager)
+    return bound_of(worst, expected.abs().max().item(), dtypes.pop())
+
+
+def bound_of(eager_error: float, largest: float, dtype: torch.dtype) -> float:
+    """The rule in numbers: twice eager's error, or one unit in the last place of `dtype` at `largest` if more."""
+    # eps spans a whole binade upwards: one ulp at m is eps times the power of two below m
+    ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
+    return max(2 * eager_error, ulp)
 
 
 def largest_error(got: Tensor, expected: Tensor) -> float:
     """The largest absolute difference to expected (float64, got's shape); NaN where got has one, 0 of no elements."""
     return (got.double() - expected).abs().max().item() if got.numel() else 0.0
-
-
-def ulp(expected: Tensor, dtype: torch.dtype) -> float:
-    """One unit in the last place of `dtype` at the largest magnitude in expected; 0 when there is nothing but zeros."""
-    largest = expected.abs().max()
-    # eps spans a whole binade upwards: one ulp at m is eps times the power of two below m
-    return torch.finfo(dtype).eps * 2.0 ** torch.floor(torch.log2(largest)).item() if largest > 0 else 0.0
 
 
 def orders(*lengths: int, device: torch.device | str | None = None) -> list[tuple[Tensor, ...]]:

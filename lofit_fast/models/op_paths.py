@@ -17,6 +17,7 @@ from lofit_kernels import answers, roofline
 from lofit_kernels.autotune import ROUNDS, Answer, autotune
 from lofit_kernels.dispatch import SMALL_SCALES, Plan, answers_for, is_many, plan, use_answers
 from lofit_kernels.roofline import DEVICES, Device, Shape
+from lofit_kernels.shapes import SHAPES
 
 EVIDENCE = "prediction (roofline), not a measurement"
 PRESENT = "present"
@@ -32,28 +33,15 @@ class Layer:
     N: int
 
 
-# name -> layers, heads, head_dim, hidden size, as published in their configs
-MODELS: dict[str, tuple[int, int, int, int]] = {
-    "SmolLM2-135M": (30, 9, 64, 576),
-    "Gemma-3-270M": (18, 4, 256, 640),
-    "Llama-3.2-1B": (16, 32, 64, 2048),
-    "Llama-2-7B": (32, 32, 128, 4096),
-    "Llama-3-8B": (32, 32, 128, 4096),
-    "Gemma-7B": (28, 16, 256, 3072),
-    "Llama-2-13B": (40, 40, 128, 5120),
-    "Llama-3-70B": (80, 64, 128, 8192),
-}
-
-
 def layers_of(name: str) -> list[Layer]:
-    """The output projections of a model: a row of MODELS, an alias, a folder, a .gguf file, or a hub id.
+    """The output projections of a model: a name in `lofit_kernels.shapes`, an alias, a folder, a .gguf file, or a hub id.
 
     Only the config is read; no weights are (an alias or a GGUF file is converted on first use, as everywhere).
     Raises ValueError for a model without such projections, OSError for one that is not there.
     """
-    if name in MODELS:
-        count, H, D, N = MODELS[name]
-        return [Layer(layer, H, D, N) for layer in range(count)]
+    if name in SHAPES:
+        shape = SHAPES[name]
+        return [Layer(layer, shape.H, shape.D, shape.N) for layer in range(shape.layers)]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(resolve(name))

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.speed.gpu import gpu_report, gpu_rows
 from benchmarks.speed.gpu.isolation import ROOT, Isolated
+from benchmarks.speed.op.timed_row import TimedRow
 
 REQUIRED = {"torch": (2, 11), "triton": (3, 6)}
 OPTIONAL = {
@@ -66,29 +67,29 @@ class Session:
         """A line of progress, with the time."""
         print(f"[{time.monotonic() - self.started:5.0f} s] {line}", flush=True)
 
-    def providers(self) -> list[str]:
+    def peers(self) -> list[str]:
         """The names to check and time, the floor first: what the others are divided by."""
         # imported late: without torch there is a message to print first
-        from benchmarks.speed.op.operators import PROVIDERS
+        from benchmarks.speed.op.operators import OPERATORS
 
         only = self.chosen.only
-        named = [name for name in PROVIDERS if not only or any(part in name for part in only)]
+        named = [name for name in OPERATORS if not only or any(part in name for part in only)]
         return ["floor", *(name for name in named if name != "floor")]
 
     def check(self, names: Sequence[str]) -> bool:
-        """Checks every provider on every case. Returns whether all of ours are right; prints what is not."""
-        from benchmarks.speed.op.operators import PROVIDERS
+        """Checks every peer on every case. Returns whether all of ours are right; prints what is not."""
+        from benchmarks.speed.op.operators import OPERATORS
 
         cases = [vars(case) for case in gpu_rows.CHECKS[self.device]]
         for name in names:
             if name == "floor":
                 continue
-            if self.chosen.quick and PROVIDERS[name].needs == "compiler":
+            if self.chosen.quick and OPERATORS[name].needs == "compiler":
                 self.report["checks"][name] = {"left_out": "--quick"}
                 continue
-            task = {"kind": "check", "provider": name, "cases": cases, "planted": name == self.chosen.plant}
+            task = {"kind": "check", "peer": name, "cases": cases, "planted": name == self.chosen.plant}
             found = self.worker.run(task, gpu_rows.CHECK_SECONDS)
-            self.report["checks"][name] = found | {"ours": PROVIDERS[name].ours}
+            self.report["checks"][name] = found | {"ours": OPERATORS[name].ours}
             self.say(f"check {name}: {_verdict(found)}")
         return not any(row.get("ours") and _is_red(row) for row in self.report["checks"].values())
 
@@ -107,14 +108,14 @@ class Session:
             began = time.monotonic()
             found = self._row(row, [name for name in names if name not in out])
             longest = max(longest, time.monotonic() - began)
-            found["providers"] = found.get("providers", {}) | {name: {"skipped": why} for name, why in out.items()}
+            found["peers"] = found.get("peers", {}) | {name: {"skipped": why} for name, why in out.items()}
             self.report["rows"].append(vars(row) | found)
             self.say(gpu_report.text(self.report["rows"][-1]))
         if self.report.get("not_run"):
             self.say(f"out of time: {len(self.report['not_run'])} rows were not run, and are listed as such")
 
-    def _row(self, row: gpu_rows.Row, names: list[str]) -> dict[str, Any]:
-        """One row; again without a provider that took the GPU down with it."""
+    def _row(self, row: TimedRow, names: list[str]) -> dict[str, Any]:
+        """One row; again without a peer that took the GPU down with it."""
         fallen: dict[str, Any] = {}
         while True:
             going = [name for name in names if name not in fallen]
@@ -122,7 +123,7 @@ class Session:
             found = self.worker.run(task, max(5.0, self.left - _RESERVE))
             culprit = found.get("broken_by")
             if culprit is None or culprit not in going:
-                return {"error": found["error"]} if "error" in found else {"providers": found["rows"] | fallen}
+                return {"error": found["error"]} if "error" in found else {"peers": found["rows"] | fallen}
             fallen[culprit] = found["rows"][culprit]
 
 
@@ -147,7 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it takes at most this long (default: 8)")
     parser.add_argument("--quick", action="store_true", help="the first few rows only, and no torch.compile")
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/DEVICE; for cpu: runs/gpu)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only providers whose name contains NAME")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only peers whose name contains NAME")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, no measurement")
     parser.add_argument("--plant", metavar="NAME", help="make this path wrong by 1 %%, to see the script refuse")
     return parser.parse_args(arguments)
@@ -175,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cannot run here: " + "; ".join(missing), file=sys.stderr)
         return 2
     session = Session(chosen)
-    if chosen.plant and chosen.plant not in session.providers():
-        print(f"--plant {chosen.plant!r}: expected one of {', '.join(session.providers())}", file=sys.stderr)
+    if chosen.plant and chosen.plant not in session.peers():
+        print(f"--plant {chosen.plant!r}: expected one of {', '.join(session.peers())}", file=sys.stderr)
         return 2
     for package, consequence in OPTIONAL.items():
         try:
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(session: Session, folder: Path) -> int:
-    names = session.providers()
+    names = session.peers()
     right = session.check(names)
     if right:
         session.time(names)

@@ -33,7 +33,7 @@ def text(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{heading(row)}: {row['error']}"
     lines = [heading(row)]
-    for name, found in row["providers"].items():
+    for name, found in row["peers"].items():
         why = found.get("error") or found.get("skipped")
         if why:
             lines.append(f"  {name:24} {why.splitlines()[0][:100]}")
@@ -46,7 +46,7 @@ def text(row: dict[str, Any]) -> str:
 
 def picture(report: dict[str, Any], path: Path) -> str:
     """Draws every row's ratios to the floor. Returns what came of it, in words."""
-    rows = [row for row in report["rows"] if "providers" in row]
+    rows = [row for row in report["rows"] if "peers" in row]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def picture(report: dict[str, Any], path: Path) -> str:
     figure = Figure(figsize=(4.6 * columns, 2.6 * down), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, row in zip(figure.subplots(down, columns, squeeze=False).flat, rows, strict=False):
-        found = {name: p["vs_floor"] for name, p in row["providers"].items() if "vs_floor" in p}
+        found = {name: p["vs_floor"] for name, p in row["peers"].items() if "vs_floor" in p}
         medians = [times["median"] for times in found.values()]
         errors = [[t["median"] - t["low"] for t in found.values()], [t["high"] - t["median"] for t in found.values()]]
         axes.barh(list(found), medians, xerr=errors, color=["tab:gray" if n == "floor" else "tab:blue" for n in found])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from benchmarks.speed.op.timed_row import TimedRow
 
 SETTINGS = ("step 1", "step 2", "both", "few scales")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A case every path is checked on: a row of `benchmarks.speed.op.shapes`, tokens, dtype, settings."""
+    """A case every path is checked on: a row of `lofit_kernels.shapes`, tokens, dtype, settings."""
 
     model: str
     T: int
@@ -19,71 +20,53 @@ class Check:
     settings: tuple[str, ...] = SETTINGS
 
 
-@dataclass(frozen=True)
-class Row:
-    """A group of timings that are comparable: every provider, side by side. level: "projection" or "layer"."""
-
-    level: str
-    model: str
-    setting: str
-    T: int
-    dtype: str = "bfloat16"
-
-    def task(self, device: str, providers: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-        """What a worker is sent."""
-        return {"kind": self.level, **vars(self), "device": device, "providers": providers} | {
-            "rounds": rounds,
-            "seconds": seconds,
-        }
-
-
 # T that no tile divides; D = 64, 128, 256; N = 576 that no tile of 128 divides
 CHECKS: dict[str, tuple[Check, ...]] = {
     "cuda": (
-        Check("llama-3-8b", 517, "bfloat16"),
-        Check("llama-3.2-1b", 129, "bfloat16"),
-        Check("gemma-7b", 200, "bfloat16"),
-        Check("smollm2-135m", 77, "bfloat16"),
-        Check("smollm2-135m", 1, "bfloat16", ("step 1", "step 2")),
-        Check("llama-3-8b", 77, "float16", ("both", "step 2")),
-        Check("smollm2-135m", 200, "float32", ("both", "step 2")),
+        Check("Llama-3-8B", 517, "bfloat16"),
+        Check("Llama-3.2-1B", 129, "bfloat16"),
+        Check("Gemma-7B", 200, "bfloat16"),
+        Check("SmolLM2-135M", 77, "bfloat16"),
+        Check("SmolLM2-135M", 1, "bfloat16", ("step 1", "step 2")),
+        Check("Llama-3-8B", 77, "float16", ("both", "step 2")),
+        Check("SmolLM2-135M", 200, "float32", ("both", "step 2")),
     ),
     "cpu": (Check("toy", 21, "bfloat16"), Check("toy", 5, "float32", ("both",))),
 }
 
 
-def _cuda_rows() -> Iterator[Row]:
-    small = ("llama-3.2-1b", "gemma-7b", "smollm2-135m")
+def _cuda_rows() -> Iterator[TimedRow]:
+    small = ("Llama-3.2-1B", "Gemma-7B", "SmolLM2-135M")
     for level in ("projection", "layer"):
         for setting in ("step 1", "step 2"):
-            yield Row(level, "llama-3-8b", setting, 4096)
+            yield TimedRow(level, "Llama-3-8B", setting, 4096)
     for model in small:
         for setting in ("step 1", "step 2"):
-            yield Row("projection", model, setting, 4096)
+            yield TimedRow("projection", model, setting, 4096)
     for setting in ("both", "few scales"):
-        yield Row("projection", "llama-3-8b", setting, 4096)
+        yield TimedRow("projection", "Llama-3-8B", setting, 4096)
     for T in (512, 16384):
         for setting in ("step 1", "step 2"):
-            yield Row("projection", "llama-3-8b", setting, T)
-    for model in ("llama-2-7b", *small):
+            yield TimedRow("projection", "Llama-3-8B", setting, T)
+    for model in ("Llama-2-7B", *small):
         for setting in ("step 1", "step 2"):
-            yield Row("layer", model, setting, 4096)
+            yield TimedRow("layer", model, setting, 4096)
     for model in small:
         for T in (512, 16384):
             for setting in ("step 1", "step 2"):
-                yield Row("projection", model, setting, T)
+                yield TimedRow("projection", model, setting, T)
     for dtype in ("float16", "float32"):
         for setting in ("step 1", "step 2"):
-            yield Row("projection", "llama-3-8b", setting, 4096, dtype)
+            yield TimedRow("projection", "Llama-3-8B", setting, 4096, dtype)
 
 
 # the output projections of Llama-2-7B and Llama-3-8B are alike: as projections they share their rows
-ROWS: dict[str, tuple[Row, ...]] = {
+ROWS: dict[str, tuple[TimedRow, ...]] = {
     "cuda": tuple(_cuda_rows()),
-    "cpu": (Row("projection", "toy", "step 1", 32), Row("layer", "toy", "step 2", 32)),
+    "cpu": (TimedRow("projection", "toy", "step 1", 32), TimedRow("layer", "toy", "step 2", 32)),
 }
 QUICK = {"cuda": 4, "cpu": 2}
 ROUNDS = {"cuda": 25, "cpu": 3}
-# seconds a row may take, and a check of one provider with all its compilation
+# seconds a row may take, and a check of one peer with all its compilation
 ROW_SECONDS = 12.0
 CHECK_SECONDS = 180.0

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.op.operators import PROVIDERS, Projection, Provider, projection, step
-from benchmarks.speed.op.shapes import SHAPES
+from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
 from lofit_kernels import reference
 from lofit_kernels.error_bound import allowed_error, largest_error, orders
+from lofit_kernels.shapes import SHAPES
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 _METHODS = ("new_empty", "new_empty_strided")
@@ -57,11 +57,11 @@ def by_hook(p: Projection) -> tuple[tuple[Tensor, ...], ...]:
 
     dv is a sum over tokens and over columns of N; it is computed with either of them first.
     """
-    y, dz, *_ = step(PROVIDERS["hook"], p)
+    y, dz, *_ = step(OPERATORS["hook"], p)
     sums: list[list[Tensor]] = [[] for _ in p.parameters]
     for t, n in orders(*p.grad.shape, device=p.grad.device):
         z, weight, grad = p.z.detach()[t].requires_grad_(), p.weight[n], p.grad[t][:, n]
-        found = step(PROVIDERS["hook"], replace(p, z=z, weight=weight, grad=grad))[2:]
+        found = step(OPERATORS["hook"], replace(p, z=z, weight=weight, grad=grad))[2:]
         for kept, gradient in zip(sums, found, strict=True):
             kept.append(gradient)
         if p.offset is not None:
@@ -70,18 +70,18 @@ def by_hook(p: Projection) -> tuple[tuple[Tensor, ...], ...]:
     return (y,), (dz,), *(tuple(kept) for kept in sums)
 
 
-def problems(provider: Provider, p: Projection, planted: bool = False) -> list[str]:
-    """What is wrong with a provider on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
+def problems(operator: Operator, p: Projection, planted: bool = False) -> list[str]:
+    """What is wrong with an operator on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
     inputs = [p.z, p.weight, p.grad, *p.parameters]
     before = [x.detach().clone() for x in inputs]
     # from the inputs as they were
     right, eager = exact(p), by_hook(p)
     # a compiler's own allocations are not ours to poison
-    if provider.needs == "compiler":
-        got, again = step(provider, p), None
+    if operator.needs == "compiler":
+        got, again = step(operator, p), None
     else:
         with poisoned():
-            got, again = step(provider, p), step(provider, p)
+            got, again = step(operator, p), step(operator, p)
     if planted:
         got = (got[0] * 1.01, *got[1:])
     found = []
@@ -94,7 +94,7 @@ def problems(provider: Provider, p: Projection, planted: bool = False) -> list[s
             error, bound = largest_error(x, expected), allowed_error(expected, *hooked)
             if not error <= bound:
                 found.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
-    if again is not None and provider.ours and not planted:
+    if again is not None and operator.ours and not planted:
         pairs = zip(_names(p), got, again, strict=True)
         found += [f"{name}: a second call gave other bits" for name, x, y in pairs if not torch.equal(x, y)]
     if not all(torch.equal(x, old) for x, old in zip(inputs, before, strict=True)):
@@ -107,19 +107,19 @@ def _names(p: Projection) -> list[str]:
 
 
 def check(task: dict[str, Any]) -> dict[str, Any]:
-    """One provider on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
-    provider = PROVIDERS[task["provider"]]
+    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
+    operator = OPERATORS[task["peer"]]
     found, missing, checked = [], set(), 0
     for case in task["cases"]:
         for setting in case["settings"]:
             where = f"{case['model']} T={case['T']} {case['dtype']} {setting}"
             p = projection(setting, SHAPES[case["model"]], case["T"], getattr(torch, case["dtype"]), task["device"])
-            why = provider.missing(p)
+            why = operator.missing(p)
             if why:
                 missing.add(why)
                 continue
             try:
-                found += [f"{where}: {problem}" for problem in problems(provider, p, task["planted"])]
+                found += [f"{where}: {problem}" for problem in problems(operator, p, task["planted"])]
                 checked += 1
             except torch.OutOfMemoryError:
                 missing.add(f"out of memory at {where}")

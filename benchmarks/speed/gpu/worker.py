@@ -64,7 +64,7 @@ def nvidia_smi(uuid: str) -> dict[str, str] | str:
 
 def _kinds() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
     from benchmarks.speed.gpu.path_checks import check
-    from benchmarks.speed.gpu.row_times import time_layer, time_projection
+    from benchmarks.speed.op.row_times import time_layer, time_projection
 
     return {"machine": machine, "check": check, "projection": time_projection, "layer": time_layer}
 

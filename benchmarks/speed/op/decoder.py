@@ -1,4 +1,4 @@
-"""One decoder layer in plain torch, with a place for a provider where its output projection stands."""
+"""One decoder layer in plain torch, with a place for a peer where its output projection stands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from benchmarks.speed.op.shapes import Shape
+from lofit_kernels.shapes import LayerShape
 
 _LONGEST = 2048
 
@@ -19,7 +19,7 @@ class DecoderLayer:
     T tokens are sequences of at most 2048. x: (batch, sequence, N).
     """
 
-    def __init__(self, shape: Shape, T: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: LayerShape, T: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*size: int, std: float) -> Tensor:

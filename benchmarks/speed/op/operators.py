@@ -1,9 +1,10 @@
-"""One output projection with its adapter, computed by everyone: ours by every path, and the peers, as rows of a table.
+"""One output projection with its adapter: ours by every path, and the peers, as rows of a table.
 
     y = ((1 + a) * z + v) W^T
 
-PROVIDERS is the table. A row that cannot run on a projection says why (`missing`) instead of vanishing. Needs torch
-and, for the paths on Triton, triton; nothing else, so that it runs on any machine with a GPU.
+OPERATORS is the table. A peer has the name here that it has in `benchmarks.peers.table`. A row that
+cannot run on a projection says why (`missing`) instead of vanishing. This module needs torch and, for the paths on
+Triton, triton; nothing else, so that it runs on any machine with a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.speed.op.shapes import Shape
 from lofit_kernels import head_affine_linear, plan
 from lofit_kernels.dispatch import BACKENDS, FORMS, GEMMS
+from lofit_kernels.shapes import LayerShape
 
 # name -> on which heads there is a scale, on which an offset
 SETTINGS: dict[str, tuple[str | None, str | None]] = {
@@ -44,7 +45,7 @@ class Projection:
     """
 
     setting: str
-    shape: Shape
+    shape: LayerShape
     z: Tensor
     weight: Tensor
     grad: Tensor
@@ -74,7 +75,7 @@ def few_heads(n_heads: int) -> list[int]:
     return [i * n_heads // count for i in range(count)]
 
 
-def projection(setting: str, shape: Shape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
+def projection(setting: str, shape: LayerShape, T: int, dtype: torch.dtype, device: str, seed: int = 0) -> Projection:
     """Random tensors for a row of SETTINGS, with magnitudes as in a model: z and dY of order 1, y of order 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -121,7 +122,8 @@ def hook(z: Tensor, p: Projection) -> Tensor:
 def original(z: Tensor, p: Projection) -> Tensor:
     """As the authors' release does it: each head's slice cloned, scaled, shifted and assigned back, one after another.
 
-    The edit of `benchmarks.peers.original`, again, because that package needs more than torch.
+    It repeats the edit of `benchmarks.peers.original`: that file belongs to hooks and to a table of peers that import
+    transformers and PEFT, and this module must run with torch and Triton alone.
     """
     absent = torch.zeros(p.shape.D, device=z.device)
     scales = {} if p.scale is None else dict(zip(p.lists[0], p.scale, strict=True))
@@ -134,7 +136,7 @@ def original(z: Tensor, p: Projection) -> Tensor:
     return linear(x, p.weight)
 
 
-def eager_fold(z: Tensor, p: Projection) -> Tensor:
+def fold_eager(z: Tensor, p: Projection) -> Tensor:
     """b = W_S v_S in plain autograd, then the projection with a bias."""
     columns = (p.offset_heads[:, None] * p.shape.D + torch.arange(p.shape.D, device=z.device)).flatten()
     bias = p.weight[:, columns].to(p.offset.dtype) @ p.offset.flatten()
@@ -210,13 +212,15 @@ def _path_refusal(p: Projection, form: str, **path: str) -> str | None:
     return None if chosen.form == form else f"without a scale this is the {chosen.form}"
 
 
-def _eager_fold_refusal(p: Projection) -> str | None:
+def _fold_eager_refusal(p: Projection) -> str | None:
     return None if p.scale is None else "a fold of the offset cannot express a scale"
 
 
 @dataclass(frozen=True)
-class Provider:
+class Operator:
     """A row: `forward(z, projection) -> y`, differentiable. ours: held to the accuracy rule before it is timed.
+
+    name: of a path of ours, or the peer's name in `benchmarks.peers.table.PEERS`.
 
     refusal(projection): why it cannot express that projection anywhere, None when it can. needs: a key of NEEDS.
     trained(projection): the leaves whose gradients it computes.
@@ -247,40 +251,40 @@ def _exists(path: dict[str, str]) -> bool:
     return False
 
 
-def _paths() -> Iterator[Provider]:
+def _paths() -> Iterator[Operator]:
     """Every path that the planner knows: a new one appears here by itself."""
     for form, backend, gemm in product(FORMS, BACKENDS, GEMMS):
         path = {"form": form, "backend": backend, "gemm": gemm}
         if _exists(path):
             name = f"{form} {backend}" + ("" if gemm == "vendor" else f" {gemm}")
             needs = "triton" if backend == "triton" else None
-            yield Provider(name, partial(ours, **path), True, partial(_path_refusal, **path), needs)
+            yield Operator(name, partial(ours, **path), True, partial(_path_refusal, **path), needs)
 
 
-PROVIDERS: dict[str, Provider] = {
+OPERATORS: dict[str, Operator] = {
     row.name: row
     for row in (
-        Provider("floor", floor, trained=lambda p: ()),
-        Provider("ours", ours, True),
-        Provider("hook", hook),
-        Provider("compiled hook", compiled_hook, needs="compiler"),
-        Provider("original loop", original),
-        Provider("eager fold", eager_fold, refusal=_eager_fold_refusal),
+        Operator("floor", floor, trained=lambda p: ()),
+        Operator("ours", ours, True),
+        Operator("hook", hook),
+        Operator("compiled_hook", compiled_hook, needs="compiler"),
+        Operator("original", original),
+        Operator("fold_eager", fold_eager, refusal=_fold_eager_refusal),
         *_paths(),
     )
 }
 
 
 _ELSEWHERE = "adapts other projections than this one: see the step level"
-# adapters that compute another function: timed beside PROVIDERS, with nothing to be checked against
-OTHERS: dict[str, Provider] = {
-    "LoRA": Provider("LoRA", lora, trained=lambda p: p.low_rank),
-    **{name: Provider(name, floor, refusal=lambda p: _ELSEWHERE) for name in ("LoRA, q and v", "IA3", "BEFT")},
+# adapters that compute another function: timed beside OPERATORS, with nothing to be checked against
+OTHERS: dict[str, Operator] = {
+    "lora_all": Operator("lora_all", lora, trained=lambda p: p.low_rank),
+    **{name: Operator(name, floor, refusal=lambda p: _ELSEWHERE) for name in ("lora", "ia3", "beft")},
 }
-EVERYONE = {**PROVIDERS, **OTHERS}
+EVERYONE = {**OPERATORS, **OTHERS}
 
 
-def step(provider: Provider, p: Projection) -> tuple[Tensor, ...]:
-    """One forward and backward: (y, dz, and the gradients of the parameters, for providers that have any)."""
-    y = provider.forward(p.z, p)
-    return (y.detach(), *torch.autograd.grad(y, [p.z, *provider.trained(p)], p.grad))
+def step(operator: Operator, p: Projection) -> tuple[Tensor, ...]:
+    """One forward and backward: (y, dz, and the gradients of the parameters, for peers that have any)."""
+    y = operator.forward(p.z, p)
+    return (y.detach(), *torch.autograd.grad(y, [p.z, *operator.trained(p)], p.grad))

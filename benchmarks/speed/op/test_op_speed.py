@@ -8,27 +8,27 @@ import pytest
 import torch
 
 from benchmarks.speed.op.operators import EVERYONE, projection, step
-from benchmarks.speed.op.shapes import SHAPES
+from lofit_kernels.shapes import SHAPES
 
-T, MODELS = 512, ("llama-3-8b", "gemma-7b")
+T, TIMED_PROJECTIONS = 512, ("Llama-3-8B", "Gemma-7B")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("setting", ["step 1", "step 2"])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("provider", EVERYONE.values(), ids=EVERYONE)
-def test_projection(benchmark, provider, model, setting):
+@pytest.mark.parametrize("model", TIMED_PROJECTIONS)
+@pytest.mark.parametrize("operator", EVERYONE.values(), ids=EVERYONE)
+def test_projection(benchmark, operator, model, setting):
     shape = SHAPES[model]
     p = projection(setting, shape, T, torch.bfloat16, DEVICE)
-    why = provider.missing(p)
+    why = operator.missing(p)
     if why:
-        pytest.skip(f"{provider.name}, {setting}: {why}")
+        pytest.skip(f"{operator.name}, {setting}: {why}")
     benchmark.group = f"{DEVICE} bfloat16 {setting} T={T} {model} K={shape.K} N={shape.N}"
     # compiled here rather than inside the first round
-    grads = step(provider, p)
+    grads = step(operator, p)
 
     def synchronized():
-        found = step(provider, p)
+        found = step(operator, p)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         return found

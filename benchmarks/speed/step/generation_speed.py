@@ -9,12 +9,12 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
-from benchmarks.peers.provider import AS_RUN, SAME_ENGINE
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
 from benchmarks.speed.step.rows import Live, Row, live
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.timing import interleaved, ratio
 from lofit_fast.data.encode import encode_prompt, pad_token_id
-from lofit_fast.evaluation.judge import pad_left
+from lofit_fast.data.padding import padded
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.training.engine import Engine
 
@@ -27,17 +27,20 @@ _MAY_DIFFER = 0.25
 _LARGE = 3.0
 
 
-def measure(base: nn.Module, tokenizer, prompts: Sequence[str], *, rounds: int, engine: Engine | None = None) -> dict:
+def generation_seconds(
+    base: nn.Module, tokenizer, prompts: Sequence[str], *, rounds: int, engine: Engine | None = None
+) -> dict:
     """Seconds per round of every row, once ours and the hook begin their answers alike, and otherwise than the base.
 
     prompts: one batch. Raises ValueError when more than a quarter of ours and the hook's first tokens differ, or none
     from the base's although the vectors are large.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ids, mask = pad_left(encoded, pad_token_id(tokenizer), next(base.parameters()).device)
+    device = next(base.parameters()).device
+    ids, mask = (x.to(device) for x in padded(encoded, pad_token_id(tokenizer), side="left"))
     batch = {"input_ids": ids, "attention_mask": mask}
     with ExitStack() as scopes:
-        lives = {row.provider: scopes.enter_context(live(base, row, engine or Engine())) for row in ROWS}
+        lives = {row.peer: scopes.enter_context(live(base, row, engine or Engine())) for row in ROWS}
         runs = {name: _run(one, batch) for name, one in lives.items()}
         for name in ("ours", "hook"):
             lives[name].attached.assign(vectors(base, "step 2", std=_LARGE))
@@ -47,10 +50,7 @@ def measure(base: nn.Module, tokenizer, prompts: Sequence[str], *, rounds: int, 
         if (hook == plain).all():
             raise ValueError("the answers begin as the base's do, whatever the vectors: nothing is compared")
         seconds = interleaved(runs, rounds=rounds, warmup=0, device=batch["input_ids"].device.type)
-    rows = [
-        {"provider": row.provider, "setting": row.setting, "step": row.step, "seconds": seconds[row.provider]}
-        for row in ROWS
-    ]
+    rows = [{"peer": row.peer, "setting": row.setting, "step": row.step, "seconds": seconds[row.peer]} for row in ROWS]
     against = {name: asdict(ratio(seconds[name], seconds["ours"])) for name in ("hook", "lora_all")}
     return {"rows": rows, "against_ours": against, "prompts": len(prompts), "new_tokens": TOKENS}
 
@@ -62,7 +62,7 @@ def _run(one: Live, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
         # what models are published with (sampling, penalties) is of no use to a greedy answer, and says so
         with (
             warnings.catch_warnings(action="ignore"),
-            evaluating(model) if one.row.provider == "ours" else nullcontext(),
+            evaluating(model) if one.row.peer == "ours" else nullcontext(),
         ):
             return model.generate(**batch, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
 

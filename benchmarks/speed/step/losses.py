@@ -17,17 +17,19 @@ from torch import Tensor, nn
 import lofit_fast as lf
 from benchmarks.peers.hook import HookLofit, HookStep, train_hook, vectors_of
 from benchmarks.speed.step.rows import STOCK
-from benchmarks.speed.step.whole_run import RECIPE
+from benchmarks.speed.step.whole_run import RECIPE as SHORT
 from lofit_fast.config import LofitConfig
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.data.padding import padded, rectangle
 from lofit_fast.patching.architectures import decoder_layers
-from lofit_fast.training import fit as training
 from lofit_fast.training.engine import Engine, prepared
 
 PREFIX_GB = 2.0
+# two epochs of each step, since the losses of the first begin alike whatever is wrong
+RECIPE = replace(SHORT, select_epochs=2, tune_epochs=2)
 
 
-def measure(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
+def loss_difference(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
     """Epoch losses of `fit`, of a hook on the very batches that fit made, and of one on them in another order.
 
     Heads are selected in the upper half of the layers, so that step 2 starts from the prefix cache; the hooks' step 2
@@ -36,7 +38,7 @@ def measure(model: nn.Module, tokenizer, examples, engine: Engine) -> dict:
     """
     plain, engine = copy.deepcopy(model), replace(engine, prefix_cache_gb=PREFIX_GB)
     recipe = replace(RECIPE, min_layer=len(decoder_layers(model)) // 2)
-    with recorded_batches() as batches, tempfile.TemporaryDirectory() as folder, own_cache(folder):
+    with recorded_batches(model) as batches, tempfile.TemporaryDirectory() as folder, own_cache(folder):
         result = lf.fit(model, tokenizer, examples, recipe, output_dir=f"{folder}/run", engine=engine, progress=False)
     ours = [row["loss"] for row in result.history]
     epochs = _in_epochs(batches, RECIPE.select_epochs + RECIPE.tune_epochs)
@@ -60,22 +62,22 @@ def own_cache(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_batches() -> Iterator[list[dict[str, Tensor]]]:
-    """A scope that keeps every batch `fit` trains on, as a stock Trainer would have it: padded, full labels."""
+def recorded_batches(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """A scope that keeps every batch the model is trained on, as a stock Trainer would have it: padded, full labels.
+
+    A hook on the model sees what it is called with in training mode.
+    """
     batches: list[dict[str, Tensor]] = []
-    trainer = training.LofitTrainer
 
-    class Recorder(trainer):
-        def compute_loss(self, model, inputs, *args, **options):
-            if model.training:
-                batches.append(as_stock(inputs))
-            return super().compute_loss(model, inputs, *args, **options)
+    def record(module: nn.Module, args: tuple, given: dict) -> None:
+        if module.training:
+            batches.append(as_stock(given))
 
-    training.LofitTrainer = Recorder
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield batches
     finally:
-        training.LofitTrainer = trainer
+        hook.remove()
 
 
 def as_stock(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,12 +103,9 @@ def _spread(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _padded(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-    padded = nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": padded(ids, batch_first=True),
-        "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": padded(labels, batch_first=True, padding_value=IGNORED),
-    }
+    tokens, mask = padded([row.tolist() for row in ids], 0)
+    wanted = rectangle([row.tolist() for row in labels], IGNORED)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": wanted}
 
 
 def _in_epochs(batches: list[dict], count: int) -> list[list[dict]]:

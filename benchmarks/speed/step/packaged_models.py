@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.peers.provider import Absent
+from benchmarks.peers.peer import Absent
 from benchmarks.speed.step.workload import EXAMPLES, Workload, workload
 from lofit_fast.models.load import load_model, resolve
 

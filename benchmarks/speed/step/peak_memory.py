@@ -1,4 +1,4 @@
-"""Peak memory of training steps above the loaded model, one provider per process."""
+"""Peak memory of training steps above the loaded model, one peer per process."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.peers.provider import AS_RUN
+from benchmarks.peers.peer import AS_RUN
 from benchmarks.speed.step.rows import Row, live, settled_engine, uncopied
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.cpu.heap import release_free_memory
 
-STEPS = 10
+STEPS = 5
 
 
-def measure(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) -> dict:
+def peak_bytes(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) -> dict:
     """Bytes above what the process held after loading, as plain data.
 
     On a CPU the peak resident set (VmHWM, reset after loading), on a GPU the allocator's. first_peak: over the first

@@ -12,20 +12,19 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.peers.provider import SAME_ENGINE, Absent
+from benchmarks.peers.peer import SAME_ENGINE, Absent
 from benchmarks.speed.step import step_level
 from benchmarks.speed.step.row_process import Host
 from benchmarks.speed.step.rows import Live, Row, live
 from benchmarks.speed.step.workload import Workload
-from lofit_fast.data.pack import collator_of
 from lofit_fast.patching.handle import handle_of
-from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine import Engine, collator_of
 
 ROW = Row("ours", SAME_ENGINE, "step 2, upper quarter")
 GB = 4.0
 
 
-def measure(
+def prefix_speedup(
     base: nn.Module,
     work: Workload,
     *,
@@ -36,18 +35,18 @@ def measure(
 ) -> dict:
     """Seconds per round with the cache off and on, the cache filled before; fill_seconds beside them.
 
-    host: as in `step_level.measure`.
+    host: as in `step_level.step_seconds`.
     """
     rows = [Row(name, SAME_ENGINE, ROW.step) for name in ("off", "on")]
     how = {"engine": engine, "host": host, "opened": partial(_opened, work)}
-    report = step_level.measure(base, work, rows, rounds=rounds, examples=examples, **how)
+    report = step_level.step_seconds(base, work, rows, rounds=rounds, examples=examples, **how)
     fill = [row.pop("fill_seconds") for row in report["rows"] if "fill_seconds" in row]
     return {**report, "fill_seconds": fill[0] if fill else None}
 
 
 @contextmanager
 def _opened(work: Workload, model: nn.Module, row: Row, engine: Engine, copied: Callable) -> Iterator[Live]:
-    with live(model, ROW, engine, copied) as plain, _CACHES[row.provider](plain, work) as one:
+    with live(model, ROW, engine, copied) as plain, _CACHES[row.peer](plain, work) as one:
         yield one
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.provider import AS_RUN, Absent
+from benchmarks.peers.peer import AS_RUN, Absent
 from benchmarks.speed.step.loss_check import Checks, Reference
 from benchmarks.speed.step.rows import Live, Row, live, uncopied
 from benchmarks.speed.step.workload import Workload

@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.provider import AS_RUN, Attached
-from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.peers.peer import AS_RUN, Attached
+from benchmarks.peers.table import TIMED
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.data.encode import Encoded
-from lofit_fast.data.pack import collator_of
-from lofit_fast.models.load import best_attention
-from lofit_fast.training.engine import Engine, prepared
-from lofit_fast.training.engine.auto import typical_batch, with_packing
+from lofit_fast.training.engine import Engine, collator_of, prepared
+from lofit_fast.training.engine.auto import best_attention, typical_batch, with_packing
 
 L1 = 5e-4
 LEARNING_RATE = 1e-3
@@ -29,19 +27,19 @@ STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=F
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to time. step: a key of STEPS, or "" for providers that do not depend on it."""
+    """One thing to time. step: a key of STEPS, or "" for peers that do not depend on it."""
 
-    provider: str
+    peer: str
     setting: str
     step: str = ""
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (self.provider, self.step, self.setting) if part)
+        return ", ".join(part for part in (self.peer, self.step, self.setting) if part)
 
 
 @dataclass(frozen=True)
 class Live:
-    """A row whose provider sits in a model of its own.
+    """A row whose peer sits in a model of its own.
 
     optimizer: of its parameters; None for the floor. engine: of the row's setting. collate: makes its batches, if not
     the engine's own collator.
@@ -88,19 +86,19 @@ def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> E
     compiled: False for the engine that it chooses where it does not.
     """
     weight = next(model.parameters())
-    attention = best_attention(weight.device, weight.dtype)
+    attention = best_attention(model, weight.device)
     engine = Engine(attention=attention, compile=compiled, narrow=not compiled, large_pages=compiled)
     return with_packing(model, engine, typical_batch(model, work.rows, work.pad, BATCH))
 
 
 @contextmanager
 def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
-    """A scope with the row's provider in a copy of the model, prepared as its setting says, in training mode.
+    """A scope with the row's peer in a copy of the model, prepared as its setting says, in training mode.
 
-    Raises Absent where the provider cannot be had here.
+    Raises Absent where the peer cannot be had here.
     """
     model = copied(base)
-    attached = PROVIDERS[row.provider].attach(model, vectors(base, row.step or "step 2"))
+    attached = TIMED[row.peer].attach(model, vectors(base, row.step or "step 2"))
     # the optimizer a stock Trainer takes by default; ours takes the same
     optimizer = (
         torch.optim.AdamW(attached.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

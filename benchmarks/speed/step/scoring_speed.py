@@ -90,7 +90,7 @@ def check_equal(model: nn.Module, tokenizer, work: Workload) -> dict[str, float]
     return {"error_packed": ours, "error_per_answer": theirs}
 
 
-def measure(
+def scoring_speedup(
     model: nn.Module, tokenizer, n_questions: int = 8, rounds: int = ROUNDS, *, checked: int = 2
 ) -> dict[str, object]:
     """Time of one forward per answer / time of `score_choices`, interleaved, once both agree on `checked` questions.
@@ -105,6 +105,8 @@ def measure(
             "packed": lambda: score_choices(model, tokenizer, work.questions, work.choices, shared_prefix=work.prefix),
         },
         rounds=rounds,
+        # the check has run both
+        warmup=0,
         device=model.device.type,
     )
     return {

@@ -1,4 +1,4 @@
-"""Step level: training steps of several providers, interleaved, on the same examples."""
+"""Step level: training steps of several peers, interleaved, on the same examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lofit_fast.cpu.heap import release_free_memory
 from lofit_fast.training.engine import Engine
 
 
-def measure(
+def step_seconds(
     base: nn.Module,
     work: Workload,
     rows: Sequence[Row],
@@ -54,7 +54,7 @@ def measure(
                 say(f"NOT TIMED, its loss is wrong: {row}: {one.entry['red']}")
             if one.round is not None:
                 timed[len(done) - 1] = one.round
-        say(f"{rounds} rounds of {examples} examples, {len(timed)} providers in turns")
+        say(f"{rounds} rounds of {examples} examples, {len(timed)} peers in turns")
         taken = in_turns(timed, rounds=rounds, warmup=0)
     for at, each in taken.items():
         done[at]["seconds"] = [one.seconds for one in each]
@@ -73,7 +73,7 @@ def measure(
 
 def _compare_with_floor(rows: list[dict]) -> None:
     """Add vs_floor, the ratio of each row to its own setting's floor, where both were timed."""
-    floors = {row["setting"]: row["seconds"] for row in rows if row["provider"] == "floor" and "seconds" in row}
+    floors = {row["setting"]: row["seconds"] for row in rows if row["peer"] == "floor" and "seconds" in row}
     for row in rows:
         if "seconds" in row and row["setting"] in floors:
             row["vs_floor"] = asdict(ratio(row["seconds"], floors[row["setting"]]))

@@ -8,23 +8,16 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from benchmarks.peers.provider import Absent
 from benchmarks.speed.step.rows import Row, live, settled_engine
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.profiling import summarize
 
 BATCHES = 4
 
 
-def measure(base: nn.Module, work: Workload, row: Row, engine: Engine | None = None) -> dict:
-    """Seconds of a warm step by kind of work and by operation, as `lofit-fast train --profile` counts them.
-
-    Raises Absent where the checkout has no profiling.
-    """
-    try:
-        from lofit_fast.training.profiling import summarize
-    except ImportError as error:
-        raise Absent(f"no profiling in this checkout: {error}") from error
+def step_kinds(base: nn.Module, work: Workload, row: Row, engine: Engine | None = None) -> dict:
+    """Seconds of a warm step by kind of work and by operation, as `lofit-fast train --profile` counts them."""
     engine = engine or settled_engine(base, work)
     on_gpu = next(base.parameters()).device.type == "cuda"
     with live(base, row, engine) as one:

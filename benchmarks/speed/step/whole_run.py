@@ -11,15 +11,15 @@ from torch import nn
 
 import lofit_fast as lf
 from benchmarks.peers.hook import HookLofit, HookStep, train_hook
-from benchmarks.peers.provider import AS_RUN
-from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.peers.peer import AS_RUN
+from benchmarks.peers.table import TIMED
 from benchmarks.speed.step.rows import STOCK
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Workload, stock_batches
 from lofit_fast.config import RECIPES, Recipe
 from lofit_fast.training.engine import prepared
 
-RECIPE = Recipe(**RECIPES["clutrr"], top=0.1, select_epochs=2, tune_epochs=2)
+RECIPE = Recipe(**RECIPES["clutrr"], top=0.1, select_epochs=1, tune_epochs=1)
 
 
 def ours(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
@@ -49,7 +49,7 @@ def hook(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
 def lora_all(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
     """LoRA on all linears in a plain loop, as many examples seen."""
     epochs = shuffled_epochs(work, RECIPE.select_epochs + RECIPE.tune_epochs)
-    attached = PROVIDERS["lora_all"].attach(model, {})
+    attached = TIMED["lora_all"].attach(model, {})
     with prepared(attached.model, STOCK):
         losses = train_hook(attached.model, _Parameters(attached.parameters), epochs, HookStep(lr=2e-4))
     return {"losses": {"tune": losses}}
@@ -58,13 +58,13 @@ def lora_all(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
 RUNS: dict[str, Callable[..., dict]] = {"ours": ours, "hook": hook, "lora_all": lora_all}
 
 
-def measure(provider: str, model: nn.Module, tokenizer, examples, work: Workload) -> dict:
-    """Seconds and epoch losses of one provider's run."""
+def whole_run_seconds(peer: str, model: nn.Module, tokenizer, examples, work: Workload) -> dict:
+    """Seconds and epoch losses of one peer's run."""
     started = time.perf_counter()
-    report = RUNS[provider](model, tokenizer, examples, work)
+    report = RUNS[peer](model, tokenizer, examples, work)
     seconds = time.perf_counter() - started
     epochs = RECIPE.select_epochs + RECIPE.tune_epochs
-    about = {"provider": provider, "setting": "whole" if provider == "ours" else AS_RUN, "epochs": epochs}
+    about = {"peer": peer, "setting": "whole" if peer == "ours" else AS_RUN, "epochs": epochs}
     return {**about, "seconds": seconds, "workload": work.describe(), **report}
 
 

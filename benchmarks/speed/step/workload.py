@@ -1,4 +1,4 @@
-"""What is trained on: the examples every provider sees, and the batches each setting makes of them."""
+"""What is trained on: the examples every peer sees, and the batches each setting makes of them."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import word_tokenizer
 
 pytest.importorskip("lofit_fast.selection.methods")
-pytest.importorskip("benchmarks.peers.rivals")
+pytest.importorskip("benchmarks.peers.table")
 
 CELL = Cell("tiny", "kinship", "zero_shot", 42, 12, 6, 1)
 LOFIT = replace(CELL, method="lofit", selector="lofit", options=as_options({"top": 3}))

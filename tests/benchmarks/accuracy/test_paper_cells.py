@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.accuracy.method_table import METHODS, grid
 from benchmarks.accuracy.paper_cells import Cell, CellFolder, as_options, cell_of, main_metric
+from benchmarks.peers.table import COMPARED
 
 CELL = Cell("smollm2", "clutrr", "lofit", 42, 64, 48, 3, "lofit", options=as_options({"top": 0.1, "l1": 1e-3}))
 RESULT = {"metrics": {"exact_match": 0.5}, "hits": [1.0, 0.0] * 200}
@@ -54,3 +56,9 @@ def test_main_metric():
     assert main_metric({"exact_match": 0.1}) == "exact_match"
     with pytest.raises(ValueError, match="expected one of exact_match, mc1"):
         main_metric({"loss": 1.0})
+
+
+def test_the_methods_that_are_peers_are_what_the_table_of_peers_says():
+    kinds = {name: METHODS[name].kind for name in METHODS if name in COMPARED}
+    assert kinds == {name: peer.kind for name, peer in COMPARED.items()}
+    assert all(METHODS[name].tuned and grid(name) == peer.tuning for name, peer in COMPARED.items())

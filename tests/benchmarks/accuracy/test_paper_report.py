@@ -73,7 +73,7 @@ def test_table2_has_seconds_and_overlap(finished):
 
 
 def test_table3_has_parameters_and_seconds(finished):
-    _, *rows = table_of(finished, "table3", tables.rivals_table)
+    _, *rows = table_of(finished, "table3", tables.peers_table)
     assert [row[0] for row in rows[:5]] == ["LoRA", "RED", "LoReFT", "JoLA", "LoFiT"]
     assert rows[4][3:] == ["1,728", "7"]
 

@@ -1,4 +1,4 @@
-"""What the rivals' tests share: a wide enough random edit, a batch with a prompt, and logits in float64."""
+"""What the peers' tests share: a wide enough random edit, a batch with a prompt, and logits in float64."""
 
 import torch
 

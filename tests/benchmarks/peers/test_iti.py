@@ -46,7 +46,7 @@ def test_iti_probe_directions_tell_right_from_wrong():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_iti_merged_equals_its_hook_form(dtype):
     model = tiny_model("llama", dtype)
-    handle = iti.fit(model, tiny_tokenizer(), CONTRASTS, top=5, alpha=15.0)
+    handle = iti.make(model, tiny_tokenizer(), CONTRASTS, top=5, alpha=15.0)
     vectors = vectors_of(handle)
     base = logits(tiny_model("llama", torch.float64))
     hooked = {}

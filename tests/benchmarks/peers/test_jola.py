@@ -12,11 +12,11 @@ from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
 
 def test_jola_is_its_equation():
     model, plain = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
-    attachment = jola.attach(model)
+    attachment = jola.make(model)
     shake(attachment, 0.5)
     vectors = {}
     for number, layer in enumerate(model.model.layers):
-        edit = layer.self_attn.o_proj.rival
+        edit = layer.self_attn.o_proj.peer
         for component in ("scale", "offset"):
             gate = (torch.sigmoid(getattr(edit, f"{component}_gate")) * 1.2 - 0.1).clamp(0, 1)
             vectors[number, component] = (list(range(HEADS)), gate[:, None] * getattr(edit, component))
@@ -26,7 +26,7 @@ def test_jola_is_its_equation():
 
 
 def test_jola_samples_gates_while_training_only(llama):
-    shake(jola.attach(llama))
+    shake(jola.make(llama))
     assert torch.equal(logits(llama), logits(llama))
     llama.train()
     assert not torch.equal(logits(llama), logits(llama))
@@ -44,7 +44,7 @@ def test_jola_gates_are_hard_concrete():
 
 
 def test_jola_penalty_is_the_expected_number_of_open_gates(llama):
-    attachment = jola.attach(llama, gate_weight=0.5)
+    attachment = jola.make(llama, gate_weight=0.5)
     opens = 1 / (1 + math.exp(0.33 * math.log(0.1 / 1.1)))
     assert math.isclose(attachment.penalty().item(), 0.5 * 2 * HEADS * LAYERS * opens, rel_tol=1e-5)
     shake(attachment)
@@ -53,4 +53,4 @@ def test_jola_penalty_is_the_expected_number_of_open_gates(llama):
 
 
 def test_jola_counts_vectors_and_gates(llama):
-    assert jola.attach(llama).n_parameters() == LAYERS * HEADS * (2 * HEAD_DIM + 2)
+    assert jola.make(llama).n_parameters() == LAYERS * HEADS * (2 * HEAD_DIM + 2)

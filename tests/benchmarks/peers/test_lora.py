@@ -10,7 +10,7 @@ from tests.tiny_models import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 
 def test_lora_is_its_equation():
     model, plain = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
-    attachment = lora.attach(model, rank=3, alpha=7)
+    attachment = lora.make(model, rank=3, alpha=7)
     shake(attachment)
     with torch.no_grad():
         for adapted, layer in zip(model.model.layers, plain.model.layers, strict=True):
@@ -28,11 +28,11 @@ def test_lora_counts_its_matrices(llama, targets):
     sizes = [HIDDEN + query, HIDDEN + value]
     if targets == "all-linear":
         sizes += [HIDDEN + value, query + HIDDEN] + 3 * [HIDDEN + ffn]
-    assert lora.attach(llama, targets=targets).n_parameters() == 8 * sum(sizes) * LAYERS
+    assert lora.make(llama, targets=targets).n_parameters() == 8 * sum(sizes) * LAYERS
 
 
 def test_lora_trains_in_float32_on_a_16_bit_model():
-    attachment = lora.attach(tiny_model("llama", torch.bfloat16))
+    attachment = lora.make(tiny_model("llama", torch.bfloat16))
     assert {parameter.dtype for parameter in attachment.parameters()} == {torch.float32}
 
 
@@ -42,7 +42,7 @@ def test_lora_draws_from_its_seed_alone():
         model = tiny_model("llama")
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        attachment = lora.attach(model, seed=5)
+        attachment = lora.make(model, seed=5)
         assert torch.equal(torch.get_rng_state(), state)
         drawn.append(torch.cat([parameter.detach().flatten() for parameter in attachment.parameters()]))
     assert torch.equal(*drawn)

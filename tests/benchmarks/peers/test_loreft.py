@@ -20,7 +20,7 @@ RANK = 3
 
 def edited(seed=2, positions=2, **options):
     model = tiny_model("llama", torch.float64)
-    attachment = loreft.attach(model, rank=RANK, positions=positions, **options)
+    attachment = loreft.make(model, rank=RANK, positions=positions, **options)
     signs = [edit.rotation.parametrizations.weight.original.diagonal().clone() for _, edit in attachment.hosts]
     shake(attachment, seed=seed)
     for (_, edit), sign in zip(attachment.hosts, signs, strict=True):
@@ -33,7 +33,7 @@ def by_hand(model, source, positions):
     """The same edits on an untouched model, at given (row, position) pairs."""
     rows, columns = zip(*positions, strict=True)
     for layer, edited_layer in zip(model.model.layers, source.model.layers, strict=True):
-        edit = edited_layer.rival
+        edit = edited_layer.peer
         rotation, w, b = edit.rotation.weight.detach(), edit.source.weight.detach(), edit.source.bias.detach()
         assert (rotation @ rotation.T - torch.eye(RANK)).abs().max() <= 1e-12
 
@@ -133,11 +133,11 @@ def test_loreft_positions():
 
 
 def test_loreft_counts_its_matrices_and_checks_its_rank(llama):
-    assert loreft.attach(llama, rank=RANK).n_parameters() == LAYERS * RANK * (2 * HIDDEN + 1)
+    assert loreft.make(llama, rank=RANK).n_parameters() == LAYERS * RANK * (2 * HIDDEN + 1)
     with pytest.raises(ValueError, match="rank"):
-        loreft.attach(tiny_model("llama"), rank=HIDDEN + 1)
+        loreft.make(tiny_model("llama"), rank=HIDDEN + 1)
 
 
 def test_loreft_edits_the_chosen_layers(llama):
-    assert loreft.attach(llama, layers=[1], rank=2).n_parameters() == 2 * (2 * HIDDEN + 1)
-    assert not hasattr(llama.model.layers[0], "rival")
+    assert loreft.make(llama, layers=[1], rank=2).n_parameters() == 2 * (2 * HIDDEN + 1)
+    assert not hasattr(llama.model.layers[0], "peer")

@@ -11,7 +11,7 @@ from tests.tiny_models import HIDDEN, LAYERS, tiny_model
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_red_is_its_equation(family):
     model, plain = tiny_model(family, torch.float64), tiny_model(family, torch.float64)
-    attachment = red.attach(model)
+    attachment = red.make(model)
     shake(attachment)
     vectors = list(attachment.parameters())
     for layer, (scale, bias) in zip(plain.model.layers, zip(vectors[::2], vectors[1::2], strict=True), strict=True):
@@ -21,4 +21,4 @@ def test_red_is_its_equation(family):
 
 
 def test_red_has_two_numbers_per_hidden_dimension_and_layer(llama):
-    assert red.attach(llama).n_parameters() == 2 * HIDDEN * LAYERS
+    assert red.make(llama).n_parameters() == 2 * HIDDEN * LAYERS

@@ -42,7 +42,7 @@ def test_repe_reads_every_layer_at_the_last_token(llama):
 def test_repe_is_its_equation(span, layers):
     model, plain = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
     vectors = repe.reading_vectors(*repe.last_states(plain, tiny_tokenizer(), CONTRASTS))
-    attachment = repe.fit(model, tiny_tokenizer(), CONTRASTS, coefficient=1.5, span=span)
+    attachment = repe.make(model, tiny_tokenizer(), CONTRASTS, coefficient=1.5, span=span)
     assert attachment.n_parameters() == len(layers) * HIDDEN
     assert list(attachment.parameters()) == []
     base = logits(plain)
@@ -55,6 +55,6 @@ def test_repe_is_its_equation(span, layers):
 def test_repe_refuses_spans_without_layers(llama):
     for span in ((0.5, 0.5), (0.7, 0.2), (0.0, 1.5)):
         with pytest.raises(ValueError, match="span"):
-            repe.fit(llama, tiny_tokenizer(), CONTRASTS, span=span)
+            repe.make(llama, tiny_tokenizer(), CONTRASTS, span=span)
     with pytest.raises(ValueError, match="contrast"):
-        repe.fit(llama, tiny_tokenizer(), [])
+        repe.make(llama, tiny_tokenizer(), [])

@@ -8,8 +8,8 @@ import torch
 import lofit_fast as lf
 from benchmarks.proof import counts
 from benchmarks.proof.traffic import counted
-from benchmarks.speed.op.operators import PROVIDERS, SETTINGS, no_compiler, projection
-from benchmarks.speed.op.shapes import SHAPES
+from benchmarks.speed.op.operators import OPERATORS, SETTINGS, no_compiler, projection
+from lofit_kernels.shapes import SHAPES
 from tests.tiny_models import HEAD_DIM, HEADS, tiny_model
 
 pytest.importorskip("triton")
@@ -25,12 +25,12 @@ def on(setting, rows=T, shape=SHAPE):
 def paths_of_ours():
     for setting in SETTINGS:
         p = on(setting, rows=1)
-        yield from ((setting, row) for row in PROVIDERS.values() if row.ours and row.refusal(p) is None)
+        yield from ((setting, row) for row in OPERATORS.values() if row.ours and row.refusal(p) is None)
 
 
 def bytes_per_element(name, setting):
     """Bytes moved per element of z, without what does not grow with T."""
-    moved = [counts.traffic(PROVIDERS[name], on(setting, rows)).bytes for rows in (T, 5 * T)]
+    moved = [counts.traffic(OPERATORS[name], on(setting, rows)).bytes for rows in (T, 5 * T)]
     return (moved[1] - moved[0]) / (4 * T * SHAPE.K)
 
 
@@ -50,14 +50,14 @@ def test_ours_saves_nothing_that_sdpa_does_not_keep_anyway(setting, row):
         ("hook", "step 1", (0, 1), SHAPE.K * 4),
         ("hook", "step 2", (0, 0), 0),
         # clones of every head's slice, and 1 + a of each
-        ("original loop", "step 1", (1, 1), SHAPE.K * 4),
+        ("original", "step 1", (1, 1), SHAPE.K * 4),
         # 1 + 0 of every head, though none has a scale that learns
-        ("original loop", "step 2", (0, 0), SHAPE.K * 4),
+        ("original", "step 2", (0, 0), SHAPE.K * 4),
     ],
 )
 def test_what_the_peers_save(name, setting, of_z, of_parameters):
     p = on(setting)
-    found = counts.count(PROVIDERS[name], p)
+    found = counts.count(OPERATORS[name], p)
     z_bytes = p.z.numel() * p.z.element_size()
     assert found.saved_sdpa == of_z[0] * z_bytes + of_parameters
     assert found.saved_eager == of_z[1] * z_bytes + of_parameters
@@ -92,18 +92,18 @@ def test_saved_by_a_patched_projection_of_a_model(component, attention):
         ("hook", "step 1", 10, 2, 46),
         ("hook", "step 2", 11, 2, 28),
         # 19 for each head
-        ("original loop", "both", 6 + 19 * SHAPE.H, 2, None),
+        ("original", "both", 6 + 19 * SHAPE.H, 2, None),
     ],
 )
 def test_launches_and_bytes_of_the_peers(name, setting, launches, gemms, moved):
-    found = counts.traffic(PROVIDERS[name], on(setting))
+    found = counts.traffic(OPERATORS[name], on(setting))
     assert (found.launches, found.gemms) == (launches, gemms)
     assert moved is None or bytes_per_element(name, setting) == moved
 
 
 def test_the_original_loop_moves_more_the_more_heads_there_are():
     narrow, wide = (replace(SHAPE, H=heads, D=256 // heads) for heads in (4, 8))
-    few, many = (counts.traffic(PROVIDERS["original loop"], on("both", shape=shape)).bytes for shape in (narrow, wide))
+    few, many = (counts.traffic(OPERATORS["original"], on("both", shape=shape)).bytes for shape in (narrow, wide))
     # in backward every head copies, fills and adds the whole gradient once more
     per_head = (many - few) / 4 / (T * SHAPE.K)
     assert per_head == pytest.approx(12, abs=0.01)
@@ -124,7 +124,7 @@ def test_the_original_loop_moves_more_the_more_heads_there_are():
     ],
 )
 def test_launches_and_bytes_of_ours_are_at_most(name, setting, launches, gemms, moved):
-    found = counts.traffic(PROVIDERS[name], on(setting))
+    found = counts.traffic(OPERATORS[name], on(setting))
     assert found.gemms <= gemms and found.launches <= launches
     assert bytes_per_element(name, setting) <= moved + 0.5
 
@@ -133,9 +133,9 @@ def test_inductor_says_how_many_kernels_it_generates():
     p = on("both", rows=16)
     if no_compiler(p.z.device):
         pytest.skip(no_compiler(p.z.device))
-    found = counts.inductor_traffic(PROVIDERS["compiled hook"], p)
+    found = counts.inductor_traffic(OPERATORS["compiled_hook"], p)
     assert found.gemms == 2
-    assert found.gemms < found.launches < counts.traffic(PROVIDERS["hook"], p).launches
+    assert found.gemms < found.launches < counts.traffic(OPERATORS["hook"], p).launches
     # at least one pass each way: z to x, and G with z to dz
     assert 10 <= found.bytes / p.z.numel() < 58
 
@@ -154,7 +154,7 @@ def test_the_table_goes_between_its_markers(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert "| both | hook | 12 | 2 |" in text
-    assert "step 1, eager fold: a fold of the offset cannot express a scale" in text
+    assert "step 1, fold_eager: a fold of the offset cannot express a scale" in text
     assert "left out by --no-compile" in capsys.readouterr().out
     page.write_text("no markers")
     with pytest.raises(SystemExit):

@@ -7,8 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.speed import cells
-from benchmarks.speed.__main__ import _measured, main, run_cells
-from benchmarks.speed.cell_plan import MEMORY, plan
+from benchmarks.speed.__main__ import BUDGET, _measured, main, run_cells
+from benchmarks.speed.cell_plan import PLANNED_MINUTES, memory_rows, plan
 from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.speed.ratios import STEPS, summarize, write_summary
 from benchmarks.speed.step import packaged_models
@@ -81,7 +81,7 @@ def test_a_slow_machine_is_expected_to_stay_slow(store, monkeypatch):
 
 
 def test_an_absent_cell_says_why_and_is_looked_for_again(store):
-    from benchmarks.peers.provider import Absent
+    from benchmarks.peers.peer import Absent
 
     def absent(options):
         raise Absent("no such thing")
@@ -112,10 +112,17 @@ def test_no_path_of_the_data_is_kept(store, tmp_path):
 def test_names_of_cells_and_machines(store):
     cells = plan(full=True)
     assert len({cell.name for cell in cells}) == len(cells)
-    assert len({store.path(cell.name) for cell in cells}) == len(cells)
+    files = {store.path(cell.name).name for cell in cells}
+    assert len(files) == len(cells) and not any(" " in name or "/" in name for name in files)
+    assert "SmolLM2-135M.memory-hook-step-1.json" in files
     assert {cell.name for cell in plan(full=False)} < {cell.name for cell in cells}
     assert device_slug({"device": "cpu", "processor": "AMD EPYC(TM) 9", "threads": 2}) == "amd-epyc-tm-9-2-threads"
     assert device_slug({"device": "NVIDIA H100 80GB", "processor": "x", "threads": 2}) == "nvidia-h100-80gb"
+
+
+def test_all_of_make_bench_fits_into_one_call():
+    assert sum(cell.minutes for cell in plan(full=False)) <= PLANNED_MINUTES < BUDGET
+    assert {cell.name for cell in plan(full=False, models=["Gemma-3-270M"])} <= {cell.name for cell in plan(full=True)}
 
 
 def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):
@@ -129,8 +136,8 @@ def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):
     assert seen[0] == seen[1] == seen[2] == seen[4] != seen[3]
 
 
-def row(provider, setting, step, seconds):
-    return {"provider": provider, "setting": setting, "step": step, "seconds": seconds}
+def row(peer, setting, step, seconds):
+    return {"peer": peer, "setting": setting, "step": step, "seconds": seconds}
 
 
 def cells_of(model):
@@ -150,10 +157,10 @@ def cells_of(model):
         f"{model}/scoring": {"absent": "not built"},
     }
     peaks = {("ours", "step 1"): 3, ("ours", "step 2"): 2, ("hook", "step 1"): 10, ("hook", "step 2"): 8}
-    for each in MEMORY:
-        peak = peaks[each.provider, each.step]
-        content = {"provider": each.provider, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
-        cells[f"{model}/memory {each.provider} {each.step}"] = content
+    for each in (row for step in STEPS for row in memory_rows(step)):
+        peak = peaks[each.peer, each.step]
+        content = {"peer": each.peer, "step": each.step, "first_peak": peak, "steady_peak": peak / 2}
+        cells[f"{model}/memory {each.peer} {each.step}"] = content
     return cells
 
 

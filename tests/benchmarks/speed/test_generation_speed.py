@@ -3,7 +3,7 @@
 import pytest
 
 import benchmarks.speed.step.generation_speed as generation
-from benchmarks.speed.step.generation_speed import ROWS, measure
+from benchmarks.speed.step.generation_speed import ROWS, generation_seconds
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -11,8 +11,8 @@ PROMPTS = ["abc", "a longer prompt", "z"]
 
 
 def test_every_row_is_timed_in_every_round():
-    found = measure(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=2)
-    assert [(row["provider"], len(row["seconds"])) for row in found["rows"]] == [(row.provider, 2) for row in ROWS]
+    found = generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=2)
+    assert [(row["peer"], len(row["seconds"])) for row in found["rows"]] == [(row.peer, 2) for row in ROWS]
     assert found["against_ours"].keys() == {"hook", "lora_all"} and found["prompts"] == 3
 
 
@@ -22,14 +22,14 @@ def test_every_row_is_timed_in_every_round():
 def test_other_answers_are_not_timed(monkeypatch, changed, message):
     """As of an adapter that does nothing: one that ours has dropped, and vectors that nobody applies."""
     monkeypatch.setattr(generation, "interleaved", lambda *a, **o: pytest.fail("timed"))
-    provider, run = ("ours",) if changed == "ours" else ("ours", "hook"), generation._run
+    peer, run = ("ours",) if changed == "ours" else ("ours", "hook"), generation._run
 
     def idle(one, batch):
-        if one.row.provider in provider:
+        if one.row.peer in peer:
             for parameter in one.attached.parameters:
                 monkeypatch.setattr(parameter, "copy_", lambda rows: None)
         return run(one, batch)
 
     monkeypatch.setattr(generation, "_run", idle)
     with pytest.raises(ValueError, match=message):
-        measure(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=1)
+        generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=1)

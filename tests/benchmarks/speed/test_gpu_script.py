@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks.speed.gpu import __main__ as script
-from benchmarks.speed.gpu import clock, gpu_report, gpu_rows, path_checks
+from benchmarks.speed.gpu import gpu_report, gpu_rows, path_checks
 from benchmarks.speed.gpu.isolation import Isolated
+from benchmarks.speed.op import clock
 from benchmarks.speed.op.decoder import DecoderLayer
-from benchmarks.speed.op.operators import PROVIDERS, Provider, floor, projection
-from benchmarks.speed.op.shapes import SHAPES
+from benchmarks.speed.op.operators import OPERATORS, Operator, floor, projection
+from lofit_kernels.shapes import SHAPES
 
 pytest.importorskip("triton")
 
@@ -58,19 +59,19 @@ def test_rehearsal_from_checks_to_report(tmp_path):
     assert checked == {
         "ours": 5,
         "hook": 5,
-        "original loop": 5,
+        "original": 5,
         "delta triton fused_backward": 4,
         "fold triton": 1,
-        "compiled hook": None,
+        "compiled_hook": None,
     }
     assert all(not row.get("problems") for row in found["checks"].values())
     assert [(row["level"], row["setting"]) for row in found["rows"]] == [("projection", "step 1"), ("layer", "step 2")]
-    step_1, layer = (row["providers"] for row in found["rows"])
+    step_1, layer = (row["peers"] for row in found["rows"])
     assert step_1["floor"]["vs_floor"]["median"] == 1
-    for name in ("ours", "hook", "original loop", "delta triton fused_backward"):
+    for name in ("ours", "hook", "original", "delta triton fused_backward"):
         assert step_1[name]["ms"] > 0 and step_1[name]["rounds"] == gpu_rows.ROUNDS["cpu"]
     assert "cannot express a scale" in step_1["fold triton"]["skipped"]
-    assert step_1["compiled hook"]["skipped"] == "left out by --quick"
+    assert step_1["compiled_hook"]["skipped"] == "left out by --quick"
     assert layer["the projection alone"]["ms"] > 0 and layer["floor"]["ms"] > 0
     assert layer["fold triton"]["ms"] > 0
     assert "no picture: matplotlib is not installed" in done.stdout
@@ -136,30 +137,30 @@ def test_a_worker_that_broke_its_device_is_replaced():
     worker.close()
 
 
-def test_a_row_goes_on_without_the_provider_that_broke_the_device():
+def test_a_row_goes_on_without_the_peer_that_broke_the_device():
     session = script.Session(script._parse(["--device", "cpu"]))
     asked = []
 
     class Worker:
         def run(self, task, seconds):
-            asked.append(task["providers"])
-            if "bad" in task["providers"]:
+            asked.append(task["peers"])
+            if "bad" in task["peers"]:
                 return {"rows": {"bad": {"error": "illegal access"}}, "broken_by": "bad"}
-            return {"rows": {name: {"ms": 1.0} for name in task["providers"]}}
+            return {"rows": {name: {"ms": 1.0} for name in task["peers"]}}
 
     session.worker = Worker()
     found = session._row(gpu_rows.ROWS["cpu"][0], ["floor", "bad", "ours"])
     assert asked == [["floor", "bad", "ours"], ["floor", "ours"]]
-    assert found["providers"] == {"floor": {"ms": 1.0}, "ours": {"ms": 1.0}, "bad": {"error": "illegal access"}}
+    assert found["peers"] == {"floor": {"ms": 1.0}, "ours": {"ms": 1.0}, "bad": {"error": "illegal access"}}
 
 
 def wrong(change):
     """The hook with something the matter."""
 
     def forward(z, p):
-        return change(PROVIDERS["hook"].forward(z, p), z, p)
+        return change(OPERATORS["hook"].forward(z, p), z, p)
 
-    return Provider("wrong", forward, ours=True)
+    return Operator("wrong", forward, ours=True)
 
 
 def drop(y, z, p):
@@ -239,7 +240,7 @@ def test_the_gpu_clock_divides_by_its_repeats(monkeypatch):
 
         return one
 
-    timed = clock.measure({name: step(name) for name in seen}, rounds=5, seconds=60, device="cuda")
+    timed = clock.milliseconds_in_turns({name: step(name) for name in seen}, rounds=5, seconds=60, device="cuda")
     for name, row in timed.items():
         assert row.device_ms == [2.0] * 5 and len(row.host_ms) == 5
         # inputs rotate: no number twice
@@ -263,7 +264,7 @@ def test_rows_are_ordered_by_importance_and_exist():
         assert all(row.model in SHAPES and row.level in ("projection", "layer") for row in rows)
         assert len(set(rows)) == len(rows) >= gpu_rows.QUICK[device]
     timed = {row.model for row in gpu_rows.ROWS["cuda"]}
-    assert timed == set(SHAPES) - {"toy"}
+    assert timed == {"Llama-3-8B", "Llama-3.2-1B", "Gemma-7B", "SmolLM2-135M", "Llama-2-7B"}
     assert len({row.T for row in gpu_rows.ROWS["cuda"]}) == 3
     assert gpu_rows.ROWS["cuda"][0].dtype == "bfloat16"
 
@@ -274,9 +275,9 @@ def test_the_decoder_layer_uses_the_projection_it_is_given():
     x, grad = layer.inputs()
     assert x.shape == grad.shape == (1, 24, 72)
     plain = layer(x, lambda z: floor(z, p))
-    adapted = layer(x, lambda z: PROVIDERS["ours"].forward(z, p))
+    adapted = layer(x, lambda z: OPERATORS["ours"].forward(z, p))
     assert not torch.equal(plain, adapted)
-    torch.testing.assert_close(adapted, layer(x, lambda z: PROVIDERS["hook"].forward(z, p)))
+    torch.testing.assert_close(adapted, layer(x, lambda z: OPERATORS["hook"].forward(z, p)))
     # causal: the last token reaches no other
     x2 = x.detach().clone()
     x2[:, -1] += 1
@@ -286,9 +287,9 @@ def test_the_decoder_layer_uses_the_projection_it_is_given():
 def test_report_names_and_pictures(tmp_path):
     assert gpu_report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     times = {"median": 1.2, "low": 1.1, "high": 1.3}
-    providers = {"floor": {"ms": 1, "host_ms": 1, "vs_floor": {"median": 1, "low": 1, "high": 1}}}
-    providers |= {"ours": {"ms": 1.2, "host_ms": 1, "vs_floor": times}, "hook": {"skipped": "out of memory"}}
-    row = vars(gpu_rows.ROWS["cuda"][0]) | {"providers": providers}
+    peers = {"floor": {"ms": 1, "host_ms": 1, "vs_floor": {"median": 1, "low": 1, "high": 1}}}
+    peers |= {"ours": {"ms": 1.2, "host_ms": 1, "vs_floor": times}, "hook": {"skipped": "out of memory"}}
+    row = vars(gpu_rows.ROWS["cuda"][0]) | {"peers": peers}
     found = {"evidence": gpu_report.REHEARSED, "machine": {"device": "cpu"}, "rows": [row]}
     assert "out of memory" in gpu_report.text(row) and "1.200 (1.100 to 1.300) x floor" in gpu_report.text(row)
     pytest.importorskip("matplotlib")

@@ -3,29 +3,30 @@
 import pytest
 import torch
 
+from benchmarks.peers.table import PEERS
 from benchmarks.speed.cells import Options
 from benchmarks.speed.op import layer_level
-from benchmarks.speed.op.operators import EVERYONE, OTHERS, PROVIDERS, projection, step
-from benchmarks.speed.op.shapes import SHAPES
+from benchmarks.speed.op.operators import EVERYONE, OPERATORS, OTHERS, projection, step
+from lofit_kernels.shapes import SHAPES
 
 
 def test_everyone_is_timed_or_absent_with_a_reason(monkeypatch):
-    monkeypatch.setattr(layer_level, "MODELS", ("toy",))
+    monkeypatch.setattr(layer_level, "TIMED_LAYERS", ("toy",))
     monkeypatch.setattr(layer_level, "T", 16)
     # what needs a compiler takes seconds here
     few = {name: one for name, one in EVERYONE.items() if one.needs is None}
     monkeypatch.setattr(layer_level, "EVERYONE", few)
-    report = layer_level.measure(Options(None, 2, 8))
+    report = layer_level.layer_milliseconds(Options(None, 2, 8))
     assert [(g["level"], g["setting"]) for g in report["groups"]] == [
         (level, step) for level in ("projection", "layer") for step in ("step 1", "step 2")
     ]
-    absent = {(row["provider"], row["step"]) for row in report["rows"]}
+    absent = {(row["peer"], row["step"]) for row in report["rows"]}
     for group in report["groups"]:
         where = f"{group['level']} of toy, {group['setting']}"
-        timed = {name for name, one in group["providers"].items() if one["ms"] > 0 and one["vs_floor"]["median"] > 0}
-        assert {"floor", "ours", "hook", "original loop", "LoRA"} <= timed
+        timed = {name for name, one in group["peers"].items() if one["ms"] > 0 and one["vs_floor"]["median"] > 0}
+        assert {"floor", "ours", "hook", "original", "lora_all"} <= timed
         assert timed - {"the projection alone"} | {name for name in few if (name, where) in absent} == set(few)
-    reasons = {row["absent"] for row in report["rows"] if row["provider"] == "IA3"}
+    reasons = {row["absent"] for row in report["rows"] if row["peer"] == "ia3"}
     assert reasons == {"adapts other projections than this one: see the step level"}
 
 
@@ -42,12 +43,17 @@ def test_lora_is_pefts():
     y = adapted(p.z)
     wanted = (p.z, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     expected = (y, *torch.autograd.grad(y, wanted, p.grad))
-    for got, right in zip(step(OTHERS["LoRA"], p), expected, strict=True):
+    for got, right in zip(step(OTHERS["lora_all"], p), expected, strict=True):
         assert got.dtype == right.dtype
         torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
 def test_the_floor_trains_nothing():
     p = projection("step 2", SHAPES["toy"], 9, torch.float32, "cpu")
-    assert len(step(PROVIDERS["floor"], p)) == 2
-    assert len(step(PROVIDERS["hook"], p)) == 3
+    assert len(step(OPERATORS["floor"], p)) == 2
+    assert len(step(OPERATORS["hook"], p)) == 3
+
+
+def test_an_operator_is_a_path_of_ours_or_has_its_peers_name():
+    assert {name for name, row in EVERYONE.items() if not row.ours} <= PEERS.keys()
+    assert EVERYONE.keys() & {"floor", "ours", "hook", "original", "fold_eager", "lora_all"} <= PEERS.keys()

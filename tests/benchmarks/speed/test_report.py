@@ -24,9 +24,9 @@ META = {
 }
 
 
-def timed(provider, setting, step, median):
+def timed(peer, setting, step, median):
     interval = {"median": median, "low": median - 0.1, "high": median + 0.1}
-    return {"provider": provider, "setting": setting, "step": step, "vs_floor": interval, "warm_seconds": 3.0}
+    return {"peer": peer, "setting": setting, "step": step, "vs_floor": interval, "warm_seconds": 3.0}
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def results(tmp_path):
     cells = {
         "SmolLM2-135M/peers as run": {
             "rows": [timed("floor", "as run", "", 1.0), timed("hook", "as run", "step 1", 1.1)]
-            + [{"provider": "beft", "setting": "as run", "step": "", "absent": "not <installed>"}]
+            + [{"peer": "beft", "setting": "as run", "step": "", "absent": "not <installed>"}]
         },
         "SmolLM2-135M/peers same engine": {"rows": [timed("ours", "same engine", "step 2", 1.02)]},
-        "SmolLM2-135M/memory ours step 1": {"provider": "ours", "step": "step 1", "first_peak": 4e8},
-        "SmolLM2-135M/whole run hook": {"provider": "hook", "seconds": 50.0},
+        "SmolLM2-135M/memory ours step 1": {"peer": "ours", "step": "step 1", "first_peak": 4e8},
+        "SmolLM2-135M/whole run hook": {"peer": "hook", "seconds": 50.0},
         "SmolLM2-135M/profile": {"steps": [{"row": "ours, step 1", "kinds": {"GEMM": 0.06, "other": 0.04}}]},
         "SmolLM2-135M/losses float32": {
             "dtype": "float32",
@@ -53,8 +53,8 @@ def results(tmp_path):
         "SmolLM2-135M/sweep": {"absent": "no sweep"},
         "layers": {
             "groups": [
-                {"level": "layer", "model": "llama-3-8b", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
-                | {"providers": {"LoRA": {"ms": 3.0, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}}}
+                {"level": "layer", "model": "Llama-3-8B", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
+                | {"peers": {"lora_all": {"ms": 3.0, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}}}
             ]
         },
         "ops": {"benchmarks": [{"group": "g", "name": "op", "seconds": {"median": 0.001}}]},
@@ -64,7 +64,7 @@ def results(tmp_path):
     for number, (name, content) in enumerate(cells.items()):
         path = folder / META["results"] / "cells" / f"{number}.json"
         path.write_text(json.dumps({"cell": name, "stamp": STAMP, **content}))
-    stale = {"cell": "SmolLM2-135M/whole run ours", "stamp": {}, "provider": "ours", "seconds": 1.0}
+    stale = {"cell": "SmolLM2-135M/whole run ours", "stamp": {}, "peer": "ours", "seconds": 1.0}
     (folder / META["results"] / "cells" / "stale.json").write_text(json.dumps(stale))
     summary = {"SmolLM2-135M": smol, "Gemma-3-270M": {}, "meta": META}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -89,7 +89,8 @@ def test_the_page_says_what_where_and_what_not(results, tmp_path):
         "GEMM 60%",
         "no sweep",
         "not &lt;installed&gt;",
-        "layer of llama-3-8b, step 1, T = 256, bfloat16</td><td>LoRA</td><td>3.00 ms</td><td>1.50 (1.40 to 1.60)",
+        "layer of Llama-3-8B, step 1, T = 256, bfloat16</td><td>PEFT LoRA, all-linear</td><td>3.00 ms</td>"
+        "<td>1.50 (1.40 to 1.60)",
         "SmolLM2-135M/generation</td><td>not run with this code yet",
     ):
         assert words in page

@@ -14,7 +14,7 @@ def model():
 
 
 def test_measure_checks_then_times(model):
-    found = scoring.measure(model, tiny_tokenizer(), n_questions=2, rounds=1, checked=1)
+    found = scoring.scoring_speedup(model, tiny_tokenizer(), n_questions=2, rounds=1, checked=1)
     assert found["answers"] == 4 + 5
     assert found["prefix_tokens"] > 100
     assert {name: len(rounds) for name, rounds in found["seconds"].items()} == {"per_answer": 1, "packed": 1}
@@ -26,7 +26,7 @@ def test_unequal_scores_are_not_timed(model, monkeypatch):
     monkeypatch.setattr(scoring, "score_choices", lambda *a, **o: [row + 0.5 for row in right(*a, **o)])
     monkeypatch.setattr(scoring, "interleaved", lambda *a, **o: pytest.fail("timed"))
     with pytest.raises(ValueError, match="off by 0.5"):
-        scoring.measure(model, tiny_tokenizer(), n_questions=1, rounds=1)
+        scoring.scoring_speedup(model, tiny_tokenizer(), n_questions=1, rounds=1)
 
 
 def test_the_work_has_choices_of_many_numbers_and_lengths():

@@ -1,4 +1,4 @@
-"""Every provider computes what it should before it is timed, in both settings; a wrong one is not timed."""
+"""Every peer computes what it should before it is timed, in both settings; a wrong one is not timed."""
 
 import multiprocessing
 import os
@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.peers.provider import AS_RUN, SAME_ENGINE, Absent, Attached, Provider
-from benchmarks.peers.provider_table import PROVIDERS
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent, Attached, Peer
+from benchmarks.peers.table import TIMED
 from benchmarks.speed.step import loss_check, row_process, rows, step_level
 from benchmarks.speed.step.rows import Row
 from benchmarks.speed.step.steps import STEPS, vectors
@@ -24,9 +24,9 @@ ENGINE = Engine(attention="eager", compile=False, packing=False)
 # compiling takes a minute and says nothing about losses that the eager hook does not say
 ROWS = [
     Row(name, setting, step)
-    for name, provider in PROVIDERS.items()
+    for name, peer in TIMED.items()
     for setting in (AS_RUN, SAME_ENGINE)
-    for step in (("step 1", "step 2") if provider.lofit else ("",))
+    for step in (("step 1", "step 2") if peer.computes == "ours" else ("",))
     if name != "compiled_hook"
 ]
 
@@ -43,8 +43,10 @@ def tiny(dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
-def test_every_provider_has_the_right_loss_and_seconds(work, dtype):
-    report = step_level.measure(tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None)
+def test_every_peer_has_the_right_loss_and_seconds(work, dtype):
+    report = step_level.step_seconds(
+        tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None
+    )
     assert [row for row in report["rows"] if "seconds" not in row] == []
     assert all(row["check"]["ok"] and len(row["seconds"]) == 2 for row in report["rows"])
     assert report["dtype"] == str(dtype).removeprefix("torch.")
@@ -52,19 +54,19 @@ def test_every_provider_has_the_right_loss_and_seconds(work, dtype):
 
 def test_a_wrong_loss_is_not_timed(work, monkeypatch):
     def ignores_its_vectors(model, values):
-        attached = PROVIDERS["ours"].attach(model, values)
+        attached = TIMED["ours"].attach(model, values)
         return Attached(attached.model, attached.parameters, lambda other: None, attached.penalty)
 
     def not_here(model, values):
         raise Absent("not installed")
 
-    monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", ignores_its_vectors, lofit=True))
-    monkeypatch.setitem(PROVIDERS, "nowhere", Provider("nowhere", not_here, lofit=True))
+    monkeypatch.setitem(TIMED, "wrong", Peer("wrong", "ours", attach=ignores_its_vectors))
+    monkeypatch.setitem(TIMED, "nowhere", Peer("nowhere", "ours", attach=not_here))
     said = []
     rows = [Row("wrong", AS_RUN, "step 2"), Row("ours", AS_RUN, "step 2"), Row("nowhere", SAME_ENGINE, "step 2")]
-    wrong, ours, absent = step_level.measure(tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append)[
-        "rows"
-    ]
+    wrong, ours, absent = step_level.step_seconds(
+        tiny(), work, rows, rounds=1, examples=4, engine=ENGINE, say=said.append
+    )["rows"]
     assert "expected" in wrong["red"] and "seconds" not in wrong
     assert len(ours["seconds"]) == 1
     assert "seconds" not in absent and absent["absent"] == "not installed"
@@ -79,10 +81,10 @@ def test_a_check_that_proves_nothing_is_refused(work, monkeypatch):
 
 @contextmanager
 def noted(base, row, engine, copied):
-    """A row that notes its process and whether it has the loaded model itself; of some providers, one that fails."""
-    if row.provider == "beft":
+    """A row that notes its process and whether it has the loaded model itself; of some peers, one that fails."""
+    if row.peer == "beft":
         raise KeyError("of this row")
-    if row.provider == "ia3":
+    if row.peer == "ia3":
         os._exit(3)
     with rows.live(base, row, engine, copied) as one:
         yield replace(one, notes={"process": os.getpid(), "itself": one.attached.model is base})
@@ -91,13 +93,13 @@ def noted(base, row, engine, copied):
 def apart(rows, work):
     """Measured in processes of their own."""
     how = {"engine": ENGINE, "host": partial(row_process.apart, tiny), "opened": noted, "say": lambda line: None}
-    return step_level.measure(tiny(), work, rows, rounds=2, examples=8, **how)
+    return step_level.step_seconds(tiny(), work, rows, rounds=2, examples=8, **how)
 
 
 def test_rows_in_processes_of_their_own(work):
     rows = [Row("ours", SAME_ENGINE, "step 1"), Row("hook", AS_RUN, "step 2")]
     report = apart(rows, work)
-    here = step_level.measure(tiny(), work, rows, rounds=2, examples=8, engine=ENGINE, say=lambda line: None)
+    here = step_level.step_seconds(tiny(), work, rows, rounds=2, examples=8, engine=ENGINE, say=lambda line: None)
     assert report.keys() == here.keys() and report["graphs_compiled_while_timing"] == 0
     for row, expected in zip(report["rows"], here["rows"], strict=True):
         assert row.keys() - {"process", "itself"} == expected.keys()
@@ -108,15 +110,15 @@ def test_rows_in_processes_of_their_own(work):
 
 
 @pytest.mark.parametrize(
-    "providers, message",
+    "peers, message",
     [
         (["floor", "beft"], r"(?s)^beft, as run: its process failed\n.*in noted.*KeyError: 'of this row'"),
         (["ia3"], "^ia3, as run: its process ended, with exit code 3$"),
     ],
 )
-def test_what_fails_in_a_process_is_an_error_here_and_leaves_none_behind(work, providers, message):
+def test_what_fails_in_a_process_is_an_error_here_and_leaves_none_behind(work, peers, message):
     with pytest.raises(RuntimeError, match=message):
-        apart([Row(name, AS_RUN) for name in providers], work)
+        apart([Row(name, AS_RUN) for name in peers], work)
     assert multiprocessing.active_children() == []
 
 

@@ -7,8 +7,8 @@ from benchmarks.speed.timing import in_turns, interleaved, machine, ratio
 
 def test_interleaved_runs_each_once_a_round_in_turning_order():
     calls = []
-    providers = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = interleaved(providers, rounds=2, warmup=1)
+    peers = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleaved(peers, rounds=2, warmup=1)
     assert calls == list("abc") + list("bca") + list("cab")
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 

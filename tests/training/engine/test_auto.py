@@ -134,6 +134,6 @@ def test_auto_refuses_packing_that_would_be_wrong(handle):
 
 
 def test_auto_does_not_pack_for_who_must_know_examples_apart(llama):
-    peer = loreft.attach(llama)
+    peer = loreft.make(llama)
     engine = Engine(attention=GROUPED, compile=False)
     assert settle(peer, engine, examples(80, 60, 40), 0, 3, 1)[0].packing is False

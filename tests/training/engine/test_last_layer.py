@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lofit_fast as lf
-from benchmarks.peers.rivals import RIVALS
+from benchmarks.peers.table import COMPARED
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training import CompletionCollator
@@ -275,14 +275,14 @@ def test_narrow_comes_back_after_checkpointing(llama):
     assert seen[-1] == [WHOLE, KEPT, KEPT]
 
 
-TRAINED = [name for name, rival in RIVALS.items() if rival.kind == "trained"]
+TRAINED = [name for name, peer in COMPARED.items() if peer.kind == "trained"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_narrow_with_rivals(name):
+def test_narrow_with_peers(name):
     model, inputs = tiny_model("llama", torch.float64), batch()
     options = {"targets": "all-linear"} if name == "lora" else {}
-    attachment = RIVALS[name].make(model, seed=0, **options)
+    attachment = COMPARED[name].make(model, seed=0, **options)
     parameters = list(attachment.parameters())
     with torch.no_grad():
         for parameter in parameters:

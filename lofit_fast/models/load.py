@@ -1,7 +1,8 @@
 """Loading base models: a hub id, a local folder, a GGUF file, or the alias of a real model that ships as a package."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -72,11 +73,26 @@ def load_model(
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     source = resolve(name)
     asked = {} if attention == "auto" else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+    with _without_bar() if Path(source).is_dir() else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """A scope without transformers' bar, which says little about files that are here; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resolve(name: str) -> str:

@@ -34,7 +34,7 @@ class Layer:
 
 
 def layers_of(name: str) -> list[Layer]:
-    """The output projections of a model: a name in `lofit_kernels.shapes`, an alias, a folder, a .gguf file, or a hub id.
+    """The output projections of a model: a name in `SHAPES`, an alias, a folder, a .gguf file, or a hub id.
 
     Only the config is read; no weights are (an alias or a GGUF file is converted on first use, as everywhere).
     Raises ValueError for a model without such projections, OSError for one that is not there.

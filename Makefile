@@ -9,7 +9,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format aot mutants sanitize bench bench-gpu bench-full paper-quick real clean
+.PHONY: help demo test test-all lint format aot mutants sanitize bench bench-gpu bench-full report paper paper-quick real clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -31,13 +31,17 @@ $(GEMMA): $(STAMP)
 demo: $(STAMP) ## train LoFiT on a real small model and show the result
 	$(BIN)/python -m examples.demo --output $(DEMO)
 
-# a file's tests stay in one process: two such took 7 minutes on two cores where one took 14
-test: $(STAMP) ## all tests, with coverage of both packages
+# a file's tests stay in one process: two such take half the time of one on two cores
+test: $(STAMP) ## the tests that a change must pass, with coverage of both packages
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-lint: $(STAMP) ## ruff: rules and format
+test-all: $(STAMP) ## these and the slow ones that rarely fail, without real models
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not real'
+
+lint: $(STAMP) ## ruff's rules and format, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=kernels:. $(BIN)/lint-imports --no-cache
 
 format: $(STAMP) ## rewrite to the project's format
 	$(BIN)/ruff check --fix .
@@ -85,10 +89,16 @@ bench-full: $(STAMP) ## every cell of the benchmark, however long it takes; goes
 bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)
 	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.speed.gpu $(ARGS)
 
-paper-quick: $(STAMP) ## the paper's tables and figures on few examples, in 11 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
+report: $(STAMP) ## the benchmark's results as one HTML page, pictures and a table (ARGS='RESULTS --output DIR')
+	$(BIN)/python -m benchmarks.speed.report $(ARGS)
+
+paper: $(GEMMA) ## every cell of the paper's tables and figures that is missing; DATA=DIR; hours; goes on if interrupted
+	$(BIN)/python -m benchmarks.accuracy $(if $(DATA),--data $(DATA)) $(ARGS)
+
+paper-quick: $(STAMP) ## the same on few examples, in 11 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
 	$(BIN)/python -m benchmarks.accuracy --quick $(if $(DATA),--data $(DATA)) $(ARGS)
 
-real: $(GEMMA) ## everything on real models; with DATA=DIR the half-hour proof on CLUTRR too
+real: $(GEMMA) ## everything slow, and all on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'
 
 clean: ## remove the environment and all results

@@ -134,9 +134,7 @@ def _warm(results: BenchResults) -> str:
         for row in cell.get("rows", [])
         if "warm_seconds" in row and row["peer"] in ("ours", "floor", "compiled_hook", "off", "on")
     ]
-    return _section(
-        "Before the first round: compiling, and meeting every number of rows", ("cell", "row", "seconds"), rows
-    )
+    return _section("Before the first round: checking, compiling and a first pass", ("cell", "row", "seconds"), rows)
 
 
 def _ops(results: BenchResults) -> str:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,9 +131,6 @@ def _ready(one: Live, checks: Checks, job: Job) -> Served:
     first = job.batches(one, 0)
     # nothing compiles as run beyond a hook's own function, and one batch warms that
     _steps(one, first[: 1 if as_run else None])
-    if job.engine.compile is True and not as_run:
-        # our compiled layers measure blocks for each number of rows, once per process: not in a round
-        _steps(one, _other_widths(first, (job.batches(one, number) for number in range(1, job.rounds + 1))))
     entry["warm_seconds"] = time.perf_counter() - started
     gc.collect()
     release_free_memory()
@@ -152,14 +149,6 @@ def _round(one: Live, job: Job, number: int) -> Round:
 def _steps(one: Live, batches: list[dict[str, Tensor]]) -> None:
     for batch in batches:
         one.step(batch)
-
-
-def _other_widths(met: list[dict[str, Tensor]], rounds: Iterable[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-    """A batch of every shape of input_ids that is not among those met."""
-    others = {batch["input_ids"].shape: batch for batches in rounds for batch in batches}
-    for batch in met:
-        others.pop(batch["input_ids"].shape, None)
-    return list(others.values())
 
 
 def _graphs() -> int:

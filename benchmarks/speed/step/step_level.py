@@ -34,7 +34,7 @@ def step_seconds(
 
     A round is the same `examples` examples for all, others than the round before; each row batches them its own way.
     Rows that are absent, or whose loss is wrong, are listed with the reason and have no seconds. warm_seconds: the
-    passes before the first round, in which our engine compiles and meets every number of rows.
+    check and the pass before the first round, in which our engine compiles.
 
     host: what serves a row, `partial(apart, load)` for a process of its own, as a user's run has one: in company a row
     of ours took some 8 % longer, for what the others did to the heap. By default all rows share this process, each in a

@@ -122,16 +122,6 @@ def test_what_fails_in_a_process_is_an_error_here_and_leaves_none_behind(work, p
     assert multiprocessing.active_children() == []
 
 
-def test_every_width_of_the_rounds_is_met_once_before_them():
-    def batch(width, mark):
-        return {"input_ids": torch.zeros(1, width), "mark": mark}
-
-    first = [batch(16, "first"), batch(32, "first")]
-    rounds = [[batch(32, 1), batch(48, 1)], [batch(48, 2), batch(64, 2)]]
-    others = row_process._other_widths(first, rounds)
-    assert [each["input_ids"].shape[1] for each in others] == [48, 64]
-
-
 def test_both_settings_batch_the_same_examples(work):
     rows = work.drawn(3, 12)
     assert rows != work.drawn(4, 12)

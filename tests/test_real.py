@@ -149,7 +149,7 @@ def test_the_reference_of_dpo_is_an_untouched_copy(loaded, model):
     }
     handle = lf.patch(model, CONFIG)
     randomize(handle)
-    done = handle.reference_logprobs(datasets.Dataset.from_dict(texts), tokenizer)
+    done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(texts), tokenizer)
     for side in ("chosen", "rejected"):
         for prompt, answer, got in zip(texts["prompt"], texts[side], done[f"ref_{side}_logps"], strict=True):
             row = encode(tokenizer, {"prompt": prompt, "completion": answer}, None)

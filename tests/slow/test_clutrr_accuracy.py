@@ -38,17 +38,11 @@ def base():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def recorded():
-    """Every training batch `fit` makes, in order, as a stock Trainer would have it."""
-    with recorded_batches() as batches:
-        yield batches
-
-
-def test_fit_equals_an_independent_hook(base, recorded, tmp_path):
+def test_fit_equals_an_independent_hook(base, tmp_path):
     model, tokenizer = base
     task = load_task("clutrr", DATA, train_size=300)
-    result = lf.fit(model, tokenizer, task.train, RECIPE, output_dir=tmp_path, progress=False)
+    with recorded_batches(model) as recorded:
+        result = lf.fit(model, tokenizer, task.train, RECIPE, output_dir=tmp_path, progress=False)
     ours = exact_match_accuracy(model, tokenizer, task.validation)
     result.handle.unpatch()
 

@@ -16,13 +16,6 @@ EXAMPLES = [
 RECIPE = lf.Recipe(top=4, select_epochs=3, tune_epochs=3, batch_size=4, l1=2e-3, init_std=1e-2)
 
 
-@pytest.fixture
-def recorded():
-    """Every training batch that fit makes, in order, as a stock Trainer would have it."""
-    with recorded_batches() as batches:
-        yield batches
-
-
 def hook_on(model, config):
     """A hook that starts from the very vectors that lofit_fast starts from."""
     handle = lf.patch(model, config)
@@ -40,9 +33,10 @@ def losses_of(result, stage):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_parity_of_both_steps(family, recorded, tmp_path):
+def test_parity_of_both_steps(family, tmp_path):
     model = tiny_model(family)
-    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=tmp_path, progress=False)
+    with recorded_batches(model) as recorded:
+        result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=tmp_path, progress=False)
     tuned = vectors_of(result.handle)
     result.handle.unpatch()
     assert len(recorded) == 3 * (3 + 3)

@@ -26,7 +26,7 @@ def vectors(attachment):
 
 
 def test_stage_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path):
-    attachment = red.attach(tiny_model("llama"))
+    attachment = red.make(tiny_model("llama"))
     before = attachment.model.config.use_cache
     result = trained(attachment, tmp_path)
     assert len(result["loss"]) == 3
@@ -40,7 +40,7 @@ def test_stage_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path)
 def test_stage_is_reproducible_from_its_seed(tmp_path):
     results = []
     for seed in (1, 1, 2):
-        attachment = jola.attach(tiny_model("llama"))
+        attachment = jola.make(tiny_model("llama"))
         trained(attachment, tmp_path, seed=seed, epochs=1)
         results.append(vectors(attachment))
     assert torch.equal(results[0], results[1])
@@ -50,7 +50,7 @@ def test_stage_is_reproducible_from_its_seed(tmp_path):
 def test_stage_adds_penalties_to_what_is_minimised_and_not_to_the_loss(tmp_path):
     gates, losses = [], []
     for weight in (0.0, 10.0):
-        attachment = jola.attach(tiny_model("llama"), gate_weight=weight)
+        attachment = jola.make(tiny_model("llama"), gate_weight=weight)
         losses.append(trained(attachment, tmp_path, max_grad_norm=1e9)["loss"][0])
         gates.append(torch.cat([edit.scale_gate.detach() for _, edit in attachment.hosts]))
     assert (gates[1] < gates[0] - 0.1).all()
@@ -75,7 +75,7 @@ def test_stage_runs_on_the_engine_it_is_given(tmp_path):
 
 
 def test_stage_refuses_what_cannot_be_trained(tmp_path):
-    attachment = red.attach(tiny_model("llama"))
+    attachment = red.make(tiny_model("llama"))
     with pytest.raises(ValueError, match="empty"):
         trained(attachment, tmp_path, [])
     with pytest.raises(ValueError, match="tokens long"):

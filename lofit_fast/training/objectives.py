@@ -244,7 +244,11 @@ class EncodedPreferences:
                 )
         if accumulation_steps > 1:
             raise ValueError(f"got accumulation_steps={accumulation_steps}, expected 1: DPO here takes whole batches")
-        return replace(engine, **self.UNUSED)
+        return replace(engine, attention=self._attention(engine.attention), **self.UNUSED)
+
+    def _attention(self, asked: str) -> str:
+        """The model's own for "auto": the loss compares what is computed with and without gradients, to many digits."""
+        return text_config(self.model)._attn_implementation if asked == "auto" else asked
 
     def tokens(self, epoch: int) -> int:
         """Of both answers to every question, each with its prompt."""

@@ -129,6 +129,7 @@ def test_packed_examples_with_a_beginning_see_nothing_of_each_other(family):
     assert not before[own].equal(after[own])
 
 
+@pytest.mark.slow
 def test_compiled_packed_batches_are_right_and_share_their_graphs(llama, dynamo):
     handle = lf.patch(llama, lf.LofitConfig(scale="all", init_std=0.1))
     # the first of another length than the model is wide, which a compiler would take for the same number

@@ -65,6 +65,7 @@ def test_step1_is_run_once_for_all_its_cells(executor, monkeypatch):
     assert calls == [1, 1]
 
 
+@pytest.mark.slow
 def test_heads_of_another_task_and_other_selectors(executor):
     borrowed = executor(replace(LOFIT, heads_from="kinship", heads_size=20))
     assert len(borrowed["heads"]) == 3

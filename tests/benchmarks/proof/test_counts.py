@@ -129,6 +129,7 @@ def test_launches_and_bytes_of_ours_are_at_most(name, setting, launches, gemms, 
     assert bytes_per_element(name, setting) <= moved + 0.5
 
 
+@pytest.mark.slow
 def test_inductor_says_how_many_kernels_it_generates():
     p = on("both", rows=16)
     if no_compiler(p.z.device):

@@ -96,6 +96,7 @@ def apart(rows, work):
     return step_level.step_seconds(tiny(), work, rows, rounds=2, examples=8, **how)
 
 
+@pytest.mark.slow
 def test_rows_in_processes_of_their_own(work):
     rows = [Row("ours", SAME_ENGINE, "step 1"), Row("hook", AS_RUN, "step 2")]
     report = apart(rows, work)

@@ -206,6 +206,7 @@ def test_train_sizes_are_drawn_once_each(data, tmp_path):
     assert [len(json.loads(lines[0])["step_losses"]) for lines in history] == [1, 2]
 
 
+@pytest.mark.slow
 def test_compiled_layers_serve_all_runs(data, tmp_path, monkeypatch, dynamo):
     # the compiler proper adds minutes and no graphs
     monkeypatch.setattr(compiled_layers, "BACKEND", "eager")

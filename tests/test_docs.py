@@ -27,3 +27,26 @@ def test_every_kernel_file_has_steps():
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+# with a folder in it: a bare name like `state.json` is of a run folder, say
+NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+/?|Makefile|\w+\.(?:md|toml))`")
+
+
+def files_named(text: str) -> list[str]:
+    """Paths of files and folders in backticks, outside of drawings; those with NAME in them are yet to be written."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [path for path in NAMED.findall(text) if "NAME" not in path]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_named_by_a_page_exist(page):
+    named = files_named((ROOT / page).read_text())
+    assert len(named) > 10
+    assert sorted({path for path in named if not (ROOT / path).exists()}) == []
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    assert [page.name for page in pages if page.name != "index.md" and f"({page.name})" not in index] == []

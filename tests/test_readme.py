@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, on a tiny model in place of the hub's, and its numbers are the report's."""
+"""The README's Python runs as it stands, on a tiny model in place of the hub's, and its numbers are the reports'."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,8 @@ from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "docs" / "results"
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
 def test_the_readme_runs(monkeypatch, tmp_path):
@@ -33,9 +35,37 @@ def test_the_readme_runs(monkeypatch, tmp_path):
     assert isinstance(names["model"](torch.tensor([[3, 4]])).logits, torch.Tensor)
 
 
+def cells_of(text: str) -> list[list[str]]:
+    """The first table of a Markdown text: a list of cells per row, the header first, without the rule below it."""
+    table = re.search(r"(?:^\|.*\n?)+", text, re.MULTILINE).group()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
+    return [row for row in rows if not all(set(cell) <= set("-:") and cell for cell in row)]
+
+
+def section(title: str) -> str:
+    """What stands below a heading of the README, up to the next one."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE).group(1)
+
+
 def test_the_measured_table_is_the_reports():
-    table = (ROOT / "docs" / "results" / "benchmark" / "table.md").read_text()
-    rows, _, evidence = table.strip().partition("\n\n")
-    assert rows.startswith("| | SmolLM2-135M") and rows in README
+    table = (RESULTS / "benchmark" / "table.md").read_text()
+    evidence = table.strip().partition("\n\n")[2]
+    shown, reported = cells_of(section("Speed, measured")), cells_of(table)
+    assert "target" not in shown[0]
+    # every row of the report, in its words, without the columns that the README leaves out
+    columns = [reported[0].index(name) for name in shown[0]]
+    assert len(shown) > 5 and shown == [[row[column] for column in columns] for row in reported]
     # the commit that the numbers are of
     assert evidence.rstrip(".") in README
+
+
+def test_every_measured_number_is_in_its_report():
+    sources = {
+        "Speed, measured": RESULTS / "benchmark" / "table.md",
+        "Accuracy, measured": RESULTS / "paper" / "report.md",
+    }
+    for title, source in sources.items():
+        known = set(NUMBER.findall(source.read_text()))
+        rows = cells_of(section(title))[1:]
+        numbers = {number for row in rows for cell in row[1:] for number in NUMBER.findall(cell)}
+        assert len(numbers) > 10 and numbers <= known, f"{title}: {sorted(numbers - known)}"

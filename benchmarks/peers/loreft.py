@@ -19,7 +19,7 @@ from lofit_fast.patching.architectures import decoder_layers, text_config
 class LowRankEdit(nn.Module):
     """The edit of one layer's hidden states, the same at all its positions."""
 
-    # scoring must run prompts whole and each by itself, see `scoring.score_choices`
+    # scoring must run prompts whole and each by itself, see `choices.score_choices`
     depends_on_prompt = True
 
     def __init__(self, width: int, rank: int, edges: PromptEdges) -> None:

@@ -1,6 +1,6 @@
 """Every compile-time specialisation of every kernel, read off the launchers themselves.
 
-A case is one call of a launcher on empty tensors. Running it under `jit.recording` yields the launches it would make,
+A case is one call of a launcher on empty tensors. Run under `launch.recording` it yields the launches it would make,
 and Triton's own binder turns their arguments into the signature, constants and alignment attributes that would be
 compiled. So a new kernel needs one row in CASES, and the list cannot drift from what runs. Needs no GPU.
 """

@@ -1,8 +1,8 @@
 """Counts launches and bytes of what runs inside a scope, exactly and without a GPU.
 
-ATen work is seen by a dispatch mode, Triton launches by `jit.recording`, which notes them without running them. What is
-counted: one launch for every ATen operator that is neither a view nor an allocation (two for those that fill a tensor
-and then write into it) and one for every Triton launch; and the bytes those read and write, each element of each
+ATen work is seen by a dispatch mode, Triton launches by `launch.recording`, which notes them without running them.
+Counted are: one launch for every ATen operator that is neither a view nor an allocation (two for those that fill a
+tensor and then write into it) and one for every Triton launch; and the bytes those read and write, each element of each
 operand once. Of a GEMM, the two matrices and the product are left out; whatever else it reads or writes is counted.
 An operator that is in neither table below raises instead of being guessed at.
 """

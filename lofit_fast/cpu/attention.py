@@ -55,7 +55,7 @@ def grouped_attention(
     query: (B, H, Q, D). key, value: (B, G, K, D), H a multiple of G; all of one floating dtype. attention_mask: added
     to the scores, broadcast to (B, H, Q, K). scaling: D^-0.5 unless given. softcap: scores s become
     softcap tanh(s / softcap) before the mask (arXiv:2408.00118). dropout: of the weights, while the module trains.
-    packed_rows, packed_places: `rows` and `places` of a packed row, see `packing`. The others are then (1, ., N, D),
+    packed_rows, packed_places: `rows` and `places` of a packed row (packed_rows.py). The others are then (1, ., N, D),
     the mask that of the padded rows, and so is the result's B = 1, Q = N.
     Returns (B, Q, H, D), and None for the weights: the backward pass computes them again, one product of six more,
     so that no (B, H, Q, K) tensor is kept. Many queries without a gradient, as of a prompt, go to torch's fused kernel.

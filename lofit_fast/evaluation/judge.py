@@ -97,7 +97,7 @@ def score_candidates(
 ) -> Tensor:
     """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
 
-    The same candidates for every prompt; see `scoring.score_choices` for the options, and for how little of it runs.
+    The same candidates for every prompt; see `choices.score_choices` for the options, and for how little of it runs.
     The end token is scored too, so that no candidate gains by being the beginning of another.
     """
     if not candidates:

@@ -37,7 +37,7 @@ class LofitLinear(nn.Module):
         self.enabled = True
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
         self.form = "auto"
-        # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `folding.ModelFold`
+        # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
         self.folded_with_graph: Tensor | None = None
         of_base = next(base_layer.parameters(), torch.empty(0))

@@ -48,7 +48,7 @@ class Selector(Protocol):
     ) -> Selection:
         """recipe.top and min_layer say how many heads and where; `seed` stands in for the recipe's.
 
-        output_dir: of the methods that train, which go on from an interrupted run in it where the task has completions.
+        output_dir: of the methods that train, which go on from an interrupted run in it.
         """
 
 

@@ -190,7 +190,7 @@ class _TwoSteps:
         self.projections = find_projections(model)
         self.objective = objective
         self.data = objective.encoded(model, tokenizer, recipe.max_length)
-        self.engine = self.data.usable(engine, recipe.accumulation_steps)
+        self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         if min(recipe.select_epochs, recipe.tune_epochs) < self.data.least_epochs:
             raise ValueError(
                 f"training on {objective.name} takes at least {self.data.least_epochs} epoch in each step, got "
@@ -302,20 +302,18 @@ class _TwoSteps:
 
     def _engine(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule) -> Engine:
         """The settled engine: of the interrupted run where one has begun the stage, settled and kept otherwise."""
-        asked = self.engine
-        if stage == "select":
-            # step 1 scales every layer, and leaves nothing below to keep
-            asked = replace(asked, prefix_cache_gb=0.0)
+        # step 1 scales every layer, and leaves nothing below to keep
+        usable = replace(self.engine, prefix_cache_gb=0.0) if stage == "select" else self.engine
         kept = run.engine(stage)
         if kept is None:
-            engine, _ = settle_for(handle, asked, self.data, self.tokenizer, schedule)
+            engine, _ = settle_for(handle, usable, self.data, self.tokenizer, schedule)
             run.keep_engine(stage, asdict(engine))
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
-        for name, value in asdict(asked).items():
+        for name, value in asdict(self.asked).items():
             if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
                 raise ValueError(
                     f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
                     "folder, or start over with resume=False (--no-resume)"
                 )
-        return Engine(**{**kept, "prefix_cache_gb": asked.prefix_cache_gb})
+        return Engine(**{**kept, "prefix_cache_gb": usable.prefix_cache_gb})

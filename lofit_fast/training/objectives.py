@@ -226,7 +226,8 @@ class EncodedPreferences:
         answers = [(p.prompt, answer) for p in preferences for answer in (p.chosen, *p.rejected)]
         self._answers = {pair: encode(tokenizer, Example(*pair), self.limit) for pair in answers}
         self._digest = data_digest([self._answers[pair] for pair in answers])
-        self.rows = [self._answers[p.prompt, p.chosen] for p in preferences]
+        # what an epoch reads: of every preference the chosen answer and one rejected
+        self.rows = [self._answers[p.prompt, answer] for p in preferences for answer in (p.chosen, p.rejected[0])]
         self.n_examples = len(preferences)
         self._tokens: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The planner is a table: every row of it, and every refusal."""
+"""Dispatch is a table: every row of it, and every refusal."""
 
 from dataclasses import FrozenInstanceError
 

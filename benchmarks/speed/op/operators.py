@@ -150,7 +150,7 @@ def lora(z: Tensor, p: Projection) -> Tensor:
 
 
 def ours(z: Tensor, p: Projection, **path: str) -> Tensor:
-    """The op of this project, by the path that the planner chooses or by the one that is insisted on."""
+    """The op of this project, by the path that dispatch chooses or by the one that is insisted on."""
     return head_affine_linear(z, p.weight, **p.vectors, **path)
 
 
@@ -203,7 +203,7 @@ NEEDS: dict[str, Callable[[torch.device], str | None]] = {"triton": no_triton, "
 
 
 def _path_refusal(p: Projection, form: str, **path: str) -> str | None:
-    """Why this path of ours cannot be taken, in the planner's own words."""
+    """Why this path of ours cannot be taken, in dispatch's own words."""
     has_scale, device_type = p.scale is not None, p.z.device.type
     try:
         chosen = plan(has_scale=has_scale, dtype=p.z.dtype, device_type=device_type, form=form, **path)
@@ -240,7 +240,7 @@ class Operator:
 
 
 def _exists(path: dict[str, str]) -> bool:
-    """Whether the planner takes this very path for anything."""
+    """Whether dispatch takes this very path for anything."""
     for has_scale in (True, False):
         try:
             chosen = plan(has_scale=has_scale, dtype=torch.bfloat16, device_type="cuda", **path)
@@ -252,7 +252,7 @@ def _exists(path: dict[str, str]) -> bool:
 
 
 def _paths() -> Iterator[Operator]:
-    """Every path that the planner knows: a new one appears here by itself."""
+    """Every path that dispatch knows: a new one appears here by itself."""
     for form, backend, gemm in product(FORMS, BACKENDS, GEMMS):
         path = {"form": form, "backend": backend, "gemm": gemm}
         if _exists(path):

@@ -12,6 +12,7 @@ from lofit_fast.models.load import load_model
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.training.fit import fit_objective
 from lofit_fast.training.objectives import objective_of
+from lofit_fast.training.run_folder import dtype_of_run
 from lofit_fast.training.summary import write_summary
 from lofit_fast.training.sweep.grid import Grid, Run
 
@@ -30,11 +31,18 @@ class Runner:
         self.grid, self.folder = grid, folder
         self.options = {"engine": grid.engine, "step1_dir": folder / "step1", **options}
         self.model, self.tokenizer = (
-            load_model(grid.model, dtype=grid.dtype, device=grid.device) if base is None else base
+            load_model(grid.model, dtype=self._dtype(), device=grid.device) if base is None else base
         )
         self._tasks = {size: self._task(size) for size in {run.train_size for run in grid.runs}}
         if not all(task.train or task.preferences for task in self._tasks.values()):
             raise ValueError(f"the task {grid.task} has nothing to train on: a sweep wants completions or preferences")
+
+    def _dtype(self) -> str:
+        """The grid's; where that is left to the machine, the dtype that runs of this folder were begun in."""
+        if self.grid.dtype != "auto" or not self.options.get("resume", True):
+            return self.grid.dtype
+        begun = (dtype_of_run(self.folder / "runs" / run.name) for run in self.grid.runs)
+        return next(filter(None, begun), "auto")
 
     def _task(self, size: int | None) -> Task:
         grid = self.grid

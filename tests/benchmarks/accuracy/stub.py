@@ -46,4 +46,4 @@ def made_up(cell: Cell) -> dict:
 
 def session(output, settings=QUICK, available=AVAILABLE) -> Session:
     """One that was never run."""
-    return Session(output, settings, available, "lofit-fast paper --quick", of=grid)
+    return Session(output, settings, available, "make paper-quick", of=grid)

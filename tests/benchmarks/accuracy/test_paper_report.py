@@ -144,7 +144,7 @@ def test_settings_survive_the_plan(tmp_path):
     made = session(tmp_path, settings, Available({"clutrr": 9}, {"clutrr": 9}))
     made.run(made_up, progress=False)
     assert Session.read(tmp_path, of=grid).settings == settings
-    assert json.loads((tmp_path / "plan.json").read_text())["command"] == "lofit-fast paper --quick"
+    assert json.loads((tmp_path / "plan.json").read_text())["command"] == "make paper-quick"
     with pytest.raises(FileNotFoundError, match="nothing was run there"):
         Session.read(tmp_path / "elsewhere")
 

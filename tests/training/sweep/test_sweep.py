@@ -150,6 +150,24 @@ def test_an_interrupted_sweep_goes_on(data, tmp_path, trainings, monkeypatch):
     assert trainings == [("tune", 2e-2)]
 
 
+def test_a_sweep_goes_on_in_the_dtype_it_was_begun_in(data, tmp_path, trainings, monkeypatch):
+    asked = []
+
+    def load_model(name, *, dtype, device):
+        asked.append(dtype)
+        # float64 stands for a choice that this machine would not make
+        return tiny_model("llama").double(), tiny_tokenizer()
+
+    monkeypatch.setattr(run_module, "load_model", load_model)
+    for rates in ([1e-2], [1e-2, 2e-2]):
+        rows = sweep(grid_of(data, tune_lr=rates), tmp_path, progress=False)
+        assert [row["status"] for row in rows] == ["done"] * len(rates)
+    assert asked == ["auto", "float64"]
+    assert trainings == [("select", 5e-3), ("tune", 1e-2), ("tune", 2e-2)]
+    sweep(grid_of(data, tune_lr=[1e-2]), tmp_path, progress=False, resume=False)
+    assert asked[-1] == "auto"
+
+
 def test_a_failing_run_is_recorded_and_the_others_go_on(data, tmp_path):
     model = tiny_model("llama")
     rows = run(grid_of(data, top=[2, 99, 3]), tmp_path, model)

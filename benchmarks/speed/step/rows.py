@@ -16,7 +16,8 @@ from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.data.encode import Encoded
 from lofit_fast.training.engine import Engine, collator_of, prepared
-from lofit_fast.training.engine.auto import best_attention, typical_batch, with_packing
+from lofit_fast.training.engine.attention_choice import best_attention
+from lofit_fast.training.engine.auto import typical_batch, with_packing
 
 L1 = 5e-4
 LEARNING_RATE = 1e-3

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.choices import packing_refusal
-from lofit_fast.patching.architectures import ARCHITECTURES, decoder_layers, text_config
+from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
+from lofit_fast.training.engine.attention_choice import best_attention
 
 # floating-point operations of a stage from which compiled layers pay on a CPU: SmolLM2's took 13 to 32 s to compile,
 # once per process, and two minutes of its steps were 5e13 operations on the slower of two processors
@@ -77,13 +77,6 @@ def said(engine: Engine) -> str:
     """A settled engine in a sentence."""
     packed = ", packed" if engine.packing else ""
     return f"engine: {engine.attention} attention{packed}, layers {'compiled' if engine.compile else 'not compiled'}"
-
-
-def best_attention(model: nn.Module, device: torch.device) -> str:
-    """GROUPED on a CPU for the families of the table, the attention that the model has elsewhere."""
-    config = text_config(model)
-    grouped = device.type == "cpu" and HAS_CPU_EXTRAS and config.model_type in ARCHITECTURES
-    return GROUPED if grouped else config._attn_implementation
 
 
 def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:

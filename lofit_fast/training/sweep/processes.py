@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lofit_fast.training.sweep.grid import Grid, Run
-from lofit_fast.training.sweep.runner import Runner
+from lofit_fast.training.sweep.one_run import Runner
 
 Row = dict[str, object]
 

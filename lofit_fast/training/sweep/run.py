@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from lofit_fast.files import writable_folder, write_json, write_text
 from lofit_fast.plots import sweep_chart
 from lofit_fast.training.sweep.grid import Grid
+from lofit_fast.training.sweep.one_run import SHOWN, Runner
 from lofit_fast.training.sweep.processes import rows_of_processes
-from lofit_fast.training.sweep.runner import SHOWN, Runner
 
 # what the plot shows: the first that the runs have
 _BEST = ("accuracy_after_tune", "eval_loss", "loss")

@@ -11,8 +11,8 @@ from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.training import Engine
 from lofit_fast.training.engine import auto
-from lofit_fast.training.engine.auto import best_attention, pays_to_compile, settle
-from tests.tiny_models import tiny_model, tokens
+from lofit_fast.training.engine.auto import pays_to_compile, settle
+from tests.tiny_models import tokens
 
 ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(2, 8)]
 
@@ -75,23 +75,6 @@ def test_auto_compiles_from_so_much_work_on(llama, monkeypatch):
     assert not pays_to_compile(llama, torch.device("cuda"), enough)
     monkeypatch.setattr(auto.shutil, "which", lambda name: None)
     assert not pays_to_compile(llama, cpu, enough)
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cpu", GROUPED), ("cuda", "sdpa"), ("mps", "sdpa")])
-def test_auto_attention(llama, device, expected):
-    assert best_attention(llama, torch.device(device)) == expected
-
-
-def test_auto_attention_of_a_family_nobody_knows(llama):
-    llama.config.model_type = "unheard_of"
-    assert best_attention(llama, torch.device("cpu")) == "sdpa"
-
-
-def test_auto_keeps_what_a_family_needs():
-    # gemma 2 is loaded with eager attention by whoever follows its card
-    model = tiny_model("gemma2")
-    model.set_attn_implementation("eager")
-    assert best_attention(model, torch.device("cuda")) == "eager"
 
 
 def examples(*lengths, shared=0):

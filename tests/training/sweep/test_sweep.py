@@ -15,7 +15,7 @@ from lofit_fast.training import fit as fit_module
 from lofit_fast.training import objectives
 from lofit_fast.training import summary as report_module
 from lofit_fast.training.engine import compiled_layers
-from lofit_fast.training.sweep import runner as run_module
+from lofit_fast.training.sweep import one_run as run_module
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import failures, sweep
 from tests.tiny_models import tiny_model

@@ -1,1 +1,0 @@
-"""Proofs that take minutes: `make real`."""

@@ -1,0 +1,25 @@
+"""Which attention training takes: a rule on the device and the family."""
+
+import pytest
+import torch
+
+from lofit_fast.data.pack import GROUPED
+from lofit_fast.training.engine.attention_choice import best_attention
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", GROUPED), ("cuda", "sdpa"), ("mps", "sdpa")])
+def test_attention_by_device(llama, device, expected):
+    assert best_attention(llama, torch.device(device)) == expected
+
+
+def test_attention_of_a_family_nobody_knows(llama):
+    llama.config.model_type = "unheard_of"
+    assert best_attention(llama, torch.device("cpu")) == "sdpa"
+
+
+def test_attention_that_a_family_needs_is_kept():
+    # gemma 2 is loaded with eager attention by whoever follows its card
+    model = tiny_model("gemma2")
+    model.set_attn_implementation("eager")
+    assert best_attention(model, torch.device("cuda")) == "eager"

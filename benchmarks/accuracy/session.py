@@ -41,7 +41,7 @@ def settings_of(
 
 
 class Session:
-    """An output folder with the plan of its cells. of: a method's settings to try, see `methods.grid`."""
+    """An output folder with the plan of its cells. of: a method's settings to try, see `method_table.grid`."""
 
     def __init__(
         self, output: Path | str, settings: Settings, available: Available, command: str, of: Grid = grid

@@ -234,7 +234,7 @@ def _epilogue_bwd(s: Shape) -> Steps:
     return [product, *_folded_bwd(s)]
 
 
-# the names of `plan.Plan.forward` and `plan.Plan.backward`, and the peers'
+# the names of `dispatch.Plan.forward` and `dispatch.Plan.backward`, and the peers'
 FORWARD: Mapping[str, Callable[[Shape], Steps]] = MappingProxyType(
     {
         "floor": lambda s: [_product(s)],

@@ -46,7 +46,7 @@ def main(
     options = Options(data and str(Path(data).resolve()), rounds, examples)
     cells = plan(full, models or tuple(MODELS))
     if cell is not None:
-        write_json(into.resolve(), _measured(next(one for one in cells if one.name == cell), options))
+        write_json(into.resolve(), measured_cell(next(one for one in cells if one.name == cell), options))
         return
     planned = [one.name for one in cells]
     cells = [one for one in cells if not only or any(text in one.name for text in only)]
@@ -117,7 +117,7 @@ def _run_cell(options: Options, full: bool, models: list[str], cell: Cell, into:
     return subprocess.run([*command, "--examples", str(options.examples)], cwd=ROOT).returncode == 0
 
 
-def _measured(cell: Cell, options: Options) -> dict:
+def measured_cell(cell: Cell, options: Options) -> dict:
     try:
         return cell.measure(options)
     except Absent as reason:

@@ -64,21 +64,21 @@ def held_in_large_pages(model: nn.Module) -> Iterator[None]:
         nonlocal passes
         passes += module.training
         if module.training and passes in _MOVES:
-            _move_heap()
+            move_heap()
 
     hook = model.register_forward_pre_hook(moved)
     _held = True
-    _set(_HOLDING)
+    set_malloc(_HOLDING)
     try:
         yield
     finally:
         hook.remove()
         _held = False
-        _set(_USUAL)
+        set_malloc(_USUAL)
         release_free_memory()
 
 
-def _move_heap() -> None:
+def move_heap() -> None:
     """Put the heap into large pages as far as the system has them. A kernel that knows none goes on as it is."""
     size = int(_PAGE_SIZE.read_text()) if _PAGE_SIZE.is_file() else 0
     for start, end in _heap() if size else ():
@@ -94,7 +94,7 @@ def _heap() -> Iterator[tuple[int, int]]:
             yield tuple(int(address, 16) for address in line.split()[0].split("-"))
 
 
-def _set(options: dict[int, int]) -> None:
+def set_malloc(options: dict[int, int]) -> None:
     for option, value in options.items():
         _call("mallopt", option, value)
 

@@ -67,11 +67,11 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def _cpu_dtype() -> torch.dtype:
-    seen = Processor(torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported(), _vendor())
+    seen = Processor(torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported(), vendor())
     return next(row.dtype for row in CPU_DTYPES if row.fits(seen))
 
 
-def _vendor() -> str:
+def vendor() -> str:
     """The processor's maker as it names itself, "AuthenticAMD" say; "" where the system does not tell."""
     try:
         text = Path("/proc/cpuinfo").read_text()

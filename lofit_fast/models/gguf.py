@@ -14,7 +14,7 @@ _CONVERSION = "conversion.json"
 
 def converted(gguf: Path) -> Path:
     """The folder of the converted GGUF file, made on first use. Named after the file and its SHA-256."""
-    checksum = _sha256(gguf)
+    checksum = sha256_of(gguf)
     folder = cache_folder() / f"{gguf.stem}-{checksum[:12]}"
     if _is_whole(folder, checksum):
         return folder
@@ -44,6 +44,6 @@ def _is_whole(folder: Path, checksum: str) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

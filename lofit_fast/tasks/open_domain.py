@@ -59,7 +59,7 @@ def _named(name, data):
 
 
 def _rows(name, data):
-    rows = _hub_rows(name) if data is None else json_rows(_file(name, Path(data)))
+    rows = hub_rows(name) if data is None else json_rows(_file(name, Path(data)))
     if not rows:
         raise ValueError(f"{name}: {data or HUB[name][0]}: got no rows, expected at least one")
     return rows
@@ -69,7 +69,7 @@ def _file(name, path):
     return path / f"{name}.jsonl" if path.is_dir() else path
 
 
-def _hub_rows(name):
+def hub_rows(name):
     # the library takes seconds to import: only for those who use it
     from datasets import load_dataset
 

@@ -42,7 +42,7 @@ def peak_memory(device: torch.device | str) -> Iterator[Memory]:
         return
     gc.collect()
     release_free_memory()
-    before = _resident("VmRSS") if _reset_peak() else None
+    before = _resident("VmRSS") if reset_peak() else None
     yield memory
     if before is not None:
         memory.peak_bytes = max(0, _resident("VmHWM") - before)
@@ -56,7 +56,7 @@ def rates(examples: int, tokens: int, seconds: float) -> dict[str, float]:
     }
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:

@@ -33,7 +33,7 @@ class ReferencedDPOTrainer(DPOTrainer):
         given = vars(model).get("forward", model.forward)
         super().__init__(model=model, **options)
         if next(model.parameters()).device.type == "cpu":
-            model.forward = _labelled_only(given)
+            model.forward = labelled_only(given)
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -101,7 +101,7 @@ def _length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-def _labelled_only(given: Callable) -> Callable:
+def labelled_only(given: Callable) -> Callable:
     """A forward that answers TRL's fused_lm_head=True as TRL's own does, from the logits of labelled tokens alone.
 
     given: the model's forward.

@@ -59,7 +59,7 @@ class ProfileSteps(TrainerCallback):
         if warmup < 0 or steps < 1:
             raise ValueError(f"expected warmup >= 0 and steps >= 1, got {warmup} and {steps}")
         self.folder, self.warmup, self.steps = Path(folder) / "profile", warmup, steps
-        self._profiler: profile | None = None
+        self.profiler: profile | None = None
         self._seen = 0
 
     def on_train_begin(self, args, state, control, **_):
@@ -71,31 +71,31 @@ class ProfileSteps(TrainerCallback):
         if self._seen == self.warmup:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self._profiler = profile(activities=activities, record_shapes=True)
-            self._profiler.start()
+            self.profiler = profile(activities=activities, record_shapes=True)
+            self.profiler.start()
             self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         """Stop after the last step that is profiled, and write."""
         self._seen += 1
-        if self._profiler is not None and self._seen == self.warmup + self.steps:
+        if self.profiler is not None and self._seen == self.warmup + self.steps:
             self._stop(Path(args.output_dir).name)
 
     def on_train_end(self, args, state, control, **_):
         """A stage that ended early leaves no profile, and no profiler running."""
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.profiler = None
 
     def _stop(self, stage: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
-        self._profiler.stop()
-        summary = summarize(self._profiler.events(), seconds, self.steps)
+        self.profiler.stop()
+        summary = summarize(self.profiler.events(), seconds, self.steps)
         with whole_folder(self.folder) as scratch:
-            self._profiler.export_chrome_trace(str(scratch / f"{stage}.json.gz"))
-        self._profiler = None
+            self.profiler.export_chrome_trace(str(scratch / f"{stage}.json.gz"))
+        self.profiler = None
         write_json(self.folder / f"{stage}-summary.json", summary)
         write_text(self.folder / f"{stage}.md", as_markdown(summary, stage))
 

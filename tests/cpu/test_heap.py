@@ -45,7 +45,7 @@ def test_held_memory_is_released_afterwards(llama):
 @glibc
 def test_the_heap_is_moved_a_few_times_while_training(llama, monkeypatch):
     moved, passes = [], []
-    monkeypatch.setattr(heap, "_move_heap", lambda: moved.append(len(passes)))
+    monkeypatch.setattr(heap, "move_heap", lambda: moved.append(len(passes)))
     with prepared(llama, Engine(large_pages=True)):
         while len(passes) < 40:
             passes.append("training")
@@ -56,7 +56,7 @@ def test_the_heap_is_moved_a_few_times_while_training(llama, monkeypatch):
 
 
 def test_an_unsettled_engine_leaves_the_heap_alone(llama, monkeypatch):
-    monkeypatch.setattr(heap, "_set", lambda options: pytest.fail(f"{options} set"))
+    monkeypatch.setattr(heap, "set_malloc", lambda options: pytest.fail(f"{options} set"))
     for engine in (Engine(), Engine(large_pages=False)):
         with prepared(llama, engine):
             assert not llama._forward_pre_hooks
@@ -68,7 +68,7 @@ def test_an_unsettled_engine_leaves_the_heap_alone(llama, monkeypatch):
 )
 def test_what_the_environment_sets_stays(name, value, llama, monkeypatch):
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(heap, "_set", lambda options: pytest.fail(f"{options} set"))
+    monkeypatch.setattr(heap, "set_malloc", lambda options: pytest.fail(f"{options} set"))
     with held_in_large_pages(llama):
         assert not llama._forward_pre_hooks
 
@@ -79,7 +79,7 @@ def test_what_the_environment_sets_stays(name, value, llama, monkeypatch):
 )
 def test_what_is_in_use_survives_a_move():
     kept = [torch.full((1000, 100), float(i)) for i in range(100)]
-    heap._move_heap()
+    heap.move_heap()
     assert all((tensor == i).all() for i, tensor in enumerate(kept))
     # the system may list the heap in several parts
     mapped = [part for part in Path("/proc/self/smaps").read_text().split("VmFlags") if "[heap]" in part]

@@ -31,7 +31,7 @@ def test_as_dtype(given, expected):
 def test_best_dtype_on_a_cpu_is_a_rule(monkeypatch, amx, avx512_bf16, vendor, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(rules, "_vendor", lambda: vendor)
+    monkeypatch.setattr(rules, "vendor", lambda: vendor)
     assert best_dtype(torch.device("cpu")) is expected
 
 

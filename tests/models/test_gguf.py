@@ -52,7 +52,7 @@ def test_a_gguf_file_is_converted_once(cache, gguf):
     # by its own checksum, in float32 whatever it is loaded as
     assert read == [(path, torch.float32)]
     (folder,) = cache.iterdir()
-    checksum = conversion._sha256(path)
+    checksum = conversion.sha256_of(path)
     assert folder.name == f"some-model.Q4_1-{checksum[:12]}"
     notes = json.loads((folder / "conversion.json").read_text())
     assert (notes["source"], notes["sha256"]) == (path.name, checksum)

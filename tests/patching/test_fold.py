@@ -58,7 +58,7 @@ def calls(monkeypatch):
 def by_layer(dtype=torch.float32, seeds=(5,)) -> list:
     """The gradients when every layer folds for itself."""
     model, handle = build(dtype=dtype)
-    handle._fold.remove()
+    handle.model_fold.remove()
     for seed in seeds:
         loss(model, seed).backward()
     return gradients(handle)
@@ -84,7 +84,7 @@ def test_folding_belongs_to_its_forward(calls):
         parameter.data.mul_(1.5)
     after = loss(model)
     assert calls["fold"] == [2, 2]
-    handle._fold.remove()
+    handle.model_fold.remove()
     assert torch.equal(loss(model), after) and not torch.equal(before, after)
 
 

@@ -142,7 +142,7 @@ def _text(statement: ast.stmt) -> str:
             statement.orelse = rest
 
 
-def _of_body(module: Module, body: ast.FunctionDef, families: tuple[str, ...]) -> Iterator[Mutant]:
+def mutants_of_body(module: Module, body: ast.FunctionDef, families: tuple[str, ...]) -> Iterator[Mutant]:
     names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
     names |= {argument.arg for argument in body.args.args}
     seen = set()
@@ -173,5 +173,5 @@ def mutants() -> list[Mutant]:
             users = tuple(family for family in families if (module.name, body.name) in used[family])
             if not users:
                 raise ValueError(f"{module.name}.{body.name}: no cases; expected tests/proof/kill_{module.name}.py")
-            found += _of_body(module, body, users)
+            found += mutants_of_body(module, body, users)
     return found

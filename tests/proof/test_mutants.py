@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.proof.bodies import ROOT, Module, _of_body, modules, mutants, suites
+from tests.proof.bodies import ROOT, Module, modules, mutants, mutants_of_body, suites
 from tests.proof.mutants import SAMPLE, SURVIVED, Outcome, Report, reasons, select
 from tests.proof.mutation_operators import OPERATORS
 
@@ -18,7 +18,7 @@ def variants(operator: str, text: str) -> list[str]:
     source = f"@triton.jit\ndef f(x, T, N, stride_x, stride_y, ACC):\n    {text}\n"
     module = Module.__new__(Module)
     module.tree = ast.parse(source)
-    return [m.becomes for m in _of_body(module, module.tree.body[0], ("any",)) if m.operator == operator]
+    return [m.becomes for m in mutants_of_body(module, module.tree.body[0], ("any",)) if m.operator == operator]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_rates():
     assert rates(6, 300, 0.0) == {"tokens_per_s": 0.0, "examples_per_s": 0.0}
 
 
-@pytest.mark.skipif(not cost._reset_peak(), reason="this system keeps no peak of memory that can be reset")
+@pytest.mark.skipif(not cost.reset_peak(), reason="this system keeps no peak of memory that can be reset")
 def test_peak_memory_is_that_of_the_scope():
     # 128 MiB before it and 64 MiB inside it, both gone at its end; mapped, since malloc may keep what it was given back
     touch(128 * MIB)
@@ -32,7 +32,7 @@ def test_peak_memory_is_that_of_the_scope():
     assert memory.peak_bytes == pytest.approx(64 * MIB, abs=4 * MIB)
 
 
-@pytest.mark.skipif(not cost._reset_peak(), reason="this system keeps no peak of memory that can be reset")
+@pytest.mark.skipif(not cost.reset_peak(), reason="this system keeps no peak of memory that can be reset")
 def test_peak_memory_counts_what_malloc_had_kept():
     def blocks():
         # small enough for the heap; the last one keeps its end where it is

@@ -137,11 +137,11 @@ def test_train_dpo_leaves_the_model_as_it_was(tmp_path):
 def test_labelled_only_answers_as_trl_does():
     from trl.trainer.utils import add_fused_lm_head
 
-    from lofit_fast.training.preference_trainer import _labelled_only
+    from lofit_fast.training.preference_trainer import labelled_only
 
     # with a soft cap on its logits
     model = tiny_model("gemma2", seed=5)
-    ours = _labelled_only(model.forward)
+    ours = labelled_only(model.forward)
     names = ("log_probs", "entropy", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=names)
     ids = torch.randint(3, 97, (3, 9))

@@ -51,7 +51,7 @@ def test_a_stage_too_short_leaves_nothing_and_no_profiler(llama, tmp_path, monke
     callback = ProfileSteps(tmp_path, warmup=2, steps=5)
     lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, callbacks=[callback], **options)
     assert not (tmp_path / "profile").exists()
-    assert callback._profiler is None
+    assert callback.profiler is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -106,7 +106,7 @@ class Session:
                 self.report.setdefault("not_run", []).append(vars(row) | {"reason": "out of time"})
                 continue
             began = time.monotonic()
-            found = self._row(row, [name for name in names if name not in out])
+            found = self.timed_row(row, [name for name in names if name not in out])
             longest = max(longest, time.monotonic() - began)
             found["peers"] = found.get("peers", {}) | {name: {"skipped": why} for name, why in out.items()}
             self.report["rows"].append(vars(row) | found)
@@ -114,7 +114,7 @@ class Session:
         if self.report.get("not_run"):
             self.say(f"out of time: {len(self.report['not_run'])} rows were not run, and are listed as such")
 
-    def _row(self, row: TimedRow, names: list[str]) -> dict[str, Any]:
+    def timed_row(self, row: TimedRow, names: list[str]) -> dict[str, Any]:
         """One row; again without a peer that took the GPU down with it."""
         fallen: dict[str, Any] = {}
         while True:
@@ -143,7 +143,7 @@ def _verdict(found: dict[str, Any]) -> str:
     return f"right in {found['checked']} cases" + (f"; not in others: {missing}" if missing else "")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.speed.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it takes at most this long (default: 8)")
     parser.add_argument("--quick", action="store_true", help="the first few rows only, and no torch.compile")
@@ -170,7 +170,7 @@ def _folder(chosen: argparse.Namespace, device: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    chosen = _parse(arguments)
+    chosen = parse_arguments(arguments)
     missing = lacking()
     if missing:
         print("cannot run here: " + "; ".join(missing), file=sys.stderr)

@@ -29,7 +29,7 @@ class Isolated:
         self, device: str, command: Sequence[str] = (sys.executable, "-m", "benchmarks.speed.gpu.worker")
     ) -> None:
         self.device, self.command = device, command
-        self._process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
@@ -59,7 +59,7 @@ class Isolated:
 
     def close(self) -> None:
         """Ends the worker."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is not None:
             process.kill()
             process.wait()
@@ -68,8 +68,8 @@ class Isolated:
                 process.stdin.close()
 
     def _started(self) -> subprocess.Popen:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
+        if self.process is not None and self.process.poll() is None:
+            return self.process
         self.close()
         paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         # one compiler thread: a pool of them would outlive a worker that is killed
@@ -78,7 +78,7 @@ class Isolated:
         if self.device == "cuda":
             del environment["TRITON_INTERPRET"]
         self._errors.truncate(0)
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             self.command,
             cwd=ROOT,
             env=environment,
@@ -88,8 +88,8 @@ class Isolated:
             text=True,
         )
         self._lines = queue.Queue()
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
-        return self._process
+        threading.Thread(target=_read, args=(self.process.stdout, self._lines), daemon=True).start()
+        return self.process
 
     def _last_words(self) -> str:
         self._errors.seek(0)

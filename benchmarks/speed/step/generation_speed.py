@@ -41,7 +41,7 @@ def generation_seconds(
     batch = {"input_ids": ids, "attention_mask": mask}
     with ExitStack() as scopes:
         lives = {row.peer: scopes.enter_context(live(base, row, engine or Engine())) for row in ROWS}
-        runs = {name: _run(one, batch) for name, one in lives.items()}
+        runs = {name: prompt_run(one, batch) for name, one in lives.items()}
         for name in ("ours", "hook"):
             lives[name].attached.assign(vectors(base, "step 2", std=_LARGE))
         ours, hook, plain = (run()[:, ids.shape[1]] for run in (runs["ours"], runs["hook"], runs["lora_all"]))
@@ -55,7 +55,7 @@ def generation_seconds(
     return {"rows": rows, "against_ours": against, "prompts": len(prompts), "new_tokens": TOKENS}
 
 
-def _run(one: Live, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+def prompt_run(one: Live, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     model = one.attached.model.eval()
 
     def run() -> Tensor:

@@ -84,14 +84,14 @@ class Checks:
 
     def __init__(self, base: nn.Module, work: Workload, reference: Reference) -> None:
         self.work, self.reference = work, reference
-        self._large = vectors(base, reference.step, reference.std) if reference.step else {}
+        self.large = vectors(base, reference.step, reference.std) if reference.step else {}
         self._start = vectors(base, reference.step) if reference.step else {}
 
     def __call__(self, live: Live) -> Check:
         """Check the row; its vectors come back as they were."""
-        batch = live.batches(_rows(self.work), self.work.pad)[0]
+        batch = live.batches(rows_of(self.work), self.work.pad)[0]
         if self.reference.step:
-            live.attached.assign(self._large)
+            live.attached.assign(self.large)
         # with its graph: a compiled model would otherwise be compiled once more, for inference
         loss = live.loss(batch).item()
         if self.reference.step:
@@ -100,23 +100,23 @@ class Checks:
         return Check(loss, expected, tolerance, abs(loss - expected) <= tolerance)
 
 
-def _rows(work: Workload) -> list[Encoded]:
+def rows_of(work: Workload) -> list[Encoded]:
     return work.drawn(0, _SIZE)
 
 
 def _reference(base: nn.Module, exact: nn.Module, work: Workload, step: str) -> Reference:
-    rows, pad, dtype = _rows(work), work.pad, next(base.parameters()).dtype
+    rows, pad, dtype = rows_of(work), work.pad, next(base.parameters()).dtype
     unchanged = _exact_losses(exact, rows, pad, {})
     if not step:
         loss = unchanged.mean().item()
-        return Reference(step, 0.0, loss, bound_of(_own_error(base, unchanged, rows, pad, {}), loss, dtype))
+        return Reference(step, 0.0, loss, bound_of(own_error(base, unchanged, rows, pad, {}), loss, dtype))
     fallback = None
     for std in CHECK_STDS:
         values = vectors(base, step, std)
         right = _exact_losses(exact, rows, pad, values)
         wrong = _exact_losses(exact, rows, pad, {key: (heads, (1 + FAULT) * x) for key, (heads, x) in values.items()})
         loss, fault = right.mean().item(), (wrong - right).mean().abs().item()
-        tolerance = bound_of(_own_error(base, right, rows, pad, values), loss, dtype)
+        tolerance = bound_of(own_error(base, right, rows, pad, values), loss, dtype)
         found = Reference(step, std, loss, tolerance, fault)
         # one tolerance for the rounding of a right peer, another for that of the wrong one
         if fault > 2 * tolerance:
@@ -130,24 +130,24 @@ def _reference(base: nn.Module, exact: nn.Module, work: Workload, step: str) -> 
     return fallback
 
 
-def _own_error(base: nn.Module, right: Tensor, rows: Sequence[Encoded], pad: int, values: Vectors) -> float:
+def own_error(base: nn.Module, right: Tensor, rows: Sequence[Encoded], pad: int, values: Vectors) -> float:
     """The largest root mean square of the plain hook's errors at single tokens. right: their exact losses."""
     ways = [
-        _token_losses(base, rows[::-1], pad, values)[::-1],
-        [_token_losses(base, [row], pad, values)[0] for row in rows],
+        token_losses(base, rows[::-1], pad, values)[::-1],
+        [token_losses(base, [row], pad, values)[0] for row in rows],
     ]
     for attention in dict.fromkeys((base.config._attn_implementation, "sdpa", "eager")):
         with prepared(base, replace(STOCK, attention=attention)):
-            ways.append(_token_losses(base, rows, pad, values))
+            ways.append(token_losses(base, rows, pad, values))
     return max((torch.cat(losses) - right).square().mean().sqrt().item() for losses in ways)
 
 
 @torch.no_grad()
 def _exact_losses(exact: nn.Module, rows: Sequence[Encoded], pad: int, values: Vectors) -> Tensor:
-    return torch.cat(_token_losses(exact, rows, pad, values))
+    return torch.cat(token_losses(exact, rows, pad, values))
 
 
-def _token_losses(model: nn.Module, rows: Sequence[Encoded], pad: int, values: Vectors) -> list[Tensor]:
+def token_losses(model: nn.Module, rows: Sequence[Encoded], pad: int, values: Vectors) -> list[Tensor]:
     """The loss at every labelled token, (n,) float64: with the plain hook in the model, in training mode."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in stock_batches(rows, pad)[0].items()}

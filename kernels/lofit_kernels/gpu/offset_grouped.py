@@ -125,7 +125,7 @@ def _grouped_bwd_kernel(
 
 
 @lru_cache(maxsize=64)
-def _table(numbers: tuple[int, ...], columns: int, device: torch.device) -> torch.Tensor:
+def pointer_table(numbers: tuple[int, ...], columns: int, device: torch.device) -> torch.Tensor:
     """Those numbers on the device: the same ones step after step, for as long as the tensors stay where they are."""
     return torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, columns)
 
@@ -140,7 +140,7 @@ def _layer_table(
         v = 0 if offset is None else offset.data_ptr()
         numbers += [weight.data_ptr(), weight.stride(0) // unit, v, listed.data_ptr(), listed.shape[0]]
     aligned = all(numbers[at] % _ALIGNMENT == 0 for i in (0, 2) for at in range(i, len(numbers), _COLUMNS))
-    return _table(tuple(numbers), _COLUMNS, weights[0].device), unit, aligned
+    return pointer_table(tuple(numbers), _COLUMNS, weights[0].device), unit, aligned
 
 
 def grouped_fold(
@@ -205,7 +205,7 @@ def grouped_bwd(
         _grouped_bwd_kernel,
         n_slots * chunks,
         table,
-        _table(slots, 2, device),
+        pointer_table(slots, 2, device),
         torch.stack(list(column_sums)).to(acc_torch),
         partials,
         N,

@@ -39,7 +39,7 @@ def rows_of_processes(grid: Grid, folder: Path, jobs: int, resume: bool) -> Iter
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, context, _begin, (grid, folder, threads, resume, watched))
     try:
-        yield from in_order_of_need(grid.runs, pool, _row, jobs)
+        yield from in_order_of_need(grid.runs, pool, row_of_run, jobs)
     except BrokenProcessPool as error:
         raise ChildProcessError(
             f"one of {jobs} processes died: out of memory perhaps, since each holds a copy of the base (fewer jobs "
@@ -92,19 +92,19 @@ _runner: Runner | None = None
 
 def _begin(grid: Grid, folder: Path, threads: int, resume: bool, watched: Connection) -> None:
     global _arguments
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    threading.Thread(target=end_with, args=(watched,), daemon=True).start()
     torch.set_num_threads(threads)
     _arguments = grid, folder, resume
 
 
-def _end_with(watched: Connection) -> None:
+def end_with(watched: Connection) -> None:
     """End this process at once when the other end of the pipe is closed; files are written whole or not at all."""
     with suppress(EOFError, OSError):
         watched.recv()
     os._exit(1)
 
 
-def _row(index: int) -> Row:
+def row_of_run(index: int) -> Row:
     global _runner
     grid, folder, resume = _arguments
     # here rather than at the beginning: an error in a pool's initializer reaches nobody

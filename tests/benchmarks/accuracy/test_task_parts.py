@@ -57,7 +57,7 @@ def test_tasks_for_judging_come_from_the_folder_or_the_hub(tmp_path, monkeypatch
     def of_the_hub(name):
         return [("hub: row 1", {"question": "who?", "answers": ["the hub"]})]
 
-    monkeypatch.setattr(open_domain, "_hub_rows", of_the_hub)
+    monkeypatch.setattr(open_domain, "hub_rows", of_the_hub)
     row = {"question": "who?", "answers": ["the folder"]}
     (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
     answers = [TaskData(tmp_path).whole(name).validation[0].answers for name in ("triviaqa", "nq_open")]

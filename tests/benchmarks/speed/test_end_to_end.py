@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.speed import cell_plan
-from benchmarks.speed.__main__ import _measured, run_cells
+from benchmarks.speed.__main__ import measured_cell, run_cells
 from benchmarks.speed.cells import Options, Store
 from benchmarks.speed.ratios import write_summary
 from benchmarks.speed.report import write_report
@@ -42,7 +42,7 @@ def test_from_the_plan_to_the_page(tmp_path):
     store = Store.here(tmp_path / "results", options)
 
     def run(cell, into):
-        write_json(into, _measured(cell, options))
+        write_json(into, measured_cell(cell, options))
         return True
 
     assert run_cells(cells, store, run, float("inf")) == []

@@ -22,7 +22,7 @@ def test_every_row_is_timed_in_every_round():
 def test_other_answers_are_not_timed(monkeypatch, changed, message):
     """As of an adapter that does nothing: one that ours has dropped, and vectors that nobody applies."""
     monkeypatch.setattr(generation, "interleaved", lambda *a, **o: pytest.fail("timed"))
-    peer, run = ("ours",) if changed == "ours" else ("ours", "hook"), generation._run
+    peer, run = ("ours",) if changed == "ours" else ("ours", "hook"), generation.prompt_run
 
     def idle(one, batch):
         if one.row.peer in peer:
@@ -30,6 +30,6 @@ def test_other_answers_are_not_timed(monkeypatch, changed, message):
                 monkeypatch.setattr(parameter, "copy_", lambda rows: None)
         return run(one, batch)
 
-    monkeypatch.setattr(generation, "_run", idle)
+    monkeypatch.setattr(generation, "prompt_run", idle)
     with pytest.raises(ValueError, match=message):
         generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=1)

@@ -87,7 +87,7 @@ def test_refuses_to_time_what_is_wrong(tmp_path):
 
 
 def test_no_time_left_is_said():
-    session = script.Session(script._parse(["--device", "cpu", "--minutes", "0"]))
+    session = script.Session(script.parse_arguments(["--device", "cpu", "--minutes", "0"]))
     session.worker = None
     session.time(["floor", "hook"])
     assert session.report["rows"] == []
@@ -131,14 +131,14 @@ def test_a_worker_may_die_or_hang(code, seconds, expected):
 def test_a_worker_that_broke_its_device_is_replaced():
     worker = Isolated("cpu", [sys.executable, "-c", f"import sys\n{ANSWERS}"])
     assert worker.run({}, 20) == {"broken": "x"}
-    first = worker._process
+    first = worker.process
     assert worker.run({}, 20) == {"broken": "x"}
-    assert first is None and worker._process is None
+    assert first is None and worker.process is None
     worker.close()
 
 
 def test_a_row_goes_on_without_the_peer_that_broke_the_device():
-    session = script.Session(script._parse(["--device", "cpu"]))
+    session = script.Session(script.parse_arguments(["--device", "cpu"]))
     asked = []
 
     class Worker:
@@ -149,7 +149,7 @@ def test_a_row_goes_on_without_the_peer_that_broke_the_device():
             return {"rows": {name: {"ms": 1.0} for name in task["peers"]}}
 
     session.worker = Worker()
-    found = session._row(gpu_rows.ROWS["cpu"][0], ["floor", "bad", "ours"])
+    found = session.timed_row(gpu_rows.ROWS["cpu"][0], ["floor", "bad", "ours"])
     assert asked == [["floor", "bad", "ours"], ["floor", "ours"]]
     assert found["peers"] == {"floor": {"ms": 1.0}, "ours": {"ms": 1.0}, "bad": {"error": "illegal access"}}
 

@@ -30,7 +30,7 @@ def tiny(dtype, seed):
 def checked(base, work, row, reference, planted=1.0):
     """The check of a row. planted: what the peer multiplies the vectors it is given with."""
     checks = Checks(base, work, reference)
-    checks._large = {key: (heads, planted * rows) for key, (heads, rows) in checks._large.items()}
+    checks.large = {key: (heads, planted * rows) for key, (heads, rows) in checks.large.items()}
     with live(base, row, ENGINE) as one:
         return checks(one)
 
@@ -52,15 +52,15 @@ def test_a_right_peer_passes_and_a_wrong_one_does_not(work, dtype, seed):
 
 
 def test_errors_that_cancel_in_the_loss_count(work, monkeypatch):
-    base, rows = tiny(torch.float32, 0), loss_check._rows(work)
-    right = loss_check._token_losses(base, rows, work.pad, {})
+    base, rows = tiny(torch.float32, 0), loss_check.rows_of(work)
+    right = loss_check.token_losses(base, rows, work.pad, {})
 
     def lucky(model, chosen, pad, values):
         # every token off by a thousandth, up and down in turns
         return [torch.full_like(losses, 1e-3 * (-1) ** n) + losses for n, losses in enumerate(right[: len(chosen)])]
 
-    monkeypatch.setattr(loss_check, "_token_losses", lucky)
-    error = loss_check._own_error(base, torch.cat(right), rows, work.pad, {})
+    monkeypatch.setattr(loss_check, "token_losses", lucky)
+    error = loss_check.own_error(base, torch.cat(right), rows, work.pad, {})
     assert error >= 0.99e-3
 
 

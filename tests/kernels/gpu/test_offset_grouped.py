@@ -144,6 +144,6 @@ def test_grouped_launch_counts(device, rows):
 def test_grouped_tables_are_made_once(device, rows):
     weights, offsets, heads = layers(rows, 20, 16, torch.float32, LAYERS[:3])
     grouped_fold(weights, offsets, heads)
-    made = offset_grouped._table.cache_info().misses
+    made = offset_grouped.pointer_table.cache_info().misses
     grouped_fold(weights, offsets, heads)
-    assert offset_grouped._table.cache_info().misses == made
+    assert offset_grouped.pointer_table.cache_info().misses == made

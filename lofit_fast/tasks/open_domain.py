@@ -70,6 +70,7 @@ def _file(name, path):
 
 
 def hub_rows(name):
+    """The questions of a data set of `HUB`, as its rows, from the hub or its cache."""
     # the library takes seconds to import: only for those who use it
     from datasets import load_dataset
 

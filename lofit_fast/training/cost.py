@@ -57,6 +57,7 @@ def rates(examples: int, tokens: int, seconds: float) -> dict[str, float]:
 
 
 def reset_peak() -> bool:
+    """Start the process's peak of resident memory anew. False where the system has no such switch."""
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:

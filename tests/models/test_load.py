@@ -36,7 +36,7 @@ def test_a_packaged_model_that_is_not_installed(monkeypatch, name, found):
 
 def test_aliases_are_looked_for_without_importing_them(monkeypatch):
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda package: None)
-    assert load.smollm2_folder() is None
+    assert load.smollm2_file() is None
     assert load.gemma3_file() is None
 
 

@@ -57,7 +57,8 @@ def _times(separate: float, swept: float) -> dict[str, float | None]:
 def _train(model: str, folder: Path, seed: int, tune_lr: float) -> float:
     options = {"data": folder / "data.jsonl", "output": folder / f"train-{seed}-{tune_lr}", "seed": seed}
     options |= {"tune-lr": tune_lr, "top": TOP, "select-epochs": EPOCHS, "tune-epochs": EPOCHS}
-    return _timed("train", "--model", model, *(str(x) for key, value in options.items() for x in (f"--{key}", value)))
+    arguments = (str(x) for key, value in options.items() for x in (f"--{key}", value))
+    return timed(options["output"], 1, "train", "--model", model, *arguments)
 
 
 def _sweep(model: str, folder: Path, jobs: int) -> float:
@@ -73,10 +74,18 @@ def _sweep(model: str, folder: Path, jobs: int) -> float:
         f"tune_lr = {list(TUNE_LRS)}",
     ]
     (folder / "grid.toml").write_text("\n".join(grid) + "\n")
-    return _timed("sweep", str(folder / "grid.toml"), "--jobs", str(jobs), "--output", str(folder / f"sweep-{jobs}"))
+    output = folder / f"sweep-{jobs}"
+    arguments = ("sweep", str(folder / "grid.toml"), "--jobs", str(jobs), "--output", str(output))
+    return timed(output, len(SEEDS) * len(TUNE_LRS), *arguments)
 
 
-def _timed(*arguments: str) -> float:
+def timed(output: Path, runs: int, *arguments: str) -> float:
+    """Seconds of a `lofit-fast` command. Raises RuntimeError unless it leaves as many adapters as runs in `output`."""
     started = time.perf_counter()
-    run_python("-m", "lofit_fast.cli.app", *arguments, "--json")
-    return time.perf_counter() - started
+    run_python("-m", "lofit_fast.cli", *arguments, "--json")
+    seconds = time.perf_counter() - started
+    # every run's result; an epoch's checkpoint keeps its adapter elsewhere
+    left = [path for path in output.rglob("adapter/adapter_model.safetensors") if path.parents[1].name != "select"]
+    if len(left) != runs:
+        raise RuntimeError(f"lofit-fast {arguments[0]} left {len(left)} adapters in {output}, expected {runs}")
+    return seconds

@@ -105,6 +105,7 @@ def end_with(watched: Connection) -> None:
 
 
 def row_of_run(index: int) -> Row:
+    """In a worker: the row of the grid's run of this number; the base is loaded for the first."""
     global _runner
     grid, folder, resume = _arguments
     # here rather than at the beginning: an error in a pool's initializer reaches nobody

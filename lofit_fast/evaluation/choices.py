@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.patching.architectures import ARCHITECTURES, text_config
+from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import evaluating
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides

@@ -1,47 +1,23 @@
-"""Where the output projection of each model family is, as data. Adding a family is adding a row and its test.
+"""The output projections of a model: found by the rows of `families.py`, each checked to take heads x head_dim inputs.
 
 Nothing here imports transformers: a model is a tree of named modules with a `config`.
 """
 
-import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 
 from torch import nn
 
+from lofit_fast.patching.families import ARCHITECTURES, GENERIC, Architecture
 
-@dataclass(frozen=True)
-class Architecture:
-    """One family.
-
-    model_type: the config's name for it. projection: the output projection's path inside a layer.
-    bias_flag: the config attribute that gives the projection a bias, and `biased_siblings` one too; None if the
-    family hard-codes it away. export_as: the model_type whose stock code computes the same with such a bias.
-    ffn: the feed-forward block's path inside a layer.
-    """
-
-    model_type: str
-    projection: str = "self_attn.o_proj"
-    bias_flag: str | None = "attention_bias"
-    biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    export_as: str | None = None
-    ffn: str = "mlp"
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    row.model_type: row
-    for row in (
-        Architecture("llama"),
-        Architecture("gemma"),
-        Architecture("gemma2"),
-        Architecture("gemma3_text"),
-        Architecture("qwen3"),
-        Architecture("mistral", bias_flag=None, export_as="llama"),
-        Architecture("qwen2", bias_flag=None, export_as="llama"),
-    )
-}
-
-# families without a row: a linear called o_proj whose inputs are heads x head_dim; merged in memory, not exported
-GENERIC = Architecture("*", bias_flag=None)
+# what modules and configs call the number of heads, and the width of one head's output
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads", "decoder_attention_heads")
+_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
+_HIDDEN = ("hidden_size", "embed_dim", "d_model", "n_embd")
+# what a linear calls its number of inputs, and of outputs; quantized ones have names of their own
+_INPUTS = ("in_features", "infeatures", "nx")
+_OUTPUTS = ("out_features", "outfeatures", "nf")
 
 
 @dataclass(frozen=True)
@@ -59,16 +35,26 @@ class Projection:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The shape of a base model, as far as an adapter depends on it."""
+    """The shape of a base model, as far as an adapter depends on it.
+
+    layers: those with a projection. heads, head_dim, hidden: one number where all of these layers have the same, else
+    one per layer.
+    """
 
     model_type: str
     layers: int
-    heads: int
-    head_dim: int
-    hidden: int
+    heads: int | tuple[int, ...]
+    head_dim: int | tuple[int, ...]
+    hidden: int | tuple[int, ...]
 
-    def as_dict(self) -> dict[str, str | int]:
-        """Plain data, for adapter_config.json."""
+    def __post_init__(self) -> None:
+        # JSON knows lists alone
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+
+    def as_dict(self) -> dict[str, str | int | tuple[int, ...]]:
+        """Plain data, for the adapter's config."""
         return asdict(self)
 
 
@@ -88,48 +74,125 @@ def text_config(model: nn.Module):
 def find_projections(model: nn.Module) -> list[Projection]:
     """Every output projection of the decoder, by ascending layer.
 
-    Raises TypeError for something that is no Hugging Face model, ValueError, naming what was looked for, where no
-    projection or none of heads x head_dim inputs is found.
+    A layer's number is its place in the decoder's list. Layers without attention (linear attention, convolutions, state
+    spaces) have none. Of a model with several towers the language model counts, as its `get_decoder()` says.
+
+    Raises:
+        TypeError: something that is no Hugging Face model.
+        ValueError: no projection or none of heads x head_dim inputs, naming what was looked for; several decoders.
     """
-    config, path = text_config(model), architecture_of(model).projection
-    pattern = re.compile(rf"(?:^|\.)layers\.(\d+)\.{re.escape(path)}$")
-    found = [(int(m.group(1)), name) for name, _ in model.named_modules() if (m := pattern.search(name))]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: looked for a linear at "
-            f"'layers.<n>.{path}' with heads x head_dim inputs and found none"
-        )
-    layers = [layer for layer, _ in found]
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"{type(model).__name__} has several decoders ({len(layers)} projections): pass one of them")
-    return [_projection(model, config, layer, name) for layer, name in sorted(found)]
+    prefix, layers = _layer_list(model)
+    config, paths = text_config(model), architecture_of(model).projections
+    found = []
+    for number, layer in enumerate(layers):
+        path = next((path for path in paths if _has(layer, path)), None)
+        if path is not None:
+            found.append(_projection(model, config, number, f"{prefix}.{number}.{path}"))
+    return found
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, ascending. Raises as `find_projections` does for a model without any."""
-    names = [projection.name.split(".") for projection in find_projections(model)]
-    return [model.get_submodule(".".join(name[: name.index("layers") + 2])) for name in names]
+    """All of the decoder's layers, ascending, those without attention too. Raises as `find_projections` does."""
+    return list(_layer_list(model)[1])
+
+
+def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name in the model, list) of the decoder's layers: the one list of which some have an output projection."""
+    config, paths = text_config(model), architecture_of(model).projections
+    prefix, decoder = _decoder(model)
+    # what the model calls its decoder may be something else
+    found = _lists(prefix, decoder, paths) or _lists("", model, paths)
+    if not found:
+        looked_for = " or ".join(f"'layers.<n>.{path}'" for path in paths)
+        raise ValueError(
+            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: looked for a linear at "
+            f"{looked_for} with heads x head_dim inputs and found none"
+        )
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise ValueError(
+            f"{type(model).__name__} has several decoders ({names}), and does not say which one is its language model: "
+            "pass the model that holds one of them"
+        )
+    return found[0]
+
+
+def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name in the model, module) of the language model; the model itself where it says nothing."""
+    find = getattr(model, "get_decoder", None)
+    decoder = model if find is None else find()
+    names = {id(module): name for name, module in model.named_modules()}
+    return (names[id(decoder)], decoder) if id(decoder) in names else ("", model)
+
+
+def _lists(prefix: str, root: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, nn.ModuleList]]:
+    """The lists below the root of which some member has a projection at one of the paths."""
+    return [
+        (name, module)
+        for name, module in root.named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and any(_has(layer, path) for layer in module for path in paths)
+    ]
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        return _number(layer.get_submodule(path), _INPUTS) is not None
+    except AttributeError:
+        return False
 
 
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent_name, _, attribute = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-    inputs = getattr(module, "in_features", None)
-    n_heads = config.num_attention_heads
-    head_dim = getattr(parent, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    # families with heads that vary by layer: the inputs decide
-    if isinstance(n_heads, list | tuple):
-        n_heads = n_heads[layer]
-    if inputs != n_heads * head_dim:
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"{name}: torch's MultiheadAttention never calls its projection, so that it cannot be wrapped")
+    inputs, shapes = _number(module, _INPUTS), list(_shapes(config, parent, layer))
+    fitting = next((shape for shape in shapes if shape[0] * shape[1] == inputs), None)
+    if fitting is None:
+        n_heads, head_dim = shapes[0] if shapes else ("?", "?")
+        expected = f" = {n_heads * head_dim}" if shapes else ""
         raise ValueError(
-            f"{name}: expected a linear of {n_heads} heads x {head_dim} = {n_heads * head_dim} inputs, got "
-            f"{type(module).__name__} with {inputs}"
+            f"{name}: expected a linear of {n_heads} heads x {head_dim}{expected} inputs, got {type(module).__name__} "
+            f"with {inputs}"
         )
-    return Projection(layer, name, parent, attribute, module, n_heads, head_dim)
+    return Projection(layer, name, parent, attribute, module, *fitting)
+
+
+def _shapes(config, parent: nn.Module, layer: int) -> Iterator[tuple[int, int]]:
+    """(heads, head_dim) as the attention module or the config have them, the likeliest first."""
+    heads, widths, hidden = (
+        [n for owner in (parent, config) for name in names if (n := _of_layer(getattr(owner, name, None), layer))]
+        for names in (_HEADS, _WIDTHS, _HIDDEN)
+    )
+    yield from product(heads, widths)
+    yield from ((n, size // n) for n, size in product(heads, hidden) if size % n == 0)
+
+
+def _of_layer(value: object, layer: int) -> int | None:
+    """A number that may vary by layer."""
+    if isinstance(value, list | tuple):
+        value = value[layer] if layer < len(value) else None
+    return value if type(value) is int and value > 0 else None
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    return next((n for name in names if type(n := getattr(module, name, None)) is int), None)
+
+
+def inputs_of(module: nn.Module) -> int:
+    """K, the number of inputs of a linear, whatever it calls it."""
+    return _number(module, _INPUTS)
+
+
+def outputs_of(module: nn.Module) -> int:
+    """N, the number of outputs of a linear, whatever it calls it. Raises AttributeError where it says nothing."""
+    if (number := _number(module, _OUTPUTS)) is None:
+        raise AttributeError(f"{type(module).__name__} has none of {', '.join(_OUTPUTS)}")
+    return number
 
 
 def fingerprint(model: nn.Module, projections: list[Projection]) -> Fingerprint:
     """The model's shape, read off its projections."""
-    first = projections[0]
-    hidden = getattr(first.module, "out_features", None) or text_config(model).hidden_size
-    return Fingerprint(text_config(model).model_type, len(projections), first.n_heads, first.head_dim, hidden)
+    shapes = [(p.n_heads, p.head_dim, outputs_of(p.module)) for p in projections]
+    sizes = (column[0] if len(set(column)) == 1 else column for column in zip(*shapes, strict=True))
+    return Fingerprint(text_config(model).model_type, len(projections), *sizes)

@@ -90,7 +90,9 @@ class LofitHandle:
 
     def adapter(self) -> Adapter:
         """What `save` writes; the tensors are the handle's own."""
-        base = getattr(text_config(self.model), "_name_or_path", "") or ""
+        # a wrapper's text part has no name of its own
+        names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
+        base = next(filter(None, names), "")
         return Adapter(self.config, dict(self.vectors()), self.fingerprint, base)
 
     def take(self, adapter: Adapter) -> None:
@@ -113,7 +115,7 @@ class LofitHandle:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
         for p in adapted:
-            setattr(p.parent, p.attribute, self.layers[p.layer].base_layer)
+            setattr(p.parent, p.attribute, self.layers[p.layer].inner)
         parameters = dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
@@ -164,6 +166,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     Raises TypeError or ValueError for an unknown model, a model already patched, a layer or head out of range. A
     refused model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from lofit_fast.patching.architectures import outputs_of
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -15,24 +16,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class LofitLinear(nn.Module):
     """y = ((1 + a) * z + v) W^T + b around a base projection that stays as it is.
 
-    base_layer: the module that computes z W^T + b, with in_features = n_heads * head_dim.
+    inner: the module that computes z W^T + b, with in_features = n_heads * head_dim.
     scale, offset: parameters (h, D), float32 (float64 after `.double()`), rows by ascending head; None if absent.
 
     The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight. Otherwise
-    `base_layer` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
+    `inner` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
     `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
     """
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        inner: nn.Module,
         n_heads: int,
         head_dim: int,
         scale_heads: list[int] | None,
         offset_heads: list[int] | None,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
@@ -40,12 +41,12 @@ class LofitLinear(nn.Module):
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
         self.folded_with_graph: Tensor | None = None
-        of_base = next(base_layer.parameters(), torch.empty(0))
+        of_base = next(inner.parameters(), torch.empty(0))
         dtype = torch.float64 if of_base.dtype == torch.float64 else torch.float32
         self._heads = {"scale": scale_heads, "offset": offset_heads}
         for component, heads in (("scale", scale_heads), ("offset", offset_heads)):
             shape = None if heads is None else (len(heads), head_dim)
-            rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=_device_of(base_layer, of_base))
+            rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=_device_of(inner, of_base))
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
             self.register_buffer(f"{component}_heads", None, persistent=False)
         self._place_heads()
@@ -53,28 +54,28 @@ class LofitLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, (N, K)."""
-        return self.base_layer.weight
+        return self.inner.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias, (N,) or None: never the folded offsets."""
-        return self.base_layer.bias
+        return self.inner.bias
 
     @property
     def in_features(self) -> int:
         """K = n_heads * head_dim."""
-        return self.base_layer.in_features
+        return self.n_heads * self.head_dim
 
     @property
     def out_features(self) -> int:
         """N, the hidden size."""
-        return self.base_layer.out_features
+        return outputs_of(self.inner)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         if not self.enabled:
-            return self.base_layer(z)
-        base = self.base_layer
+            return self.inner(z)
+        base = self.inner
         vectors = {"scale": self.scale, "scale_heads": self.scale_heads}
         offset = {"offset": self.offset, "offset_heads": self.offset_heads}
         if not is_plain_linear(base):
@@ -86,7 +87,7 @@ class LofitLinear(nn.Module):
 
     def trains_offset(self) -> bool:
         """Whether a forward that builds a graph needs one through the offset, and none through the weight beside it."""
-        return self.offset is not None and self.offset.requires_grad and not self.base_layer.weight.requires_grad
+        return self.offset is not None and self.offset.requires_grad and not self.inner.weight.requires_grad
 
     def _folded_offset(self) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset, if there is one."""
@@ -96,14 +97,14 @@ class LofitLinear(nn.Module):
             return None
         if self.folded_with_graph is not None:
             return self.folded_with_graph
-        return fold_offsets([self.base_layer.weight], [self.offset], [self.offset_heads])[0]
+        return fold_offsets([self.inner.weight], [self.offset], [self.offset_heads])[0]
 
     @contextmanager
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
-        if outer is None and self.offset is not None and is_plain_linear(self.base_layer):
-            self.folded = fold_offset(self.base_layer.weight, self.offset, self.offset_heads)
+        if outer is None and self.offset is not None and is_plain_linear(self.inner):
+            self.folded = fold_offset(self.inner.weight, self.offset, self.offset_heads)
         try:
             yield
         finally:
@@ -115,17 +116,17 @@ class LofitLinear(nn.Module):
 
     def state_dict(self, *args, **kwargs):
         """The base layer's state under the base layer's own names."""
-        return self.base_layer.state_dict(*args, **kwargs)
+        return self.inner.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # the children are filled after this call, from keys below theirs
         own = [key for key in state_dict if key.startswith(prefix)]
         for key in own:
-            state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+            state_dict[f"{prefix}inner.{key[len(prefix) :]}"] = state_dict.pop(key)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
-            self.base_layer._apply(fn)
+            self.inner._apply(fn)
         super()._apply(_at_least_float32(fn), recurse=False)
         self._place_heads()
         return self
@@ -164,12 +165,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _device_of(base_layer: nn.Module, parameter: Tensor) -> torch.device:
+def _device_of(inner: nn.Module, parameter: Tensor) -> torch.device:
     """Where a layer computes. Raises ValueError for weights that are nowhere."""
     if parameter.device.type != "meta":
         return parameter.device
     # accelerate keeps offloaded weights on meta, and brings them to this device for each forward
-    device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
     if device is None:
         raise ValueError("cannot patch a model whose weights are on the meta device: load it first")
     return torch.device(device)

@@ -22,7 +22,7 @@ Layers = Mapping[int, LofitLinear]
 @torch.no_grad()
 def merged_tensors(layer: LofitLinear) -> tuple[Tensor, Tensor | None]:
     """(W', b') of one projection in the base layer's dtype, detached; b' is None without a base bias and offsets."""
-    base = layer.base_layer
+    base = layer.inner
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     if layer.offset is not None:
         bias = fold_offset(weight, layer.offset, layer.offset_heads, bias).to(weight.dtype)
@@ -36,7 +36,7 @@ def merged_tensors(layer: LofitLinear) -> tuple[Tensor, Tensor | None]:
 def check_mergeable(model: nn.Module, layers: Layers, projections: Sequence[Projection]) -> None:
     """Raise ValueError unless every linear that merging changes is a plain nn.Linear with floating weights."""
     for number, layer in layers.items():
-        base = layer.base_layer
+        base = layer.inner
         if type(base) is not nn.Linear or not base.weight.is_floating_point() or base.weight.layout != torch.strided:
             raise ValueError(
                 f"cannot merge layer {number}: expected a plain nn.Linear, got {type(base).__name__}; "
@@ -61,7 +61,7 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
     architecture, with_flag = architecture_of(model), needs_bias_flag(layers)
     for layer in layers.values():
         weight, bias = merged_tensors(layer)
-        base = layer.base_layer
+        base = layer.inner
         base.weight.copy_(weight)
         if base.bias is not None:
             base.bias.copy_(bias)
@@ -84,7 +84,7 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
 
 def needs_bias_flag(layers: Layers) -> bool:
     """Whether merging adds a bias where the base has none."""
-    return any(layer.offset is not None and layer.base_layer.bias is None for layer in layers.values())
+    return any(layer.offset is not None and layer.inner.bias is None for layer in layers.values())
 
 
 def flagged(model: nn.Module, projections: Sequence[Projection]) -> Iterator[tuple[Projection, str]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.files import whole_folder, write_json
-from lofit_fast.patching.architectures import ARCHITECTURES, GENERIC, Fingerprint
+from lofit_fast.patching.architectures import Fingerprint
+from lofit_fast.patching.families import ARCHITECTURES, GENERIC
 
 FORMAT_VERSION = 1
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +50,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "init_std": config.init_std,
         "seed": config.seed,
     }
-    projection = ARCHITECTURES.get(adapter.fingerprint.model_type, GENERIC).projection
+    projection = ARCHITECTURES.get(adapter.fingerprint.model_type, GENERIC).projections[0]
     tensors = {
         f"layers.{number}.{projection}.{component}": vectors.detach().cpu().contiguous()
         for (component, number), vectors in adapter.tensors.items()

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from lofit_fast.patching.architectures import (
-    ARCHITECTURES,
-    GENERIC,
     Fingerprint,
     architecture_of,
+    decoder_layers,
     find_projections,
     fingerprint,
     text_config,
 )
+from lofit_fast.patching.families import ARCHITECTURES, GENERIC
 from tests.tiny_models import FAMILIES, HEADS, HIDDEN, LAYERS, tiny_model
 
 
@@ -36,10 +36,10 @@ def other_family():
     return OlmoForCausalLM(config).eval()
 
 
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
+def without_attention():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=97, hidden_size=8, num_hidden_layers=1, num_heads=2, head_dim=8))
 
 
 def test_find_projections(family):
@@ -120,8 +120,8 @@ def test_find_projections_refuses_what_is_no_model(model):
 
 
 def test_find_projections_says_what_it_looked_for():
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*'gpt2'.*'layers\.<n>\.self_attn\.o_proj'"):
-        find_projections(gpt2())
+    with pytest.raises(ValueError, match=r"Mamba2ForCausalLM.*'mamba2'.*'layers\.<n>\.self_attn\.o_proj'"):
+        find_projections(without_attention())
 
 
 def test_find_projections_refuses_inputs_that_are_no_heads():
@@ -131,8 +131,23 @@ def test_find_projections_refuses_inputs_that_are_no_heads():
         find_projections(model)
 
 
-def test_find_projections_refuses_two_decoders():
+def test_find_projections_takes_the_language_model_of_several_towers():
     model = tiny_model("llama")
     model.draft = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"several decoders \(6 projections\)"):
+    assert [p.module for p in find_projections(model)] == [x.self_attn.o_proj for x in model.model.layers]
+    assert decoder_layers(model) == list(model.model.layers)
+
+
+def test_find_projections_refuses_two_decoders():
+    model = tiny_model("llama")
+    model.model.more = nn.ModuleList(tiny_model("llama").model.layers)
+    with pytest.raises(ValueError, match=r"several decoders \(model\.layers, model\.more\)"):
+        find_projections(model)
+
+
+def test_find_projections_refuses_a_projection_that_is_never_called():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn = nn.MultiheadAttention(HIDDEN, HEADS)
+    model.model.layers[1].self_attn.o_proj = nn.Linear(HIDDEN, HIDDEN)
+    with pytest.raises(ValueError, match="never calls its projection"):
         find_projections(model)

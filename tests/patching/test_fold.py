@@ -174,16 +174,16 @@ def test_folding_inside_a_folded_scope_is_fresh_where_gradients_are(calls):
 
 def test_folding_skips_what_it_may_not_touch(calls):
     model, handle = build()
-    handle.layers[0].base_layer.register_forward_hook(lambda *_: None)
+    handle.layers[0].inner.register_forward_hook(lambda *_: None)
     handle.layers[2].enabled = False
     loss(model).backward()
     assert calls["fold"] == [1]
-    handle.layers[1].base_layer.weight.requires_grad_(True)
+    handle.layers[1].inner.weight.requires_grad_(True)
     loss(model).backward()
     # gradients of the weight run through the offset too: the op has both
     assert calls["fold"] == [1]
-    assert handle.layers[1].base_layer.weight.grad is not None
-    handle.layers[1].base_layer.weight.requires_grad_(False)
+    assert handle.layers[1].inner.weight.grad is not None
+    handle.layers[1].inner.weight.requires_grad_(False)
     handle.layers[1].offset.requires_grad_(False)
     loss(model).backward()
     assert calls["fold"] == [1]
@@ -191,7 +191,7 @@ def test_folding_skips_what_it_may_not_touch(calls):
 
 def test_folding_waits_for_weights_that_come_later(calls):
     model, handle = build()
-    weight = handle.layers[0].base_layer.weight
+    weight = handle.layers[0].inner.weight
     kept = weight.detach().clone()
 
     def gather(*_):

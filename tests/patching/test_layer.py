@@ -77,14 +77,14 @@ def test_layer_insists_on_a_form(form):
     z = torch.randn(64, K).bfloat16()
     layer.form = form
     # so small a scale is lost in the pass, and only there
-    assert torch.equal(layer(z), layer.base_layer(z)) == (form == "pass")
+    assert torch.equal(layer(z), layer.inner(z)) == (form == "pass")
 
 
 @pytest.mark.parametrize("base", [nn.Linear, Doubling])
 def test_layer_disabled_is_the_base(base, z):
     layer = wrap(base(K, N))
     layer.enabled = False
-    assert torch.equal(layer(z), layer.base_layer(z))
+    assert torch.equal(layer(z), layer.inner(z))
 
 
 def plain() -> nn.Linear:
@@ -178,7 +178,7 @@ def test_hooks_on_the_base_are_called(register, when, z):
 
 def test_hooks_that_change_the_output_are_obeyed(z):
     layer = wrap()
-    layer.base_layer.register_forward_hook(lambda module, args, output: -output)
+    layer.inner.register_forward_hook(lambda module, args, output: -output)
     expected = -reference.affine_linear(z, layer.weight, layer.bias, **inputs(layer))
     torch.testing.assert_close(layer(z), expected, rtol=1e-13, atol=1e-13)
 
@@ -191,7 +191,7 @@ def test_forward_override_of_the_instance_is_obeyed(z):
 
 def test_parametrization_of_the_base_is_obeyed(z):
     layer = wrap(parametrized())
-    expected = reference.affine_linear(z, layer.base_layer.weight, layer.bias, **inputs(layer))
+    expected = reference.affine_linear(z, layer.inner.weight, layer.bias, **inputs(layer))
     torch.testing.assert_close(layer(z), expected, rtol=1e-13, atol=1e-13)
 
 
@@ -241,7 +241,7 @@ def test_layer_stands_in_for_its_base():
 
 def test_layer_state_dict_is_the_bases():
     layer = wrap()
-    state, expected = layer.state_dict(), layer.base_layer.state_dict()
+    state, expected = layer.state_dict(), layer.inner.state_dict()
     assert list(state) == list(expected) == ["weight", "bias"]
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     parent = nn.ModuleDict({"o_proj": layer})

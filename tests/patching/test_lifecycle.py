@@ -66,7 +66,7 @@ def test_unpatch_keeps_what_was_put_around_the_base_since(llama):
     from peft import LoraConfig, get_peft_model
 
     handle = lf.patch(llama, CONFIG)
-    wrapped = get_peft_model(llama, LoraConfig(target_modules=["base_layer"], r=2, init_lora_weights=False)).eval()
+    wrapped = get_peft_model(llama, LoraConfig(target_modules=["inner"], r=2, init_lora_weights=False)).eval()
     with handle.disabled(), torch.no_grad():
         expected = wrapped(tokens()).logits
     handle.unpatch()

@@ -60,7 +60,7 @@ def test_merged_tensors_are_the_formula(bias):
     handle = patched(model)
     layer = handle.layers[1]
     if bias:
-        nn.init.normal_(layer.base_layer.bias)
+        nn.init.normal_(layer.inner.bias)
     a, v = torch.zeros(2, 4, 16, dtype=torch.float64)
     a[[1, 2]], v[[0, 3]] = layer.scale.detach(), layer.offset.detach()
     weight, b = merged_tensors(layer)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.patching.architectures import ARCHITECTURES, text_config
+from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 
 

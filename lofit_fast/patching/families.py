@@ -1,0 +1,56 @@
+"""Where the output projection of each model family is, as data. Adding a family is adding a row and its test."""
+
+from dataclasses import dataclass
+
+# where a layer's attention output is projected, in the order in which a layer is asked for it
+PROJECTIONS = (
+    "self_attn.o_proj",
+    "attention.o_proj",
+    "attn.o_proj",
+    "mixer.o_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "self_attention.dense",
+    "attention.dense",
+    "attn.out_proj",
+    "attn.c_proj",
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family.
+
+    Attributes:
+        model_type: the config's name for it.
+        projections: the output projection's path inside a layer; of several, each layer has the first that is there.
+        bias_flag: the config attribute that gives the projection a bias, and `biased_siblings` one too; None if the
+            family hard-codes it away.
+        biased_siblings: linears beside the projection, in the module that holds it.
+        export_as: the model_type whose stock code computes the same with such a bias.
+        ffn: the feed-forward block's path inside a layer.
+    """
+
+    model_type: str
+    projections: tuple[str, ...] = ("self_attn.o_proj",)
+    bias_flag: str | None = "attention_bias"
+    biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    export_as: str | None = None
+    ffn: str = "mlp"
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    row.model_type: row
+    for row in (
+        Architecture("llama"),
+        Architecture("gemma"),
+        Architecture("gemma2"),
+        Architecture("gemma3_text"),
+        Architecture("qwen3"),
+        Architecture("mistral", bias_flag=None, export_as="llama"),
+        Architecture("qwen2", bias_flag=None, export_as="llama"),
+    )
+}
+
+# families without a row: a linear of a usual name whose inputs are heads x head_dim; merged in memory, not exported
+GENERIC = Architecture("*", PROJECTIONS, bias_flag=None)

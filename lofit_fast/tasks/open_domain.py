@@ -23,9 +23,9 @@ def triviaqa(data: str | Path | None = None, validation_size: int | None = None,
     """TriviaQA without its documents: exact match with any of a question's answers.
 
     Args:
-        data: None for the hub's data set (validation split, through `datasets`; not verified offline), or a file of a type
-            in `row_files.READERS`, or a folder with triviaqa.jsonl, of rows {"question": text, "answers": [text, ...]}.
-            In a cell of CSV a list is written as in JSON.
+        data: None for the hub's data set (validation split, through `datasets`; not verified offline), or a file of a
+            type in `row_files.READERS`, or a folder with triviaqa.jsonl, of rows {"question": text, "answers": [text,
+            ...]}. In a cell of CSV a list is written as in JSON.
         validation_size: keep that many questions, drawn from the seed; None keeps all.
         seed: of that draw.
 

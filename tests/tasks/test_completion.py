@@ -155,7 +155,9 @@ def test_completion_rejects_what_is_not_json(tmp_path):
 def test_completion_rejects_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file, expected one of type \.jsonl, \.json"):
         completion(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(FileNotFoundError, match="alone: no such file or folder, and not a data set id such as owner/na"):
+    with pytest.raises(
+        FileNotFoundError, match="alone: no such file or folder, and not a data set id such as owner/na"
+    ):
         completion("alone")
     (tmp_path / "a.xlsx").write_text("prompt,completion")
     with pytest.raises(ValueError, match=r"got a file of type \.xlsx, expected one of type \.jsonl, \.json, \.csv"):

@@ -50,7 +50,7 @@ def eval(
     reading = reading_of(split, subset, columns)
     base, tokenizer = loaded(model, adapter, dtype, device)
     seed = data_seed_of(adapter) if seed is None else seed
-    examples = load_task(task_name(task, data), data, tokenizer, seed=seed, **reading)
+    examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
     report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics

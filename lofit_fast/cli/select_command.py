@@ -84,7 +84,7 @@ def select(
     reading = reading_of(split, subset, columns)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]
     base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, **reading)
+    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for key in names:

@@ -105,7 +105,7 @@ def train(
         # a run goes on in the dtype that it was begun in
         dtype = dtype_of_run(output) or dtype
     base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, **reading)
+    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     objective = objective_of(examples)
     if isinstance(objective, Preferences):
         objective = replace(objective, beta=Preferences.beta if beta is None else beta)

@@ -73,7 +73,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header = [name.strip() for name in next(reader, [])]
-            _check_header(header, path)
+            _check_header(header, path, delimiter)
             number, begins = 0, reader.line_num + 1
             for cells in reader:
                 # an empty line is no row
@@ -92,9 +92,14 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
         csv.field_size_limit(limit)
 
 
-def _check_header(header, path):
+def _check_header(header, path, delimiter):
     if not any(header):
         raise ValueError(f"{path}: got no column names, expected them in the first line")
+    other = next((sign for sign in (";", "\t", ",", "|") if sign != delimiter and sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise ValueError(
+            f"{path}: got one column, {header[0]!r}, expected {delimiter!r} between columns, not {other!r}"
+        )
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise ValueError(f"{path}: got the column {twice[0]!r} more than once, expected names that differ: {header}")
 

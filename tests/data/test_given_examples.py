@@ -9,13 +9,15 @@ ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 def held(kind):
     """The rows in the hands of a library."""
+    if kind == "polars":
+        # stands in for the library, which nothing here installs
+        return type("DataFrame", (), {"__module__": "polars.dataframe.frame", "to_dicts": lambda self: ROWS})()
     library = pytest.importorskip(kind.partition(".")[0])
     return {
         "datasets": lambda: library.Dataset.from_list(ROWS),
         "datasets.stream": lambda: library.Dataset.from_list(ROWS).to_iterable_dataset(),
         "pandas": lambda: library.DataFrame(ROWS),
         "pyarrow": lambda: library.Table.from_pylist(ROWS),
-        "polars": lambda: library.DataFrame(ROWS),
     }[kind]()
 
 

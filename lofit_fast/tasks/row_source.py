@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file
+from lofit_fast.tasks.source import PROMPTS
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
 # the names that rows are read by, whatever a file calls its columns
@@ -103,6 +104,10 @@ def _folder_rows(folder: Path, split: str | None) -> Rows:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         yield from _saved_rows(folder, split)
         return
+    if (folder / PROMPTS).is_file():
+        raise ValueError(
+            f"{folder}: got the folder of a published task ({PROMPTS} is in it): name the task, with --task"
+        )
     for path in _files_of(folder, split):
         yield from file_rows(path)
 

@@ -110,6 +110,10 @@ def test_a_folder_of_files(tmp_path, suffix):
 def test_a_folder_of_files_without_splits(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"got a folder without rows, expected files of type \.jsonl"):
         read(tmp_path)
+    (tmp_path / "prompts.json").write_text("{}")
+    with pytest.raises(ValueError, match="got the folder of a published task.*name the task, with --task"):
+        read(tmp_path)
+    (tmp_path / "prompts.json").unlink()
     for name, rows in (("b.jsonl", ROWS[2:]), ("a.jsonl", ROWS[:2])):
         write(tmp_path / name, rows)
     assert read(tmp_path) == ROWS

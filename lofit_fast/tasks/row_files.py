@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,23 @@ def file_rows(path: Path) -> Rows:
 def is_row_file(path: Path) -> bool:
     """Whether a name ends as that of a file of rows does."""
     return path.suffix.lower() in READERS
+
+
+def unpadded(row: Mapping[str, object]) -> dict[str, object]:
+    """A row of Arrow (Parquet, `datasets`) with its messages as they were written.
+
+    Arrow gives every message of a column the keys of all others, with null where a message had none. To a chat
+    template a key that is there is another thing than one that is not. A content of null stays: people write it.
+    """
+    return {name: _dense(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def _dense(value):
+    if isinstance(value, list):
+        return [_dense(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None or key == "content"}
+    return value
 
 
 def _json_rows(path: Path) -> Rows:
@@ -114,7 +131,7 @@ def _parquet_rows(path: Path) -> Rows:
         with parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=PARQUET_BATCH)
             rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+            yield from ((f"{path}: row {number}", unpadded(row)) for number, row in enumerate(rows, start=1))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: expected Parquet, got what is not: {error}") from error
 

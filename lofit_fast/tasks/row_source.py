@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file
+from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, unpadded
 from lofit_fast.tasks.source import PROMPTS
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
@@ -144,7 +144,7 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
 
 
 def _numbered(rows: Iterable, name: str) -> Iterator[tuple[str, object]]:
-    return ((f"{name}: row {number}", row) for number, row in enumerate(rows, start=1))
+    return ((f"{name}: row {number}", unpadded(row)) for number, row in enumerate(rows, start=1))
 
 
 def _library():

@@ -26,6 +26,13 @@ def test_libraries(kind):
     assert [*given_examples(held(kind))] == ROWS
 
 
+@pytest.mark.parametrize("kind", ["datasets", "datasets.stream", "pyarrow"])
+def test_messages_have_no_keys_that_nobody_wrote(kind, monkeypatch):
+    talks = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]}]
+    monkeypatch.setitem(globals(), "ROWS", talks)
+    assert [*given_examples(held(kind))] == talks
+
+
 def test_lists_and_generators():
     assert given_examples(ROWS) is ROWS
     assert [*given_examples(row for row in ROWS)] == ROWS

@@ -94,6 +94,17 @@ def test_a_folder_that_datasets_has_saved(datasets, tmp_path):
     assert next(source_rows(tmp_path / "one"))[0] == f"{tmp_path / 'one'}: row 1"
 
 
+def test_messages_have_no_keys_that_nobody_wrote(datasets, tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked = {"role": "user", "content": "1+1?"}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]},
+        {"messages": [asked, {"role": "assistant", "content": "2", "thinking": "easy"}]},
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert read(write(tmp_path / "a.parquet", rows)) == read(tmp_path / "saved") == rows
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_a_folder_of_files(tmp_path, suffix):
     (tmp_path / "data").mkdir()

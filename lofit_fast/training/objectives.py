@@ -382,10 +382,10 @@ def _pair_tokens(pair: dict) -> int:
     return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
 
 
-def preferences_of(data: Iterable[Preference | Mapping[str, object]]) -> list[Preference]:
+def preferences_of(data: Iterable[Preference | Mapping[str, object]]) -> tuple[Preference, ...]:
     """Preferences from what a `Preferences` holds. Raises ValueError naming the row that is none."""
     rows = enumerate(given_examples(data), start=1)
-    return [as_preference(row, f"preference {number}") for number, row in rows]
+    return tuple(as_preference(row, f"preference {number}") for number, row in rows)
 
 
 def _counted(examples: Iterable, progress: bool) -> Iterable:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from lofit_fast.tasks.chat import conversation_of
 from lofit_fast.tasks.source import SUFFIXES, json_rows
 from lofit_fast.tasks.task import Example, Task, draw
 
@@ -16,13 +17,14 @@ def completion(
     validation: str | Path | float = 0.1,
     train_size: int | None = None,
     seed: int = 42,
+    train_on: str = "all",
 ) -> Task:
     """Rows of `prompt` and `completion`, or of chat `messages`, as a task with open answers.
 
     Strings are taken as they are: no space, newline or end-of-sequence token is invented between or after them. Of a
-    row of messages (a list of {role, content}, the last from the assistant) the prompt is
-    `tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)` and the completion is the
-    last content. Such a prompt already holds the template's special tokens: do not add them again when tokenising.
+    row of messages (a list of {role, content, ...}, the last from the assistant) the tokenizer's chat template makes a
+    text, in which the assistant's turns are found: see `chat.conversation`. `tools` and `chat_template_kwargs` of such
+    a row go to the template too. It is judged by its last turn.
 
     Args:
         data: a .jsonl file (one row a line), a .json file (an array, or again one row a line), or a hub data set as
@@ -35,15 +37,16 @@ def completion(
         train_size: keep that many training rows, a random subset in the order of the file (see `task.draw`); None keeps
             all.
         seed: of the share and of the subset.
+        train_on: which of the assistant's turns are learned, "all" or the "last".
 
     Raises:
         FileNotFoundError: no such file, and not a hub id either.
         TypeError: a source that is neither a path nor an id, or a share that is not a number.
         ValueError: anything wrong in the data (with file and line), no rows, or a share or train_size out of range.
     """
-    train = _examples(data, tokenizer)
+    train = _examples(data, tokenizer, train_on)
     if isinstance(validation, (str, Path)):
-        held_out = _examples(validation, tokenizer)
+        held_out = _examples(validation, tokenizer, train_on)
     else:
         train, held_out = _set_aside(train, validation, seed)
     if train_size is not None:
@@ -70,8 +73,8 @@ def _set_aside(examples, share, seed):
     return train, [examples[i] for i in sorted(chosen)]
 
 
-def _examples(source, tokenizer):
-    examples = [_example(row, where, tokenizer) for where, row in _rows(source)]
+def _examples(source, tokenizer, train_on):
+    examples = [_example(row, where, tokenizer, train_on) for where, row in _rows(source)]
     if not examples:
         raise ValueError(f"{source}: got no rows, expected at least one")
     return examples
@@ -98,36 +101,14 @@ def _hub_rows(name, split):
     return [(f"{name}:{split}: row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _example(row, where, tokenizer):
+def _example(row, where, tokenizer, train_on):
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got {type(row).__name__}, {EXPECTED}")
-    if "prompt" in row and "completion" in row:
-        prompt, answer = row["prompt"], row["completion"]
-    elif "messages" in row:
-        prompt, answer = _from_chat(row["messages"], where, tokenizer)
-    else:
+    if not {"prompt", "completion"} <= row.keys() and "messages" not in row:
         raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}")
     try:
-        return Example(prompt, answer)
+        if {"prompt", "completion"} <= row.keys():
+            return Example(row["prompt"], row["completion"])
+        return conversation_of(row, tokenizer, train_on)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _from_chat(messages, where, tokenizer):
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{where}: messages must be a list of two or more, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: every message must hold the texts role and content, got {message!r}")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be from the assistant, got {messages[-1]['role']!r}")
-    # a tokenizer without a template has the attribute, and it is None
-    if tokenizer is None or not getattr(tokenizer, "chat_template", "unknown"):
-        got = "no tokenizer" if tokenizer is None else "one without"
-        raise ValueError(f"{where}: messages need a tokenizer with a chat template, got {got}")
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    # templates raise whatever they like: only the place is added
-    except Exception as error:
-        raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
-    return prompt, messages[-1]["content"]

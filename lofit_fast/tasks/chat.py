@@ -17,6 +17,7 @@ _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what looks like one token, whether the tokenizer knows it as special or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
 _WORD = "ANSWER"
+_LAST = 'learn the last turn only (train_on="last", --train-on last)'
 
 
 class Rendered(str):
@@ -102,8 +103,9 @@ def conversation(
     messages = [dict(message) for message in messages]
     text, prompt = template.render(messages), template.render(messages[:-1], prompt=True)
     last = len(messages) - 1
+    _check_whole(messages, text)
     if not text.startswith(prompt):
-        raise ValueError(_no_prefix(last, prompt, text))
+        raise ValueError(_no_prefix(messages, last, prompt, text))
     if template.marks:
         learned = _marked(template, messages, text, prompt, train_on)
     else:
@@ -209,7 +211,7 @@ def _turn(template: _Template, messages: list[Mapping], i: int, text: str) -> tu
     """Where message i stands in the whole text: after the prompt for it, up to its ending."""
     prompt = _prompt_of(template, messages, i)
     if prompt is None or not text.startswith(prompt):
-        raise ValueError(_no_prefix(i, prompt, text))
+        raise ValueError(_no_prefix(messages, i, prompt, text))
     if i == len(messages) - 1:
         return len(prompt), _end_of_text(template, text)
     alone = template.render(messages[: i + 1])
@@ -222,7 +224,7 @@ def _turn(template: _Template, messages: list[Mapping], i: int, text: str) -> tu
         raise ValueError(
             f"{_name(i)} reads {alone[len(prompt) :][:60]!r} when it is the last message, and "
             f"{text[len(prompt) :][:60]!r} in the whole conversation: the chat template changes earlier turns, so they "
-            'cannot be learned as they are written; learn the last turn only (train_on="last", --train-on last)'
+            f"cannot be learned as they are written; {_LAST}"
         )
     end = len(alone.rstrip()) if same >= len(alone.rstrip()) else body
     if end == body and template.ending and text.startswith(template.ending, body):
@@ -305,20 +307,30 @@ def _has_text(message: Mapping) -> bool:
     return isinstance(content, str) or (content is None and others)
 
 
+def _check_whole(messages: list[Mapping], text: str) -> None:
+    """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
+    for i, message in enumerate(messages):
+        lines = (message.get("content") or "").strip().splitlines()
+        # what a tool says may be quoted, and what goes with a call of one moved
+        if lines and message["role"] != "tool" and not message.get("tool_calls") and lines[-1].strip() not in text:
+            raise ValueError(
+                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({lines[-1][:40]!r}): "
+                "expected a template that takes this role, and contents that are texts"
+            )
+
+
 def _name(i: int) -> str:
     return f"message {i + 1} (assistant)"
 
 
-def _no_prefix(i: int, prompt: str | None, text: str) -> str:
+def _no_prefix(messages: list[Mapping], i: int, prompt: str | None, text: str) -> str:
     if prompt is None:
-        return (
-            f"{_name(i)} cannot be found: the chat template refuses to prompt for it with the {i} messages before it; "
-            'learn the last turn only (train_on="last", --train-on last), or leave the message out'
-        )
+        return f"{_name(i)} cannot be found: the chat template refuses to prompt for it after {i} messages; {_LAST}"
     at = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
     return (
         f"{_name(i)} cannot be found: the chat template's prompt for it is no beginning of the whole conversation: "
         f"after {text[max(0, at - 30) : at]!r} it has {prompt[at : at + 40]!r}, the whole {text[at : at + 40]!r}. "
-        "Give what the template expects (the thinking of a reasoning model, say), the variables that it needs "
-        "(chat_template_kwargs), or another template"
+        + ("Give " if i == len(messages) - 1 else f"Either {_LAST}, or give ")
+        + "what the template expects (the thinking of a reasoning model), its variables (chat_template_kwargs), or "
+        "another template"
     )

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -144,3 +144,16 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 def kind_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer that cuts text as a family's does, trained on a few lines; of `KINDS`. Shared: do not change it."""
     return KINDS[name]()
+
+
+def chat_tokenizer(kind: str, template: str, special: Iterable[str], preamble: str = "") -> PreTrainedTokenizerFast:
+    """One of `KINDS` of its own, with a chat template and its special tokens. preamble: put before plain texts."""
+    tokenizer = KINDS[kind]()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
+    if preamble:
+        pieces = preamble.split()
+        pairs = [(piece, tokenizer.convert_tokens_to_ids(piece)) for piece in pieces]
+        processor = processors.TemplateProcessing(single=f"{preamble} $A", special_tokens=pairs)
+        tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from lofit_fast.tasks.chat import conversation_of
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw
@@ -27,13 +28,14 @@ def completion(
     subset: str | None = None,
     columns: Mapping[str, str] | None = None,
     progress: bool = False,
+    train_on: str = "all",
 ) -> Task:
     """Rows of `prompt` and `completion`, or of chat `messages`, as a task with open answers; or preferences.
 
     Strings are taken as they are: no space, newline or end-of-sequence token is invented between or after them. Of a
-    row of messages (a list of {role, content}, the last from the assistant) the prompt is
-    `tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)` and the completion is the
-    last content. Such a prompt already holds the template's special tokens: do not add them again when tokenising.
+    row of messages (a list of {role, content, ...}, the last from the assistant) the tokenizer's chat template makes a
+    text, in which the assistant's turns are found: see `chat.conversation`. `tools` and `chat_template_kwargs` of such
+    a row go to the template too. It is judged by its last turn.
 
     Rows of `prompt`, `chosen` and `rejected` (see `preference_rows.as_preference`) become `Task.preferences`, to be
     trained on with DPO, and those set aside become `Task.choices`: MC1 is the share of them whose chosen answer scores
@@ -55,6 +57,7 @@ def completion(
         subset: the configuration of a hub data set; of `validation` too, where that is one.
         columns: the names above -> the names that the source has, {"prompt": "question"} for instance; of both sources.
         progress: whether a bar shows reading that takes more than a second.
+        train_on: which of the assistant's turns are learned, "all" or the "last".
 
     Raises:
         FileNotFoundError: no such file, and not a hub id either.
@@ -64,9 +67,9 @@ def completion(
             not there, or a share or train_size out of range.
     """
     reading = {"subset": subset, "columns": columns, "progress": progress}
-    train = _examples(data, tokenizer, split=split, **reading)
+    train = _examples(data, tokenizer, train_on, split=split, **reading)
     if isinstance(validation, (str, Path)):
-        held_out = _examples(validation, tokenizer, **_of_second(validation, reading))
+        held_out = _examples(validation, tokenizer, train_on, **_of_second(validation, reading))
         _check_alike(data, train, validation, held_out)
     else:
         train, held_out = _set_aside(train, validation, seed)
@@ -107,7 +110,7 @@ def _check_alike(data, train, validation, held_out):
         raise ValueError(f"{data} holds {kinds[0]} and {validation} holds {kinds[1]}, expected the same of both")
 
 
-def _examples(source, tokenizer, **reading):
+def _examples(source, tokenizer, train_on, **reading):
     named = set(reading["columns"] or ())
     examples, first = [], None
     for where, row in source_rows(source, **reading):
@@ -119,7 +122,10 @@ def _examples(source, tokenizer, **reading):
                 f"{where}: got {_told(preference)}, but {first[1]} holds {_told(first[0])}: expected one of the two in "
                 "all rows"
             )
-        examples.append(_preference(row, where, tokenizer) if preference else _example(row, where, tokenizer))
+        if preference:
+            examples.append(as_preference(row, where, partial(_last_turn, where=where, tokenizer=tokenizer)))
+        else:
+            examples.append(_example(row, where, tokenizer, train_on))
     if not examples:
         raise ValueError(f"{source}: got no rows, expected at least one")
     return examples
@@ -148,39 +154,23 @@ def _hint(named):
     return f" (columns were given for {', '.join(sorted(named))})" if named else "; --columns renames"
 
 
-def _preference(row, where, tokenizer):
-    return as_preference(row, where, partial(_from_chat, where=where, tokenizer=tokenizer))
-
-
-def _example(row, where, tokenizer):
-    if "prompt" in row and "completion" in row:
+def _example(row, where, tokenizer, train_on):
+    try:
+        if not {"prompt", "completion"} <= row.keys():
+            return conversation_of(row, tokenizer, train_on)
         prompt, answer = row["prompt"], row["completion"]
         # a prompt and a completion of messages, as TRL has them, are one chat
         if isinstance(prompt, list) and isinstance(answer, list):
-            prompt, answer = _from_chat([*prompt, *answer], where, tokenizer)
-    else:
-        prompt, answer = _from_chat(row["messages"], where, tokenizer)
-    try:
+            return conversation_of({**row, "messages": [*prompt, *answer]}, tokenizer, train_on)
         return Example(prompt, answer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _from_chat(messages, where, tokenizer):
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{where}: messages must be a list of two or more, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: every message must hold the texts role and content, got {message!r}")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be from the assistant, got {messages[-1]['role']!r}")
-    # a tokenizer without a template has the attribute, and it is None
-    if tokenizer is None or not getattr(tokenizer, "chat_template", "unknown"):
-        got = "no tokenizer" if tokenizer is None else "one without"
-        raise ValueError(f"{where}: messages need a tokenizer with a chat template, got {got}")
+def _last_turn(messages, where, tokenizer):
+    """(prompt, answer) of a conversation as texts, the answer with the template's ending."""
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    # templates raise whatever they like: only the place is added
-    except Exception as error:
-        raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
-    return prompt, messages[-1]["content"]
+        talk = conversation_of({"messages": messages}, tokenizer, "last")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return talk.prompt, talk.text[len(talk.prompt) : talk.learned[-1][1]]

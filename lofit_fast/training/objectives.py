@@ -20,7 +20,15 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lofit_fast.data.collate import CompletionCollator
-from lofit_fast.data.encode import Encoded, as_example, encode, encode_prompt, pad_token_id
+from lofit_fast.data.encode import (
+    BoundaryWarning,
+    Encoded,
+    as_example,
+    encode_all,
+    encode_answers,
+    encode_prompt,
+    pad_token_id,
+)
 from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
@@ -126,13 +134,13 @@ class EncodedCompletions:
         self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length, progress: bool = False
     ) -> None:
         self.model, self.tokenizer, limit = model, tokenizer, token_limit(model, max_length)
-        train = _counted(given_examples(train), progress)
-        self.rows = [encode(tokenizer, example, limit) for example in train]
+        self.rows = encode_all(tokenizer, given_examples(train), limit, progress=progress)
         if not self.rows:
             raise ValueError("the training data is empty: expected at least one example")
         self.n_examples = len(self.rows)
-        self.judged = [as_example(example) for example in given_examples(evaluation, "the evaluation data")]
-        self.judged_rows = [encode(tokenizer, example, limit) for example in _counted(self.judged, progress)]
+        held_out = given_examples(evaluation, "the evaluation data")
+        self.judged = [as_example(example, tokenizer) for example in held_out]
+        self.judged_rows = encode_all(tokenizer, self.judged, limit, progress=progress)
         self.answer_length = answer_length(tokenizer, self.judged)
         check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.judged], self.answer_length)
 
@@ -247,11 +255,11 @@ class EncodedPreferences:
             raise ValueError("the training data is empty: expected at least one preference, got none")
         self.model, self.tokenizer, self.preferences, self.beta = model, tokenizer, preferences, beta
         self.limit = token_limit(model, max_length)
-        answers = [(p.prompt, answer) for p in preferences for answer in (p.chosen, *p.rejected)]
-        self._answers = {pair: encode(tokenizer, Example(*pair), self.limit) for pair in _counted(answers, progress)}
-        self._digest = data_digest([self._answers[pair] for pair in answers])
+        questions = [(p.prompt, (p.chosen, *p.rejected)) for p in preferences]
+        answers = encode_answers(tokenizer, questions, self.limit, progress=progress)
+        self._digest = data_digest([row for rows in answers for row in rows])
         # what an epoch reads: of every preference the chosen answer and one rejected
-        self.rows = [self._answers[p.prompt, answer] for p in preferences for answer in (p.chosen, p.rejected[0])]
+        self.rows = [row for rows in answers for row in rows[:2]]
         self.n_examples = len(preferences)
         self._tokens: list[int] = []
 
@@ -309,7 +317,9 @@ class EncodedPreferences:
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
         }
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
-        pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
+        # said of all answers already
+        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+            pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
         lengths = [_pair_tokens(pair) for pair in pairs]
         self._tokens = [sum(lengths[index[pair]] for pair in enumerate(epoch)) for epoch in drawn]
         # TRL and transformers disagree on the name of a switch that is off here
@@ -348,7 +358,9 @@ class EncodedPreferences:
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
         pairs = contrasts(Task("preferences", [], [], preferences=tuple(self.preferences)), recipe.seed)
-        right, wrong = ([self._answers[c.prompt, getattr(c, side)] for c in pairs] for side in ("right", "wrong"))
+        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+            rows = encode_answers(self.tokenizer, [(c.prompt, (c.right, c.wrong)) for c in pairs], self.limit)
+        right, wrong = ([pair[side] for pair in rows] for side in (0, 1))
         batches = zip(
             _first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
             _first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
@@ -386,11 +398,6 @@ def preferences_of(data: Iterable[Preference | Mapping[str, object]]) -> tuple[P
     """Preferences from what a `Preferences` holds. Raises ValueError naming the row that is none."""
     rows = enumerate(given_examples(data), start=1)
     return tuple(as_preference(row, f"preference {number}") for number, row in rows)
-
-
-def _counted(examples: Iterable, progress: bool) -> Iterable:
-    """The same, under a bar from the second second on."""
-    return tqdm(examples, desc="tokenizing", delay=1.0, leave=False, disable=not progress)
 
 
 def token_limit(model: nn.Module, max_length: int | None) -> int | None:

@@ -21,10 +21,13 @@ class ChatTokenizer:
     chat_template = "stub"
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        assert tokenize is False and add_generation_prompt is True
+        assert tokenize is False
         if any(message["role"] == "tool" for message in messages):
             raise RuntimeError("no tools here")
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+        return (
+            "".join(f"<{message['role']}>{message['content']}" for message in messages)
+            + "<assistant>" * add_generation_prompt
+        )
 
 
 class PlainTokenizer(ChatTokenizer):
@@ -114,7 +117,7 @@ def chat(*messages):
         (chat(("assistant", "x")), "messages must be a list of two or more"),
         (chat(("user", "x"), ("user", "y")), "the last message must be from the assistant, got 'user'"),
         (chat(("user", ["x"]), ("assistant", "y")), "every message must hold the texts role and content"),
-        (chat(("user", "x"), ("assistant", "")), "completion must hold some text"),
+        (chat(("user", "x"), ("assistant", " ")), "completion must hold some text"),
         (chat(("tool", "x"), ("assistant", "y")), "the chat template refused the messages: no tools here"),
     ],
 )

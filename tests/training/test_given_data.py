@@ -3,7 +3,7 @@
 import pytest
 
 import lofit_fast as lf
-from lofit_fast.training import objectives
+from lofit_fast.data import encode
 from lofit_fast.training.objectives import Completions, Preferences
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -93,8 +93,8 @@ def test_fit_preferences_refuses_before_anything_changes(tmp_path, pairs, messag
 @pytest.mark.parametrize("objective", [Completions(EXAMPLES, HELD_OUT), Preferences(PAIRS)], ids=["texts", "pairs"])
 def test_tokenizing_shows_a_bar(monkeypatch, objective):
     pytest.importorskip("trl")
-    shown, bar = [], objectives.tqdm
-    monkeypatch.setattr(objectives, "tqdm", lambda rows, **how: shown.append(how["disable"]) or bar(rows, **how))
+    shown, bar = [], encode.tqdm
+    monkeypatch.setattr(encode, "tqdm", lambda rows, **how: shown.append(how["disable"]) or bar(rows, **how))
     for progress in (True, False):
         objective.encoded(tiny_model("llama"), tiny_tokenizer(), None, progress)
     assert shown == [False] * (len(shown) // 2) + [True] * (len(shown) // 2) and shown

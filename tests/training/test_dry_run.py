@@ -74,7 +74,7 @@ LONG = "x" * 80
             ),
             [
                 (2, "completion", "83 tokens long, the limit is 64"),
-                (3, "completion", "expected examples with the keys prompt and completion, got ['prompt']"),
+                (3, "completion", ", got ['prompt']"),
                 (1, "validation", "84 tokens long"),
             ],
             (3, 1),

@@ -266,22 +266,23 @@ def _conversation_ids(tokenizer, example: Conversation) -> list[int]:
 
 
 def _conversation(tokenizer, example: Conversation) -> tuple[Encoded, str]:
-    ids, moved = _conversation_ids(tokenizer, example), ""
+    ids, text, moved = _conversation_ids(tokenizer, example), example.text, ""
     labels = [IGNORED] * len(ids)
-    spans = _offsets(tokenizer, example.text, False) if _has_offsets(tokenizer) else None
+    special = set(tokenizer.all_special_ids)
+    spans = _offsets(tokenizer, text, False) if _has_offsets(tokenizer) else None
     for begin, end in example.learned:
-        before = list(tokenizer(example.text[:begin], add_special_tokens=False)["input_ids"])
-        if spans is not None:
+        if spans is None:
+            start, stop = (_prefix_length(tokenizer, text, ids, at) for at in (begin, end))
+        else:
             inside = [i for i, (first, last) in enumerate(spans) if last > begin and first < end]
             start, stop = (inside[0], inside[-1] + 1) if inside else (0, 0)
-        else:
-            start, stop = len(before), _prefix_length(tokenizer, example.text, ids, end)
-        if ids[:start] != before:
-            if spans is None:
-                raise ValueError(_no_boundary(example.text, begin))
-            moved = moved or _change(tokenizer, example.text[:begin], example.text[begin:end], before, ids)
+            # special tokens cut a text, so that only what follows the last one can change
+            since = next((i for i in range(start - 1, -1, -1) if ids[i] in special), 0)
+            before = list(tokenizer(text[spans[since][0] : begin], add_special_tokens=False)["input_ids"])
+            if ids[since:start] != before:
+                moved = moved or _change(tokenizer, text[:begin], text[begin:end], before, ids[since:])
         if start == stop:
-            raise _no_tokens(example.text[begin:end])
+            raise _no_tokens(text[begin:end])
         labels[start:stop] = ids[start:stop]
     if not example.ended:
         if tokenizer.eos_token_id is None:

@@ -6,6 +6,7 @@ turn is what stands in it after the prompt that the template would give a model 
 the conversation is refused.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def conversation(
         learned = _marked(template, messages, text, prompt, train_on)
     else:
         wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and (train_on == "all" or i == last)]
-        learned = [_turn(template, messages, i, text) for i in wanted]
+        learned = [_turn(template, messages, i, text, prompt) for i in wanted]
     closed, ended = _last_ending(template, text[: learned[-1][1]], len(prompt))
     if not ended:
         # the end token that is to follow comes after all of the text
@@ -127,6 +128,24 @@ def conversation(
         ended=ended,
         marker=_marker(completion, content.strip()),
     )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is the same for all conversations: special tokens, what cuts a text into them, endings by variables."""
+
+    special: list[str]
+    piece: re.Pattern
+    endings: dict[str, tuple[str, str]]
+
+
+# some tokenizers have thousands of special tokens, and rows come by the thousand too
+@functools.lru_cache(maxsize=4)
+def _known(tokenizer, source, size: int) -> _Known:
+    """source, size: the template and the number of tokens, so that a changed tokenizer is looked at again."""
+    special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
+    special.sort(key=len, reverse=True)
+    return _Known(special, re.compile("|".join([*map(re.escape, special), _TAG, r"[\s\S]"])), {})
 
 
 class _Template:
@@ -148,10 +167,12 @@ class _Template:
             source = tokenizer.get_chat_template(None, self.options.get("tools"))
         self.source = source
         self.marks = isinstance(source, str) and _BLOCK.search(source) is not None
-        special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
-        self.special = sorted(special, key=len, reverse=True)
-        self._piece = re.compile("|".join([*map(re.escape, self.special), _TAG, r"[\s\S]"]))
-        self.ending, self.final = self._endings()
+        known = _known(tokenizer, source, len(tokenizer) if hasattr(tokenizer, "__len__") else 0)
+        self.special, self._piece = known.special, known.piece
+        variables = repr(sorted(self.options.items()))
+        if variables not in known.endings:
+            known.endings[variables] = self._endings()
+        self.ending, self.final = known.endings[variables]
 
     def render(self, messages: Sequence[Mapping], prompt: bool = False) -> str:
         """The text of some messages. prompt: with what comes before an answer. Raises ValueError if it refuses them."""
@@ -180,6 +201,8 @@ class _Template:
 
     def same(self, first: str, second: str) -> int:
         """How many characters two texts begin with alike, without half a special token."""
+        if second.startswith(first):
+            return len(first)
         at = 0
         for a, b in zip(self._piece.finditer(first), self._piece.finditer(second), strict=False):
             if a.group() != b.group():
@@ -207,9 +230,9 @@ class _Template:
         return ending, final.rstrip()
 
 
-def _turn(template: _Template, messages: list[Mapping], i: int, text: str) -> tuple[int, int]:
-    """Where message i stands in the whole text: after the prompt for it, up to its ending."""
-    prompt = _prompt_of(template, messages, i)
+def _turn(template: _Template, messages: list[Mapping], i: int, text: str, last: str) -> tuple[int, int]:
+    """Where message i stands in the whole text: after the prompt for it, up to its ending. last: the last prompt."""
+    prompt = last if i == len(messages) - 1 else _prompt_of(template, messages, i)
     if prompt is None or not text.startswith(prompt):
         raise ValueError(_no_prefix(messages, i, prompt, text))
     if i == len(messages) - 1:

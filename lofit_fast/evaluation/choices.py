@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.data.encode import encode_prompt
+from lofit_fast.data.encode import branches, noted
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
@@ -49,8 +49,9 @@ def score_choices(
     choices: per question its own list, of any number and length. shared_prefix: put before every question, a few-shot
     prompt for instance. end: score an end-of-sequence token after each choice too, so that none gains by being the
     beginning of another.
-    Prompts are tokenized whole and what they share is found in their tokens, so that a token reaching over the end of
-    the prefix is the one it is in the joint text. Choices are tokenized apart from their prompt, as in training.
+    Prefix, question and choice are tokenized joined, as in training, and what prompts share is found in their tokens,
+    so that a token reaching over a seam is the one it is in the joint text. Where a choice changes the last tokens of
+    its prompt, all choices of the question are scored from there on, and a `BoundaryWarning` says so.
     max_tokens: of a forward. Memory is bounded by the keys and values of the common beginning (P tokens) plus those,
     the mask (max_tokens x (P + max_tokens)), and 256 MiB of logits, whatever the number of questions; a single path
     longer than max_tokens runs alone.
@@ -65,10 +66,10 @@ def score_choices(
         raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
     if end and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
-    prompts = [encode_prompt(tokenizer, shared_prefix + question) for question in questions]
-    endings = [
-        _endings(tokenizer, question, options, end) for question, options in zip(questions, choices, strict=True)
-    ]
+    for question, options in zip(questions, choices, strict=True):
+        if isinstance(options, str) or not len(options):
+            raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {options!r}")
+    prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, end)
     for prompt, rows in zip(prompts, endings, strict=True):
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
@@ -373,13 +374,16 @@ def _best(row: Tensor, indices: Iterable[int]) -> float:
     return max((row[i].item() for i in indices), default=-math.inf)
 
 
-def _endings(tokenizer, question: str, choices: Sequence[str], end: bool) -> list[list[int]]:
-    if isinstance(choices, str) or not len(choices):
-        raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {choices!r}")
-    rows = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in choices]
-    if empty := [text for text, row in zip(choices, rows, strict=True) if not row]:
-        raise ValueError(f"a choice has no tokens: {empty[0]!r}, for the question {question[:60]!r}")
-    return [row + [tokenizer.eos_token_id] * end for row in rows]
+def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], end: bool):
+    """(token ids of every prompt, and per prompt those of its choices)."""
+    pairs = list(noted(branches(tokenizer, p, options) for p, options in zip(prompts, choices, strict=True)))
+    closing = [tokenizer.eos_token_id] * end
+    return [start for start, _ in pairs], [[ending + closing for ending in endings] for _, endings in pairs]
+
+
+def _joined(prefix: str, question: str) -> str:
+    # a question that a chat template has rendered stays one
+    return prefix + question if prefix else question
 
 
 def _rope_types(parameters: dict) -> set[str]:

@@ -140,7 +140,11 @@ class PeftWatch:
 
         "all-linear" finds it under ours; a model without LoFiT has no such name, and would leave its adapter out.
         """
-        for config in (config for found in configs if isinstance(found, dict) for config in found.values()):
-            targets = getattr(config, "target_modules", None)
-            if isinstance(targets, set | list) and any(str(t).endswith(f".{INNER}") for t in targets):
-                config.target_modules = type(targets)(str(t).removesuffix(f".{INNER}") for t in targets)
+        for owner, found in zip(self.ancestors, configs, strict=True):
+            for config in found.values() if isinstance(found, dict) else ():
+                targets = getattr(config, "target_modules", None)
+                if not isinstance(targets, set | list) or all(t.split(".")[-1] != INNER for t in targets):
+                    continue
+                names = {id(module): name for name, module in owner.named_modules()}
+                ours = [names[id(layer)] for layer in self.layers if is_tuner_layer(layer.inner)]
+                config.target_modules = type(targets)([*(t for t in targets if t.split(".")[-1] != INNER), *ours])

@@ -105,7 +105,11 @@ class LofitHandle:
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base)
+        # a PeftModel's own level is none of the base model
+        modules = {
+            p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
+        }
+        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""

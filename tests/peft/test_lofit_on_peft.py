@@ -196,7 +196,8 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "adapter, copied, state", [("lora_qv", copy.deepcopy, "on"), ("lora_o", copy.deepcopy, "off"), ("lora_o", pickled, "on")]
+    "adapter, copied, state",
+    [("lora_qv", copy.deepcopy, "on"), ("lora_o", copy.deepcopy, "off"), ("lora_o", pickled, "on")],
 )
 def test_copies_are_whole(adapter, copied, state):
     model = with_peft(adapter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from peft import PeftConfig
@@ -87,11 +88,13 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: str, made: LofitLinear) -> None:
         """Take an adapter's vectors from what `patch` would have put here."""
-        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         for component in COMPONENTS:
             if (vectors := getattr(made, component)) is not None:
                 getattr(self, f"lofit_{component}")[adapter] = vectors
-                index = head_index(made.heads(component), self.n_heads, device)
+                index = getattr(made, f"{component}_heads")
+                if index.is_meta:
+                    # drawn nowhere, to be loaded: the numbers come from a file, the heads do not
+                    index = head_index(made.heads(component), self.n_heads, self._device())
                 getattr(self, f"lofit_{component}_heads")[adapter] = index
 
     def holds(self, adapter: str) -> bool:
@@ -170,6 +173,10 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
                 setattr(layer, component, vectors[adapter])
         return layer
 
+    def _device(self) -> torch.device:
+        """Where the projection computes."""
+        return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
+
     @torch.no_grad()
     def _write(self, weight: Tensor | None, bias: Tensor | None) -> None:
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -185,11 +192,10 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To where the projection computes. The dtype stays: the vectors are too small for 16 bits."""
-        device = device or next((p.device for p in self.base_layer.parameters()), None)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             table = getattr(self, name)
-            if device is not None and adapter_name in table and table[adapter_name].device.type != "meta":
-                table[adapter_name] = table[adapter_name].to(device)
+            if adapter_name in table and not table[adapter_name].is_meta:
+                table[adapter_name] = table[adapter_name].to(device or self._device())
 
     def _apply(self, fn, recurse: bool = True):
         for name, child in self.named_children():
@@ -273,7 +279,7 @@ class LofitModel(BaseTuner):
         )
 
     def _merge_for_good(self, names: list[str], safe_merge: bool) -> None:
-        """What `handle.merge` does: W' and b' into the projections, the config set. Raises ValueError, nothing changed."""
+        """What `handle.merge` does, the config included. Raises ValueError, nothing changed."""
         if len(names) > 1:
             raise ValueError(f"LoFiT merges one adapter at a time, got {names}")
         projections = find_projections(self.model)

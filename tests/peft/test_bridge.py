@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lofit_fast as lf
 import lofit_fast.peft as bridge
-from lofit_fast.peft import LofitPeftConfig, LofitPeftLayer
 from lofit_fast.patching.storage import PEFT_TYPE
+from lofit_fast.peft import LofitPeftConfig, LofitPeftLayer
 from tests.patched_models import CONFIGS, SOME, logits, loss, relative, snapshot
 from tests.peft.peft_models import base_of, fill, quietly
 from tests.tiny_models import HEADS, LAYERS, tiny_model, tokens

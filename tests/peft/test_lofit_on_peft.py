@@ -55,6 +55,11 @@ def second_adapter(model: PeftModel) -> None:
     model.set_adapter("second")
 
 
+def merged_and_back(model: PeftModel) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
 def deleted(model: PeftModel) -> None:
     model.delete_adapter("default")
 
@@ -64,7 +69,7 @@ ACTIONS = {
     "merge_and_unload": lambda model: model.merge_and_unload(),
     "unload": lambda model: model.unload(),
     "merge_adapter": lambda model: model.merge_adapter(),
-    "merged_and_back": lambda model: (model.merge_adapter(), model.unmerge_adapter()) and None,
+    "merged_and_back": merged_and_back,
     "delete_adapter": deleted,
     "second_adapter": second_adapter,
     "set_adapter": lambda model: model.set_adapter("default"),

@@ -107,11 +107,11 @@ class PeftWatch:
         training = module.training and torch.is_grad_enabled()
         self._look(thoroughly=training)
         if training and not self.told and not any(p.requires_grad for p in self.parameters):
-            self._refuse_frozen(kwargs.get("inputs_embeds"))
+            self._refuse_frozen(kwargs)
 
-    def _refuse_frozen(self, prompt: torch.Tensor | None) -> None:
+    def _refuse_frozen(self, kwargs: dict) -> None:
         # prompts that are learned have no layers in the model, and enter with a graph
-        learned = "peft" in sys.modules and prompt is not None and prompt.requires_grad
+        learned = "peft" in sys.modules and any(t.requires_grad for t in _prompts(kwargs))
         if learned or (self.witness is not None and self.witness is not self._at_first):
             raise ValueError(
                 "PEFT has frozen LoFiT's vectors: it entered the model after lofit_fast.patch, and freezes all but its "
@@ -148,3 +148,11 @@ class PeftWatch:
                 names = {id(module): name for name, module in owner.named_modules()}
                 ours = [names[id(layer)] for layer in self.layers if is_tuner_layer(layer.inner)]
                 config.target_modules = type(targets)([*(t for t in targets if t.split(".")[-1] != INNER), *ours])
+
+
+def _prompts(kwargs: dict) -> Iterator[torch.Tensor]:
+    """What a decoder is given in the place of token ids, or as if it had read them already."""
+    cached = getattr(kwargs.get("past_key_values"), "layers", ())
+    for tensor in (kwargs.get("inputs_embeds"), *(getattr(layer, "keys", None) for layer in cached[:1])):
+        if isinstance(tensor, torch.Tensor):
+            yield tensor

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
@@ -62,10 +69,12 @@ def test_saying_which_is_trained_ends_the_refusal(trained):
     assert any("lora_" in name and p.grad is not None for name, p in model.named_parameters())
 
 
-def test_learned_prompts_freeze_in_silence_no_more():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_learned_prompts_freeze_in_silence_no_more(config):
+    # PEFT's prefixes have the width of hidden size over heads
+    model = tiny_model("llama", head_dim=8)
     handle = lf.patch(model, CONFIGS["both"])
-    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompted = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="PEFT has frozen LoFiT's vectors"):
         logits(prompted.train())
     handle.requires_grad_()
@@ -78,6 +87,16 @@ def test_a_second_adapter_freezes_nothing():
     model.add_adapter("second", LoraConfig(r=1, target_modules=["v_proj"]))
     loss(model.train()).backward()
     assert all(p.grad is not None for p in handle.parameters())
+
+
+def test_a_second_adapter_on_the_projection_is_refused():
+    model = with_peft("lora_o")
+    quietly(lf.patch, model, CONFIGS["both"])
+    expected = logits(model)
+    with pytest.raises(ValueError, match="LofitLinear"):
+        model.add_adapter("second", LoraConfig(r=1, target_modules=["o_proj"]))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), expected)
 
 
 # by PEFT's names; the others need more than the name of a module, or look at other modules

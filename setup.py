@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
 
 TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
-BENCH = [*TRAIN, "peft>=0.21", "psutil", "pytest-benchmark>=5.3"]
+PEFT = ["accelerate>=1.15", "peft>=0.21"]
+BENCH = [*TRAIN, *PEFT, "psutil", "pytest-benchmark>=5.3"]
 PREFERENCES = [*TRAIN, "trl>=1.16"]
 TEST = [*BENCH, *PREFERENCES, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
@@ -38,6 +39,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "peft": PEFT,
         "preferences": PREFERENCES,
         "flash": FLASH,
         "test": TEST,

@@ -65,7 +65,7 @@ def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
 
 def _can_fold_early(layer: LofitLinear) -> bool:
     """Whether the layer will want its folded offset, and everything that takes is there before its turn has come."""
-    if not layer.enabled or not layer.trains_offset() or not is_plain_linear(layer.inner):
+    if not layer.active or not layer.trains_offset() or not is_plain_linear(layer.inner):
         return False
     return _has_storage(layer.weight) and _has_storage(layer.offset) and layer.weight.device == layer.offset.device
 

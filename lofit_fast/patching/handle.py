@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
 from lofit_fast.patching.merge import check_mergeable, merge_into_base
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
+from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -27,16 +29,18 @@ class LofitHandle:
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
-    model_fold: what computes W v of all layers at once; None without offsets, and until the model is patched.
+    model_fold: what computes W v of all layers at once; None until the model is patched. peft_watch: what looks for
+    PEFT's layers; likewise.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
         self.model, self.config, self.projections = model, config, projections
         self.fingerprint = fingerprint(model, projections)
-        self.layers = _build_layers(config, projections)
+        self.layers = build_layers(config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
+        self.peft_watch: PeftWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -53,6 +57,14 @@ class LofitHandle:
     def n_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> LofitHandle:
+        """Let the vectors be trained, or freeze them on purpose, whatever another tool has done to them."""
+        self.check_live()
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        self.peft_watch.told = True
+        return self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -93,7 +105,11 @@ class LofitHandle:
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base)
+        # a PeftModel's own level is none of the base model
+        modules = {
+            p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
+        }
+        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
@@ -116,11 +132,13 @@ class LofitHandle:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
         for p in adapted:
             setattr(p.parent, p.attribute, self.layers[p.layer].inner)
-        parameters = dict(self.model.named_parameters())
+        # where PEFT has entered the model since, it is PEFT that holds the base frozen
+        parameters = {} if self.peft_watch.entered_since() else dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
+        self.peft_watch.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -147,8 +165,10 @@ class LofitHandle:
                 # not train(), which would reach into the base
                 layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
+        layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
-        self.model_fold = ModelFold(decoder, list(self.layers.values()))
+        self.model_fold = ModelFold(decoder, layers)
+        self.peft_watch = PeftWatch(decoder, _ancestors(self.model, decoder), layers, list(self.parameters()))
         self._head = keep_head_input_whole(self.model)
         self._live = True
 
@@ -173,7 +193,21 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     handle = LofitHandle(model, config, find_projections(model))
+    around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
+    before = saved_names(model) if around_peft else {}
+    trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
     handle._attach()
+    if around_peft and saved_names(model) != before:
+        handle.unpatch()
+        raise ValueError(
+            "cannot patch projections with these adapters of PEFT on them: PEFT would no longer save them whole. Merge "
+            "them first, or adapt other modules by PEFT"
+        )
+    if trained:
+        warnings.warn(
+            "patching has frozen PEFT's adapters too: model.set_adapter(name) makes them trainable again",
+            stacklevel=2,
+        )
     return handle
 
 
@@ -208,7 +242,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
+def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules on the way from the model to its decoder, both included."""
+    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
+
+
+def build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
     """The wrappers, filled from the config's seed, attached to nothing yet."""
     scale = _heads_by_layer("scale", config.scale, projections)
     offset = _heads_by_layer("offset", config.offset, projections)

@@ -1,5 +1,6 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,6 +38,8 @@ class LofitLinear(nn.Module):
         self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
+        # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
+        self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
         self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
@@ -73,7 +77,7 @@ class LofitLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
-        if not self.enabled:
+        if not self.active:
             return self.inner(z)
         base = self.inner
         vectors = {"scale": self.scale, "scale_heads": self.scale_heads}
@@ -84,6 +88,11 @@ class LofitLinear(nn.Module):
         if folded is None:
             vectors |= offset
         return head_affine_linear(z, base.weight, base.bias, folded=folded, form=self.form, **vectors)
+
+    @property
+    def active(self) -> bool:
+        """Whether the vectors are applied: neither our handle nor PEFT, for the whole model, has switched them off."""
+        return self.enabled and not any(layer.disable_adapters for layer in self.peft)
 
     def trains_offset(self) -> bool:
         """Whether a forward that builds a graph needs one through the offset, and none through the weight beside it."""
@@ -118,6 +127,22 @@ class LofitLinear(nn.Module):
         """The base layer's state under the base layer's own names."""
         return self.inner.state_dict(*args, **kwargs)
 
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
+        """As of any module; names below a layer of PEFT are formatted as the keys of `state_dict`."""
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        if not is_tuner_layer(self.inner):
+            return found
+        below = f"{prefix}.{INNER}" if prefix else INNER
+        return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
+
+    def __deepcopy__(self, memo: dict) -> "LofitLinear":
+        # what PEFT does to a module that it trains whole: the copy would be out of the handle's reach
+        if not memo:
+            raise ValueError("a projection with LoFiT cannot be copied or trained by itself: unpatch or merge it first")
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # the children are filled after this call, from keys below theirs
         own = [key for key in state_dict if key.startswith(prefix)]
@@ -127,7 +152,7 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
-        super()._apply(_at_least_float32(fn), recurse=False)
+        super()._apply(at_least_float32(fn), recurse=False)
         self._place_heads()
         return self
 
@@ -176,7 +201,7 @@ def _device_of(inner: nn.Module, parameter: Tensor) -> torch.device:
     return torch.device(device)
 
 
-def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """fn, except that a cast below float32 leaves float32: the vectors are too small to live in 16 bits."""
 
     def apply(tensor: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""What stock transformers code builds from a config: which parameters it has, which are tied, and how it gets biases.
+
+Models are built on the meta device here, so that a question costs no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lofit_fast.patching.families import BIAS_FLAGS
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A config and the class that transformers loads it with."""
+
+    config: object
+    model_class: type
+
+    def build(self) -> nn.Module:
+        """The model, on the meta device."""
+        with torch.device("meta"):
+            return self.model_class(copy.deepcopy(self.config))
+
+    def changed(self, change: Callable[[object], None]) -> Stock:
+        """The same with a copy of the config that `change` was called on."""
+        config = copy.deepcopy(self.config)
+        change(config)
+        return Stock(config, self.model_class)
+
+
+@dataclass(frozen=True)
+class Biased:
+    """How a config is told to give the output projections a bias.
+
+    flag: the attribute of the config, or of its text part where `nested`. stock: with the flag on. added: the names of
+    all parameters that the model then has besides.
+    """
+
+    flag: str
+    nested: bool
+    stock: Stock
+    added: list[str]
+
+    def switch_on(self, config) -> None:
+        """Set the flag in another copy of the config."""
+        setattr(_owner(config, self.nested), self.flag, True)
+
+
+def stock_part(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """(name, module) of the transformers model: the model itself, or what PEFT and others have around; None without."""
+    from transformers import PreTrainedModel
+
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    return next(found, None)
+
+
+def with_biases(stock: Stock, linears: Iterable[str]) -> Biased | None:
+    """The flag of `BIAS_FLAGS` that gives these linears a bias.
+
+    linears: names of modules that have no bias. Returns None when no flag known here does it: one whose code then
+    differs in anything but biases is none.
+    """
+    before = shapes(stock.build())
+    wanted = {f"{name}.bias" for name in linears}
+    for flag in BIAS_FLAGS:
+        for nested in (True, False):
+            if getattr(_owner(stock.config, nested), flag, True):
+                continue
+            flagged = stock.changed(lambda config, n=nested, f=flag: setattr(_owner(config, n), f, True))
+            after = shapes(flagged.build())
+            added = sorted(after.keys() - before.keys())
+            only_biases = before.items() <= after.items() and all(name.endswith(".bias") for name in added)
+            if only_biases and wanted <= set(added):
+                return Biased(flag, nested, flagged, added)
+    return None
+
+
+def with_ties_of(stock: Stock, state: Mapping[str, Tensor]) -> Stock:
+    """The config under which no two tensors of the state that differ are tied.
+
+    Raises ValueError where the code ties them whatever the config says.
+    """
+    untied = stock
+    for everywhere in (False, True):
+        apart = [pair for pair in ties(untied.build()) if not _equal(state, *pair)]
+        if not apart:
+            return untied
+        untied = stock.changed(lambda config, all_of_it=everywhere: untie(config, all_of_it))
+    apart = [pair for pair in ties(untied.build()) if not _equal(state, *pair)]
+    if apart:
+        raise ValueError(
+            f"{stock.model_class.__name__} takes {apart[0][0]} and {apart[0][1]} for one tensor, and here they differ: "
+            "a folder of it would load as another model"
+        )
+    return untied
+
+
+def ties(model: nn.Module) -> list[tuple[str, str]]:
+    """(name, name) of the parameters that transformers makes one, by the model's config of this moment."""
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    return [] if expand is None else list(expand(all_submodels=True).items())
+
+
+def untie(config, everywhere: bool = True) -> None:
+    """Switch tied embeddings off, in the config and its text part, or in all of its parts."""
+    parts = (getattr(config, name, None) for name in config.sub_configs) if everywhere else ()
+    for part in (config, config.get_text_config(), *parts):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the state, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _owner(config, nested: bool):
+    return config.get_text_config() if nested else config
+
+
+def _equal(state: Mapping[str, Tensor], one: str, other: str) -> bool:
+    a, b = state.get(one), state.get(other)
+    # what is not there is not written either
+    return a is None or b is None or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))

@@ -16,9 +16,17 @@ PROJECTIONS = (
     "attn.c_proj",
 )
 
-# what configs call the switch for a bias on the output projection. A family has none of them until its stock code,
-# built with the switch on, has such a bias and differs in nothing but biases (see `stock.py`)
-BIAS_FLAGS = ("attention_bias", "attention_out_bias", "use_bias", "bias", "enable_bias")
+# what configs call the switch for a bias on the output projection, in the order in which they are tried; several at
+# once where one alone is no valid config. A family has such a switch if its stock code, built with the switch on, has
+# such a bias and differs in nothing but biases (see `stock.py`)
+BIAS_FLAGS = (
+    ("attention_bias",),
+    ("attention_bias", "mlp_bias"),
+    ("attention_out_bias",),
+    ("use_bias",),
+    ("bias",),
+    ("enable_bias",),
+)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,11 @@ def why_not_plain(linear: nn.Module) -> str | None:
 
 def why_no_zeros(module: nn.Module) -> str | None:
     """What keeps a module without a bias from being given one of zeros, as a phrase; None where nothing does."""
-    if "bias" in module._parameters and _name(type(module)) in _BIASED:
-        return None
-    return why_not_plain(module)
+    # zeros change nothing, whoever listens
+    if "bias" not in module._parameters or _name(type(module)) not in (*_LINEARS, *_BIASED):
+        return type(module).__name__
+    reason = why_not_dense(module.weight)
+    return f"{type(module).__name__} whose weight is {reason}" if reason else None
 
 
 def why_not_dense(tensor: Tensor) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,18 @@ class Stock:
 class Biased:
     """How a config is told to give the output projections a bias.
 
-    flag: the attribute of the config, or of its text part where `nested`. stock: with the flag on. added: the names of
+    flags: attributes of the config, or of its text part where `nested`. stock: with the flags on. added: the names of
     all parameters that the model then has besides.
     """
 
-    flag: str
+    flags: tuple[str, ...]
     nested: bool
     stock: Stock
     added: list[str]
 
     def switch_on(self, config) -> None:
-        """Set the flag in another copy of the config."""
-        setattr(_owner(config, self.nested), self.flag, True)
+        """Set the flags in another copy of the config."""
+        _switch_on(self.flags, self.nested, config)
 
 
 def stock_part(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -61,23 +62,26 @@ def stock_part(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def with_biases(stock: Stock, linears: Iterable[str]) -> Biased | None:
-    """The flag of `BIAS_FLAGS` that gives these linears a bias.
+    """The flags of `BIAS_FLAGS` that give these linears a bias.
 
-    linears: names of modules that have no bias. Returns None when no flag known here does it: one whose code then
-    differs in anything but biases is none.
+    linears: names of modules that have no bias. Returns None when none known here do it: those with which the code
+    differs in anything but biases do not.
     """
     before = shapes(stock.build())
     wanted = {f"{name}.bias" for name in linears}
-    for flag in BIAS_FLAGS:
+    for flags in BIAS_FLAGS:
         for nested in (True, False):
-            if getattr(_owner(stock.config, nested), flag, True):
+            owner = _owner(stock.config, nested)
+            if not all(hasattr(owner, flag) for flag in flags) or getattr(owner, flags[0]):
                 continue
-            flagged = stock.changed(lambda config, n=nested, f=flag: setattr(_owner(config, n), f, True))
+            flagged = stock.changed(partial(_switch_on, flags, nested))
+            if not _is_valid(flagged.config):
+                continue
             after = shapes(flagged.build())
             added = sorted(after.keys() - before.keys())
             only_biases = before.items() <= after.items() and all(name.endswith(".bias") for name in added)
             if only_biases and wanted <= set(added):
-                return Biased(flag, nested, flagged, added)
+                return Biased(flags, nested, flagged, added)
     return None
 
 
@@ -118,6 +122,21 @@ def untie(config, everywhere: bool = True) -> None:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the state, by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _switch_on(flags: tuple[str, ...], nested: bool, config) -> None:
+    for flag in flags:
+        setattr(_owner(config, nested), flag, True)
+
+
+def _is_valid(config) -> bool:
+    """Whether transformers would write the config down."""
+    try:
+        getattr(config, "validate", lambda: None)()
+    # its error is no ValueError, and has changed its place between releases
+    except Exception:
+        return False
+    return True
 
 
 def _owner(config, nested: bool):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lofit_fast.patching.architectures import Projection, text_config
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.mergeable import is_transposed, users_of_tensors, why_no_zeros, why_not_plain
-from lofit_fast.patching.stock import Biased, Stock, stock_part, ties, untie, with_biases
+from lofit_fast.patching.stock import Biased, Stock, stock_part, ties_as_they_are, untie, with_biases
 from lofit_kernels import fold_offset
 
 # of a patched model, by ascending decoder layer
@@ -147,8 +147,11 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
             "offsets. Use lofit_fast.export where it can, or keep the adapter folder",
             stacklevel=3,
         )
-    if any(_differ(part, *pair) for pair in ties(part)):
+    tied = ties_as_they_are(part)
+    if tied is False:
         untie(part.config)
+    elif tied:
+        part.config.tie_word_embeddings = True
 
 
 def biases_needed(layers: Layers, projections: Sequence[Projection]) -> list[str]:
@@ -161,11 +164,6 @@ def zero_bias(module: nn.Module) -> Tensor:
     """Zeros (N,) in the module's dtype, on its device."""
     weight = module.weight
     return torch.zeros(weight.shape[1 if is_transposed(module) else 0], dtype=weight.dtype, device=weight.device)
-
-
-def _differ(model: nn.Module, one: str, other: str) -> bool:
-    a, b = model.get_parameter(one), model.get_parameter(other)
-    return a is not b and not (a.shape == b.shape and torch.equal(a, b.to(a.device)))
 
 
 def _holders(model: nn.Module) -> dict[int, set[int]]:

@@ -119,6 +119,16 @@ def untie(config, everywhere: bool = True) -> None:
             part.tie_word_embeddings = False
 
 
+def ties_as_they_are(model: nn.Module) -> bool | None:
+    """What the config's word on tied embeddings should be for this model in memory; None where it is right."""
+    pairs = [(model.get_parameter_or_buffer(a), model.get_parameter_or_buffer(b)) for a, b in ties(model)]
+    if any(a is not b and not (a.shape == b.shape and torch.equal(a, b.to(a.device))) for a, b in pairs):
+        return False
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    one = getattr(head, "weight", None) is not None and head.weight is getattr(embeddings, "weight", None)
+    return True if one and not pairs and hasattr(model.config, "tie_word_embeddings") else None
+
+
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the state, by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

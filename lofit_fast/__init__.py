@@ -4,9 +4,10 @@ from importlib import import_module
 
 from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.heads import select_heads
-from lofit_fast.patching.export import export, verify_export
+from lofit_fast.patching.export import export
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.head_norms import head_scores
+from lofit_fast.patching.verify import verify_export
 
 __version__ = "0.1.0"
 __all__ = [

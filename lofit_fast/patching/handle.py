@@ -15,7 +15,7 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
-from lofit_fast.patching.merge import check_mergeable, merge_into_base
+from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
@@ -149,12 +149,13 @@ class LofitHandle:
 
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
-        Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
+        Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
+        offloaded, hooked, under another adapter), or its weights are used elsewhere in the model too.
         """
         self.check_live()
-        check_mergeable(self.model, self.layers, self.projections)
+        plan = plan_merge(self.model, self.layers, self.projections)
         self.unpatch()
-        merge_into_base(self.model, self.layers, self.projections)
+        merge_into_base(self.model, self.layers, self.projections, plan)
         return self.model
 
     def _attach(self) -> None:

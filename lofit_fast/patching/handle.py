@@ -14,6 +14,7 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
+from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import check_mergeable, merge_into_base
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
@@ -28,6 +29,7 @@ class LofitHandle:
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once; None without offsets, and until the model is patched.
+    load_watch: what warns where a state_dict is loaded; None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -37,6 +39,7 @@ class LofitHandle:
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
+        self.load_watch: LoadWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -98,6 +101,8 @@ class LofitHandle:
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
         fill(self.vectors(), adapter)
+        if self.load_watch is not None:
+            self.load_watch.settled()
 
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`."""
@@ -121,6 +126,7 @@ class LofitHandle:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
+        self.load_watch.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -149,6 +155,7 @@ class LofitHandle:
                 setattr(projection.parent, projection.attribute, layer)
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, list(self.layers.values()))
+        self.load_watch = LoadWatch(next(iter(self.layers.values())), decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
 

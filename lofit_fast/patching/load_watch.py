@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 MESSAGE = (
-    "a state_dict was loaded into a model patched by LoFiT: the base model was filled, the LoFiT vectors stay what they "
-    "were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
+    "a state_dict was loaded into a model patched by LoFiT: the base model was filled, the LoFiT vectors stay what "
+    "they were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
     "callbacks=[lofit_fast.AdapterCheckpoints(handle)], call accelerator.register_for_checkpointing(lofit_fast."
     "AdapterCheckpoints(handle)), or save and load the adapter beside it: handle.save(folder), lofit_fast.load(model, "
     "folder)"

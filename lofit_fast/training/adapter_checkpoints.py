@@ -117,11 +117,9 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             raise ValueError("AdapterCheckpoints has the handle of another model than the one that is trained")
 
     def _restore(self, state: dict, where: str) -> None:
-        if state["heads"] != _heads(self.handle):
-            raise ValueError(
-                f"{where} has vectors of other heads: {state['heads']}, expected {_heads(self.handle)}: patch the model "
-                "as it was"
-            )
+        got, expected = state["heads"], _heads(self.handle)
+        if got != expected:
+            raise ValueError(f"{where} has vectors of other heads: got {got}, expected {expected}; patch as it was")
         tensors = {}
         for name, vector in state["vectors"].items():
             layer, component = name.split(".")

@@ -83,8 +83,7 @@ RUNS = {
     "checkpointing": lambda model: checkpointed(model, False, True),
     "checkpointing, frozen inputs": lambda model: checkpointed(model, False, False),
     "reentrant checkpointing": lambda model: checkpointed(model, True, True),
-    "compiled layers": lambda model: layers_compiled(model, "aot_eager"),
-    "compiled model": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "compiled layers": lambda model: layers_compiled(model, "eager"),
     "accelerate": prepared,
     "moved": lambda model: model.to("cpu", torch.float32),
     "the base is trained too": trained_by_others,
@@ -100,13 +99,14 @@ def test_gradients_in_a_loop_are_a_hooks(dynamo, run):
         close(by_ours(handle, called, seed), by_hook(handle, seed))
 
 
-# inductor's own code for layer and model; aot_eager above traces the same graphs
+# compilers take their time, and test_fold.py compiles layers and model with the quickest
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_gradients_compiled_by_inductor_are_a_hooks(dynamo, whole):
+def test_gradients_in_a_compiled_loop_are_a_hooks(dynamo, whole, backend):
     handle = patched()
     model = handle.model
-    called = torch.compile(model, fullgraph=True) if whole else layers_compiled(model, "inductor")
+    called = torch.compile(model, backend=backend, fullgraph=True) if whole else layers_compiled(model, backend)
     close(by_ours(handle, called), by_hook(handle))
 
 
@@ -147,7 +147,8 @@ def test_a_loop_under_autocast_is_no_worse_than_a_hook():
         ours, hook = by_ours(handle, handle.model), by_hook(handle)
     for key, value in exact.items():
         error, allowed = ((got[key] - value).abs().max() for got in (ours, hook))
-        assert error <= 2 * allowed + 1e-6, key
+        # or one unit in the last place of bfloat16
+        assert error <= max(2 * allowed, 2**-8 * value.abs().max()), key
 
 
 def trained(handle, between=None, steps=4):
@@ -261,8 +262,7 @@ def test_replicas_of_data_parallelism_compute_the_same():
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else twins[child]
         for name, p in module._parameters.items():
-            if p is not None:
-                setattr(twin, name, p * 1.0)
+            setattr(twin, name, None if p is None else p * 1.0)
         twin._former_parameters = {}
     expected = by_hook(handle)
     model.zero_grad()

@@ -11,6 +11,7 @@ from lofit_fast.patching.verify import verify_export
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterCheckpoints",
     "Engine",
     "LofitConfig",
     "LofitHandle",
@@ -32,6 +33,7 @@ __all__ = [
 
 # these pull in transformers: loaded when asked for, so that importing the package stays light
 _LATER = {
+    "AdapterCheckpoints": "lofit_fast.training.adapter_checkpoints",
     "Engine": "lofit_fast.training.engine",
     "fit": "lofit_fast.training.fit",
     "fit_preferences": "lofit_fast.training.fit",

@@ -15,6 +15,7 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
+from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
@@ -29,8 +30,8 @@ class LofitHandle:
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
-    model_fold: what computes W v of all layers at once; None until the model is patched. peft_watch: what looks for
-    PEFT's layers; likewise.
+    model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what warns
+    where a state_dict is loaded. All three are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -41,6 +42,7 @@ class LofitHandle:
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
         self.peft_watch: PeftWatch | None = None
+        self.load_watch: LoadWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -114,6 +116,8 @@ class LofitHandle:
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
         fill(self.vectors(), adapter)
+        if self.load_watch is not None:
+            self.load_watch.settled()
 
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`."""
@@ -139,6 +143,7 @@ class LofitHandle:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
         self.peft_watch.remove()
+        self.load_watch.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -170,6 +175,7 @@ class LofitHandle:
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, layers)
         self.peft_watch = PeftWatch(decoder, _ancestors(self.model, decoder), layers, list(self.parameters()))
+        self.load_watch = LoadWatch(layers[0], decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
 

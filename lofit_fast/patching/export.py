@@ -14,6 +14,7 @@ from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.merge import check_mergeable, flagged, merged_tensors, needs_bias_flag, zero_bias
+from lofit_fast.patching.sharding import check_whole
 from lofit_fast.patching.storage import CONFIG_FILE
 
 # largest difference of logits over their largest magnitude; a 16-bit model rounds its merged weights once more
@@ -42,6 +43,7 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     cannot be written. Nothing is left behind then.
     """
     handle.check_live()
+    check_whole(handle.model, "export")
     check_mergeable(handle.model, handle.layers, handle.projections)
     if (Path(folder) / CONFIG_FILE).exists():
         raise ValueError(

@@ -16,6 +16,7 @@ from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
 from lofit_fast.patching.merge import check_mergeable, merge_into_base
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
+from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LofitHandle:
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
         self.model, self.config, self.projections = model, config, projections
         self.fingerprint = fingerprint(model, projections)
-        self.layers = _build_layers(config, projections)
+        self.layers = _build_layers(model, config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
@@ -89,7 +90,8 @@ class LofitHandle:
         }
 
     def adapter(self) -> Adapter:
-        """What `save` writes; the tensors are the handle's own."""
+        """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        self.check_vectors("save")
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")
@@ -97,6 +99,7 @@ class LofitHandle:
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
+        self.check_vectors("load")
         fill(self.vectors(), adapter)
 
     def save(self, folder: Path | str) -> Path:
@@ -131,9 +134,11 @@ class LofitHandle:
 
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
-        Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
+        Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear, or the model
+        is sharded.
         """
         self.check_live()
+        check_whole(self.model, "merge")
         check_mergeable(self.model, self.layers, self.projections)
         self.unpatch()
         merge_into_base(self.model, self.layers, self.projections)
@@ -152,6 +157,16 @@ class LofitHandle:
         self._head = keep_head_input_whole(self.model)
         self._live = True
 
+    def check_vectors(self, action: str) -> None:
+        """Raise ValueError when the vectors are not whole in this process. action: what they are for."""
+        vectors = (
+            (f"layer {number}'s {component}", getattr(layer, component, None), (len(heads), layer.head_dim))
+            for number, layer in self.layers.items()
+            for component in COMPONENTS
+            if (heads := layer.heads(component))
+        )
+        check_whole_vectors(vectors, action)
+
     def check_live(self) -> None:
         """Raise ValueError when the handle has ended."""
         if not self._live:
@@ -163,8 +178,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
 
     model: a Hugging Face decoder (or a PeftModel around one). Works for the families in `architectures.py` and for
     every model with linears called o_proj whose inputs are heads x head_dim. Undo with `handle.unpatch()`.
-    Raises TypeError or ValueError for an unknown model, a model already patched, a layer or head out of range. A
-    refused model is as it was.
+    Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
+    range. A refused model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
@@ -172,7 +187,9 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
-    handle = LofitHandle(model, config, find_projections(model))
+    projections = find_projections(model)
+    check_unsharded(model)
+    handle = LofitHandle(model, config, projections)
     handle._attach()
     return handle
 
@@ -208,7 +225,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
+def _build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
     """The wrappers, filled from the config's seed, attached to nothing yet."""
     scale = _heads_by_layer("scale", config.scale, projections)
     offset = _heads_by_layer("offset", config.offset, projections)
@@ -219,12 +236,19 @@ def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[in
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads)
+        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
         for vectors in layer.parameters(recurse=False):
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
             vectors.data.copy_(draw)
         layers[p.layer] = layer
     return layers
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that hold the one of that name, the nearest first, the model last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
 
 
 def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:

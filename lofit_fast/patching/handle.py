@@ -187,9 +187,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
-    projections = find_projections(model)
     check_unsharded(model)
-    handle = LofitHandle(model, config, projections)
+    handle = LofitHandle(model, config, find_projections(model))
     handle._attach()
     return handle
 
@@ -201,6 +200,7 @@ def load(model: nn.Module, folder: Path | str) -> LofitHandle:
     shape (both shapes are named). A refused model is as it was.
     """
     adapter = read_adapter(folder)
+    check_unsharded(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))
     handle = patch(model, adapter.config)
     try:

@@ -219,7 +219,7 @@ class LofitModel(BaseTuner):
         if handle_of(model) is not None:
             raise ValueError("the model is patched by lofit_fast.patch: unpatch() or merge() its handle first")
         projections = find_projections(model)
-        layers = build_layers(peft_config.heads(), projections)
+        layers = build_layers(model, peft_config.heads(), projections)
         adapted = [p for p in projections if p.layer in layers]
         for p in adapted:
             if is_tuner_layer(p.module) and not isinstance(p.module, LofitPeftLayer):

@@ -14,6 +14,7 @@ from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
 from lofit_fast.patching.mergeable import why_not_dense
+from lofit_fast.patching.sharding import check_whole
 from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
 
@@ -34,6 +35,7 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     """
     handle.check_live()
     folder = Path(folder)
+    check_whole(handle.model, "export")
     plain = plain_model(handle)
     _check_folder(handle, folder)
     with whole_folder(folder) as scratch:

@@ -19,6 +19,7 @@ from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
+from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ class LofitHandle:
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
-    model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what warns
-    where a state_dict is loaded. All three are None until the model is patched.
+    model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
+    warns where a state_dict is loaded. All three are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
         self.model, self.config, self.projections = model, config, projections
         self.fingerprint = fingerprint(model, projections)
-        self.layers = build_layers(config, projections)
+        self.layers = build_layers(model, config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
@@ -103,7 +104,8 @@ class LofitHandle:
         }
 
     def adapter(self) -> Adapter:
-        """What `save` writes; the tensors are the handle's own."""
+        """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        self.check_vectors("save")
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")
@@ -115,6 +117,7 @@ class LofitHandle:
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
+        self.check_vectors("load")
         fill(self.vectors(), adapter)
         if self.load_watch is not None:
             self.load_watch.settled()
@@ -158,6 +161,7 @@ class LofitHandle:
         offloaded, hooked, under another adapter), or its weights are used elsewhere in the model too.
         """
         self.check_live()
+        check_whole(self.model, "merge")
         plan = plan_merge(self.model, self.layers, self.projections)
         self.unpatch()
         merge_into_base(self.model, self.layers, self.projections, plan)
@@ -179,6 +183,16 @@ class LofitHandle:
         self._head = keep_head_input_whole(self.model)
         self._live = True
 
+    def check_vectors(self, action: str) -> None:
+        """Raise ValueError when the vectors are not whole in this process. action: what they are for."""
+        vectors = (
+            (f"layer {number}'s {component}", getattr(layer, component, None), (len(heads), layer.head_dim))
+            for number, layer in self.layers.items()
+            for component in COMPONENTS
+            if (heads := layer.heads(component))
+        )
+        check_whole_vectors(vectors, action)
+
     def check_live(self) -> None:
         """Raise ValueError when the handle has ended."""
         if not self._live:
@@ -190,8 +204,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
 
     model: a Hugging Face decoder (or a PeftModel around one). Works for the families in `architectures.py` and for
     every model with linears called o_proj whose inputs are heads x head_dim. Undo with `handle.unpatch()`.
-    Raises TypeError or ValueError for an unknown model, a model already patched, a layer or head out of range. A
-    refused model is as it was.
+    Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
+    range. A refused model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
@@ -199,6 +213,7 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
+    check_unsharded(model)
     handle = LofitHandle(model, config, find_projections(model))
     around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
     before = saved_names(model) if around_peft else {}
@@ -225,6 +240,7 @@ def load(model: nn.Module, folder: Path | str) -> LofitHandle:
     shape (both shapes are named). A refused model is as it was.
     """
     adapter = read_adapter(folder)
+    check_unsharded(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))
     handle = patch(model, adapter.config)
     try:
@@ -255,7 +271,7 @@ def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
 
 
-def build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
+def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
     """The wrappers, filled from the config's seed, attached to nothing yet."""
     scale = _heads_by_layer("scale", config.scale, projections)
     offset = _heads_by_layer("offset", config.offset, projections)
@@ -266,12 +282,19 @@ def build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads)
+        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
         for vectors in layer.parameters(recurse=False):
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
             vectors.data.copy_(draw)
         layers[p.layer] = layer
     return layers
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that hold the one of that name, the nearest first, the model last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
 
 
 def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:

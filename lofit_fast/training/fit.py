@@ -18,10 +18,13 @@ from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.head_norms import head_scores, offset_norms
+from lofit_fast.patching.placement import dtype_of
+from lofit_fast.patching.sharding import check_unsharded
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
+from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
@@ -82,7 +85,7 @@ def fit(
 
     Raises:
         ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
-            there are.
+            there are, a sharded model, a quantized one that cannot be trained through.
         OSError: a folder that cannot be written.
         FloatingPointError: training diverges.
 
@@ -214,6 +217,8 @@ class _TwoSteps:
     def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.callbacks, self.progress = callbacks, progress
+        check_unsharded(model)
+        check_passes_gradients(model)
         self.projections = find_projections(model)
         self.objective = objective
         self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
@@ -253,7 +258,7 @@ class _TwoSteps:
                 **fingerprint(self.model, self.projections).as_dict(),
                 "weights": weights_digest(p.module for p in self.projections),
             },
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.model)).removeprefix("torch."),
             **self.data.identity(),
             "heads": None if heads is None else [list(pair) for pair in heads],
             # of the engine's knobs the one that says which examples share a batch

@@ -17,6 +17,7 @@ from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
 
 
@@ -31,7 +32,8 @@ class ReferencedDPOTrainer(DPOTrainer):
 
     def __init__(self, model: nn.Module, **options) -> None:
         given = vars(model).get("forward", model.forward)
-        super().__init__(model=model, **options)
+        with admitted(model):
+            super().__init__(model=model, **options)
         if next(model.parameters()).device.type == "cpu":
             model.forward = labelled_only(given)
 

@@ -19,6 +19,7 @@ from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
+from lofit_fast.training.frozen_base import admitted
 
 
 class AttachmentTraining:
@@ -74,7 +75,8 @@ class LofitTrainer(AttachmentTraining, Trainer):
         group_by_length: bool = False,
         **options,
     ) -> None:
-        super().__init__(model=handle.model, **options)
+        with admitted(handle.model):
+            super().__init__(model=handle.model, **options)
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True

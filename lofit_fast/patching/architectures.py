@@ -106,9 +106,9 @@ def find_projections(model: nn.Module) -> list[Projection]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, ascending. Raises as `find_projections` does for a model without any."""
-    names = [projection.name.split(".") for projection in find_projections(model)]
-    return [model.get_submodule(".".join(name[: name.index("layers") + 2])) for name in names]
+    """All of the decoder's layers, in order, those without a projection too. Raises as `find_projections` does."""
+    name = find_projections(model)[0].name.split(".")
+    return list(model.get_submodule(".".join(name[: name.index("layers") + 1])))
 
 
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:

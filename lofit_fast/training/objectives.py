@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
 from lofit_fast.data.encode import Encoded, as_example, encode, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.tasks.contrast import contrasts
@@ -155,7 +156,7 @@ class EncodedCompletions:
         keep: bool,
     ) -> Iterator[Trainer]:
         """The prefix cache is filled first."""
-        collator = collator_of(engine, pad_token_id(self.tokenizer))
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
         with prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix:
             yield LofitTrainer(
@@ -188,7 +189,7 @@ class EncodedCompletions:
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
         for batch in _first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
-            yield _loss_sum(self.model, batch) / batch["shift_labels"].numel()
+            yield _loss_sum(self.model, batch) / n_labels(batch)
 
 
 @dataclass(frozen=True)
@@ -388,22 +389,22 @@ def _first_epoch(
     recipe,
     progress: bool,
     order_of: list[Encoded] | None = None,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
     check_room(model, [row["input_ids"] for row in rows], 0)
     lengths = [len(row["input_ids"]) for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer))
+    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
     size = recipe.batch_size // recipe.accumulation_steps
     device = next(model.parameters()).device
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
             batch = collator([rows[i] for i in order[start : start + size]])
-            yield {key: value.to(device) for key, value in batch.items()}
+            yield on_device(batch, device)
             bar.update(len(batch["input_ids"]))
 
 
-def _loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
     with torch.enable_grad(), eval_mode(model):
-        return model(**batch, use_cache=False).loss * batch["shift_labels"].numel()
+        return model(**batch, use_cache=False).loss * n_labels(batch)

@@ -112,7 +112,7 @@ def test_packed_examples_see_nothing_of_each_other(family, attention):
         batch = CompletionCollator(0, packed=True)(rows)
         assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
         states = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-        return model(**batch, use_cache=False).loss, states
+        return model(**batch).loss, states
 
     ids = [tokens(1, length, length)[0].tolist() for length in (12, 9, 11)]
     rows = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in ids]

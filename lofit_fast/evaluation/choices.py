@@ -8,6 +8,7 @@ no padding, no repeated prompt, no copy of the keys and values per question or c
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import ARCHITECTURES, text_config
 from lofit_fast.patching.handle import evaluating
 
@@ -28,6 +30,9 @@ MAX_TOKENS = 256
 _LOGIT_BYTES = 2**28
 # numbers of float32 logits at a time, while they are normalised
 _SLICE = 2**24
+
+# kinds of layers that a mask of our own can be made for
+_MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +76,7 @@ def score_choices(
     for prompt, rows in zip(prompts, endings, strict=True):
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
-    reason = packing_refusal(model)
+    reason = packing_refusal(model) or _tree_refusal(model)
     if reason is not None:
         _log.warning("scoring takes a forward per choice: %s", reason)
     score = _score_packed if reason is None else _score_singly
@@ -124,8 +129,32 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
         return f"attention {attention!r} takes no mask of our own: load the model with eager or sdpa"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
+    if others := set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS:
+        return f"it has layers that take no mask of our own: {', '.join(sorted(others))}"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"
+    return None
+
+
+def _tree_refusal(model: nn.Module) -> str | None:
+    """The same, found by scoring a few tokens in both ways."""
+    rows = trial_examples(model)
+    starts = [row["input_ids"][: SHARED + 1] for row in rows]
+    endings = [[row["input_ids"][SHARED + 1 :], row["input_ids"][:1:-1]] for row in rows]
+    with trying(model):
+        try:
+            expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS)}
+        # it needs more than tokens: the way that asks least of it says so
+        except Exception as error:
+            return f"{type(model).__name__} cannot be tried: {said_of(error)}"
+        try:
+            got = {(q, c): value for q, c, value in _score_packed(model, starts, endings, MAX_TOKENS)}
+        except Exception as error:
+            return f"{type(model).__name__} takes no row of several sequences: {said_of(error)}"
+    away = max(abs(got[key] / value - 1) for key, value in expected.items())
+    # a sum of logarithms, of some digits more than each
+    if away > rounding(model):
+        return f"in a row of several sequences {type(model).__name__}'s scores are {away:.1e} away from those alone"
     return None
 
 
@@ -246,11 +275,22 @@ def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) 
 
 def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]]:
     """The same, a whole sequence at a time."""
+    takes = _takes_counts(model)
+
+    def asked(count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if takes else {}
+
     for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
         for choice, ending in enumerate(rows):
             ids = torch.tensor([prompt + ending[:-1]], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(ending)).logits[0]
+            logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
             yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+
+
+def _takes_counts(model) -> bool:
+    """Whether a forward names logits_to_keep; a wrapper's does where that of what it wraps does."""
+    forwards = (m.forward for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    return any("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
 
 
 def _chain(tokens: Sequence[int]) -> _Tree:

@@ -116,6 +116,7 @@ class EncodedCompletions:
     least_epochs = 0
 
     def __init__(self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length) -> None:
+        check_language_model(model)
         if not len(train):
             raise ValueError("the training data is empty: expected at least one example")
         self.model, self.tokenizer, limit = model, tokenizer, _limit(model, max_length)
@@ -219,6 +220,7 @@ class EncodedPreferences:
     UNUSED = {"packing": False, "narrow": False, "prefix_cache_gb": 0.0}
 
     def __init__(self, model: nn.Module, tokenizer, preferences: Sequence[Preference], beta: float, max_length) -> None:
+        check_language_model(model)
         _preference_trainer()
         if not preferences:
             raise ValueError("the training data is empty: expected at least one preference, got none")
@@ -336,6 +338,21 @@ class EncodedPreferences:
             yield self.beta / 2 * difference / len(better["input_ids"])
 
 
+def check_language_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that predicts no tokens: it has no output over the vocabulary."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    # a class that leaves it open says so by an error
+    except NotImplementedError:
+        head = None
+    if head is None:
+        raise ValueError(
+            f"expected a language model, got {type(model).__name__}, which has no output over the vocabulary: load it "
+            "with AutoModelForCausalLM. To train a classifier, patch it and use any Trainer"
+        )
+
+
 def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> list[list[int]]:
     """Per epoch and question the index of the rejected answer to train on; the same for the same (seed, epoch)."""
     draws = []
@@ -367,12 +384,12 @@ def _limit(model: nn.Module, max_length: int | None) -> int | None:
 @contextmanager
 def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
     config, generation = text_config(model), model.generation_config
-    places = [(config, "pad_token_id"), (generation, "pad_token_id"), (model.config, "use_cache")]
+    places = [(config, "pad_token_id"), (generation, "pad_token_id")]
     places += [(model, "model_tags"), (tokenizer, "pad_token")]
     before = [(place, name, getattr(place, name, None)) for place, name in places]
     forward = vars(model).get("forward")
     try:
-        with eval_mode(model):
+        with undisturbed(model):
             yield
     finally:
         for place, name, value in before:

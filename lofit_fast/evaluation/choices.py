@@ -31,8 +31,12 @@ _LOGIT_BYTES = 2**28
 # numbers of float32 logits at a time, while they are normalised
 _SLICE = 2**24
 
+# families whose rows of several sequences the tests prove; others are tried on a few tokens first
+_PROVED = {"llama", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "qwen2"}
 # kinds of layers that a mask of our own can be made for
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
+
+_COUNT = "logits_to_keep"
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +80,9 @@ def score_choices(
     for prompt, rows in zip(prompts, endings, strict=True):
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
-    reason = packing_refusal(model) or _tree_refusal(model)
+    reason = packing_refusal(model)
+    if reason is None and text_config(model).model_type not in _PROVED:
+        reason = _tree_refusal(model)
     if reason is not None:
         _log.warning("scoring takes a forward per choice: %s", reason)
     score = _score_packed if reason is None else _score_singly
@@ -237,7 +243,7 @@ def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[in
     shared = _common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        _forward(model, _chain(shared), prefix, 0, keep=1)
+        _forward(model, _chain(shared), prefix, 0, [len(shared) - 1])
     prefix.filling = False
     max_rows = _max_rows(model)
     trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
@@ -250,7 +256,7 @@ def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tup
     max_rows = _max_rows(model)
     for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
         prefix = _Prefix()
-        first = _forward(model, _chain(prompt), prefix, 0, keep=1)
+        first = _forward(model, _chain(prompt), prefix, 0, [len(prompt) - 1])
         prefix.filling = False
         for tree in _trees([[]], [rows], max_tokens, max_rows):
             for _, choice, value in _tree_scores(model, tree, prefix, len(prompt), first):
@@ -262,9 +268,7 @@ def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) 
     nodes = sorted({node for node, *_ in tree.targets} - {-1})
     logits = [] if first is None else [first]
     if nodes:
-        keep = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
-        keep[0, nodes] = True
-        logits.append(_forward(model, tree, prefix, offset, keep))
+        logits.append(_forward(model, tree, prefix, offset, nodes))
     row_of = {node: row for row, node in enumerate(nodes if first is None else [-1, *nodes])}
     rows, tokens = [row_of[node] for node, *_ in tree.targets], [token for _, token, *_ in tree.targets]
     sums: dict[tuple[int, int], float] = {}
@@ -289,8 +293,14 @@ def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]
 
 def _takes_counts(model) -> bool:
     """Whether a forward names logits_to_keep; a wrapper's does where that of what it wraps does."""
-    forwards = (m.forward for m in model.modules() if hasattr(m, "get_output_embeddings"))
-    return any("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
+    return any(_names_count(module) for module in model.modules() if hasattr(module, "get_output_embeddings"))
+
+
+def _names_count(module: nn.Module) -> bool:
+    own = inspect.signature(module.forward).parameters
+    # one that somebody has put around the class's hands on what it does not name
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    return _COUNT in own or (passes_on and _COUNT in inspect.signature(type(module).forward).parameters)
 
 
 def _chain(tokens: Sequence[int]) -> _Tree:
@@ -304,8 +314,11 @@ def _max_rows(model) -> int:
     return max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
 
 
-def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | int) -> Tensor:
-    """(kept nodes, vocabulary) logits of a tree that follows `offset` tokens of prefix."""
+def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int]) -> Tensor:
+    """(nodes, vocabulary): logits of some nodes of a tree that follows `offset` tokens of prefix."""
+    # places, which forwards take that take no mask
+    keep = torch.tensor(nodes, device=model.device)
+    takes = _takes_counts(model)
     positions = torch.tensor(tree.depths) + offset
     seen = _sight(tree.parents, offset)
     key_positions = torch.cat((torch.arange(offset), positions))
@@ -316,9 +329,9 @@ def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | in
         attention_mask=masks,
         past_key_values=prefix,
         use_cache=True,
-        logits_to_keep=keep if isinstance(keep, int) else keep.to(model.device),
+        **({"logits_to_keep": keep} if takes else {}),
     )
-    return out.logits.flatten(0, -2)
+    return out.logits[0] if takes else out.logits[0, keep]
 
 
 def _sight(parents: Sequence[int], offset: int) -> Tensor:

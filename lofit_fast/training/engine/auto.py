@@ -22,6 +22,7 @@ from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.last_layer import narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak, packs
 
 # floating-point operations of a stage from which compiled layers pay on a CPU: SmolLM2's took 13 to 32 s to compile,
@@ -52,12 +53,12 @@ def settle(
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
     pages: with compiled layers.
-    Attention and packing are tried on a few tokens, with the attachment disabled: what does not give the results of
-    the model's own attention, and of examples apart, is not chosen.
+    Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
+    not give the results of the model's own attention, and of examples apart and whole, is not chosen.
 
     Raises:
-        ValueError: an attention is asked for that the model cannot run with, or packing of a model that would mix
-            examples; or the model's numbers of heads fit no attention.
+        ValueError: an attention is asked for that the model cannot run with, packing of a model that would mix
+            examples, or narrowing that would change results; or the model's numbers of heads fit no attention.
     """
     model = attachment.model
     device = next(model.parameters()).device
@@ -73,9 +74,13 @@ def settle(
     tokens = epochs * sum(len(row["input_ids"]) for row in rows)
     steps = epochs * math.ceil(len(rows) / batch_size)
     engine = replace(engine, compile=_one(engine.compile, pays_to_compile(model, device, tokens)))
+    pays = not engine.compile or steps >= NARROW_FROM
+    refusal = narrowing_refusal(model) if engine.narrow is True or (engine.narrow == "auto" and pays) else None
+    if engine.narrow is True and refusal is not None:
+        raise ValueError(f"narrow=True was asked for, but {refusal}: use narrow=False")
     engine = replace(
         engine,
-        narrow=_one(engine.narrow, not engine.compile or steps >= NARROW_FROM),
+        narrow=_one(engine.narrow, pays and refusal is None),
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
     )
     return engine, said(engine)

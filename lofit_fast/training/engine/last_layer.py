@@ -2,8 +2,7 @@
 
 After its attention the last decoder layer works on each token by itself, and so does all that follows. Of a batch that
 brings `logits_to_keep` as a mask, the MLP's rows outside of the mask change neither logits nor gradients. Where a
-family has it another way (a layer of another kind after it, weights that layers share, heads that predict further
-tokens), a trial on a few tokens gives other logits, and the model is left alone.
+family has it another way, a trial on a few tokens gives other logits.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lofit_fast.data.collate import CompletionCollator, on_device
 from lofit_fast.data.encode import IGNORED
-from lofit_fast.models.trials import difference, rounding, trial_examples, trying
+from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
 
 _MASK = "logits_to_keep"
@@ -34,17 +33,57 @@ def narrowed(model: nn.Module) -> Iterator[None]:
     what they are without, up to rounding. Whoever listens to the last layer's output gets it without the MLP's part in
     the other rows. The MLP runs whole in a forward pass without a boolean mask (B, S), with a cache, or that gives out
     hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
-    A model whose last layer has no MLP that is known to work row by row is left alone, and so is one whose logits or
-    loss a trial moves. What is added is hooks, and all of them go.
+    A model whose last layer has no MLP that is known to work row by row, and for the last time, is left alone. What is
+    added is hooks, and all of them go. `narrowing_refusal` tries what cannot be read off a model.
     """
-    layer = decoder_layers(model)[-1]
-    mlp = dict(layer.named_modules()).get(architecture_of(model).ffn)
-    usable = mlp is not None and _works_by_row(mlp) and _takes_masks(model) and _same_results(model, layer, mlp)
-    hooks = _narrow(model, layer, mlp) if usable else []
+    layer, mlp = _found(model)
+    hooks = [] if mlp is None else _narrow(model, layer, mlp)
     try:
         yield
     finally:
         _remove(hooks)
+
+
+def narrowing_refusal(model: nn.Module) -> str | None:
+    """Why narrowing would change a result, found on a few tokens; None where it would not, or leaves the model alone.
+
+    What it notices: something after the last MLP that mixes tokens, or that reads its output in other rows.
+    """
+    layer, mlp = _found(model)
+    if mlp is None:
+        return None
+    rows = trial_examples(model)
+    # rows without a label between rows with one: what they lack must not be missed
+    for row in rows:
+        row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
+    batch = on_device(CompletionCollator(0)(rows), next(model.parameters()).device)
+    hooks: list[RemovableHandle] = []
+    try:
+        with trying(model):
+            expected = model(**batch, use_cache=False)
+            hooks = _narrow(model, layer, mlp)
+            got = model(**batch, use_cache=False)
+    except Exception as error:
+        return f"{type(model).__name__} cannot be tried: {said_of(error)}"
+    finally:
+        _remove(hooks)
+    allowed = rounding(model)
+    moved = difference(got.logits, expected.logits)
+    if not torch.isclose(got.loss.double(), expected.loss.double(), rtol=allowed, atol=allowed):
+        moved = max(moved, ((got.loss - expected.loss) / expected.loss).abs().item())
+    if moved <= allowed:
+        return None
+    return (
+        f"something in {type(model).__name__} reads its last MLP in rows without a label: results move by {moved:.1e}"
+    )
+
+
+def _found(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """(the last layer, its MLP, or None where that must be left alone)."""
+    layer = decoder_layers(model)[-1]
+    mlp = dict(layer.named_modules()).get(architecture_of(model).ffn)
+    usable = mlp is not None and _works_by_row(mlp) and _takes_masks(model) and _used_once(model, mlp)
+    return layer, mlp if usable else None
 
 
 def _narrow(model: nn.Module, layer: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
@@ -61,29 +100,6 @@ def _narrow(model: nn.Module, layer: nn.Module, mlp: nn.Module) -> list[Removabl
 def _remove(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _same_results(model: nn.Module, layer: nn.Module, mlp: nn.Module) -> bool:
-    """Whether logits and loss of a few tokens are what they are without narrowing."""
-    rows = trial_examples(model)
-    # rows without a label between rows with one: what they lack must not be missed
-    for row in rows:
-        row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
-    batch = on_device(CompletionCollator(0)(rows), next(model.parameters()).device)
-    hooks: list[RemovableHandle] = []
-    try:
-        with trying(model):
-            expected = model(**batch, use_cache=False)
-            hooks = _narrow(model, layer, mlp)
-            got = model(**batch, use_cache=False)
-    # the model needs more than tokens, or takes no mask
-    except Exception:
-        return False
-    finally:
-        _remove(hooks)
-    allowed = rounding(model)
-    same_loss = torch.isclose(got.loss.double(), expected.loss.double(), rtol=allowed, atol=allowed)
-    return difference(got.logits, expected.logits) <= allowed and bool(same_loss)
 
 
 class _Rows:
@@ -133,6 +149,11 @@ def _works_by_row(mlp: nn.Module) -> bool:
     """
     linear = all(parameter.dim() <= 2 for parameter in mlp.parameters())
     return type(mlp).__name__.endswith("MLP") and linear and not any(map(_drops, mlp.modules()))
+
+
+def _used_once(model: nn.Module, mlp: nn.Module) -> bool:
+    """Whether the MLP is in one place: layers that share one are not through with it at the first call."""
+    return sum(module is mlp for _, module in model.named_modules(remove_duplicate=False)) == 1
 
 
 def _drops(module: nn.Module) -> bool:

@@ -50,20 +50,54 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         ("gemma", "Gemma", None, {}),
         ("gemma2", "Gemma2", None, {"sliding_window": 4}),
         ("gemma3", "Gemma3Text", "Gemma3ForCausalLM", {"sliding_window": 4}),
-        ("gemma3n", "Gemma3nText", "Gemma3nForCausalLM", {"num_kv_shared_layers": 1, "sliding_window": 4,
-            "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-            "activation_sparsity_pattern": [0.5, 0.0, 0.0]}),
-        ("gemma4", "Gemma4Text", "Gemma4ForCausalLM", {"sliding_window": 4, "num_kv_shared_layers": 1,
-            "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+        (
+            "gemma3n",
+            "Gemma3nText",
+            "Gemma3nForCausalLM",
+            {
+                "num_kv_shared_layers": 1,
+                "sliding_window": 4,
+                "vocab_size_per_layer_input": 97,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 4,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+            },
+        ),
+        (
+            "gemma4",
+            "Gemma4Text",
+            "Gemma4ForCausalLM",
+            {
+                "sliding_window": 4,
+                "num_kv_shared_layers": 1,
+                "vocab_size_per_layer_input": 97,
+                "hidden_size_per_layer_input": 8,
+                "global_head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+        ),
         ("qwen2", "Qwen2", None, {}),
         ("qwen3", "Qwen3", None, {}),
         ("qwen3_moe", "Qwen3Moe", None, {}),
         ("qwen2_moe", "Qwen2Moe", None, {"shared_expert_intermediate_size": 24}),
-        ("qwen3_next", "Qwen3Next", None, {**_LINEAR, "layer_types": _FULL_LAST, "shared_expert_intermediate_size": 24}),
-        ("qwen3_next_dense", "Qwen3Next", None, {**_LINEAR, "layer_types": _LINEAR_LAST, "mlp_only_layers": [0, 1, 2],
-            "shared_expert_intermediate_size": 24}),
+        (
+            "qwen3_next",
+            "Qwen3Next",
+            None,
+            {**_LINEAR, "layer_types": _FULL_LAST, "shared_expert_intermediate_size": 24},
+        ),
+        (
+            "qwen3_next_dense",
+            "Qwen3Next",
+            None,
+            {
+                **_LINEAR,
+                "layer_types": _LINEAR_LAST,
+                "mlp_only_layers": [0, 1, 2],
+                "shared_expert_intermediate_size": 24,
+            },
+        ),
         ("qwen3_5", "Qwen3_5Text", "Qwen3_5ForCausalLM", {**_LINEAR, "layer_types": _LINEAR_LAST}),
         ("qwen3_5_full_last", "Qwen3_5Text", "Qwen3_5ForCausalLM", {**_LINEAR, "layer_types": _FULL_LAST}),
         ("mistral", "Mistral", None, {"sliding_window": 4}),
@@ -76,8 +110,12 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         ("cohere2", "Cohere2", None, {"sliding_window": 4}),
         ("granite", "Granite", None, {}),
         ("granitemoe", "GraniteMoe", None, {}),
-        ("granitemoehybrid", "GraniteMoeHybrid", None, {**_MAMBA, "layer_types": ["mamba", "attention", "mamba"],
-            "shared_intermediate_size": 48}),
+        (
+            "granitemoehybrid",
+            "GraniteMoeHybrid",
+            None,
+            {**_MAMBA, "layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 48},
+        ),
         ("olmo", "Olmo", None, {}),
         ("olmo2", "Olmo2", None, {}),
         ("olmo3", "Olmo3", None, {"sliding_window": 4}),
@@ -105,19 +143,61 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         ("lfm2", "Lfm2", None, {"layer_types": ["full_attention", "conv", "full_attention"]}),
         ("falcon_h1", "FalconH1", None, _MAMBA),
         ("bamba", "Bamba", None, {**_MAMBA, "attn_layer_indices": [1]}),
-        ("jamba", "Jamba", None, {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
-            "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4}),
-        ("zamba", "Zamba", None, {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
-            "num_hidden_layers": 4, "mamba_d_state": 8, "mamba_dt_rank": 4}),
-        ("zamba2", "Zamba2", None, {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-            "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "chunk_size": 8,
-            "num_mem_blocks": 1, "use_mem_eff_path": False}),
-        ("nemotron_h", "NemotronH", None, {"hybrid_override_pattern": "M*-", "mamba_num_heads": 4, "mamba_head_dim": 16,
-            "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}),
-        ("minimax", "MiniMax", None, {"layer_types": ["linear_attention", "full_attention", "full_attention"],
-            "block_size": 4}),
-        ("llama4", "Llama4Text", "Llama4ForCausalLM", {"attention_chunk_size": 8, "intermediate_size_mlp": 48,
-            "interleave_moe_layer_step": 2}),
+        (
+            "jamba",
+            "Jamba",
+            None,
+            {
+                "attn_layer_period": 3,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+                "use_mamba_kernels": False,
+                "mamba_d_state": 8,
+                "mamba_dt_rank": 4,
+            },
+        ),
+        (
+            "zamba2",
+            "Zamba2",
+            None,
+            {
+                "num_hidden_layers": 4,
+                "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                "mamba_d_state": 8,
+                "n_mamba_heads": 8,
+                "mamba_headdim": 8,
+                "mamba_ngroups": 1,
+                "chunk_size": 8,
+                "num_mem_blocks": 1,
+                "use_mem_eff_path": False,
+            },
+        ),
+        (
+            "nemotron_h",
+            "NemotronH",
+            None,
+            {
+                "hybrid_override_pattern": "M*-",
+                "mamba_num_heads": 4,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 8,
+                "n_groups": 1,
+                "chunk_size": 8,
+            },
+        ),
+        (
+            "minimax",
+            "MiniMax",
+            None,
+            {"layer_types": ["linear_attention", "full_attention", "full_attention"], "block_size": 4},
+        ),
+        (
+            "llama4",
+            "Llama4Text",
+            "Llama4ForCausalLM",
+            {"attention_chunk_size": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        ),
         ("doge", "Doge", None, {}),
         ("vaultgemma", "VaultGemma", None, {"sliding_window": 4}),
         ("afmoe", "Afmoe", None, {"sliding_window": 4, "num_dense_layers": 3}),
@@ -127,34 +207,39 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         ("gpt2", "GPT2", "GPT2LMHeadModel", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     )
 }
-# multimodal wrappers: their language model has a config of its own
+# multimodal wrappers, whose language model has a config of its own: classes, and the family inside
 WRAPPERS = {
-    "gemma3_wrapper": ("Gemma3Config", "Gemma3ForConditionalGeneration", "gemma3"),
-    "llava": ("LlavaConfig", "LlavaForConditionalGeneration", "llama"),
-    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", None),
+    "gemma3_wrapper": ("Gemma3Config", "Gemma3ForConditionalGeneration", "gemma3", "siglip_vision_model"),
+    "llava": ("LlavaConfig", "LlavaForConditionalGeneration", "llama", "clip_vision_model"),
+    "llava_hybrid": ("LlavaConfig", "LlavaForConditionalGeneration", "qwen3_5", "clip_vision_model"),
 }
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-_VISION |= {"image_size": 8, "patch_size": 4}
+_VISION |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
+_IMAGE = {"image_token_id": 90, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+_IMAGE |= {"mm_tokens_per_image": 4, "boi_token_id": 91, "eoi_token_id": 92}
 
 
 def _config(family: str):
     import transformers
 
+    if family in WRAPPERS:
+        name, _, text, vision = WRAPPERS[family]
+        parts = {"text_config": _config(text).to_dict(), "vision_config": {"model_type": vision, **_VISION}}
+        return getattr(transformers, name)(**parts, **_IMAGE)
     name, _, differs = FAMILIES[family]
     kind = getattr(transformers, name)
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__annotations__", {}))
-    known |= set(getattr(kind, "attribute_map", {})) if False else set()
     return kind(**{**{key: value for key, value in COMMON.items() if key in known}, **differs})
 
 
-def family_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random model of the family in eval mode."""
+def family_model(family: str, seed: int = 0):
+    """A random model of the family in eval mode, whose weights are large enough for each part to tell."""
     import transformers
 
     torch.manual_seed(seed)
-    model = getattr(transformers, FAMILIES[family][1])(_config(family))
+    model = getattr(transformers, {**FAMILIES, **WRAPPERS}[family][1])(_config(family))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
-    return model.to(dtype).eval()
+    return model.eval()

@@ -81,7 +81,7 @@ def score_choices(
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
     reason = packing_refusal(model)
-    if reason is None and text_config(model).model_type not in _PROVED:
+    if reason is None and not (text_config(model).model_type in _PROVED and _takes_caches(model)):
         reason = _tree_refusal(model)
     if reason is not None:
         _log.warning("scoring takes a forward per choice: %s", reason)
@@ -133,10 +133,16 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
         return f"it is not known whether model_type {config.model_type!r} obeys a mask of our own"
     if attention not in ("eager", "sdpa", GROUPED):
         return f"attention {attention!r} takes no mask of our own: load the model with eager or sdpa"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "attention is bidirectional"
     if others := set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS:
         return f"it has layers that take no mask of our own: {', '.join(sorted(others))}"
+    return length_refusal(model)
+
+
+def length_refusal(model: nn.Module) -> str | None:
+    """Why sequences in one row are not what they are apart in a way that a few tokens do not show; None if nothing."""
+    config = text_config(model)
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"
     return None
@@ -289,6 +295,13 @@ def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]
             ids = torch.tensor([prompt + ending[:-1]], device=model.device)
             logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
             yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+
+
+def _takes_caches(model) -> bool:
+    """Whether the forward names a cache, or names nothing: one put around another by who only listens."""
+    kinds = inspect.signature(model.forward).parameters.values()
+    named = {one.name for one in kinds if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+    return "past_key_values" in named or not named
 
 
 def _takes_counts(model) -> bool:

@@ -9,7 +9,7 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import ARCHITECTURES, text_config
-from lofit_fast.training.engine.attention_scope import attending
+from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 
 
@@ -43,7 +43,8 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
     """
     if name == text_config(model)._attn_implementation:
         return None
-    batch = CompletionCollator(0)(trial_examples(model))
+    # so few tokens that attention GROUPED computes as it does in training
+    batch = CompletionCollator(0, pad_to_multiple_of=1)(trial_examples(model))
     real = batch["attention_mask"].bool()
     with trying(model):
         try:
@@ -51,11 +52,13 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
         # without it the attention can only be tried by itself
         except Exception:
             own = None
-        with attending(model, name):
-            try:
+        try:
+            with attending(model, name):
                 got = all_logits(model, batch)[real]
-            except Exception as error:
-                return f"attention {name!r} cannot be used here: {said_of(error)}"
+        except UnusableAttention as error:
+            return str(error)
+        except Exception as error:
+            return f"attention {name!r} cannot be used here: {said_of(error)}"
     # eager attention makes no numbers of float64 where a window holds padding alone
     comparable = own is not None and own.isfinite().all()
     away = difference(got, own if comparable else got)

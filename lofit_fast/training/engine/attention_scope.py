@@ -14,12 +14,16 @@ from lofit_fast.training.engine.cpu_extras import register_attention
 _KEPT = "_attn_implementation_internal"
 
 
+class UnusableAttention(ValueError):
+    """An attention that a model or machine does not have."""
+
+
 @contextmanager
 def attending(model: nn.Module, name: str) -> Iterator[None]:
     """A scope in which the model attends by an implementation; afterwards every config is as it was.
 
-    name: one of transformers', for all parts of the model, or GROUPED, for its decoder alone. Raises ValueError, with
-    everything as it was, for one that the model or the machine does not have.
+    name: one of transformers', for all parts of the model, or GROUPED, for its decoder alone.
+    Raises UnusableAttention, with everything as it was, for one that the model or the machine does not have.
     """
     register_attention()
     before = [(config, _implementation(config)) for config in _configs(model)]
@@ -29,10 +33,10 @@ def attending(model: nn.Module, name: str) -> Iterator[None]:
             (_decoder(model) if name == GROUPED else model).set_attn_implementation(name)
         except (ImportError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"attention {name!r} cannot be used here: {reason}") from error
+            raise UnusableAttention(f"attention {name!r} cannot be used here: {reason}") from error
         # transformers only warns of a model with attention code of its own
         if name != had and text_config(model)._attn_implementation == had:
-            raise ValueError(
+            raise UnusableAttention(
                 f"attention {name!r} cannot be used here: {type(model).__name__} has attention code of its own, "
                 f"and stays with {had!r}: choose 'auto' or {had!r}"
             )

@@ -17,7 +17,7 @@ from torch import nn
 from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.evaluation.choices import packing_refusal
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
@@ -131,8 +131,7 @@ def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Bat
 
 
 def _packing_refusal(model: nn.Module, engine: Engine) -> str | None:
-    # what a few tokens cannot show
-    if engine.attention == GROUPED and (reason := packing_refusal(model, GROUPED)):
+    if engine.attention == GROUPED and (reason := length_refusal(model)):
         return reason
     return packing_leak(model, engine.attention, lambda packing: collator_of(replace(engine, packing=packing), 0))
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, rectangle
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
 
 if TYPE_CHECKING:
@@ -77,31 +79,46 @@ def log_probs(
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
     values = [0.0] * len(rows)
-    device = next(model.parameters()).device
+    device, logits = next(model.parameters()).device, logit_rows(model)
     with eval_mode(model):
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
             ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
-            logp = labelled_log_probs(model(input_ids=ids, attention_mask=mask, **keeping(labels)), labels)
+            output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
+            logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
     return values
 
 
-def keeping(labels: Tensor) -> dict[str, Tensor | bool]:
-    """What a Hugging Face model is to be called with so that it makes logits where the next token has a label only."""
+def keeping(labels: Tensor, logits: Logits = "rows") -> dict[str, Tensor | bool]:
+    """What a model is to be called with so that it makes logits where the next token has a label only.
+
+    logits: how the model can be asked for them, see `models.logit_rows`.
+    """
     following = labels[:, 1:] != IGNORED
-    return {"logits_to_keep": torch.cat((following, following.new_zeros(len(labels), 1)), 1), "use_cache": False}
+    if logits == "all":
+        return {"use_cache": False}
+    keep = torch.cat((following, following.new_zeros(len(labels), 1)), 1)
+    return {"logits_to_keep": keep if logits == "rows" else keep.any(0).nonzero().flatten(), "use_cache": False}
 
 
-def labelled_log_probs(output, labels: Tensor) -> Tensor:
+def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tensor:
     """(B, S - 1): log p of every next token that has a label, 0 elsewhere. output: of a model called with `keeping`."""
-    logits = output.logits.flatten(0, -2)
     following = labels[:, 1:]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows = labelled_rows(output.logits, labels, logits)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     picked = wide.gather(1, following[following != IGNORED][:, None])[:, 0] - wide.logsumexp(1)
     return picked.new_zeros(following.shape).masked_scatter(following != IGNORED, picked)
+
+
+def labelled_rows(given: Tensor, labels: Tensor, logits: Logits = "rows") -> Tensor:
+    """(labelled tokens, vocabulary): of what a model called with `keeping` gives, those before a label."""
+    if logits == "rows":
+        return given.flatten(0, -2)
+    wanted = labels[:, 1:] != IGNORED
+    return given[:, :-1][wanted] if logits == "all" else given[wanted[:, wanted.any(0)]]
 
 
 def _column(dataset: Dataset, name: str) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
 from lofit_fast.data.encode import (
     BoundaryWarning,
     Encoded,
@@ -34,6 +34,7 @@ from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.tasks.contrast import contrasts
@@ -133,6 +134,7 @@ class EncodedCompletions:
     def __init__(
         self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length, progress: bool = False
     ) -> None:
+        check_language_model(model)
         self.model, self.tokenizer, limit = model, tokenizer, token_limit(model, max_length)
         self.rows = encode_all(tokenizer, given_examples(train), limit, progress=progress)
         if not self.rows:
@@ -174,7 +176,7 @@ class EncodedCompletions:
         keep: bool,
     ) -> Iterator[Trainer]:
         """The prefix cache is filled first."""
-        collator = collator_of(engine, pad_token_id(self.tokenizer))
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
         with prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix:
             yield LofitTrainer(
@@ -207,7 +209,7 @@ class EncodedCompletions:
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
         for batch in _first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
-            yield _loss_sum(self.model, batch) / batch["shift_labels"].numel()
+            yield _loss_sum(self.model, batch) / n_labels(batch)
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,7 @@ class EncodedPreferences:
         max_length,
         progress: bool = False,
     ) -> None:
+        check_language_model(model)
         _preference_trainer()
         preferences = preferences_of(preferences)
         if not preferences:
@@ -371,6 +374,21 @@ class EncodedPreferences:
             yield self.beta / 2 * difference / len(better["input_ids"])
 
 
+def check_language_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that predicts no tokens: it has no output over the vocabulary."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    # a class that leaves it open says so by an error
+    except NotImplementedError:
+        head = None
+    if head is None:
+        raise ValueError(
+            f"expected a language model, got {type(model).__name__}, which has no output over the vocabulary: load it "
+            "with AutoModelForCausalLM. To train a classifier, patch it and use any Trainer"
+        )
+
+
 def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> list[list[int]]:
     """Per epoch and question the index of the rejected answer to train on; the same for the same (seed, epoch)."""
     draws = []
@@ -409,12 +427,12 @@ def token_limit(model: nn.Module, max_length: int | None) -> int | None:
 @contextmanager
 def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
     config, generation = text_config(model), model.generation_config
-    places = [(config, "pad_token_id"), (generation, "pad_token_id"), (model.config, "use_cache")]
+    places = [(config, "pad_token_id"), (generation, "pad_token_id")]
     places += [(model, "model_tags"), (tokenizer, "pad_token")]
     before = [(place, name, getattr(place, name, None)) for place, name in places]
     forward = vars(model).get("forward")
     try:
-        with eval_mode(model):
+        with undisturbed(model):
             yield
     finally:
         for place, name, value in before:
@@ -431,22 +449,22 @@ def _first_epoch(
     recipe,
     progress: bool,
     order_of: list[Encoded] | None = None,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
     check_room(model, [row["input_ids"] for row in rows], 0)
     lengths = [len(row["input_ids"]) for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer))
+    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
     size = recipe.batch_size // recipe.accumulation_steps
     device = next(model.parameters()).device
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
             batch = collator([rows[i] for i in order[start : start + size]])
-            yield {key: value.to(device) for key, value in batch.items()}
+            yield on_device(batch, device)
             bar.update(len(batch["input_ids"]))
 
 
-def _loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
     with torch.enable_grad(), eval_mode(model):
-        return model(**batch, use_cache=False).loss * batch["shift_labels"].numel()
+        return model(**batch, use_cache=False).loss * n_labels(batch)

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
@@ -106,13 +107,24 @@ class LofitTrainer(AttachmentTraining, Trainer):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Trainer switches modes and the config's cache; a scope after which both are as they were."""
-    use_cache = getattr(model.config, "use_cache", None)
+    """Trainer switches modes and the config's cache; a scope after which both are as they were.
+
+    Within it the decoder's own config, which is another one in a multimodal model, asks for no cache either.
+    """
+    configs = {id(config): config for config in (model.config, text_config(model))}.values()
+    before = [(config, dict(vars(config))) for config in configs]
     try:
+        for config in configs:
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
         with eval_mode(model):
             yield
     finally:
-        model.config.use_cache = use_cache
+        for config, had in before:
+            if "use_cache" in had:
+                config.use_cache = had["use_cache"]
+            else:
+                vars(config).pop("use_cache", None)
 
 
 class Rows(torch.utils.data.Dataset):

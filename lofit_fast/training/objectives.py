@@ -32,9 +32,10 @@ from lofit_fast.data.encode import (
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
-from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
@@ -290,6 +291,7 @@ class EncodedPreferences:
             "prompt": [preference.prompt for preference, _ in chosen],
             "chosen": [preference.chosen for preference, _ in chosen],
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
+            RENDERED: [isinstance(preference.prompt, Rendered) for preference, _ in chosen],
         }
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
         # said of all answers already

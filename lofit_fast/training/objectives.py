@@ -45,7 +45,7 @@ from lofit_fast.training.prefix_cache.cache import prefix_cached
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
-Examples = Sequence[Example | Mapping[str, str]]
+Examples = Sequence[Example | Mapping]
 # of DPO's loss, the paper's
 BETA = 0.5
 
@@ -104,8 +104,8 @@ def objective_of(task: Task) -> Objective:
 class Completions:
     """Cross-entropy on the completion of each prompt.
 
-    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion". evaluation gives a loss per epoch
-    and the exact match at the end; it may be empty.
+    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", or with "messages". evaluation gives
+    a loss per epoch and the exact match at the end; it may be empty.
     """
 
     train: Examples

@@ -94,6 +94,18 @@ def test_thinking_is_learned_where_the_template_keeps_it():
     assert learned(tokenizer, encode(tokenizer, without, None)) == [" Four. <|im_end|>"]
 
 
+def test_thinking_inside_a_content_may_be_left_out_of_earlier_turns():
+    template = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    tokenizer = chat_tokenizer("qwen", template, IM)
+    thinking = {"role": "assistant", "content": "<think>hm</think>Hello."}
+    talk = conversation([MESSAGES[0], thinking, *MESSAGES[2:]], tokenizer, train_on="last")
+    assert learned(tokenizer, encode(tokenizer, talk, None)) == [" Four. <|im_end|>"]
+    assert "hm" not in talk.text
+    with pytest.raises(ValueError, match="message 2 .* changes earlier turns"):
+        conversation([MESSAGES[0], thinking, *MESSAGES[2:]], tokenizer)
+    assert "hm" in conversation([MESSAGES[0], thinking], tokenizer).completion
+
+
 def test_channels_are_learned_and_the_final_one_judged():
     family = FAMILIES["gpt-oss"]
     tokenizer = chat_tokenizer("qwen", GPT_OSS, family.special)

@@ -15,11 +15,14 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, rectangle
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.tasks.chat import Rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXTS = ("prompt", "chosen", "rejected")
+# a column that is true where a chat template has made the prompt, with all special tokens it needs
+RENDERED = "rendered"
 
 
 class Switchable(Protocol):
@@ -50,10 +53,14 @@ def reference_logprobs(
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
     An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
+    A column "rendered" says of which prompts a chat template has made them: no special tokens are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
     more than max_length tokens.
     """
     texts = {name: _column(dataset, name) for name in TEXTS}
+    if RENDERED in dataset.column_names:
+        marks = zip(texts["prompt"], dataset[RENDERED], strict=True)
+        texts["prompt"] = [Rendered(prompt) if made else prompt for prompt, made in marks]
     end = tokenizer.eos_token or ""
     # data for TRL may bring the end token along
     answers = [[text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]]

@@ -333,11 +333,13 @@ def _has_text(message: Mapping) -> bool:
 def _check_whole(messages: list[Mapping], text: str) -> None:
     """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
     for i, message in enumerate(messages):
-        lines = (message.get("content") or "").strip().splitlines()
+        lines = (message.get("content") or "").strip().splitlines() or [""]
+        # what comes after the thinking, which may be moved or left out
+        end = lines[-1].rpartition(">")[2].strip() or lines[-1].strip()
         # what a tool says may be quoted, and what goes with a call of one moved
-        if lines and message["role"] != "tool" and not message.get("tool_calls") and lines[-1].strip() not in text:
+        if message["role"] != "tool" and not message.get("tool_calls") and end not in text:
             raise ValueError(
-                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({lines[-1][:40]!r}): "
+                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({end[:40]!r}): "
                 "expected a template that takes this role, and contents that are texts"
             )
 

@@ -33,10 +33,11 @@ from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
-from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import Example, Preference, Task
@@ -47,7 +48,7 @@ from lofit_fast.training.prefix_cache.cache import prefix_cached
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
-Examples = Sequence[Example | Mapping[str, str]]
+Examples = Sequence[Example | Mapping]
 # of DPO's loss, the paper's
 BETA = 0.5
 
@@ -109,9 +110,9 @@ def objective_of(task: Task) -> Objective:
 class Completions:
     """Cross-entropy on the completion of each prompt.
 
-    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", in a list, a data set of the
-    `datasets` library or a frame (see `given_examples`). evaluation gives a loss per epoch and the exact match at the
-    end; it may be empty.
+    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", or with "messages", in a list, a data
+    set of the `datasets` library or a frame (see `given_examples`). evaluation gives a loss per epoch and the exact
+    match at the end; it may be empty.
     """
 
     train: Examples
@@ -318,6 +319,7 @@ class EncodedPreferences:
             "prompt": [preference.prompt for preference, _ in chosen],
             "chosen": [preference.chosen for preference, _ in chosen],
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
+            RENDERED: [isinstance(preference.prompt, Rendered) for preference, _ in chosen],
         }
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
         # said of all answers already

@@ -88,6 +88,16 @@ def test_preferences_are_of_the_joined_tokens(model, kind):
     assert done["ref_chosen_logps"][0] == pytest.approx(done["ref_chosen_logps"][1], rel=1e-9)
 
 
+def test_a_rendered_prompt_stays_so_among_preferences(model):
+    tokenizer = kind_tokenizer("llama3")
+    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
+    rows = {"prompt": ["A:", "A:"], "chosen": [" yes"] * 2, "rejected": [" x"] * 2, "rendered": [True, False]}
+    done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(rows), tokenizer)
+    handle.unpatch()
+    plain = tokenizer("A:", add_special_tokens=False)["input_ids"]
+    assert done["prompt_ids"] == [plain, [tokenizer.bos_token_id, *plain]]
+
+
 def test_a_prefix_that_is_rendered_text_stays_so(model):
     family = FAMILIES["glm"]
     tokenizer = chat_tokenizer("qwen", family.template, family.special, family.preamble)

@@ -1,9 +1,11 @@
 """Conversations: what is learned of each family's rendering, what is refused, and that nothing else is put in."""
 
+import importlib.util
 import json
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +44,7 @@ def learned(tokenizer, row):
 def text_of(tokenizer, ids):
     # one at a time, as a decoder strips or adds what depends on neighbours
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    if any("\u2581" in token for token in tokenizer.vocab):
+    if "\u2581" in tokenizer.vocab:
         text = "".join(tokens).replace("\u2581", " ")
         return re.sub("<0x(..)>", lambda byte: chr(int(byte[1], 16)), text)
     return tokenizer.decode(ids)
@@ -90,6 +92,18 @@ def test_thinking_is_learned_where_the_template_keeps_it():
     # the template's variables come with the row
     without = {"messages": MESSAGES[2:], "chat_template_kwargs": {"enable_thinking": False}}
     assert learned(tokenizer, encode(tokenizer, without, None)) == [" Four. <|im_end|>"]
+
+
+def test_thinking_inside_a_content_may_be_left_out_of_earlier_turns():
+    template = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    tokenizer = chat_tokenizer("qwen", template, IM)
+    thinking = {"role": "assistant", "content": "<think>hm</think>Hello."}
+    talk = conversation([MESSAGES[0], thinking, *MESSAGES[2:]], tokenizer, train_on="last")
+    assert learned(tokenizer, encode(tokenizer, talk, None)) == [" Four. <|im_end|>"]
+    assert "hm" not in talk.text
+    with pytest.raises(ValueError, match="message 2 .* changes earlier turns"):
+        conversation([MESSAGES[0], thinking, *MESSAGES[2:]], tokenizer)
+    assert "hm" in conversation([MESSAGES[0], thinking], tokenizer).completion
 
 
 def test_channels_are_learned_and_the_final_one_judged():
@@ -170,6 +184,46 @@ def test_a_template_that_refuses_is_quoted():
         conversation([{"role": "system", "content": "x"}, *MESSAGES], tokenizer_of(family))
     with pytest.raises(ValueError, match="messages need a tokenizer with a chat template, got one without"):
         conversation(MESSAGES, kind_tokenizer("qwen"))
+
+
+def published():
+    """The templates that TRL ships, by name: those of families as published, and its own variants of them."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.submodule_search_locations[0]) / "chat_templates" if spec else Path()
+    return sorted(folder.glob("*.jinja"))
+
+
+@pytest.fixture(scope="module")
+def every_token():
+    tags = {tag for path in published() for tag in re.findall(r"<[|\uff5c]?\w[^<>\s'\"]*>", path.read_text())}
+    return chat_tokenizer("qwen", "", sorted(tags))
+
+
+@pytest.mark.skipif(not published(), reason="TRL, which ships chat templates, is not installed")
+@pytest.mark.filterwarnings("ignore::lofit_fast.data.encode.BoundaryWarning")
+@pytest.mark.parametrize(
+    "paths", [published()[::6], pytest.param(published(), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_published_templates_are_right_or_refused(every_token, paths):
+    right = 0
+    for path in paths:
+        every_token.chat_template = path.read_text()
+        for train_on in ("all", "last"):
+            try:
+                talk = conversation(MESSAGES, every_token, train_on=train_on)
+            except ValueError as error:
+                assert re.search(r"message \d \(\w+\)|refused the messages", str(error)), (path.name, error)
+                continue
+            row = encode(every_token, talk, None)
+            rendered = every_token.apply_chat_template(MESSAGES)["input_ids"]
+            assert row["input_ids"] == rendered + [every_token.eos_token_id] * (not talk.ended), path.name
+            turns = learned(every_token, row)
+            assert len(turns) == (2 if train_on == "all" else 1) and "Four." in turns[-1], path.name
+            assert not any("Two and two" in turn or "Hi?" in turn for turn in turns), path.name
+            # it ends with a token that ends it
+            assert turns[-1].rstrip().endswith(">"), path.name
+            right += 1
+    assert right > len(paths)
 
 
 def test_rows_are_read_with_train_on(tmp_path):

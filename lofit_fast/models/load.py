@@ -66,7 +66,7 @@ def load_model(
     kept in `cache_folder()` under their checksum. dtype: a torch dtype, its name, or "auto" (see `best_dtype`).
     device: "auto" or torch's name for it. attention: transformers' attn_implementation; "auto" leaves the choice to
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
-    Raises ValueError for an unknown dtype, FileNotFoundError for a package or file that is not there, OSError from
+    Raises ValueError for an unknown dtype, or an attention that the model or machine does not have, FileNotFoundError for a package or file that is not there, OSError from
     transformers for a hub id it cannot resolve.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +76,13 @@ def load_model(
     source = resolve(name)
     asked = {} if attention == "auto" else {"attn_implementation": attention}
     with _without_bar() if Path(source).is_dir() else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+        except (ImportError, ValueError) as error:
+            if not asked:
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

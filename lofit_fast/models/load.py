@@ -66,8 +66,8 @@ def load_model(
     kept in `cache_folder()` under their checksum. dtype: a torch dtype, its name, or "auto" (see `best_dtype`).
     device: "auto" or torch's name for it. attention: transformers' attn_implementation; "auto" leaves the choice to
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
-    Raises ValueError for an unknown dtype, or an attention that the model or machine does not have, FileNotFoundError for a package or file that is not there, OSError from
-    transformers for a hub id it cannot resolve.
+    Raises ValueError for an unknown dtype, or an attention that the model or machine does not have, FileNotFoundError
+    for a package or file that is not there, OSError from transformers for a hub id it cannot resolve.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -70,8 +70,9 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
-    Raises ValueError for an unknown dtype or quantization, or a second one, FileNotFoundError for a package or file that is not there, OSError from
-    transformers for a hub id it cannot resolve.
+    Raises ValueError for an unknown dtype or quantization, a second one, or an attention that the model or machine does
+    not have, FileNotFoundError for a package or file that is not there, OSError from transformers for a hub id it
+    cannot resolve.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -89,7 +90,13 @@ def load_model(
         # packed weights are made on their device, and not all of them can be moved
         asked["device_map"] = {"": device}
     with _without_bar() if Path(source).is_dir() else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+        except (ImportError, ValueError) as error:
+            if attention == "auto":
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -97,6 +97,12 @@ def test_attention_is_passed_on(folder, dtype, asked, expected):
     assert model.config._attn_implementation == expected
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "unheard_of"])
+def test_an_attention_that_is_not_here_is_refused(folder, name):
+    with pytest.raises(ValueError, match=f"{folder} cannot be loaded with attention '{name}': "):
+        load.load_model(str(folder), dtype="float32", device="cpu", attention=name)
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LOFIT_FAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

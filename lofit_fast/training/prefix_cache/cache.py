@@ -28,7 +28,7 @@ from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.padding import padded
 from lofit_fast.files import writable_folder
-from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.architectures import decoder_layers, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.training.engine.compiled_layers import any_compiled
@@ -115,11 +115,13 @@ def prefix_cached(
     if not gb:
         yield collator
         return
-    prefix, store = _Prefix(handle), None
+    prefix = store = None
     folder = folder or cache_folder() / "prefix"
-    with eval_mode(handle.model), torch.no_grad(), prefix.uncompiled():
+    with eval_mode(handle.model), torch.no_grad():
         try:
-            store = _checked_store(prefix, sequences, collator, gb, folder, progress)
+            prefix = _Prefix(handle)
+            with prefix.uncompiled():
+                store = _checked_store(prefix, sequences, collator, gb, folder, progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             reason = str(error) if isinstance(error, _Unfit | OSError) else f"{type(error).__name__}: {error}"
@@ -140,10 +142,9 @@ class _Prefix:
 
     def __init__(self, handle: LofitHandle) -> None:
         self.model = handle.model
-        name = handle.projections[0].name.split(".")
-        path = name[: name.index("layers")]
-        self.decoder = self.model.get_submodule(".".join(path))
-        self.layers: nn.ModuleList = self.decoder.layers
+        places = {id(layers): path for path, layers in self.model.named_modules()}
+        self.layers = _list_of(self.model, decoder_layers(self.model))
+        self.decoder = self.model.get_submodule(places[id(self.layers)].rpartition(".")[0])
         self.until = min(handle.layers)
         self.device = next(self.model.parameters()).device
 
@@ -166,6 +167,16 @@ class _Prefix:
     def uncompiled(self):
         """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
         return torch.compiler.set_stance("force_eager") if any_compiled(self.layers) else nullcontext()
+
+
+def _list_of(model: nn.Module, layers: Sequence[nn.Module]) -> nn.ModuleList:
+    """The list in the model that holds just these layers. Raises _Unfit where there is none."""
+    wanted = list(map(id, layers))
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    found = next((one for one in lists if list(map(id, one)) == wanted), None)
+    if found is None:
+        raise _Unfit("the decoder's layers are in no list of their own")
+    return found
 
 
 def _checked_store(prefix: _Prefix, sequences, collator, gb: float, root: Path, progress: bool) -> PrefixStore:

@@ -20,7 +20,7 @@ def train_accelerated(model, tokenizer, stories, steps: int, output: Path) -> li
     batches = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
     accelerator = Accelerator()
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=3e-3, weight_decay=0.0)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
     if (output / "state").exists():

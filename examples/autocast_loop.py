@@ -18,7 +18,7 @@ def train_autocast(model, tokenizer, stories, steps: int, output: Path) -> list[
     collate = CompletionCollator(pad_token_id(tokenizer))
     batches = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
     losses = []
     for batch in islice(chain.from_iterable(repeat(batches)), steps):

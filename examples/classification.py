@@ -31,7 +31,7 @@ def train_classifier(model, tokenizer, stories, steps: int, output: Path) -> lis
         str(output),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         save_steps=max(1, steps // 2),
         logging_steps=1,
         report_to="none",

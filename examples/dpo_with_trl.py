@@ -22,7 +22,7 @@ def train_dpo(model, tokenizer, stories, steps: int, output: Path) -> list[float
         str(output),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         beta=0.5,
         precompute_ref_log_probs=True,
         activation_checkpointing=False,

@@ -18,7 +18,7 @@ def train_sft(model, tokenizer, stories, steps: int, output: Path) -> list[float
         str(output),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         # the backward pass ends at the lowest tuned layer as long as nobody asks for the embeddings' gradients
         activation_checkpointing=False,
         completion_only_loss=True,

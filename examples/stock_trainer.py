@@ -21,7 +21,7 @@ def train_stock(model, tokenizer, stories, steps: int, output: Path) -> list[flo
         str(output),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         lr_scheduler_type="constant",
         # CompletionCollator names the rows of logits itself, so nothing may be dropped, and no logits collected
         remove_unused_columns=False,

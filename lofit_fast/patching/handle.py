@@ -106,6 +106,8 @@ class LofitHandle:
     def adapter(self) -> Adapter:
         """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
         self.check_vectors("save")
+        if self.load_watch is not None:
+            self.load_watch.remind()
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")

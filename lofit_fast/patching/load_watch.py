@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 MESSAGE = (
-    "a state_dict was loaded into a model patched by LoFiT: the base model was filled, the LoFiT vectors stay what "
-    "they were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
+    "a state_dict was loaded into a model patched by LoFiT: the rest of the model was filled, the LoFiT vectors stay "
+    "what they were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
     "callbacks=[lofit_fast.AdapterCheckpoints(handle)], call accelerator.register_for_checkpointing(lofit_fast."
     "AdapterCheckpoints(handle)), or save and load the adapter beside it: handle.save(folder), lofit_fast.load(model, "
     "folder)"
@@ -21,7 +21,7 @@ class LoadWatch:
     """Warns when somebody loads a state_dict into a patched model and nobody restores the vectors.
 
     Trainer does so when it resumes and when it takes the best model back, accelerate in load_state. What restores
-    vectors signs up with `expect`; then the warning waits for the next forward, and `settled` cancels it.
+    vectors signs up with `expect`; then the warning waits for the next forward or `remind`, and `settled` cancels it.
     layer: the adapted layer that is watched; a load of any module above it counts. decoder: whose forward is the next.
     """
 
@@ -41,6 +41,12 @@ class LoadWatch:
             self._owed.remove()
             self._owed = None
 
+    def remind(self) -> None:
+        """Warn if a load still waits for its vectors."""
+        if self._owed is not None:
+            self.settled()
+            warnings.warn(MESSAGE, stacklevel=3)
+
     def remove(self) -> None:
         """Watch no longer."""
         self.settled()
@@ -53,8 +59,7 @@ class LoadWatch:
             self._owed = self.decoder.register_forward_pre_hook(self._complain)
 
     def _complain(self, module: nn.Module, args: tuple) -> None:
-        self.settled()
-        warnings.warn(MESSAGE, stacklevel=2)
+        self.remind()
 
     def __getstate__(self) -> dict:
         # a copy is restored by nobody yet, and weak references cannot be pickled

@@ -216,17 +216,22 @@ def test_loading_without_the_vectors_is_loud(load, tmp_path):
         LOADS[load](handle, tmp_path)
 
 
-def test_a_trusted_callback_that_does_nothing_is_told_at_the_next_forward():
+NEXT = {"forward": lambda handle, _: handle.model(tokens()), "save": lambda handle, folder: handle.save(folder)}
+
+
+@pytest.mark.parametrize("use", NEXT)
+def test_a_trusted_callback_that_does_nothing_is_told_at_the_next_use(tmp_path, use):
     handle = patched()
     callback = lf.AdapterCheckpoints(handle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         handle.model.load_state_dict(tiny_model("llama").state_dict())
     with pytest.warns(UserWarning, match="AdapterCheckpoints"):
-        handle.model(tokens())
+        NEXT[use](handle, tmp_path)
+    # once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        handle.model(tokens())
+        NEXT[use](handle, tmp_path)
     assert callback.handle is handle
 
 

@@ -82,7 +82,8 @@ def check_mergeable(model: nn.Module, layers: Layers, in_place: bool = True) -> 
             )
         if not all(t is None or t.isfinite().all() for t in merged_tensors(layer)):
             raise ValueError(
-                f"cannot merge layer {number}: the merged numbers overflow {base.weight.dtype}; load the base in float32"
+                f"cannot merge layer {number}: the merged numbers overflow {base.weight.dtype}; load the base in "
+                "float32"
             )
 
 
@@ -109,8 +110,8 @@ def plan_merge(model: nn.Module, layers: Layers, projections: Sequence[Projectio
             continue
         if reason := why_no_zeros(module):
             raise ValueError(
-                f"cannot merge offsets: {name} needs a bias of zeros beside them, expected a plain module, got {reason}; "
-                "merge its adapters or dequantize it first"
+                f"cannot merge offsets: {name} needs a bias of zeros beside them, expected a plain module, got "
+                f"{reason}; merge its adapters or dequantize it first"
             )
         zeros.append(module)
     return Merge(zeros, biased)

@@ -81,3 +81,42 @@ def test_writable_folder_names_what_it_cannot_write(tmp_path, below):
         writable_folder(blocker / below)
     assert str(blocker) in str(raised.value)
     assert blocker.read_text() == "in the way"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("there", ["", "old", "old/older"])
+def test_whole_folder_removes_the_folders_it_made_for_a_failed_block(tmp_path, there, error):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = names(tmp_path)
+    with pytest.raises(error), whole_folder(tmp_path / "old" / "older" / "new") as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "a.txt").write_text("half")
+        raise error
+    assert names(tmp_path) == before
+
+
+def test_whole_folder_moves_nothing_where_one_file_cannot_go(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="cannot write to output folder .* b is there, as something else"):  # noqa: SIM117
+        with whole_folder(tmp_path) as scratch:
+            (scratch / "a").write_text("new")
+            (scratch / "b").write_text("new")
+    assert names(tmp_path) == ["a", "b"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_write_text_of_a_failed_write_leaves_no_folder(tmp_path):
+    with pytest.raises(TypeError):
+        write_text(tmp_path / "new" / "a.txt", b"bytes are no text")
+    assert names(tmp_path) == []
+
+
+def test_writable_folder_that_takes_no_files_is_removed(tmp_path, monkeypatch):
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lofit_fast.files.tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match="cannot write to output folder .*: No space left"):
+        writable_folder(tmp_path / "a" / "b")
+    assert names(tmp_path) == []

@@ -72,8 +72,8 @@ def check_mergeable(model: nn.Module, layers: Layers, in_place: bool = True) -> 
         shared = any(t is not None and len(users[t.data_ptr()]) > 1 for t in changed)
         if len(holders[id(base)]) > 1 or (shared and in_place):
             raise ValueError(
-                f"cannot merge layer {number}: its projection's weights are used in several places of the model, and "
-                "the adapter in one of them only. Use lofit_fast.export, or keep the adapter apart"
+                f"cannot merge layer {number}: its projection's weights are used in several places of the model, "
+                "which would all change. Use lofit_fast.export, or keep the adapter folder"
             )
         if in_place and base.weight.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
@@ -82,7 +82,8 @@ def check_mergeable(model: nn.Module, layers: Layers, in_place: bool = True) -> 
             )
         if not all(t is None or t.isfinite().all() for t in merged_tensors(layer)):
             raise ValueError(
-                f"cannot merge layer {number}: the merged numbers overflow {base.weight.dtype}; load the base in float32"
+                f"cannot merge layer {number}: the merged numbers overflow {base.weight.dtype}; load the base in "
+                "float32"
             )
 
 
@@ -109,8 +110,8 @@ def plan_merge(model: nn.Module, layers: Layers, projections: Sequence[Projectio
             continue
         if reason := why_no_zeros(module):
             raise ValueError(
-                f"cannot merge offsets: {name} needs a bias of zeros beside them, expected a plain module, got {reason}; "
-                "merge its adapters or dequantize it first"
+                f"cannot merge offsets: {name} needs a bias of zeros beside them, expected a plain module, got "
+                f"{reason}; merge its adapters or dequantize it first"
             )
         zeros.append(module)
     return Merge(zeros, biased)

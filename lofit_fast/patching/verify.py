@@ -43,7 +43,7 @@ class ExportReport:
 def verify_export(
     handle: LofitHandle, folder: Path | str, tokens: Tensor | Mapping[str, Tensor] | None = None
 ) -> ExportReport:
-    """Prove an exported folder: reload it with stock code, compare its tensors and then its logits with the patched model.
+    """Prove an exported folder: reload it with stock code, compare its tensors and logits with the patched model.
 
     tokens: (B, S) int64, or a mapping of all inputs that the model's forward takes, or None for 2 x 16 fixed random
     tokens. A model in 16 bits is compared through a float32 copy, since rounding in its forward would hide small
@@ -71,8 +71,8 @@ def verify_export(
     for component, effect in effects.items():
         if effect == 0 or report.difference > _OF_THE_LOGITS * effect:
             raise ValueError(
-                f"inconclusive: leaving out the {component}s would change the logits by {effect:.3g} of their size, and "
-                f"those of {folder} differ by {report.difference:.3g}, from rounding to {dtype}. "
+                f"inconclusive: leaving out the {component}s would change the logits by {effect:.3g} of their size, "
+                f"and those of {folder} differ by {report.difference:.3g}, from rounding to {dtype}. "
                 + ("Load the base in float32, export and verify there" if dtype.itemsize < 4 else _NO_EFFECT)
             )
     return report
@@ -114,16 +114,16 @@ def _reloaded(model: nn.Module, folder: Path | str) -> tuple[nn.Module, dict]:
     kind = getattr(transformers, name, None) or type(model)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     attention = _attention(model)
-    exported, info = kind.from_pretrained(
-        folder, dtype=wide, output_loading_info=True, attn_implementation=attention
-    )
+    asked = {} if attention is None else {"attn_implementation": attention}
+    exported, info = kind.from_pretrained(folder, dtype=wide, output_loading_info=True, **asked)
     return exported.to(next(model.parameters()).device).eval(), info
 
 
 def _attention(model: nn.Module) -> str | None:
+    """The attention to ask for in float32; None leaves it to transformers, since towers differ in what they know."""
     # flash attention knows 16 bits only
     name = getattr(model.config, "_attn_implementation", None)
-    return name if name in (None, "sdpa", "eager") else "eager"
+    return None if name in (None, "sdpa") else "eager"
 
 
 def _arrived(got: Tensor | None, want: Tensor, base: Tensor | None) -> bool:
@@ -147,7 +147,7 @@ def _is_wide(model: nn.Module) -> bool:
 def _widened(model: nn.Module) -> nn.Module:
     """A patched copy of the model in float32, which computes the same without rounding on the way."""
     wide = copy.deepcopy(model).float()
-    if (attention := _attention(model)) != getattr(model.config, "_attn_implementation", None):
+    if attention := _attention(model):
         wide.set_attn_implementation(attention)
     return wide
 

@@ -71,13 +71,6 @@ def test_every_row_has_its_tiny_model():
     assert {architecture_of(tiny_model(f)).model_type for f in FAMILIES} == set(ARCHITECTURES)
 
 
-def test_bias_flags_are_attributes_of_the_configs(family):
-    row, config = architecture_of(tiny_model(family)), tiny_model(family).config
-    assert row.bias_flag is None or getattr(config, row.bias_flag) is False
-    # without a flag there must be a family to export as, which has one
-    assert row.bias_flag or ARCHITECTURES[row.export_as].bias_flag
-
-
 def test_find_projections_numbers_layers_not_strings():
     found = find_projections(tiny_model("llama", num_hidden_layers=11))
     assert [p.layer for p in found] == list(range(11))

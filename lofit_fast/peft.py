@@ -16,7 +16,6 @@ from itertools import chain
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_li
 from lofit_fast.patching.merge import check_mergeable, merge_into_base, merged_tensors
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
-from lofit_kernels import fold_offsets, head_affine, head_affine_linear, head_index
 
 
 @dataclass
@@ -68,38 +66,31 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
     """A projection with the scales and offsets of some adapters, of which one at a time is active.
 
     base_layer: the projection. lofit_scale, lofit_offset: parameters (h, D) by adapter, float32 (float64 in a float64
-    model), rows by ascending head; beside them the heads.
+    model), rows by ascending head. lofit_heads: by adapter the heads of the two, None where there is no such component.
     """
 
     adapter_layer_names = ("lofit_scale", "lofit_offset")
-    other_param_names = ("lofit_scale_heads", "lofit_offset_heads")
+    other_param_names = ("lofit_heads",)
 
     def __init__(self, base_layer: nn.Module, n_heads: int, head_dim: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.n_heads, self.head_dim = n_heads, head_dim
         self.in_features, self.out_features = n_heads * head_dim, outputs_of(base_layer)
-        for component in COMPONENTS:
-            setattr(self, f"lofit_{component}", nn.ParameterDict())
-            setattr(self, f"lofit_{component}_heads", BufferDict(persistent=False))
+        self.lofit_scale, self.lofit_offset = nn.ParameterDict(), nn.ParameterDict()
+        self.lofit_heads: dict[str, tuple[list[int] | None, list[int] | None]] = {}
         self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], []
+        # what computes, by adapter; in a dict, so that it is no child
+        self._patched: dict[str, LofitLinear] = {}
         # weight and bias as they were, while an adapter is merged
         self._unmerged: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def update_layer(self, adapter: str, made: LofitLinear) -> None:
-        """Take an adapter's vectors from what `patch` would have put here."""
+        """Take an adapter's vectors and heads from what `patch` would have put here."""
         for component in COMPONENTS:
             if (vectors := getattr(made, component)) is not None:
                 getattr(self, f"lofit_{component}")[adapter] = vectors
-                index = getattr(made, f"{component}_heads")
-                if index.is_meta:
-                    # drawn nowhere, to be loaded: the numbers come from a file, the heads do not
-                    index = head_index(made.heads(component), self.n_heads, self._device())
-                getattr(self, f"lofit_{component}_heads")[adapter] = index
-
-    def holds(self, adapter: str) -> bool:
-        """Whether the adapter has vectors here."""
-        return adapter in self.lofit_scale or adapter in self.lofit_offset
+        self.lofit_heads[adapter] = tuple(made.heads(component) or None for component in COMPONENTS)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one. Raises ValueError for several."""
@@ -107,29 +98,35 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"LoFiT has one active adapter at a time, got {list(adapter_names)}")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def forward(self, z: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapter = next((name for name in self.active_adapters if self.holds(name)), None)
-        base = self.base_layer
+        adapter = next((name for name in self.active_adapters if name in self.lofit_heads), None)
         if self.disable_adapters or self.merged or adapter is None:
-            return base(z, *args, **kwargs)
-        vectors = self._vectors(adapter)
-        if not is_plain_linear(base) or args or kwargs:
-            return base(head_affine(z, **vectors), *args, **kwargs)
-        folded, offset = None, vectors["offset"]
-        if torch.is_grad_enabled() and offset is not None and offset.requires_grad and not base.weight.requires_grad:
-            folded = fold_offsets([base.weight], [offset], [vectors["offset_heads"]])[0]
-            vectors |= {"offset": None, "offset_heads": None}
-        return head_affine_linear(z, base.weight, base.bias, folded=folded, **vectors)
+            return self.base_layer(z)
+        return self.as_patched(adapter)(z)
+
+    def as_patched(self, adapter: str) -> LofitLinear:
+        """What `lofit_fast.patch` would put here, with the adapter's own vectors; attached to nothing."""
+        vectors = {c: table[adapter] for c in COMPONENTS if adapter in (table := getattr(self, f"lofit_{c}"))}
+        layer = self._patched.get(adapter)
+        fits = layer is not None and layer.inner is self.base_layer
+        if not fits or any(getattr(layer, c) is not vectors.get(c) for c in COMPONENTS):
+            layer = LofitLinear(self.base_layer, self.n_heads, self.head_dim, *self.lofit_heads[adapter])
+            for component, parameter in vectors.items():
+                setattr(layer, component, parameter)
+            self._patched[adapter] = layer
+        if any(getattr(layer, f"{c}_heads").device != parameter.device for c, parameter in vectors.items()):
+            layer.place_heads()
+        return layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the active adapter into the projection, where that takes no new parameter; `unmerge` undoes it.
 
         Raises ValueError as `check_in_place` does.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.holds(name)]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lofit_heads]
         if not names:
             return
         self.check_in_place(names)
@@ -161,41 +158,18 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         self._write(*self._unmerged)
         self._unmerged, self.merged_adapters = (None, None), []
 
-    def as_patched(self, adapter: str) -> LofitLinear:
-        """The same layer as `lofit_fast.patch` makes it, with the adapter's own vectors; attached to nothing."""
-        heads = [
-            None if adapter not in (index := getattr(self, f"lofit_{c}_heads")) else index[adapter].tolist()
-            for c in COMPONENTS
-        ]
-        layer = LofitLinear(self.base_layer, self.n_heads, self.head_dim, *heads)
-        for component in COMPONENTS:
-            if adapter in (vectors := getattr(self, f"lofit_{component}")):
-                setattr(layer, component, vectors[adapter])
-        return layer
-
-    def _device(self) -> torch.device:
-        """Where the projection computes."""
-        return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
-
     @torch.no_grad()
     def _write(self, weight: Tensor | None, bias: Tensor | None) -> None:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
                 getattr(self.base_layer, name).copy_(tensor)
 
-    def _vectors(self, adapter: str) -> dict[str, Tensor | None]:
-        """The adapter's vectors and heads, as the ops take them."""
-        return {
-            name: table[adapter] if adapter in (table := getattr(self, f"lofit_{name}")) else None
-            for name in ("scale", "scale_heads", "offset", "offset_heads")
-        }
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To where the projection computes. The dtype stays: the vectors are too small for 16 bits."""
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            table = getattr(self, name)
-            if adapter_name in table and not table[adapter_name].is_meta:
-                table[adapter_name] = table[adapter_name].to(device or self._device())
+        device = device or next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
+        for name in self.adapter_layer_names:
+            if adapter_name in (table := getattr(self, name)) and not table[adapter_name].is_meta:
+                table[adapter_name] = table[adapter_name].to(device)
 
     def _apply(self, fn, recurse: bool = True):
         for name, child in self.named_children():
@@ -254,7 +228,7 @@ class LofitModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the active adapter for the time being. Raises ValueError, nothing changed, where a layer cannot."""
         for layer in (m for m in self.model.modules() if isinstance(m, LofitPeftLayer)):
-            names = [name for name in adapter_names or layer.active_adapters if layer.holds(name)]
+            names = [name for name in adapter_names or layer.active_adapters if name in layer.lofit_heads]
             if set(names) - set(layer.merged_adapters):
                 layer.check_in_place(names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -284,7 +258,7 @@ class LofitModel(BaseTuner):
             raise ValueError(f"LoFiT merges one adapter at a time, got {names}")
         projections = find_projections(self.model)
         ours = [p for p in projections if isinstance(p.module, LofitPeftLayer)]
-        layers = {p.layer: p.module.as_patched(name) for p in ours for name in names if p.module.holds(name)}
+        layers = {p.layer: p.module.as_patched(name) for p in ours for name in names if name in p.module.lofit_heads}
         if safe_merge and not all(v.isfinite().all() for layer in layers.values() for v in layer.parameters(False)):
             raise ValueError(f"adapter {names[0]!r} has numbers that are not finite")
         with self._bases_in_place(ours):

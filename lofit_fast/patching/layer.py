@@ -60,7 +60,7 @@ class LofitLinear(nn.Module):
             rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
             self.register_buffer(f"{component}_heads", None, persistent=False)
-        self._place_heads()
+        self.place_heads()
 
     @property
     def weight(self) -> Tensor:
@@ -162,10 +162,10 @@ class LofitLinear(nn.Module):
         if recurse:
             self.inner._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
-        self._place_heads()
+        self.place_heads()
         return self
 
-    def _place_heads(self) -> None:
+    def place_heads(self) -> None:
         """The lists of heads as indices beside the vectors: rebuilt, since to_empty() leaves buffers undefined."""
         for component, heads in self._heads.items():
             if heads is not None:

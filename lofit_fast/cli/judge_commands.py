@@ -19,6 +19,7 @@ from lofit_fast.cli.options import (
     Split,
     Subset,
     TaskName,
+    TrainOn,
     reading_of,
     task_name,
 )
@@ -34,6 +35,7 @@ def eval(
     split: Split = None,
     subset: Subset = None,
     columns: Columns = None,
+    train_on: TrainOn = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
     ] = None,
@@ -47,7 +49,7 @@ def eval(
     from lofit_fast.tasks import load_task, majority_accuracy
     from lofit_fast.training.summary import data_seed_of
 
-    reading = reading_of(split, subset, columns)
+    reading = reading_of(split, subset, columns, train_on)
     base, tokenizer = loaded(model, adapter, dtype, device)
     seed = data_seed_of(adapter) if seed is None else seed
     examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)

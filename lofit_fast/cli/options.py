@@ -44,6 +44,10 @@ Columns = Annotated[
         metavar="NAME=COLUMN,...",
     ),
 ]
+TrainOn = Annotated[
+    str | None,
+    typer.Option(help="Of messages, learn 'all' turns of the assistant (the default) or the 'last'.", metavar="TURNS"),
+]
 TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.")]
 Top = Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")]
 MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.")]
@@ -90,9 +94,12 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def reading_of(split: str | None, subset: str | None, columns: str | None) -> dict[str, object]:
+def reading_of(
+    split: str | None, subset: str | None, columns: str | None, train_on: str | None = None
+) -> dict[str, object]:
     """What was given of how to read --data, as options of `load_task`. Raises ValueError as `parse_columns`."""
-    read = {"split": split, "subset": subset, "columns": None if columns is None else parse_columns(columns)}
+    renamed = None if columns is None else parse_columns(columns)
+    read = {"split": split, "subset": subset, "columns": renamed, "train_on": train_on}
     return {key: value for key, value in read.items() if value is not None}
 
 

@@ -27,6 +27,7 @@ from lofit_fast.cli.options import (
     Subset,
     TaskName,
     Top,
+    TrainOn,
     TrainSize,
     reading_of,
     recipe_of,
@@ -52,6 +53,7 @@ def select(
     split: Split = None,
     subset: Subset = None,
     columns: Columns = None,
+    train_on: TrainOn = None,
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
@@ -81,7 +83,7 @@ def select(
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
-    reading = reading_of(split, subset, columns)
+    reading = reading_of(split, subset, columns, train_on)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)

@@ -25,6 +25,7 @@ from lofit_fast.cli.options import (
     Subset,
     TaskName,
     Top,
+    TrainOn,
     TrainSize,
     reading_of,
     recipe_of,
@@ -42,6 +43,7 @@ def train(
     split: Split = None,
     subset: Subset = None,
     columns: Columns = None,
+    train_on: TrainOn = None,
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
@@ -99,7 +101,7 @@ def train(
     knobs = {"compile": compile, "packing": packing}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
-    reading = reading_of(split, subset, columns)
+    reading = reading_of(split, subset, columns, train_on)
     fixed = None if heads is None else read_heads(heads)
     if dtype == "auto" and resume:
         # a run goes on in the dtype that it was begun in

@@ -334,13 +334,17 @@ class _TwoSteps:
 
     def engines(self, stages: Sequence[str]) -> dict[str, Engine]:
         """The engine that each stage of a new run would have."""
-        # the rules ask a handle for its model, and this one is not in it
-        handle, recipe = LofitHandle(self.model, LofitConfig(offset="all"), self.projections), self.recipe
+        recipe, data, tokenizer = self.recipe, self.data, self.tokenizer
         epochs = {"select": (recipe.select_lr, recipe.select_epochs), "tune": (recipe.tune_lr, recipe.tune_epochs)}
-        return {
-            stage: settle_for(handle, self._usable(stage), self.data, self.tokenizer, self._schedule(*epochs[stage]))[0]
-            for stage in stages
-        }
+        # the rules try a patched model
+        handle = patch(self.model, LofitConfig(offset="all"))
+        try:
+            return {
+                stage: settle_for(handle, self._usable(stage), data, tokenizer, self._schedule(*epochs[stage]))[0]
+                for stage in stages
+            }
+        finally:
+            handle.unpatch()
 
     def _usable(self, stage: str) -> Engine:
         """Step 1 scales every layer, and leaves nothing below to keep."""

@@ -110,9 +110,9 @@ def objective_of(task: Task) -> Objective:
 class Completions:
     """Cross-entropy on the completion of each prompt.
 
-    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", or with "messages", in a list, a data
-    set of the `datasets` library or a frame (see `given_examples`). evaluation gives a loss per epoch and the exact
-    match at the end; it may be empty.
+    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", or with "messages", in a list, a
+    data set of the `datasets` library or a frame (see `given_examples`). evaluation gives a loss per epoch and the
+    exact match at the end; it may be empty.
     """
 
     train: Examples

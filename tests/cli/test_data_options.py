@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from lofit_fast.cli.options import parse_columns
 from tests.cli.calling import QUICK, as_json, call, error_of
@@ -189,3 +190,17 @@ def test_a_sweep_reads_the_same_way(model, table, tmp_path):
     ):
         (tmp_path / "bad.toml").write_text(grid.read_text().replace(old, new, 1))
         assert message in error_of("sweep", tmp_path / "bad.toml", "--output", tmp_path / "other")
+
+
+def test_train_on_says_which_turns_are_learned(model, tmp_path):
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    data = tmp_path / "talks.jsonl"
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in LETTERS))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    tokenizer.save_pretrained(model)
+    about = ("--model", model, "--data", str(data), "--output", tmp_path / "run", "--dry-run", *QUICK)
+    learned = {which: as_json("train", *about, "--train-on", which)["learned_tokens"] for which in ("all", "last")}
+    assert learned["all"] > learned["last"] > 0
+    assert as_json("train", *about)["learned_tokens"] == learned["all"]
+    assert "expected all or last" in error_of("train", *about, "--train-on", "first")

@@ -19,11 +19,11 @@ RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
 # what all runs have in common, since they share one loaded base, and what each may have of its own
 ENGINE_KEYS = tuple(field.name for field in fields(Engine))
 # how the data is read, as options of `load_task`
-READING_KEYS = ("split", "subset", "columns")
+READING_KEYS = ("split", "subset", "columns", "train_on")
 COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *READING_KEYS, *ENGINE_KEYS)
 RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
-_WORDS = ("model", "task", "data", "split", "subset", "dtype", "device", "heads", "name")
+_WORDS = ("model", "task", "data", "split", "subset", "train_on", "dtype", "device", "heads", "name")
 _COUNTS = ("train_size", "data_seed")
 
 
@@ -62,8 +62,8 @@ class Grid:
 def read_grid(path: Path | str) -> Grid:
     """A grid from a file of the tables [base], [grid] and [[runs]].
 
-    [base]: model, and what else all runs share: task, data, split, subset, columns (a table), data_seed, dtype, device,
-    the fields of Engine, and any setting of a run.
+    [base]: model, and what else all runs share: task, data, split, subset, columns (a table), train_on, data_seed, dtype,
+    device, the fields of Engine, and any setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
     working folder.

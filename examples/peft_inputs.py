@@ -19,7 +19,7 @@ def model_and_batch(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         tokens = torch.randint(3, 97, (4, 16))
         return model, {"input_ids": tokens, "labels": tokens}
     model, tokenizer = load_model(name, dtype="float32", device="cpu")
-    rows = [encode(tokenizer, example, None) for example in kinship(8, 1, 0).train]
+    rows = [encode(tokenizer, example, None) for example in kinship(4, 1, 0).train]
     return model, dict(CompletionCollator(pad_token_id(tokenizer))(rows))
 
 

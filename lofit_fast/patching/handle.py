@@ -139,10 +139,11 @@ class LofitHandle:
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        # then it is PEFT that holds the base frozen
+        peft_entered = self.peft_watch.entered_since()
         for p in adapted:
             setattr(p.parent, p.attribute, self.layers[p.layer].inner)
-        # where PEFT has entered the model since, it is PEFT that holds the base frozen
-        parameters = {} if self.peft_watch.entered_since() else dict(self.model.named_parameters())
+        parameters = {} if peft_entered else dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)

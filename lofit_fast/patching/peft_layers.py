@@ -145,8 +145,8 @@ class PeftWatch:
                 targets = getattr(config, "target_modules", None)
                 if not isinstance(targets, set | list) or all(t.split(".")[-1] != INNER for t in targets):
                     continue
-                names = {id(module): name for name, module in owner.named_modules()}
-                ours = [names[id(layer)] for layer in self.layers if is_tuner_layer(layer.inner)]
+                wrappers = {id(layer) for layer in self.layers if is_tuner_layer(layer.inner)}
+                ours = [name for name, module in owner.named_modules() if id(module) in wrappers]
                 config.target_modules = type(targets)([*(t for t in targets if t.split(".")[-1] != INNER), *ours])
 
 

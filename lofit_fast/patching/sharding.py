@@ -15,8 +15,8 @@ _BEFORE = (
     "whole model"
 )
 _GATHER = (
-    "Gather the model first, on every process: module.unshard() of each module that was given to fully_shard, and "
-    "module.reshard() afterwards"
+    "Gather the model first, on every process: module.unshard() of each module that was given to fully_shard, with "
+    "module.reshard() afterwards; FullyShardedDataParallel.summon_full_params; deepspeed.zero.GatheredParameters"
 )
 
 
@@ -70,7 +70,8 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _kind_of(tensor: Tensor) -> str | None:
     """What kind of part a tensor is, in words; None for a whole one."""
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        return f"a {type(tensor).__name__} placed {tuple(map(str, tensor.placements))} over {tensor.device_mesh.size()} processes"
+        places = tuple(map(str, tensor.placements))
+        return f"a {type(tensor).__name__} placed {places} over {tensor.device_mesh.size()} processes"
     if hasattr(tensor, "local_shards"):
         return f"a {type(tensor).__name__} of which this process holds shards"
     if getattr(tensor, "_is_flat_param", False):

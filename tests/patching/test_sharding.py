@@ -1,0 +1,282 @@
+"""Sharded models: refused before anything changes, or right."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import lofit_fast as lf
+from tests.oracle import randomize
+from tests.patched_models import CONFIGS, HOOKS, logits, loss, relative
+from tests.tiny_models import tiny_model
+
+fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A group of this process alone: tensors placed on it are DTensors all the same."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def placed(linear, mesh, dim):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)]))
+
+
+def tensor_parallel(model, mesh):
+    placed(model.model.layers[1].self_attn.o_proj, mesh, 1)
+    return model
+
+
+def another_linear(model, mesh):
+    placed(model.model.layers[2].mlp.up_proj, mesh, 0)
+    return model
+
+
+def fully_sharded(model, mesh):
+    fsdp.fully_shard(model, mesh=mesh)
+    return model
+
+
+def one_layer_sharded(model, mesh):
+    fsdp.fully_shard(model.model.layers[0], mesh=mesh)
+    return model
+
+
+def wrapped_inside(model, mesh):
+    layer = fsdp.FullyShardedDataParallel(model.model.layers[1], use_orig_params=True, device_id=torch.device("cpu"))
+    model.model.layers[1] = layer
+    return model
+
+
+def wrapped_whole(model, mesh):
+    return fsdp.FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+
+
+def partitioned(model, mesh):
+    """As ZeRO stage 3 leaves parameters between their uses."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data, parameter.ds_id = torch.empty(0), number
+    return model
+
+
+def local_part(model, mesh):
+    """Half of the inputs, under a module that still says it has all of them."""
+    linear = model.model.layers[0].self_attn.o_proj
+    linear.weight = nn.Parameter(linear.weight.detach()[:, :32].clone())
+    return model
+
+
+def said_by_the_model(model, mesh):
+    model._tp_size = 2
+    return model
+
+
+FOUND = {
+    tensor_parallel: r"layers\.1\.self_attn\.o_proj\.weight, a \w+ placed \('S\(1\)',\) over 1 processes",
+    another_linear: r"layers\.2\.mlp\.up_proj\.weight, a \w+ placed",
+    fully_sharded: r"embed_tokens\.weight, a DTensor placed",
+    one_layer_sharded: r"layers\.0\.\S+weight, a DTensor placed",
+    wrapped_inside: r"found a FullyShardedDataParallel around model\.layers\.1",
+    wrapped_whole: r"found a FullyShardedDataParallel around the model",
+    partitioned: r"embed_tokens\.weight, a parameter that is partitioned \(ZeRO stage 3\)",
+    local_part: r"layers\.0\.self_attn\.o_proj\.weight, which has the shape \(32, 32\) here, expected \(32, 64\)",
+    said_by_the_model: r"tensor-parallel over 2 processes",
+}
+
+
+def state(model):
+    """Every module and tensor, what they hold of it here, and who listens."""
+    seen = {}
+    for name, module in model.named_modules():
+        hooks = [list(getattr(module, kind)) for kind in HOOKS]
+        seen[f"module {name}"] = (id(module), module.training, vars(module).get("forward"), hooks)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local = getattr(tensor, "_local_tensor", tensor).detach()
+        seen[f"tensor {name}"] = (id(tensor), tensor.requires_grad, hash(local.numpy().tobytes()))
+    return seen
+
+
+@pytest.mark.parametrize("shard", FOUND, ids=lambda shard: shard.__name__)
+def test_sharded_model_is_refused_as_it_is(shard, mesh, tmp_path):
+    plain = tiny_model("llama")
+    handle = lf.patch(plain, CONFIGS["both"])
+    handle.save(tmp_path)
+    handle.unpatch()
+    model = shard(plain, mesh)
+    before = state(model)
+    for put_in in (lambda: lf.patch(model, CONFIGS["both"]), lambda: lf.load(model, tmp_path)):
+        with pytest.raises(ValueError, match=rf"cannot patch a sharded model: .*{FOUND[shard]}.*data-parallel"):
+            put_in()
+        assert state(model) == before
+    assert lf.handle_of(model) is None
+
+
+def test_sharded_model_is_not_fitted(mesh, tmp_path):
+    from tests.training.tiny_runs import fit
+
+    with pytest.raises(ValueError, match="cannot patch a sharded model"):
+        fit(fully_sharded(tiny_model("llama"), mesh), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def two_processes(rank, store, folder, results):
+    """What each of two processes does to models that are really in parts; reports what the refusals say."""
+    torch.set_num_threads(1)
+    # as torchrun sets them, which transformers reads
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    said = {}
+
+    def note(name, do):
+        try:
+            do()
+        except ValueError as error:
+            said[name] = str(error)
+
+    model = type(tiny_model("llama")).from_pretrained(folder, tp_plan="auto")
+    note("tp_plan", lambda: lf.patch(model, CONFIGS["both"]))
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    sharded = tiny_model("llama")
+    handle = lf.patch(sharded, CONFIGS["both"])
+    fsdp.fully_shard(sharded, mesh=mesh)
+    note("fully_shard", handle.adapter)
+    sharded.unshard()
+    handle.save(f"{store}-adapter{rank}")
+    flat = tiny_model("llama")
+    handle = lf.patch(flat, CONFIGS["both"])
+    wrapper = fsdp.FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
+    note("flat", handle.adapter)
+    note("flat merge", handle.merge)
+    with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
+        handle.adapter()
+    results[rank] = said
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_models_in_two_processes(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        arguments = (str(tmp_path / "store"), str(tmp_path / "model"), results)
+        torch.multiprocessing.spawn(two_processes, arguments, nprocs=2)
+        said = dict(results)
+    for rank in (0, 1):
+        assert said[rank].keys() == {"tp_plan", "fully_shard", "flat", "flat merge"}
+        assert "cannot patch a sharded model" in said[rank]["tp_plan"]
+        assert "cannot save the adapter of a sharded model" in said[rank]["flat"]
+        assert "cannot merge a sharded model" in said[rank]["flat merge"]
+    handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
+    handle.save(tmp_path / "alone")
+    for rank in (0, 1):
+        gathered = tmp_path / f"store-adapter{rank}" / "adapter_model.safetensors"
+        assert gathered.read_bytes() == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
+
+
+def sharded_after(mesh, **options):
+    model = tiny_model("llama")
+    handle = lf.patch(model, CONFIGS["both"])
+    randomize(handle)
+    whole = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer, mesh=mesh, **options)
+    fsdp.fully_shard(model, mesh=mesh, **options)
+    return model, handle, whole
+
+
+def test_model_sharded_after_the_patch_trains_as_the_whole_one(mesh):
+    model, handle, whole = sharded_after(mesh)
+    for each in (model, whole):
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            loss(each).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for got, expected in zip(handle.parameters(), lf.handle_of(whole).parameters(), strict=True):
+        assert relative(got.full_tensor(), expected) < 1e-5
+
+
+def test_sharded_vectors_are_neither_saved_nor_merged(mesh, tmp_path):
+    _, handle, whole = sharded_after(mesh)
+    lf.handle_of(whole).save(tmp_path / "whole")
+    adapter = lf.handle_of(whole).adapter()
+    refused = {
+        "save the adapter of": lambda: handle.save(tmp_path / "parts"),
+        "load the adapter of": lambda: handle.take(adapter),
+        "score the adapter of": lambda: lf.head_scores(handle),
+        "merge": handle.merge,
+        "export": lambda: lf.export(handle, tmp_path / "plain"),
+    }
+    for action, do in refused.items():
+        with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: .*a DTensor.*unshard\(\)"):
+            do()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    handle.check_live()
+
+
+def test_gathered_vectors_are_saved(mesh, tmp_path):
+    """What the refusal advises."""
+    model, handle, whole = sharded_after(mesh)
+    lf.handle_of(whole).save(tmp_path / "whole")
+    for module in (model, *model.model.layers):
+        module.unshard()
+    handle.save(tmp_path / "gathered")
+    for module in (model, *model.model.layers):
+        module.reshard()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def freed(vectors):
+    vectors.untyped_storage().resize_(0)
+
+
+def flat(vectors):
+    vectors.data = vectors.detach().flatten()
+
+
+def elsewhere(vectors):
+    vectors.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("take", [flat, elsewhere, freed], ids=lambda take: take.__name__)
+def test_vectors_in_parts_are_not_saved(take, tmp_path):
+    """As FSDP's flat tensors, and ZeRO stage 3, leave them between their uses."""
+    handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
+    take(handle.layers[1].offset)
+    with pytest.raises(ValueError, match=r"cannot save the adapter of a sharded model: found layer 1's offset, which"):
+        handle.save(tmp_path / "parts")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("take", [flat, elsewhere], ids=lambda take: take.__name__)
+def test_base_in_parts_is_not_merged(take, tmp_path):
+    handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
+    take(handle.layers[1].inner.weight)
+    for action, do in {"merge": handle.merge, "export": lambda: lf.export(handle, tmp_path / "plain")}.items():
+        with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: found \S+, which has the shape"):
+            do()
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixed_precision_computes_with_rounded_vectors(mesh):
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    model, handle, whole = sharded_after(mesh, mp_policy=policy)
+    vectors = {id(parameter) for parameter in lf.handle_of(whole).parameters()}
+    for parameter in whole.parameters():
+        rounded = parameter.data.bfloat16()
+        parameter.data = rounded.float() if id(parameter) in vectors else rounded
+    assert relative(logits(model), logits(whole)) < 1e-6
+    loss(model).backward()
+    loss(whole).backward()
+    for got, expected in zip(handle.parameters(), lf.handle_of(whole).parameters(), strict=True):
+        assert got.dtype == got.grad.dtype == torch.float32
+        assert relative(got.grad.full_tensor(), expected.grad) < 2e-2

@@ -41,7 +41,8 @@ def load_task(
         seed: of what the task draws at random.
         progress: whether a bar shows slow reading, of tasks that have one; the others ignore it.
         options: anything else the loader takes, by name (`validation=`, `split=`, `subset=`, `columns=` and
-            `train_on=` of completion, `validation_size=` of kinship and the open-domain tasks, `tuning_size=` of truthfulqa).
+            `train_on=` of completion, `validation_size=` of kinship and the open-domain tasks, `tuning_size=` of
+            truthfulqa).
 
     Raises:
         ValueError: an unknown name, an option the task does not take, or one it needs and did not get; and what the

@@ -62,8 +62,8 @@ class Grid:
 def read_grid(path: Path | str) -> Grid:
     """A grid from a file of the tables [base], [grid] and [[runs]].
 
-    [base]: model, and what else all runs share: task, data, split, subset, columns (a table), train_on, data_seed, dtype,
-    device, the fields of Engine, and any setting of a run.
+    [base]: model, and what else all runs share: task, data, split, subset, columns (a table), train_on, data_seed,
+    dtype, device, the fields of Engine, and any setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
     working folder.

@@ -178,6 +178,16 @@ def test_merge_beside_a_lora_that_needs_no_bias():
     assert not any(layer.self_attn.q_proj.bias.any() for layer in plain.model.layers)
 
 
+def test_merge_under_a_wrapped_head():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_model("llama", tie_word_embeddings=True), config).eval()
+    handle = patched(model, "both")
+    expected = logits(model)
+    assert relative(logits(handle.merge()), expected) < 1e-5
+
+
 def test_merge_of_another_family():
     model = other_family()
     handle = patch(model, LofitConfig(scale="all", offset="all"))

@@ -28,11 +28,13 @@ class Merge:
     """What merging changes beside the projections, found out before anything is.
 
     zeros: modules that get a bias of zeros, since the family's code has it wherever it has the projection's.
-    biased: how the config is told of these biases; None where it needs not, or cannot.
+    biased: how the config is told of these biases; None where it needs not, or cannot. tied: what the config's word on
+    tied embeddings should be; None where it is right.
     """
 
     zeros: list[nn.Module]
     biased: Biased | None
+    tied: bool | None
 
 
 @torch.no_grad()
@@ -95,12 +97,14 @@ def plan_merge(model: nn.Module, layers: Layers, projections: Sequence[Projectio
     check_mergeable(model, layers)
     needed = biases_needed(layers, projections)
     found = stock_part(model)
-    if not needed or found is None:
-        return Merge([], None)
+    if found is None:
+        return Merge([], None, None)
     prefix, part = found
-    biased = with_biases(Stock(part.config, type(part)), [name.removeprefix(f"{prefix}.") for name in needed])
+    tied = ties_as_they_are(part)
+    stock = Stock(part.config, type(part))
+    biased = with_biases(stock, [name.removeprefix(f"{prefix}.") for name in needed]) if needed else None
     if biased is None:
-        return Merge([], None)
+        return Merge([], None, tied)
     adapted, zeros = set(needed), []
     for key in biased.added:
         name = key.removesuffix(".bias")
@@ -114,7 +118,7 @@ def plan_merge(model: nn.Module, layers: Layers, projections: Sequence[Projectio
                 f"{reason}; merge its adapters or dequantize it first"
             )
         zeros.append(module)
-    return Merge(zeros, biased)
+    return Merge(zeros, biased, tied)
 
 
 @torch.no_grad()
@@ -148,10 +152,9 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
             "offsets. Use lofit_fast.export where it can, or keep the adapter folder",
             stacklevel=3,
         )
-    tied = ties_as_they_are(part)
-    if tied is False:
+    if plan.tied is False:
         untie(part.config)
-    elif tied:
+    elif plan.tied:
         part.config.tie_word_embeddings = True
 
 

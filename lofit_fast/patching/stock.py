@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.families import BIAS_FLAGS
+from lofit_fast.patching.mergeable import why_not_dense
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,14 @@ class Stock:
     model_class: type
 
     def build(self) -> nn.Module:
-        """The model, on the meta device."""
-        with torch.device("meta"):
-            return self.model_class(copy.deepcopy(self.config))
+        """The model, on the meta device. Raises ValueError for a class that wants more than its config."""
+        try:
+            with torch.device("meta"):
+                return self.model_class(copy.deepcopy(self.config))
+        # whatever its code may raise
+        except Exception as error:
+            name = self.model_class.__name__
+            raise ValueError(f"{name} cannot be built from its config, as stock code does: {error}") from error
 
     def changed(self, change: Callable[[object], None]) -> Stock:
         """The same with a copy of the config that `change` was called on."""
@@ -67,7 +73,10 @@ def with_biases(stock: Stock, linears: Iterable[str]) -> Biased | None:
     linears: names of modules that have no bias. Returns None when none known here do it: those with which the code
     differs in anything but biases do not.
     """
-    before = shapes(stock.build())
+    try:
+        before = shapes(stock.build())
+    except ValueError:
+        return None
     wanted = {f"{name}.bias" for name in linears}
     for flags in BIAS_FLAGS:
         for nested in (True, False):
@@ -121,8 +130,11 @@ def untie(config, everywhere: bool = True) -> None:
 
 def ties_as_they_are(model: nn.Module) -> bool | None:
     """What the config's word on tied embeddings should be for this model in memory; None where it is right."""
-    pairs = [(model.get_parameter_or_buffer(a), model.get_parameter_or_buffer(b)) for a, b in ties(model)]
-    if any(a is not b and not (a.shape == b.shape and torch.equal(a, b.to(a.device))) for a, b in pairs):
+    tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    # what something has wrapped, or taken out of memory, says nothing
+    known = {name: t for name, t in tensors.items() if not why_not_dense(t)}
+    pairs = ties(model)
+    if any(not _equal(known, *pair) for pair in pairs):
         return False
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     one = getattr(head, "weight", None) is not None and head.weight is getattr(embeddings, "weight", None)
@@ -156,4 +168,6 @@ def _owner(config, nested: bool):
 def _equal(state: Mapping[str, Tensor], one: str, other: str) -> bool:
     a, b = state.get(one), state.get(other)
     # what is not there is not written either
-    return a is None or b is None or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
+    if a is None or b is None or a is b:
+        return True
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))

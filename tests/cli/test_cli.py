@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lofit_fast as lf
 from lofit_fast import tasks
 from lofit_fast.cli.options import parse_top
+from lofit_fast.patching import export as export_module
 from tests.cli.calling import QUICK, as_json, call, error_of
 
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "export")
@@ -237,6 +239,35 @@ def test_a_plain_folder(run_folder, model, tmp_path, command):
     generate = ("--max-new-tokens", 4, "--dtype", "float32", "-p", "a=", "-p", "hello")
     adapted = as_json("generate", "--model", model, "--adapter", run_folder / "adapter", *generate)
     assert as_json("generate", "--model", output, *generate) == adapted
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_plain_folder_that_lacks_offsets_is_noticed(run_folder, model, tmp_path, command, monkeypatch):
+    whole = export_module.plain_model
+
+    def forgetful(handle):
+        plain = whole(handle)
+        for layer in plain.model.layers:
+            layer.self_attn.o_proj.bias.zero_()
+        return plain
+
+    monkeypatch.setattr(export_module, "plain_model", forgetful)
+    message = error_of(command, "--model", model, "--adapter", run_folder / "adapter", "--output", tmp_path / "plain")
+    assert "self_attn.o_proj.bias is not the merged one" in message
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_head_that_is_tied_by_the_config_alone(run_folder, model, tmp_path, command):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    output = tmp_path / "plain"
+    as_json(command, "--model", tmp_path / "base", "--adapter", run_folder / "adapter", "--output", output)
+    plain = AutoModelForCausalLM.from_pretrained(output)
+    assert plain.config.tie_word_embeddings is False
+    assert torch.equal(plain.lm_head.weight, base.lm_head.weight)
 
 
 @pytest.mark.parametrize(("text", "top"), [("32", 32), ("0.1", 0.1), ("1", 1), ("1.0", 1.0), ("1e-2", 0.01)])

@@ -302,6 +302,27 @@ def test_exporting_twice_replaces_the_first(tmp_path):
     assert lf.verify_export(handle, tmp_path).difference < 1e-5
 
 
+def test_a_class_that_wants_more_than_its_config_merges_in_memory_alone(tmp_path):
+    import transformers
+
+    class Odd(transformers.LlamaForCausalLM):
+        """Not to be built by stock code."""
+
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    handle = lf.patch(Odd(tiny_model("llama").config, 1).eval(), lf.LofitConfig(scale="all"))
+    with pytest.raises(ValueError, match="Odd cannot be built from its config"):
+        lf.export(handle, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    handle.unpatch()
+    handle = lf.patch(handle.model, lf.LofitConfig(scale="all", offset="all"))
+    randomize(handle)
+    expected = logits(handle.model)
+    with pytest.warns(UserWarning, match="right in memory"):
+        torch.testing.assert_close(logits(handle.merge()), expected)
+
+
 def test_a_copy_merges_without_the_original():
     handle = elsewhere(lambda model: None)
     expected, twin = logits(handle.model), copy.deepcopy(handle.model)

@@ -138,6 +138,11 @@ def test_reentrant_checkpointing_of_frozen_inputs_is_loud():
         value = loss_of(model)
     with pytest.raises(RuntimeError, match="does not require grad"):
         value.backward()
+    # where something else is trained too, torch's warning is all there is
+    handle.model.lm_head.requires_grad_(True)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        loss_of(model).backward()
+    assert all(p.grad is None for p in handle.parameters())
 
 
 def test_a_loop_under_autocast_is_no_worse_than_a_hook():

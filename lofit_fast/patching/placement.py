@@ -42,11 +42,21 @@ def is_dense(tensor: object) -> bool:
     )
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Tensor]:
+    """By name the tensors that a module and its children hold as neither parameters nor buffers."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """All that a module holds, parameters first."""
     yield from module.parameters()
     yield from module.buffers()
-    yield from (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    yield from plain_attributes(module).values()
 
 
 def _execution_device(module: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
 from lofit_fast.files import writable_folder, write_json, write_text
-from lofit_fast.patching.placement import is_dense
+from lofit_fast.patching.placement import is_dense, plain_attributes
 
 _NEXT = {"select": "tune", "tune": "done"}
 _FOLDERS = ("select", "tune", "adapter", "profile")
@@ -149,7 +149,8 @@ def weights_digest(projections: Iterable[nn.Module]) -> str:
         if is_dense(weight) and weight.dim() == 2 and weight.device.type != "meta":
             digest.update(weight[:1].detach().double().cpu().numpy().tobytes())
         else:
-            for name, value in sorted(projection.state_dict().items()):
+            held = projection.state_dict() | plain_attributes(projection)
+            for name, value in sorted(held.items()):
                 for part in _parts(name, value):
                     digest.update(part)
     return digest.hexdigest()

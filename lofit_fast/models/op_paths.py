@@ -11,7 +11,7 @@ from lofit_fast.config import HeadSet
 from lofit_fast.files import write_json
 from lofit_fast.models.device import best_device
 from lofit_fast.models.load import resolve
-from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.architectures import find_projections, outputs_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_kernels import answers, roofline
 from lofit_kernels.autotune import ROUNDS, Answer, autotune
@@ -47,7 +47,7 @@ def layers_of(name: str) -> list[Layer]:
     config = AutoConfig.from_pretrained(resolve(name))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return [Layer(p.layer, p.n_heads, p.head_dim, p.module.out_features) for p in find_projections(model)]
+    return [Layer(p.layer, p.n_heads, p.head_dim, outputs_of(p.module)) for p in find_projections(model)]
 
 
 def adapter_heads(folder: Path, layers: Sequence[Layer]) -> tuple[list[int], list[int]]:

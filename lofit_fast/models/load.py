@@ -70,8 +70,9 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
-    Raises ValueError for an unknown dtype or quantization, or a second one, FileNotFoundError for a package or file that is not there, OSError from
-    transformers for a hub id it cannot resolve.
+    Raises ValueError for an unknown dtype or quantization, or a second one, FileNotFoundError for a package or file
+    that is not there, ImportError where nothing is installed to quantize with, OSError from transformers for a hub id
+    it cannot resolve.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -16,6 +16,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
@@ -34,7 +35,7 @@ class ReferencedDPOTrainer(DPOTrainer):
         given = vars(model).get("forward", model.forward)
         with admitted(model):
             super().__init__(model=model, **options)
-        if next(model.parameters()).device.type == "cpu":
+        if device_of(model).type == "cpu":
             model.forward = labelled_only(given)
 
     def _prepare_dataset(self, dataset, *_):

@@ -18,6 +18,7 @@ from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.choices import packing_refusal
 from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import best_attention
@@ -57,7 +58,7 @@ def settle(
         ValueError: packing with GROUPED attention is asked for a model that would not obey its mask.
     """
     model = attachment.model
-    device = next(model.parameters()).device
+    device = device_of(model)
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
     engine = replace(engine, attention=_one(engine.attention, best_attention(model, device)))
@@ -96,7 +97,7 @@ def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_siz
     middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
 
     def batch(engine: Engine) -> dict[str, Tensor]:
-        device = next(model.parameters()).device
+        device = device_of(model)
         return {key: value.to(device) for key, value in collator_of(engine, pad)(middle).items()}
 
     return batch

@@ -30,6 +30,7 @@ from lofit_fast.files import writable_folder
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
@@ -144,7 +145,7 @@ class _Prefix:
         self.decoder = self.model.get_submodule(".".join(path))
         self.layers: nn.ModuleList = self.decoder.layers
         self.until = min(handle.layers)
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module of the decoder that the states depend on."""

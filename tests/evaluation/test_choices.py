@@ -8,6 +8,7 @@ import lofit_fast.evaluation.choices as scoring
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.choices import mc1, mc2, packing_refusal, score_choices
 from tests.oracle import randomize
+from tests.packed_linears import AwqLike
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
 
@@ -225,3 +226,11 @@ def test_mc1_and_mc2():
             mc1(scores, correct)
     with pytest.raises(ValueError, match="at least one"):
         mc2([], [])
+
+
+def test_choices_under_a_head_without_a_weight():
+    model = tiny_model("llama")
+    dense = score_choices(model, TOKENIZER, ["abc"], [["x", "yy"]])
+    model.lm_head = AwqLike(model.lm_head)
+    (packed,) = score_choices(model, TOKENIZER, ["abc"], [["x", "yy"]])
+    assert packed == pytest.approx(dense[0], rel=0.1)

@@ -1,4 +1,4 @@
-"""Linears that are no plain nn.Linear, as quantizers leave them: stand-ins of every shape, and real ones where installed.
+"""Linears that are no plain nn.Linear, as quantizers leave them: stand-ins, and real ones where installed.
 
 A stand-in rounds a weight and keeps it under the names that a format has; its forward makes the weight again.
 """

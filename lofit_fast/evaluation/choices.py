@@ -24,6 +24,7 @@ from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, 
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.placement import dtype_of
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
 MAX_TOKENS = 256
@@ -325,8 +326,8 @@ def _chain(tokens: Sequence[int]) -> _Tree:
 
 def _max_rows(model) -> int:
     """How many rows of logits a forward may give."""
-    vocabulary = model.get_output_embeddings().weight
-    return max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
+    # not the head's weight, which a quantized model may lack
+    return max(1, _LOGIT_BYTES // (text_config(model).vocab_size * dtype_of(model).itemsize))
 
 
 def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
 from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
 from lofit_fast.tasks.task import Example, Task, exact_match
 

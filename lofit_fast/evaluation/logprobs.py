@@ -15,6 +15,7 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, rectangle
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def log_probs(
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
     values = [0.0] * len(rows)
-    device, logits = next(model.parameters()).device, logit_rows(model)
+    device, logits = device_of(model), logit_rows(model)
     with eval_mode(model):
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)

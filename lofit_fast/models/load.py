@@ -71,8 +71,8 @@ def load_model(
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
     Raises ValueError for an unknown dtype or quantization, a second one, or an attention that the model or machine does
-    not have, FileNotFoundError for a package or file that is not there, OSError from transformers for a hub id it
-    cannot resolve.
+    not have, FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to
+    quantize with, OSError from transformers for a hub id it cannot resolve.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Sharded models: refused where a part of a tensor would be taken for the whole. Told by kinds of tensors, not by tools.
+"""Sharded models: refused where a part of a tensor would be taken for the whole. Told by kinds of tensors, not tools.
 
 Each process of a sharded model holds parts of its tensors. Head numbers are those of the whole, so that an adapter put
 into parts lands on other heads; and vectors that are made after the sharding are known to nobody who synchronises it.

@@ -19,6 +19,7 @@ from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.contrast import Contrast
 
 SPLITS = 5
@@ -49,7 +50,7 @@ def head_activations(
     check_room(model, encoded, 0)
     shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
     activations = torch.full(shape, math.nan)
-    device = next(model.parameters()).device
+    device = device_of(model)
     lengths = [len(row) for row in encoded]
     with evaluating(model), _LastInputs({p.layer: p.module for p in projections}) as inputs:
         for rows in longest_first(lengths, batch_size, "activations", progress):

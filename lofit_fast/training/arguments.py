@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from lofit_fast.patching.placement import device_of
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -84,7 +86,7 @@ def training_arguments(
         "logging_strategy": "epoch",
         "remove_unused_columns": False,
         "disable_tqdm": not progress,
-        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "use_cpu": device_of(model).type == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
     }

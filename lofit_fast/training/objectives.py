@@ -37,6 +37,7 @@ from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.preference_rows import as_preference
@@ -458,7 +459,7 @@ def _first_epoch(
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
     collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
     size = recipe.batch_size // recipe.accumulation_steps
-    device = next(model.parameters()).device
+    device = device_of(model)
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
             batch = collator([rows[i] for i in order[start : start + size]])

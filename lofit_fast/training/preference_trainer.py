@@ -18,6 +18,7 @@ from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
@@ -36,7 +37,7 @@ class ReferencedDPOTrainer(DPOTrainer):
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
         with admitted(model):
             super().__init__(model=model, **options)
-        if next(model.parameters()).device.type == "cpu":
+        if device_of(model).type == "cpu":
             model.forward = labelled_only(given, logits)
 
     def _prepare_dataset(self, dataset, *_):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from lofit_fast.data.encode import pad_token_id
 from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
@@ -120,7 +121,7 @@ def train(
     with (
         data.as_it_was(),
         prepared(model, engine),
-        peak_memory(next(model.parameters()).device) as memory,
+        peak_memory(device_of(model)) as memory,
         data.trainer(attachment, schedule, engine, **how) as trainer,
     ):
         before = time.perf_counter() - started

@@ -8,6 +8,7 @@ import lofit_fast.evaluation.choices as scoring
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.choices import mc1, mc2, packing_refusal, score_choices
 from tests.oracle import randomize
+from tests.packed_linears import AwqLike
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
 from tests.training.engine.engine_families import family_model
@@ -256,3 +257,9 @@ def test_families_that_a_table_gains_are_tried_first(family, packed, monkeypatch
     got = score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
     assert worst(got, expected) <= 1e-4
     assert ("scoring takes a forward per choice" in caplog.text) is not packed
+def test_choices_under_a_head_without_a_weight():
+    model = tiny_model("llama")
+    dense = score_choices(model, TOKENIZER, ["abc"], [["x", "yy"]])
+    model.lm_head = AwqLike(model.lm_head)
+    (packed,) = score_choices(model, TOKENIZER, ["abc"], [["x", "yy"]])
+    assert packed == pytest.approx(dense[0], rel=0.1)

@@ -13,6 +13,7 @@ from lofit_fast.data.collate import Batch, CompletionCollator, Logits
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED, PackedCollator
 from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.compiled_layers import compiled
 from lofit_fast.training.engine.cpu_extras import held_in_large_pages
@@ -80,7 +81,7 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
             scopes.enter_context(narrowed(model))
         if engine.compile is True:
             scopes.enter_context(compiled(decoder_layers(model)))
-        if engine.large_pages is True and next(model.parameters()).device.type == "cpu":
+        if engine.large_pages is True and device_of(model).type == "cpu":
             scopes.enter_context(held_in_large_pages(model))
         yield
 

@@ -19,6 +19,7 @@ from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention, check_head_counts
@@ -61,7 +62,7 @@ def settle(
             examples, or narrowing that would change results; or the model's numbers of heads fit no attention.
     """
     model = attachment.model
-    device = next(model.parameters()).device
+    device = device_of(model)
     check_head_counts(model)
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
@@ -109,7 +110,7 @@ def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_siz
     middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
 
     def batch(engine: Engine) -> Batch:
-        return on_device(collator_of(engine, pad)(middle), next(model.parameters()).device)
+        return on_device(collator_of(engine, pad)(middle), device_of(model))
 
     return batch
 

@@ -31,6 +31,7 @@ from lofit_fast.files import writable_folder
 from lofit_fast.patching.architectures import decoder_layers, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
@@ -146,7 +147,7 @@ class _Prefix:
         self.layers = _list_of(self.model, decoder_layers(self.model))
         self.decoder = self.model.get_submodule(places[id(self.layers)].rpartition(".")[0])
         self.until = min(handle.layers)
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module of the decoder that the states depend on."""

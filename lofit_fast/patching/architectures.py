@@ -3,8 +3,11 @@
 Nothing here imports transformers: a model is a tree of named modules with a `config`.
 """
 
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from itertools import product
 
 from torch import nn
@@ -13,7 +16,7 @@ from lofit_fast.patching.families import ARCHITECTURES, GENERIC, Architecture
 
 # what modules and configs call the number of heads, and the width of one head's output
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads", "decoder_attention_heads")
-_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
+_WIDTHS = ("v_head_dim", "head_dim", "head_size", "dim_head", "attention_head_size", "key_value_proj_dim", "d_kv")
 _HIDDEN = ("hidden_size", "embed_dim", "d_model", "n_embd")
 # what a linear calls its number of inputs, and of outputs; quantized ones have names of their own
 _INPUTS = ("in_features", "infeatures", "nx")
@@ -68,7 +71,13 @@ def text_config(model: nn.Module):
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise TypeError(f"expected a Hugging Face model with a config, got {type(model).__name__}")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:
+        # of a text encoder and a decoder, the decoder's
+        return config.get_text_config(decoder=True)
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
@@ -102,6 +111,7 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     prefix, decoder = _decoder(model)
     # what the model calls its decoder may be something else
     found = _lists(prefix, decoder, paths) or _lists("", model, paths)
+    found = [(name, layers) for name, layers in found if _owner(model, name) in (config.model_type, None)]
     if not found:
         looked_for = " or ".join(f"'layers.<n>.{path}'" for path in paths)
         raise ValueError(
@@ -125,6 +135,15 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return (names[id(decoder)], decoder) if id(decoder) in names else ("", model)
 
 
+def _owner(model: nn.Module, name: str) -> str | None:
+    """The model_type of the innermost model that holds a module: a tower of images or sounds has one of its own."""
+    holders = [model]
+    for part in name.split("."):
+        holders.append(getattr(holders[-1], part))
+    types = (getattr(getattr(holder, "config", None), "model_type", None) for holder in reversed(holders))
+    return next((kind for kind in types if isinstance(kind, str)), None)
+
+
 def _lists(prefix: str, root: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, nn.ModuleList]]:
     """The lists below the root of which some member has a projection at one of the paths."""
     return [
@@ -144,9 +163,12 @@ def _has(layer: nn.Module, path: str) -> bool:
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent_name, _, attribute = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"{name}: torch's MultiheadAttention never calls its projection, so that it cannot be wrapped")
-    inputs, shapes = _number(module, _INPUTS), list(_shapes(config, parent, layer))
+    if _bypasses(parent, attribute, architecture_of(model).bypass):
+        raise ValueError(
+            f"{name}: {type(parent).__name__} reads the weight of its projection and never calls it, so that it cannot "
+            "be wrapped"
+        )
+    inputs, shapes = _number(module, _INPUTS), list(_shapes(_of_layers(config, layer), parent, layer))
     fitting = next((shape for shape in shapes if shape[0] * shape[1] == inputs), None)
     if fitting is None:
         n_heads, head_dim = shapes[0] if shapes else ("?", "?")
@@ -156,6 +178,30 @@ def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
             f"with {inputs}"
         )
     return Projection(layer, name, parent, attribute, module, *fitting)
+
+
+def _bypasses(parent: nn.Module, attribute: str, unless: str | None) -> bool:
+    """Whether the parent's code computes with the projection's weight itself: a wrapper would never be called.
+
+    unless: the parent's attribute that decides, for code that does either.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return _reads_weight(type(parent), attribute) and (unless is None or bool(getattr(parent, unless, False)))
+
+
+@cache
+def _reads_weight(kind: type, attribute: str) -> bool:
+    try:
+        return re.search(rf"self\.{attribute}\.weight\b", inspect.getsource(kind.forward)) is not None
+    except (OSError, TypeError):
+        # built or typed in somewhere without a file
+        return False
+
+
+def _of_layers(config, layer: int):
+    """The config of one layer, where they have configs of their own."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _shapes(config, parent: nn.Module, layer: int) -> Iterator[tuple[int, int]]:

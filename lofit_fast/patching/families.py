@@ -2,18 +2,32 @@
 
 from dataclasses import dataclass
 
-# where a layer's attention output is projected, in the order in which a layer is asked for it
+# where a layer's attention output is projected, in the order in which a layer is asked for it. Of two attentions in a
+# layer the first named here is meant: a decoder's own, not the one that looks at an encoder
 PROJECTIONS = (
     "self_attn.o_proj",
     "attention.o_proj",
     "attn.o_proj",
     "mixer.o_proj",
+    "temporal_block.o_proj",
+    "shared_transf.self_attn.o_proj",
+    "shared_transformer.self_attn.o_proj",
+    "self_attn.o_proj.linear",
     "self_attn.out_proj",
     "self_attn.dense",
     "self_attention.dense",
     "attention.dense",
+    "multi_head_attention.dense",
     "attn.out_proj",
+    "attn.attention.out_proj",
+    "norm_attn_norm.attn.out_proj",
     "attn.c_proj",
+    "attn.Wo",
+    "attention.output.dense",
+    "attention.out_lin",
+    "layer.0.SelfAttention.o",
+    "self_att.self_attention.attention_out",
+    "out_lin",
 )
 
 
@@ -29,6 +43,7 @@ class Architecture:
         biased_siblings: linears beside the projection, in the module that holds it.
         export_as: the model_type whose stock code computes the same with such a bias.
         ffn: the feed-forward block's path inside a layer.
+        bypass: the attention's attribute which, if true, makes its code read the projection's weight and not call it.
     """
 
     model_type: str
@@ -37,11 +52,13 @@ class Architecture:
     biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     export_as: str | None = None
     ffn: str = "mlp"
+    bypass: str | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
+        Architecture("bloom", ("self_attention.dense",), bias_flag=None, bypass="slow_but_exact"),
         Architecture("llama"),
         Architecture("gemma"),
         Architecture("gemma2"),

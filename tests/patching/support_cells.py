@@ -1,0 +1,373 @@
+"""What is seen of one tiny family: a cell per thing that a user does with a patched model, each right, refused or n/a.
+
+The judge is a plain hook on the projections that the table here names: it shares no code with the patcher.
+"""
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lofit_fast as lf
+from lofit_fast.training.engine.last_layer import narrowed
+from tests.oracle import randomize
+from tests.patched_models import snapshot
+from tests.tiny_families import tiny_family
+from tests.tiny_models import tokens
+
+# float32, a few layers, products in another order
+NEAR, NEAR_GRADIENT = 2e-5, 2e-4
+RIGHT = "right"
+COLUMNS = ("patch", "gradient", "generate", "packed", "narrowed", "load", "merge", "export")
+QUICK = ("patch", "gradient")
+
+# where a family's projections are, N a layer's number; without a line, where Llama's are, or a wrapper's
+_LLAMA = r"model\.(language_model\.)?layers\.N\.self_attn\.o_proj"
+_PLACES = {
+    "biogpt.layers.N.self_attn.out_proj": ("biogpt",),
+    "cpmant.encoder.layers.N.self_att.self_attention.attention_out": ("cpmant",),
+    "git.encoder.layer.N.attention.output.dense": ("git",),
+    "gpt_neox.layers.N.attention.dense": ("gpt_neox",),
+    "gpt_neox_japanese.layers.N.attention.dense": ("gpt_neox_japanese",),
+    "language_model.model.layers.N.self_attn.o_proj": ("llama4",),
+    "model.(language_model.)?layers.N.self_attn.dense": ("fuyu", "persimmon", "phi"),
+    "model.decoder.layers.N.self_attn.out_proj": (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "opt"),
+        *("opt projected", "pegasus", "plbart", "trocr", "whisper"),
+    ),
+    "model.layers.N.attn.Wo": ("modernbert-decoder",),
+    "model.layers.N.mixer.o_proj": ("nemotron_h",),
+    "model.layers.N.self_attn.(o_proj|out_proj)": ("minimax", "minimax linear last"),
+    "model.layers.N.self_attn.o_proj.linear": ("moshi",),
+    "model.(language_model.)?layers.N.self_attn.out_proj": (
+        *("lfm2", "lfm2 attention last", "lfm2_moe", "lfm2_vl", "xglm"),
+    ),
+    "model.layers.N.shared_transf(ormer)?.self_attn.o_proj": ("zamba", "zamba2"),
+    "model.layers.N.temporal_block.o_proj": ("recurrent_gemma",),
+    "model.text_model.layers.N.self_attn.o_proj": ("emu3", "granite_docling", "idefics2", "idefics3", "smolvlm"),
+    "prophetnet.decoder.layers.N.self_attn.out_proj": ("prophetnet",),
+    "reformer.encoder.layers.N.attention.output.dense": ("reformer",),
+    "text_model.model.layers.N.self_attn.out_proj": ("kosmos-2.5",),
+    "transformer.attentions.N.out_lin": ("xlm",),
+    "transformer.blocks.N.attn.out_proj": ("mpt",),
+    "transformer.blocks.N.norm_attn_norm.attn.out_proj": ("dbrx",),
+    "transformer.h.N.attn.attention.out_proj": ("gpt_neo",),
+    "transformer.h.N.attn.c_proj": ("gpt2", "gpt_bigcode", "gpt_bigcode many keys", "openai-gpt"),
+    "transformer.h.N.attn.out_proj": ("codegen", "gptj"),
+    "transformer.h.N.multi_head_attention.dense": ("ctrl",),
+    "transformer.h.N.self_attention.dense": (
+        *("bloom", "bloom residual", "falcon", "falcon alibi", "falcon new decoder"),
+    ),
+    r"\w+.encoder.layer.N.attention.output.dense": (
+        *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+        *("xmod",),
+    ),
+}
+_PLACE_OF = {name: place.replace(".", r"\.") for place, names in _PLACES.items() for name in names}
+HEADS = 4
+
+
+@dataclass
+class Family:
+    """One tiny model, patched in turn by each check and plain between them.
+
+    run: model -> logits (or what stands for them). place: a regex of the projections' names.
+    """
+
+    name: str
+    model: nn.Module
+    place: str
+    run: Callable[[nn.Module], Tensor]
+    folder: Path
+    cells: dict[str, str] = field(default_factory=dict)
+
+
+def logits_of(model: nn.Module, **inputs) -> Tensor:
+    """(B, S, vocabulary) of the fixed tokens."""
+    return model(input_ids=tokens(), use_cache=False, **inputs).logits
+
+
+def family_of(name: str, folder: Path) -> Family:
+    """A decoder family of `tests/tiny_families.py`."""
+    return Family(name, tiny_family(name), _PLACE_OF.get(name, _LLAMA), _runner(tiny_family, name), folder)
+
+
+def _runner(build, name: str) -> Callable[[nn.Module], Tensor]:
+    def run(model: nn.Module) -> Tensor:
+        # hashing and the like draw numbers
+        torch.manual_seed(0)
+        return _without_cache_where_unknown(model)
+
+    return run
+
+
+def _without_cache_where_unknown(model: nn.Module) -> Tensor:
+    known = inspect.signature(type(model).forward).parameters
+    extra = {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
+    return model(input_ids=tokens(), **extra).logits
+
+
+@contextmanager
+def patched(family: Family) -> Iterator[lf.LofitHandle]:
+    """A scope with scales and offsets of every head, large enough to matter."""
+    handle = lf.patch(family.model, lf.LofitConfig(scale="all", offset="all"))
+    randomize(handle)
+    try:
+        yield handle
+    finally:
+        if lf.handle_of(family.model) is handle:
+            handle.unpatch()
+
+
+@contextmanager
+def hooked(family: Family, vectors: dict[int, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+    """A scope with z -> (1 + a) z + v before the projections that the family's place names; yields their names."""
+    place = re.compile(family.place.replace("N", r"(\d+)"))
+    hooks, names = [], []
+    number = len(re.findall(r"\((?!\\d)", family.place[: family.place.index("N")])) + 1
+    for name, module in family.model.named_modules():
+        if match := place.fullmatch(name):
+            scale, offset = (v.reshape(-1) for v in vectors[int(match[number])])
+            hooks.append(module.register_forward_pre_hook(_edit(scale, offset)))
+            names.append(name)
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _edit(scale: Tensor, offset: Tensor):
+    return lambda module, args: ((1 + scale) * args[0] + offset, *args[1:])
+
+
+def vectors_of(handle: lf.LofitHandle, grad: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
+    """Copies of a handle's (scale, offset) by layer."""
+    return {
+        number: tuple(v.detach().clone().requires_grad_(grad) for v in (layer.scale, layer.offset))
+        for number, layer in handle.layers.items()
+    }
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest magnitude."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+class Wrong(AssertionError):
+    """A cell that is neither right nor refused."""
+
+
+def _near(got: Tensor, expected: Tensor, what: str, bound: float = NEAR) -> None:
+    # `not <=`, so that nan is wrong
+    if not (distance := off(got, expected)) <= bound:
+        raise Wrong(f"{what} off by {distance:.1e}")
+
+
+def see(family: Family, columns=COLUMNS) -> dict[str, str]:
+    """The family's cells: "right", "refused: ..." or "n/a: ..."; anything else is wrong."""
+    cells = {}
+    for column in columns:
+        if column != "patch" and cells["patch"] != RIGHT:
+            cells[column] = "n/a: not patched"
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cells[column] = _CHECKS[column](family) or RIGHT
+        except Wrong as wrong:
+            cells[column] = f"WRONG: {wrong}"
+    return cells
+
+
+def check_patch(family: Family) -> str | None:
+    """Logits of the patched model against the hook's; a refusal and `unpatch` leave the model as it was."""
+    before = snapshot(family.model)
+    with torch.no_grad():
+        base = family.run(family.model)
+        try:
+            with patched(family) as handle:
+                got, vectors = family.run(family.model), vectors_of(handle)
+        except ValueError as error:
+            if snapshot(family.model) != before:
+                raise Wrong("a refusal changed the model") from error
+            return f"refused: {_plain(error)}"
+        if snapshot(family.model) != before:
+            raise Wrong("unpatch left something")
+        with hooked(family, vectors) as names:
+            expected = family.run(family.model)
+    if len(names) != len(vectors):
+        raise Wrong(f"{len(vectors)} projections patched, {len(names)} expected")
+    if {p.n_heads for p in handle.projections} != {HEADS}:
+        raise Wrong(f"heads {[p.n_heads for p in handle.projections]}")
+    _near(got, expected, "logits")
+    if not off(got, base) > 1e-3:
+        raise Wrong("the vectors changed nothing")
+    return None
+
+
+def check_gradient(family: Family) -> None:
+    """The vectors' gradients against autograd through the hook."""
+    weights = None
+    with patched(family) as handle:
+        got = family.run(family.model)
+        weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
+        (got * weights).mean().backward()
+        gradients = {n: (layer.scale.grad, layer.offset.grad) for n, layer in handle.layers.items()}
+        vectors = vectors_of(handle, grad=True)
+        trainable = [p for p in family.model.parameters() if p.requires_grad]
+        own = {id(p) for p in handle.parameters()}
+        if any(id(p) not in own for p in trainable):
+            raise Wrong("something beside the vectors is trained")
+    frozen = [p for p in family.model.parameters() if p.requires_grad]
+    family.model.requires_grad_(False)
+    with hooked(family, vectors):
+        (family.run(family.model) * weights).mean().backward()
+    for p in frozen:
+        p.requires_grad_(True)
+    for part in (0, 1):
+        if any(gradients[n][part] is None or vectors[n][part].grad is None for n in vectors):
+            raise Wrong("no gradient")
+        pairs = [torch.cat([of[n][part].flatten() for n in vectors]) for of in (gradients, _grads(vectors))]
+        _near(*pairs, "gradients", NEAR_GRADIENT)
+
+
+def _grads(vectors):
+    return {n: tuple(v.grad for v in pair) for n, pair in vectors.items()}
+
+
+def check_generate(family: Family) -> str | None:
+    """Greedy tokens with the model's own cache, patched against hooked."""
+    try:
+        _generate(family.model)
+    except Exception as error:
+        return f"n/a: the base does not generate ({type(error).__name__})"
+    with patched(family) as handle:
+        got, vectors = _generate(family.model), vectors_of(handle)
+        with handle.folded():
+            folded = _generate(family.model)
+    with hooked(family, vectors):
+        expected = _generate(family.model)
+    if not (torch.equal(got, expected) and torch.equal(folded, expected)):
+        raise Wrong("other tokens")
+    return None
+
+
+@torch.no_grad()
+def _generate(model: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    return model.generate(input_ids=tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+@torch.no_grad()
+def check_packed(family: Family) -> str | None:
+    """Two samples in one row, told apart by their positions, against each by itself."""
+    ids = tokens()
+    row = torch.cat((ids[0, :5], ids[1]))[None]
+    positions = torch.cat((torch.arange(5), torch.arange(ids.shape[1])))[None]
+    if "position_ids" not in inspect.signature(type(family.model).forward).parameters:
+        return "refused: takes no positions"
+    with patched(family):
+        apart = [family.model(input_ids=one, use_cache=False).logits[0] for one in (ids[:1, :5], ids[1:])]
+        try:
+            together = family.model(input_ids=row, position_ids=positions, use_cache=False).logits[0]
+        except Exception as error:
+            return f"refused: positions of a packed row are no input here ({type(error).__name__})"
+    return None if off(together, torch.cat(apart)) <= NEAR else "refused: samples in one row see each other"
+
+
+def check_narrowed(family: Family) -> str | None:
+    """Logits and gradients under `narrowed`, of a batch that keeps some rows, against those without."""
+    if "logits_to_keep" not in inspect.signature(type(family.model).forward).parameters:
+        return "n/a: takes no rows of logits"
+    keep = torch.zeros(tokens().shape, dtype=torch.bool)
+    keep[0, 4:7] = keep[1, 9:] = True
+
+    def run():
+        return family.model(input_ids=tokens(), logits_to_keep=keep, use_cache=False).logits
+
+    with patched(family) as handle:
+        seen = []
+        for scope in (False, True):
+            handle.model.zero_grad()
+            for p in handle.parameters():
+                p.grad = None
+            if scope:
+                with narrowed(family.model):
+                    logits = run()
+                    (logits * logits.detach().cos()).mean().backward()
+            else:
+                try:
+                    logits = run()
+                except Exception as error:
+                    return f"n/a: takes no mask of logits ({type(error).__name__})"
+                (logits * logits.detach().cos()).mean().backward()
+            seen.append((logits.detach(), torch.cat([p.grad.flatten() for p in handle.parameters()])))
+    _near(seen[1][0], seen[0][0], "logits")
+    _near(seen[1][1], seen[0][1], "gradients", NEAR_GRADIENT)
+    return None
+
+
+@torch.no_grad()
+def check_load(family: Family) -> None:
+    """An adapter folder, loaded into the model again."""
+    folder = family.folder / "adapter"
+    with patched(family) as handle:
+        expected = family.run(family.model)
+        handle.save(folder)
+    handle = lf.load(family.model, folder)
+    got = family.run(family.model)
+    handle.unpatch()
+    if not torch.equal(got, expected):
+        raise Wrong(f"loaded, off by {off(got, expected):.1e}")
+
+
+@torch.no_grad()
+def check_merge(family: Family) -> str | None:
+    """A plain model in memory."""
+    merged = copy.deepcopy(family.model)
+    with patched(family):
+        expected = family.run(family.model)
+    handle = lf.patch(merged, lf.LofitConfig(scale="all", offset="all"))
+    randomize(handle)
+    try:
+        handle.merge()
+    except ValueError as error:
+        return f"refused: {_plain(error)}"
+    _near(family.run(merged), expected, "merged logits")
+    return None
+
+
+def check_export(family: Family) -> str | None:
+    """A plain folder, proved by `verify_export`; a refusal writes nothing."""
+    folder = family.folder / "plain"
+    with patched(family) as handle:
+        try:
+            lf.export(handle, folder)
+        except ValueError as error:
+            if folder.exists():
+                raise Wrong("a refused export left a folder") from error
+            return f"refused: {_plain(error)}"
+        except Exception as error:
+            raise Wrong(f"export: {type(error).__name__}: {_plain(error)}") from error
+        try:
+            lf.verify_export(handle, folder)
+        except Exception as error:
+            raise Wrong(f"verify_export: {type(error).__name__}: {_plain(error)}") from error
+    return None
+
+
+def _plain(error: Exception) -> str:
+    """The first clause of a message, without what differs between models."""
+    return str(error).split("\n")[0][:160]
+
+
+_CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -168,6 +168,7 @@ _TOWER = {
     "channel_multiplier": [1, 1],
     "codebook_size": 16,
 }
+_TOWER_TYPES = ("vit",)
 _TOWERS = ("vision", "audio", "vq", "encoder", "speech", "perceiver", "qformer", "projector", "sam", "vit")
 
 
@@ -530,6 +531,7 @@ _ROWS: dict[str, Family] = dict(
         _row("youtu", **_MLA),
         _row(
             "zamba",
+            initializer_range=0.5,
             num_hidden_layers=6,
             attn_layer_period=3,
             attn_layer_offset=1,
@@ -566,10 +568,14 @@ def tiny_family(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 def family_config(name: str):
     """The tiny config of a family."""
+    return tiny_config(_ROWS[name].model_type, **_ROWS[name].changes)
+
+
+def tiny_config(model_type: str, **changes):
+    """A config of this type with tiny sizes, and the changes; a tower's sizes where it is a tower's."""
     from transformers import CONFIG_MAPPING
 
-    row = _ROWS[name]
-    return _config(CONFIG_MAPPING[row.model_type], _SIZES, row.changes)
+    return _config(CONFIG_MAPPING[model_type], _TOWER if model_type in _TOWER_TYPES else _SIZES, changes)
 
 
 def _class_of(model_type: str) -> str:

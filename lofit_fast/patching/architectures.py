@@ -12,7 +12,7 @@ from itertools import product
 
 from torch import nn
 
-from lofit_fast.patching.families import ARCHITECTURES, GENERIC, Architecture
+from lofit_fast.patching.families import ARCHITECTURES, BYPASSES, GENERIC, REFUSED, Architecture
 
 # what modules and configs call the number of heads, and the width of one head's output
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads", "decoder_attention_heads")
@@ -97,7 +97,20 @@ def find_projections(model: nn.Module) -> list[Projection]:
         path = next((path for path in paths if _has(layer, path)), None)
         if path is not None:
             found.append(_projection(model, config, number, f"{prefix}.{number}.{path}"))
+    _check_each_is_its_own(found)
     return found
+
+
+def _check_each_is_its_own(projections: list[Projection]) -> None:
+    """Raise ValueError where two layers hold the same attention: vectors of one would be the other's too."""
+    first = {}
+    for p in projections:
+        other = first.setdefault((id(p.parent), p.attribute), p)
+        if other is not p:
+            raise ValueError(
+                f"{p.name} is the very module of {other.name}: layers that share one attention cannot have vectors "
+                "of their own"
+            )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -108,15 +121,19 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name in the model, list) of the decoder's layers: the one list of which some have an output projection."""
     config, paths = text_config(model), architecture_of(model).projections
+    unsupported = f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: "
+    if config.model_type in REFUSED:
+        raise ValueError(unsupported + REFUSED[config.model_type])
     prefix, decoder = _decoder(model)
     # what the model calls its decoder may be something else
-    found = _lists(prefix, decoder, paths) or _lists("", model, paths)
-    found = [(name, layers) for name, layers in found if _owner(model, name) in (config.model_type, None)]
+    lists = _lists(prefix, decoder, paths) or _lists("", model, paths)
+    # not those of a tower of images or sounds
+    found = [(name, layers) for name, layers in lists if _owner(model, name) == config.model_type]
     if not found:
-        looked_for = " or ".join(f"'layers.<n>.{path}'" for path in paths)
+        others = f" and {len(paths) - 1} other places" if len(paths) > 1 else ""
         raise ValueError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: looked for a linear at "
-            f"{looked_for} with heads x head_dim inputs and found none"
+            f"{unsupported}looked for a linear at 'layers.<n>.{paths[0]}'{others} with heads x head_dim inputs and "
+            "found none in its language model"
         )
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
@@ -135,13 +152,14 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return (names[id(decoder)], decoder) if id(decoder) in names else ("", model)
 
 
-def _owner(model: nn.Module, name: str) -> str | None:
-    """The model_type of the innermost model that holds a module: a tower of images or sounds has one of its own."""
-    holders = [model]
-    for part in name.split("."):
-        holders.append(getattr(holders[-1], part))
-    types = (getattr(getattr(holder, "config", None), "model_type", None) for holder in reversed(holders))
-    return next((kind for kind in types if isinstance(kind, str)), None)
+def _owner(model: nn.Module, name: str) -> str:
+    """The model_type of the text config of the innermost model that holds a module."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        holder = model.get_submodule(".".join(parts[:end]))
+        if isinstance(getattr(getattr(holder, "config", None), "model_type", None), str):
+            return text_config(holder).model_type
+    return text_config(model).model_type
 
 
 def _lists(prefix: str, root: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, nn.ModuleList]]:
@@ -163,7 +181,7 @@ def _has(layer: nn.Module, path: str) -> bool:
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent_name, _, attribute = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-    if _bypasses(parent, attribute, architecture_of(model).bypass):
+    if _bypasses(parent, attribute, BYPASSES.get(config.model_type)):
         raise ValueError(
             f"{name}: {type(parent).__name__} reads the weight of its projection and never calls it, so that it cannot "
             "be wrapped"

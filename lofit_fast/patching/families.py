@@ -43,7 +43,6 @@ class Architecture:
         biased_siblings: linears beside the projection, in the module that holds it.
         export_as: the model_type whose stock code computes the same with such a bias.
         ffn: the feed-forward block's path inside a layer.
-        bypass: the attention's attribute which, if true, makes its code read the projection's weight and not call it.
     """
 
     model_type: str
@@ -52,13 +51,11 @@ class Architecture:
     biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     export_as: str | None = None
     ffn: str = "mlp"
-    bypass: str | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
-        Architecture("bloom", ("self_attention.dense",), bias_flag=None, bypass="slow_but_exact"),
         Architecture("llama"),
         Architecture("gemma"),
         Architecture("gemma2"),
@@ -71,3 +68,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # families without a row: a linear of a usual name whose inputs are heads x head_dim; merged in memory, not exported
 GENERIC = Architecture("*", PROJECTIONS, bias_flag=None)
+
+# families that cannot be patched, and why, where the names of their modules alone would not tell
+REFUSED = {
+    "deepseek_v4": "groups of its heads are mixed before the output projection",
+    "hrm_text": "it has two stacks of layers, each of which runs several times",
+    "jetmoe": "its heads are experts, each with an output projection of its own",
+    "longcat_flash": "each of its layers has two attentions",
+    "reformer": "its layers run inside one autograd function, which gives vectors in them no gradients",
+    "xlnet": "its attention multiplies by a parameter, and has no projection to wrap",
+}
+
+# of families whose code calls the projection or multiplies by its weight: the attention's attribute which, if true,
+# means the latter
+BYPASSES = {
+    "bloom": "slow_but_exact",
+}

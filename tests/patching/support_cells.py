@@ -21,12 +21,14 @@ from tests.oracle import randomize
 from tests.patched_models import snapshot
 from tests.tiny_families import tiny_family
 from tests.tiny_models import tokens
+from tests.tiny_others import OTHERS, inputs_of, tiny_other
 
 # float32, a few layers, products in another order
 NEAR, NEAR_GRADIENT = 2e-5, 2e-4
 RIGHT = "right"
 COLUMNS = ("patch", "gradient", "generate", "packed", "narrowed", "load", "merge", "export")
 QUICK = ("patch", "gradient")
+OTHER_COLUMNS = ("patch", "gradient", "load", "merge", "classify")
 
 # where a family's projections are, N a layer's number; without a line, where Llama's are, or a wrapper's
 _LLAMA = r"model\.(language_model\.)?layers\.N\.self_attn\.o_proj"
@@ -53,7 +55,6 @@ _PLACES = {
     "model.layers.N.temporal_block.o_proj": ("recurrent_gemma",),
     "model.text_model.layers.N.self_attn.o_proj": ("emu3", "granite_docling", "idefics2", "idefics3", "smolvlm"),
     "prophetnet.decoder.layers.N.self_attn.out_proj": ("prophetnet",),
-    "reformer.encoder.layers.N.attention.output.dense": ("reformer",),
     "text_model.model.layers.N.self_attn.out_proj": ("kosmos-2.5",),
     "transformer.attentions.N.out_lin": ("xlm",),
     "transformer.blocks.N.attn.out_proj": ("mpt",),
@@ -90,29 +91,27 @@ class Family:
     cells: dict[str, str] = field(default_factory=dict)
 
 
-def logits_of(model: nn.Module, **inputs) -> Tensor:
-    """(B, S, vocabulary) of the fixed tokens."""
-    return model(input_ids=tokens(), use_cache=False, **inputs).logits
-
-
 def family_of(name: str, folder: Path) -> Family:
     """A decoder family of `tests/tiny_families.py`."""
-    return Family(name, tiny_family(name), _PLACE_OF.get(name, _LLAMA), _runner(tiny_family, name), folder)
+    return Family(name, tiny_family(name), _PLACE_OF.get(name, _LLAMA), logits_of, folder)
 
 
-def _runner(build, name: str) -> Callable[[nn.Module], Tensor]:
+def other_of(name: str, folder: Path) -> Family:
+    """A model beyond decoders, of `tests/tiny_others.py`."""
+
     def run(model: nn.Module) -> Tensor:
-        # hashing and the like draw numbers
-        torch.manual_seed(0)
-        return _without_cache_where_unknown(model)
+        output = model(**inputs_of(name))
+        return output.reconstruction if "reconstruction" in output else output.logits
 
-    return run
+    return Family(name, tiny_other(name), OTHERS[name].place, run, folder)
 
 
-def _without_cache_where_unknown(model: nn.Module) -> Tensor:
+def logits_of(model: nn.Module) -> Tensor:
+    """(B, S, vocabulary) of the fixed tokens, without a cache."""
     known = inspect.signature(type(model).forward).parameters
-    extra = {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
-    return model(input_ids=tokens(), **extra).logits
+    # hashing and the like draw numbers
+    torch.manual_seed(0)
+    return model(input_ids=tokens(), **({"use_cache": False} if "use_cache" in known else {})).logits
 
 
 @contextmanager
@@ -185,21 +184,24 @@ def see(family: Family, columns=COLUMNS) -> dict[str, str]:
                 cells[column] = _CHECKS[column](family) or RIGHT
         except Wrong as wrong:
             cells[column] = f"WRONG: {wrong}"
+        except Exception as error:
+            cells[column] = f"WRONG: {column} raised {type(error).__name__}, {_plain(error, family)}"
     return cells
 
 
 def check_patch(family: Family) -> str | None:
     """Logits of the patched model against the hook's; a refusal and `unpatch` leave the model as it was."""
-    before = snapshot(family.model)
     with torch.no_grad():
         base = family.run(family.model)
+        # some write into their config when they first run
+        before = snapshot(family.model)
         try:
             with patched(family) as handle:
                 got, vectors = family.run(family.model), vectors_of(handle)
         except ValueError as error:
             if snapshot(family.model) != before:
                 raise Wrong("a refusal changed the model") from error
-            return f"refused: {_plain(error)}"
+            return f"refused: {_plain(error, family)}"
         if snapshot(family.model) != before:
             raise Wrong("unpatch left something")
         with hooked(family, vectors) as names:
@@ -341,7 +343,7 @@ def check_merge(family: Family) -> str | None:
     try:
         handle.merge()
     except ValueError as error:
-        return f"refused: {_plain(error)}"
+        return f"refused: {_plain(error, family)}"
     _near(family.run(merged), expected, "merged logits")
     return None
 
@@ -355,19 +357,55 @@ def check_export(family: Family) -> str | None:
         except ValueError as error:
             if folder.exists():
                 raise Wrong("a refused export left a folder") from error
-            return f"refused: {_plain(error)}"
+            return f"refused: {_plain(error, family)}"
         except Exception as error:
-            raise Wrong(f"export: {type(error).__name__}: {_plain(error)}") from error
+            raise Wrong(f"export: {type(error).__name__}: {_plain(error, family)}") from error
         try:
             lf.verify_export(handle, folder)
         except Exception as error:
-            raise Wrong(f"verify_export: {type(error).__name__}: {_plain(error)}") from error
+            raise Wrong(f"verify_export: {type(error).__name__}: {_plain(error, family)}") from error
     return None
 
 
-def _plain(error: Exception) -> str:
-    """The first clause of a message, without what differs between models."""
-    return str(error).split("\n")[0][:160]
+def check_classify(family: Family) -> None:
+    """An untrained classifier and the vectors, trained for a few steps; the base stays, and the way back is whole."""
+    model, inputs = tiny_other(family.name, classifier=True), inputs_of(family.name, classifier=True)
+    before, labels = snapshot(model), torch.tensor([0, 2])
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    # the head is frozen with the rest until one asks for it
+    head = list(getattr(model, OTHERS[family.name].head).parameters())
+    if any(p.requires_grad for p in head):
+        raise Wrong("the head was trainable")
+    for p in head:
+        p.requires_grad_(True)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    start = [p.detach().clone() for p in handle.parameters()]
+    optimizer, losses = torch.optim.Adam([*handle.parameters(), *head], lr=0.05), []
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if not losses[-1] < 0.8 * losses[0]:
+        raise Wrong(f"the loss went from {losses[0]:.2f} to {losses[-1]:.2f}")
+    if any(torch.equal(p, was) for p, was in zip(handle.parameters(), start, strict=True)):
+        raise Wrong("a vector did not move")
+    if any(not torch.equal(p, kept[name]) for name, p in model.named_parameters() if name in kept):
+        raise Wrong("a frozen weight moved")
+    handle.unpatch()
+    own = {name for name, p in model.named_parameters() if any(p is one for one in head)}
+    after = snapshot(model)
+    if [key for key in before if after.get(key) != before[key] and key.removeprefix("tensor ") not in own]:
+        raise Wrong("unpatch left something")
+
+
+def _plain(error: Exception, family: Family) -> str:
+    """The first clause of a message, without names of models and layers: alike for all that it is said of."""
+    said = str(error).split("\n")[0].replace(type(family.model).__name__, "the model")
+    said = re.sub(r" \(model_type '[^']*'\)|(?<=model_type) '[^']*'", "", said)
+    said = re.sub(r"\blayer \d+", "a layer", said)
+    return re.split(r"[:;(.] ", said)[0].strip()
 
 
 _CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

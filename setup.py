@@ -9,9 +9,11 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
 
 TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
-BENCH = [*TRAIN, "peft>=0.21", "psutil", "pytest-benchmark>=5.3"]
+PEFT = ["accelerate>=1.15", "peft>=0.21"]
+BENCH = [*TRAIN, *PEFT, "psutil", "pytest-benchmark>=5.3"]
 PREFERENCES = [*TRAIN, "trl>=1.16"]
-TEST = [*BENCH, *PREFERENCES, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+QUANTIZED = [*TRAIN, "bitsandbytes>=0.50", "torchao>=0.18"]
+TEST = [*BENCH, *PREFERENCES, *QUANTIZED, "pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
 DEV = [*TEST, "import-linter>=2.17", "pre-commit>=4", "ruff==0.17.6"]
 
@@ -38,7 +40,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "peft": PEFT,
         "preferences": PREFERENCES,
+        "quantized": QUANTIZED,
         "flash": FLASH,
         "test": TEST,
         "dev": DEV,

@@ -4,12 +4,14 @@ from importlib import import_module
 
 from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.heads import select_heads
-from lofit_fast.patching.export import export, verify_export
+from lofit_fast.patching.export import export
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.head_norms import head_scores
+from lofit_fast.patching.verify import verify_export
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterCheckpoints",
     "Engine",
     "LofitConfig",
     "LofitHandle",
@@ -31,6 +33,7 @@ __all__ = [
 
 # these pull in transformers: loaded when asked for, so that importing the package stays light
 _LATER = {
+    "AdapterCheckpoints": "lofit_fast.training.adapter_checkpoints",
     "Engine": "lofit_fast.training.engine",
     "fit": "lofit_fast.training.fit",
     "fit_preferences": "lofit_fast.training.fit",

@@ -25,6 +25,8 @@ command(
     "train --model smollm2 --task clutrr --data DIR --train-size 300 --top 0.1 --output runs/clutrr",
     "train --model smollm2 --task truthfulqa --data DIR --top 0.1 --output runs/truthfulqa",
     "train --model meta-llama/Llama-3.2-1B --data my.jsonl --top 32 --output runs/mine",
+    "train --model smollm2 --data my.csv --columns prompt=question,completion=answer --output runs/mine --dry-run",
+    "train --model smollm2 --data preferences.jsonl --top 0.1 --output runs/preferred",
     "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
 )(train_command.train)
 command(
@@ -38,6 +40,7 @@ command(
     "eval --model smollm2 --task kinship",
     "eval --model smollm2 --adapter runs/kinship/adapter --task kinship --json",
     "eval --model smollm2 --task truthfulqa --data DIR",
+    "eval --model smollm2 --adapter runs/preferred/adapter --data preferences.jsonl",
 )(judge_commands.eval)
 command(
     app,

@@ -15,17 +15,24 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the plai
 
 
 def merge(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", as_json: Json = False) -> None:
-    """Write the adapter into the weights: a plain model folder. Not reloaded; `export` also proves the result."""
-    _exported(model, adapter, output, dtype)
+    """Write the adapter into the weights: a plain model folder, reloaded to compare its tensors.
+
+    `export` also compares its logits.
+    """
+    from lofit_fast.patching.verify import check_export
+
+    check_export(_exported(model, adapter, output, dtype), output)
     show({"output": str(output)}, as_json, "merged")
 
 
 def export(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", as_json: Json = False) -> None:
     """Merge, write, reload with stock transformers, and compare its logits with the patched model's."""
-    from lofit_fast.patching.export import verify_export
+    from lofit_fast.patching.verify import verify_export
 
     report = verify_export(_exported(model, adapter, output, dtype), output)
-    show({"output": str(output), **asdict(report)}, as_json, "exported and verified")
+    seen = asdict(report)
+    effects = {f"without {component}s": effect for component, effect in seen.pop("effects").items()}
+    show({"output": str(output), **seen, **effects}, as_json, "exported and verified")
 
 
 def _exported(model: str, adapter: Path, output: Path, dtype: str):

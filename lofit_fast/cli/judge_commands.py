@@ -8,7 +8,20 @@ import typer
 
 from lofit_fast.cli.adapted_model import loaded
 from lofit_fast.cli.command import show
-from lofit_fast.cli.options import Data, Device, Dtype, Json, Model, OptionalAdapter, TaskName, task_name
+from lofit_fast.cli.options import (
+    Columns,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OptionalAdapter,
+    Split,
+    Subset,
+    TaskName,
+    reading_of,
+    task_name,
+)
 
 # heavy imports happen inside the commands: --help must be instant
 
@@ -18,6 +31,9 @@ def eval(
     adapter: OptionalAdapter = None,
     task: TaskName = None,
     data: Data = None,
+    split: Split = None,
+    subset: Subset = None,
+    columns: Columns = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
     ] = None,
@@ -31,9 +47,10 @@ def eval(
     from lofit_fast.tasks import load_task, majority_accuracy
     from lofit_fast.training.summary import data_seed_of
 
+    reading = reading_of(split, subset, columns)
     base, tokenizer = loaded(model, adapter, dtype, device)
     seed = data_seed_of(adapter) if seed is None else seed
-    examples = load_task(task_name(task, data), data, tokenizer, seed=seed)
+    examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
     report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lofit_fast.tasks.row_source import check_columns
+
 Model = Annotated[
     str,
     typer.Option("--model", "-m", help="smollm2, gemma3-270m, a folder, a .gguf file, or a hub id.", metavar="NAME"),
@@ -22,7 +24,24 @@ TaskName = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", "-d", help="JSONL of prompt/completion or messages; the folder of a published task.", metavar="PATH"
+        "--data",
+        "-d",
+        help="A file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub data set (owner/name) of prompt/completion, "
+        "messages, or prompt/chosen/rejected; the folder of a published task.",
+        metavar="PATH",
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Of a hub data set or a folder. Default: train.", metavar="NAME")
+]
+Subset = Annotated[str | None, typer.Option("--subset", help="Configuration of a hub data set.", metavar="NAME")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Which columns to read: prompt=question,completion=answer. Names: prompt, completion, messages, chosen, "
+        "rejected.",
+        metavar="NAME=COLUMN,...",
     ),
 ]
 TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.")]
@@ -54,6 +73,27 @@ def parse_heads(text: str | None, option: str = "heads", all_is_known: bool = Tr
 def parse_top(text: str | None) -> int | float | None:
     """--top: a count or a fraction of the heads. Raises ValueError for anything else."""
     return parse_heads(text, "--top", all_is_known=False)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """ "prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}.
+
+    Raises ValueError for anything else, and for names or columns that are there twice or unknown.
+    """
+    pairs = [tuple(part.strip() for part in pair.partition("=")) for pair in text.split(",")]
+    if not all(name and sign and column for name, sign, column in pairs):
+        raise ValueError(f"expected --columns like prompt=question,completion=answer, got {text!r}")
+    columns = {name: column for name, _, column in pairs}
+    if len(columns) < len(pairs):
+        raise ValueError(f"expected every name once in --columns, got {text!r}")
+    check_columns(columns)
+    return columns
+
+
+def reading_of(split: str | None, subset: str | None, columns: str | None) -> dict[str, object]:
+    """What was given of how to read --data, as options of `load_task`. Raises ValueError as `parse_columns`."""
+    read = {"split": split, "subset": subset, "columns": None if columns is None else parse_columns(columns)}
+    return {key: value for key, value in read.items() if value is not None}
 
 
 def recipe_of(task: str, seed: int, top: str | None, **given):

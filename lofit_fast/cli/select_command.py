@@ -13,6 +13,7 @@ from rich.table import Table
 from lofit_fast.cli.options import (
     L1,
     BatchSize,
+    Columns,
     Data,
     Device,
     Dtype,
@@ -22,9 +23,12 @@ from lofit_fast.cli.options import (
     Seed,
     SelectEpochs,
     SelectLr,
+    Split,
+    Subset,
     TaskName,
     Top,
     TrainSize,
+    reading_of,
     recipe_of,
     task_name,
 )
@@ -45,6 +49,9 @@ def select(
     ] = None,
     task: TaskName = None,
     data: Data = None,
+    split: Split = None,
+    subset: Subset = None,
+    columns: Columns = None,
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
@@ -74,9 +81,10 @@ def select(
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
+    reading = reading_of(split, subset, columns)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]
     base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed)
+    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for key in names:

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import show
+from lofit_fast.cli.dry_run_report import show_dry_run
 from lofit_fast.cli.options import (
     L1,
     BatchSize,
+    Columns,
     Data,
     Device,
     Dtype,
@@ -19,9 +21,12 @@ from lofit_fast.cli.options import (
     Seed,
     SelectEpochs,
     SelectLr,
+    Split,
+    Subset,
     TaskName,
     Top,
     TrainSize,
+    reading_of,
     recipe_of,
     task_name,
 )
@@ -34,6 +39,9 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; an interrupted run goes on from it.")],
     task: TaskName = None,
     data: Data = None,
+    split: Split = None,
+    subset: Subset = None,
+    columns: Columns = None,
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
@@ -45,7 +53,8 @@ def train(
     tune_epochs: Annotated[int | None, typer.Option(help="Epochs of step 2.")] = None,
     batch_size: BatchSize = None,
     beta: Annotated[
-        float | None, typer.Option(help="Of DPO, for tasks of preferences (truthfulqa). Default: 0.5.")
+        float | None,
+        typer.Option(help="Of DPO, for preferences (truthfulqa, or prompt/chosen/rejected). Default: 0.5."),
     ] = None,
     accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
@@ -62,6 +71,12 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show three encoded examples, the numbers and the engine; train and write nothing."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,17 +99,23 @@ def train(
     knobs = {"compile": compile, "packing": packing}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
+    reading = reading_of(split, subset, columns)
     fixed = None if heads is None else read_heads(heads)
     if dtype == "auto" and resume:
         # a run goes on in the dtype that it was begun in
         dtype = dtype_of_run(output) or dtype
     base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed)
+    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     objective = objective_of(examples)
     if isinstance(objective, Preferences):
         objective = replace(objective, beta=Preferences.beta if beta is None else beta)
     elif beta is not None:
         raise ValueError(f"--beta is of DPO, which the task {name} does not train with")
+    if dry_run:
+        show_dry_run(
+            base, tokenizer, examples, objective, recipe, engine, fixed, as_json, f"{examples.name} on {model}"
+        )
+        return
     how = {"engine": engine, "heads": fixed, "resume": resume, "progress": not as_json}
     how["callbacks"] = [ProfileSteps(output)] if profile else ()
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)

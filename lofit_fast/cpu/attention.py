@@ -46,33 +46,39 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed_rows: Tensor | None = None,
     packed_places: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T + mask) v, with one product for all query heads that share their keys.
 
-    query: (B, H, Q, D). key, value: (B, G, K, D), H a multiple of G; all of one floating dtype. attention_mask: added
-    to the scores, broadcast to (B, H, Q, K). scaling: D^-0.5 unless given. softcap: scores s become
-    softcap tanh(s / softcap) before the mask (arXiv:2408.00118). dropout: of the weights, while the module trains.
+    query: (B, H, Q, D). key: (B, G, K, D). value: (B, G, K, V), H a multiple of G; all of one floating dtype.
+    attention_mask: added to the scores, broadcast to (B, H, Q, K). scaling: D^-0.5 unless given. softcap: scores s
+    become softcap tanh(s / softcap) before the mask (arXiv:2408.00118). dropout: of the weights, while the module
+    trains. s_aux: (H,), sinks: the score of one more key of each head, whose value is zero (arXiv:2309.17453).
     packed_rows, packed_places: `rows` and `places` of a packed row (packed_rows.py). The others are then (1, ., N, D),
     the mask that of the padded rows, and so is the result's B = 1, Q = N.
-    Returns (B, Q, H, D), and None for the weights: the backward pass computes them again, one product of six more,
+    Returns (B, Q, H, V), and None for the weights: the backward pass computes them again, one product of six more,
     so that no (B, H, Q, K) tensor is kept. Many queries without a gradient, as of a prompt, go to torch's fused kernel.
     Signature and shapes are those of transformers' AttentionInterface.
-    Raises ValueError for attention sinks.
+    Raises ValueError for query heads that cannot share the heads of keys and values.
     """
-    if options.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks, which attention {GROUPED!r} does not know")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{type(module).__name__} has {query.shape[1]} query heads on {key.shape[1]} heads of keys and values: "
+            f"expected a multiple of {key.shape[1]}"
+        )
     tokens = query.shape[2]
     if packed_rows is not None:
         query, key, value = (spread(each, packed_rows, packed_places) for each in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
-    arguments = query, key, value, attention_mask, scaling, dropout, softcap
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
+    arguments = query, key, value, attention_mask, scaling, dropout, softcap, s_aux
+    learned = [each for each in (query, key, value, s_aux) if each is not None]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in learned):
         mixed = _attend_again(*arguments)
-    elif query.shape[2] < _FUSED_FROM or softcap is not None:
+    elif query.shape[2] < _FUSED_FROM or softcap is not None or s_aux is not None:
         mixed = _attend(*arguments)
     else:
         mixed = nn.functional.scaled_dot_product_attention(
@@ -102,6 +108,7 @@ def _weights(
     scaling: float,
     dropout: float,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(B, H, Q, K)."""
     batch, heads, length, width = query.shape
@@ -113,8 +120,11 @@ def _weights(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores + mask
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, length, 1)
+        scores = torch.cat((scores, sink), -1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide)[..., :keys].to(query.dtype)
     return nn.functional.dropout(weights, dropout)
 
 

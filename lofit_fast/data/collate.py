@@ -1,13 +1,19 @@
 """From encoded examples to batches whose logits are computed only where there is a label."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
+
+# which logits a model is asked for: those of labelled tokens, those of columns with one, or all
+Logits = Literal["rows", "columns", "all"]
+LOGITS = ("rows", "columns", "all")
+Batch = dict[str, Tensor | bool]
 
 
 @dataclass(frozen=True)
@@ -20,15 +26,24 @@ class CompletionCollator:
     full logits, exactly, and no vocabulary-sized row that nobody reads. Works under any Trainer; evaluation needs
     prediction_loss_only=True, since the logits lose their batch shape.
     packed: lay the examples end to end in one row instead, each with positions from 0 and no mask, from which the
-    models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens).
+    models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
+    brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
+    logits: "rows" as above. "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
+    names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
+    logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes.
+    Raises ValueError for another value of logits.
     """
 
     pad_token_id: int
     packed: bool = False
     pad_to_multiple_of: int = 8
+    logits: Logits = "rows"
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __post_init__(self) -> None:
+        check_logits(self.logits)
+
+    def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """Raises ValueError for a batch without a single label."""
         multiple = 1 if self.packed else self.pad_to_multiple_of
         ids, mask = padded([row["input_ids"] for row in rows], self.pad_token_id, multiple_of=multiple)
@@ -38,21 +53,45 @@ class CompletionCollator:
             # nothing predicts the first token of an example
             labels[:, 0] = IGNORED
             position = torch.arange(width).expand(len(rows), width)[real][None]
-            return _targets(labels[real][None]) | {"input_ids": ids[real][None], "position_ids": position}
-        return _targets(labels) | {"input_ids": ids, "attention_mask": mask}
+            batch = {"input_ids": ids[real][None], "position_ids": position, "use_cache": False}
+            return self._targets(labels[real][None]) | batch
+        return self._targets(labels) | {"input_ids": ids, "attention_mask": mask}
+
+    def _targets(self, labels: Tensor) -> dict[str, Tensor]:
+        following = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)), 1)
+        targets = kept(following, self.logits)
+        # a model that computes all logits shifts the labels by itself
+        return {"labels": labels} if self.logits == "all" else {"labels": labels, **targets}
 
 
-def _targets(labels: Tensor) -> dict[str, Tensor]:
-    keep, shift_labels = kept(torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)), 1))
-    return {"labels": labels, "logits_to_keep": keep, "shift_labels": shift_labels}
+def check_logits(logits: str) -> None:
+    """Raise ValueError for what is none of LOGITS."""
+    if logits not in LOGITS:
+        raise ValueError(f"expected logits to be one of {', '.join(LOGITS)}, got {logits!r}")
 
 
-def kept(following: Tensor) -> tuple[Tensor, Tensor]:
-    """(where the next token has a label, those labels in order). following: (B, S), the label of the next token.
+def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
+    """logits_to_keep and shift_labels. following: (B, S), the label of the next token.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is no label.
     """
     keep = following != IGNORED
     if not keep.any():
         raise ValueError("a batch has no labels: every example's tokens are ignored")
-    return keep, following[keep]
+    if logits == "all":
+        return {"shift_labels": following}
+    if logits == "columns":
+        columns = keep.any(0).nonzero().flatten()
+        return {"logits_to_keep": columns, "shift_labels": following[:, columns]}
+    return {"logits_to_keep": keep, "shift_labels": following[keep]}
+
+
+def n_labels(batch: Mapping[str, Tensor]) -> int:
+    """How many tokens of a collator's batch are predicted."""
+    following = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return int((following != IGNORED).sum())
+
+
+def on_device(batch: Mapping[str, Tensor | bool], device: torch.device | str) -> Batch:
+    """A batch whose tensors are on a device; what is no tensor stays."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,11 +1,27 @@
-"""From text to token ids, with labels on the completion only."""
+"""From text to token ids, with labels on what is to be learned.
 
-from collections.abc import Mapping
+Prompt and completion are tokenized joined, as a model meets them in running text. The completion begins at the first
+token that reaches into it. A prompt to be continued is tokenized alone, because nothing follows it yet. Most often its
+tokens are how the joined ones begin, and nothing is to be decided. Where they are not ("A: " and "x" become "A", ":",
+" x"), a model that continues the prompt starts from other tokens than it was trained on: a `BoundaryWarning` says so.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
+from tqdm.auto import tqdm
+
+from lofit_fast.tasks.chat import Conversation, Rendered, conversation_of
 from lofit_fast.tasks.task import Example
 
 IGNORED = -100
+_NO_END = "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"
+
+
+class BoundaryWarning(UserWarning):
+    """The last tokens of a prompt are others when an answer follows than when the prompt stands alone."""
 
 
 class Encoded(TypedDict):
@@ -15,66 +31,345 @@ class Encoded(TypedDict):
     labels: list[int]
 
 
-def encode(tokenizer, example: Example | Mapping[str, str], max_length: int | None) -> Encoded:
-    """Prompt, completion and an end-of-sequence token; only the last two carry labels.
+def encode(tokenizer, example: Example | Mapping, max_length: int | None) -> Encoded:
+    """Any example as token ids; only what is to be learned carries labels.
 
-    The two texts are tokenized apart and joined, so that a prompt's tokens are the same with and without an answer.
+    Of a prompt and completion that is the completion and an end-of-sequence token. The ids are those of the joined
+    text. A token that holds characters of both belongs to the completion. Where it is the very first token, nothing
+    could predict it: the two texts are then tokenized apart. Both cases give a `BoundaryWarning`, and so does a
+    prompt whose tokens change in front of the completion.
+    Of a `Conversation`, or a mapping with "messages", the ids are those of the chat template's rendering, without
+    further special tokens, and the assistant's turns are learned up to the template's own ending.
+    A tokenizer without offsets (a slow one) begins the completion where the joined tokens depart from the prompt's.
+
     Raises ValueError for a completion without tokens, an example longer than max_length, or a tokenizer without an
-    end-of-sequence token.
+    end-of-sequence token where one is to be added.
+    """
+    row, moved = _encoded(tokenizer, example, max_length)
+    _warn([moved] if moved else [], 1)
+    return row
+
+
+def encode_all(
+    tokenizer, examples: Sequence[Example | Mapping], max_length: int | None, *, progress: bool = False
+) -> list[Encoded]:
+    """`encode` of every example of a data set, with one `BoundaryWarning` for all: how many, and the first of them."""
+    rows, moved = [], []
+    for example in tqdm(examples, desc="tokenizing", delay=1.0, disable=not progress, leave=False):
+        row, where = _encoded(tokenizer, example, max_length)
+        rows.append(row)
+        moved += [where] if where else []
+    _warn(moved, len(rows))
+    return rows
+
+
+def encode_answers(
+    tokenizer, questions: Iterable[tuple[str, Sequence[str]]], max_length: int | None, *, progress: bool = False
+) -> list[list[Encoded]]:
+    """Of questions, each a prompt and its answers: an Encoded per answer, with an end-of-sequence token.
+
+    Answers to one prompt are compared, so labels begin at the same place in all of them: see `branches`.
+    Raises as `encode` does.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
-    example = as_example(example)
-    prompt = encode_prompt(tokenizer, example.prompt)
-    ending = [*encode_answer(tokenizer, example.completion), tokenizer.eos_token_id]
-    length = len(prompt) + len(ending)
-    if max_length is not None and length > max_length:
-        raise ValueError(
-            f"an example is {length} tokens long, the limit is {max_length} (the model's context, or max_length): "
-            f"{example.prompt[:60]!r}..."
-        )
-    return {"input_ids": prompt + ending, "labels": [IGNORED] * len(prompt) + ending}
+        raise ValueError(_NO_END)
+    encoded = []
+    questions = list(questions)
+    counted = tqdm(questions, desc="tokenizing", delay=1.0, disable=not progress, leave=False)
+    found = noted(branches(tokenizer, *_visible(*question)) for question in counted)
+    for (prompt, _), (start, endings) in zip(questions, found, strict=True):
+        rows = [_labelled(_closed([*start, *ending], tokenizer), len(start)) for ending in endings]
+        for row in rows:
+            _check_length(row, max_length, prompt)
+        encoded.append(rows)
+    return encoded
 
 
-def as_example(example: Example | Mapping[str, str]) -> Example:
-    """An Example from a mapping with "prompt" and "completion". Raises ValueError naming the keys it has instead."""
+@dataclass(frozen=True)
+class Branches:
+    """Token ids of several answers to one prompt: what all of them begin with, and how each goes on.
+
+    moved: how the prompt's tokens differ from those of the prompt alone, or "".
+    """
+
+    start: list[int]
+    endings: list[list[int]]
+    moved: str = ""
+
+
+def branches(tokenizer, prompt: str, answers: Sequence[str]) -> Branches:
+    """Each answer joined to the prompt, cut where the first of them departs from the prompt.
+
+    That is the end of the prompt's tokens, whenever they are the same in front of every answer. Where an answer changes
+    them, the cut is before the change, for all answers alike: log p of the rest is then comparable.
+    Raises ValueError for an answer without tokens.
+    """
+    pairs = _pairs(tokenizer, prompt, answers)
+    start = min(pair.start for pair in pairs)
+    first = pairs[0].ids
+    for pair in pairs[1:]:
+        start = min(start, _common(first, pair.ids))
+    moved = next((pair.moved for pair in pairs if pair.moved), "")
+    if not start:
+        # nothing stands before the change, so that nothing could predict it
+        alone = encode_prompt(tokenizer, prompt)
+        return Branches(alone, [encode_answer(tokenizer, answer) for answer in answers], moved)
+    return Branches(first[:start], [pair.ids[start:] for pair in pairs], moved)
+
+
+def noted(found: Iterable[Branches]) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(start, endings) of each, with one `BoundaryWarning` for all after the last."""
+    moved, count = [], 0
+    for one in found:
+        moved += [one.moved] if one.moved else []
+        count += 1
+        yield one.start, one.endings
+    _warn(moved, count)
+
+
+def as_example(example: Example | Mapping, tokenizer=None) -> Example:
+    """An Example from a mapping with "prompt" and "completion", or with "messages", which need the tokenizer.
+
+    Raises ValueError naming the keys it has instead.
+    """
     if isinstance(example, Example):
         return example
+    if isinstance(example, Mapping) and "messages" in example and "prompt" not in example:
+        return conversation_of(example, tokenizer)
     if not isinstance(example, Mapping) or not {"prompt", "completion"} <= example.keys():
         got = sorted(example) if isinstance(example, Mapping) else type(example).__name__
-        raise ValueError(f"expected examples with the keys prompt and completion, got {got}")
+        raise ValueError(f"expected examples with the keys prompt and completion, or messages, got {got}")
     return Example(example["prompt"], example["completion"])
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """The prompt's token ids, with the tokenizer's special tokens unless the text begins with them already.
+    """The token ids of a prompt to be continued, with the tokenizer's special tokens unless it has them already.
 
+    Special tokens are those that the tokenizer puts in front of a text. A `Rendered` prompt has all it needs. One that
+    the tokenizer puts after a text is left out: nothing could follow it.
     Raises ValueError when there is not a single token.
     """
-    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    (ids,) = _tokenized(tokenizer, [prompt], _special(prompt))
     if not ids:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")
-    # some tokenizers close every text with an end token, after which nothing can be continued
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_bos else ids
+    return ids
 
 
 def encode_answer(tokenizer, answer: str) -> list[int]:
-    """An answer's token ids, without special tokens: they are tokenized apart from their prompt.
+    """An answer's token ids by itself, without special tokens. Only for where it cannot be joined to its prompt.
 
     Raises ValueError when there is not a single token.
     """
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise ValueError(f"nothing to learn from or to score: {answer!r} has no tokens")
+        raise _no_tokens(answer)
     return ids
 
 
 def encode_pair(tokenizer, prompt: str, answer: str) -> list[int]:
-    """A prompt's token ids and its answer's, without an end-of-sequence token. Raises as the two do."""
-    return encode_prompt(tokenizer, prompt) + encode_answer(tokenizer, answer)
+    """The token ids of a prompt and its answer, joined, without an end-of-sequence token. Raises as `encode` does."""
+    (pair,) = _pairs(tokenizer, prompt, [answer])
+    return pair.ids
+
+
+def answer_tokens(tokenizer, example: Example) -> int:
+    """How many tokens a model writes to answer as the example does, its end included."""
+    if isinstance(example, Conversation):
+        ids, start = _conversation_ids(tokenizer, example), len(encode_prompt(tokenizer, example.prompt))
+        return max(1, len(ids) - start) + 1
+    (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
+    joined = len(pair.ids) - pair.start
+    # written from other tokens than those it was joined to
+    return 1 + (max(joined, len(encode_answer(tokenizer, example.completion))) if pair.moved else joined)
 
 
 def pad_token_id(tokenizer) -> int:
     """What fills up a batch: the padding token, or where there is none the end token. Masked either way."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A joined text: its ids, where the completion begins, and how the prompt's tokens changed, or ""."""
+
+    ids: list[int]
+    start: int
+    moved: str = ""
+
+
+def _encoded(tokenizer, example, max_length: int | None) -> tuple[Encoded, str]:
+    example = as_example(example, tokenizer)
+    if isinstance(example, Conversation):
+        row, moved = _conversation(tokenizer, example)
+    else:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(_NO_END)
+        (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
+        row, moved = _labelled(_closed(pair.ids, tokenizer), pair.start), pair.moved
+    _check_length(row, max_length, example.prompt)
+    return row, moved
+
+
+def _labelled(ids: list[int], start: int) -> Encoded:
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def _closed(ids: list[int], tokenizer) -> list[int]:
+    """With an end-of-sequence token, once."""
+    return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def _visible(prompt: str, answers: Sequence[str]) -> tuple[str, Sequence[str]]:
+    for answer in answers:
+        Example(prompt, answer)
+    return prompt, answers
+
+
+def _check_length(row: Encoded, max_length: int | None, prompt: str) -> None:
+    length = len(row["input_ids"])
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"an example is {length} tokens long, the limit is {max_length} (the model's context, or max_length): "
+            f"{prompt[:60]!r}..."
+        )
+
+
+def _pairs(tokenizer, prompt: str, answers: Sequence[str]) -> list[_Pair]:
+    special = _special(prompt)
+    alone, *joined = _tokenized(tokenizer, [prompt, *(prompt + answer for answer in answers)], special)
+    if not alone:
+        raise ValueError(f"a prompt has no tokens: {prompt!r}")
+    return [_pair(tokenizer, prompt, answer, alone, ids) for answer, ids in zip(answers, joined, strict=True)]
+
+
+def _pair(tokenizer, prompt: str, answer: str, alone: list[int], ids: list[int]) -> _Pair:
+    if ids[: len(alone)] == alone:
+        if len(ids) == len(alone):
+            raise _no_tokens(answer)
+        return _Pair(ids, len(alone))
+    if _has_offsets(tokenizer):
+        spans = _offsets(tokenizer, prompt + answer, _special(prompt))
+        start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
+    else:
+        start = _common(alone, ids)
+    if start == len(ids):
+        raise _no_tokens(answer)
+    moved = _change(tokenizer, prompt, answer, alone, ids)
+    if start == 0:
+        apart = encode_answer(tokenizer, answer)
+        return _Pair(alone + apart, len(alone), f"{moved}, with nothing before it, so that they are tokenized apart")
+    return _Pair(ids, start, moved)
+
+
+def _conversation_ids(tokenizer, example: Conversation) -> list[int]:
+    return list(tokenizer(example.text, add_special_tokens=False)["input_ids"])
+
+
+def _conversation(tokenizer, example: Conversation) -> tuple[Encoded, str]:
+    ids, text, moved = _conversation_ids(tokenizer, example), example.text, ""
+    labels = [IGNORED] * len(ids)
+    special = set(tokenizer.all_special_ids)
+    spans = _offsets(tokenizer, text, False) if _has_offsets(tokenizer) else None
+    for begin, end in example.learned:
+        if spans is None:
+            start, stop = (_prefix_length(tokenizer, text, ids, at) for at in (begin, end))
+        else:
+            inside = [i for i, (first, last) in enumerate(spans) if last > begin and first < end]
+            start, stop = (inside[0], inside[-1] + 1) if inside else (0, 0)
+            # special tokens cut a text, so that only what follows the last one can change
+            since = next((i for i in range(start - 1, -1, -1) if ids[i] in special), 0)
+            before = list(tokenizer(text[spans[since][0] : begin], add_special_tokens=False)["input_ids"])
+            if ids[since:start] != before:
+                moved = moved or _change(tokenizer, text[:begin], text[begin:end], before, ids[since:])
+        if start == stop:
+            raise _no_tokens(text[begin:end])
+        labels[start:stop] = ids[start:stop]
+    if not example.ended:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(_NO_END)
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    return {"input_ids": ids, "labels": labels}, moved
+
+
+def _prefix_length(tokenizer, text: str, ids: list[int], end: int) -> int:
+    """Of how many tokens text[:end] is, for a tokenizer without offsets."""
+    before = list(tokenizer(text[:end], add_special_tokens=False)["input_ids"])
+    if ids[: len(before)] != before:
+        raise ValueError(_no_boundary(text, end))
+    return len(before)
+
+
+def _special(prompt: str) -> bool:
+    """Whether the tokenizer is to put its special tokens around a text."""
+    return not isinstance(prompt, Rendered)
+
+
+def _has_offsets(tokenizer) -> bool:
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def _tokenized(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+    """Token ids of each text, with special tokens in front, once, and none after it."""
+    if not _has_offsets(tokenizer):
+        return [_slow(tokenizer, text, special) for text in texts]
+    out = tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
+    rows = zip(out["input_ids"], out["special_tokens_mask"], strict=True)
+    return [ids[_own(ids, mask)] for ids, mask in rows]
+
+
+def _offsets(tokenizer, text: str, special: bool) -> list[tuple[int, int]]:
+    """Per token of `_tokenized` which characters of the text it holds."""
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    return out["offset_mapping"][_own(out["input_ids"], out["special_tokens_mask"])]
+
+
+def _own(ids: list[int], mask: list[int]) -> slice:
+    """Without special tokens after the text, and without those in front of a text that begins with them already."""
+    front = next((i for i, special in enumerate(mask) if not special), len(mask))
+    end = len(mask)
+    while end > front and mask[end - 1]:
+        end -= 1
+    return slice(front if front and ids[front : 2 * front] == ids[:front] else 0, end)
+
+
+def _slow(tokenizer, text: str, special: bool) -> list[int]:
+    """The same of a tokenizer that does not say which tokens it added."""
+    begun = not special or (bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))
+    ids = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+    # some tokenizers close every text with an end token, after which nothing can be continued
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not begun else ids
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _change(tokenizer, prompt: str, answer: str, alone: list[int], ids: list[int]) -> str:
+    """What the prompt's tokens are alone and joined, from where they differ."""
+    same = _common(alone, ids)
+    end = [repr(tokenizer.decode(row[same : same + 3])) for row in (alone, ids)]
+    return f"{prompt[-40:]!r} goes on {end[0]} alone and {end[1]} before {answer[:40]!r}"
+
+
+def _warn(moved: list[str], count: int) -> None:
+    if moved:
+        warnings.warn(
+            f"in {len(moved)} of {count} examples the tokens at the end of the prompt change when the answer follows, "
+            "so that a prompt to be continued ends in other tokens than those trained on or scored. The first: "
+            f"{moved[0]}. White space at the end of a prompt belongs at the beginning of the answer.",
+            BoundaryWarning,
+            stacklevel=3,
+        )
+
+
+def _no_tokens(answer: str) -> ValueError:
+    return ValueError(f"nothing to learn from or to score: {answer!r} has no tokens")
+
+
+def _no_boundary(text: str, at: int) -> str:
+    return (
+        "this tokenizer gives no offsets (it is no fast one), and the tokens of the text up to "
+        f"{text[max(0, at - 40) : at]!r} change with what follows: expected a fast tokenizer"
+    )

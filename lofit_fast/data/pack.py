@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from lofit_fast.data.collate import CompletionCollator, kept
+from lofit_fast.data.collate import Batch, CompletionCollator, Logits, check_logits, kept
 from lofit_fast.data.encode import IGNORED, Encoded
 
 # the attention that reads packed rows, see `cpu.attention`
@@ -30,16 +30,22 @@ class PackedCollator:
     A single example has nothing to be packed with: its batch is CompletionCollator's.
     tokens_multiple_of: N, by tokens without a label after examples shorter than the longest, which nobody sees.
     width_multiple_of: T.
+    logits: what the model is asked for, as of `CompletionCollator`; shift_labels is emitted in any case.
     """
 
     pad_token_id: int
     tokens_multiple_of: int = 16
     width_multiple_of: int = 8
+    logits: Logits = "rows"
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __post_init__(self) -> None:
+        check_logits(self.logits)
+
+    def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """Raises ValueError for a batch without a single label."""
         if len(rows) == 1:
-            return CompletionCollator(self.pad_token_id, pad_to_multiple_of=self.width_multiple_of)(rows)
+            alone = {"pad_to_multiple_of": self.width_multiple_of, "logits": self.logits}
+            return CompletionCollator(self.pad_token_id, **alone)(rows)
         tokens = [list(row["input_ids"][:-1]) or list(row["input_ids"]) for row in rows]
         following = [[*row["labels"][1:], IGNORED][: len(ids)] for row, ids in zip(rows, tokens, strict=True)]
         shared = _shared(tokens, following)
@@ -53,14 +59,13 @@ class PackedCollator:
         places = own.flatten().nonzero().flatten()
         index = column.expand(len(rows), width).where(column < shared, -1)
         index[own] = torch.arange(shared, shared + len(places))
-        keep, shift_labels = kept(_laid(following, shared))
+        targets = _laid(following, shared)
         return {
             "attention_mask": (column < torch.tensor(real)[:, None]).long(),
             "input_ids": _laid(tokens, shared),
             "position_ids": torch.cat((column[:shared], places % width))[None],
-            "labels": _laid(following, shared),
-            "logits_to_keep": keep,
-            "shift_labels": shift_labels,
+            "labels": targets,
+            **kept(targets, self.logits),
             "packed_rows": index,
             "packed_places": places,
         }

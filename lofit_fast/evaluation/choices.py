@@ -8,6 +8,7 @@ no padding, no repeated prompt, no copy of the keys and values per question or c
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.data.encode import encode_prompt
+from lofit_fast.data.encode import branches, noted
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import evaluating
@@ -29,6 +31,13 @@ MAX_TOKENS = 256
 _LOGIT_BYTES = 2**28
 # numbers of float32 logits at a time, while they are normalised
 _SLICE = 2**24
+
+# families whose rows of several sequences the tests prove; others are tried on a few tokens first
+_PROVED = {"llama", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "qwen2"}
+# kinds of layers that a mask of our own can be made for
+_MASKED_LAYERS = {"full_attention", "sliding_attention"}
+
+_COUNT = "logits_to_keep"
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +58,9 @@ def score_choices(
     choices: per question its own list, of any number and length. shared_prefix: put before every question, a few-shot
     prompt for instance. end: score an end-of-sequence token after each choice too, so that none gains by being the
     beginning of another.
-    Prompts are tokenized whole and what they share is found in their tokens, so that a token reaching over the end of
-    the prefix is the one it is in the joint text. Choices are tokenized apart from their prompt, as in training.
+    Prefix, question and choice are tokenized joined, as in training, and what prompts share is found in their tokens,
+    so that a token reaching over a seam is the one it is in the joint text. Where a choice changes the last tokens of
+    its prompt, all choices of the question are scored from there on, and a `BoundaryWarning` says so.
     max_tokens: of a forward. Memory is bounded by the keys and values of the common beginning (P tokens) plus those,
     the mask (max_tokens x (P + max_tokens)), and 256 MiB of logits, whatever the number of questions; a single path
     longer than max_tokens runs alone.
@@ -65,14 +75,16 @@ def score_choices(
         raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
     if end and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
-    prompts = [encode_prompt(tokenizer, shared_prefix + question) for question in questions]
-    endings = [
-        _endings(tokenizer, question, options, end) for question, options in zip(questions, choices, strict=True)
-    ]
+    for question, options in zip(questions, choices, strict=True):
+        if isinstance(options, str) or not len(options):
+            raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {options!r}")
+    prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, end)
     for prompt, rows in zip(prompts, endings, strict=True):
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
     reason = packing_refusal(model)
+    if reason is None and not (text_config(model).model_type in _PROVED and _takes_caches(model)):
+        reason = _tree_refusal(model)
     if reason is not None:
         _log.warning("scoring takes a forward per choice: %s", reason)
     score = _score_packed if reason is None else _score_singly
@@ -123,10 +135,40 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
         return f"it is not known whether model_type {config.model_type!r} obeys a mask of our own"
     if attention not in ("eager", "sdpa", GROUPED):
         return f"attention {attention!r} takes no mask of our own: load the model with eager or sdpa"
+    if others := set(getattr(config, "layer_types", None) or ()) - _MASKED_LAYERS:
+        return f"it has layers that take no mask of our own: {', '.join(sorted(others))}"
+    return length_refusal(model)
+
+
+def length_refusal(model: nn.Module) -> str | None:
+    """Why sequences in one row are not what they are apart in a way that a few tokens do not show; None if nothing."""
+    config = text_config(model)
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"
+    return None
+
+
+def _tree_refusal(model: nn.Module) -> str | None:
+    """The same, found by scoring a few tokens in both ways."""
+    rows = trial_examples(model)
+    starts = [row["input_ids"][: SHARED + 1] for row in rows]
+    endings = [[row["input_ids"][SHARED + 1 :], row["input_ids"][:1:-1]] for row in rows]
+    with trying(model):
+        try:
+            expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS)}
+        # it needs more than tokens: the way that asks least of it says so
+        except Exception as error:
+            return f"{type(model).__name__} cannot be tried: {said_of(error)}"
+        try:
+            got = {(q, c): value for q, c, value in _score_packed(model, starts, endings, MAX_TOKENS)}
+        except Exception as error:
+            return f"{type(model).__name__} takes no row of several sequences: {said_of(error)}"
+    away = max(abs(got[key] / value - 1) for key, value in expected.items())
+    # a sum of logarithms, of some digits more than each
+    if away > rounding(model):
+        return f"in a row of several sequences {type(model).__name__}'s scores are {away:.1e} away from those alone"
     return None
 
 
@@ -209,7 +251,7 @@ def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[in
     shared = _common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        _forward(model, _chain(shared), prefix, 0, keep=1)
+        _forward(model, _chain(shared), prefix, 0, [len(shared) - 1])
     prefix.filling = False
     max_rows = _max_rows(model)
     trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
@@ -222,7 +264,7 @@ def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tup
     max_rows = _max_rows(model)
     for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
         prefix = _Prefix()
-        first = _forward(model, _chain(prompt), prefix, 0, keep=1)
+        first = _forward(model, _chain(prompt), prefix, 0, [len(prompt) - 1])
         prefix.filling = False
         for tree in _trees([[]], [rows], max_tokens, max_rows):
             for _, choice, value in _tree_scores(model, tree, prefix, len(prompt), first):
@@ -234,9 +276,7 @@ def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) 
     nodes = sorted({node for node, *_ in tree.targets} - {-1})
     logits = [] if first is None else [first]
     if nodes:
-        keep = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
-        keep[0, nodes] = True
-        logits.append(_forward(model, tree, prefix, offset, keep))
+        logits.append(_forward(model, tree, prefix, offset, nodes))
     row_of = {node: row for row, node in enumerate(nodes if first is None else [-1, *nodes])}
     rows, tokens = [row_of[node] for node, *_ in tree.targets], [token for _, token, *_ in tree.targets]
     sums: dict[tuple[int, int], float] = {}
@@ -247,11 +287,35 @@ def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) 
 
 def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]]:
     """The same, a whole sequence at a time."""
+    takes = _takes_counts(model)
+
+    def asked(count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if takes else {}
+
     for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
         for choice, ending in enumerate(rows):
             ids = torch.tensor([prompt + ending[:-1]], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(ending)).logits[0]
+            logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
             yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+
+
+def _takes_caches(model) -> bool:
+    """Whether the forward names a cache, or names nothing: one put around another by who only listens."""
+    kinds = inspect.signature(model.forward).parameters.values()
+    named = {one.name for one in kinds if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+    return "past_key_values" in named or not named
+
+
+def _takes_counts(model) -> bool:
+    """Whether a forward names logits_to_keep; a wrapper's does where that of what it wraps does."""
+    return any(_names_count(module) for module in model.modules() if hasattr(module, "get_output_embeddings"))
+
+
+def _names_count(module: nn.Module) -> bool:
+    own = inspect.signature(module.forward).parameters
+    # one that somebody has put around the class's hands on what it does not name
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    return _COUNT in own or (passes_on and _COUNT in inspect.signature(type(module).forward).parameters)
 
 
 def _chain(tokens: Sequence[int]) -> _Tree:
@@ -265,8 +329,11 @@ def _max_rows(model) -> int:
     return max(1, _LOGIT_BYTES // (vocabulary.shape[0] * vocabulary.element_size()))
 
 
-def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | int) -> Tensor:
-    """(kept nodes, vocabulary) logits of a tree that follows `offset` tokens of prefix."""
+def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int]) -> Tensor:
+    """(nodes, vocabulary): logits of some nodes of a tree that follows `offset` tokens of prefix."""
+    # places, which forwards take that take no mask
+    keep = torch.tensor(nodes, device=model.device)
+    takes = _takes_counts(model)
     positions = torch.tensor(tree.depths) + offset
     seen = _sight(tree.parents, offset)
     key_positions = torch.cat((torch.arange(offset), positions))
@@ -277,9 +344,9 @@ def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, keep: Tensor | in
         attention_mask=masks,
         past_key_values=prefix,
         use_cache=True,
-        logits_to_keep=keep if isinstance(keep, int) else keep.to(model.device),
+        **({"logits_to_keep": keep} if takes else {}),
     )
-    return out.logits.flatten(0, -2)
+    return out.logits[0] if takes else out.logits[0, keep]
 
 
 def _sight(parents: Sequence[int], offset: int) -> Tensor:
@@ -373,13 +440,16 @@ def _best(row: Tensor, indices: Iterable[int]) -> float:
     return max((row[i].item() for i in indices), default=-math.inf)
 
 
-def _endings(tokenizer, question: str, choices: Sequence[str], end: bool) -> list[list[int]]:
-    if isinstance(choices, str) or not len(choices):
-        raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {choices!r}")
-    rows = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in choices]
-    if empty := [text for text, row in zip(choices, rows, strict=True) if not row]:
-        raise ValueError(f"a choice has no tokens: {empty[0]!r}, for the question {question[:60]!r}")
-    return [row + [tokenizer.eos_token_id] * end for row in rows]
+def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], end: bool):
+    """(token ids of every prompt, and per prompt those of its choices)."""
+    pairs = list(noted(branches(tokenizer, p, options) for p, options in zip(prompts, choices, strict=True)))
+    closing = [tokenizer.eos_token_id] * end
+    return [start for start, _ in pairs], [[ending + closing for ending in endings] for _, endings in pairs]
+
+
+def _joined(prefix: str, question: str) -> str:
+    # a question that a chat template has rendered stays one
+    return prefix + question if prefix else question
 
 
 def _rope_types(parameters: dict) -> set[str]:

@@ -1,16 +1,17 @@
 """Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.data.encode import encode_answer, encode_prompt, pad_token_id
+from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
 from lofit_fast.patching.handle import evaluating
+from lofit_fast.tasks.chat import Conversation
 from lofit_fast.tasks.task import Example, Task, exact_match
 
 # the paper's
@@ -50,7 +51,6 @@ def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, prog
     return Judgement({"exact_match": sum(hits) / len(hits)}, hits)
 
 
-@torch.no_grad()
 def generate_answers(
     model: nn.Module,
     tokenizer,
@@ -65,19 +65,9 @@ def generate_answers(
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    check_room(model, encoded, max_new_tokens)
-    answers: list[str] = [""] * len(prompts)
-    greedy, device = _greedy(model, tokenizer, max_new_tokens), next(model.parameters()).device
-    with evaluating(model):
-        for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
-            ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
-            ids, mask = ids.to(device), mask.to(device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(rows, texts, strict=True):
-                answers[i] = text
-    return answers
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    rows = _generated(model, tokenizer, prompts, **options)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
@@ -89,7 +79,7 @@ def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
 
 def answer_length(tokenizer, examples: Sequence[Example]) -> int:
     """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
-    return max([MAX_NEW_TOKENS, *(len(encode_answer(tokenizer, e.completion)) + 1 for e in examples)])
+    return max([MAX_NEW_TOKENS, *(answer_tokens(tokenizer, example) for example in examples)])
 
 
 def score_candidates(
@@ -129,8 +119,52 @@ def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> J
 
 def _hits(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> list[float]:
     """Per example whether the greedy answer is one of the correct ones, 1.0 or 0.0."""
-    answers = generate_answers(model, tokenizer, [example.prompt for example in examples], **options)
-    return [float(exact_match(answer, e.answers)) for answer, e in zip(answers, examples, strict=True)]
+    ends = {_last_token(tokenizer, e.ending) for e in examples if isinstance(e, Conversation)} - {None}
+    rows = _generated(model, tokenizer, [example.prompt for example in examples], ends=ends, **options)
+    texts = [_said(tokenizer, example, row) for example, row in zip(examples, rows, strict=True)]
+    return [float(exact_match(text, e.answers)) for text, e in zip(texts, examples, strict=True)]
+
+
+def _said(tokenizer, example: Example, row: list[int]) -> str:
+    """What was written, without special tokens; of a conversation's turn the content."""
+    if not isinstance(example, Conversation):
+        return tokenizer.decode(row, skip_special_tokens=True)
+    content = example.said(tokenizer.decode(row, skip_special_tokens=False))
+    for special in tokenizer.all_special_tokens:
+        content = content.replace(special, "")
+    return content
+
+
+def _last_token(tokenizer, ending: str) -> int | None:
+    """The token that a chat template's ending closes with, where it is a token of its own."""
+    ids = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
+    return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
+
+
+@torch.no_grad()
+def _generated(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 32,
+    progress: bool = False,
+    ends: Set[int] = frozenset(),
+) -> list[list[int]]:
+    """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(model, encoded, max_new_tokens)
+    answers: list[list[int]] = [[] for _ in prompts]
+    greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), next(model.parameters()).device
+    with evaluating(model):
+        for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
+            ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
+            ids, mask = ids.to(device), mask.to(device)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            for i, answer in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = answer
+    return answers
 
 
 def _check_any(examples: Sequence[Example]) -> None:
@@ -138,14 +172,14 @@ def _check_any(examples: Sequence[Example]) -> None:
         raise ValueError("accuracy needs at least one example, got none")
 
 
-def _greedy(model: nn.Module, tokenizer, max_new_tokens: int):
+def _greedy(model: nn.Module, tokenizer, max_new_tokens: int, more_ends: Set[int]):
     """Greedy decoding and nothing else, whatever sampling and penalties the model was published with."""
     from transformers import GenerationConfig
 
     published = getattr(model, "generation_config", None)
     # chat models list more than one token that ends an answer
     ends = getattr(published, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]), *more_ends} - {None}
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.data.encode import IGNORED, Encoded, encode, pad_token_id
+from lofit_fast.data.collate import Logits
+from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, rectangle
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
-from lofit_fast.tasks.task import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,23 +43,30 @@ def reference_logprobs(
     """The data set with what the base model under an attachment makes of it, for TRL's DPO.
 
     dataset: of the `datasets` library, with the texts prompt, chosen and rejected. The columns added, or replaced:
-    prompt_ids, chosen_ids, rejected_ids: token ids, prompt and answers tokenized apart, answers with an
-    end-of-sequence token. ref_chosen_logps, ref_rejected_logps: log p(answer and end | prompt), summed over its tokens,
-    of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own trainer would
-    tokenize again and compute a reference from the active model; `preference_trainer.ReferencedDPOTrainer` does not.
+    prompt_ids, chosen_ids, rejected_ids: token ids of prompt and answers, tokenized joined, answers with an
+    end-of-sequence token. Where an answer changes the last tokens of the prompt, both answers begin before the change,
+    and a `BoundaryWarning` says so. ref_chosen_logps, ref_rejected_logps: log p(answer and end | prompt), summed over
+    its tokens, of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own
+    trainer would tokenize again and compute a reference from the active model;
+    `preference_trainer.ReferencedDPOTrainer` does not.
     An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
     more than max_length tokens.
     """
     texts = {name: _column(dataset, name) for name in TEXTS}
-    pairs = {side: list(zip(texts["prompt"], texts[side], strict=True)) for side in ("chosen", "rejected")}
-    rows = {pair: _encoded(tokenizer, *pair, max_length) for side in pairs.values() for pair in side}
+    end = tokenizer.eos_token or ""
+    # data for TRL may bring the end token along
+    answers = [[text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]]
+    pairs = encode_answers(tokenizer, zip(texts["prompt"], zip(*answers, strict=True), strict=True), max_length)
+    sides = dict(zip(TEXTS[1:], zip(*pairs, strict=True), strict=True)) if pairs else {}
+    # one forward for what occurs more than once
+    rows = {_key(row): row for side in sides.values() for row in side}
     with attachment.disabled():
         values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), batch_size, progress)
     scores = dict(zip(rows, values, strict=True))
-    columns = {"prompt_ids": [_split(rows[pair])[0] for pair in pairs["chosen"]]}
-    columns |= {f"{side}_ids": [_split(rows[pair])[1] for pair in pairs[side]] for side in pairs}
-    columns |= {f"ref_{side}_logps": [scores[pair] for pair in pairs[side]] for side in pairs}
+    columns = {"prompt_ids": [_split(row)[0] for row in sides.get("chosen", ())]}
+    columns |= {f"{side}_ids": [_split(row)[1] for row in rows] for side, rows in sides.items()}
+    columns |= {f"ref_{side}_logps": [scores[_key(row)] for row in rows] for side, rows in sides.items()}
     dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
     for name, values in columns.items():
         dataset = dataset.add_column(name, values)
@@ -71,31 +79,46 @@ def log_probs(
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
     values = [0.0] * len(rows)
-    device = next(model.parameters()).device
+    device, logits = next(model.parameters()).device, logit_rows(model)
     with eval_mode(model):
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
             ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
-            logp = labelled_log_probs(model(input_ids=ids, attention_mask=mask, **keeping(labels)), labels)
+            output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
+            logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
     return values
 
 
-def keeping(labels: Tensor) -> dict[str, Tensor | bool]:
-    """What a Hugging Face model is to be called with so that it makes logits where the next token has a label only."""
+def keeping(labels: Tensor, logits: Logits = "rows") -> dict[str, Tensor | bool]:
+    """What a model is to be called with so that it makes logits where the next token has a label only.
+
+    logits: how the model can be asked for them, see `models.logit_rows`.
+    """
     following = labels[:, 1:] != IGNORED
-    return {"logits_to_keep": torch.cat((following, following.new_zeros(len(labels), 1)), 1), "use_cache": False}
+    if logits == "all":
+        return {"use_cache": False}
+    keep = torch.cat((following, following.new_zeros(len(labels), 1)), 1)
+    return {"logits_to_keep": keep if logits == "rows" else keep.any(0).nonzero().flatten(), "use_cache": False}
 
 
-def labelled_log_probs(output, labels: Tensor) -> Tensor:
+def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tensor:
     """(B, S - 1): log p of every next token that has a label, 0 elsewhere. output: of a model called with `keeping`."""
-    logits = output.logits.flatten(0, -2)
     following = labels[:, 1:]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows = labelled_rows(output.logits, labels, logits)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     picked = wide.gather(1, following[following != IGNORED][:, None])[:, 0] - wide.logsumexp(1)
     return picked.new_zeros(following.shape).masked_scatter(following != IGNORED, picked)
+
+
+def labelled_rows(given: Tensor, labels: Tensor, logits: Logits = "rows") -> Tensor:
+    """(labelled tokens, vocabulary): of what a model called with `keeping` gives, those before a label."""
+    if logits == "rows":
+        return given.flatten(0, -2)
+    wanted = labels[:, 1:] != IGNORED
+    return given[:, :-1][wanted] if logits == "all" else given[wanted[:, wanted.any(0)]]
 
 
 def _column(dataset: Dataset, name: str) -> list[str]:
@@ -107,9 +130,9 @@ def _column(dataset: Dataset, name: str) -> list[str]:
     return texts
 
 
-def _encoded(tokenizer, prompt: str, answer: str, max_length: int | None) -> Encoded:
-    # data for TRL may bring the end token along
-    return encode(tokenizer, Example(prompt, answer.removesuffix(tokenizer.eos_token or "")), max_length)
+def _key(row: Encoded) -> tuple[int, ...]:
+    """What tells two rows apart: where the answer begins, and all ids."""
+    return row["labels"].count(IGNORED), *row["input_ids"]
 
 
 def _split(row: Encoded) -> tuple[list[int], list[int]]:

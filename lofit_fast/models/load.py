@@ -12,6 +12,7 @@ from torch import nn
 
 from lofit_fast.models.device import as_device, as_dtype, best_device, best_dtype
 from lofit_fast.models.gguf import converted
+from lofit_fast.models.quantization import quantizer_of
 from lofit_kernels.answers import cache_folder
 
 
@@ -59,6 +60,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     attention: str = "auto",
+    quantization: str | None = None,
 ) -> tuple[nn.Module, object]:
     """(model, tokenizer) in eval mode.
 
@@ -66,21 +68,32 @@ def load_model(
     kept in `cache_folder()` under their checksum. dtype: a torch dtype, its name, or "auto" (see `best_dtype`).
     device: "auto" or torch's name for it. attention: transformers' attn_implementation; "auto" leaves the choice to
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
-    Raises ValueError for an unknown dtype, FileNotFoundError for a package or file that is not there, OSError from
+    quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
+    that is quantized already is loaded as its config says.
+    Raises ValueError for an unknown dtype or quantization, or a second one, FileNotFoundError for a package or file that is not there, OSError from
     transformers for a hub id it cannot resolve.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     source = resolve(name)
     asked = {} if attention == "auto" else {"attn_implementation": attention}
+    packed = getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
+    if packed and quantization is not None:
+        raise ValueError(f"{name} is quantized already: expected quantization=None, got {quantization!r}")
+    if quantization is not None:
+        asked["quantization_config"] = quantizer_of(quantization).make(dtype)
+    quantized = packed or quantization is not None
+    if quantized:
+        # packed weights are made on their device, and not all of them can be moved
+        asked["device_map"] = {"": device}
     with _without_bar() if Path(source).is_dir() else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return (model if quantized else model.to(device)).eval(), tokenizer
 
 
 @contextmanager

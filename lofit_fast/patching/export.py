@@ -1,144 +1,205 @@
-"""A plain model folder with the adapter merged in, and the proof that stock code computes the same from it."""
+"""A plain model folder with the adapter merged in, which stock code loads."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_fast.files import whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
-from lofit_fast.patching.layer import eval_mode
-from lofit_fast.patching.merge import check_mergeable, flagged, merged_tensors, needs_bias_flag, zero_bias
+from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
+from lofit_fast.patching.mergeable import why_not_dense
+from lofit_fast.patching.sharding import check_whole
+from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
 
-# largest difference of logits over their largest magnitude; a 16-bit model rounds its merged weights once more
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `verify_export` saw: differences of logits, each the maximum over the maximum magnitude.
-
-    difference: exported against patched; base_difference: the untouched base against patched, the adapter's effect.
-    """
-
-    difference: float
-    base_difference: float
-    tolerance: float
+# files of weights that stock code would rather load than those written beside them
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
 @torch.no_grad()
 def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
-    """Write the merged model as a folder that stock `AutoModelForCausalLM.from_pretrained` loads; the handle lives on.
+    """Write the merged model as a folder that stock `from_pretrained` loads; the handle lives on.
 
-    Families whose code has no output-projection bias are written for the family that computes the same with one
-    (Mistral and Qwen2 as Llama). tokenizer: saved beside the model when given. Returns the folder.
+    The folder is for the model's own class, with a bias switched on in its config where the offsets need one. Families
+    whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
+    Llama). Tied tensors that have come to differ are written apart.
+    tokenizer: saved beside the model when given. Returns the folder.
     Raises ValueError when the family cannot carry the offsets, or the base is not plain; OSError when the folder
     cannot be written. Nothing is left behind then.
     """
     handle.check_live()
-    check_mergeable(handle.model, handle.layers, handle.projections)
-    if (Path(folder) / CONFIG_FILE).exists():
-        raise ValueError(
-            f"{folder} holds an adapter, which would be taken for a part of the model: choose another folder"
-        )
-    config, model_class = _plain_config(handle)
-    with torch.device("meta"):
-        plain = model_class(config)
-    plain.load_state_dict(_merged_state(handle), assign=True)
-    plain.tie_weights()
-    if getattr(handle.model, "generation_config", None) is not None:
-        plain.generation_config = copy.deepcopy(handle.model.generation_config)
+    folder = Path(folder)
+    check_whole(handle.model, "export")
+    plain = plain_model(handle)
+    _check_folder(handle, folder)
     with whole_folder(folder) as scratch:
         plain.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-    return Path(folder)
+        _check_stale(folder, scratch)
+    return folder
 
 
 @torch.no_grad()
-def verify_export(handle: LofitHandle, folder: Path | str, tokens: Tensor | None = None) -> ExportReport:
-    """Prove an exported folder: reload it with stock code and compare its logits with the live patched model's.
+def plain_model(handle: LofitHandle) -> nn.Module:
+    """The merged model as stock code has it, which shares all unchanged tensors with the patched one.
 
-    tokens: (B, S) int64, or None for 2 x 16 fixed random ones. Returns what was seen.
-    Raises ValueError when the logits differ by more than rounding, or are closer to the base model's: then the
-    loading code has dropped the offsets.
+    Buffers that no folder holds are left on the meta device. Raises ValueError as `export` does.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import PreTrainedModel
 
-    handle.check_live()
     model = handle.model
-    if tokens is None:
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, text_config(model).vocab_size, (2, 16), generator=generator)
-    device, dtype = next(model.parameters()).device, next(iter(handle.layers.values())).weight.dtype
-    tokens = tokens.to(device)
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    with eval_mode(model):
-        patched = model(tokens).logits.double()
-        with handle.disabled():
-            base = model(tokens).logits.double()
-    size = patched.abs().max()
-    difference = ((exported(tokens).logits.double() - patched).abs().max() / size).item()
-    base_difference = ((base - patched).abs().max() / size).item()
-    report = ExportReport(difference, base_difference, TOLERANCE[dtype])
-    # an adapter too small to tell from rounding cannot be told from a dropped one either
-    dropped = base_difference > report.tolerance and difference > base_difference / 2
-    if not difference <= report.tolerance or dropped:
-        raise ValueError(f"the exported model in {folder} does not compute what the patched one does: {report}")
-    return report
-
-
-def _merged_state(handle: LofitHandle) -> dict[str, Tensor]:
-    """The whole model's state with W' and b' in place, and zeros where the bias flag asks for more biases."""
-    state = handle.model.state_dict()
-    names = {p.layer: p.name for p in handle.projections}
-    for number, layer in handle.layers.items():
-        weight, bias = merged_tensors(layer)
-        state[f"{names[number]}.weight"] = weight
-        if bias is not None:
-            state[f"{names[number]}.bias"] = bias
-    if needs_bias_flag(handle.layers):
-        for projection, name in flagged(handle.model, handle.projections):
-            owner = projection.name.rpartition(".")[0]
-            state.setdefault(f"{owner}.{name}.bias", zero_bias(getattr(projection.parent, name)))
-    return state
-
-
-def _plain_config(handle: LofitHandle):
-    """The config and class of the exported model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
-
-    model, architecture = handle.model, architecture_of(handle.model)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"cannot export a {type(model).__name__} with other adapters around it: merge or unload them first"
         )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"cannot export a {type(model).__name__}: expected a causal language model")
-    config = copy.deepcopy(model.config)
-    if not needs_bias_flag(handle.layers):
-        return config, type(model)
-    if architecture.bias_flag:
-        setattr(config.get_text_config(), architecture.bias_flag, True)
-        return config, type(model)
-    if architecture.export_as is None:
+    check_mergeable(model, handle.layers, in_place=False)
+    stock = _stock_of(handle)
+    state = _completed(model, stock, merged_state(handle))
+    stock = with_ties_of(stock, state)
+    plain = stock.build()
+    _fill(plain, state)
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    # how the checkpoint that the base came from names its tensors
+    if type(plain) is type(model) and hasattr(model, "_weight_conversions"):
+        plain._weight_conversions = model._weight_conversions
+    return plain
+
+
+def merged_state(handle: LofitHandle) -> dict[str, Tensor]:
+    """The whole model's state with W' and b' in place."""
+    state = handle.model.state_dict()
+    # a module may be known under several names
+    names = {}
+    for name, module in handle.model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for layer in handle.layers.values():
+        weight, bias = merged_tensors(layer)
+        for name in names[layer]:
+            state[f"{name}.weight"] = weight
+            if bias is not None:
+                state[f"{name}.bias"] = bias
+    return state
+
+
+def _stock_of(handle: LofitHandle) -> Stock:
+    """The config and class of the exported model, whose code has a bias wherever the offsets need one."""
+    model = handle.model
+    stock = Stock(model.config, type(model)).changed(_forget_quantization)
+    needed = biases_needed(handle.layers, handle.projections)
+    if not needed:
+        return stock
+    biased = with_biases(stock, needed)
+    if biased is None:
+        kin = architecture_of(model).export_as
+        biased = kin and with_biases(_as_family(stock, kin), needed)
+    if biased is None:
         raise ValueError(
-            f"cannot export offsets for model_type {config.model_type!r}: its code has no output-projection bias. "
+            f"cannot export offsets for model_type {text_config(model).model_type!r}: no switch known here gives its "
+            "code a bias on the output projection, and no family that computes the same with one is. "
             "Use handle.merge() and keep the model in memory, or ship the adapter folder"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    return biased.stock
+
+
+def _as_family(stock: Stock, kin: str) -> Stock:
+    """The same model for the code of another family. Raises ValueError where that would compute something else."""
+    from transformers import AutoConfig
+
+    text = stock.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if slides and window is not None and window < text.max_position_embeddings:
         raise ValueError(
-            f"cannot export {config.model_type} as {architecture.export_as}: its attention slides over {window} "
-            f"tokens of {config.max_position_embeddings}, which {architecture.export_as} does not do"
+            f"cannot export {text.model_type} as {kin}: its attention slides over {window} tokens of "
+            f"{text.max_position_embeddings}, which {kin} does not do"
         )
-    known = vars(AutoConfig.for_model(architecture.export_as)).keys()
-    kept = {k: v for k, v in config.to_dict().items() if k in known and k not in ("model_type", "architectures")}
-    target = AutoConfig.for_model(architecture.export_as, **{**kept, "attention_bias": True})
-    return target, MODEL_FOR_CAUSAL_LM_MAPPING[type(target)]
+    known = vars(AutoConfig.for_model(kin)).keys()
+    kept = {k: v for k, v in text.to_dict().items() if k in known and k not in ("model_type", "architectures")}
+    target = AutoConfig.for_model(kin, **kept)
+    if text is stock.config:
+        return Stock(target, _class_for(stock, target))
+    part = next(name for name in stock.config.sub_configs if getattr(stock.config, name, None) is text)
+    return stock.changed(lambda config: setattr(config, part, target))
+
+
+def _class_for(stock: Stock, config) -> type:
+    """The class that is to the config's family what the model's is to its own: with the same head."""
+    import transformers
+
+    own, other = type(stock.config).__name__, type(config).__name__
+    name = stock.model_class.__name__.replace(own.removesuffix("Config"), other.removesuffix("Config"))
+    if not hasattr(transformers, name):
+        raise ValueError(f"cannot export a {stock.model_class.__name__} as {config.model_type}: there is no {name}")
+    return getattr(transformers, name)
+
+
+def _completed(model: nn.Module, stock: Stock, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the stock model: this one, with zeros for the biases that it lacks.
+
+    Raises ValueError where more than that is missing, something is too much, or is no plain numbers.
+    """
+    expected, name = stock.build().state_dict(), stock.model_class.__name__
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    advice = "load the base unquantized" if quantized else "export is for models as stock code builds them"
+    like = next(t for t in state.values() if t.is_floating_point())
+    whole = dict(state)
+    for key in expected.keys() - state.keys():
+        if not key.endswith(".bias"):
+            raise ValueError(f"cannot export: {name} has a {key}, which this model lacks; {advice}")
+        beside = state.get(f"{key.removesuffix('.bias')}.weight", like)
+        whole[key] = torch.zeros(expected[key].shape, dtype=beside.dtype, device=beside.device)
+    if foreign := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"cannot export: the model has a {foreign[0]}, which {name} lacks; {advice}")
+    for key, tensor in state.items():
+        reason = why_not_dense(tensor) if expected[key].is_floating_point() and expected[key].numel() else None
+        if reason:
+            raise ValueError(f"cannot export: {key} is {reason}; {advice}")
+        if tensor.shape != expected[key].shape:
+            shape, other = tuple(tensor.shape), tuple(expected[key].shape)
+            raise ValueError(f"cannot export: {key} is of shape {shape}, by the model's config {other}")
+    return whole
+
+
+def _fill(plain: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put the tensors into the model, where nothing shares memory but what its config ties."""
+    tied = {target for target, _ in ties(plain)}
+    seen: set[int] = set()
+    whole = {}
+    for key, tensor in state.items():
+        again = tensor.numel() > 0 and tensor.data_ptr() in seen
+        whole[key] = tensor.clone() if again and key not in tied else tensor
+        seen.add(tensor.data_ptr())
+    plain.load_state_dict(whole, assign=True)
+    plain.tie_weights()
+
+
+def _forget_quantization(config) -> None:
+    # what was quantized once is plain numbers now, or is refused
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+
+
+def _check_folder(handle: LofitHandle, folder: Path) -> None:
+    """Raise ValueError for a folder that the plain model must not go to."""
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{folder} holds an adapter, which would be taken for a part of the model: choose another folder"
+        )
+    base = getattr(handle.model.config, "_name_or_path", "")
+    if base and folder.exists() and Path(base).exists() and folder.samefile(base):
+        raise ValueError(f"{folder} is the folder of the base model, which would be lost: choose another folder")
+
+
+def _check_stale(folder: Path, scratch: Path) -> None:
+    """Raise ValueError where weights of another model would be loaded instead of, or beside, the new ones."""
+    stale = {path.name for kind in _WEIGHTS for path in folder.glob(kind)} - {path.name for path in scratch.iterdir()}
+    if stale:
+        raise ValueError(f"{folder} holds weights of another model ({min(stale)}): choose another folder")

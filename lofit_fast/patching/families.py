@@ -30,6 +30,18 @@ PROJECTIONS = (
     "out_lin",
 )
 
+# what configs call the switch for a bias on the output projection, in the order in which they are tried; several at
+# once where one alone is no valid config. A family has such a switch if its stock code, built with the switch on, has
+# such a bias and differs in nothing but biases (see `stock.py`)
+BIAS_FLAGS = (
+    ("attention_bias",),
+    ("attention_bias", "mlp_bias"),
+    ("attention_out_bias",),
+    ("use_bias",),
+    ("bias",),
+    ("enable_bias",),
+)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -38,17 +50,13 @@ class Architecture:
     Attributes:
         model_type: the config's name for it.
         projections: the output projection's path inside a layer; of several, each layer has the first that is there.
-        bias_flag: the config attribute that gives the projection a bias, and `biased_siblings` one too; None if the
-            family hard-codes it away.
-        biased_siblings: linears beside the projection, in the module that holds it.
-        export_as: the model_type whose stock code computes the same with such a bias.
+        export_as: the model_type whose stock code computes the same and knows one of the `BIAS_FLAGS`, where the
+            family's own does not.
         ffn: the feed-forward block's path inside a layer.
     """
 
     model_type: str
     projections: tuple[str, ...] = ("self_attn.o_proj",)
-    bias_flag: str | None = "attention_bias"
-    biased_siblings: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     export_as: str | None = None
     ffn: str = "mlp"
 
@@ -61,13 +69,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("gemma2"),
         Architecture("gemma3_text"),
         Architecture("qwen3"),
-        Architecture("mistral", bias_flag=None, export_as="llama"),
-        Architecture("qwen2", bias_flag=None, export_as="llama"),
+        Architecture("mistral", export_as="llama"),
+        Architecture("qwen2", export_as="llama"),
     )
 }
 
-# families without a row: a linear of a usual name whose inputs are heads x head_dim; merged in memory, not exported
-GENERIC = Architecture("*", PROJECTIONS, bias_flag=None)
+# families without a row: a linear of a usual name whose inputs are heads x head_dim
+GENERIC = Architecture("*", PROJECTIONS)
 
 # families that cannot be patched, and why, where the names of their modules alone would not tell
 REFUSED = {

@@ -7,7 +7,7 @@ import os.path
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.layer import LofitLinear, is_plain_linear
+from lofit_fast.patching.layer import LofitLinear, wide
 from lofit_kernels import fold_offsets
 
 
@@ -41,7 +41,7 @@ class ModelFold:
             return
         members = [layer for layer in self.layers if _can_fold_early(layer)]
         if members:
-            weights, offsets, heads = zip(*((m.weight, m.offset, m.offset_heads) for m in members), strict=True)
+            weights, offsets, heads = zip(*((m.weight, wide(m.offset), m.offset_heads) for m in members), strict=True)
             for layer, folded in zip(members, fold_offsets(weights, offsets, heads), strict=True):
                 layer.folded_with_graph = folded
 
@@ -65,7 +65,7 @@ def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
 
 def _can_fold_early(layer: LofitLinear) -> bool:
     """Whether the layer will want its folded offset, and everything that takes is there before its turn has come."""
-    if not layer.enabled or not layer.trains_offset() or not is_plain_linear(layer.inner):
+    if not layer.active or not layer.trains_offset():
         return False
     return _has_storage(layer.weight) and _has_storage(layer.offset) and layer.weight.device == layer.offset.device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
-from lofit_fast.patching.merge import check_mergeable, merge_into_base
+from lofit_fast.patching.load_watch import LoadWatch
+from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
+from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
+from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -27,16 +31,19 @@ class LofitHandle:
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
-    model_fold: what computes W v of all layers at once; None without offsets, and until the model is patched.
+    model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
+    warns where a state_dict is loaded. All three are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
         self.model, self.config, self.projections = model, config, projections
         self.fingerprint = fingerprint(model, projections)
-        self.layers = _build_layers(config, projections)
+        self.layers = build_layers(model, config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model_fold: ModelFold | None = None
+        self.peft_watch: PeftWatch | None = None
+        self.load_watch: LoadWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -53,6 +60,14 @@ class LofitHandle:
     def n_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> LofitHandle:
+        """Let the vectors be trained, or freeze them on purpose, whatever another tool has done to them."""
+        self.check_live()
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        self.peft_watch.told = True
+        return self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -89,15 +104,23 @@ class LofitHandle:
         }
 
     def adapter(self) -> Adapter:
-        """What `save` writes; the tensors are the handle's own."""
+        """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        self.check_vectors("save")
         # a wrapper's text part has no name of its own
         names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
         base = next(filter(None, names), "")
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base)
+        # a PeftModel's own level is none of the base model
+        modules = {
+            p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
+        }
+        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
+        self.check_vectors("load")
         fill(self.vectors(), adapter)
+        if self.load_watch is not None:
+            self.load_watch.settled()
 
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`."""
@@ -116,11 +139,14 @@ class LofitHandle:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
         for p in adapted:
             setattr(p.parent, p.attribute, self.layers[p.layer].inner)
-        parameters = dict(self.model.named_parameters())
+        # where PEFT has entered the model since, it is PEFT that holds the base frozen
+        parameters = {} if self.peft_watch.entered_since() else dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
+        self.peft_watch.remove()
+        self.load_watch.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -131,12 +157,14 @@ class LofitHandle:
 
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
-        Raises ValueError, before anything is changed, when a tuned projection is not a plain nn.Linear.
+        Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
+        offloaded, hooked, under another adapter), or its weights are used elsewhere in the model too.
         """
         self.check_live()
-        check_mergeable(self.model, self.layers, self.projections)
+        check_whole(self.model, "merge")
+        plan = plan_merge(self.model, self.layers, self.projections)
         self.unpatch()
-        merge_into_base(self.model, self.layers, self.projections)
+        merge_into_base(self.model, self.layers, self.projections, plan)
         return self.model
 
     def _attach(self) -> None:
@@ -147,10 +175,23 @@ class LofitHandle:
                 # not train(), which would reach into the base
                 layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
+        layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
-        self.model_fold = ModelFold(decoder, list(self.layers.values()))
+        self.model_fold = ModelFold(decoder, layers)
+        self.peft_watch = PeftWatch(decoder, _ancestors(self.model, decoder), layers, list(self.parameters()))
+        self.load_watch = LoadWatch(layers[0], decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
+
+    def check_vectors(self, action: str) -> None:
+        """Raise ValueError when the vectors are not whole in this process. action: what they are for."""
+        vectors = (
+            (f"layer {number}'s {component}", getattr(layer, component, None), (len(heads), layer.head_dim))
+            for number, layer in self.layers.items()
+            for component in COMPONENTS
+            if (heads := layer.heads(component))
+        )
+        check_whole_vectors(vectors, action)
 
     def check_live(self) -> None:
         """Raise ValueError when the handle has ended."""
@@ -163,8 +204,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
 
     model: a Hugging Face decoder (or a PeftModel around one). Works for the families in `architectures.py` and for
     every model with linears called o_proj whose inputs are heads x head_dim. Undo with `handle.unpatch()`.
-    Raises TypeError or ValueError for an unknown model, a model already patched, a layer or head out of range. A
-    refused model is as it was.
+    Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
+    range. A refused model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
@@ -172,8 +213,23 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
+    check_unsharded(model)
     handle = LofitHandle(model, config, find_projections(model))
+    around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
+    before = saved_names(model) if around_peft else {}
+    trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
     handle._attach()
+    if around_peft and saved_names(model) != before:
+        handle.unpatch()
+        raise ValueError(
+            "cannot patch projections with these adapters of PEFT on them: PEFT would no longer save them whole. Merge "
+            "them first, or adapt other modules by PEFT"
+        )
+    if trained:
+        warnings.warn(
+            "patching has frozen PEFT's adapters too: model.set_adapter(name) makes them trainable again",
+            stacklevel=2,
+        )
     return handle
 
 
@@ -184,6 +240,7 @@ def load(model: nn.Module, folder: Path | str) -> LofitHandle:
     shape (both shapes are named). A refused model is as it was.
     """
     adapter = read_adapter(folder)
+    check_unsharded(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))
     handle = patch(model, adapter.config)
     try:
@@ -208,7 +265,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
+def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules on the way from the model to its decoder, both included."""
+    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
+
+
+def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
     """The wrappers, filled from the config's seed, attached to nothing yet."""
     scale = _heads_by_layer("scale", config.scale, projections)
     offset = _heads_by_layer("offset", config.offset, projections)
@@ -219,12 +282,19 @@ def _build_layers(config: LofitConfig, projections: list[Projection]) -> dict[in
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads)
+        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
         for vectors in layer.parameters(recurse=False):
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
             vectors.data.copy_(draw)
         layers[p.layer] = layer
     return layers
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that hold the one of that name, the nearest first, the model last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
 
 
 def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:

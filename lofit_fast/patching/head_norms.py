@@ -30,6 +30,7 @@ def _norms(handle: LofitHandle, component: str) -> Tensor:
     if getattr(handle.config, component) is None:
         name = "head scores need scales" if component == "scale" else "offset norms need offsets"
         raise ValueError(f"{name}: expected a handle patched with LofitConfig({component}=...)")
+    handle.check_vectors("score")
     scores = no_scores(handle.projections)
     for number, layer in handle.layers.items():
         vectors = getattr(layer, component)

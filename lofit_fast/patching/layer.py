@@ -1,6 +1,7 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,8 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
+from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 
+CUT_OFF = (
+    "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
+    "be trained through (bitsandbytes, weight-only torchao), or run it under torch.no_grad()"
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -22,6 +29,7 @@ class LofitLinear(nn.Module):
     The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight. Otherwise
     `inner` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
     `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
+    around: modules that tell where and in what an inner module without parameters computes, the nearest first.
     """
 
     def __init__(
@@ -31,34 +39,37 @@ class LofitLinear(nn.Module):
         head_dim: int,
         scale_heads: list[int] | None,
         offset_heads: list[int] | None,
+        around: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
         self.enabled = True
+        # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
+        self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
         self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
         self.folded_with_graph: Tensor | None = None
-        of_base = next(inner.parameters(), torch.empty(0))
-        dtype = torch.float64 if of_base.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
+        device = device_of(inner, *around)
         self._heads = {"scale": scale_heads, "offset": offset_heads}
         for component, heads in (("scale", scale_heads), ("offset", offset_heads)):
             shape = None if heads is None else (len(heads), head_dim)
-            rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=_device_of(inner, of_base))
+            rows = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
             self.register_buffer(f"{component}_heads", None, persistent=False)
         self._place_heads()
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, (N, K)."""
+        """The base layer's weight, (N, K). Raises AttributeError for a base without one, as packed ones are."""
         return self.inner.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias, (N,) or None: never the folded offsets."""
+        """The base layer's bias, (N,) or None: never the folded offsets. Raises AttributeError for a base without."""
         return self.inner.bias
 
     @property
@@ -73,21 +84,28 @@ class LofitLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
-        if not self.enabled:
+        if not self.active:
             return self.inner(z)
         base = self.inner
-        vectors = {"scale": self.scale, "scale_heads": self.scale_heads}
-        offset = {"offset": self.offset, "offset_heads": self.offset_heads}
+        vectors = {"scale": wide(self.scale), "scale_heads": self.scale_heads}
+        offset = {"offset": wide(self.offset), "offset_heads": self.offset_heads}
         if not is_plain_linear(base):
-            return base(head_affine(z, **vectors, **offset))
+            return _through(base, head_affine(z, **vectors, **offset))
         folded = self._folded_offset()
         if folded is None:
             vectors |= offset
         return head_affine_linear(z, base.weight, base.bias, folded=folded, form=self.form, **vectors)
 
+    @property
+    def active(self) -> bool:
+        """Whether the vectors are applied: neither our handle nor PEFT, for the whole model, has switched them off."""
+        return self.enabled and not any(layer.disable_adapters for layer in self.peft)
+
     def trains_offset(self) -> bool:
-        """Whether a forward that builds a graph needs one through the offset, and none through the weight beside it."""
-        return self.offset is not None and self.offset.requires_grad and not self.inner.weight.requires_grad
+        """Whether a forward that builds a graph needs one through the offset, and none through a dense weight."""
+        if self.offset is None or not self.offset.requires_grad or not is_plain_linear(self.inner):
+            return False
+        return not self.inner.weight.requires_grad
 
     def _folded_offset(self) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset, if there is one."""
@@ -97,14 +115,14 @@ class LofitLinear(nn.Module):
             return None
         if self.folded_with_graph is not None:
             return self.folded_with_graph
-        return fold_offsets([self.inner.weight], [self.offset], [self.offset_heads])[0]
+        return fold_offsets([self.inner.weight], [wide(self.offset)], [self.offset_heads])[0]
 
     @contextmanager
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
         if outer is None and self.offset is not None and is_plain_linear(self.inner):
-            self.folded = fold_offset(self.inner.weight, self.offset, self.offset_heads)
+            self.folded = fold_offset(self.inner.weight, wide(self.offset), self.offset_heads)
         try:
             yield
         finally:
@@ -118,6 +136,22 @@ class LofitLinear(nn.Module):
         """The base layer's state under the base layer's own names."""
         return self.inner.state_dict(*args, **kwargs)
 
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
+        """As of any module; names below a layer of PEFT are formatted as the keys of `state_dict`."""
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        if not is_tuner_layer(self.inner):
+            return found
+        below = f"{prefix}.{INNER}" if prefix else INNER
+        return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
+
+    def __deepcopy__(self, memo: dict) -> "LofitLinear":
+        # what PEFT does to a module that it trains whole: the copy would be out of the handle's reach
+        if not memo:
+            raise ValueError("a projection with LoFiT cannot be copied or trained by itself: unpatch or merge it first")
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # the children are filled after this call, from keys below theirs
         own = [key for key in state_dict if key.startswith(prefix)]
@@ -127,7 +161,7 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
-        super()._apply(_at_least_float32(fn), recurse=False)
+        super()._apply(at_least_float32(fn), recurse=False)
         self._place_heads()
         return self
 
@@ -149,8 +183,14 @@ def is_plain_linear(module: nn.Module) -> bool:
         return False
     if any(getattr(module, hooks) for hooks in _HOOKS) or any(getattr(module_globals, f"_global{h}") for h in _HOOKS):
         return False
-    weight = module.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+    # a packed layer may be called nn.Linear and have neither
+    bias = getattr(module, "bias", None)
+    return is_dense(getattr(module, "weight", None)) and (bias is None or is_dense(bias))
+
+
+def wide(vectors: Tensor | None) -> Tensor | None:
+    """Vectors in float32 at least: FSDP's mixed precision hands a layer its parameters in 16 bits."""
+    return vectors.float() if vectors is not None and vectors.element_size() < 4 else vectors
 
 
 @contextmanager
@@ -165,18 +205,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _device_of(inner: nn.Module, parameter: Tensor) -> torch.device:
-    """Where a layer computes. Raises ValueError for weights that are nowhere."""
-    if parameter.device.type != "meta":
-        return parameter.device
-    # accelerate keeps offloaded weights on meta, and brings them to this device for each forward
-    device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        raise ValueError("cannot patch a model whose weights are on the meta device: load it first")
-    return torch.device(device)
+def _through(base: nn.Module, affine: Tensor) -> Tensor:
+    """The base module's output. Raises ValueError where it would cut the gradient off without a word."""
+    output = base(affine)
+    if affine.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
+        raise ValueError(f"cannot train through a {type(base).__name__} {CUT_OFF}")
+    return output
 
 
-def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """fn, except that a cast below float32 leaves float32: the vectors are too small to live in 16 bits."""
 
     def apply(tensor: Tensor) -> Tensor:

@@ -6,59 +6,123 @@ W' = W diag(1 + a)        b' = b + W v
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.architectures import Projection, architecture_of, text_config
+from lofit_fast.patching.architectures import Projection, text_config
 from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.mergeable import is_transposed, users_of_tensors, why_no_zeros, why_not_plain
+from lofit_fast.patching.stock import Biased, Stock, stock_part, ties_as_they_are, untie, with_biases
 from lofit_kernels import fold_offset
 
 # of a patched model, by ascending decoder layer
 Layers = Mapping[int, LofitLinear]
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What merging changes beside the projections, found out before anything is.
+
+    zeros: modules that get a bias of zeros, since the family's code has it wherever it has the projection's.
+    biased: how the config is told of these biases; None where it needs not, or cannot.
+    """
+
+    zeros: list[nn.Module]
+    biased: Biased | None
+
+
 @torch.no_grad()
 def merged_tensors(layer: LofitLinear) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of one projection in the base layer's dtype, detached; b' is None without a base bias and offsets."""
+    """(W', b') of one projection in the base layer's dtype and its layout, detached.
+
+    b' is None without a base bias and offsets.
+    """
     base = layer.inner
+    transposed = is_transposed(base)
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     if layer.offset is not None:
-        bias = fold_offset(weight, layer.offset, layer.offset_heads, bias).to(weight.dtype)
+        dtype = weight.dtype if bias is None else bias.dtype
+        rows = weight.T.contiguous() if transposed else weight
+        bias = fold_offset(rows, layer.offset, layer.offset_heads, bias).to(dtype)
     if layer.scale is not None:
-        columns = weight.to(layer.scale.dtype).unflatten(1, (layer.n_heads, layer.head_dim))
-        gain = torch.ones_like(columns[0]).index_add_(0, layer.scale_heads, layer.scale)
-        weight = (columns * gain).flatten(1).to(base.weight.dtype)
+        gain = layer.scale.new_ones(layer.n_heads, layer.head_dim).index_add_(0, layer.scale_heads, layer.scale)
+        columns = gain.view(-1, 1) if transposed else gain.view(-1)
+        weight = (weight.to(layer.scale.dtype) * columns).to(weight.dtype)
     return weight, bias
 
 
-def check_mergeable(model: nn.Module, layers: Layers, projections: Sequence[Projection]) -> None:
-    """Raise ValueError unless every linear that merging changes is a plain nn.Linear with floating weights."""
+def check_mergeable(model: nn.Module, layers: Layers, in_place: bool = True) -> None:
+    """Raise ValueError unless every projection that merging changes is plain, and used by nothing else.
+
+    in_place: whether the model's own tensors are written, so that what several projections share stays shared.
+    """
+    users, holders = users_of_tensors(model), _holders(model)
     for number, layer in layers.items():
         base = layer.inner
-        if type(base) is not nn.Linear or not base.weight.is_floating_point() or base.weight.layout != torch.strided:
+        if reason := why_not_plain(base):
             raise ValueError(
-                f"cannot merge layer {number}: expected a plain nn.Linear, got {type(base).__name__}; "
+                f"cannot merge layer {number}: expected a plain nn.Linear, got {reason}; "
                 "merge or dequantize the base first"
             )
-    if needs_bias_flag(layers) and architecture_of(model).bias_flag:
-        for projection, name in flagged(model, projections):
-            linear = getattr(projection.parent, name)
-            if type(linear) not in (nn.Linear, LofitLinear):
-                raise ValueError(
-                    f"cannot merge offsets: layer {projection.layer}'s {name} needs a bias beside them, but is a "
-                    f"{type(linear).__name__}; merge its adapters first"
-                )
+        changed = [base.weight] * (layer.scale is not None) + [base.bias] * (layer.offset is not None)
+        shared = any(t is not None and len(users[t.data_ptr()]) > 1 for t in changed)
+        if len(holders[id(base)]) > 1 or (shared and in_place):
+            raise ValueError(
+                f"cannot merge layer {number}: its projection's weights are used in several places of the model, and "
+                "the adapter in one of them only. Use lofit_fast.export, or keep the adapter apart"
+            )
+        if in_place and base.weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"cannot merge layer {number}: its weights were made in inference mode, and cannot be written; "
+                "load the base outside of it"
+            )
+        if not all(t is None or t.isfinite().all() for t in merged_tensors(layer)):
+            raise ValueError(
+                f"cannot merge layer {number}: the merged numbers overflow {base.weight.dtype}; load the base in float32"
+            )
+
+
+def plan_merge(model: nn.Module, layers: Layers, projections: Sequence[Projection]) -> Merge:
+    """Find out what merging changes, and change nothing.
+
+    Raises ValueError when a module that merging changes is not plain.
+    """
+    check_mergeable(model, layers)
+    needed = biases_needed(layers, projections)
+    found = stock_part(model)
+    if not needed or found is None:
+        return Merge([], None)
+    prefix, part = found
+    biased = with_biases(Stock(part.config, type(part)), [name.removeprefix(f"{prefix}.") for name in needed])
+    if biased is None:
+        return Merge([], None)
+    adapted, zeros = set(needed), []
+    for key in biased.added:
+        name = key.removesuffix(".bias")
+        module = part.get_submodule(name)
+        module = module.inner if isinstance(module, LofitLinear) else module
+        if f"{prefix}.{name}".removeprefix(".") in adapted or getattr(module, "bias", None) is not None:
+            continue
+        if reason := why_no_zeros(module):
+            raise ValueError(
+                f"cannot merge offsets: {name} needs a bias of zeros beside them, expected a plain module, got {reason}; "
+                "merge its adapters or dequantize it first"
+            )
+        zeros.append(module)
+    return Merge(zeros, biased)
 
 
 @torch.no_grad()
-def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Projection]) -> None:
-    """Write W' and b' into the base layers, and set the config so that the model reloads with its biases.
+def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Projection], plan: Merge) -> None:
+    """Write W' and b' into the base layers, and set the config so that the model reloads as what it is.
 
-    The base layers are back in the model already.
+    The base layers are back in the model already. plan: of `plan_merge`.
     """
-    architecture, with_flag = architecture_of(model), needs_bias_flag(layers)
+    needed = biases_needed(layers, projections)
     for layer in layers.values():
         weight, bias = merged_tensors(layer)
         base = layer.inner
@@ -67,33 +131,45 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
             base.bias.copy_(bias)
         elif bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=base.weight.requires_grad)
-    if with_flag and architecture.bias_flag is None:
+    for module in plan.zeros:
+        weight = module.weight
+        module.bias = nn.Parameter(zero_bias(module), requires_grad=weight.requires_grad)
+    found = stock_part(model)
+    if found is None:
+        return
+    _, part = found
+    if plan.biased is not None:
+        plan.biased.switch_on(part.config)
+    elif needed:
         warnings.warn(
-            f"the merged model is right in memory, but the code of {text_config(model).model_type!r} has no "
-            "output-projection bias: saved and reloaded, it would lose the offsets. Use lofit_fast.export for that",
+            f"the merged model is right in memory, but no switch known here gives the code of "
+            f"{text_config(model).model_type!r} a bias on its output projection: saved and reloaded, it would lose the "
+            "offsets. Use lofit_fast.export where it can, or keep the adapter folder",
             stacklevel=3,
         )
-    if not with_flag or architecture.bias_flag is None:
-        return
-    for projection, name in flagged(model, projections):
-        linear = getattr(projection.parent, name)
-        if linear.bias is None:
-            linear.bias = nn.Parameter(zero_bias(linear), requires_grad=linear.weight.requires_grad)
-    setattr(text_config(model), architecture.bias_flag, True)
+    tied = ties_as_they_are(part)
+    if tied is False:
+        untie(part.config)
+    elif tied:
+        part.config.tie_word_embeddings = True
 
 
-def needs_bias_flag(layers: Layers) -> bool:
-    """Whether merging adds a bias where the base has none."""
-    return any(layer.offset is not None and layer.inner.bias is None for layer in layers.values())
+def biases_needed(layers: Layers, projections: Sequence[Projection]) -> list[str]:
+    """The names of the projections that have no bias, and offsets to put there."""
+    adapted = [(p.name, layers[p.layer]) for p in projections if p.layer in layers]
+    return [name for name, layer in adapted if layer.offset is not None and layer.inner.bias is None]
 
 
-def flagged(model: nn.Module, projections: Sequence[Projection]) -> Iterator[tuple[Projection, str]]:
-    """(projection, name beside it) of every linear that the family's bias flag gives a bias, in every layer."""
-    for projection in projections:
-        for name in (*architecture_of(model).biased_siblings, projection.attribute):
-            yield projection, name
+def zero_bias(module: nn.Module) -> Tensor:
+    """Zeros (N,) in the module's dtype, on its device."""
+    weight = module.weight
+    return torch.zeros(weight.shape[1 if is_transposed(module) else 0], dtype=weight.dtype, device=weight.device)
 
 
-def zero_bias(linear: nn.Module) -> Tensor:
-    """Zeros (N,) in the linear's dtype, on its device."""
-    return torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+def _holders(model: nn.Module) -> dict[int, set[int]]:
+    """The modules that have each module as a child, by id."""
+    holders: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for child in module.children():
+            holders[id(child)].add(id(module))
+    return holders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,33 +15,42 @@ from torch import Tensor
 from lofit_fast.config import LofitConfig
 from lofit_fast.files import whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
-from lofit_fast.patching.families import ARCHITECTURES, GENERIC
 
-FORMAT_VERSION = 1
+# version 1 named tensors "layers.<n>.<projection>.<component>"
+FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
+# what PEFT and transformers show, a KeyError, when they meet such a folder and `lofit_fast.peft` is not imported: they
+# look this up before anything else in the file
+PEFT_TYPE = (
+    "LOFIT: load this folder with lofit_fast.load(model, folder), or import lofit_fast.peft before PEFT reads it"
+)
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it is on disk: its config, its tensors by (component, layer), and the base model it is for."""
+    """An adapter as it is on disk: its config, its tensors by (component, layer), and the base model it is for.
+
+    modules: the projections' names in the base model, by layer.
+    """
 
     config: LofitConfig
     tensors: dict[tuple[str, int], Tensor]
     fingerprint: Fingerprint
     base_model: str
+    modules: dict[int, str]
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """Write an adapter folder, whole or not at all. Returns the folder.
 
-    Tensors are named "layers.<n>.<projection>.<component>", (heads in that layer, D) in their own dtype, float32
-    or float64, rows by ascending head.
+    Tensors are named as PEFT would name them, "base_model.model.<projection>.lofit_<component>": (heads in that layer,
+    D) in their own dtype, float32 or float64, rows by ascending head.
     Raises OSError when the folder cannot be written.
     """
     config = adapter.config
     description = {
-        "peft_type": "LOFIT",
+        "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": adapter.base_model,
@@ -50,9 +60,8 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "init_std": config.init_std,
         "seed": config.seed,
     }
-    projection = ARCHITECTURES.get(adapter.fingerprint.model_type, GENERIC).projections[0]
     tensors = {
-        f"layers.{number}.{projection}.{component}": vectors.detach().cpu().contiguous()
+        f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors.detach().cpu().contiguous()
         for (component, number), vectors in adapter.tensors.items()
     }
     with whole_folder(folder) as scratch:
@@ -80,8 +89,9 @@ def read_adapter(folder: Path | str) -> Adapter:
     expected = {field.name for field in fields(Fingerprint)}
     if not isinstance(made_for, dict) or made_for.keys() != expected:
         raise ValueError(f"{folder / CONFIG_FILE} has the fingerprint {made_for}, expected {sorted(expected)}")
-    base = description.get("base_model_name_or_path", "")
-    return Adapter(config, _read_tensors(folder / TENSOR_FILE), Fingerprint(**made_for), base)
+    base = description.get("base_model_name_or_path") or ""
+    tensors, modules = _read_tensors(folder / TENSOR_FILE)
+    return Adapter(config, tensors, Fingerprint(**made_for), base, modules)
 
 
 def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
@@ -118,29 +128,44 @@ def _read_description(path: Path) -> dict:
         description = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("peft_type") != "LOFIT":
+    if not isinstance(description, dict) or str(description.get("peft_type")).split(":")[0] != "LOFIT":
         kind = description.get("peft_type") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{path} is not a LoFiT adapter: expected peft_type 'LOFIT', got {kind!r}")
     expected = {"format_version", "fingerprint", "scale", "offset", "init_std", "seed"}
     if absent := sorted(expected - description.keys()):
         raise ValueError(f"{path} lacks {', '.join(absent)}")
-    if description["format_version"] != FORMAT_VERSION:
+    if description["format_version"] not in READ_VERSIONS:
         raise ValueError(
-            f"{path} has format version {description['format_version']}, this release reads {FORMAT_VERSION}"
+            f"{path} has format version {description['format_version']}, this release reads up to {FORMAT_VERSION}"
         )
     return description
 
 
-def _read_tensors(path: Path) -> dict[tuple[str, int], Tensor]:
+def parse_tensor_name(name: str) -> tuple[str, int] | None:
+    """(component, layer) of a tensor's name; None for a foreign one."""
+    match = _TENSOR_NAME.fullmatch(name)
+    return None if match is None else (match["component"], int(match["layer"]))
+
+
+# the layer is the last number, and what follows it is the projection
+_TENSOR_NAME = re.compile(
+    r"(?P<module>(?:.+\.)?(?P<layer>\d+)(?:\.[^.\d][^.]*)+)\.(?:lofit_)?(?P<component>scale|offset)"
+)
+
+
+def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
+    """(tensors, modules) of an `Adapter`."""
     try:
         with safe_open(path, framework="pt") as file:
             named = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-    tensors = {}
+    tensors, modules = {}, {}
     for name, tensor in named.items():
-        parts = name.split(".")
-        if len(parts) < 4 or parts[0] != "layers" or not parts[1].isdigit() or parts[-1] not in COMPONENTS:
-            raise ValueError(f"{path} holds a foreign tensor {name!r}: expected layers.<n>.<projection>.<component>")
-        tensors[parts[-1], int(parts[1])] = tensor
-    return tensors
+        if (key := parse_tensor_name(name)) is None:
+            raise ValueError(
+                f"{path} holds a foreign tensor {name!r}: expected base_model.model.<projection>.lofit_<component>"
+            )
+        tensors[key] = tensor
+        modules[key[1]] = _TENSOR_NAME.fullmatch(name)["module"].removeprefix("base_model.model.")
+    return tensors, modules

@@ -28,6 +28,7 @@ def load_task(
     tokenizer=None,
     train_size: int | None = None,
     seed: int = 42,
+    progress: bool = False,
     **options,
 ) -> Task:
     """Loads a task by name.
@@ -38,8 +39,9 @@ def load_task(
         tokenizer: passed to the tasks that use one (chats); the others ignore it.
         train_size: number of training examples; None leaves it to the task.
         seed: of what the task draws at random.
-        options: anything else the loader takes, by name (`validation=` of completion, `validation_size=` of kinship
-            and the open-domain tasks, `tuning_size=` of truthfulqa).
+        progress: whether a bar shows slow reading, of tasks that have one; the others ignore it.
+        options: anything else the loader takes, by name (`validation=`, `split=`, `subset=` and `columns=` of
+            completion, `validation_size=` of kinship and the open-domain tasks, `tuning_size=` of truthfulqa).
 
     Raises:
         ValueError: an unknown name, an option the task does not take, or one it needs and did not get; and what the
@@ -53,8 +55,7 @@ def load_task(
     given = {option: value for option, value in given.items() if value is not None}
     if unknown := sorted(given.keys() - takes.keys()):
         raise ValueError(f"task {name!r}: got {', '.join(unknown)}, expected only: {', '.join(takes)}")
-    if "tokenizer" in takes:
-        given["tokenizer"] = tokenizer
+    given |= {name: value for name, value in (("tokenizer", tokenizer), ("progress", progress)) if name in takes}
     needed = [option for option, parameter in takes.items() if parameter.default is parameter.empty]
     if missing := [option for option in needed if option not in given]:
         raise ValueError(f"task {name!r} needs {', '.join(missing)}, got none")

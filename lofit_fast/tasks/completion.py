@@ -1,13 +1,21 @@
-"""Anyone's own data: prompt/completion pairs or chats, from a JSON file or a hub data set."""
+"""Anyone's own data: prompt/completion pairs, chats or preferences, from a file, a folder or a hub data set."""
 
-import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.source import SUFFIXES, json_rows
-from lofit_fast.tasks.task import Example, Task, draw
+from lofit_fast.tasks.chat import conversation_of
+from lofit_fast.tasks.preference_rows import as_choice, as_preference
+from lofit_fast.tasks.row_source import source_rows
+from lofit_fast.tasks.task import Example, Preference, Task, draw
 
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
-EXPECTED = "expected the keys prompt and completion, or messages"
+EXPECTED = "expected the keys prompt and completion, or messages, or prompt, chosen and rejected"
+# what a row can be -> the columns it must have, and those that it may have
+KINDS = {
+    "a preference": ({"chosen", "rejected"}, {"prompt"}),
+    "a completion": ({"prompt", "completion"}, set()),
+    "a chat": ({"messages"}, set()),
+}
 
 
 def completion(
@@ -16,34 +24,53 @@ def completion(
     validation: str | Path | float = 0.1,
     train_size: int | None = None,
     seed: int = 42,
+    split: str | None = None,
+    subset: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    progress: bool = False,
+    train_on: str = "all",
 ) -> Task:
-    """Rows of `prompt` and `completion`, or of chat `messages`, as a task with open answers.
+    """Rows of `prompt` and `completion`, or of chat `messages`, as a task with open answers; or preferences.
 
     Strings are taken as they are: no space, newline or end-of-sequence token is invented between or after them. Of a
-    row of messages (a list of {role, content}, the last from the assistant) the prompt is
-    `tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)` and the completion is the
-    last content. Such a prompt already holds the template's special tokens: do not add them again when tokenising.
+    row of messages (a list of {role, content, ...}, the last from the assistant) the tokenizer's chat template makes a
+    text, in which the assistant's turns are found: see `chat.conversation`. `tools` and `chat_template_kwargs` of such
+    a row go to the template too. It is judged by its last turn.
+
+    Rows of `prompt`, `chosen` and `rejected` (see `preference_rows.as_preference`) become `Task.preferences`, to be
+    trained on with DPO, and those set aside become `Task.choices`: MC1 is the share of them whose chosen answer scores
+    above every rejected one. The first row says which it is, and all others must agree.
 
     Args:
-        data: a .jsonl file (one row a line), a .json file (an array, or again one row a line), or a hub data set as
-            "owner/name" or "owner/name:split" (split "train" unless said). The hub goes through
-            `datasets.load_dataset`; not verified offline.
+        data: a .jsonl file (one row a line), a .json file (an array, or again one row a line), a .csv or .tsv file
+            with a line of column names, a .parquet file, a folder of such files or one saved by `datasets`, or a hub
+            data set as "owner/name" or "owner/name:split". The hub goes through `datasets.load_dataset`; not verified
+            offline.
         tokenizer: one with a chat template; only needed for messages.
         validation: a second source like `data`, or the share of `data`, from 0 up to but not including 1, to set aside
             (rounded, and at least one row unless 0). It is set aside before `train_size` is applied, so that it does
             not depend on it.
         train_size: keep that many training rows, a random subset in the order of the file (see `task.draw`); None keeps
             all.
-        seed: of the share and of the subset.
+        seed: of the share and of the random subset.
+        split: of a hub data set or a folder, "train" unless said; of `data` alone.
+        subset: the configuration of a hub data set; of `validation` too, where that is one.
+        columns: the names above -> the names that the source has, {"prompt": "question"} for instance; of both sources.
+        progress: whether a bar shows reading that takes more than a second.
+        train_on: which of the assistant's turns are learned, "all" or the "last".
 
     Raises:
         FileNotFoundError: no such file, and not a hub id either.
+        ImportError: a library is missing that the source needs.
         TypeError: a source that is neither a path nor an id, or a share that is not a number.
-        ValueError: anything wrong in the data (with file and line), no rows, or a share or train_size out of range.
+        ValueError: anything wrong in the data (with file and line), no rows, rows of different kinds, a column that is
+            not there, or a share or train_size out of range.
     """
-    train = _examples(data, tokenizer)
+    reading = {"subset": subset, "columns": columns, "progress": progress}
+    train = _examples(data, tokenizer, train_on, split=split, **reading)
     if isinstance(validation, (str, Path)):
-        held_out = _examples(validation, tokenizer)
+        held_out = _examples(validation, tokenizer, train_on, **_of_second(validation, reading))
+        _check_alike(data, train, validation, held_out)
     else:
         train, held_out = _set_aside(train, validation, seed)
     if train_size is not None:
@@ -52,6 +79,8 @@ def completion(
                 f"{data}: got train_size={train_size}, expected 1 to the {len(train)} training rows there are"
             )
         train = [train[i] for i in draw(len(train), train_size, seed)]
+    if isinstance(train[0], Preference):
+        return Task("preferences", [], [], preferences=tuple(train), choices=tuple(map(as_choice, held_out)))
     return Task("completion", train, held_out)
 
 
@@ -70,64 +99,78 @@ def _set_aside(examples, share, seed):
     return train, [examples[i] for i in sorted(chosen)]
 
 
-def _examples(source, tokenizer):
-    examples = [_example(row, where, tokenizer) for where, row in _rows(source)]
+def _of_second(validation, reading):
+    """How the second source is read: a file beside a hub data set has no subset."""
+    return {**reading, "subset": None} if Path(validation).exists() else reading
+
+
+def _check_alike(data, train, validation, held_out):
+    kinds = ["preferences" if isinstance(rows[0], Preference) else "completions" for rows in (train, held_out)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{data} holds {kinds[0]} and {validation} holds {kinds[1]}, expected the same of both")
+
+
+def _examples(source, tokenizer, train_on, **reading):
+    named = set(reading["columns"] or ())
+    examples, first = [], None
+    for where, row in source_rows(source, **reading):
+        preference = _kind(row, where, named) == "a preference"
+        if first is None:
+            first = preference, where
+        if preference != first[0]:
+            raise ValueError(
+                f"{where}: got {_told(preference)}, but {first[1]} holds {_told(first[0])}: expected one of the two in "
+                "all rows"
+            )
+        if preference:
+            examples.append(as_preference(row, where, partial(_last_turn, where=where, tokenizer=tokenizer)))
+        else:
+            examples.append(_example(row, where, tokenizer, train_on))
     if not examples:
         raise ValueError(f"{source}: got no rows, expected at least one")
     return examples
 
 
-def _rows(source):
-    """Pairs of (where, row): `where` names file and line, or data set and row, for errors."""
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"data must be a path or a data set id, got {type(source).__name__}")
-    path = Path(source)
-    if path.exists() or path.suffix in SUFFIXES or isinstance(source, Path):
-        return json_rows(path)
-    hub = HUB_ID.fullmatch(source)
-    if hub is None:
-        raise FileNotFoundError(f"{source}: no such file, and not a data set id such as owner/name")
-    return _hub_rows(hub["id"], hub["split"] or "train")
+def _told(preference):
+    return "a preference (chosen, rejected)" if preference else "an answer to learn (completion or messages)"
 
 
-def _hub_rows(name, split):
-    # the library takes seconds to import: only for those who use it
-    from datasets import load_dataset
-
-    rows = load_dataset(name, split=split)
-    return [(f"{name}:{split}: row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def _example(row, where, tokenizer):
-    if not isinstance(row, dict):
+def _kind(row, where, named):
+    """Which of `KINDS` a row is. named: names that were given columns, which the kind must have a use for."""
+    if not isinstance(row, Mapping):
         raise ValueError(f"{where}: got {type(row).__name__}, {EXPECTED}")
-    if "prompt" in row and "completion" in row:
-        prompt, answer = row["prompt"], row["completion"]
-    elif "messages" in row:
-        prompt, answer = _from_chat(row["messages"], where, tokenizer)
-    else:
-        raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}")
+    kinds = [kind for kind, (needed, more) in KINDS.items() if needed <= row.keys() and named <= needed | more]
+    if not kinds:
+        raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}{_hint(named)}")
+    if kinds[0] == "a preference" and len(kinds) > 1:
+        raise ValueError(
+            f"{where}: got the keys {sorted(row)}, which are {' and '.join(kinds)}: choose by naming a column of one, "
+            "with --columns chosen=chosen, completion=completion or messages=messages"
+        )
+    return kinds[0]
+
+
+def _hint(named):
+    return f" (columns were given for {', '.join(sorted(named))})" if named else "; --columns renames"
+
+
+def _example(row, where, tokenizer, train_on):
     try:
+        if not {"prompt", "completion"} <= row.keys():
+            return conversation_of(row, tokenizer, train_on)
+        prompt, answer = row["prompt"], row["completion"]
+        # a prompt and a completion of messages, as TRL has them, are one chat
+        if isinstance(prompt, list) and isinstance(answer, list):
+            return conversation_of({**row, "messages": [*prompt, *answer]}, tokenizer, train_on)
         return Example(prompt, answer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _from_chat(messages, where, tokenizer):
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{where}: messages must be a list of two or more, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: every message must hold the texts role and content, got {message!r}")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be from the assistant, got {messages[-1]['role']!r}")
-    # a tokenizer without a template has the attribute, and it is None
-    if tokenizer is None or not getattr(tokenizer, "chat_template", "unknown"):
-        got = "no tokenizer" if tokenizer is None else "one without"
-        raise ValueError(f"{where}: messages need a tokenizer with a chat template, got {got}")
+def _last_turn(messages, where, tokenizer):
+    """(prompt, answer) of a conversation as texts, the answer with the template's ending."""
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    # templates raise whatever they like: only the place is added
-    except Exception as error:
-        raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
-    return prompt, messages[-1]["content"]
+        talk = conversation_of({"messages": messages}, tokenizer, "last")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return talk.prompt, talk.text[len(talk.prompt) : talk.learned[-1][1]]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lofit_fast.tasks.source import PROMPTS, check_files, json_rows, subset, unlike, wording
+from lofit_fast.tasks.row_files import file_rows
+from lofit_fast.tasks.source import PROMPTS, check_files, subset, unlike, wording
 from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "mquake/train.jsonl", "validation": "mquake/val.jsonl"}
@@ -38,7 +39,7 @@ def mquake(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 
 
 def _examples(path, texts):
-    examples = [_example(row, where, texts) for where, row in json_rows(path)]
+    examples = [_example(row, where, texts) for where, row in file_rows(path)]
     if not examples:
         raise ValueError(f"{path}: got no rows, expected at least one")
     return examples

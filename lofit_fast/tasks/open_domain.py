@@ -1,9 +1,11 @@
 """What a model knew before it was edited, 0-shot: TriviaQA, NQ-open and MMLU, to judge by and never to train on."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lofit_fast.tasks.source import json_rows, subset, unlike
+from lofit_fast.tasks.row_files import file_rows
+from lofit_fast.tasks.source import subset, unlike
 from lofit_fast.tasks.task import Example, MultipleChoice, Task
 
 # data set, configuration, split: the answers of TriviaQA's test questions are not public
@@ -21,8 +23,9 @@ def triviaqa(data: str | Path | None = None, validation_size: int | None = None,
     """TriviaQA without its documents: exact match with any of a question's answers.
 
     Args:
-        data: None for the hub's data set (validation split, through `datasets`; not verified offline), or a .jsonl or
-            .json file, or a folder with triviaqa.jsonl, of rows {"question": text, "answers": [text, ...]}.
+        data: None for the hub's data set (validation split, through `datasets`; not verified offline), or a file of a
+            type in `row_files.READERS`, or a folder with triviaqa.jsonl, of rows {"question": text, "answers": [text,
+            ...]}. In a cell of CSV a list is written as in JSON.
         validation_size: keep that many questions, drawn from the seed; None keeps all.
         seed: of that draw.
 
@@ -59,7 +62,7 @@ def _named(name, data):
 
 
 def _rows(name, data):
-    rows = hub_rows(name) if data is None else json_rows(_file(name, Path(data)))
+    rows = hub_rows(name) if data is None else list(file_rows(_file(name, Path(data))))
     if not rows:
         raise ValueError(f"{name}: {data or HUB[name][0]}: got no rows, expected at least one")
     return rows
@@ -101,6 +104,8 @@ def _example(row, where):
 def _choice(row, where):
     question, choices = _texts(row, where, "choices")
     answer, subject = row.get("answer"), row.get("subject") or ""
+    # a cell of CSV is a text
+    answer = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: expected 2 to {len(LETTERS)} choices, got {len(choices)}")
     if type(answer) is not int or not 0 <= answer < len(choices):
@@ -117,9 +122,18 @@ def _texts(row, where, several):
     if not isinstance(row, Mapping) or not {"question", several} <= row.keys():
         got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"{where}: got {got}, expected the keys question and {several}")
-    question, texts = row["question"], row[several]
+    question, texts = row["question"], _listed(row[several])
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: question must be a text, got {question!r}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: {several} must be a list of texts, got {texts!r}")
     return question.strip(), texts
+
+
+def _listed(value):
+    """The list that a cell of CSV holds as JSON; anything else as it is."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return found if isinstance(found, list) else value

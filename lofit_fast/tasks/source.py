@@ -1,4 +1,4 @@
-"""Reading what tasks are made of: folders of given files, wording from prompts.json, rows of JSON."""
+"""Reading what published tasks are made of: folders of given files, wording from prompts.json, subsets."""
 
 import json
 import string
@@ -8,7 +8,6 @@ from pathlib import Path
 from lofit_fast.tasks.task import draw
 
 PROMPTS = "prompts.json"
-SUFFIXES = (".jsonl", ".json")
 
 
 def check_files(task: str, folder: Path, names: Sequence[str]) -> None:
@@ -41,26 +40,6 @@ def wording(path: Path, task: str, expected: Mapping[str, set[str]]) -> dict[str
     return found
 
 
-def json_rows(path: Path) -> list[tuple[str, object]]:
-    """Pairs of (where, row) of a .jsonl or .json file: an array, or one row a line. where: file and line, for errors.
-
-    Raises FileNotFoundError or ValueError for a file that is not there, of another type, not UTF-8 or not JSON.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a {' or '.join(SUFFIXES)} file")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: got a file of type {path.suffix or 'unknown'}, expected {' or '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
-    if text.lstrip().startswith("["):
-        return [(f"{path}: row {number}", row) for number, row in enumerate(_parsed(text, path, 1), start=1)]
-    # not splitlines(), which also cuts at separators that JSON strings may hold
-    lines = enumerate(text.split("\n"), start=1)
-    return [(f"{path}: line {number}", _parsed(line, path, number)) for number, line in lines if line.strip()]
-
-
 def subset(items: Sequence, size: int | None, seed: int, task: str, option: str, of: object) -> list:
     """`size` of the items, drawn from the seed, in their order (see `task.draw`); None keeps all.
 
@@ -90,11 +69,3 @@ def unlike(answers: Iterable[str], known: Iterable[str] = ()) -> list[str]:
 
 def _folded(answer: str) -> str:
     return " ".join(answer.casefold().split()).rstrip(". ")
-
-
-def _parsed(text, path, line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"{path}: line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{at}: expected JSON, got what is not: {error.msg}") from error

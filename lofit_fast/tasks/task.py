@@ -31,11 +31,8 @@ class Example:
 
     def __post_init__(self):
         for field in ("prompt", "completion"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                raise TypeError(f"{field} must be a string, got {type(value).__name__}")
-        if not self.completion.strip():
-            raise ValueError(f"completion must hold some text, got {self.completion!r}")
+            _check_text(field, getattr(self, field))
+        _check_visible("completion", self.completion)
         answers = _as_answers(self.answers) or (self.completion.strip(),)
         object.__setattr__(self, "answers", answers)
 
@@ -45,7 +42,8 @@ class Preference:
     """A prompt, the answer to prefer, and the answers to prefer it to. All are written as an Example's are.
 
     Raises:
-        ValueError: no rejected answer, or one equal to the chosen.
+        TypeError: a field that is not a string, or `rejected` that is one string instead of several.
+        ValueError: an answer of white space only, no rejected answer, or one equal to the chosen.
     """
 
     prompt: str
@@ -53,7 +51,11 @@ class Preference:
     rejected: tuple[str, ...]
 
     def __post_init__(self):
+        for field in ("prompt", "chosen"):
+            _check_text(field, getattr(self, field))
         object.__setattr__(self, "rejected", _as_answers(self.rejected))
+        for field, answer in (("chosen", self.chosen), *(("rejected", answer) for answer in self.rejected)):
+            _check_visible(field, answer)
         if not self.rejected or self.chosen in self.rejected:
             raise ValueError(f"expected rejected answers other than {self.chosen!r}, got {self.rejected}")
 
@@ -178,6 +180,17 @@ def draw(count: int, size: int, seed: int) -> list[int]:
 def _normalised(lines):
     text = " ".join(" ".join(lines).lower().split())
     return text.rstrip(TRAILING) or text
+
+
+def _check_text(field, value):
+    if not isinstance(value, str):
+        hint = ", an empty cell or null" if value is None else ""
+        raise TypeError(f"{field} must be a string, got {type(value).__name__}{hint}")
+
+
+def _check_visible(field, text):
+    if not text.strip():
+        raise ValueError(f"{field} must hold some text, got {text!r}")
 
 
 def _as_answers(answers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,11 +18,14 @@ from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.head_norms import head_scores, offset_norms
+from lofit_fast.patching.placement import dtype_of
+from lofit_fast.patching.sharding import check_unsharded
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
-from lofit_fast.training.objectives import BETA, Completions, Examples, Objective, Preferences
+from lofit_fast.training.frozen_base import check_passes_gradients
+from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
@@ -67,7 +70,8 @@ def fit(
 
     Args:
         model, tokenizer: an unpatched Hugging Face model and its tokenizer.
-        train: tasks' Examples, or mappings with "prompt" and "completion".
+        train: tasks' Examples, or mappings with "prompt" and "completion": a list of them, a data set of the `datasets`
+            library or a pandas DataFrame.
         recipe: how the steps are trained; None means the paper's.
         output_dir: the run folder; an interrupted run goes on from its last epoch when resume is on.
         engine: how steps are run; None means the defaults.
@@ -81,14 +85,14 @@ def fit(
 
     Raises:
         ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
-            there are.
+            there are, a sharded model, a quantized one that cannot be trained through.
         OSError: a folder that cannot be written.
         FloatingPointError: training diverges.
 
     After an error the model is as it was, and the folder holds whole files only.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
-    objective = Completions(train, eval_data or ())
+    objective = Completions(train, () if eval_data is None else eval_data)
     return fit_objective(
         model, tokenizer, objective, recipe, output_dir=output_dir, resume=resume, progress=progress, **how
     )
@@ -97,7 +101,7 @@ def fit(
 def fit_preferences(
     model: nn.Module,
     tokenizer,
-    preferences: Sequence[Preference],
+    preferences: Sequence[Preference | Mapping[str, object]],
     recipe: Recipe | None = None,
     *,
     output_dir: Path | str,
@@ -112,7 +116,8 @@ def fit_preferences(
     """Run LoFiT with DPO on preferences: arguments, run folder and errors are those of `fit`.
 
     Args:
-        preferences: a prompt, its chosen answer and its rejected ones each.
+        preferences: a prompt, its chosen answer and its rejected ones each: `Preference`s, or mappings with the keys
+            prompt, chosen and rejected, in a list, a data set of the `datasets` library or a pandas DataFrame.
         beta: of DPO's loss.
 
     Raises:
@@ -141,8 +146,7 @@ def fit_objective(
     progress: bool = True,
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
-    if handle_of(model) is not None:
-        raise ValueError("the model is already patched: unpatch() its handle before fit")
+    _check_unpatched(model)
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
     run = RunFolder.open(output_dir, steps.identity(heads), resume)
@@ -153,6 +157,27 @@ def fit_objective(
     elif run.heads is None:
         steps.select(run, resume)
     return steps.tune(run, resume)
+
+
+def rehearse(
+    model: nn.Module,
+    tokenizer,
+    objective: Objective,
+    recipe: Recipe | None = None,
+    *,
+    engine: Engine | None = None,
+    heads: Sequence[Head] | None = None,
+    progress: bool = True,
+) -> tuple[EncodedObjective, dict[str, Engine]]:
+    """All that `fit_objective` does before it opens the run folder, and nothing after: (the data, stage -> engine).
+
+    Everything that can be refused before training is refused here, with the same sentences. Nothing is changed or
+    written; the engines are settled, as a new run's would be. Arguments and errors are those of `fit`.
+    """
+    _check_unpatched(model)
+    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
+    steps.check_heads(heads)
+    return steps.data, steps.engines(("tune",) if heads is not None else ("select", "tune"))
 
 
 def select_by_training(
@@ -181,15 +206,22 @@ def select_by_training(
     return run
 
 
+def _check_unpatched(model: nn.Module) -> None:
+    if handle_of(model) is not None:
+        raise ValueError("the model is already patched: unpatch() its handle before fit")
+
+
 class _TwoSteps:
     """Everything the two steps share: the encoded data, the recipe, the way a step is trained and measured."""
 
     def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.callbacks, self.progress = callbacks, progress
+        check_unsharded(model)
+        check_passes_gradients(model)
         self.projections = find_projections(model)
         self.objective = objective
-        self.data = objective.encoded(model, tokenizer, recipe.max_length)
+        self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         if min(recipe.select_epochs, recipe.tune_epochs) < self.data.least_epochs:
             raise ValueError(
@@ -226,7 +258,7 @@ class _TwoSteps:
                 **fingerprint(self.model, self.projections).as_dict(),
                 "weights": weights_digest(p.module for p in self.projections),
             },
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.model)).removeprefix("torch."),
             **self.data.identity(),
             "heads": None if heads is None else [list(pair) for pair in heads],
             # of the engine's knobs the one that says which examples share a batch
@@ -300,10 +332,23 @@ class _TwoSteps:
         metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
         return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
 
+    def engines(self, stages: Sequence[str]) -> dict[str, Engine]:
+        """The engine that each stage of a new run would have."""
+        # the rules ask a handle for its model, and this one is not in it
+        handle, recipe = LofitHandle(self.model, LofitConfig(offset="all"), self.projections), self.recipe
+        epochs = {"select": (recipe.select_lr, recipe.select_epochs), "tune": (recipe.tune_lr, recipe.tune_epochs)}
+        return {
+            stage: settle_for(handle, self._usable(stage), self.data, self.tokenizer, self._schedule(*epochs[stage]))[0]
+            for stage in stages
+        }
+
+    def _usable(self, stage: str) -> Engine:
+        """Step 1 scales every layer, and leaves nothing below to keep."""
+        return replace(self.engine, prefix_cache_gb=0.0) if stage == "select" else self.engine
+
     def _engine(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule) -> Engine:
         """The settled engine: of the interrupted run where one has begun the stage, settled and kept otherwise."""
-        # step 1 scales every layer, and leaves nothing below to keep
-        usable = replace(self.engine, prefix_cache_gb=0.0) if stage == "select" else self.engine
+        usable = self._usable(stage)
         kept = run.engine(stage)
         if kept is None:
             engine, _ = settle_for(handle, usable, self.data, self.tokenizer, schedule)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +19,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from lofit_fast.data.collate import CompletionCollator
-from lofit_fast.data.encode import Encoded, as_example, encode, encode_prompt, pad_token_id
+from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
+from lofit_fast.data.encode import (
+    BoundaryWarning,
+    Encoded,
+    as_example,
+    encode_all,
+    encode_answers,
+    encode_prompt,
+    pad_token_id,
+)
+from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import reference_logprobs
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.tasks.contrast import contrasts
+from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine, collator_of
@@ -46,8 +57,11 @@ class Objective(Protocol):
 
     name: str
 
-    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedObjective:
-        """The data as this model's tokens. Raises ValueError for data that cannot be learned from."""
+    def encoded(self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False) -> EncodedObjective:
+        """The data as this model's tokens. Raises ValueError for data that cannot be learned from.
+
+        progress: whether a bar shows tokenizing that takes more than a second.
+        """
 
 
 class EncodedObjective(Protocol):
@@ -95,8 +109,9 @@ def objective_of(task: Task) -> Objective:
 class Completions:
     """Cross-entropy on the completion of each prompt.
 
-    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion". evaluation gives a loss per epoch
-    and the exact match at the end; it may be empty.
+    train, evaluation: tasks' Examples, or mappings with "prompt" and "completion", in a list, a data set of the
+    `datasets` library or a frame (see `given_examples`). evaluation gives a loss per epoch and the exact match at the
+    end; it may be empty.
     """
 
     train: Examples
@@ -104,9 +119,11 @@ class Completions:
 
     name = "completions"
 
-    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedCompletions:
+    def encoded(
+        self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
+    ) -> EncodedCompletions:
         """Raises ValueError for no examples, one without labels, or one that does not fit max_length or the context."""
-        return EncodedCompletions(model, tokenizer, self.train, self.evaluation, max_length)
+        return EncodedCompletions(model, tokenizer, self.train, self.evaluation, max_length, progress)
 
 
 class EncodedCompletions:
@@ -114,14 +131,18 @@ class EncodedCompletions:
 
     least_epochs = 0
 
-    def __init__(self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length) -> None:
-        if not len(train):
+    def __init__(
+        self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length, progress: bool = False
+    ) -> None:
+        check_language_model(model)
+        self.model, self.tokenizer, limit = model, tokenizer, token_limit(model, max_length)
+        self.rows = encode_all(tokenizer, given_examples(train), limit, progress=progress)
+        if not self.rows:
             raise ValueError("the training data is empty: expected at least one example")
-        self.model, self.tokenizer, limit = model, tokenizer, _limit(model, max_length)
-        self.rows = [encode(tokenizer, example, limit) for example in train]
         self.n_examples = len(self.rows)
-        self.judged = [as_example(example) for example in evaluation]
-        self.judged_rows = [encode(tokenizer, example, limit) for example in self.judged]
+        held_out = given_examples(evaluation, "the evaluation data")
+        self.judged = [as_example(example, tokenizer) for example in held_out]
+        self.judged_rows = encode_all(tokenizer, self.judged, limit, progress=progress)
         self.answer_length = answer_length(tokenizer, self.judged)
         check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.judged], self.answer_length)
 
@@ -155,7 +176,7 @@ class EncodedCompletions:
         keep: bool,
     ) -> Iterator[Trainer]:
         """The prefix cache is filled first."""
-        collator = collator_of(engine, pad_token_id(self.tokenizer))
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
         with prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix:
             yield LofitTrainer(
@@ -188,7 +209,7 @@ class EncodedCompletions:
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
         for batch in _first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
-            yield _loss_sum(self.model, batch) / batch["shift_labels"].numel()
+            yield _loss_sum(self.model, batch) / n_labels(batch)
 
 
 @dataclass(frozen=True)
@@ -198,16 +219,20 @@ class Preferences:
         -log sigmoid(beta ((log p - log p_ref)(chosen) - (log p - log p_ref)(rejected))), mean over a batch
 
     The reference is the model with the attachment disabled, computed once: no second model is loaded.
+    preferences: Preferences, or mappings with the texts "prompt" and "chosen" and one or more as "rejected", in what
+    `given_examples` takes.
     """
 
-    preferences: Sequence[Preference]
+    preferences: Sequence[Preference | Mapping[str, object]]
     beta: float = BETA
 
     name = "preferences"
 
-    def encoded(self, model: nn.Module, tokenizer, max_length: int | None) -> EncodedPreferences:
+    def encoded(
+        self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
+    ) -> EncodedPreferences:
         """Raises ImportError without TRL, ValueError for no preferences or an answer that is too long."""
-        return EncodedPreferences(model, tokenizer, self.preferences, self.beta, max_length)
+        return EncodedPreferences(model, tokenizer, self.preferences, self.beta, max_length, progress)
 
 
 class EncodedPreferences:
@@ -217,17 +242,27 @@ class EncodedPreferences:
     # knobs of the engine that DPO has no use for, and what stands for "not used"
     UNUSED = {"packing": False, "narrow": False, "prefix_cache_gb": 0.0}
 
-    def __init__(self, model: nn.Module, tokenizer, preferences: Sequence[Preference], beta: float, max_length) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        preferences: Sequence[Preference | Mapping[str, object]],
+        beta: float,
+        max_length,
+        progress: bool = False,
+    ) -> None:
+        check_language_model(model)
         _preference_trainer()
+        preferences = preferences_of(preferences)
         if not preferences:
             raise ValueError("the training data is empty: expected at least one preference, got none")
         self.model, self.tokenizer, self.preferences, self.beta = model, tokenizer, preferences, beta
-        self.limit = _limit(model, max_length)
-        answers = [(p.prompt, answer) for p in preferences for answer in (p.chosen, *p.rejected)]
-        self._answers = {pair: encode(tokenizer, Example(*pair), self.limit) for pair in answers}
-        self._digest = data_digest([self._answers[pair] for pair in answers])
+        self.limit = token_limit(model, max_length)
+        questions = [(p.prompt, (p.chosen, *p.rejected)) for p in preferences]
+        answers = encode_answers(tokenizer, questions, self.limit, progress=progress)
+        self._digest = data_digest([row for rows in answers for row in rows])
         # what an epoch reads: of every preference the chosen answer and one rejected
-        self.rows = [self._answers[p.prompt, answer] for p in preferences for answer in (p.chosen, p.rejected[0])]
+        self.rows = [row for rows in answers for row in rows[:2]]
         self.n_examples = len(preferences)
         self._tokens: list[int] = []
 
@@ -285,7 +320,9 @@ class EncodedPreferences:
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
         }
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
-        pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
+        # said of all answers already
+        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+            pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
         lengths = [_pair_tokens(pair) for pair in pairs]
         self._tokens = [sum(lengths[index[pair]] for pair in enumerate(epoch)) for epoch in drawn]
         # TRL and transformers disagree on the name of a switch that is off here
@@ -324,7 +361,9 @@ class EncodedPreferences:
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
         pairs = contrasts(Task("preferences", [], [], preferences=tuple(self.preferences)), recipe.seed)
-        right, wrong = ([self._answers[c.prompt, getattr(c, side)] for c in pairs] for side in ("right", "wrong"))
+        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+            rows = encode_answers(self.tokenizer, [(c.prompt, (c.right, c.wrong)) for c in pairs], self.limit)
+        right, wrong = ([pair[side] for pair in rows] for side in (0, 1))
         batches = zip(
             _first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
             _first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
@@ -333,6 +372,21 @@ class EncodedPreferences:
         for better, worse in batches:
             difference = _loss_sum(self.model, better) - _loss_sum(self.model, worse)
             yield self.beta / 2 * difference / len(better["input_ids"])
+
+
+def check_language_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that predicts no tokens: it has no output over the vocabulary."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    # a class that leaves it open says so by an error
+    except NotImplementedError:
+        head = None
+    if head is None:
+        raise ValueError(
+            f"expected a language model, got {type(model).__name__}, which has no output over the vocabulary: load it "
+            "with AutoModelForCausalLM. To train a classifier, patch it and use any Trainer"
+        )
 
 
 def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> list[list[int]]:
@@ -358,7 +412,14 @@ def _pair_tokens(pair: dict) -> int:
     return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
 
 
-def _limit(model: nn.Module, max_length: int | None) -> int | None:
+def preferences_of(data: Iterable[Preference | Mapping[str, object]]) -> tuple[Preference, ...]:
+    """Preferences from what a `Preferences` holds. Raises ValueError naming the row that is none."""
+    rows = enumerate(given_examples(data), start=1)
+    return tuple(as_preference(row, f"preference {number}") for number, row in rows)
+
+
+def token_limit(model: nn.Module, max_length: int | None) -> int | None:
+    """The longest example in tokens: the smaller of max_length and the model's context; None where neither is known."""
     context = getattr(text_config(model), "max_position_embeddings", None)
     return min((n for n in (max_length, context) if n is not None), default=None)
 
@@ -366,12 +427,12 @@ def _limit(model: nn.Module, max_length: int | None) -> int | None:
 @contextmanager
 def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
     config, generation = text_config(model), model.generation_config
-    places = [(config, "pad_token_id"), (generation, "pad_token_id"), (model.config, "use_cache")]
+    places = [(config, "pad_token_id"), (generation, "pad_token_id")]
     places += [(model, "model_tags"), (tokenizer, "pad_token")]
     before = [(place, name, getattr(place, name, None)) for place, name in places]
     forward = vars(model).get("forward")
     try:
-        with eval_mode(model):
+        with undisturbed(model):
             yield
     finally:
         for place, name, value in before:
@@ -388,22 +449,22 @@ def _first_epoch(
     recipe,
     progress: bool,
     order_of: list[Encoded] | None = None,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
     check_room(model, [row["input_ids"] for row in rows], 0)
     lengths = [len(row["input_ids"]) for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer))
+    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
     size = recipe.batch_size // recipe.accumulation_steps
     device = next(model.parameters()).device
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
             batch = collator([rows[i] for i in order[start : start + size]])
-            yield {key: value.to(device) for key, value in batch.items()}
+            yield on_device(batch, device)
             bar.update(len(batch["input_ids"]))
 
 
-def _loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
     with torch.enable_grad(), eval_mode(model):
-        return model(**batch, use_cache=False).loss * batch["shift_labels"].numel()
+        return model(**batch, use_cache=False).loss * n_labels(batch)

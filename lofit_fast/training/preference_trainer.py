@@ -13,10 +13,13 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
-from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
 
 
@@ -30,10 +33,11 @@ class ReferencedDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, model: nn.Module, **options) -> None:
-        given = vars(model).get("forward", model.forward)
-        super().__init__(model=model, **options)
+        given, logits = vars(model).get("forward", model.forward), logit_rows(model)
+        with admitted(model):
+            super().__init__(model=model, **options)
         if next(model.parameters()).device.type == "cpu":
-            model.forward = labelled_only(given)
+            model.forward = labelled_only(given, logits)
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -101,18 +105,19 @@ def _length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-def labelled_only(given: Callable) -> Callable:
+def labelled_only(given: Callable, logits: Logits = "rows") -> Callable:
     """A forward that answers TRL's fused_lm_head=True as TRL's own does, from the logits of labelled tokens alone.
 
-    given: the model's forward.
+    given: the model's forward. logits: how it can be asked for them, see `models.logit_rows`.
     """
 
     @functools.wraps(given)
     def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **options):
         if not fused_lm_head:
             return given(*args, **options, labels=labels)
-        output = given(*args, **{**options, **keeping(labels)})
-        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels), **_watched(output.logits, labels))
+        output = given(*args, **{**options, **keeping(labels, logits)})
+        watched = _watched(labelled_rows(output.logits, labels, logits), labels)
+        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels, logits), **watched)
 
     return forward
 
@@ -121,7 +126,7 @@ def labelled_only(given: Callable) -> Callable:
 def _watched(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What TRL logs of the labelled positions, 0 elsewhere: entropy, mean_logits, is_top1, each (B, S - 1)."""
     following = labels[:, 1:]
-    mask, wide = following != IGNORED, logits.detach().flatten(0, -2).float()
+    mask, wide = following != IGNORED, logits.detach().float()
     norm = wide.logsumexp(1)
     entropy = norm - ((wide - norm[:, None]).exp() * wide).sum(1)
     rows = {

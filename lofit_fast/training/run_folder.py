@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
 from lofit_fast.files import writable_folder, write_json, write_text
+from lofit_fast.patching.placement import is_dense
 
 _NEXT = {"select": "tune", "tune": "done"}
 _FOLDERS = ("select", "tune", "adapter", "profile")
@@ -138,11 +139,38 @@ def data_digest(examples: Sequence[Encoded]) -> str:
 
 
 def weights_digest(projections: Iterable[nn.Module]) -> str:
-    """SHA-256 over the first row of every projection's weight: tells models of one shape apart, in no time."""
+    """SHA-256 over the first row of every projection's weight: tells models of one shape apart, in no time.
+
+    Of a projection without a dense weight (quantized, sharded, offloaded) everything that it holds is taken instead.
+    """
     digest = hashlib.sha256()
     for projection in projections:
-        digest.update(projection.weight[:1].detach().double().cpu().numpy().tobytes())
+        weight = getattr(projection, "weight", None)
+        if is_dense(weight) and weight.dim() == 2 and weight.device.type != "meta":
+            digest.update(weight[:1].detach().double().cpu().numpy().tobytes())
+        else:
+            for name, value in sorted(projection.state_dict().items()):
+                for part in _parts(name, value):
+                    digest.update(part)
     return digest.hexdigest()
+
+
+def _parts(name: str, value: object) -> Iterator[bytes]:
+    """A stored value as bytes, whatever kind of tensor it is: its name, its shape and its numbers."""
+    if not isinstance(value, Tensor):
+        yield f"{name} {value!r}".encode()
+    elif hasattr(value, "_local_tensor"):
+        yield from _parts(name, value._local_tensor)
+    elif hasattr(value, "__tensor_flatten__"):
+        inner, _ = value.__tensor_flatten__()
+        for attribute in inner:
+            yield from _parts(f"{name}.{attribute}", getattr(value, attribute))
+    else:
+        yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+        # what is offloaded has no numbers here
+        if value.device.type != "meta" and value.layout == torch.strided and not value.is_quantized:
+            plain = value.detach().cpu().contiguous()
+            yield plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def dtype_of_run(folder: Path | str) -> str | None:

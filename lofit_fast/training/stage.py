@@ -59,7 +59,7 @@ def train_attachment(
             f"prefix_cache_gb={engine.prefix_cache_gb} was asked for, but only LoFiT's layers are known to leave those "
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
-    data = objective.encoded(attachment.model, tokenizer, schedule.max_length)
+    data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
     asked = data.usable(engine or Engine(), schedule.accumulation_steps)
     settled, said = settle_for(attachment, asked, data, tokenizer, schedule)
     if progress:

@@ -10,6 +10,7 @@ import transformers
 
 from lofit_fast.config import Recipe
 from lofit_fast.files import write_json
+from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.plots import heads_map, loss_curves
 from lofit_fast.training.fit import FitResult
 
@@ -62,11 +63,11 @@ def environment(model: torch.nn.Module) -> dict[str, str]:
     """Where and with what a number was made."""
     from lofit_fast import __version__
 
-    weight = next(model.parameters())
-    on_gpu = weight.device.type == "cuda"
+    device = device_of(model)
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
         "lofit_fast": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -15,10 +15,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
+from lofit_fast.training.frozen_base import admitted
 
 
 class AttachmentTraining:
@@ -74,7 +76,8 @@ class LofitTrainer(AttachmentTraining, Trainer):
         group_by_length: bool = False,
         **options,
     ) -> None:
-        super().__init__(model=handle.model, **options)
+        with admitted(handle.model):
+            super().__init__(model=handle.model, **options)
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
@@ -104,13 +107,24 @@ class LofitTrainer(AttachmentTraining, Trainer):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Trainer switches modes and the config's cache; a scope after which both are as they were."""
-    use_cache = getattr(model.config, "use_cache", None)
+    """Trainer switches modes and the config's cache; a scope after which both are as they were.
+
+    Within it the decoder's own config, which is another one in a multimodal model, asks for no cache either.
+    """
+    configs = {id(config): config for config in (model.config, text_config(model))}.values()
+    before = [(config, dict(vars(config))) for config in configs]
     try:
+        for config in configs:
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
         with eval_mode(model):
             yield
     finally:
-        model.config.use_cache = use_cache
+        for config, had in before:
+            if "use_cache" in had:
+                config.use_cache = had["use_cache"]
+            else:
+                vars(config).pop("use_cache", None)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -194,9 +194,9 @@ def test_eval_judges_what_its_run_has_held_out(model, data, tmp_path, monkeypatc
     call("train", "--model", model, "--data", data, "--output", tmp_path, "--seed", 7, *QUICK)
     load, seeds = tasks.load_task, []
 
-    def noting(*arguments, seed):
+    def noting(*arguments, seed, **options):
         seeds.append(seed)
-        return load(*arguments, seed=seed)
+        return load(*arguments, seed=seed, **options)
 
     monkeypatch.setattr(tasks, "load_task", noting)
     adapter = ("--adapter", tmp_path / "adapter")

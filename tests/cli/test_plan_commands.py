@@ -65,7 +65,9 @@ def test_the_table_of_models_agrees_with_a_real_one(alias, row):
 
 
 def test_layers_of_a_model_without_projections(tmp_path):
-    AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=2, vocab_size=9).save_pretrained(tmp_path)
+    AutoConfig.for_model(
+        "mamba2", num_hidden_layers=2, hidden_size=8, num_heads=2, head_dim=8, vocab_size=9
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not supported"):
         layers_of(str(tmp_path))
 

@@ -119,6 +119,39 @@ def test_grouped_attention_drops_weights_only_while_training():
     assert not torch.allclose(trained, whole)
 
 
-def test_grouped_attention_refuses_sinks():
-    with pytest.raises(ValueError, match="attention sinks"):
-        grouped_attention(MODULE, *drawn(), None, s_aux=torch.zeros(4))
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 5, 20])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_grouped_attention_with_sinks_is_its_equation(groups, queries, requires_grad):
+    query, key, value = drawn(groups=groups, queries=queries, keys=24, requires_grad=requires_grad)
+    mask = torch.full((2, 1, queries, 24), float("-inf"), dtype=torch.float64).triu(1 + 24 - queries)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=requires_grad)
+    out, _ = grouped_attention(MODULE, query, key, value, mask, s_aux=sinks)
+    # a sink is one more key, of a given score, whose value is zero
+    heads = []
+    for head in range(4):
+        shared = head // (4 // groups)
+        scores = query[:, head] @ key[:, shared].transpose(1, 2) * 8**-0.5 + mask[:, 0]
+        weights = torch.cat((scores, sinks[head].expand(2, queries, 1)), -1).softmax(-1)[..., :-1]
+        heads.append(weights @ value[:, shared])
+    expected = torch.stack(heads, 2)
+    torch.testing.assert_close(out, expected)
+    if requires_grad:
+        inputs = query, key, value, sinks
+        got, wanted = (torch.autograd.grad(each.square().sum(), inputs) for each in (out, expected))
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_grouped_attention_with_values_of_another_width(requires_grad):
+    query, key, value = drawn(queries=20, keys=20, requires_grad=requires_grad)
+    narrow = value[..., :3].detach().requires_grad_(requires_grad)
+    out, _ = grouped_attention(MODULE, query, key, narrow, None)
+    torch.testing.assert_close(out, by_head(query, key, value)[..., :3])
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(7, 2), (7, 3), (4, 8)])
+def test_grouped_attention_refuses_heads_that_cannot_share(heads, groups):
+    with pytest.raises(ValueError, match=f"{heads} query heads on {groups} heads of keys and values"):
+        grouped_attention(MODULE, *drawn(heads=heads, groups=groups), None)

@@ -5,8 +5,10 @@ import torch
 
 from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import CompletionCollator
 from tests.tiny_models import tiny_model, tokens
+from tests.training.engine.engine_families import family_model
 
 register()
 COLLATE = CompletionCollator(0, pad_to_multiple_of=1)
@@ -112,7 +114,7 @@ def test_packed_examples_see_nothing_of_each_other(family, attention):
         batch = CompletionCollator(0, packed=True)(rows)
         assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
         states = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-        return model(**batch, use_cache=False).loss, states
+        return model(**batch).loss, states
 
     ids = [tokens(1, length, length)[0].tolist() for length in (12, 9, 11)]
     rows = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in ids]
@@ -133,3 +135,45 @@ def test_packed_first_tokens_are_never_predicted():
     batch = CompletionCollator(0, packed=True)(rows)
     assert batch["shift_labels"].tolist() == [6, 7, 9]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+
+
+# with a cache transformers takes a packed row for one example
+CALLERS = {
+    "bare loop": lambda model, batch, folder: model(**batch).loss,
+    "stock Trainer": lambda model, batch, folder: stock_loss(model, batch, folder),
+}
+
+
+def stock_loss(model, batch, folder):
+    """What a Trainer that knows nothing of us computes, its data loader included."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", prediction_loss_only=True)
+    data = [{"row": 0}]
+    trainer = Trainer(model, arguments, data_collator=lambda rows: dict(batch), eval_dataset=data)
+    arguments.remove_unused_columns = False
+    return torch.tensor(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "llava", "gemma3_wrapper"])
+def test_packed_batches_keep_their_boundaries_whoever_calls(name, caller, tmp_path):
+    model = family_model(name)
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = True
+    ids = [tokens(1, length, length)[0].tolist() for length in (12, 9, 11)]
+    rows = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in ids]
+    with torch.no_grad():
+        padded = model(**CompletionCollator(0)(rows), use_cache=False).loss
+        packed = CALLERS[caller](model, CompletionCollator(0, packed=True)(rows), tmp_path)
+    assert packed.item() == pytest.approx(padded.item(), rel=1e-5)
+
+
+def test_packed_rows_of_grouped_attention_take_a_cache(family):
+    model = tiny_model(family)
+    model.set_attn_implementation(GROUPED)
+    ids = [tokens(1, length, length)[0].tolist() for length in (12, 9, 11)]
+    rows = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in ids]
+    with torch.no_grad():
+        losses = [model(**PackedCollator(0)(rows), use_cache=use).loss.item() for use in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import normalizers
 
-from lofit_fast.data.encode import IGNORED, encode, encode_prompt
+from lofit_fast.data.encode import IGNORED, BoundaryWarning, encode, encode_prompt
 from lofit_fast.tasks import Example
 from tests.tiny_tokenizers import BOS, VOCABULARY, tiny_tokenizer
 
@@ -26,12 +26,13 @@ def test_a_mapping_is_an_example():
     assert encode(tokenizer, {"prompt": "a", "completion": "b"}, None) == encode(tokenizer, Example("a", "b"), None)
 
 
-def test_prompt_and_completion_are_tokenized_apart():
+def test_a_token_of_prompt_and_completion_is_learned_and_said():
     tokenizer = tiny_tokenizer(bos=False)
     tokenizer.add_tokens(["ab"])
-    joint = tokenizer("xab")["input_ids"]
-    assert len(joint) == 2
-    assert encode(tokenizer, Example("xa", "b"), None)["input_ids"] == [*ids("xab"), 2]
+    x, both = tokenizer("xab")["input_ids"]
+    with pytest.warns(BoundaryWarning, match="in 1 of 1 examples .* 'xa' goes on 'a' alone and 'ab' before 'b'"):
+        encoded = encode(tokenizer, Example("xa", "b"), None)
+    assert encoded == {"input_ids": [x, both, 2], "labels": [IGNORED, both, 2]}
 
 
 def test_special_tokens_come_once():

@@ -10,6 +10,7 @@ from lofit_fast.evaluation.choices import mc1, mc2, packing_refusal, score_choic
 from tests.oracle import randomize
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
+from tests.training.engine.engine_families import family_model
 
 TOKENIZER = tiny_tokenizer()
 # longer than a sliding window of 8
@@ -225,3 +226,33 @@ def test_mc1_and_mc2():
             mc1(scores, correct)
     with pytest.raises(ValueError, match="at least one"):
         mc2([], [])
+
+
+class Everything:
+    """A table in which every family has a row."""
+
+    def __contains__(self, name):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        ("cohere2", True),
+        ("gpt_oss", True),
+        ("deepseek_v3", True),
+        ("qwen3_moe", True),
+        ("qwen3_5", False),
+        ("llama4", False),
+        ("jamba", False),
+        ("minimax", False),
+        ("recurrent_gemma", False),
+    ],
+)
+def test_families_that_a_table_gains_are_tried_first(family, packed, monkeypatch, caplog):
+    model = family_model(family)
+    monkeypatch.setattr(scoring, "ARCHITECTURES", Everything())
+    expected = naive_scores(model)
+    got = score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
+    assert worst(got, expected) <= 1e-4
+    assert ("scoring takes a forward per choice" in caplog.text) is not packed

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lofit_fast import LofitConfig, export, handle_of, patch, verify_export
-from lofit_fast.patching.export import TOLERANCE
 from lofit_fast.patching.merge import merged_tensors
+from lofit_fast.patching.verify import TOLERANCE
 from tests.oracle import randomize
 from tests.patched_models import SOME, logits, relative, snapshot
 from tests.patching.test_architectures import other_family

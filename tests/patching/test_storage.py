@@ -85,15 +85,18 @@ def test_adapter_holds_the_selected_heads_only(folder):
     expected = {}
     for key, n in rows.items():
         layer, component = key.split(".")
-        expected[f"layers.{layer}.self_attn.o_proj.{component}"] = ((n, HEAD_DIM), torch.float32)
+        expected[f"base_model.model.model.layers.{layer}.self_attn.o_proj.lofit_{component}"] = (
+            (n, HEAD_DIM),
+            torch.float32,
+        )
     assert shapes == expected
 
 
 def test_adapter_folder_says_what_it_is(folder):
     assert names(folder) == [CONFIG_FILE, TENSOR_FILE]
     description = json.loads((folder / CONFIG_FILE).read_text())
-    assert description["peft_type"] == "LOFIT"
-    assert description["format_version"] == 1
+    assert description["peft_type"].startswith("LOFIT: load this folder with lofit_fast.load")
+    assert description["format_version"] == 2
     assert description["scale"] == [[1, 2], [0, 0]]
     assert description["fingerprint"] == {
         "model_type": "llama",
@@ -184,8 +187,19 @@ def test_adapter_of_another_kind(folder, content, kind):
 
 
 def test_adapter_of_a_newer_format(folder):
-    rewrite(folder, format_version=2)
-    refuses(tiny_model("llama"), folder, ValueError, "format version 2", "reads 1")
+    rewrite(folder, format_version=3)
+    refuses(tiny_model("llama"), folder, ValueError, "format version 3", "reads up to 2")
+
+
+def test_adapter_of_the_first_format(folder):
+    expected = [p.clone() for p in load(tiny_model("llama"), folder).parameters()]
+    rewrite(folder, format_version=1, peft_type="LOFIT")
+    tensors = load_file(folder / TENSOR_FILE)
+    old = {name.removeprefix("base_model.model.model.").replace("lofit_", ""): t for name, t in tensors.items()}
+    assert "layers.1.self_attn.o_proj.offset" in old
+    save_file(old, folder / TENSOR_FILE)
+    got = load(tiny_model("llama"), folder).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("key", ["format_version", "fingerprint", "scale", "offset", "init_std", "seed"])
@@ -217,7 +231,7 @@ def break_tensors(folder: Path, change) -> None:
     save_file(tensors, folder / TENSOR_FILE)
 
 
-FIRST = "layers.1.self_attn.o_proj.offset"
+FIRST = "base_model.model.model.layers.1.self_attn.o_proj.lofit_offset"
 
 
 @pytest.mark.parametrize(

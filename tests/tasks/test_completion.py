@@ -21,10 +21,13 @@ class ChatTokenizer:
     chat_template = "stub"
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        assert tokenize is False and add_generation_prompt is True
+        assert tokenize is False
         if any(message["role"] == "tool" for message in messages):
             raise RuntimeError("no tools here")
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+        return (
+            "".join(f"<{message['role']}>{message['content']}" for message in messages)
+            + "<assistant>" * add_generation_prompt
+        )
 
 
 class PlainTokenizer(ChatTokenizer):
@@ -114,7 +117,7 @@ def chat(*messages):
         (chat(("assistant", "x")), "messages must be a list of two or more"),
         (chat(("user", "x"), ("user", "y")), "the last message must be from the assistant, got 'user'"),
         (chat(("user", ["x"]), ("assistant", "y")), "every message must hold the texts role and content"),
-        (chat(("user", "x"), ("assistant", "")), "completion must hold some text"),
+        (chat(("user", "x"), ("assistant", " ")), "completion must hold some text"),
         (chat(("tool", "x"), ("assistant", "y")), "the chat template refused the messages: no tools here"),
     ],
 )
@@ -153,15 +156,15 @@ def test_completion_rejects_what_is_not_json(tmp_path):
 
 
 def test_completion_rejects_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file, expected a \.jsonl or \.json file"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file, expected one of type \.jsonl, \.json"):
         completion(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        completion(tmp_path)
-    with pytest.raises(FileNotFoundError, match="alone: no such file, and not a data set id such as owner/name"):
+    with pytest.raises(
+        FileNotFoundError, match="alone: no such file or folder, and not a data set id such as owner/na"
+    ):
         completion("alone")
-    (tmp_path / "a.csv").write_text("prompt,completion")
-    with pytest.raises(ValueError, match=r"got a file of type \.csv, expected \.jsonl or \.json"):
-        completion(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("prompt,completion")
+    with pytest.raises(ValueError, match=r"got a file of type \.xlsx, expected one of type \.jsonl, \.json, \.csv"):
+        completion(tmp_path / "a.xlsx")
     with pytest.raises(TypeError, match="data must be a path or a data set id, got list"):
         completion([])
 

@@ -14,6 +14,7 @@ from benchmarks.peers.peer import AS_RUN, Attached
 from benchmarks.peers.table import TIMED
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
+from lofit_fast.data.collate import on_device
 from lofit_fast.data.encode import Encoded
 from lofit_fast.training.engine import Engine, collator_of, prepared
 from lofit_fast.training.engine.attention_choice import best_attention
@@ -61,11 +62,11 @@ class Live:
             stock_batches(rows, pad) if stock else grouped_batches(rows, self.collate or collator_of(self.engine, pad))
         )
         device = next(self.attached.model.parameters()).device
-        return [{key: value.to(device) for key, value in batch.items()} for batch in made]
+        return [on_device(batch, device) for batch in made]
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's loss on a batch, with its graph."""
-        return self.attached.model(**batch, use_cache=False).loss
+        return self.attached.model(**{**batch, "use_cache": False}).loss
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """One training step, optimizer included; the floor ends with its backward pass. Returns the loss."""

@@ -7,14 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.collate import Batch, CompletionCollator, Logits
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED, PackedCollator
 from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.compiled_layers import compiled
-from lofit_fast.training.engine.cpu_extras import held_in_large_pages, register_attention
+from lofit_fast.training.engine.cpu_extras import held_in_large_pages
 from lofit_fast.training.engine.last_layer import narrowed
 
 Choice = bool | Literal["auto"]
@@ -73,7 +74,7 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
     """
     with ExitStack() as scopes:
         if engine.attention != "auto":
-            scopes.enter_context(_attention(model, engine.attention))
+            scopes.enter_context(attending(model, engine.attention))
         # before the layers are compiled, which then see it
         if engine.narrow is True:
             scopes.enter_context(narrowed(model))
@@ -84,25 +85,11 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
         yield
 
 
-def collator_of(engine: Engine, pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-    """The collator of a settled engine: one row and shared beginnings with GROUPED attention, one row, or padding."""
+def collator_of(engine: Engine, pad_token_id: int, logits: Logits = "rows") -> Callable[[Sequence[Encoded]], Batch]:
+    """The collator of a settled engine: one row and shared beginnings with GROUPED attention, one row, or padding.
+
+    logits: what the model can be asked for, see `models.logit_rows`.
+    """
     if engine.packing is True and engine.attention == GROUPED:
-        return PackedCollator(pad_token_id)
-    return CompletionCollator(pad_token_id, packed=engine.packing is True)
-
-
-@contextmanager
-def _attention(model: nn.Module, name: str) -> Iterator[None]:
-    register_attention()
-    # a model shares one config among its modules, a multimodal one has several
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
-    try:
-        try:
-            model.set_attn_implementation(name)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"attention {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-        yield
-    finally:
-        for config, value in before:
-            config._attn_implementation = value
+        return PackedCollator(pad_token_id, logits=logits)
+    return CompletionCollator(pad_token_id, packed=engine.packing is True, logits=logits)

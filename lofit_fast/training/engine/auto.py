@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.evaluation.choices import packing_refusal
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.attention_choice import best_attention
+from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.last_layer import narrowing_refusal
+from lofit_fast.training.engine.packing_trial import packing_leak, packs
 
 # floating-point operations of a stage from which compiled layers pay on a CPU: SmolLM2's took 13 to 32 s to compile,
 # once per process, and two minutes of its steps were 5e13 operations on the slower of two processors
@@ -30,8 +33,6 @@ NARROW_FROM = 1000
 # share of a padded batch's tokens that packing must save
 LEAST_TO_PACK = 0.05
 _COMPILERS = ("g++", "clang++", "c++")
-
-Batch = Mapping[str, Tensor]
 
 
 def settle(
@@ -52,22 +53,34 @@ def settle(
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
     pages: with compiled layers.
+    Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
+    not give the results of the model's own attention, and of examples apart and whole, is not chosen.
 
     Raises:
-        ValueError: packing with GROUPED attention is asked for a model that would not obey its mask.
+        ValueError: an attention is asked for that the model cannot run with, packing of a model that would mix
+            examples, or narrowing that would change results; or the model's numbers of heads fit no attention.
     """
     model = attachment.model
     device = next(model.parameters()).device
+    check_head_counts(model)
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
-    engine = replace(engine, attention=_one(engine.attention, best_attention(model, device)))
-    engine = with_packing(model, engine, typical_batch(model, rows, pad, batch_size))
+    with attachment.disabled():
+        if engine.attention == "auto":
+            engine = replace(engine, attention=best_attention(model, device))
+        elif refusal := attention_refusal(model, engine.attention):
+            raise ValueError(refusal)
+        engine = with_packing(model, engine, typical_batch(model, rows, pad, batch_size))
     tokens = epochs * sum(len(row["input_ids"]) for row in rows)
     steps = epochs * math.ceil(len(rows) / batch_size)
     engine = replace(engine, compile=_one(engine.compile, pays_to_compile(model, device, tokens)))
+    pays = not engine.compile or steps >= NARROW_FROM
+    refusal = narrowing_refusal(model) if engine.narrow is True or (engine.narrow == "auto" and pays) else None
+    if engine.narrow is True and refusal is not None:
+        raise ValueError(f"narrow=True was asked for, but {refusal}: use narrow=False")
     engine = replace(
         engine,
-        narrow=_one(engine.narrow, not engine.compile or steps >= NARROW_FROM),
+        narrow=_one(engine.narrow, pays and refusal is None),
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
     )
     return engine, said(engine)
@@ -95,24 +108,32 @@ def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_siz
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     middle = ordered[max(0, (len(ordered) - batch_size) // 2) :][:batch_size]
 
-    def batch(engine: Engine) -> dict[str, Tensor]:
-        device = next(model.parameters()).device
-        return {key: value.to(device) for key, value in collator_of(engine, pad)(middle).items()}
+    def batch(engine: Engine) -> Batch:
+        return on_device(collator_of(engine, pad)(middle), next(model.parameters()).device)
 
     return batch
 
 
 def with_packing(model: nn.Module, engine: Engine, batch: Callable[[Engine], Batch]) -> Engine:
     """The engine, its attention known, with packing settled. Raises ValueError as `settle` does."""
-    refusal = packing_refusal(model, GROUPED) if engine.attention == GROUPED else None
-    if engine.packing is True and refusal is not None:
-        raise ValueError(f"packing with {GROUPED!r} attention was asked for, but {refusal}")
-    if engine.packing != "auto":
+    if engine.packing == "auto" and not packs(engine.attention):
+        return replace(engine, packing=False)
+    if engine.packing == "auto" and engine.attention == GROUPED:
+        padded, packed = (batch(replace(engine, packing=packing))["input_ids"].numel() for packing in (False, True))
+        if packed > (1 - LEAST_TO_PACK) * padded:
+            return replace(engine, packing=False)
+    if engine.packing is False:
         return engine
-    if engine.attention != GROUPED or refusal is not None:
-        return replace(engine, packing=engine.attention.startswith("flash_attention"))
-    padded, packed = (batch(replace(engine, packing=packing))["input_ids"].numel() for packing in (False, True))
-    return replace(engine, packing=packed <= (1 - LEAST_TO_PACK) * padded)
+    refusal = _packing_refusal(model, engine)
+    if engine.packing is True and refusal is not None:
+        raise ValueError(f"packing with {engine.attention!r} attention was asked for, but {refusal}: use packing=False")
+    return replace(engine, packing=refusal is None)
+
+
+def _packing_refusal(model: nn.Module, engine: Engine) -> str | None:
+    if engine.attention == GROUPED and (reason := length_refusal(model)):
+        return reason
+    return packing_leak(model, engine.attention, lambda packing: collator_of(replace(engine, packing=packing), 0))
 
 
 def _one(asked, otherwise):

@@ -1,18 +1,23 @@
 """No work where nobody reads: the last layer's MLP runs on the rows whose logits are kept, and on no others.
 
 After its attention the last decoder layer works on each token by itself, and so does all that follows. Of a batch that
-brings `logits_to_keep` as a mask, the MLP's rows outside of the mask change neither logits nor gradients.
+brings `logits_to_keep` as a mask, the MLP's rows outside of the mask change neither logits nor gradients. Where a
+family has it another way, a trial on a few tokens gives other logits.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lofit_fast.data.collate import CompletionCollator, on_device
+from lofit_fast.data.encode import IGNORED
+from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
 
 _MASK = "logits_to_keep"
@@ -28,27 +33,73 @@ def narrowed(model: nn.Module) -> Iterator[None]:
     what they are without, up to rounding. Whoever listens to the last layer's output gets it without the MLP's part in
     the other rows. The MLP runs whole in a forward pass without a boolean mask (B, S), with a cache, or that gives out
     hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
-    A model whose last layer has no MLP that is known to work row by row is left alone. What is added is hooks, and all
-    of them go.
+    A model whose last layer has no MLP that is known to work row by row, and for the last time, is left alone. What is
+    added is hooks, and all of them go. `narrowing_refusal` tries what cannot be read off a model.
     """
+    layer, mlp = _found(model)
+    hooks = [] if mlp is None else _narrow(model, layer, mlp)
+    try:
+        yield
+    finally:
+        _remove(hooks)
+
+
+def narrowing_refusal(model: nn.Module) -> str | None:
+    """Why narrowing would change a result, found on a few tokens; None where it would not, or leaves the model alone.
+
+    What it notices: something after the last MLP that mixes tokens, or that reads its output in other rows.
+    """
+    layer, mlp = _found(model)
+    if mlp is None:
+        return None
+    rows = trial_examples(model)
+    # rows without a label between rows with one: what they lack must not be missed
+    for row in rows:
+        row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
+    batch = on_device(CompletionCollator(0)(rows), next(model.parameters()).device)
+    hooks: list[RemovableHandle] = []
+    try:
+        with trying(model):
+            expected = model(**batch, use_cache=False)
+            hooks = _narrow(model, layer, mlp)
+            got = model(**batch, use_cache=False)
+    except Exception as error:
+        return f"{type(model).__name__} cannot be tried: {said_of(error)}"
+    finally:
+        _remove(hooks)
+    allowed = rounding(model)
+    moved = difference(got.logits, expected.logits)
+    if not torch.isclose(got.loss.double(), expected.loss.double(), rtol=allowed, atol=allowed):
+        moved = max(moved, ((got.loss - expected.loss) / expected.loss).abs().item())
+    if moved <= allowed:
+        return None
+    return (
+        f"something in {type(model).__name__} reads its last MLP in rows without a label: results move by {moved:.1e}"
+    )
+
+
+def _found(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """(the last layer, its MLP, or None where that must be left alone)."""
     layer = decoder_layers(model)[-1]
     mlp = dict(layer.named_modules()).get(architecture_of(model).ffn)
-    if mlp is None or not _works_by_row(mlp) or not _takes_masks(model):
-        yield
-        return
+    usable = mlp is not None and _works_by_row(mlp) and _takes_masks(model) and _used_once(model, mlp)
+    return layer, mlp if usable else None
+
+
+def _narrow(model: nn.Module, layer: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
     rows = _Rows(model, layer)
-    hooks = [
+    return [
         model.register_forward_pre_hook(rows.take, with_kwargs=True),
         model.register_forward_hook(rows.drop, always_call=True),
         # next to the MLP: what hangs on it already is given whole batches, before and after
         mlp.register_forward_pre_hook(rows.gather),
         mlp.register_forward_hook(rows.scatter, prepend=True),
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 class _Rows:
@@ -58,6 +109,8 @@ class _Rows:
         self.model, self.layer = model, layer
         self.mask: Tensor | None = None
         self.index: Tensor | None = None
+        # of the MLP's call that was given fewer rows
+        self.shape: torch.Size | None = None
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get(_MASK)
@@ -71,15 +124,17 @@ class _Rows:
             self.mask = self.index = None
 
     def gather(self, mlp: nn.Module, args: tuple) -> tuple[Tensor] | None:
-        if self.index is None or len(args) != 1:
+        self.shape = None
+        if self.index is None or len(args) != 1 or args[0].shape[:-1].numel() != self.mask.numel():
             return None
+        self.shape = args[0].shape[:-1]
         return (args[0].flatten(0, -2).index_select(0, self.index.to(args[0].device)),)
 
     def scatter(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self.index is None or len(args) != 1:
+        if self.shape is None:
             return None
         whole = output.new_zeros(self.mask.numel(), output.shape[-1])
-        return whole.index_copy(0, self.index.to(output.device), output).view(*self.mask.shape, -1)
+        return whole.index_copy(0, self.index.to(output.device), output).view(*self.shape, -1)
 
     def _read_in_full(self, kwargs: dict) -> bool:
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
@@ -94,6 +149,11 @@ def _works_by_row(mlp: nn.Module) -> bool:
     """
     linear = all(parameter.dim() <= 2 for parameter in mlp.parameters())
     return type(mlp).__name__.endswith("MLP") and linear and not any(map(_drops, mlp.modules()))
+
+
+def _used_once(model: nn.Module, mlp: nn.Module) -> bool:
+    """Whether the MLP is in one place: layers that share one are not through with it at the first call."""
+    return sum(module is mlp for _, module in model.named_modules(remove_duplicate=False)) == 1
 
 
 def _drops(module: nn.Module) -> bool:

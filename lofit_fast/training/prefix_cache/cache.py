@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.padding import padded
 from lofit_fast.files import writable_folder
@@ -45,7 +46,7 @@ _FORMAT = 1
 # differ between equal models
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 
-Collator = Callable[[Sequence[Encoded]], dict[str, Tensor]]
+Collator = Callable[[Sequence[Encoded]], Batch]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PrefixCollator:
     collator: Collator
     store: PrefixStore
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """The collator's batch, and the states if all rows have them. Positions that hold no token are zero."""
         batch = self.collator(rows)
         found = [self.store.find(row["input_ids"]) for row in rows]
@@ -75,7 +76,7 @@ class PrefixCollator:
         return {**batch, STATES: laid}
 
 
-def _places(batch: dict[str, Tensor], rows: Sequence[Encoded]) -> Iterator[tuple]:
+def _places(batch: Batch, rows: Sequence[Encoded]) -> Iterator[tuple]:
     """Where each row's tokens are in a batch's input_ids, all of them or but the last."""
     lengths = [len(row["input_ids"]) for row in rows]
     if "packed_rows" in batch:
@@ -230,11 +231,11 @@ def _disagreement(prefix: _Prefix, store: PrefixStore, sequences: Sequence[Encod
     """What the model says otherwise with the store than without, on its shortest and its longest; None if nothing."""
     rows = sorted((row for row in sequences if store.find(row["input_ids"]) is not None), key=_length)
     ends = [rows[0], rows[-1]]
-    plain = _on(prefix.device, collator(ends))
-    batch = _on(prefix.device, PrefixCollator(collator, store)(ends))
-    expected = prefix.model(**plain, use_cache=False).logits.float()
+    plain = on_device(collator(ends), prefix.device)
+    batch = on_device(PrefixCollator(collator, store)(ends), prefix.device)
+    expected = prefix.model(**{**plain, "use_cache": False}).logits.float()
     with prefix.skipped():
-        got = prefix.model(**batch, use_cache=False).logits.float()
+        got = prefix.model(**{**batch, "use_cache": False}).logits.float()
     # half of the digits: rounding that differs with the shape of a batch is far below, a wrong state far above
     error = ((got - expected).norm() / expected.norm()).item()
     agrees = error <= torch.finfo(store.states.dtype).eps ** 0.5
@@ -316,7 +317,3 @@ def _filled(prefix: _Prefix, ids: Sequence[Sequence[int]], progress: bool) -> It
 
 def _length(row: Encoded) -> int:
     return len(row["input_ids"])
-
-
-def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}

@@ -7,20 +7,23 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lofit_fast.config import RECIPES, Head, Recipe
 from lofit_fast.heads import read_heads
+from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
 
 RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
 # what all runs have in common, since they share one loaded base, and what each may have of its own
 ENGINE_KEYS = tuple(field.name for field in fields(Engine))
-COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *ENGINE_KEYS)
+# how the data is read, as options of `load_task`
+READING_KEYS = ("split", "subset", "columns")
+COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *READING_KEYS, *ENGINE_KEYS)
 RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
-_WORDS = ("model", "task", "data", "dtype", "device", "heads", "name")
+_WORDS = ("model", "task", "data", "split", "subset", "dtype", "device", "heads", "name")
 _COUNTS = ("train_size", "data_seed")
 
 
@@ -42,7 +45,7 @@ class Run:
 class Grid:
     """A base model, a task and the runs on it. data_seed: of the task's draw, the same data for all runs.
 
-    engine: how the steps of all runs are run.
+    engine: how the steps of all runs are run. reading: how the data is read, as options of `load_task`.
     """
 
     model: str
@@ -53,13 +56,14 @@ class Grid:
     device: str
     engine: Engine
     runs: tuple[Run, ...]
+    reading: dict[str, object] = field(default_factory=dict)
 
 
 def read_grid(path: Path | str) -> Grid:
     """A grid from a file of the tables [base], [grid] and [[runs]].
 
-    [base]: model, and what else all runs share: task, data, data_seed, dtype, device, the fields of Engine, and any
-    setting of a run.
+    [base]: model, and what else all runs share: task, data, split, subset, columns (a table), data_seed, dtype, device,
+    the fields of Engine, and any setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
     working folder.
@@ -97,10 +101,12 @@ def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
     common = {"data": None, "data_seed": 42, "dtype": "auto", "device": "auto"}
     common = {key: base.get(key, default) for key, default in common.items()}
     try:
+        check_columns(base.get("columns"))
         engine = Engine(**{key: base[key] for key in ENGINE_KEYS if key in base})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: [base]: {error}") from error
-    return Grid(model=base["model"], task=task, engine=engine, runs=runs, **common)
+    reading = {key: base[key] for key in READING_KEYS if key in base}
+    return Grid(model=base["model"], task=task, engine=engine, runs=runs, reading=reading, **common)
 
 
 def _product(axes: Mapping[str, object], where: str) -> Iterable[tuple[str, dict]]:
@@ -156,6 +162,8 @@ def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: st
             continue
         if key in _WORDS:
             right, expected = isinstance(value, str) and bool(value), "a text in quotes"
+        elif key == "columns":
+            right, expected = isinstance(value, Mapping) and bool(value), 'a table such as {prompt = "question"}'
         elif key in _COUNTS:
             right, expected = type(value) is int and value >= (key == "train_size"), "a whole number"
         else:

@@ -46,7 +46,8 @@ class Runner:
 
     def _task(self, size: int | None) -> Task:
         grid = self.grid
-        return load_task(grid.task, grid.data, self.tokenizer, train_size=size, seed=grid.data_seed)
+        how = {"train_size": size, "seed": grid.data_seed, "progress": self.options.get("progress", True)}
+        return load_task(grid.task, grid.data, self.tokenizer, **how, **grid.reading)
 
     def __call__(self, run: Run) -> dict[str, object]:
         """Train one run, or take it as it is; a failure becomes a row too."""

@@ -194,17 +194,17 @@ def test_affine_bwd_many_chunks_and_an_expanded_gradient(device, poisoned, rows,
     a, a_heads = parameters("some", D, device)
     v_heads = parameters("all", D, device)[1]
     z = rows(T, H * D, torch.float32)
-    for G in (rows(T, H * D, torch.float32, seed=3), rows(T, H * D, torch.float32, "expanded", seed=3)):
+    plain, expanded = rows(T, H * D, torch.float32, seed=3), rows(T, H * D, torch.float32, "expanded", seed=3)
+    cases = ((1, plain, True), (8, plain, False), (8, expanded, True), (4096, expanded, False))
+    for programs, G, inplace in cases:
         expected = backward_in(torch.float64, G, z, a, a_heads, v_heads, D)
-        for programs in (1, 8, 4096):
-            monkeypatch.setattr(launch, "PROGRAMS", programs)
-            for inplace in (False, True):
-                before = G.clone()
-                given = G.clone() if inplace and G.stride(0) else G
-                got = affine_bwd(given, z, a, a_heads, v_heads, D, inplace=inplace)
-                for x, reference in zip(got, expected, strict=True):
-                    torch.testing.assert_close(x.double(), reference, rtol=1e-5, atol=1e-5)
-                assert torch.equal(G, before)
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        before = G.clone()
+        given = G.clone() if inplace and G.stride(0) else G
+        got = affine_bwd(given, z, a, a_heads, v_heads, D, inplace=inplace)
+        for x, reference in zip(got, expected, strict=True):
+            torch.testing.assert_close(x.double(), reference, rtol=1e-5, atol=1e-5)
+        assert torch.equal(G, before)
 
 
 def test_affine_float64_stays_float64(device, rows):

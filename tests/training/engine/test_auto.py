@@ -4,17 +4,35 @@ import time
 
 import pytest
 import torch
+import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import lofit_fast as lf
+import lofit_fast.cpu.attention as grouped
 from benchmarks.peers import loreft
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.training import Engine
 from lofit_fast.training.engine import auto
 from lofit_fast.training.engine.auto import pays_to_compile, settle
-from tests.tiny_models import tokens
+from lofit_fast.training.engine.packing_trial import packs
+from tests.tiny_models import tiny_model, tokens
+from tests.training.engine.engine_families import family_model
 
 ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(2, 8)]
+
+
+# a stand-in for flash attention, which tells packed examples apart by their positions
+FLASH = "attention_of_packed_rows"
+transformers.AttentionInterface.register(FLASH, sdpa_attention_forward)
+transformers.AttentionMaskInterface.register(FLASH, sdpa_mask)
+# and one that does not
+LEAKY = "attention_that_leaks"
+transformers.AttentionInterface.register(LEAKY, sdpa_attention_forward)
+transformers.AttentionMaskInterface.register(
+    LEAKY, lambda *args, mask_function=None, **options: sdpa_mask(*args, **options)
+)
 
 
 @pytest.fixture
@@ -93,10 +111,11 @@ def examples(*lengths, shared=0):
         (GROUPED, False, examples(80, 60, 40), False),
         ("sdpa", "auto", examples(80, 60, 40), False),
         ("sdpa", True, examples(80, 60, 40), True),
-        ("flash_attention_2", "auto", examples(60, 60), True),
+        (FLASH, "auto", examples(60, 60), True),
     ],
 )
-def test_auto_packs_where_it_saves(handle, attention, packing, rows, expected):
+def test_auto_packs_where_it_saves(handle, attention, packing, rows, expected, monkeypatch):
+    monkeypatch.setattr(auto, "packs", lambda name: packs(name) or name == FLASH)
     engine = Engine(attention=attention, compile=False, packing=packing)
     settled, said = settle(handle, engine, rows, 0, len(rows), 1)
     assert settled.packing is expected
@@ -120,3 +139,52 @@ def test_auto_does_not_pack_for_who_must_know_examples_apart(llama):
     peer = loreft.make(llama)
     engine = Engine(attention=GROUPED, compile=False)
     assert settle(peer, engine, examples(80, 60, 40), 0, 3, 1)[0].packing is False
+
+
+def test_auto_does_not_pack_what_leaks(handle, monkeypatch):
+    monkeypatch.setattr(auto, "packs", lambda name: True)
+    assert settle(handle, Engine(attention=LEAKY), examples(80, 60), 0, 2, 1)[0].packing is False
+    with pytest.raises(ValueError, match="packing with 'attention_that_leaks' .* was asked for, but in a packed"):
+        settle(handle, Engine(attention=LEAKY, packing=True), examples(80, 60), 0, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_9", "sdpa"])
+def test_an_attention_that_cannot_be_used_is_refused_before_a_run(name):
+    model = family_model("gpt_oss")
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"attention '{name}' cannot be used here: "):
+        settle(handle, Engine(attention=name), examples(8, 6), 0, 2, 1)
+    assert model.config._attn_implementation == "eager"
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_attention_that_computes_something_else_is_refused(handle, monkeypatch):
+    wrong = "attention_of_a_test"
+    transformers.AttentionInterface.register(
+        wrong, lambda *args, **options: [2 * sdpa_attention_forward(*args, **options)[0], None]
+    )
+    transformers.AttentionMaskInterface.register(wrong, sdpa_mask)
+    with pytest.raises(ValueError, match="LlamaForCausalLM's logits are .* away from its own"):
+        settle(handle, Engine(attention=wrong), examples(8, 6), 0, 2, 1)
+    # nor does "auto" pick the grouped one where it would
+    mix = grouped._mix
+    monkeypatch.setattr("lofit_fast.cpu.attention._mix", lambda weights, value: 2 * mix(weights, value))
+    assert settle(handle, Engine(), examples(8, 6), 0, 2, 1)[0].attention == "sdpa"
+
+
+def test_a_model_with_attention_code_of_its_own_keeps_it(handle, monkeypatch):
+    kind = type(handle.model)
+    for each in {type(m) for m in handle.model.modules() if hasattr(m, "set_attn_implementation")}:
+        monkeypatch.setattr(each, "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert settle(handle, Engine(), examples(8, 6), 0, 2, 1)[0].attention == "sdpa"
+    with pytest.raises(ValueError, match=f"{kind.__name__} has attention code of its own, and stays with 'sdpa'"):
+        settle(handle, Engine(attention="eager"), examples(8, 6), 0, 2, 1)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(7, 2), (7, 3), (4, 8)])
+def test_heads_that_cannot_share_are_refused_with_both_numbers(heads, groups):
+    model = tiny_model("llama", hidden_size=56, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8)
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    with pytest.raises(ValueError, match=f"{heads} query heads on {groups} heads of keys and values, and cannot run"):
+        settle(handle, Engine(), examples(8, 6), 0, 2, 1)

@@ -74,7 +74,9 @@ def test_engine_auto_changes_nothing_by_itself(llama):
         assert belongings(llama) == before
 
 
-@pytest.mark.parametrize(("family", "component"), [("llama", "scale"), ("gemma3", "offset")])
+@pytest.mark.parametrize(
+    ("family", "component"), [pytest.param("llama", "scale", marks=pytest.mark.slow), ("gemma3", "offset")]
+)
 def test_engine_compiled_layers_compute_the_same(family, component, quick_compiler):
     model = tiny_model(family)
     randomize(lf.patch(model, lf.LofitConfig(**{component: "all"})), 0.1)
@@ -87,6 +89,7 @@ def test_engine_compiled_layers_compute_the_same(family, component, quick_compil
     )
 
 
+@pytest.mark.slow
 def test_engine_compiles_a_model_with_hooks_apart(quick_compiler):
     # the two share the code of their layers, and dynamo by itself does not see that one has hooks
     for hooks in ([], [lambda module, args: (2 * args[0],)]):

@@ -36,7 +36,8 @@ def patched(family="llama", dtype=torch.float64, **config):
 
 def results(model, inputs, parameters=None, **options):
     """Logits of the kept rows, and gradients of a loss in their own dtype: transformers computes its own in float32."""
-    logits = model(**{k: v for k, v in inputs.items() if "labels" not in k}, **{"use_cache": False, **options}).logits
+    given = {k: v for k, v in inputs.items() if "labels" not in k}
+    logits = model(**{**given, "use_cache": False, **options}).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, -2), inputs["shift_labels"])
     parameters = list(lf.handle_of(model).parameters()) if parameters is None else parameters
     return logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -348,6 +349,7 @@ def test_narrow_compiles_once_for_all_shapes(family, packed, quick_compiler):
             assert counters["stats"]["unique_graphs"] <= plain + 1, number
         # and one for the whole of it
         full = {key: value for key, value in batches[0].items() if "label" not in key and "logits" not in key}
-        got = model(**full, use_cache=False).logits
+        full["use_cache"] = False
+        got = model(**full).logits
     assert not counters["graph_break"]
-    torch.testing.assert_close(got, model(**full, use_cache=False).logits)
+    torch.testing.assert_close(got, model(**full).logits)

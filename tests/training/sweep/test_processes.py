@@ -103,6 +103,7 @@ def test_two_processes_give_the_rows_of_one(grid, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_error_in_loading_the_base_is_the_callers(grid, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="model"):

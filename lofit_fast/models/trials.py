@@ -1,0 +1,79 @@
+"""What a model does, found out by running it on a few tokens: a comparison of results, never of times.
+
+No weight, mode or random number changes. Families differ in ways that no list keeps up with; a forward pass tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lofit_fast.data.collate import on_device
+from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.layer import eval_mode
+
+# tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded
+OWN, SHARED = (7, 5, 3), 4
+_TARGETS = ("labels", "shift_labels", "logits_to_keep")
+
+
+def trial_examples(model: nn.Module, *, other: bool = False) -> list[Encoded]:
+    """Examples of distinct, ordinary tokens, with labels after what all begin with.
+
+    other: whether the first has other tokens, as many, while the rest is as it was.
+    """
+    ids = iter(_ordinary_tokens(model, SHARED + sum(OWN) + OWN[0]))
+    shared = [next(ids) for _ in range(SHARED)]
+    rows = [shared + [next(ids) for _ in range(own)] for own in OWN]
+    if other:
+        rows[0] = shared + list(ids)
+    return [{"input_ids": row, "labels": [IGNORED] * SHARED + row[SHARED:]} for row in rows]
+
+
+@contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """A scope in eval mode and without gradients, after which modes and random numbers are as they were."""
+    with torch.random.fork_rng(devices=[]), eval_mode(model), torch.no_grad():
+        yield
+
+
+def all_logits(model: nn.Module, batch) -> Tensor:
+    """(B, S, vocabulary): of a collator's batch, whatever logits it asks for."""
+    asked = {"use_cache": False, **{name: value for name, value in batch.items() if name not in _TARGETS}}
+    return model(**on_device(asked, next(model.parameters()).device)).logits
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """The largest of |got - expected| / |expected| over rows (..., n); infinite for other shapes or no numbers."""
+    if got.shape != expected.shape:
+        return float("inf")
+    got, expected = got.double().flatten(0, -2), expected.double().flatten(0, -2)
+    away = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.nan_to_num(away, nan=float("inf")).max().item()
+
+
+def rounding(model: nn.Module) -> float:
+    """What `difference` may come to where only the order of sums differs: half of the digits of the model's dtype."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
+    return max(torch.finfo(kind).eps for kind in kinds or {torch.float32}) ** 0.5
+
+
+def said_of(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _ordinary_tokens(model: nn.Module, count: int) -> list[int]:
+    """Distinct ids, spread over the vocabulary, none of which a config names for a purpose of its own."""
+    configs = {id(config): config for config in (model.config, text_config(model))}.values()
+    values = (value for config in configs for name, value in vars(config).items() if "token_i" in name)
+    special = {one for value in values for one in (value if isinstance(value, list | tuple) else [value])}
+    size = text_config(model).vocab_size
+    step = max(1, size // (count + len(special)))
+    ordinary = [token for token in range(step // 2, size, step) if token not in special] or [0]
+    # a vocabulary of few tokens repeats them
+    return (ordinary * -(-count // len(ordinary)))[:count]

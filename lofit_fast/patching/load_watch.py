@@ -1,0 +1,64 @@
+"""A warning where a state_dict is loaded into a patched model: it never holds the vectors, which stay behind."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+from torch import nn
+
+MESSAGE = (
+    "a state_dict was loaded into a model patched by LoFiT: the base model was filled, the LoFiT vectors stay what "
+    "they were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
+    "callbacks=[lofit_fast.AdapterCheckpoints(handle)], call accelerator.register_for_checkpointing(lofit_fast."
+    "AdapterCheckpoints(handle)), or save and load the adapter beside it: handle.save(folder), lofit_fast.load(model, "
+    "folder)"
+)
+
+
+class LoadWatch:
+    """Warns when somebody loads a state_dict into a patched model and nobody restores the vectors.
+
+    Trainer does so when it resumes and when it takes the best model back, accelerate in load_state. What restores
+    vectors signs up with `expect`; then the warning waits for the next forward, and `settled` cancels it.
+    layer: the adapted layer that is watched; a load of any module above it counts. decoder: whose forward is the next.
+    """
+
+    def __init__(self, layer: nn.Module, decoder: nn.Module) -> None:
+        self.decoder = decoder
+        self._restorers: weakref.WeakSet = weakref.WeakSet()
+        self._owed: Any = None
+        self._hook = layer.register_load_state_dict_post_hook(self._loaded)
+
+    def expect(self, restorer: object) -> None:
+        """Trust an object, for as long as it lives, to restore the vectors after a load."""
+        self._restorers.add(restorer)
+
+    def settled(self) -> None:
+        """The vectors have been restored."""
+        if self._owed is not None:
+            self._owed.remove()
+            self._owed = None
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        self.settled()
+        self._hook.remove()
+
+    def _loaded(self, module: nn.Module, incompatible_keys: object) -> None:
+        if not self._restorers:
+            warnings.warn(MESSAGE, stacklevel=2)
+        elif self._owed is None:
+            self._owed = self.decoder.register_forward_pre_hook(self._complain)
+
+    def _complain(self, module: nn.Module, args: tuple) -> None:
+        self.settled()
+        warnings.warn(MESSAGE, stacklevel=2)
+
+    def __getstate__(self) -> dict:
+        # a copy is restored by nobody yet, and weak references cannot be pickled
+        return {**vars(self), "_restorers": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _restorers=weakref.WeakSet())

@@ -1,0 +1,81 @@
+"""Sharded models: refused where a part of a tensor would be taken for the whole. Told by kinds of tensors, not by tools.
+
+Each process of a sharded model holds parts of its tensors. Head numbers are those of the whole, so that an adapter put
+into parts lands on other heads; and vectors that are made after the sharding are known to nobody who synchronises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+_BEFORE = (
+    "Patch the model first and shard it afterwards (fully_shard), or train data-parallel, each process with the "
+    "whole model"
+)
+_GATHER = (
+    "Gather the model first, on every process: module.unshard() of each module that was given to fully_shard, and "
+    "module.reshard() afterwards"
+)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise ValueError for a model that holds parts of its tensors, before it is patched."""
+    if (found := _first_part(model)) is not None:
+        raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+
+
+def check_whole(model: nn.Module, action: str) -> None:
+    """Raise ValueError when a patched model, sharded since, holds parts of its tensors. action: what they are for."""
+    if (found := _first_part(model)) is not None:
+        raise ValueError(f"cannot {action} a sharded model: {found}. {_GATHER}")
+
+
+def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, int]]], action: str) -> None:
+    """Raise ValueError unless the vectors of an adapter are whole.
+
+    vectors: (name, tensor, the shape it was made with) each. action: what they are for.
+    """
+    for name, tensor, shape in vectors:
+        found = "which is not there" if tensor is None else _kind_of(tensor)
+        if found is None and (tuple(tensor.shape) != shape or tensor.untyped_storage().nbytes() == 0):
+            found = f"which has the shape {tuple(tensor.shape)}, expected {shape} with all its numbers here"
+        if found is not None:
+            raise ValueError(f"cannot {action} the adapter of a sharded model: found {name}, {found}. {_GATHER}")
+
+
+def _first_part(model: nn.Module) -> str | None:
+    """What shows that a model is sharded, in words; None for a whole one."""
+    if (size := getattr(model, "_tp_size", None)) is not None and size > 1:
+        return f"it is tensor-parallel over {size} processes"
+    for name, module in model.named_modules():
+        # FSDP keeps what it wraps under this name, and its parts in one flat tensor that the parameters point into
+        if "_fsdp_wrapped_module" in module._modules:
+            return f"found a {type(module).__name__} around {name or 'the model'}"
+    return next((f"found {name}, {kind}" for name, kind in _parts(model)), None)
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if (kind := _kind_of(tensor)) is not None:
+            yield name, kind
+    for name, module in model.named_modules():
+        expected = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        weight = vars(module).get("_parameters", {}).get("weight") if type(module) is nn.Linear else None
+        if type(weight) is nn.Parameter and tuple(weight.shape) != expected:
+            yield f"{name}.weight", f"which has the shape {tuple(weight.shape)} here, expected {expected}"
+
+
+def _kind_of(tensor: Tensor) -> str | None:
+    """What kind of part a tensor is, in words; None for a whole one."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        return f"a {type(tensor).__name__} placed {tuple(map(str, tensor.placements))} over {tensor.device_mesh.size()} processes"
+    if hasattr(tensor, "local_shards"):
+        return f"a {type(tensor).__name__} of which this process holds shards"
+    if getattr(tensor, "_is_flat_param", False):
+        return "a flat tensor of which this process holds a shard"
+    # DeepSpeed's mark on a parameter whose numbers are spread over the processes
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        return "a parameter that is partitioned (ZeRO stage 3)"
+    return None

@@ -1,0 +1,341 @@
+"""LoFiT as a method of PEFT, for people whose stack is PEFT: importing this module registers it as peft_type LOFIT.
+
+    import lofit_fast.peft
+    model = peft.get_peft_model(model, lofit_fast.peft.LofitPeftConfig(offset=heads))
+
+What is computed, drawn, merged and written is what `lofit_fast.patch` computes, draws, merges and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from torch import Tensor, nn
+
+from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
+from lofit_fast.patching.handle import build_layers, handle_of
+from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
+from lofit_fast.patching.merge import check_mergeable, merge_into_base, merged_tensors
+from lofit_fast.patching.peft_layers import is_tuner_layer
+from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
+from lofit_kernels import fold_offsets, head_affine, head_affine_linear, head_index
+
+
+@dataclass
+class LofitPeftConfig(PeftConfig):
+    """`LofitConfig` as a config of PEFT.
+
+    scale, offset, init_std, seed: as of `LofitConfig`. modules_to_save: as of every PEFT method. The projections are
+    found in the model: `target_modules` is filled in, not asked for. fingerprint: the shape of the model that the
+    adapter is for, once there is one. Raises what `LofitConfig` raises.
+    """
+
+    scale: HeadSet = None
+    offset: HeadSet = None
+    init_std: float = 1e-3
+    seed: int = 42
+    modules_to_save: list[str] | None = None
+    target_modules: set[str] | None = field(default=None, repr=False)
+    fingerprint: dict | None = field(default=None, repr=False)
+    format_version: int = field(default=FORMAT_VERSION, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOFIT
+        config = self.heads()
+        self.scale, self.offset = config.scale, config.offset
+
+    def heads(self) -> LofitConfig:
+        """What is adapted, for `lofit_fast`."""
+        return LofitConfig(self.scale, self.offset, self.init_std, self.seed)
+
+    def to_dict(self) -> dict:
+        """What `adapter_config.json` holds: what `handle.save` writes, and PEFT's own entries."""
+        return super().to_dict() | {"peft_type": PEFT_TYPE, "target_modules": None, "format_version": FORMAT_VERSION}
+
+
+class LofitPeftLayer(nn.Module, BaseTunerLayer):
+    """A projection with the scales and offsets of some adapters, of which one at a time is active.
+
+    base_layer: the projection. lofit_scale, lofit_offset: parameters (h, D) by adapter, float32 (float64 in a float64
+    model), rows by ascending head; beside them the heads.
+    """
+
+    adapter_layer_names = ("lofit_scale", "lofit_offset")
+    other_param_names = ("lofit_scale_heads", "lofit_offset_heads")
+
+    def __init__(self, base_layer: nn.Module, n_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.in_features, self.out_features = n_heads * head_dim, outputs_of(base_layer)
+        for component in COMPONENTS:
+            setattr(self, f"lofit_{component}", nn.ParameterDict())
+            setattr(self, f"lofit_{component}_heads", BufferDict(persistent=False))
+        self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], []
+        # weight and bias as they were, while an adapter is merged
+        self._unmerged: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def update_layer(self, adapter: str, made: LofitLinear) -> None:
+        """Take an adapter's vectors from what `patch` would have put here."""
+        for component in COMPONENTS:
+            if (vectors := getattr(made, component)) is not None:
+                getattr(self, f"lofit_{component}")[adapter] = vectors
+                index = getattr(made, f"{component}_heads")
+                if index.is_meta:
+                    # drawn nowhere, to be loaded: the numbers come from a file, the heads do not
+                    index = head_index(made.heads(component), self.n_heads, self._device())
+                getattr(self, f"lofit_{component}_heads")[adapter] = index
+
+    def holds(self, adapter: str) -> bool:
+        """Whether the adapter has vectors here."""
+        return adapter in self.lofit_scale or adapter in self.lofit_offset
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one. Raises ValueError for several."""
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(f"LoFiT has one active adapter at a time, got {list(adapter_names)}")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def forward(self, z: Tensor, *args, **kwargs) -> Tensor:
+        """z: (..., K), attention output before the projection. Returns (..., N)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapter = next((name for name in self.active_adapters if self.holds(name)), None)
+        base = self.base_layer
+        if self.disable_adapters or self.merged or adapter is None:
+            return base(z, *args, **kwargs)
+        vectors = self._vectors(adapter)
+        if not is_plain_linear(base) or args or kwargs:
+            return base(head_affine(z, **vectors), *args, **kwargs)
+        folded, offset = None, vectors["offset"]
+        if torch.is_grad_enabled() and offset is not None and offset.requires_grad and not base.weight.requires_grad:
+            folded = fold_offsets([base.weight], [offset], [vectors["offset_heads"]])[0]
+            vectors |= {"offset": None, "offset_heads": None}
+        return head_affine_linear(z, base.weight, base.bias, folded=folded, **vectors)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the active adapter into the projection, where that takes no new parameter; `unmerge` undoes it.
+
+        Raises ValueError as `check_in_place` does.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.holds(name)]
+        if not names:
+            return
+        self.check_in_place(names)
+        base, layer = self.base_layer, self.as_patched(names[0])
+        weight, bias = merged_tensors(layer)
+        if safe_merge and not all(tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None):
+            raise ValueError(f"merging adapter {names[0]!r} gives numbers that are not finite")
+        self._unmerged = (
+            None if layer.scale is None else base.weight.detach().clone(),
+            None if layer.offset is None else base.bias.detach().clone(),
+        )
+        self._write(weight if layer.scale is not None else None, bias if layer.offset is not None else None)
+        self.merged_adapters.append(names[0])
+
+    def check_in_place(self, names: list[str]) -> None:
+        """Raise ValueError unless the adapters, one at most, merge into the parameters that the projection has."""
+        if len(names) > 1 or self.merged:
+            raise ValueError(f"LoFiT merges one adapter at a time, got {[*self.merged_adapters, *names]}")
+        if not is_plain_linear(self.base_layer):
+            raise ValueError(f"cannot merge into a {type(self.base_layer).__name__}: expected a plain nn.Linear")
+        if any(name in self.lofit_offset for name in names) and self.base_layer.bias is None:
+            raise ValueError(
+                "cannot merge offsets in place: the projection has no bias to take them. merge_and_unload() gives the "
+                "model its biases, and sets the config so that it reloads with them"
+            )
+
+    def unmerge(self) -> None:
+        """Put back the weight and the bias as they were, bit for bit."""
+        self._write(*self._unmerged)
+        self._unmerged, self.merged_adapters = (None, None), []
+
+    def as_patched(self, adapter: str) -> LofitLinear:
+        """The same layer as `lofit_fast.patch` makes it, with the adapter's own vectors; attached to nothing."""
+        heads = [
+            None if adapter not in (index := getattr(self, f"lofit_{c}_heads")) else index[adapter].tolist()
+            for c in COMPONENTS
+        ]
+        layer = LofitLinear(self.base_layer, self.n_heads, self.head_dim, *heads)
+        for component in COMPONENTS:
+            if adapter in (vectors := getattr(self, f"lofit_{component}")):
+                setattr(layer, component, vectors[adapter])
+        return layer
+
+    def _device(self) -> torch.device:
+        """Where the projection computes."""
+        return next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
+
+    @torch.no_grad()
+    def _write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                getattr(self.base_layer, name).copy_(tensor)
+
+    def _vectors(self, adapter: str) -> dict[str, Tensor | None]:
+        """The adapter's vectors and heads, as the ops take them."""
+        return {
+            name: table[adapter] if adapter in (table := getattr(self, f"lofit_{name}")) else None
+            for name in ("scale", "scale_heads", "offset", "offset_heads")
+        }
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To where the projection computes. The dtype stays: the vectors are too small for 16 bits."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            table = getattr(self, name)
+            if adapter_name in table and not table[adapter_name].is_meta:
+                table[adapter_name] = table[adapter_name].to(device or self._device())
+
+    def _apply(self, fn, recurse: bool = True):
+        for name, child in self.named_children():
+            child._apply(at_least_float32(fn) if name in self.adapter_layer_names else fn)
+        return self
+
+
+class LofitModel(BaseTuner):
+    """PEFT's tuner of LoFiT: finds the projections and wraps those that the config adapts."""
+
+    prefix = "lofit_"
+    tuner_layer_cls = LofitPeftLayer
+    target_module_mapping: dict = {}
+
+    def _prepare_adapter_config(self, peft_config: LofitPeftConfig, model_config: dict) -> LofitPeftConfig:
+        # the projections are found in the model, see `_prepare_model`
+        return peft_config
+
+    def _prepare_model(self, peft_config: LofitPeftConfig, model: nn.Module) -> None:
+        """Find the projections and draw the vectors. Raises ValueError for whatever does not fit, nothing changed."""
+        if handle_of(model) is not None:
+            raise ValueError("the model is patched by lofit_fast.patch: unpatch() or merge() its handle first")
+        projections = find_projections(model)
+        layers = build_layers(model, peft_config.heads(), projections)
+        adapted = [p for p in projections if p.layer in layers]
+        for p in adapted:
+            if is_tuner_layer(p.module) and not isinstance(p.module, LofitPeftLayer):
+                raise ValueError(
+                    f"{p.name} has another adapter of PEFT: merge it first, or use lofit_fast.patch, which goes around"
+                )
+        found = fingerprint(model, projections)
+        if peft_config.fingerprint is not None and Fingerprint(**peft_config.fingerprint) != found:
+            made_for = Fingerprint(**peft_config.fingerprint)
+            raise ValueError(f"the adapter is for another model: it was made for {made_for}, this model is {found}")
+        peft_config.fingerprint = found.as_dict()
+        peft_config.target_modules = {p.name for p in adapted}
+        self._drawn = {p.name: (p, layers[p.layer]) for p in adapted}
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        projection, drawn = self._drawn.pop(current_key)
+        wrapper = target
+        if not isinstance(target, LofitPeftLayer):
+            wrapper = LofitPeftLayer(target, projection.n_heads, projection.head_dim)
+            wrapper.training = target.training
+        wrapper.update_layer(adapter_name, drawn)
+        wrapper.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if wrapper is not target:
+            self._replace_module(parent, target_name, wrapper, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # our layers are made where they compute
+        setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the active adapter for the time being. Raises ValueError, nothing changed, where a layer cannot."""
+        for layer in (m for m in self.model.modules() if isinstance(m, LofitPeftLayer)):
+            names = [name for name in adapter_names or layer.active_adapters if layer.holds(name)]
+            if set(names) - set(layer.merged_adapters):
+                layer.check_in_place(names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Refused: scales of two adapters do not add up."""
+        raise ValueError("LoFiT has no weighted sum of adapters: scales multiply. Train one, or use set_adapter")
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        for layer in (m for m in self.model.modules() if isinstance(m, LofitPeftLayer) and m.merged):
+            layer.unmerge()
+        if merge:
+            self._merge_for_good(adapter_names or self.active_adapters, safe_merge)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _merge_for_good(self, names: list[str], safe_merge: bool) -> None:
+        """What `handle.merge` does, the config included. Raises ValueError, nothing changed."""
+        if len(names) > 1:
+            raise ValueError(f"LoFiT merges one adapter at a time, got {names}")
+        projections = find_projections(self.model)
+        ours = [p for p in projections if isinstance(p.module, LofitPeftLayer)]
+        layers = {p.layer: p.module.as_patched(name) for p in ours for name in names if p.module.holds(name)}
+        if safe_merge and not all(v.isfinite().all() for layer in layers.values() for v in layer.parameters(False)):
+            raise ValueError(f"adapter {names[0]!r} has numbers that are not finite")
+        with self._bases_in_place(ours):
+            check_mergeable(self.model, layers, projections)
+            merge_into_base(self.model, layers, projections)
+
+    @contextmanager
+    def _bases_in_place(self, ours: list[Projection]) -> Iterator[None]:
+        """The projections without our layers; an error puts these back."""
+        for p in ours:
+            setattr(p.parent, p.attribute, p.module.base_layer)
+        try:
+            yield
+        except BaseException:
+            for p in ours:
+                setattr(p.parent, p.attribute, p.module)
+            raise
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """Refuses an adapter per row, which PEFT would ignore."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("LoFiT has one active adapter for all rows of a batch: expected no adapter_names")
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
+        """By (component, layer), so that a folder of `handle.save` loads into any model around the same decoder."""
+        known = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LofitPeftLayer):
+                for component in COMPONENTS:
+                    key = f"{name}.lofit_{component}"
+                    known[parse_tensor_name(key)] = f"{key}.{adapter_name}"
+        return {known.get(parse_tensor_name(key), key): tensor for key, tensor in state_dict.items()}
+
+
+def _register() -> None:
+    """Make LOFIT one of PEFT's types. A second time changes nothing."""
+    if "LOFIT" not in PeftType.__members__:
+        member = str.__new__(PeftType, "LOFIT")
+        member._name_, member._value_, member._sort_order_ = "LOFIT", "LOFIT", len(PeftType)
+        # an enumeration has no way to grow; these are the tables that it looks its members up in
+        type.__setattr__(PeftType, "LOFIT", member)
+        PeftType._member_names_.append("LOFIT")
+        PeftType._member_map_["LOFIT"] = PeftType._value2member_map_["LOFIT"] = member
+    if PeftType.LOFIT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="lofit", config_cls=LofitPeftConfig, model_cls=LofitModel)
+    # of a module that is imported anew, the newest classes count; files hold the longer name
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOFIT] = PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = LofitPeftConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LOFIT] = LofitModel
+
+
+_register()

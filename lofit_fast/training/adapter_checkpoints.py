@@ -1,0 +1,147 @@
+"""The adapter in the checkpoints of any Trainer, and of accelerate: saved, resumed, and the best one taken back."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, load_file, save, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lofit_fast.patching.handle import LofitHandle, handle_of
+from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, read_adapter
+
+# two folders deep: Trainer takes a folder with adapter_model.safetensors right below a checkpoint for one of PEFT's
+FOLDER = Path("lofit") / "adapter"
+
+
+class AdapterCheckpoints(TrainerCallback, ExportableState):
+    """Keeps a handle's vectors with the checkpoints of transformers.Trainer, TRL's trainers, or accelerate.
+
+    A patched model's state_dict is the base's, so Trainer's own checkpoints lack the vectors. With this callback
+    every checkpoint has them, a resumed run goes on from them, and load_best_model_at_end takes the best ones back:
+
+        Trainer(handle.model, args, ..., callbacks=[lf.AdapterCheckpoints(handle)])
+        accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
+
+    Each checkpoint gets the folder lofit/adapter, which `lf.load` reads; so does the output folder when training ends.
+    What a run resumes from is in trainer_state.json, wherever the checkpoint has been moved to.
+
+    Args:
+        handle: the patched model's; None finds it in the trained model.
+        save_base: False takes the frozen base's weights out of each checkpoint again once Trainer has written it. What
+            else is trained (a classifier's head) stays. Trainer then lists the base's keys as missing when it resumes.
+
+    Raises ValueError when a run resumes from a checkpoint without vectors, or with those of other heads; the model
+    then keeps the vectors it had.
+    """
+
+    def __init__(self, handle: LofitHandle | None = None, *, save_base: bool = True) -> None:
+        if handle is not None and not isinstance(handle, LofitHandle):
+            raise TypeError(f"expected the handle of a patched model, got {type(handle).__name__}")
+        self.handle, self.save_base = handle, save_base
+        if handle is not None:
+            handle.check_live()
+            handle.load_watch.expect(self)
+
+    def state_dict(self) -> dict:
+        """The adapted heads, and the vectors by "<layer>.<component>": what accelerate and a loop of one's own save."""
+        vectors = {name: vector.detach().clone().cpu() for name, vector in self.handle.named_parameters()}
+        return {"heads": _heads(self.handle), "vectors": vectors}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the vectors of a `state_dict`. Raises ValueError, changing nothing, for those of other heads."""
+        self._restore(state, "the state")
+
+    def state(self) -> dict:
+        """What Trainer writes into a checkpoint's trainer_state.json."""
+        # transformers builds a new callback from "args" and "attributes", where it is asked to
+        exported = {"args": {"save_base": self.save_base}, "attributes": {}}
+        if self.handle is None:
+            return exported
+        state = self.state_dict()
+        text = base64.b64encode(save(state["vectors"])).decode("ascii")
+        return {**exported, "heads": state["heads"], "vectors": text}
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        """After a checkpoint was loaded: its vectors."""
+        self._find(model)
+        if state.is_hyper_param_search:
+            raise ValueError("AdapterCheckpoints cannot follow a hyperparameter search: its runs share one adapter")
+        # a run that begins has made no step yet
+        if state.global_step == 0:
+            return
+        written = state.stateful_callbacks.get(type(self).__name__)
+        # with several callbacks of one name, each is the one of its own heads
+        candidates = written if isinstance(written, list) else [written] if written else []
+        ours = [one for one in candidates if one.get("heads") == _heads(self.handle)]
+        found = (ours or candidates or [{}])[-1]
+        where = f"the checkpoint of step {state.global_step}"
+        if "vectors" not in found:
+            raise ValueError(
+                f"cannot resume: {where} has no LoFiT vectors, since it was written without AdapterCheckpoints; start "
+                "anew, or lf.load() an adapter and train without resume_from_checkpoint"
+            )
+        self._restore({**found, "vectors": load(base64.b64decode(found["vectors"]))}, where)
+
+    def on_save(self, args, state, control, model=None, **_):
+        """After a checkpoint was written: the adapter beside it."""
+        if not args.should_save:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.handle.save(checkpoint / FOLDER)
+        if not self.save_base:
+            _drop_frozen(self.handle.model, checkpoint)
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        """The vectors of the best checkpoint, if Trainer has gone back to it; and the result in the output folder."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            adapter = read_adapter(Path(state.best_model_checkpoint) / FOLDER)
+            check_fits(adapter, self.handle.fingerprint)
+            self.handle.take(adapter)
+        if args.should_save:
+            self.handle.save(Path(args.output_dir) / FOLDER)
+
+    def _find(self, model: nn.Module | None) -> None:
+        if self.handle is None:
+            found = handle_of(model)
+            if found is None:
+                raise ValueError("AdapterCheckpoints found no patched model in this trainer: lf.patch() it first")
+            AdapterCheckpoints.__init__(self, found, save_base=self.save_base)
+        self.handle.check_live()
+        if model is not None and handle_of(model) is not self.handle:
+            raise ValueError("AdapterCheckpoints has the handle of another model than the one that is trained")
+
+    def _restore(self, state: dict, where: str) -> None:
+        got, expected = state["heads"], _heads(self.handle)
+        if got != expected:
+            raise ValueError(f"{where} has vectors of other heads: got {got}, expected {expected}; patch as it was")
+        tensors = {}
+        for name, vector in state["vectors"].items():
+            layer, component = name.split(".")
+            tensors[component, int(layer)] = vector
+        handle = self.handle
+        handle.take(Adapter(handle.config, tensors, handle.fingerprint, ""))
+
+
+def _heads(handle: LofitHandle) -> dict:
+    """The adapted heads, as JSON gives them back."""
+    return json.loads(json.dumps({component: getattr(handle.config, component) for component in COMPONENTS}))
+
+
+def _drop_frozen(model: nn.Module, checkpoint: Path) -> None:
+    """Leave in a checkpoint's weights what is trained and no vector of ours."""
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    wanted = {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in trained}
+    kept: dict[str, torch.Tensor] = {}
+    for file in files:
+        kept |= {name: tensor for name, tensor in load_file(file).items() if name in wanted}
+    for file in (*files, *checkpoint.glob("model*.safetensors.index.json")):
+        file.unlink()
+    if files:
+        save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})

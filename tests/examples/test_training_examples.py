@@ -1,0 +1,89 @@
+"""Every training example on a tiny model: it runs, it learns, and its adapter loads."""
+
+import json
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from examples import accelerate_loop, autocast_loop, classification, stock_trainer
+from examples.material import model_and_stories, tell
+from tests.oracle import vectors_of
+
+pytest.importorskip("trl")
+from examples import dpo_with_trl, sft_with_trl
+
+EXAMPLES = {
+    "sft": sft_with_trl.train_sft,
+    "dpo": dpo_with_trl.train_dpo,
+    "trainer": stock_trainer.train_stock,
+    "autocast": autocast_loop.train_autocast,
+    "accelerate": accelerate_loop.train_accelerated,
+    "classification": classification.train_classifier,
+}
+# the commands run what the tests above run; one of them stays in the quick run
+COMMANDS = [
+    autocast_loop,
+    *(
+        pytest.param(module, marks=pytest.mark.slow)
+        for module in (sft_with_trl, dpo_with_trl, stock_trainer, accelerate_loop, classification)
+    ),
+]
+
+
+def adapter_in(folder):
+    """The vectors of an adapter folder, loaded into a model of the examples' own."""
+    model, tokenizer, _ = model_and_stories("tiny")
+    return [rows.detach() for _, rows in vectors_of(lf.load(model, folder)).values()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_learns(name, tmp_path, capsys):
+    model, tokenizer, stories = model_and_stories("tiny")
+    torch.manual_seed(0)
+    # few, so that a model that knows nothing can learn them by heart; the example with an evaluation keeps eight for it
+    stories = stories[: 12 if name == "trainer" else 4]
+    losses = tell(EXAMPLES[name](model, tokenizer, stories, 12, tmp_path))
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert "at first" in capsys.readouterr().out
+    if name != "classification":
+        assert all(rows.abs().max() > 1e-2 for rows in adapter_in(tmp_path / "adapter"))
+
+
+def test_the_classifier_learns_its_head(tmp_path):
+    model, tokenizer, stories = model_and_stories("tiny")
+    classification.train_classifier(model, tokenizer, stories, 2, tmp_path)
+    from safetensors.torch import load_file
+
+    (head,) = load_file(tmp_path / "head.safetensors").values()
+    (kept,) = load_file(tmp_path / "checkpoint-2" / "model.safetensors").values()
+    assert torch.equal(head, kept)
+    handle = lf.load(classification.classifier_of(model_and_stories("tiny")[0], tokenizer), tmp_path / "adapter")
+    assert handle.n_parameters() == 2 * 32
+
+
+def test_the_stock_example_goes_on(tmp_path):
+    for steps in (4, 8):
+        losses = stock_trainer.train_stock(*model_and_stories("tiny"), steps, tmp_path)
+        assert len(losses) == steps
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+
+
+def test_the_accelerate_example_goes_on(tmp_path):
+    first = accelerate_loop.train_accelerated(*model_and_stories("tiny"), 8, tmp_path)
+    again = accelerate_loop.train_accelerated(*model_and_stories("tiny"), 4, tmp_path)
+    assert sum(again) / 4 < sum(first[:4]) / 4
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_example_is_a_command(module, tmp_path, monkeypatch, capsys):
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(module.main)
+    done = CliRunner().invoke(app, ["--model", "tiny", "--steps", "1", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "after 1 steps" in done.output

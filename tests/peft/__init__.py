@@ -1,0 +1,1 @@
+"""LoFiT and PEFT on one model."""

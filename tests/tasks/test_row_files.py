@@ -1,0 +1,135 @@
+"""The same rows from every type of file, and what is said about files that are not right."""
+
+import csv
+import json
+
+import pytest
+
+from lofit_fast.tasks.completion import completion
+from lofit_fast.tasks.row_files import READERS, file_rows
+
+# quotes, separators, line ends, and a sign that some readers take for a line end
+ROWS = [
+    {"prompt": 'He said "a,b";\tthen\n', "completion": " c\r\nd "},
+    {"prompt": "x\u2028y é 漢", "completion": "4"},
+    {"prompt": "  spaces  ", "completion": "\ttab"},
+]
+
+
+def write(path, rows, encoding="utf-8"):
+    """A file of rows, of the type that its name says."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix in (".csv", ".tsv"):
+        with path.open("w", encoding=encoding, newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == ".csv" else "\t")
+            table.writeheader()
+            table.writerows(rows)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [*READERS, ".CSV", ".JSONL"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_every_type_gives_the_same_rows(tmp_path, suffix, encoding):
+    path = write(tmp_path / f"a{suffix}", ROWS, encoding)
+    assert [row for _, row in file_rows(path)] == ROWS
+    task = completion(path, validation=0)
+    assert [{"prompt": e.prompt, "completion": e.completion} for e in task.train] == ROWS
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_type_names_the_row_that_is_wrong(tmp_path, suffix):
+    empty = None if suffix == ".parquet" or "json" in suffix else ""
+    path = write(tmp_path / f"a{suffix}", [{"prompt": "p\nq", "completion": "c"}, {"prompt": empty, "completion": "c"}])
+    place = "line" if suffix == ".jsonl" else "row"
+    with pytest.raises(
+        ValueError, match=rf"a{suffix}: {place} 2.*prompt must be a string, got NoneType, an empty cell"
+    ):
+        completion(path)
+    path = write(tmp_path / f"b{suffix}", [{"prompt": "p", "text": "c"}])
+    with pytest.raises(
+        ValueError, match=rf"b{suffix}: {place} 1.*got the keys \['prompt', 'text'\].*--columns renames"
+    ):
+        completion(path)
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_type_refuses_what_is_no_such_file(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(FileNotFoundError, match=rf"a{suffix}: no such file"):
+        completion(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"a{suffix}: (got no rows|got no column names|expected Parquet)"):
+        completion(path)
+    path.write_bytes(b'{"prompt": "\xff"}, x\n')
+    with pytest.raises(ValueError, match=rf"a{suffix}: expected (UTF-8 text|Parquet)"):
+        completion(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=rf"a{suffix}: got a folder, expected one of type"):
+        list(file_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,completion\n", "got no rows"),
+        ("prompt,completion\na,b\n\nc\n", r"row 2, line 4: got 1 cells, expected 2: \['prompt', 'completion'\]"),
+        ("prompt,completion\na,b,c\n", "row 1, line 2: got 3 cells, expected 2"),
+        ('prompt,completion\n"a\na",b\n"c,d\n', r"line \d: expected CSV, got what is not"),
+        ('prompt,completion\n"a"b,c\n', "line 2: expected CSV, got what is not"),
+        ("prompt,completion,prompt\na,b,c\n", "got the column 'prompt' more than once"),
+        ("prompt,completion\na,\n", "row 1, line 2: completion must be a string, got NoneType, an empty cell"),
+        ('prompt,completion\n"a\n\na",b\n,\n', "row 2, line 5: prompt must be a string, got NoneType"),
+        ("prompt;completion\na;b\n", "got one column, 'prompt;completion', expected ',' between columns, not ';'"),
+        ("text\na\n", r"row 1, line 2: got the keys \['text'\], expected the keys prompt and completion, or messages"),
+        (",\n", "got no column names"),
+    ],
+)
+def test_csv_refuses(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.csv: {message}"):
+        completion(tmp_path / "a.csv")
+
+
+def test_csv_takes_long_cells_and_names_with_spaces_and_puts_the_limit_back(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f" prompt, completion,,\n{long}, b,1,2\n")
+    before = csv.field_size_limit()
+    (example,) = completion(tmp_path / "a.csv", validation=0).train
+    assert (example.prompt, example.completion) == (long, " b")
+    assert csv.field_size_limit() == before
+
+
+def test_parquet_keeps_types_and_lists(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path / "a.parquet", [chat] * 300)
+    assert [row for _, row in file_rows(path)] == [chat] * 300
+    path = write(tmp_path / "b.parquet", [{"prompt": "x", "completion": 4}])
+    with pytest.raises(ValueError, match=r"b\.parquet: row 1: completion must be a string, got int"):
+        completion(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", ROWS)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'a\.parquet: Parquet needs pyarrow: pip install "lofit-fast\[train\]"'):
+        completion(path)
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path):
+    for name, bad in (("a.jsonl", "{"), ("a.csv", "a,b,c")):
+        good = "prompt,completion\na,b" if name == "a.csv" else '{"prompt": "a", "completion": "b"}'
+        (tmp_path / name).write_text(f"{good}\n{bad}\n")
+        rows = file_rows(tmp_path / name)
+        assert next(rows)[1] == {"prompt": "a", "completion": "b"}
+        with pytest.raises(ValueError, match="2"):
+            next(rows)

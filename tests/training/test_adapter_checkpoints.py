@@ -1,0 +1,325 @@
+"""The adapter in the checkpoints of other people's trainers: resumed, the best one restored, never lost in silence."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import lofit_fast as lf
+from lofit_fast.data.encode import encode
+from lofit_fast.training import CompletionCollator
+from tests.patched_models import snapshot
+from tests.tiny_models import tiny_model, tokens
+from tests.tiny_tokenizers import tiny_tokenizer
+
+pytest.importorskip("trl")
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+TOKENIZER = tiny_tokenizer()
+CONFIG = lf.LofitConfig(scale=[(1, 2)], offset=[(0, 1), (1, 3), (2, 0)], init_std=0.1)
+TEXTS = [{"prompt": f"{n}: ", "completion": "abc"[n % 3] * 2} for n in range(8)]
+PAIRS = [{"prompt": f"{n}: ", "chosen": "ab"[n % 2], "rejected": "xyz"[n % 3]} for n in range(8)]
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 0.05,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "bf16": False,
+}
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a killed job would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
+def stock(handle, folder, callbacks, **changes):
+    rows = [encode(TOKENIZER, row, None) for row in TEXTS]
+    args = TrainingArguments(
+        str(folder), **COMMON, **changes, remove_unused_columns=False, prediction_loss_only=True, label_names=["labels"]
+    )
+    how = {"train_dataset": rows, "eval_dataset": rows[:3], "data_collator": CompletionCollator(0)}
+    return Trainer(handle.model, args, **how, callbacks=callbacks)
+
+
+def sft(handle, folder, callbacks, **changes):
+    args = SFTConfig(str(folder), **COMMON, **changes, max_length=None)
+    rows = Dataset.from_list(TEXTS)
+    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
+    return SFTTrainer(handle.model, args=args, **how, callbacks=callbacks)
+
+
+def dpo(handle, folder, callbacks, **changes):
+    from lofit_fast.training.preference_trainer import ReferencedDPOTrainer
+
+    rows = lf.reference_logprobs(handle, Dataset.from_list(PAIRS), TOKENIZER)
+    args = DPOConfig(str(folder), **COMMON, **changes, precompute_ref_log_probs=True)
+    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
+    return ReferencedDPOTrainer(handle.model, args=args, **how, callbacks=callbacks)
+
+
+def own_dpo(handle, folder, callbacks, **changes):
+    args = DPOConfig(str(folder), **COMMON, **changes)
+    rows = Dataset.from_list(PAIRS)
+    reference = tiny_model("llama")
+    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
+    return DPOTrainer(handle.model, reference, args=args, **how, callbacks=callbacks)
+
+
+TRAINERS = {"Trainer": stock, "SFTTrainer": sft, "ReferencedDPOTrainer": dpo, "DPOTrainer": own_dpo}
+# TRL's own DPO loads a second model; ours, a subclass, stays in the quick run
+EACH = [name if name != "DPOTrainer" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    # the loss falls: the greatest is the first, so that the best vectors are not the last
+    "greater_is_better": True,
+}
+
+
+def patched(**changes):
+    return lf.patch(tiny_model("llama"), lf.LofitConfig(**{**vars(CONFIG), **changes}))
+
+
+def vectors(handle):
+    return torch.cat([parameter.detach().flatten() for parameter in handle.parameters()])
+
+
+def told(caught):
+    return [str(one.message) for one in caught if "LoFiT vectors" in str(one.message)]
+
+
+# train() is given a folder, a flag, a folder that was moved, a checkpoint without the base's weights
+WAYS = [
+    *((name, "path") for name in ("Trainer", "SFTTrainer", "ReferencedDPOTrainer")),
+    pytest.param("DPOTrainer", "path", marks=pytest.mark.slow),
+    *(("Trainer", how) for how in ("true", "moved", "without_base")),
+]
+
+
+@pytest.mark.parametrize("trainer, how", WAYS)
+def test_a_resumed_run_equals_an_uninterrupted_one(trainer, tmp_path, how):
+    build = TRAINERS[trainer]
+    whole = patched()
+    build(whole, tmp_path / "whole", [lf.AdapterCheckpoints(whole)]).train()
+    options = {"save_base": how != "without_base"}
+    first = patched()
+    build(first, tmp_path / "cut", [lf.AdapterCheckpoints(first, **options), StopAt(2)]).train()
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    if how == "moved":
+        checkpoint = shutil.move(checkpoint, tmp_path / "elsewhere")
+    second = patched(seed=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = build(second, tmp_path / "cut", [lf.AdapterCheckpoints(second, **options)])
+        trainer.train(resume_from_checkpoint=True if how == "true" else str(checkpoint))
+    assert told(caught) == []
+    assert trainer.state.global_step == 4
+    assert not torch.equal(vectors(whole), vectors(first))
+    assert torch.equal(vectors(whole), vectors(second))
+
+
+@pytest.mark.parametrize("trainer", EACH)
+def test_the_best_vectors_are_restored(trainer, tmp_path):
+    handle, build = patched(), TRAINERS[trainer]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = build(handle, tmp_path, [lf.AdapterCheckpoints(handle)], **BEST)
+        trainer.train()
+    assert told(caught) == []
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    saved = {n: lf.load(tiny_model("llama"), tmp_path / f"checkpoint-{n}" / "lofit" / "adapter") for n in (2, 4)}
+    assert not torch.equal(vectors(saved[2]), vectors(saved[4]))
+    assert torch.equal(vectors(handle), vectors(saved[2]))
+    assert torch.equal(vectors(handle), vectors(lf.load(tiny_model("llama"), tmp_path / "lofit" / "adapter")))
+
+
+def test_a_checkpoint_still_reloads_as_the_base(tmp_path):
+    handle = patched()
+    stock(handle, tmp_path, [lf.AdapterCheckpoints(handle)]).train()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tiny_model("llama").parameters(), strict=True))
+
+
+def test_checkpoints_without_the_base_are_small_and_keep_what_else_is_trained(tmp_path):
+    handle = patched()
+    handle.model.model.norm.weight.requires_grad_(True)
+    stock(handle, tmp_path, [lf.AdapterCheckpoints(handle, save_base=False)]).train()
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert list(kept) == ["model.norm.weight"]
+    assert torch.equal(kept["model.norm.weight"], handle.model.model.norm.weight)
+
+
+def resume_alone(handle, folder):
+    stock(handle, folder, []).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def best_alone(handle, folder):
+    stock(handle, folder, [], **BEST).train()
+
+
+def sharded(handle, folder):
+    from transformers.trainer_utils import load_sharded_checkpoint
+
+    handle.model.save_pretrained(folder / "shards", max_shard_size="20KB")
+    load_sharded_checkpoint(handle.model, folder / "shards", strict=False)
+
+
+def accelerated(handle, folder):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(handle.model)
+    accelerator.save_state(folder / "state")
+    accelerator.load_state(folder / "state")
+
+
+LOADS = {
+    "whole model": lambda handle, _: handle.model.load_state_dict(tiny_model("llama").state_dict()),
+    "decoder": lambda handle, _: handle.model.model.load_state_dict(tiny_model("llama").model.state_dict()),
+    "assigned": lambda handle, _: handle.model.load_state_dict(tiny_model("llama").state_dict(), assign=True),
+    "wrapped": lambda handle, _: nn.Sequential(handle.model).load_state_dict(
+        nn.Sequential(tiny_model("llama")).state_dict()
+    ),
+    "Trainer's best": best_alone,
+    "Trainer resumes": resume_alone,
+    "shards": sharded,
+    "accelerate": accelerated,
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_loading_without_the_vectors_is_loud(load, tmp_path):
+    first = patched()
+    stock(first, tmp_path, [], max_grad_norm=0.0).train()
+    handle = patched()
+    with pytest.warns(UserWarning, match="AdapterCheckpoints"):
+        LOADS[load](handle, tmp_path)
+
+
+def test_a_trusted_callback_that_does_nothing_is_told_at_the_next_forward():
+    handle = patched()
+    callback = lf.AdapterCheckpoints(handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.model.load_state_dict(tiny_model("llama").state_dict())
+    with pytest.warns(UserWarning, match="AdapterCheckpoints"):
+        handle.model(tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.model(tokens())
+    assert callback.handle is handle
+
+
+def test_an_unpatched_model_loads_in_silence():
+    before = snapshot(tiny_model("llama")).keys()
+    handle = patched()
+    model = handle.unpatch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(tiny_model("llama").state_dict())
+    assert snapshot(model).keys() == before
+
+
+@pytest.mark.parametrize(
+    "write, changes, message",
+    [
+        (False, {}, "written without AdapterCheckpoints"),
+        (True, {"offset": ((0, 1), (1, 3), (2, 1))}, "vectors of other heads"),
+        # torch's own refusal comes first where the number of parameters differs
+        (True, {"scale": None}, "doesn't match the size of optimizer's group"),
+    ],
+)
+def test_resuming_from_what_does_not_fit_is_refused(tmp_path, write, changes, message):
+    first = patched()
+    stock(first, tmp_path, [lf.AdapterCheckpoints(first)] if write else []).train()
+    handle = patched(**changes)
+    before = vectors(handle)
+    trainer = stock(handle, tmp_path, [lf.AdapterCheckpoints(handle)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(vectors(handle), before)
+
+
+def test_the_callback_of_another_model_is_refused(tmp_path):
+    handle, other = patched(), patched()
+    with pytest.raises(ValueError, match="another model"):
+        stock(handle, tmp_path, [lf.AdapterCheckpoints(other)]).train()
+    with pytest.raises(ValueError, match="no patched model"):
+        lf.AdapterCheckpoints()._find(tiny_model("llama"))
+    with pytest.raises(TypeError, match="expected the handle"):
+        lf.AdapterCheckpoints(handle.model)
+    handle.unpatch()
+    with pytest.raises(ValueError, match="has ended"):
+        lf.AdapterCheckpoints(handle)
+
+
+def test_transformers_may_build_the_callback_anew(tmp_path):
+    whole = patched()
+    stock(whole, tmp_path, [lf.AdapterCheckpoints(whole)]).train()
+    again = patched(seed=7)
+    trainer = stock(again, tmp_path, [lf.AdapterCheckpoints(again)], restore_callback_states_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(vectors(whole), vectors(again))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["AdapterCheckpoints"]["heads"]["scale"] == [[1, 2]]
+
+
+def test_lora_beside_lofit_resumes_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def both(seed=42):
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+        handle = lf.patch(model, CONFIG)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
+        return handle
+
+    def trained(handle):
+        return [p.detach().clone() for p in handle.model.parameters() if p.requires_grad]
+
+    whole = both()
+    stock(whole, tmp_path, [lf.AdapterCheckpoints(whole)]).train()
+    again = both(seed=3)
+    stock(again, tmp_path, [lf.AdapterCheckpoints(again)]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(trained(whole)) == 4 + 6
+    assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
+
+
+def test_accelerate_saves_and_loads_the_vectors(tmp_path):
+    from accelerate import Accelerator
+
+    handle, accelerator = patched(), Accelerator(cpu=True)
+    model, _ = accelerator.prepare(handle.model, torch.optim.AdamW(handle.parameters(), lr=0.1))
+    accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
+    before = vectors(handle)
+    accelerator.save_state(tmp_path)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.zero_()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accelerator.load_state(tmp_path)
+        model(tokens())
+    assert told(caught) == []
+    assert torch.equal(vectors(handle), before)

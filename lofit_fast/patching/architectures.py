@@ -83,12 +83,15 @@ def text_config(model: nn.Module):
 def find_projections(model: nn.Module) -> list[Projection]:
     """Every output projection of the decoder, by ascending layer.
 
-    A layer's number is its place in the decoder's list. Layers without attention (linear attention, convolutions, state
-    spaces) have none. Of a model with several towers the language model counts, as its `get_decoder()` says.
+    A layer's number is its place in the decoder's list. Layers without attention (convolutions, state spaces, linear
+    attention by other names) have none. Of a model with towers for images and sounds the language model counts; of an
+    encoder and a decoder the decoder's self-attention, never the one that looks at the encoder; of an encoder alone its
+    self-attention.
 
     Raises:
         TypeError: something that is no Hugging Face model.
-        ValueError: no projection or none of heads x head_dim inputs, naming what was looked for; several decoders.
+        ValueError: no projection or none of heads x head_dim inputs, naming what was looked for; several decoders; a
+            family that is known not to work; a projection that its layer never calls, or that several layers share.
     """
     prefix, layers = _layer_list(model)
     config, paths = text_config(model), architecture_of(model).projections
@@ -139,7 +142,7 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         names = ", ".join(name for name, _ in found)
         raise ValueError(
             f"{type(model).__name__} has several decoders ({names}), and does not say which one is its language model: "
-            "pass the model that holds one of them"
+            "pass the model that holds one of them, and freeze the rest"
         )
     return found[0]
 
@@ -183,8 +186,8 @@ def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
     if _bypasses(parent, attribute, BYPASSES.get(config.model_type)):
         raise ValueError(
-            f"{name}: {type(parent).__name__} reads the weight of its projection and never calls it, so that it cannot "
-            "be wrapped"
+            f"{name}: the code of {type(parent).__name__} multiplies by its projection's weight itself, so that a "
+            "wrapper around the projection would never be called"
         )
     inputs, shapes = _number(module, _INPUTS), list(_shapes(_of_layers(config, layer), parent, layer))
     fitting = next((shape for shape in shapes if shape[0] * shape[1] == inputs), None)

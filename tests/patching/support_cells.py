@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import lofit_fast as lf
-from lofit_fast.training.engine.last_layer import narrowed
+from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.training.engine.last_layer import narrowed, narrowing_refusal
+from lofit_fast.training.engine.packing_trial import packing_leak
 from tests.oracle import randomize
 from tests.patched_models import snapshot
 from tests.tiny_families import tiny_family
@@ -271,19 +273,29 @@ def _generate(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_packed(family: Family) -> str | None:
-    """Two samples in one row, told apart by their positions, against each by itself."""
+    """Two samples in one row, told apart by their positions, against each by itself; the engine must notice a leak."""
     ids = tokens()
     row = torch.cat((ids[0, :5], ids[1]))[None]
     positions = torch.cat((torch.arange(5), torch.arange(ids.shape[1])))[None]
-    if "position_ids" not in inspect.signature(type(family.model).forward).parameters:
-        return "refused: takes no positions"
     with patched(family):
-        apart = [family.model(input_ids=one, use_cache=False).logits[0] for one in (ids[:1, :5], ids[1:])]
+        noticed = packing_leak(family.model, family.model.config._attn_implementation, _collator)
         try:
+            apart = [family.model(input_ids=one, use_cache=False).logits[0] for one in (ids[:1, :5], ids[1:])]
             together = family.model(input_ids=row, position_ids=positions, use_cache=False).logits[0]
         except Exception as error:
-            return f"refused: positions of a packed row are no input here ({type(error).__name__})"
-    return None if off(together, torch.cat(apart)) <= NEAR else "refused: samples in one row see each other"
+            if noticed is None:
+                raise
+            return f"refused: takes no packed rows ({type(error).__name__})"
+    leaks = not off(together, torch.cat(apart)) <= NEAR
+    if leaks and noticed is None:
+        raise Wrong("samples in one row see each other, and the engine packs them")
+    if noticed:
+        return "refused: samples in one row see each other" if leaks else "refused: the engine cannot try it"
+    return None
+
+
+def _collator(packing: bool) -> CompletionCollator:
+    return CompletionCollator(0, packed=packing)
 
 
 def check_narrowed(family: Family) -> str | None:
@@ -297,6 +309,8 @@ def check_narrowed(family: Family) -> str | None:
         return family.model(input_ids=tokens(), logits_to_keep=keep, use_cache=False).logits
 
     with patched(family) as handle:
+        if narrowing_refusal(family.model):
+            return "refused: the last MLP cannot be narrowed"
         seen = []
         for scope in (False, True):
             handle.model.zero_grad()
@@ -401,11 +415,11 @@ def check_classify(family: Family) -> None:
 
 
 def _plain(error: Exception, family: Family) -> str:
-    """The first clause of a message, without names of models and layers: alike for all that it is said of."""
+    """The first sentence of a message, without names of models and layers: alike for all that it is said of."""
     said = str(error).split("\n")[0].replace(type(family.model).__name__, "the model")
     said = re.sub(r" \(model_type '[^']*'\)|(?<=model_type) '[^']*'", "", said)
     said = re.sub(r"\blayer \d+", "a layer", said)
-    return re.split(r"[:;(.] ", said)[0].strip()
+    return re.split(r"[;.] ", said)[0].strip()
 
 
 _CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

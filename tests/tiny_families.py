@@ -193,6 +193,8 @@ def _row(name: str, _type: str | None = None, _model: str | None = None, /, **ch
 # latent attention has as many heads of keys and values as of queries
 _MLA = {"num_key_value_heads": 4}
 _SQUARE = {"head_dim": 8}
+# weights so large that a convolution or a state carries something over, as trained ones do
+_MIXING = {"initializer_range": 0.2}
 # encoders of their own kind, with a causal mask
 _CAUSAL = {"is_decoder": True}
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -383,9 +385,9 @@ _ROWS: dict[str, Family] = dict(
         _row("kolibri1"),
         _row("kosmos-2.5"),
         _row("laguna"),
-        _row("lfm2", layer_types=["conv", _FULL, "conv"]),
-        _row("lfm2 attention last", "lfm2", layer_types=["conv", _FULL, _FULL]),
-        _row("lfm2_moe", layer_types=["conv", _FULL, _FULL], num_dense_layers=1),
+        _row("lfm2", layer_types=["conv", _FULL, "conv"], **_MIXING),
+        _row("lfm2 attention last", "lfm2", layer_types=["conv", _FULL, _FULL], **_MIXING),
+        _row("lfm2_moe", layer_types=["conv", _FULL, _FULL], num_dense_layers=1, **_MIXING),
         _row("lfm2_vl"),
         _row("lfm3"),
         _row("lfm3_vl"),
@@ -436,8 +438,8 @@ _ROWS: dict[str, Family] = dict(
         _row("olmo"),
         _row("olmo2"),
         _row("olmo3"),
-        _row("olmo_hybrid", layer_types=_FULL_LAST),
-        _row("olmo_hybrid linear last", "olmo_hybrid", layer_types=_LINEAR_LAST),
+        _row("olmo_hybrid", layer_types=_FULL_LAST, **_MIXING),
+        _row("olmo_hybrid linear last", "olmo_hybrid", layer_types=_LINEAR_LAST, **_MIXING),
         _row("olmoe"),
         _row("openai-gpt"),
         _row("opt"),
@@ -469,8 +471,8 @@ _ROWS: dict[str, Family] = dict(
         _row("qwen3_5_text linear last", "qwen3_5_text", layer_types=_LINEAR_LAST),
         _row("qwen3_asr"),
         _row("qwen3_moe"),
-        _row("qwen3_next", layer_types=_FULL_LAST),
-        _row("qwen3_next linear last", "qwen3_next", layer_types=_LINEAR_LAST),
+        _row("qwen3_next", layer_types=_FULL_LAST, **_MIXING),
+        _row("qwen3_next linear last", "qwen3_next", layer_types=_LINEAR_LAST, **_MIXING),
         _row("qwen3_omni_moe_thinker"),
         _row("qwen3_vl"),
         _row("qwen3_vl_moe"),

@@ -121,9 +121,10 @@ def _reloaded(model: nn.Module, folder: Path | str) -> tuple[nn.Module, dict]:
 
 
 def _attention(model: nn.Module) -> str | None:
-    # flash attention knows 16 bits only
+    # flash attention knows 16 bits only. sdpa by its name is refused where a part of the model lacks it, and is the
+    # choice of each part that has it
     name = getattr(model.config, "_attn_implementation", None)
-    return name if name in (None, "sdpa", "eager") else "eager"
+    return None if name in (None, "sdpa") else "eager"
 
 
 def _arrived(got: Tensor | None, want: Tensor, base: Tensor | None) -> bool:

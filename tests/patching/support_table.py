@@ -1,6 +1,7 @@
 """The support table of docs/support.md: made from what is seen of the tiny families, and read back.
 
-`python -m tests.patching.support_table` writes the page; `tests/patching/test_support.py` holds it to what is seen.
+`python -m tests.patching.support_table [NAME ...]` writes the page, and `tests/patching/test_support.py` holds it to
+what is seen.
 """
 
 import re
@@ -15,6 +16,7 @@ from tests.tiny_others import OTHERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 Rows = Mapping[str, Mapping[str, str]]
+_KINDS = (("", FAMILY_NAMES), ("other ", tuple(OTHERS)))
 
 _HEADER = """# Supported models
 
@@ -116,15 +118,16 @@ def seen_other(name: str) -> dict[str, str]:
         return see(other_of(name, Path(folder)), OTHER_COLUMNS)
 
 
-def main() -> None:
-    """Look at all families, and write the page."""
-    rows = {}
-    for name in FAMILY_NAMES:
-        rows[name] = seen(name)
+def main(names: list[str]) -> None:
+    """Look at these families, or at all, and write the page; the others stay as they are on it."""
+    rows = committed() if names else {}
+    for name in names or [*FAMILY_NAMES, *(f"other {name}" for name in OTHERS)]:
+        other = name.removeprefix("other ")
+        rows[name] = seen(name) if other == name else seen_other(other)
         print(name, *(f"{column}: {cell}" for column, cell in rows[name].items() if cell != RIGHT), sep="\n    ")
         sys.stdout.flush()
-    PAGE.write_text(page(rows, {name: seen_other(name) for name in OTHERS}))
+    PAGE.write_text(page(*({name: rows[prefix + name] for name in kind} for prefix, kind in _KINDS)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

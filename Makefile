@@ -9,7 +9,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format aot mutants sanitize bench bench-gpu bench-full report paper paper-quick real clean
+.PHONY: help demo test test-all lint format aot mutants sanitize bench bench-gpu bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -97,6 +97,9 @@ paper: $(GEMMA) ## every cell of the paper's tables and figures that is missing;
 
 paper-quick: $(STAMP) ## the same on few examples, in 11 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
 	$(BIN)/python -m benchmarks.accuracy --quick $(if $(DATA),--data $(DATA)) $(ARGS)
+
+support: $(STAMP) ## look at every tiny model family and write docs/support.md, in 15 minutes
+	PYTHONPATH=kernels:. $(BIN)/python -m tests.patching.support_table
 
 real: $(GEMMA) ## everything slow, and all on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'

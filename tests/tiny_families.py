@@ -59,7 +59,6 @@ _SIZES = {
     "num_kv_heads": 2,
     "head_dim": 16,
     "swa_head_dim": 16,
-    "global_head_dim": 24,
     "dim_head": 16,
     "query_pre_attn_scalar": 16,
     "sliding_window": 8,
@@ -169,6 +168,7 @@ _TOWER = {
     "channel_multiplier": [1, 1],
     "codebook_size": 16,
 }
+_TOWER_TYPES = ("vit",)
 _TOWERS = ("vision", "audio", "vq", "encoder", "speech", "perceiver", "qformer", "projector", "sam", "vit")
 
 
@@ -193,6 +193,8 @@ def _row(name: str, _type: str | None = None, _model: str | None = None, /, **ch
 # latent attention has as many heads of keys and values as of queries
 _MLA = {"num_key_value_heads": 4}
 _SQUARE = {"head_dim": 8}
+# weights so large that a convolution or a state carries something over, as trained ones do
+_MIXING = {"initializer_range": 0.2}
 # encoders of their own kind, with a causal mask
 _CAUSAL = {"is_decoder": True}
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -301,16 +303,18 @@ _ROWS: dict[str, Family] = dict(
             layer_types=[_SLIDING, _FULL, _SLIDING, _FULL],
             activation_sparsity_pattern=[0.0] * 4,
         ),
-        _row("gemma4"),
+        _row("gemma4", text_config={"global_head_dim": 24}),
         _row(
             "gemma4_text",
             num_hidden_layers=4,
             layer_types=[_SLIDING, _FULL, _SLIDING, _FULL],
+            global_head_dim=24,
             num_global_key_value_heads=2,
         ),
         _row(
             "gemma4_text experts",
             "gemma4_text",
+            global_head_dim=24,
             enable_moe_block=True,
             num_experts=4,
             top_k_experts=2,
@@ -319,13 +323,13 @@ _ROWS: dict[str, Family] = dict(
         _row(
             "gemma4_text shared keys",
             "gemma4_text",
+            global_head_dim=24,
             num_hidden_layers=4,
             num_kv_shared_layers=2,
             layer_types=[_SLIDING, _FULL, _SLIDING, _FULL],
         ),
-        _row("gemma4_unified"),
-        _row("gemma4_unified_text"),
-        _row("git"),
+        _row("gemma4_unified", text_config={"global_head_dim": 24}),
+        _row("gemma4_unified_text", global_head_dim=24),
         _row("git"),
         _row("glm"),
         _row("glm4"),
@@ -381,9 +385,9 @@ _ROWS: dict[str, Family] = dict(
         _row("kolibri1"),
         _row("kosmos-2.5"),
         _row("laguna"),
-        _row("lfm2", layer_types=["conv", _FULL, "conv"]),
-        _row("lfm2 attention last", "lfm2", layer_types=["conv", _FULL, _FULL]),
-        _row("lfm2_moe", layer_types=["conv", _FULL, _FULL], num_dense_layers=1),
+        _row("lfm2", layer_types=["conv", _FULL, "conv"], **_MIXING),
+        _row("lfm2 attention last", "lfm2", layer_types=["conv", _FULL, _FULL], **_MIXING),
+        _row("lfm2_moe", layer_types=["conv", _FULL, _FULL], num_dense_layers=1, **_MIXING),
         _row("lfm2_vl"),
         _row("lfm3"),
         _row("lfm3_vl"),
@@ -434,8 +438,8 @@ _ROWS: dict[str, Family] = dict(
         _row("olmo"),
         _row("olmo2"),
         _row("olmo3"),
-        _row("olmo_hybrid", layer_types=_FULL_LAST),
-        _row("olmo_hybrid linear last", "olmo_hybrid", layer_types=_LINEAR_LAST),
+        _row("olmo_hybrid", layer_types=_FULL_LAST, **_MIXING),
+        _row("olmo_hybrid linear last", "olmo_hybrid", layer_types=_LINEAR_LAST, **_MIXING),
         _row("olmoe"),
         _row("openai-gpt"),
         _row("opt"),
@@ -467,8 +471,8 @@ _ROWS: dict[str, Family] = dict(
         _row("qwen3_5_text linear last", "qwen3_5_text", layer_types=_LINEAR_LAST),
         _row("qwen3_asr"),
         _row("qwen3_moe"),
-        _row("qwen3_next", layer_types=_FULL_LAST),
-        _row("qwen3_next linear last", "qwen3_next", layer_types=_LINEAR_LAST),
+        _row("qwen3_next", layer_types=_FULL_LAST, **_MIXING),
+        _row("qwen3_next linear last", "qwen3_next", layer_types=_LINEAR_LAST, **_MIXING),
         _row("qwen3_omni_moe_thinker"),
         _row("qwen3_vl"),
         _row("qwen3_vl_moe"),
@@ -491,6 +495,7 @@ _ROWS: dict[str, Family] = dict(
             attention_head_size=16,
             local_attn_chunk_length=8,
             lsh_attn_chunk_length=8,
+            hash_seed=0,
         ),
         _row("rembert", **_CAUSAL),
         _row("roberta", **_CAUSAL),
@@ -528,6 +533,7 @@ _ROWS: dict[str, Family] = dict(
         _row("youtu", **_MLA),
         _row(
             "zamba",
+            initializer_range=0.5,
             num_hidden_layers=6,
             attn_layer_period=3,
             attn_layer_offset=1,
@@ -564,10 +570,14 @@ def tiny_family(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 def family_config(name: str):
     """The tiny config of a family."""
+    return tiny_config(_ROWS[name].model_type, **_ROWS[name].changes)
+
+
+def tiny_config(model_type: str, **changes):
+    """A config of this type with tiny sizes, and the changes; a tower's sizes where it is a tower's."""
     from transformers import CONFIG_MAPPING
 
-    row = _ROWS[name]
-    return _config(CONFIG_MAPPING[row.model_type], _SIZES, row.changes)
+    return _config(CONFIG_MAPPING[model_type], _TOWER if model_type in _TOWER_TYPES else _SIZES, changes)
 
 
 def _class_of(model_type: str) -> str:

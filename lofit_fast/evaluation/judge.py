@@ -157,7 +157,7 @@ def _generated(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_room(model, encoded, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
-    greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), next(model.parameters()).device
+    greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
     with evaluating(model):
         for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
             ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")

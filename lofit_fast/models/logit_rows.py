@@ -35,7 +35,7 @@ def logit_rows(model: nn.Module) -> Logits:
 
 
 def _run(model: nn.Module, batch):
-    return model(**on_device(batch, next(model.parameters()).device), use_cache=False)
+    return model(**on_device(batch, device_of(model)), use_cache=False)
 
 
 def _works(model: nn.Module, way: Logits, batch, whole) -> bool:

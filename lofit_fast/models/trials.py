@@ -15,6 +15,7 @@ from lofit_fast.data.collate import on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 
 # tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded
 OWN, SHARED = (7, 5, 3), 4
@@ -44,7 +45,7 @@ def trying(model: nn.Module) -> Iterator[None]:
 def all_logits(model: nn.Module, batch) -> Tensor:
     """(B, S, vocabulary): of a collator's batch, whatever logits it asks for."""
     asked = {"use_cache": False, **{name: value for name, value in batch.items() if name not in _TARGETS}}
-    return model(**on_device(asked, next(model.parameters()).device)).logits
+    return model(**on_device(asked, device_of(model))).logits
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -3,17 +3,20 @@
 Nothing here imports transformers: a model is a tree of named modules with a `config`.
 """
 
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from itertools import product
 
 from torch import nn
 
-from lofit_fast.patching.families import ARCHITECTURES, GENERIC, Architecture
+from lofit_fast.patching.families import ARCHITECTURES, BYPASSES, GENERIC, REFUSED, Architecture
 
 # what modules and configs call the number of heads, and the width of one head's output
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads", "decoder_attention_heads")
-_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
+_WIDTHS = ("v_head_dim", "head_dim", "head_size", "dim_head", "attention_head_size", "key_value_proj_dim", "d_kv")
 _HIDDEN = ("hidden_size", "embed_dim", "d_model", "n_embd")
 # what a linear calls its number of inputs, and of outputs; quantized ones have names of their own
 _INPUTS = ("in_features", "infeatures", "nx")
@@ -68,18 +71,27 @@ def text_config(model: nn.Module):
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise TypeError(f"expected a Hugging Face model with a config, got {type(model).__name__}")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:
+        # of a text encoder and a decoder, the decoder's
+        return config.get_text_config(decoder=True)
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
     """Every output projection of the decoder, by ascending layer.
 
-    A layer's number is its place in the decoder's list. Layers without attention (linear attention, convolutions, state
-    spaces) have none. Of a model with several towers the language model counts, as its `get_decoder()` says.
+    A layer's number is its place in the decoder's list. Layers without attention (convolutions, state spaces, linear
+    attention by other names) have none. Of a model with towers for images and sounds the language model counts; of an
+    encoder and a decoder the decoder's self-attention, never the one that looks at the encoder; of an encoder alone its
+    self-attention.
 
     Raises:
         TypeError: something that is no Hugging Face model.
-        ValueError: no projection or none of heads x head_dim inputs, naming what was looked for; several decoders.
+        ValueError: no projection or none of heads x head_dim inputs, naming what was looked for; several decoders; a
+            family that is known not to work; a projection that its layer never calls, or that several layers share.
     """
     prefix, layers = _layer_list(model)
     config, paths = text_config(model), architecture_of(model).projections
@@ -88,7 +100,20 @@ def find_projections(model: nn.Module) -> list[Projection]:
         path = next((path for path in paths if _has(layer, path)), None)
         if path is not None:
             found.append(_projection(model, config, number, f"{prefix}.{number}.{path}"))
+    _check_each_is_its_own(found)
     return found
+
+
+def _check_each_is_its_own(projections: list[Projection]) -> None:
+    """Raise ValueError where two layers hold the same attention: vectors of one would be the other's too."""
+    first = {}
+    for p in projections:
+        other = first.setdefault((id(p.parent), p.attribute), p)
+        if other is not p:
+            raise ValueError(
+                f"{p.name} is the very module of {other.name}: layers that share one attention cannot have vectors "
+                "of their own"
+            )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -99,20 +124,25 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name in the model, list) of the decoder's layers: the one list of which some have an output projection."""
     config, paths = text_config(model), architecture_of(model).projections
+    unsupported = f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: "
+    if config.model_type in REFUSED:
+        raise ValueError(unsupported + REFUSED[config.model_type])
     prefix, decoder = _decoder(model)
     # what the model calls its decoder may be something else
-    found = _lists(prefix, decoder, paths) or _lists("", model, paths)
+    lists = _lists(prefix, decoder, paths) or _lists("", model, paths)
+    # not those of a tower of images or sounds
+    found = [(name, layers) for name, layers in lists if _owner(model, name) == config.model_type]
     if not found:
-        looked_for = " or ".join(f"'layers.<n>.{path}'" for path in paths)
+        others = f" and {len(paths) - 1} other places" if len(paths) > 1 else ""
         raise ValueError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: looked for a linear at "
-            f"{looked_for} with heads x head_dim inputs and found none"
+            f"{unsupported}looked for a linear at 'layers.<n>.{paths[0]}'{others} with heads x head_dim inputs and "
+            "found none in its language model"
         )
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise ValueError(
             f"{type(model).__name__} has several decoders ({names}), and does not say which one is its language model: "
-            "pass the model that holds one of them"
+            "pass the model that holds one of them, and freeze the rest"
         )
     return found[0]
 
@@ -123,6 +153,16 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     decoder = model if find is None else find()
     names = {id(module): name for name, module in model.named_modules()}
     return (names[id(decoder)], decoder) if id(decoder) in names else ("", model)
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The model_type of the text config of the innermost model that holds a module."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        holder = model.get_submodule(".".join(parts[:end]))
+        if isinstance(getattr(getattr(holder, "config", None), "model_type", None), str):
+            return text_config(holder).model_type
+    return text_config(model).model_type
 
 
 def _lists(prefix: str, root: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, nn.ModuleList]]:
@@ -144,9 +184,12 @@ def _has(layer: nn.Module, path: str) -> bool:
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent_name, _, attribute = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"{name}: torch's MultiheadAttention never calls its projection, so that it cannot be wrapped")
-    inputs, shapes = _number(module, _INPUTS), list(_shapes(config, parent, layer))
+    if _bypasses(parent, attribute, BYPASSES.get(config.model_type)):
+        raise ValueError(
+            f"{name}: the code of {type(parent).__name__} multiplies by its projection's weight itself, so that a "
+            "wrapper around the projection would never be called"
+        )
+    inputs, shapes = _number(module, _INPUTS), list(_shapes(_of_layers(config, layer), parent, layer))
     fitting = next((shape for shape in shapes if shape[0] * shape[1] == inputs), None)
     if fitting is None:
         n_heads, head_dim = shapes[0] if shapes else ("?", "?")
@@ -156,6 +199,30 @@ def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
             f"with {inputs}"
         )
     return Projection(layer, name, parent, attribute, module, *fitting)
+
+
+def _bypasses(parent: nn.Module, attribute: str, unless: str | None) -> bool:
+    """Whether the parent's code computes with the projection's weight itself: a wrapper would never be called.
+
+    unless: the parent's attribute that decides, for code that does either.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return _reads_weight(type(parent), attribute) and (unless is None or bool(getattr(parent, unless, False)))
+
+
+@cache
+def _reads_weight(kind: type, attribute: str) -> bool:
+    try:
+        return re.search(rf"self\.{attribute}\.weight\b", inspect.getsource(kind.forward)) is not None
+    except (OSError, TypeError):
+        # built or typed in somewhere without a file
+        return False
+
+
+def _of_layers(config, layer: int):
+    """The config of one layer, where they have configs of their own."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _shapes(config, parent: nn.Module, layer: int) -> Iterator[tuple[int, int]]:

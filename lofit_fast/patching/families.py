@@ -2,18 +2,32 @@
 
 from dataclasses import dataclass
 
-# where a layer's attention output is projected, in the order in which a layer is asked for it
+# where a layer's attention output is projected, in the order in which a layer is asked for it. Of two attentions in a
+# layer the first named here is meant: a decoder's own, not the one that looks at an encoder
 PROJECTIONS = (
     "self_attn.o_proj",
     "attention.o_proj",
     "attn.o_proj",
     "mixer.o_proj",
+    "temporal_block.o_proj",
+    "shared_transf.self_attn.o_proj",
+    "shared_transformer.self_attn.o_proj",
+    "self_attn.o_proj.linear",
     "self_attn.out_proj",
     "self_attn.dense",
     "self_attention.dense",
     "attention.dense",
+    "multi_head_attention.dense",
     "attn.out_proj",
+    "attn.attention.out_proj",
+    "norm_attn_norm.attn.out_proj",
     "attn.c_proj",
+    "attn.Wo",
+    "attention.output.dense",
+    "attention.out_lin",
+    "layer.0.SelfAttention.o",
+    "self_att.self_attention.attention_out",
+    "out_lin",
 )
 
 # what configs call the switch for a bias on the output projection, in the order in which they are tried; several at
@@ -62,3 +76,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # families without a row: a linear of a usual name whose inputs are heads x head_dim
 GENERIC = Architecture("*", PROJECTIONS)
+
+# families that cannot be patched, and why, where the names of their modules alone would not tell
+REFUSED = {
+    "deepseek_v4": "groups of its heads are mixed before the output projection",
+    "hrm_text": "it has two stacks of layers, each of which runs several times",
+    "jetmoe": "its heads are experts, each with an output projection of its own",
+    "longcat_flash": "each of its layers has two attentions",
+    "reformer": "its layers run inside one autograd function, which gives vectors in them no gradients",
+    "xlnet": "its attention multiplies by a parameter, and has no projection to wrap",
+}
+
+# of families whose code calls the projection or multiplies by its weight: the attention's attribute which, if true,
+# means the latter
+BYPASSES = {
+    "bloom": "slow_but_exact",
+}

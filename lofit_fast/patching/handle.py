@@ -205,8 +205,10 @@ class LofitHandle:
 def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
 
-    model: a Hugging Face decoder (or a PeftModel around one). Works for the families in `architectures.py` and for
-    every model with linears called o_proj whose inputs are heads x head_dim. Undo with `handle.unpatch()`.
+    model: a Hugging Face model (or a PeftModel around one) with an output projection of a usual name, see `families.py`
+    and docs/support.md. Of several towers the language model is adapted, of an encoder and a decoder the decoder's
+    self-attention (`find_projections`). All else is frozen, an untrained classifier's head too: set `requires_grad` of
+    its parameters afterwards to train it. Undo with `handle.unpatch()`, which makes trainable again what was.
     Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
     range. A refused model is as it was.
     """

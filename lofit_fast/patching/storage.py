@@ -15,6 +15,7 @@ from torch import Tensor
 from lofit_fast.config import LofitConfig
 from lofit_fast.files import whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
+from lofit_fast.patching.families import PROJECTIONS
 
 # version 1 named tensors "layers.<n>.<projection>.<component>"
 FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
@@ -143,14 +144,21 @@ def _read_description(path: Path) -> dict:
 
 def parse_tensor_name(name: str) -> tuple[str, int] | None:
     """(component, layer) of a tensor's name; None for a foreign one."""
-    match = _TENSOR_NAME.fullmatch(name)
+    match = _parsed(name)
     return None if match is None else (match["component"], int(match["layer"]))
 
 
-# the layer is the last number, and what follows it is the projection
-_TENSOR_NAME = re.compile(
-    r"(?P<module>(?:.+\.)?(?P<layer>\d+)(?:\.[^.\d][^.]*)+)\.(?:lofit_)?(?P<component>scale|offset)"
-)
+def _parsed(name: str) -> re.Match | None:
+    return next(filter(None, (pattern.fullmatch(name) for pattern in _TENSOR_NAMES)), None)
+
+
+def _tensor_names(projection: str) -> re.Pattern:
+    return re.compile(rf"(?P<module>(?:.+\.)?(?P<layer>\d+)\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
+
+
+# the layer is the last number, and what follows it is the projection; some projections have a number in their own path
+_NUMBERED = "|".join(re.escape(path) for path in PROJECTIONS if re.search(r"\.\d+\.", path))
+_TENSOR_NAMES = (_tensor_names(_NUMBERED), _tensor_names(r"[^.\d][^.]*(?:\.[^.\d][^.]*)*"))
 
 
 def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
@@ -167,5 +175,5 @@ def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, 
                 f"{path} holds a foreign tensor {name!r}: expected base_model.model.<projection>.lofit_<component>"
             )
         tensors[key] = tensor
-        modules[key[1]] = _TENSOR_NAME.fullmatch(name)["module"].removeprefix("base_model.model.")
+        modules[key[1]] = _parsed(name)["module"].removeprefix("base_model.model.")
     return tensors, modules

@@ -15,6 +15,7 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
 
 # largest difference of logits over their largest magnitude; a 16-bit folder holds weights rounded once more
@@ -116,7 +117,7 @@ def _reloaded(model: nn.Module, folder: Path | str) -> tuple[nn.Module, dict]:
     attention = _attention(model)
     asked = {} if attention is None else {"attn_implementation": attention}
     exported, info = kind.from_pretrained(folder, dtype=wide, output_loading_info=True, **asked)
-    return exported.to(next(model.parameters()).device).eval(), info
+    return exported.to(device_of(model)).eval(), info
 
 
 def _attention(model: nn.Module) -> str | None:
@@ -175,7 +176,7 @@ def _zeros(model: nn.Module, handle: LofitHandle, component: str) -> dict[str, T
 
 def _inputs(model: nn.Module, tokens: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """What to call the model with, on its device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if isinstance(tokens, Mapping):
         return {name: tensor.to(device) for name, tensor in tokens.items()}
     if tokens is None:

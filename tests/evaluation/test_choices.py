@@ -257,6 +257,8 @@ def test_families_that_a_table_gains_are_tried_first(family, packed, monkeypatch
     got = score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
     assert worst(got, expected) <= 1e-4
     assert ("scoring takes a forward per choice" in caplog.text) is not packed
+
+
 def test_choices_under_a_head_without_a_weight():
     model = tiny_model("llama")
     dense = score_choices(model, TOKENIZER, ["abc"], [["x", "yy"]])

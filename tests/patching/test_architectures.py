@@ -1,9 +1,12 @@
 """Where output projections are found, and what is said when they are not."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
+import lofit_fast as lf
 from lofit_fast.patching.architectures import (
     Fingerprint,
     architecture_of,
@@ -12,7 +15,9 @@ from lofit_fast.patching.architectures import (
     fingerprint,
     text_config,
 )
-from lofit_fast.patching.families import ARCHITECTURES, GENERIC
+from lofit_fast.patching.families import ARCHITECTURES, GENERIC, REFUSED
+from tests.patched_models import snapshot
+from tests.tiny_families import tiny_config, tiny_family
 from tests.tiny_models import FAMILIES, HEADS, HIDDEN, LAYERS, tiny_model
 
 
@@ -69,6 +74,10 @@ def test_every_family_has_its_row(family):
 
 def test_every_row_has_its_tiny_model():
     assert {architecture_of(tiny_model(f)).model_type for f in FAMILIES} == set(ARCHITECTURES)
+
+
+def test_a_family_is_exported_as_one_with_a_row(family):
+    assert architecture_of(tiny_model(family)).export_as in (None, *ARCHITECTURES)
 
 
 def test_find_projections_numbers_layers_not_strings():
@@ -138,9 +147,127 @@ def test_find_projections_refuses_two_decoders():
         find_projections(model)
 
 
-def test_find_projections_refuses_a_projection_that_is_never_called():
+def with_attention_of_its_own(forward):
+    """A Llama whose layer 1 has an attention that uses its projection in this way."""
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.__class__ = type("OwnAttention", (type(attention),), {"forward": forward})
+    return model
+
+
+def by_weight(self, hidden_states, **kwargs):
+    return nn.functional.linear(hidden_states, self.o_proj.weight), None
+
+
+def by_torch():
     model = tiny_model("llama")
     model.model.layers[1].self_attn = nn.MultiheadAttention(HIDDEN, HEADS)
     model.model.layers[1].self_attn.o_proj = nn.Linear(HIDDEN, HIDDEN)
-    with pytest.raises(ValueError, match="never calls its projection"):
-        find_projections(model)
+    return model
+
+
+def slow_bloom():
+    model = tiny_family("bloom")
+    for layer in model.transformer.h:
+        layer.self_attention.pretraining_tp, layer.self_attention.slow_but_exact = 2, True
+    return model
+
+
+def shared_attention():
+    model = tiny_model("llama")
+    model.model.layers[2].self_attn = model.model.layers[0].self_attn
+    return model
+
+
+def of_a_tower_alone():
+    """A wrapper of which the vision tower has projections of a usual name, and the language model none."""
+    model = tiny_family("gemma3")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.unusual = layer.self_attn.o_proj
+        del layer.self_attn.o_proj
+    return model
+
+
+REFUSALS = {
+    "by weight": (lambda: with_attention_of_its_own(by_weight), "OwnAttention multiplies by its projection's weight"),
+    "by torch": (by_torch, "MultiheadAttention multiplies by its projection's weight"),
+    "by weight, if so configured": (slow_bloom, "BloomAttention multiplies by its projection's weight"),
+    "shared attention": (shared_attention, r"layers\.2\.self_attn\.o_proj is the very module of model\.layers\.0"),
+    "of a tower alone": (of_a_tower_alone, "found none in its language model"),
+    **{name: (lambda name=name: tiny_family(name), REFUSED[name]) for name in REFUSED},
+}
+
+
+@pytest.mark.parametrize("build, said", REFUSALS.values(), ids=REFUSALS)
+def test_patch_refuses_before_anything_changes(build, said):
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        lf.patch(model, lf.LofitConfig(offset="all"))
+    assert snapshot(model) == before
+
+
+def test_code_that_only_may_use_the_weight_is_patched_where_it_does_not():
+    assert len(find_projections(tiny_family("bloom"))) == 3
+
+
+@pytest.mark.parametrize("name", ["evolla", "gemma4", "git", "llava", "qwen2_vl", "whisper"])
+def test_find_projections_takes_the_language_model_of_a_wrapper(name):
+    model = tiny_family(name)
+    language = model.get_decoder()
+    inside = {id(module) for module in language.modules()}
+    found = find_projections(model)
+    assert len(found) == 3 and all(id(p.module) in inside for p in found)
+    assert not any(part in p.name for p in found for part in ("vision", "audio", "image", "protein"))
+
+
+@pytest.mark.parametrize(
+    "name, class_name, places",
+    [
+        ("t5", "T5ForConditionalGeneration", r"decoder\.block\.\d\.layer\.0\.SelfAttention\.o"),
+        ("whisper", "WhisperForConditionalGeneration", r"model\.decoder\.layers\.\d\.self_attn\.out_proj"),
+        ("bart", "BartForConditionalGeneration", r"model\.decoder\.layers\.\d\.self_attn\.out_proj"),
+    ],
+)
+def test_find_projections_takes_the_decoders_self_attention(name, class_name, places):
+    import transformers
+
+    changes = (
+        {"d_kv": 8, "d_model": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4} if name == "t5" else {}
+    )
+    model = getattr(transformers, class_name)(tiny_config(name, **changes))
+    found = find_projections(model)
+    assert len(found) == 3 and all(re.fullmatch(places, p.name) for p in found)
+
+
+def test_heads_and_widths_may_differ_by_layer():
+    found = find_projections(tiny_family("gemma4_text"))
+    assert [(p.n_heads, p.head_dim) for p in found] == [(4, 16), (4, 24), (4, 16), (4, 24)]
+    assert fingerprint(tiny_family("gemma4_text"), found).head_dim == (16, 24, 16, 24)
+
+
+def per_layer(widths):
+    """A Gemma 4 whose layers have these widths of heads."""
+    from transformers import Gemma4ForCausalLM
+
+    kinds = ["full_attention" if width != 16 else "sliding_attention" for width in widths]
+    config = tiny_config("gemma4_text", num_hidden_layers=3, layer_types=kinds, global_head_dim=24)
+    torch.manual_seed(0)
+    return Gemma4ForCausalLM(config).eval()
+
+
+def test_an_adapter_of_a_model_that_differs_in_later_layers_is_refused(tmp_path):
+    lf.patch(per_layer([16, 16, 24]), lf.LofitConfig(offset=[(0, 1)])).save(tmp_path / "adapter")
+    other = per_layer([16, 24, 24])
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"made for .*\(16, 16, 24\).*this model is .*\(16, 24, 24\)"):
+        lf.load(other, tmp_path / "adapter")
+    assert snapshot(other) == before
+
+
+def test_heads_may_differ_by_layer():
+    from transformers import LagunaForCausalLM
+
+    config = tiny_config("laguna", num_attention_heads_per_layer=[4, 2, 4])
+    found = find_projections(LagunaForCausalLM(config))
+    assert [(p.n_heads, p.head_dim) for p in found] == [(4, 16), (2, 16), (4, 16)]

@@ -19,6 +19,7 @@ from lofit_fast.data.collate import CompletionCollator, on_device
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
+from lofit_fast.patching.placement import device_of
 
 _MASK = "logits_to_keep"
 # who asks for one of these may read more of the last layer than what its logits need
@@ -56,7 +57,7 @@ def narrowing_refusal(model: nn.Module) -> str | None:
     # rows without a label between rows with one: what they lack must not be missed
     for row in rows:
         row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
-    batch = on_device(CompletionCollator(0)(rows), next(model.parameters()).device)
+    batch = on_device(CompletionCollator(0)(rows), device_of(model))
     hooks: list[RemovableHandle] = []
     try:
         with trying(model):

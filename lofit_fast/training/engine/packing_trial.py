@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine.attention_scope import attending
+
+# what configs call an attention that picks among the tokens of a whole row, or cuts a row in chunks: it forgets where
+# examples begin only in rows longer than these numbers, which a trial's row is not
+_BY_ROW = ("index_topk", "index_topk_blocks", "indexer_budget", "attention_chunk_size")
 
 
 def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool], Callable]) -> str | None:
@@ -22,6 +27,12 @@ def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool],
     attention: what it will run with. collator_of: the collator of packed batches (True), and of padded ones.
     Raises ValueError for an attention that the model does not have.
     """
+    settings = vars(text_config(model))
+    if by_row := [name for name in _BY_ROW if settings.get(name)]:
+        return (
+            f"{type(model).__name__} picks tokens for attention by their place in a row ({by_row[0]} of its config), "
+            "whatever examples the row holds"
+        )
     rows = trial_examples(model)
     with trying(model), attending(model, attention):
         try:

@@ -8,6 +8,7 @@ from torch import nn
 from lofit_fast.data.collate import CompletionCollator, Logits, on_device
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.models.trials import difference, rounding, trial_examples, trying
+from lofit_fast.patching.placement import device_of
 
 
 def logit_rows(model: nn.Module) -> Logits:

@@ -153,9 +153,7 @@ def _parsed(name: str) -> re.Match | None:
 
 
 def _tensor_names(projection: str) -> re.Pattern:
-    return re.compile(
-        rf"(?P<module>(?:.+\.)?(?P<layer>\d+)\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)"
-    )
+    return re.compile(rf"(?P<module>(?:.+\.)?(?P<layer>\d+)\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
 
 
 # the layer is the last number, and what follows it is the projection; some projections have a number in their own path

@@ -214,3 +214,12 @@ def test_packing_is_refused_where_attention_picks_tokens_in_the_whole_row(name):
     collators = {packing: CompletionCollator(0, packed=packing) for packing in (False, True)}
     # a trial's row is shorter than what a real model picks
     assert "picks what it attends to in the whole row" in packing_leak(model, "eager", collators.get)
+
+
+def test_a_tower_without_the_decoders_attention_does_not_stand_in_its_way():
+    with pytest.raises(ValueError, match="Gemma4AudioModel does not support"):
+        tiny_family("gemma4").set_attn_implementation("sdpa")
+    model = tiny_family("gemma4")
+    own = text_config(model)._attn_implementation
+    with attending(model, own):
+        assert text_config(model)._attn_implementation == own

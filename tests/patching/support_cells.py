@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
-from lofit_fast.training.engine.attention_scope import UnusableAttention
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine.last_layer import narrowed, narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak
 from tests.oracle import randomize
@@ -280,7 +280,7 @@ def check_packed(family: Family) -> str | None:
     row = {"input_ids": ids[mask.bool()][None]}
     row["position_ids"] = torch.cat((torch.arange(5), torch.arange(ids.shape[1])))[None]
     with patched(family):
-        noticed = _noticed_leak(family.model)
+        noticed = packing_leak(family.model, text_config(family.model)._attn_implementation, _collator)
         try:
             apart = family.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
             together = family.model(**row, use_cache=False).logits[0]
@@ -294,15 +294,6 @@ def check_packed(family: Family) -> str | None:
     if noticed:
         return f"refused: samples in one row {'' if leaks else 'may '}see each other"
     return None
-
-
-def _noticed_leak(model: nn.Module) -> str | None:
-    """What the engine says of packing, with the model's own attention, or eager attention where a part has no other."""
-    own = model.config._attn_implementation
-    try:
-        return packing_leak(model, own, _collator)
-    except UnusableAttention:
-        return packing_leak(model, "eager", _collator)
 
 
 def _collator(packing: bool) -> CompletionCollator:

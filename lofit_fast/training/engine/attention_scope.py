@@ -22,7 +22,8 @@ class UnusableAttention(ValueError):
 def attending(model: nn.Module, name: str) -> Iterator[None]:
     """A scope in which the model attends by an implementation; afterwards every config is as it was.
 
-    name: one of transformers', for all parts of the model, or GROUPED, for its decoder alone.
+    name: one of transformers', for all parts of the model, or GROUPED, for its decoder alone. What the decoder has
+    already is left to all parts as it is.
     Raises UnusableAttention, with everything as it was, for one that the model or the machine does not have.
     """
     register_attention()
@@ -30,7 +31,9 @@ def attending(model: nn.Module, name: str) -> Iterator[None]:
     had = text_config(model)._attn_implementation
     try:
         try:
-            (_decoder(model) if name == GROUPED else model).set_attn_implementation(name)
+            # a tower may lack what the decoder has already
+            if name != had:
+                (_decoder(model) if name == GROUPED else model).set_attn_implementation(name)
         except (ImportError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnusableAttention(f"attention {name!r} cannot be used here: {reason}") from error

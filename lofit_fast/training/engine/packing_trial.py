@@ -16,9 +16,9 @@ from lofit_fast.models.trials import all_logits, difference, rounding, said_of, 
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine.attention_scope import attending
 
-# what configs call an attention that picks among the tokens of a whole row, or cuts a row in chunks: it forgets where
-# examples begin only in rows longer than these numbers, which a trial's row is not
-_BY_ROW = ("index_topk", "index_topk_blocks", "indexer_budget", "attention_chunk_size")
+# what configs call how many tokens an attention picks in a whole row: it picks those of other examples in rows longer
+# than that alone, which a trial's row is not
+_BY_ROW = ("index_topk", "index_topk_blocks", "indexer_budget")
 
 
 def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool], Callable]) -> str | None:
@@ -30,7 +30,7 @@ def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool],
     settings = vars(text_config(model))
     if by_row := [name for name in _BY_ROW if settings.get(name)]:
         return (
-            f"{type(model).__name__} picks tokens for attention by their place in a row ({by_row[0]} of its config), "
+            f"{type(model).__name__} picks what it attends to in the whole row ({by_row[0]} of its config), "
             "whatever examples the row holds"
         )
     rows = trial_examples(model)

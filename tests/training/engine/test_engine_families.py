@@ -18,6 +18,7 @@ from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.last_layer import narrowed, narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tokens
 from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
 
@@ -205,3 +206,20 @@ def test_grouped_attention_is_for_the_decoder_alone(family):
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "llava", "gemma3n"])
 def test_stock_forwards_take_masks(family):
     assert logit_rows(family_model(family)) == "rows"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "dots3_note_text", "minimax_m3_vl_text"])
+def test_packing_is_refused_where_attention_picks_tokens_in_the_whole_row(name):
+    model = tiny_family(name)
+    collators = {packing: CompletionCollator(0, packed=packing) for packing in (False, True)}
+    # a trial's row is shorter than what a real model picks
+    assert "picks what it attends to in the whole row" in packing_leak(model, "eager", collators.get)
+
+
+def test_a_tower_without_the_decoders_attention_does_not_stand_in_its_way():
+    with pytest.raises(ValueError, match="Gemma4AudioModel does not support"):
+        tiny_family("gemma4").set_attn_implementation("sdpa")
+    model = tiny_family("gemma4")
+    own = text_config(model)._attn_implementation
+    with attending(model, own):
+        assert text_config(model)._attn_implementation == own

@@ -25,7 +25,7 @@ def main(
     # freezes all but its own vectors, with a warning that the next line answers
     handle = lf.patch(adapted, lf.LofitConfig(offset="all"))
     adapted.set_adapter("default")
-    losses = train(adapted, batch, steps, lr=5e-3)
+    losses = train(adapted, batch, steps, lr=3e-3)
     print(f"loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
 
     with tempfile.TemporaryDirectory() as passing, torch.no_grad():

@@ -24,7 +24,7 @@ def main(
     # heads: "all", or those that step 1 has chosen, [(layer, head), ...]
     adapted = get_peft_model(base, LofitPeftConfig(offset="all", task_type="CAUSAL_LM"))
     adapted.print_trainable_parameters()
-    losses = train(adapted, batch, steps, lr=2e-2)
+    losses = train(adapted, batch, steps, lr=3e-3)
     print(f"loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
 
     with tempfile.TemporaryDirectory() as passing, torch.no_grad():

@@ -262,8 +262,7 @@ class LofitModel(BaseTuner):
         if safe_merge and not all(v.isfinite().all() for layer in layers.values() for v in layer.parameters(False)):
             raise ValueError(f"adapter {names[0]!r} has numbers that are not finite")
         with self._bases_in_place(ours):
-            plan = plan_merge(self.model, layers, projections)
-            merge_into_base(self.model, layers, projections, plan)
+            merge_into_base(self.model, layers, projections, plan_merge(self.model, layers, projections))
 
     @contextmanager
     def _bases_in_place(self, ours: list[Projection]) -> Iterator[None]:

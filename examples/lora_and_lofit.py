@@ -16,7 +16,7 @@ def main(
     model: Annotated[str, typer.Option("--model", "-m", help="tiny, or as for `lofit-fast train`.")] = "tiny",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of both. Default: a passing one.")
+        Path | None, typer.Option("--output", "-o", help="Folder of both. Default: a temporary one.")
     ] = None,
 ) -> list[float]:
     """Train both, save each in a folder of its own, load both, and merge LoRA away. Returns the losses."""

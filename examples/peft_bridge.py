@@ -16,7 +16,7 @@ def main(
     model: Annotated[str, typer.Option("--model", "-m", help="tiny, or as for `lofit-fast train`.")] = "tiny",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Adapter folder. Default: a passing one.")
+        Path | None, typer.Option("--output", "-o", help="Adapter folder. Default: a temporary one.")
     ] = None,
 ) -> list[float]:
     """Train offsets on all heads of a PeftModel, and take the adapter through its life. Returns the losses."""

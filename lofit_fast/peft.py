@@ -24,7 +24,7 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
 from lofit_fast.patching.handle import build_layers, handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
-from lofit_fast.patching.merge import check_mergeable, merge_into_base, merged_tensors
+from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
 
@@ -262,8 +262,8 @@ class LofitModel(BaseTuner):
         if safe_merge and not all(v.isfinite().all() for layer in layers.values() for v in layer.parameters(False)):
             raise ValueError(f"adapter {names[0]!r} has numbers that are not finite")
         with self._bases_in_place(ours):
-            check_mergeable(self.model, layers, projections)
-            merge_into_base(self.model, layers, projections)
+            plan = plan_merge(self.model, layers, projections)
+            merge_into_base(self.model, layers, projections, plan)
 
     @contextmanager
     def _bases_in_place(self, ours: list[Projection]) -> Iterator[None]:

@@ -25,7 +25,7 @@ command(
     "train --model smollm2 --task clutrr --data DIR --train-size 300 --top 0.1 --output runs/clutrr",
     "train --model smollm2 --task truthfulqa --data DIR --top 0.1 --output runs/truthfulqa",
     "train --model meta-llama/Llama-3.2-1B --data my.jsonl --top 32 --output runs/mine",
-    "train --model smollm2 --data my.csv --columns prompt=question,completion=answer --output runs/mine --dry-run",
+    "train --model smollm2 --data my.csv --columns prompt=question,completion=answer --dry-run",
     "train --model smollm2 --data preferences.jsonl --top 0.1 --output runs/preferred",
     "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
 )(train_command.train)
@@ -33,7 +33,7 @@ command(
     app,
     "sweep grid.toml --output sweeps/mine",
     "sweep grid.toml --output sweeps/mine --jobs 2",
-    "sweep grid.toml --output sweeps/mine --dry-run",
+    "sweep grid.toml --dry-run",
 )(sweep_command.sweep)
 command(
     app,

@@ -61,6 +61,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+def check_output(output: Path | None, dry_run: bool) -> None:
+    """Raise ValueError where a command would write and has not been told where to."""
+    if output is None and not dry_run:
+        raise ValueError("got no --output, expected the folder to write to: only --dry-run needs none")
+
+
 def parse_heads(text: str | None, option: str = "heads", all_is_known: bool = True) -> str | int | float | None:
     """ "all", "32" -> 32 heads, "0.1" -> a tenth of them. Raises ValueError naming the option for anything else."""
     if text is None or (text == "all" and all_is_known):

@@ -9,14 +9,17 @@ import typer
 from rich.text import Text
 
 from lofit_fast.cli.command import err, out
-from lofit_fast.cli.options import Json
+from lofit_fast.cli.options import Json, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
 
 def sweep(
     grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
+    ] = None,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.")
     ] = 1,
@@ -33,6 +36,7 @@ def sweep(
     from lofit_fast.training.sweep.run import as_table, failures
     from lofit_fast.training.sweep.run import sweep as run_sweep
 
+    check_output(output, dry_run)
     plan = read_grid(grid)
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]

@@ -27,6 +27,7 @@ from lofit_fast.cli.options import (
     Top,
     TrainOn,
     TrainSize,
+    check_output,
     reading_of,
     recipe_of,
     task_name,
@@ -37,7 +38,12 @@ from lofit_fast.cli.options import (
 
 def train(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; an interrupted run goes on from it.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Run folder; an interrupted run goes on from it. Required without --dry-run."
+        ),
+    ] = None,
     task: TaskName = None,
     data: Data = None,
     split: Split = None,
@@ -94,6 +100,7 @@ def train(
     from lofit_fast.training.run_folder import dtype_of_run
     from lofit_fast.training.summary import write_summary
 
+    check_output(output, dry_run)
     name = task_name(task, data)
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
@@ -103,7 +110,7 @@ def train(
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
     reading = reading_of(split, subset, columns, train_on)
     fixed = None if heads is None else read_heads(heads)
-    if dtype == "auto" and resume:
+    if dtype == "auto" and resume and output is not None:
         # a run goes on in the dtype that it was begun in
         dtype = dtype_of_run(output) or dtype
     base, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -53,10 +53,18 @@ def encode(tokenizer, example: Example | Mapping, max_length: int | None) -> Enc
 def encode_all(
     tokenizer, examples: Sequence[Example | Mapping], max_length: int | None, *, progress: bool = False
 ) -> list[Encoded]:
-    """`encode` of every example of a data set, with one `BoundaryWarning` for all: how many, and the first of them."""
+    """`encode` of every example of a data set, with one `BoundaryWarning` for all: how many, and the first of them.
+
+    Errors say which example they are about, counted from 1.
+    """
     rows, moved = [], []
-    for example in tqdm(examples, desc="tokenizing", delay=1.0, disable=not progress, leave=False):
-        row, where = _encoded(tokenizer, example, max_length)
+    counted = tqdm(examples, desc="tokenizing", delay=1.0, disable=not progress, leave=False)
+    for number, example in enumerate(counted, start=1):
+        try:
+            row, where = _encoded(tokenizer, example, max_length)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"example {number}: {error}") from error
         rows.append(row)
         moved += [where] if where else []
     _warn(moved, len(rows))
@@ -138,7 +146,8 @@ def as_example(example: Example | Mapping, tokenizer=None) -> Example:
         return conversation_of(example, tokenizer)
     if not isinstance(example, Mapping) or not {"prompt", "completion"} <= example.keys():
         got = sorted(example) if isinstance(example, Mapping) else type(example).__name__
-        raise ValueError(f"expected examples with the keys prompt and completion, or messages, got {got}")
+        preferences = ": preferences are trained on with fit_preferences" if "chosen" in got else ""
+        raise ValueError(f"expected examples with the keys prompt and completion, or messages, got {got}{preferences}")
     return Example(example["prompt"], example["completion"])
 
 

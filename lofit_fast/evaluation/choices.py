@@ -153,7 +153,10 @@ def check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
     context = getattr(text_config(model), "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + more > context:
-        raise ValueError(f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}")
+        raise ValueError(
+            f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}: shorten the "
+            "prompt" + (", or ask for fewer new tokens" if more else "")
+        )
 
 
 @dataclass

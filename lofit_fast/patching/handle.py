@@ -227,8 +227,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if around_peft and saved_names(model) != before:
         handle.unpatch()
         raise ValueError(
-            "cannot patch projections with these adapters of PEFT on them: PEFT would no longer save them whole. Merge "
-            "them first, or adapt other modules by PEFT"
+            "cannot patch: there are adapters of PEFT on the output projections, and PEFT would no longer save them "
+            "whole. Merge them first, or let PEFT adapt other modules"
         )
     if trained:
         warnings.warn(

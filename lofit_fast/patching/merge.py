@@ -147,9 +147,9 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
         plan.biased.switch_on(part.config)
     elif needed:
         warnings.warn(
-            f"the merged model is right in memory, but no switch known here gives the code of "
-            f"{text_config(model).model_type!r} a bias on its output projection: saved and reloaded, it would lose the "
-            "offsets. Use lofit_fast.export where it can, or keep the adapter folder",
+            "the merged model is right in memory, but loses its offsets when it is saved and reloaded: no switch known "
+            f"here gives the code of {text_config(model).model_type!r} a bias on its output projection. Keep the "
+            "adapter folder, or try lofit_fast.export before you merge",
             stacklevel=3,
         )
     if plan.tied is False:

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from lofit_fast.tasks.source import PROMPTS, check_files, subset, wording
+from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, wording
 from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "clutrr/train.json", "validation": "clutrr/val.json"}

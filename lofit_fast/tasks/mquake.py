@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, unlike, wording
 from lofit_fast.tasks.row_files import file_rows
-from lofit_fast.tasks.source import PROMPTS, check_files, subset, unlike, wording
 from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "mquake/train.jsonl", "validation": "mquake/val.jsonl"}

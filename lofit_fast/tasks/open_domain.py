@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lofit_fast.tasks.published_splits import subset, unlike
 from lofit_fast.tasks.row_files import file_rows
-from lofit_fast.tasks.source import subset, unlike
 from lofit_fast.tasks.task import Example, MultipleChoice, Task
 
 # data set, configuration, split: the answers of TriviaQA's test questions are not public

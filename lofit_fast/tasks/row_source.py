@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from lofit_fast.tasks.published_splits import PROMPTS
 from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, unpadded
-from lofit_fast.tasks.source import PROMPTS
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
 # the names that rows are read by, whatever a file calls its columns

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from lofit_fast.tasks.source import PROMPTS, check_files, subset, unlike, wording
+from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, unlike, wording
 from lofit_fast.tasks.task import MultipleChoice, Preference, Task
 
 SPLITS = {"train": "truthfulqa/train.csv", "validation": "truthfulqa/val.csv"}

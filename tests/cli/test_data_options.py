@@ -141,12 +141,21 @@ def test_a_dry_run_marks_what_is_learned_and_writes_nothing(model, table, tmp_pa
         "attention=",
     ):
         assert words in text
-    found = as_json(*arguments, "--dry-run")
+    # there is nothing to write, so --output may be left out
+    found = as_json("train", "--model", model, "--data", table, *NAMED, *QUICK, "--dry-run")
     assert (found["objective"], found["examples"], found["validation"]) == ("completions", 18, 2)
     assert (found["longest"], found["refused"], len(found["shown"])) == (9, [], 3)
     assert found["engine"].keys() == {"select", "tune"} and found["recipe"]["top"] == 2
     assert [part["learned"] for part in found["shown"][0]["parts"]] == [False, True]
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_command_that_writes_asks_for_its_folder(model, table, tmp_path):
+    grid = tmp_path / "grid.toml"
+    grid.write_text(f"[base]\nmodel = '{model}'\n[grid]\ntop = [2]\n")
+    assert "got no --output" in call("train", "--model", model, "--data", table, *NAMED, code=1).stderr
+    assert "got no --output" in call("sweep", grid, code=1).stderr
+    assert len(as_json("sweep", grid, "--dry-run")["runs"]) == 1
 
 
 def test_a_dry_run_of_preferences(model, pairs, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import normalizers
 
-from lofit_fast.data.encode import IGNORED, BoundaryWarning, encode, encode_prompt
+from lofit_fast.data.encode import IGNORED, BoundaryWarning, encode, encode_all, encode_prompt
 from lofit_fast.tasks import Example
 from tests.tiny_tokenizers import BOS, VOCABULARY, tiny_tokenizer
 
@@ -64,6 +64,19 @@ def test_the_limit_is_inclusive_and_the_error_names_both_numbers():
 def test_an_empty_completion(completion):
     with pytest.raises(ValueError, match="completion"):
         encode(tiny_tokenizer(), {"prompt": "a", "completion": completion}, None)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"prompt": "a", "completion": ""}, ValueError, "example 2: completion must hold some text, got ''"),
+        ({"prompt": "a", "completion": 3}, TypeError, "example 2: completion must be a string, got int"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ValueError, "example 2: .* trained on with fit_preferences"),
+    ],
+)
+def test_an_error_says_which_example(wrong, error, message):
+    with pytest.raises(error, match=message):
+        encode_all(tiny_tokenizer(), [{"prompt": "a", "completion": "b"}, wrong], None)
 
 
 def test_a_completion_without_tokens():

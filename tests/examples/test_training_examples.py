@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lofit_fast as lf
 from examples import accelerate_loop, autocast_loop, classification, stock_trainer
@@ -39,7 +40,8 @@ def adapter_in(folder):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_learns(name, tmp_path, capsys):
-    model, tokenizer, stories = model_and_stories("tiny")
+    material = classification.classifier_and_stories if name == "classification" else model_and_stories
+    model, tokenizer, stories = material("tiny")
     torch.manual_seed(0)
     # few, so that a model that knows nothing can learn them by heart; the example with an evaluation keeps eight for it
     stories = stories[: 12 if name == "trainer" else 4]
@@ -51,15 +53,21 @@ def test_an_example_learns(name, tmp_path, capsys):
         assert all(rows.abs().max() > 1e-2 for rows in adapter_in(tmp_path / "adapter"))
 
 
-def test_the_classifier_learns_its_head(tmp_path):
-    model, tokenizer, stories = model_and_stories("tiny")
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_classifier_learns_its_head(kind, tmp_path):
+    name = "tiny" if kind == "encoder" else str(tmp_path / "model")
+    if kind == "decoder":
+        model, tokenizer, _ = model_and_stories("tiny")
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    model, tokenizer, stories = classification.classifier_and_stories(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     classification.train_classifier(model, tokenizer, stories, 2, tmp_path)
-    from safetensors.torch import load_file
-
-    (head,) = load_file(tmp_path / "head.safetensors").values()
-    (kept,) = load_file(tmp_path / "checkpoint-2" / "model.safetensors").values()
-    assert torch.equal(head, kept)
-    handle = lf.load(classification.classifier_of(model_and_stories("tiny")[0], tokenizer), tmp_path / "adapter")
+    head = load_file(tmp_path / "head.safetensors")
+    kept = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert head and head.keys() <= kept.keys()
+    assert all(torch.equal(head[key], kept[key]) and not torch.equal(head[key], before[key]) for key in head)
+    handle = lf.load(classification.classifier_and_stories(name)[0], tmp_path / "adapter")
     assert handle.n_parameters() == 2 * 32
 
 

@@ -125,7 +125,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             layer, component = name.split(".")
             tensors[component, int(layer)] = vector
         handle = self.handle
-        handle.take(Adapter(handle.config, tensors, handle.fingerprint, ""))
+        handle.take(Adapter(handle.config, tensors, handle.fingerprint, "", {}))
 
 
 def _heads(handle: LofitHandle) -> dict:

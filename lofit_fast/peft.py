@@ -25,7 +25,7 @@ from lofit_fast.patching.architectures import Fingerprint, Projection, find_proj
 from lofit_fast.patching.handle import build_layers, handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
-from lofit_fast.patching.peft_layers import is_tuner_layer
+from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
 
 
@@ -216,6 +216,8 @@ class LofitModel(BaseTuner):
         if not isinstance(target, LofitPeftLayer):
             wrapper = LofitPeftLayer(target, projection.n_heads, projection.head_dim)
             wrapper.training = target.training
+        if adapter_name == REFERENCE and self.peft_config.get("default") is peft_config:
+            _copy_vectors(wrapper.as_patched("default"), drawn)
         wrapper.update_layer(adapter_name, drawn)
         wrapper.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if wrapper is not target:
@@ -303,11 +305,19 @@ class LofitModel(BaseTuner):
         if wrong := sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key)):
             component, layer = wrong[0]
             raise ValueError(
-                f"cannot load into adapter {adapter_name!r}, which adapts other heads in {len(wrong)} places: {component} "
-                f"of layer {layer} is {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}. Load it under another "
-                "name, or make the adapter with the heads that the folder has"
+                f"cannot load into adapter {adapter_name!r}, which adapts other heads in {len(wrong)} places: "
+                f"{component} of layer {layer} is {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}. Load it "
+                "under another name, or make the adapter with the heads that the folder has"
             )
         return {wanted[ours[key]][0] if key in ours else key: tensor for key, tensor in state_dict.items()}
+
+
+@torch.no_grad()
+def _copy_vectors(source: LofitLinear, target: LofitLinear) -> None:
+    # TRL copies the adapter that it makes a reference of, but only parameters with ".default." inside their names
+    for component in COMPONENTS:
+        if (vectors := getattr(target, component)) is not None:
+            vectors.copy_(getattr(source, component))
 
 
 def _register() -> None:

@@ -273,6 +273,20 @@ def test_loading_into_16_bits_rounds_nothing(tmp_path, low_memory):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_reference_that_trl_adds_is_a_copy():
+    model = adapted()
+    fill(model)
+    on = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("second", model.peft_config["default"])
+    for name, expected in (("ref", on), ("second", logits(adapted()))):
+        model.set_adapter(name)
+        assert torch.equal(logits(model.eval()), expected)
+    fill(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model.eval()), on)
+
+
 # PEFT reads no config where an adapter of the name is there
 @pytest.mark.parametrize("name", ["scale_all", "offset_some"])
 def test_other_heads_do_not_load_into_an_adapter(name, tmp_path):

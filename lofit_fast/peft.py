@@ -25,7 +25,7 @@ from lofit_fast.patching.architectures import Fingerprint, Projection, find_proj
 from lofit_fast.patching.handle import build_layers, handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
-from lofit_fast.patching.peft_layers import is_tuner_layer
+from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
 
 
@@ -216,6 +216,8 @@ class LofitModel(BaseTuner):
         if not isinstance(target, LofitPeftLayer):
             wrapper = LofitPeftLayer(target, projection.n_heads, projection.head_dim)
             wrapper.training = target.training
+        if adapter_name == REFERENCE and self.peft_config.get("default") is peft_config:
+            _copy_vectors(wrapper.as_patched("default"), drawn)
         wrapper.update_layer(adapter_name, drawn)
         wrapper.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if wrapper is not target:
@@ -285,14 +287,37 @@ class LofitModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
-        """By (component, layer), so that a folder of `handle.save` loads into any model around the same decoder."""
-        known = {}
+        """By (component, layer), so that a folder of `handle.save` loads into any model around the same decoder.
+
+        Raises ValueError, nothing read yet, unless the vectors are those of the adapter's heads: into an adapter that
+        is there already PEFT reads a folder without a look at its config.
+        """
+        wanted = {}
         for name, module in model.named_modules():
             if isinstance(module, LofitPeftLayer):
                 for component in COMPONENTS:
-                    key = f"{name}.lofit_{component}"
-                    known[parse_tensor_name(key)] = f"{key}.{adapter_name}"
-        return {known.get(parse_tensor_name(key), key): tensor for key, tensor in state_dict.items()}
+                    if adapter_name in (table := getattr(module, f"lofit_{component}")):
+                        key = f"{name}.lofit_{component}"
+                        wanted[parse_tensor_name(key)] = (f"{key}.{adapter_name}", tuple(table[adapter_name].shape))
+        ours = {key: parsed for key in state_dict if (parsed := parse_tensor_name(key)) is not None}
+        shapes = {parsed: tuple(state_dict[key].shape) for key, parsed in ours.items()}
+        expected = {parsed: shape for parsed, (_, shape) in wanted.items()}
+        if wrong := sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key)):
+            component, layer = wrong[0]
+            raise ValueError(
+                f"cannot load into adapter {adapter_name!r}, which adapts other heads in {len(wrong)} places: "
+                f"{component} of layer {layer} is {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}. Load it "
+                "under another name, or make the adapter with the heads that the folder has"
+            )
+        return {wanted[ours[key]][0] if key in ours else key: tensor for key, tensor in state_dict.items()}
+
+
+@torch.no_grad()
+def _copy_vectors(source: LofitLinear, target: LofitLinear) -> None:
+    # TRL copies the adapter that it makes a reference of, but only parameters with ".default." inside their names
+    for component in COMPONENTS:
+        if (vectors := getattr(target, component)) is not None:
+            vectors.copy_(getattr(source, component))
 
 
 def _register() -> None:

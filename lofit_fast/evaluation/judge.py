@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
-from lofit_fast.evaluation.choices import check_room, mc1, mc2, score_choices
+from lofit_fast.evaluation.choice_metrics import mc1, mc2
+from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation

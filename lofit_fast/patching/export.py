@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +39,7 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     _check_folder(handle, folder)
     with whole_folder(folder) as scratch:
         plain.save_pretrained(scratch)
+        _write_generation_config(handle.model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         _check_stale(folder, scratch)
@@ -65,8 +65,6 @@ def plain_model(handle: LofitHandle) -> nn.Module:
     stock = with_ties_of(stock, state)
     plain = stock.build()
     _fill(plain, state)
-    if getattr(model, "generation_config", None) is not None:
-        plain.generation_config = copy.deepcopy(model.generation_config)
     # how the checkpoint that the base came from names its tensors
     if type(plain) is type(model) and hasattr(model, "_weight_conversions"):
         plain._weight_conversions = model._weight_conversions
@@ -179,6 +177,14 @@ def _fill(plain: nn.Module, state: Mapping[str, Tensor]) -> None:
         seen.add(tensor.data_ptr())
     plain.load_state_dict(whole, assign=True)
     plain.tie_weights()
+
+
+def _write_generation_config(model: nn.Module, folder: Path) -> None:
+    """The base's own, in place of the one that transformers has made from the config."""
+    path = folder / "generation_config.json"
+    if path.exists() and getattr(model, "generation_config", None) is not None:
+        # not save_pretrained, which refuses what from_pretrained has read: a temperature without do_sample
+        model.generation_config.to_json_file(path)
 
 
 def _forget_quantization(config) -> None:

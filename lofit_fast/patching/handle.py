@@ -118,8 +118,15 @@ class LofitHandle:
         return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules)
 
     def take(self, adapter: Adapter) -> None:
-        """Copy an adapter of the same config into the handle. Raises ValueError where a tensor does not fit."""
+        """Copy an adapter of the same config into the handle.
+
+        Raises ValueError where a tensor does not fit, and inside `folded`, which would go on with the old vectors.
+        """
         self.check_vectors("load")
+        if any(layer.folded is not None for layer in self.layers.values()):
+            raise ValueError(
+                "cannot load vectors inside handle.folded(), which computes with the old ones: leave it first"
+            )
         fill(self.vectors(), adapter)
         if self.load_watch is not None:
             self.load_watch.settled()

@@ -13,6 +13,8 @@ from torch import nn
 
 # what a wrapper of ours calls the module that it holds
 INNER = "inner"
+# the adapter in which TRL keeps the policy as it was, by copying "default"
+REFERENCE = "ref"
 
 
 class NameBelow(str):
@@ -106,8 +108,18 @@ class PeftWatch:
             return
         training = module.training and torch.is_grad_enabled()
         self._look(thoroughly=training)
+        self._refuse_moving_reference()
         if training and not self.told and not any(p.requires_grad for p in self.parameters):
             self._refuse_frozen(kwargs)
+
+    def _refuse_moving_reference(self) -> None:
+        trained = any(layer.active for layer in self.layers) and any(p.requires_grad for p in self.parameters)
+        if trained and REFERENCE in getattr(self.witness, "active_adapters", ()):
+            raise ValueError(
+                f"PEFT's adapter {REFERENCE!r} is active, with which TRL computes its reference, and LoFiT's vectors "
+                "are trained: the reference would change with them. Give the trainer a ref_model of its own, or run the "
+                "reference inside handle.disabled()"
+            )
 
     def _refuse_frozen(self, kwargs: dict) -> None:
         # prompts that are learned have no layers in the model, and enter with a graph

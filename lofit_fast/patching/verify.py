@@ -49,10 +49,12 @@ def verify_export(
     tokens: (B, S) int64, or a mapping of all inputs that the model's forward takes, or None for 2 x 16 fixed random
     tokens. A model in 16 bits is compared through a float32 copy, since rounding in its forward would hide small
     adapters: that takes 8 bytes per parameter for the time being.
-    Raises ValueError when a tensor or the logits differ by more than rounding; and, as inconclusive, when rounding
-    hides the scales or the offsets.
+    Raises ValueError when a tensor or the logits differ by more than rounding; as inconclusive, when rounding hides
+    the scales or the offsets; and inside `handle.disabled()` or `folded()`, where the model computes something else.
     """
     handle.check_live()
+    if any(layer.folded is not None or not layer.enabled for layer in handle.layers.values()):
+        raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype
     tolerance = TOLERANCE[dtype]

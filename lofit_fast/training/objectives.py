@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
+from lofit_fast.data.collate import n_labels
 from lofit_fast.data.encode import (
     BoundaryWarning,
     Encoded,
@@ -30,14 +28,11 @@ from lofit_fast.data.encode import (
     pad_token_id,
 )
 from lofit_fast.data.given_examples import given_examples
-from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.architectures import text_config
-from lofit_fast.patching.layer import eval_mode
-from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.preference_rows import as_preference
@@ -45,6 +40,7 @@ from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.first_epoch import first_epoch, loss_sum
 from lofit_fast.training.prefix_cache.cache import prefix_cached
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
@@ -210,8 +206,8 @@ class EncodedCompletions:
 
     def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
-        for batch in _first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
-            yield _loss_sum(self.model, batch) / n_labels(batch)
+        for batch in first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
+            yield loss_sum(self.model, batch) / n_labels(batch)
 
 
 @dataclass(frozen=True)
@@ -368,12 +364,12 @@ class EncodedPreferences:
             rows = encode_answers(self.tokenizer, [(c.prompt, (c.right, c.wrong)) for c in pairs], self.limit)
         right, wrong = ([pair[side] for pair in rows] for side in (0, 1))
         batches = zip(
-            _first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
-            _first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
+            first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
+            first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
             strict=True,
         )
         for better, worse in batches:
-            difference = _loss_sum(self.model, better) - _loss_sum(self.model, worse)
+            difference = loss_sum(self.model, better) - loss_sum(self.model, worse)
             yield self.beta / 2 * difference / len(better["input_ids"])
 
 
@@ -443,31 +439,3 @@ def _as_it_was(model: nn.Module, tokenizer) -> Iterator[None]:
         vars(model).pop("forward", None)
         if forward is not None:
             model.forward = forward
-
-
-def _first_epoch(
-    model: nn.Module,
-    tokenizer,
-    rows: list[Encoded],
-    recipe,
-    progress: bool,
-    order_of: list[Encoded] | None = None,
-) -> Iterator[Batch]:
-    """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
-    check_room(model, [row["input_ids"] for row in rows], 0)
-    lengths = [len(row["input_ids"]) for row in order_of or rows]
-    order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
-    size = recipe.batch_size // recipe.accumulation_steps
-    device = device_of(model)
-    with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), size):
-            batch = collator([rows[i] for i in order[start : start + size]])
-            yield on_device(batch, device)
-            bar.update(len(batch["input_ids"]))
-
-
-def _loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """-log p of all labelled tokens, summed."""
-    with torch.enable_grad(), eval_mode(model):
-        return model(**batch, use_cache=False).loss * n_labels(batch)

@@ -6,7 +6,8 @@ import torch
 import lofit_fast as lf
 import lofit_fast.evaluation.choices as scoring
 from lofit_fast.data.encode import encode_prompt
-from lofit_fast.evaluation.choices import mc1, mc2, packing_refusal, score_choices
+from lofit_fast.evaluation.choice_metrics import mc1, mc2
+from lofit_fast.evaluation.choices import packing_refusal, score_choices
 from tests.oracle import randomize
 from tests.packed_linears import AwqLike
 from tests.tiny_models import FAMILIES, tiny_model, tokens

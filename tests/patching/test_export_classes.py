@@ -126,3 +126,14 @@ def test_several_dtypes_keep_theirs(tmp_path):
     assert merged.model.layers[1].self_attn.o_proj.bias.dtype == torch.float32
     assert merged.model.layers[0].self_attn.o_proj.bias.dtype == torch.bfloat16
     assert merged.model.layers[1].self_attn.q_proj.bias.dtype == torch.bfloat16
+
+
+def test_a_generation_config_that_stock_code_would_not_write_is_kept(tmp_path):
+    model = tiny_model("llama")
+    # as older checkpoints have it: read with a warning
+    model.generation_config.update(temperature=0.7, do_sample=False, max_new_tokens=5)
+    handle = patched(model)
+    lf.export(handle, tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (written["temperature"], written["max_new_tokens"]) == (0.7, 5)
+    assert type(model).from_pretrained(tmp_path).generation_config.to_dict() == model.generation_config.to_dict()

@@ -278,3 +278,13 @@ def test_adapter_into_a_folder_that_cannot_be(tmp_path, below):
     with pytest.raises(OSError, match="cannot write to output folder .*file"):
         handle.save(tmp_path / "file" / below)
     assert names(tmp_path) == ["file"]
+
+
+def test_vectors_are_not_taken_inside_folded(folder):
+    handle = load(tiny_model("llama"), folder)
+    randomize(handle, seed=8)
+    before = snapshot(handle.model)
+    with handle.folded(), pytest.raises(ValueError, match="which computes with the old ones: leave it first"):
+        handle.take(read_adapter(folder))
+    assert snapshot(handle.model) == before
+    handle.take(read_adapter(folder))

@@ -147,3 +147,11 @@ def test_inputs_that_the_model_does_not_take(tmp_path):
     handle, _ = exported(tmp_path)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be run on pixels alone"):
         lf.verify_export(handle, tmp_path, {"pixels": torch.zeros(1, 3)})
+
+
+@pytest.mark.parametrize("scope", ["disabled", "folded"])
+def test_inside_a_scope_nothing_is_verified(scope, tmp_path):
+    handle, _ = exported(tmp_path)
+    with getattr(handle, scope)(), pytest.raises(ValueError, match="leave the scope first"):
+        lf.verify_export(handle, tmp_path)
+    lf.verify_export(handle, tmp_path)

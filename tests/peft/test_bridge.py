@@ -273,6 +273,35 @@ def test_loading_into_16_bits_rounds_nothing(tmp_path, low_memory):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_reference_that_trl_adds_is_a_copy():
+    model = adapted()
+    fill(model)
+    on = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("second", model.peft_config["default"])
+    for name, expected in (("ref", on), ("second", logits(adapted()))):
+        model.set_adapter(name)
+        assert torch.equal(logits(model.eval()), expected)
+    fill(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model.eval()), on)
+
+
+# PEFT reads no config where an adapter of the name is there
+@pytest.mark.parametrize("name", ["scale_all", "offset_some"])
+def test_other_heads_do_not_load_into_an_adapter(name, tmp_path):
+    adapted(name).save_pretrained(tmp_path)
+    model = adapted("both")
+    fill(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot load into adapter 'default', which adapts other heads in . places"):
+        model.load_adapter(tmp_path, "default")
+    assert snapshot(model) == before
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model.eval()), logits(adapted(name)))
+
+
 def saved_base(folder) -> nn.Module:
     tiny_model("llama").save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -184,6 +184,23 @@ def test_patching_says_that_it_freezes_peft():
     assert all(p.grad is not None for p in handle.parameters())
 
 
+def test_a_reference_that_moves_with_the_policy_is_refused():
+    model = with_peft("lora_qv")
+    handle = patched(model)
+    # what TRL does with a PeftModel that is its policy
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    with torch.no_grad(), pytest.raises(ValueError, match="the reference would change with them. Give the trainer"):
+        logits(model)
+    with handle.disabled():
+        logits(model)
+    handle.requires_grad_(False)
+    logits(model)
+    handle.requires_grad_()
+    model.set_adapter("default")
+    logits(model)
+
+
 def test_adapters_that_peft_would_not_save_are_refused(monkeypatch):
     from lofit_fast.patching.peft_layers import NameBelow
 

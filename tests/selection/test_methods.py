@@ -84,11 +84,19 @@ def test_finds_the_one_head_that_has_any_say(name, tmp_path):
     assert select(name, tmp_path, model=planted((1, 2)), recipe=recipe).heads == [(1, 2)]
 
 
+def on_gradients(model, seen):
+    """Calls `seen` with the tokens of every forward that builds a graph: what a model can do is tried without."""
+
+    def look(module, args, options):
+        if torch.is_grad_enabled():
+            seen(options["input_ids"])
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+
+
 def test_saliency_passes_over_everything_once(tmp_path):
     model, tokens = tiny_model("llama"), []
-    model.register_forward_pre_hook(
-        lambda _, __, options: tokens.append(options["input_ids"].numel()), with_kwargs=True
-    )
+    on_gradients(model, lambda ids: tokens.append(ids.numel()))
     select("saliency", tmp_path, model=model)
     assert sum(tokens) == sum(len(encode(tiny_tokenizer(), e, None)["input_ids"]) for e in EXAMPLES)
     assert len(tokens) == 4
@@ -98,7 +106,7 @@ def test_saliency_in_micro_batches(tmp_path):
     recipe = lf.Recipe(top=3, batch_size=6, accumulation_steps=2)
     shapes = []
     model = tiny_model("llama")
-    model.register_forward_pre_hook(lambda _, __, options: shapes.append(len(options["input_ids"])), with_kwargs=True)
+    on_gradients(model, lambda ids: shapes.append(len(ids)))
     select("saliency", tmp_path, model=model, recipe=recipe)
     assert shapes == [3] * 4
 

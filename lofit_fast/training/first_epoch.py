@@ -1,0 +1,45 @@
+"""The batches of a first epoch and their losses, for methods that look at gradients without training: saliency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
+from lofit_fast.data.encode import Encoded, pad_token_id
+from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.evaluation.choices import check_room
+from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
+
+
+def first_epoch(
+    model: nn.Module,
+    tokenizer,
+    rows: list[Encoded],
+    recipe,
+    progress: bool,
+    order_of: list[Encoded] | None = None,
+) -> Iterator[Batch]:
+    """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
+    check_room(model, [row["input_ids"] for row in rows], 0)
+    lengths = [len(row["input_ids"]) for row in order_of or rows]
+    order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
+    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
+    size = recipe.batch_size // recipe.accumulation_steps
+    device = device_of(model)
+    with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), size):
+            batch = collator([rows[i] for i in order[start : start + size]])
+            yield on_device(batch, device)
+            bar.update(len(batch["input_ids"]))
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of all labelled tokens, summed."""
+    with torch.enable_grad(), eval_mode(model):
+        return model(**batch, use_cache=False).loss * n_labels(batch)

@@ -117,8 +117,8 @@ class PeftWatch:
         if trained and REFERENCE in getattr(self.witness, "active_adapters", ()):
             raise ValueError(
                 f"PEFT's adapter {REFERENCE!r} is active, with which TRL computes its reference, and LoFiT's vectors "
-                "are trained: the reference would change with them. Give the trainer a ref_model of its own, or run the "
-                "reference inside handle.disabled()"
+                "are trained: the reference would change with them. Give the trainer a ref_model of its own, or run "
+                "the reference inside handle.disabled()"
             )
 
     def _refuse_frozen(self, kwargs: dict) -> None:

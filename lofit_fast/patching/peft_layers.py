@@ -113,8 +113,9 @@ class PeftWatch:
             self._refuse_frozen(kwargs)
 
     def _refuse_moving_reference(self) -> None:
-        trained = any(layer.active for layer in self.layers) and any(p.requires_grad for p in self.parameters)
-        if trained and REFERENCE in getattr(self.witness, "active_adapters", ()):
+        if REFERENCE not in getattr(self.witness, "active_adapters", ()):
+            return
+        if any(layer.active for layer in self.layers) and any(p.requires_grad for p in self.parameters):
             raise ValueError(
                 f"PEFT's adapter {REFERENCE!r} is active, with which TRL computes its reference, and LoFiT's vectors "
                 "are trained: the reference would change with them. Give the trainer a ref_model of its own, or run "

@@ -97,8 +97,7 @@ def conversation(
         ValueError: messages that are no conversation, a tokenizer without a template, a template that refuses them, or
             a turn that cannot be found. The message names the turn.
     """
-    if train_on not in TRAIN_ON:
-        raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
+    check_train_on(train_on)
     _check(messages)
     template = _Template(tokenizer, tools, options)
     messages = [dict(message) for message in messages]
@@ -128,6 +127,12 @@ def conversation(
         ended=ended,
         marker=_marker(completion, content.strip()),
     )
+
+
+def check_train_on(train_on: str) -> None:
+    """Raise ValueError unless it is one of `TRAIN_ON`."""
+    if train_on not in TRAIN_ON:
+        raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TypedDict
 from tqdm.auto import tqdm
 
 from lofit_fast.tasks.chat import Conversation, Rendered, conversation_of
-from lofit_fast.tasks.task import Example
+from lofit_fast.tasks.task import Example, check_text
 
 IGNORED = -100
 _NO_END = "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"
@@ -147,8 +147,9 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
     Special tokens are those that the tokenizer puts in front of a text. A `Rendered` prompt has all it needs. One that
     the tokenizer puts after a text is left out: nothing could follow it.
-    Raises ValueError when there is not a single token.
+    Raises ValueError when there is not a single token, or half a character, TypeError for what is no string.
     """
+    check_text("a prompt", prompt)
     (ids,) = _tokenized(tokenizer, [prompt], _special(prompt))
     if not ids:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")

@@ -36,7 +36,8 @@ def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, prog
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
     share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
-    Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and `score_choices` raise.
+    Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and
+    `score_choices` raise.
     """
     _check_count("batch_size", batch_size)
     if task.choices:
@@ -65,8 +66,8 @@ def generate_answers(
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, and for a batch_size or
-    max_new_tokens below 1.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, and for a batch_size
+    or max_new_tokens below 1.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     rows = _generated(model, tokenizer, prompts, **options)

@@ -54,8 +54,8 @@ def reference_logprobs(
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
     An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
-    Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts a
-    chat template has made: no special tokens and no end token are added to those.
+    Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
+    a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
     more than max_length tokens.
     """

@@ -99,6 +99,10 @@ def conversation(
     """
     check_train_on(train_on)
     _check(messages)
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"chat_template_kwargs must map names of variables to values, got {options!r}")
+    if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise ValueError(f"tools must be a list of tools, got {type(tools).__name__}: {str(tools)[:60]!r}")
     template = _Template(tokenizer, tools, options)
     messages = [dict(message) for message in messages]
     text, prompt = template.render(messages), template.render(messages[:-1], prompt=True)

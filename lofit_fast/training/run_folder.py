@@ -41,8 +41,8 @@ class RunFolder:
         state = run._read("state.json")
         if state is not None and not _of_a_run(state):
             raise ValueError(
-                f"{run.path / 'state.json'} is not that of a run, so it is none of ours to go on with or replace: choose "
-                "another folder"
+                f"{run.path / 'state.json'} is not that of a run, so it is none of ours to go on with or replace: "
+                "choose another folder"
             )
         # as JSON would return it: tuples become lists
         identity = json.loads(json.dumps(identity))

@@ -1,5 +1,7 @@
 """What is adapted (LofitConfig) and how it is trained (Recipe): plain, frozen data."""
 
+import math
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -28,8 +30,10 @@ class LofitConfig:
             object.__setattr__(self, component, _head_set(component, getattr(self, component)))
         if self.scale is None and self.offset is None:
             raise ValueError("nothing to adapt: expected scale and/or offset to be 'all' or a list of (layer, head)")
-        if not self.init_std >= 0:
-            raise ValueError(f"expected init_std >= 0, got {self.init_std}")
+        if not isinstance(self.init_std, numbers.Real) or not self.init_std >= 0:
+            raise ValueError(f"expected a number init_std >= 0, got {self.init_std!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
 
 
 def _head_set(component: str, heads: object) -> HeadSet:
@@ -103,6 +107,12 @@ class Recipe:
         for name in ("select_epochs", "min_layer", "tune_epochs", "l1", "init_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        # max_grad_norm may be infinite: nothing is clipped then
+        for name in ("select_lr", "tune_lr", "l1", "init_std"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"expected a finite {name}, got inf")
+        if self.max_length is not None and not self.max_length > 0:
+            raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"

@@ -44,7 +44,7 @@ def read_heads(path: Path | str) -> list[Head]:
     try:
         content = json.loads(path.read_text())
         return [(layer, head) for layer, head in (content["heads"] if isinstance(content, dict) else content)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}}') from error
 
 

@@ -44,6 +44,8 @@ BAD_RECIPES = [
     ({"init_std": float("nan")}, "init_std >= 0"),
     ({"batch_size": 8, "accumulation_steps": 3}, "batch_size 8 does not divide into accumulation_steps 3"),
     ({"top": 0}, "at least 1 head"),
+    ({"max_length": 0}, "max_length > 0, or None, got 0"),
+    *(({name: float("inf")}, f"a finite {name}, got inf") for name in ("select_lr", "tune_lr", "l1", "init_std")),
 ]
 
 
@@ -61,6 +63,12 @@ def test_config_takes(component, given, expected):
 def test_config_refuses(component, given, error, message):
     with pytest.raises(error, match=rf"{component}.*{message}"):
         LofitConfig(**{component: given})
+
+
+@pytest.mark.parametrize("name, value", [("seed", "x"), ("seed", 1.5), ("seed", True), ("init_std", "x")])
+def test_config_refuses_other_types(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"{name}.* got {value!r}"):
+        LofitConfig(offset="all", **{name: value})
 
 
 def test_config_refuses_nothing_to_adapt():

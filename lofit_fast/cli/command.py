@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 out, err = Console(), Console(stderr=True)
-_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
+_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RecursionError)
 
 
 def command(app: typer.Typer, *examples: str, program: str = "lofit-fast", name: str | None = None) -> Callable:

@@ -74,7 +74,10 @@ def generate(
     """Greedy answers to prompts, one per line of standard input unless given."""
     from lofit_fast.evaluation.judge import generate_answers
 
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: expected UTF-8 text: {error}") from error
     if not prompts:
         raise ValueError("no prompt: expected --prompt, or lines on standard input")
     base, tokenizer = loaded(model, adapter, dtype, device)

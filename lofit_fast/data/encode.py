@@ -14,7 +14,7 @@ from typing import TypedDict
 from tqdm.auto import tqdm
 
 from lofit_fast.tasks.chat import Conversation, Rendered, conversation_of
-from lofit_fast.tasks.task import Example
+from lofit_fast.tasks.task import Example, check_text
 
 IGNORED = -100
 _NO_END = "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"
@@ -76,17 +76,17 @@ def encode_answers(
 ) -> list[list[Encoded]]:
     """Of questions, each a prompt and its answers: an Encoded per answer, with an end-of-sequence token.
 
+    A `Rendered` answer has the chat template's own ending, and gets no other.
     Answers to one prompt are compared, so labels begin at the same place in all of them: see `branches`.
     Raises as `encode` does.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(_NO_END)
     encoded = []
     questions = list(questions)
     counted = tqdm(questions, desc="tokenizing", delay=1.0, disable=not progress, leave=False)
     found = noted(branches(tokenizer, *_visible(*question)) for question in counted)
-    for (prompt, _), (start, endings) in zip(questions, found, strict=True):
-        rows = [_labelled(_closed([*start, *ending], tokenizer), len(start)) for ending in endings]
+    for (prompt, answers), (start, endings) in zip(questions, found, strict=True):
+        pairs = zip(answers, endings, strict=True)
+        rows = [_labelled(_closed([*start, *ending], answer, tokenizer), len(start)) for answer, ending in pairs]
         for row in rows:
             _check_length(row, max_length, prompt)
         encoded.append(rows)
@@ -156,8 +156,9 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
     Special tokens are those that the tokenizer puts in front of a text. A `Rendered` prompt has all it needs. One that
     the tokenizer puts after a text is left out: nothing could follow it.
-    Raises ValueError when there is not a single token.
+    Raises ValueError when there is not a single token, or half a character, TypeError for what is no string.
     """
+    check_text("a prompt", prompt)
     (ids,) = _tokenized(tokenizer, [prompt], _special(prompt))
     if not ids:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")
@@ -211,10 +212,8 @@ def _encoded(tokenizer, example, max_length: int | None) -> tuple[Encoded, str]:
     if isinstance(example, Conversation):
         row, moved = _conversation(tokenizer, example)
     else:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(_NO_END)
         (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
-        row, moved = _labelled(_closed(pair.ids, tokenizer), pair.start), pair.moved
+        row, moved = _labelled(_closed(pair.ids, example.completion, tokenizer), pair.start), pair.moved
     _check_length(row, max_length, example.prompt)
     return row, moved
 
@@ -223,8 +222,12 @@ def _labelled(ids: list[int], start: int) -> Encoded:
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
 
 
-def _closed(ids: list[int], tokenizer) -> list[int]:
-    """With an end-of-sequence token, once."""
+def _closed(ids: list[int], answer: str, tokenizer) -> list[int]:
+    """With an end-of-sequence token, once, unless a chat template has ended the answer in its own way."""
+    if isinstance(answer, Rendered):
+        return ids
+    if tokenizer.eos_token_id is None:
+        raise ValueError(_NO_END)
     return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 

@@ -56,7 +56,12 @@ def longest_first(lengths: Sequence[int], batch_size: int, label: str, progress:
         lengths: tokens per row.
         batch_size: rows per batch; the last may have fewer.
         label, progress: of the bar that counts rows, and whether it is shown.
+
+    Raises:
+        ValueError: a batch size below 1, with which no row would be seen.
     """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):

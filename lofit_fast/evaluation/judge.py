@@ -37,8 +37,10 @@ def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, prog
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
     share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
-    Raises ValueError for a task with nothing to be judged by, and what `generate_answers` and `score_choices` raise.
+    Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and
+    `score_choices` raise.
     """
+    _check_count("batch_size", batch_size)
     if task.choices:
         return _judge_choices(model, tokenizer, task, progress)
     _check_any(task.validation)
@@ -65,7 +67,8 @@ def generate_answers(
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, and for a batch_size
+    or max_new_tokens below 1.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     rows = _generated(model, tokenizer, prompts, **options)
@@ -155,6 +158,8 @@ def _generated(
     ends: Set[int] = frozenset(),
 ) -> list[list[int]]:
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
+    _check_count("batch_size", batch_size)
+    _check_count("max_new_tokens", max_new_tokens)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_room(model, encoded, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -172,6 +177,11 @@ def _generated(
 def _check_any(examples: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("accuracy needs at least one example, got none")
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: got {count!r}, expected a whole number from 1")
 
 
 def _greedy(model: nn.Module, tokenizer, max_new_tokens: int, more_ends: Set[int]):

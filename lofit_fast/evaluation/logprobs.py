@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXTS = ("prompt", "chosen", "rejected")
-# a column that is true where a chat template has made the prompt, with all special tokens it needs
-RENDERED = "rendered"
+# columns that are true where a chat template has made the text, with all special tokens it needs
+RENDERED = {name: f"{name}_rendered" for name in TEXTS}
 
 
 class Switchable(Protocol):
@@ -54,17 +54,21 @@ def reference_logprobs(
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
     An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
-    A column "rendered" says of which prompts a chat template has made them: no special tokens are added to those.
+    Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
+    a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
     more than max_length tokens.
     """
     texts = {name: _column(dataset, name) for name in TEXTS}
-    if RENDERED in dataset.column_names:
-        marks = zip(texts["prompt"], dataset[RENDERED], strict=True)
-        texts["prompt"] = [Rendered(prompt) if made else prompt for prompt, made in marks]
+    for name, mark in RENDERED.items():
+        if mark in dataset.column_names:
+            marked = zip(texts[name], dataset[mark], strict=True)
+            texts[name] = [Rendered(text) if made else text for text, made in marked]
     end = tokenizer.eos_token or ""
     # data for TRL may bring the end token along
-    answers = [[text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]]
+    answers = [
+        [text if isinstance(text, Rendered) else text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]
+    ]
     pairs = encode_answers(tokenizer, zip(texts["prompt"], zip(*answers, strict=True), strict=True), max_length)
     sides = dict(zip(TEXTS[1:], zip(*pairs, strict=True), strict=True)) if pairs else {}
     # one forward for what occurs more than once

@@ -1,6 +1,7 @@
 """Loading base models: a hub id, a local folder, a GGUF file, or the alias of a real model that ships as a package."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -70,15 +71,19 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
-    Raises ValueError for an unknown dtype or quantization, a second one, or an attention that the model or machine does
-    not have, FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to
-    quantize with, OSError from transformers for a hub id it cannot resolve.
+    Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
+    not have, or files that are broken, FileNotFoundError for a package or file that is not there, ImportError where
+    nothing is installed to quantize with, OSError from transformers for a hub id it cannot resolve.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
-    source = resolve(name)
+    with naming_broken_files(name):
+        return _loaded(name, resolve(name), dtype, device, attention, quantization)
+
+
+def _loaded(name: str, source: str, dtype, device, attention: str, quantization: str | None):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     asked = {} if attention == "auto" else {"attn_implementation": attention}
     packed = getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
     if packed and quantization is not None:
@@ -101,6 +106,20 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+@contextmanager
+def naming_broken_files(name: str) -> Iterator[None]:
+    """A scope in which what the libraries raise at broken files is a ValueError that names the model."""
+    try:
+        yield
+    except (OSError, ImportError, TypeError, torch.OutOfMemoryError):
+        raise
+    # each reader has errors of its own: of safetensors, of configs, of GGUF
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

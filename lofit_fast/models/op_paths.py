@@ -1,5 +1,6 @@
 """What the op would do for a whole model and what that should cost: for `plan` and `autotune`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise, product
@@ -10,7 +11,7 @@ import torch
 from lofit_fast.config import HeadSet
 from lofit_fast.files import write_json
 from lofit_fast.models.device import best_device
-from lofit_fast.models.load import resolve
+from lofit_fast.models.load import naming_broken_files, resolve
 from lofit_fast.patching.architectures import find_projections, outputs_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_kernels import answers, roofline
@@ -37,16 +38,15 @@ def layers_of(name: str) -> list[Layer]:
     """The output projections of a model: a name in `SHAPES`, an alias, a folder, a .gguf file, or a hub id.
 
     Only the config is read; no weights are (an alias or a GGUF file is converted on first use, as everywhere).
-    Raises ValueError for a model without such projections, OSError for one that is not there.
+    Raises ValueError for a model without such projections or a broken config, OSError for one that is not there.
     """
     if name in SHAPES:
         shape = SHAPES[name]
         return [Layer(layer, shape.H, shape.D, shape.N) for layer in range(shape.layers)]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(name))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with naming_broken_files(name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(name)))
     return [Layer(p.layer, p.n_heads, p.head_dim, outputs_of(p.module)) for p in find_projections(model)]
 
 
@@ -78,7 +78,9 @@ def spread_heads(top: str | int | float | None, layers: Sequence[Layer]) -> list
     total = sum(layer.H for layer in layers)
     if top is None:
         return [0] * len(layers)
-    count = total if top == "all" else round(top * total) if isinstance(top, float) else top
+    # nan and inf are no count
+    fraction = isinstance(top, float) and (round(top * total) if math.isfinite(top) else 0)
+    count = total if top == "all" else fraction if isinstance(top, float) else top
     if not 0 < count <= total:
         raise ValueError(f"expected 'all', a count up to {total} or a fraction in (0, 1], got {top}")
     ends = [count * heads // total for heads in accumulate(layer.H for layer in layers)]

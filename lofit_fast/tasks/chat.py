@@ -97,9 +97,12 @@ def conversation(
         ValueError: messages that are no conversation, a tokenizer without a template, a template that refuses them, or
             a turn that cannot be found. The message names the turn.
     """
-    if train_on not in TRAIN_ON:
-        raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
+    check_train_on(train_on)
     _check(messages)
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"chat_template_kwargs must map names of variables to values, got {options!r}")
+    if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise ValueError(f"tools must be a list of tools, got {type(tools).__name__}: {str(tools)[:60]!r}")
     template = _Template(tokenizer, tools, options)
     messages = [dict(message) for message in messages]
     text, prompt = template.render(messages), template.render(messages[:-1], prompt=True)
@@ -128,6 +131,12 @@ def conversation(
         ended=ended,
         marker=_marker(completion, content.strip()),
     )
+
+
+def check_train_on(train_on: str) -> None:
+    """Raise ValueError unless it is one of `TRAIN_ON`."""
+    if train_on not in TRAIN_ON:
+        raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.chat import conversation_of
+from lofit_fast.tasks.chat import Rendered, check_train_on, conversation_of
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw
@@ -64,8 +64,9 @@ def completion(
         ImportError: a library is missing that the source needs.
         TypeError: a source that is neither a path nor an id, or a share that is not a number.
         ValueError: anything wrong in the data (with file and line), no rows, rows of different kinds, a column that is
-            not there, or a share or train_size out of range.
+            not there, a share or train_size out of range, or an unknown train_on.
     """
+    check_train_on(train_on)
     reading = {"subset": subset, "columns": columns, "progress": progress}
     train = _examples(data, tokenizer, train_on, split=split, **reading)
     if isinstance(validation, (str, Path)):
@@ -168,9 +169,10 @@ def _example(row, where, tokenizer, train_on):
 
 
 def _last_turn(messages, where, tokenizer):
-    """(prompt, answer) of a conversation as texts, the answer with the template's ending."""
+    """(prompt, answer) of a conversation as texts, the answer with the template's ending where it has one."""
     try:
         talk = conversation_of({"messages": messages}, tokenizer, "last")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return talk.prompt, talk.text[len(talk.prompt) : talk.learned[-1][1]]
+    answer = talk.text[len(talk.prompt) : talk.learned[-1][1]]
+    return talk.prompt, Rendered(answer) if talk.ended else answer

@@ -80,6 +80,11 @@ def _parsed(text, path, line):
     except json.JSONDecodeError as error:
         at = f"{path}: line {line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{at}: expected JSON, got what is not: {error.msg}") from error
+    # a number of thousands of digits
+    except ValueError as error:
+        raise ValueError(f"{path}: line {line}: expected JSON, got what cannot be read: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: line {line}: got JSON that is nested too deeply, expected a row") from error
 
 
 def _csv_rows(path: Path, delimiter: str) -> Rows:

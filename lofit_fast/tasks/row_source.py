@@ -114,7 +114,12 @@ def _folder_rows(folder: Path, split: str | None) -> Rows:
 
 def _saved_rows(folder: Path, split: str | None) -> Rows:
     """Of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
-    saved = _library().load_from_disk(str(folder))
+    library = _library()
+    try:
+        saved = library.load_from_disk(str(folder))
+    # the library raises whatever it likes at files that it has not written
+    except Exception as error:
+        raise ValueError(f"{folder}: expected what `datasets` has saved to disk, got {error!r}") from error
     if isinstance(saved, Mapping):
         if (split or SPLIT) not in saved:
             raise ValueError(f"{folder}: no split {split or SPLIT!r}, expected one of {', '.join(saved)}")

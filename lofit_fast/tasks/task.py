@@ -22,7 +22,7 @@ class Example:
 
     Raises:
         TypeError: a field that is not a string, or `answers` that is one string instead of several.
-        ValueError: a completion of white space only.
+        ValueError: a completion of white space only, or a text with half a character in it.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Example:
 
     def __post_init__(self):
         for field in ("prompt", "completion"):
-            _check_text(field, getattr(self, field))
+            check_text(field, getattr(self, field))
         _check_visible("completion", self.completion)
         answers = _as_answers(self.answers) or (self.completion.strip(),)
         object.__setattr__(self, "answers", answers)
@@ -51,10 +51,11 @@ class Preference:
     rejected: tuple[str, ...]
 
     def __post_init__(self):
-        for field in ("prompt", "chosen"):
-            _check_text(field, getattr(self, field))
+        check_text("prompt", self.prompt)
+        check_text("chosen", self.chosen)
         object.__setattr__(self, "rejected", _as_answers(self.rejected))
         for field, answer in (("chosen", self.chosen), *(("rejected", answer) for answer in self.rejected)):
+            check_text(field, answer)
             _check_visible(field, answer)
         if not self.rejected or self.chosen in self.rejected:
             raise ValueError(f"expected rejected answers other than {self.chosen!r}, got {self.rejected}")
@@ -182,10 +183,19 @@ def _normalised(lines):
     return text.rstrip(TRAILING) or text
 
 
-def _check_text(field, value):
+def check_text(field: str, value: object) -> None:
+    """Raise TypeError for what is no string, ValueError for one that no tokenizer can read."""
     if not isinstance(value, str):
         hint = ", an empty cell or null" if value is None else ""
         raise TypeError(f"{field} must be a string, got {type(value).__name__}{hint}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        around = value[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"{field} holds half a character (a lone surrogate, {value[error.start]!r}), expected whole ones, as in a "
+            f"text that was not cut inside an emoji: {around!r}"
+        ) from error
 
 
 def _check_visible(field, text):

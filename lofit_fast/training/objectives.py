@@ -316,8 +316,8 @@ class EncodedPreferences:
             "prompt": [preference.prompt for preference, _ in chosen],
             "chosen": [preference.chosen for preference, _ in chosen],
             "rejected": [preference.rejected[rejected] for preference, rejected in chosen],
-            RENDERED: [isinstance(preference.prompt, Rendered) for preference, _ in chosen],
         }
+        texts |= {mark: [isinstance(text, Rendered) for text in texts[name]] for name, mark in RENDERED.items()}
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
         # said of all answers already
         with warnings.catch_warnings(action="ignore", category=BoundaryWarning):

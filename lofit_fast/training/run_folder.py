@@ -39,6 +39,11 @@ class RunFolder:
         """
         run = cls(writable_folder(path))
         state = run._read("state.json")
+        if state is not None and not _of_a_run(state):
+            raise ValueError(
+                f"{run.path / 'state.json'} is not that of a run, so it is none of ours to go on with or replace: "
+                "choose another folder"
+            )
         # as JSON would return it: tuples become lists
         identity = json.loads(json.dumps(identity))
         if resume and state is not None:
@@ -190,6 +195,12 @@ def last_checkpoint(folder: Path) -> str | None:
     for step in steps.keys() - set(whole):
         shutil.rmtree(steps[step])
     return str(steps[max(whole)]) if whole else None
+
+
+def _of_a_run(state: object) -> bool:
+    """Whether a state.json says what a run's does: others write files of this name too, `datasets` for one."""
+    kept = {"stage": str, "identity": dict, "metrics": dict}
+    return isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kept.items())
 
 
 def _parsed(path: Path, text: str) -> dict:

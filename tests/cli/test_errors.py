@@ -1,9 +1,12 @@
 """What the commands say to bad input: one clear line, and nothing written."""
 
+import json
+import shutil
+
 import pytest
 
 import lofit_fast as lf
-from tests.cli.calling import QUICK, error_of
+from tests.cli.calling import QUICK, call, error_of
 from tests.tiny_models import tiny_model
 
 
@@ -95,3 +98,62 @@ def test_an_output_below_a_file(model, data, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = ("train", "--model", model, "--data", data, *QUICK, "--output")
     assert "cannot write to output folder" in error_of(*arguments, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_batch_size_that_sees_no_example(model, data, size):
+    message = error_of("eval", "--model", model, "--data", data, "--batch-size", size)
+    assert f"batch_size: got {size}, expected a whole number from 1" in message
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_an_answer_without_tokens(model, count):
+    message = error_of("generate", "--model", model, "-p", "a", "--max-new-tokens", count)
+    assert f"max_new_tokens: got {count}, expected" in message
+
+
+def _with(config, **changes):
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
+# what is wrong with a model folder -> how it came to be so
+BROKEN = {
+    "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(b"xx"),
+    "cut tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "cut config": lambda folder: (folder / "config.json").write_text("{"),
+    "a size of another type": lambda folder: _with(folder / "config.json", hidden_size="x"),
+    "sizes that do not fit each other": lambda folder: _with(folder / "config.json", hidden_size=7),
+    "weights of another size": lambda folder: _with(folder / "config.json", vocab_size=5),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_folder(model, data, tmp_path, name):
+    folder = shutil.copytree(model, tmp_path / "broken")
+    BROKEN[name](folder)
+    assert str(folder) in error_of("eval", "--model", folder, "--data", data)
+
+
+def test_a_broken_gguf_file(data, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUFxxxx")
+    assert f"{tmp_path}/a.gguf cannot be loaded" in error_of("eval", "--model", tmp_path / "a.gguf", "--data", data)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", "x"), ("seed", None), ("init_std", "x"), ("init_std", None)])
+def test_an_adapter_with_a_setting_of_another_type(model, tmp_path, name, value):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset=[(0, 0)]))
+    handle.save(tmp_path / "adapter")
+    _with(tmp_path / "adapter" / "adapter_config.json", **{name: value})
+    message = error_of("generate", "--model", model, "--adapter", tmp_path / "adapter", "-p", "a")
+    assert "does not describe an adapter" in message
+    assert name in message
+    assert repr(value) in message
+
+
+def test_prompts_that_are_no_text(model):
+    result = call("generate", "--model", model, input=b"\xff\xfe\n", code=1)
+    assert "error: standard input: expected UTF-8 text" in result.stderr
+
+
+def test_half_a_character(model):
+    assert "half a character" in error_of("generate", "--model", model, "-p", "a \ud83d", "--max-new-tokens", "2")

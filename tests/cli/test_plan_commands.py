@@ -193,3 +193,11 @@ def test_autotune_command_prints_a_table(folder, cache):
 def test_autotune_command_refuses(folder, cache):
     assert "unknown backend ['cutlass']" in error_of("autotune", "--model", folder, "--backend", "cutlass")
     assert list(cache.iterdir()) == []
+
+
+def test_a_broken_config_and_no_number_of_heads(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    assert f"{tmp_path} cannot be loaded: " in error_of("plan", "--model", tmp_path, "--tokens", "4")
+    for count in ("nan", "inf"):
+        message = error_of("plan", "--model", "SmolLM2-135M", "--tokens", "4", "--scale", count)
+        assert f"a fraction in (0, 1], got {count}" in message

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.data.lengths import GroupedByLength, longest_first
 
 # 100 of any length and 8 short ones
 LENGTHS = random.Random(1).choices(range(20, 200), k=100) + random.Random(2).choices(range(20, 40), k=8)
@@ -59,3 +59,9 @@ def test_grouping_leaves_out_any_length_for_the_last_batch():
 def test_grouping_refuses_an_empty_batch():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         GroupedByLength(LENGTHS, 0, 42)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_no_row_are_refused(size):
+    with pytest.raises(ValueError, match=f"at least 1, got {size}"):
+        list(longest_first(LENGTHS, size, "x", False))

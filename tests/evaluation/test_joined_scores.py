@@ -91,7 +91,7 @@ def test_preferences_are_of_the_joined_tokens(model, kind):
 def test_a_rendered_prompt_stays_so_among_preferences(model):
     tokenizer = kind_tokenizer("llama3")
     handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
-    rows = {"prompt": ["A:", "A:"], "chosen": [" yes"] * 2, "rejected": [" x"] * 2, "rendered": [True, False]}
+    rows = {"prompt": ["A:", "A:"], "chosen": [" yes"] * 2, "rejected": [" x"] * 2, "prompt_rendered": [True, False]}
     done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(rows), tokenizer)
     handle.unpatch()
     plain = tokenizer("A:", add_special_tokens=False)["input_ids"]

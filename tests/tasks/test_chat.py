@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lofit_fast.data.encode import IGNORED, encode, encode_prompt
-from lofit_fast.tasks.chat import Conversation, Rendered, conversation
+from lofit_fast.tasks.chat import Conversation, Rendered, conversation, conversation_of
 from lofit_fast.tasks.completion import completion
 from tests.chat_templates import CHATML, FAMILIES, GPT_OSS, MARKED, PHI, QWEN3, TOOLS
 from tests.tiny_tokenizers import chat_tokenizer, kind_tokenizer
@@ -238,3 +238,17 @@ def test_rows_are_read_with_train_on(tmp_path):
     path.write_text(json.dumps({"messages": MESSAGES}) + "\n")
     with pytest.raises(ValueError, match=r"chats\.jsonl: line 1: message 2 \(assistant\) reads .* --train-on last"):
         completion(path, chat_tokenizer("qwen", QWEN3, IM), validation=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs must map names of variables to values, got 5"),
+        ({"tools": 7}, "tools must be a list of tools, got int"),
+        ({"tools": "[]"}, "tools must be a list of tools, got str"),
+    ],
+)
+def test_what_goes_to_the_template_is_checked(more, message):
+    family = FAMILIES["chatml"]
+    with pytest.raises(ValueError, match=message):
+        conversation_of({"messages": MESSAGES, **more}, chat_tokenizer(family.kind, family.template, family.special))

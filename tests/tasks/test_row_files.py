@@ -133,3 +133,27 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         assert next(rows)[1] == {"prompt": "a", "completion": "b"}
         with pytest.raises(ValueError, match="2"):
             next(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ("9" * 5000, "Exceeds the limit"),
+    ],
+)
+def test_json_that_python_cannot_hold_is_refused_with_its_line(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 1: .*{message}"):
+        list(file_rows(tmp_path / "a.jsonl"))
+
+
+HALF = "it \\ud83d"
+
+
+@pytest.mark.parametrize("row", ['{"prompt": "%s", "completion": "a"}', '{"prompt": "a", "completion": "%s"}'])
+def test_half_a_character_is_refused_with_its_row(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(row % HALF)
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 1: .* holds half a character \(.*'\\ud83d'\)"):
+        completion(tmp_path / "a.jsonl")

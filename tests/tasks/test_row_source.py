@@ -188,3 +188,15 @@ def test_reading_shows_a_bar(tmp_path, capsys, monkeypatch):
         load_task("completion", path, progress=progress)
     assert shown == [False, True]
     assert load_task("kinship", progress=True).train
+
+
+@pytest.mark.parametrize("content", ["nope", "{}", '{"splits": ["train"]}'])
+def test_a_folder_that_only_looks_saved_is_refused(tmp_path, content):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(ValueError, match="expected what `datasets` has saved to disk, got"):
+        completion(tmp_path)
+
+
+def test_an_unknown_train_on_is_refused_of_any_data(tmp_path):
+    with pytest.raises(ValueError, match="train_on: got 'first', expected all or last"):
+        completion(write(tmp_path / "a.jsonl", ROWS), train_on="first")

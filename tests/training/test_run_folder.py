@@ -89,6 +89,16 @@ def test_run_with_a_truncated_file(tmp_path, name):
         _ = (RunFolder.open(tmp_path, IDENTITY, resume=True).heads, run.stage)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stage": 5}', '{"_data_files": [], "_split": "train"}'])
+def test_a_state_of_something_else_is_neither_read_nor_replaced(tmp_path, content, resume):
+    (tmp_path / "state.json").write_text(content)
+    (tmp_path / "summary.json").write_text("theirs")
+    with pytest.raises(ValueError, match=r"state\.json is not that of a run, .*: choose another folder"):
+        RunFolder.open(tmp_path, IDENTITY, resume=resume)
+    assert [(tmp_path / name).read_text() for name in ("state.json", "summary.json")] == [content, "theirs"]
+
+
 def test_run_with_a_truncated_history(tmp_path):
     run = RunFolder.open(tmp_path, IDENTITY, resume=True)
     run.append_history(row())

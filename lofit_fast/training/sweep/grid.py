@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,8 @@ RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
 _WORDS = ("model", "task", "data", "split", "subset", "train_on", "dtype", "device", "heads", "name")
 _COUNTS = ("train_size", "data_seed")
+# combinations of a grid; more are a slip
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ def _product(axes: Mapping[str, object], where: str) -> Iterable[tuple[str, dict
             _check_values({key: value}, RUN_KEYS, where)
         if len({repr(value) for value in values}) < len(values):
             raise ValueError(f"{where} {key}: a value is listed twice: {values}")
+    combinations = math.prod(len(values) for values in axes.values())
+    if combinations > MOST_RUNS:
+        raise ValueError(f"{where}: got {combinations} combinations, expected {MOST_RUNS} at most: list the [[runs]]")
     for values in itertools.product(*axes.values()) if axes else ():
         own = dict(zip(axes, values, strict=True))
         yield _name_of(own), own

@@ -60,6 +60,9 @@ def test_heads_are_read_from_their_file(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="holds no heads"):
         parse_grid({"base": BASE, "grid": {"heads": [str(path)]}})
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="holds no heads"):
+        parse_grid({"base": BASE, "grid": {"heads": [str(path)]}})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,7 @@ def test_heads_are_read_from_their_file(tmp_path):
         ({"base": BASE, "grid": {"top": [2.0]}}, r"run top=2.0: expected a fraction"),
         ({"base": {**BASE, "train_size": 0}, "grid": {"seed": [1]}}, "train_size: expected a whole number, got 0"),
         ({"base": {**BASE, "task": 3}, "grid": {"seed": [1]}}, "task: expected a text in quotes, got 3"),
+        ({"base": BASE, "grid": dict.fromkeys(("seed", "top"), [*range(1, 102)])}, r"got 10201 combinations, expected"),
         ({"base": BASE, "runs": {"seed": 1}}, r"each headed \[\[runs\]\]"),
         ({"base": 1}, "to be tables"),
         ({"base": BASE, "runs": [{"seed": 1}, {"seed": 1}]}, "several runs are called seed=1"),

@@ -1,0 +1,92 @@
+"""Preferences that are chats: the answers are what training on the same chats learns, ended as the template ends."""
+
+import json
+
+import datasets
+import pytest
+
+import lofit_fast as lf
+from lofit_fast.data.encode import IGNORED, encode, encode_answers
+from lofit_fast.tasks.chat import Rendered, conversation
+from lofit_fast.tasks.completion import completion
+from lofit_fast.tasks.task import Example
+from lofit_fast.training.dry_run import dry_run
+from lofit_fast.training.objectives import Preferences
+from tests.chat_templates import FAMILIES
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import chat_tokenizer
+
+QUESTION = {"role": "user", "content": "Two and two?"}
+ANSWERS = [{"role": "assistant", "content": text} for text in ("Four.", "Five, or six.")]
+
+
+def _task(name, tmp_path):
+    family = FAMILIES[name]
+    tokenizer = chat_tokenizer(family.kind, family.template, family.special, family.preamble)
+    row = {"prompt": [QUESTION], "chosen": ANSWERS[:1], "rejected": ANSWERS[1:]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    return tokenizer, completion(tmp_path / "a.jsonl", tokenizer, validation=0)
+
+
+def _learned(row):
+    return [label for label in row["labels"] if label != IGNORED]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_end_as_the_template_ends_them(tmp_path, name):
+    try:
+        tokenizer, task = _task(name, tmp_path)
+    except ValueError:
+        pytest.skip("this template refuses the chat")
+    (pair,) = task.preferences
+    (rows,) = encode_answers(tokenizer, [(pair.prompt, (pair.chosen, *pair.rejected))], None)
+    for answer, row in zip(ANSWERS, rows, strict=True):
+        expected = encode(tokenizer, conversation([QUESTION, answer], tokenizer), None)
+        assert _learned(row) == _learned(expected)
+        # a line break after the ending is read by nothing
+        assert row["input_ids"] == expected["input_ids"][: len(row["input_ids"])]
+
+
+def test_the_references_and_the_dry_run_read_the_same(tmp_path):
+    tokenizer, task = _task("gemma", tmp_path)
+    (pair,) = task.preferences
+    (rows,) = encode_answers(tokenizer, [(pair.prompt, (pair.chosen, *pair.rejected))], None)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    found = dry_run(model, tokenizer, Preferences(task.preferences), lf.Recipe(top=2))
+    assert found.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert encode(tokenizer, Example(pair.prompt, pair.chosen), None) == rows[0]
+    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
+    texts = {"prompt": [pair.prompt], "chosen": [pair.chosen], "rejected": [*pair.rejected]}
+    marks = {f"{name}_rendered": [True] for name in texts}
+    (done,) = lf.reference_logprobs(handle, datasets.Dataset.from_dict({**texts, **marks}), tokenizer)
+    assert [done["prompt_ids"] + done[f"{side}_ids"] for side in ("chosen", "rejected")] == [
+        row["input_ids"] for row in rows
+    ]
+
+
+def test_training_gives_trl_the_templates_ending(tmp_path, monkeypatch):
+    tokenizer, task = _task("gemma", tmp_path)
+    seen = []
+    from lofit_fast.training import objectives
+
+    references = objectives.reference_logprobs
+
+    def watched(*args, **options):
+        seen.append(references(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(objectives, "reference_logprobs", watched)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    recipe = lf.Recipe(select_epochs=1, tune_epochs=1, top=2, batch_size=1)
+    lf.fit_preferences(model, tokenizer, task.preferences, recipe, output_dir=tmp_path / "run")
+    ending = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for done in seen:
+        for side in ("chosen", "rejected"):
+            assert [ids[-1] for ids in done[f"{side}_ids"]] == [ending] * len(done)
+
+
+def test_an_answer_of_plain_text_still_gets_the_end_token(tmp_path):
+    tokenizer, task = _task("gemma", tmp_path)
+    (pair,) = task.preferences
+    (rows,) = encode_answers(tokenizer, [(Rendered(pair.prompt), ("Four.",))], None)
+    assert rows[0]["labels"][-1] == tokenizer.eos_token_id

@@ -70,17 +70,20 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
-    Raises ValueError for an unknown dtype or quantization, a second one, or an attention that the model or machine does
-    not have, FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to
-    quantize with, OSError from transformers for a hub id it cannot resolve.
+    A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
+    Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine
+    does not have, a config of something else than a language model, or weights that are not there,
+    FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to quantize
+    with, OSError from transformers for a hub id it cannot resolve.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     source = resolve(name)
     asked = {} if attention == "auto" else {"attn_implementation": attention}
-    packed = getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
+    config = AutoConfig.from_pretrained(source)
+    kinds, packed = auto_classes(config), getattr(config, "quantization_config", None) is not None
     if packed and quantization is not None:
         raise ValueError(f"{name} is quantized already: expected quantization=None, got {quantization!r}")
     if quantization is not None:
@@ -91,7 +94,7 @@ def load_model(
         asked["device_map"] = {"": device}
     with _without_bar() if Path(source).is_dir() else nullcontext():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+            model = _with_all_weights(kinds, source, {"dtype": dtype, **asked})
         except (ImportError, ValueError) as error:
             if attention == "auto":
                 raise
@@ -101,6 +104,38 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+def auto_classes(config) -> list:
+    """The classes of transformers that make the language model of a config, alone or with its towers, in this order.
+
+    Raises ValueError for a config that has none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    # code from a hub has its own names for both
+    own = getattr(config, "auto_map", None) or {}
+    found = [kind for kind in kinds if type(config) in kind._model_mapping or kind.__name__ in own]
+    if not found:
+        raise ValueError(
+            f"a model of type {config.model_type!r} is no language model that transformers knows: expected one that "
+            f"{' or '.join(kind.__name__ for kind in kinds)} loads"
+        )
+    return found
+
+
+def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
+    """The model of the first class that finds all of its weights: transformers draws the others at random."""
+    for kind in kinds:
+        model, info = kind.from_pretrained(source, output_loading_info=True, **how)
+        missing = sorted(info["missing_keys"])
+        if not missing:
+            return model
+    raise ValueError(
+        f"{source} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]} among them: expected the "
+        "whole model's weights under their names in transformers"
+    )
 
 
 @contextmanager

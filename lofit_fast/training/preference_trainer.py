@@ -122,9 +122,7 @@ def labelled_only(given: Callable, logits: Logits = "rows") -> Callable:
         watched = _watched(labelled_rows(output.logits, labels, logits), labels)
         # of a mixture of experts, whose routers TRL asks for
         aux_loss = getattr(output, "aux_loss", None)
-        return FusedCausalLMOutput(
-            log_probs=labelled_log_probs(output, labels, logits), aux_loss=aux_loss, **watched
-        )
+        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels, logits), aux_loss=aux_loss, **watched)
 
     return forward
 

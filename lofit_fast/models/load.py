@@ -71,9 +71,11 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
+    A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
     Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
-    not have, or files that are broken, FileNotFoundError for a package or file that is not there, ImportError where
-    nothing is installed to quantize with, OSError from transformers for a hub id it cannot resolve.
+    not have, a config of something else than a language model, weights that are not there, or files that are broken,
+    FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to quantize with,
+    OSError from transformers for a hub id it cannot resolve.
     """
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
@@ -82,10 +84,11 @@ def load_model(
 
 
 def _loaded(name: str, source: str, dtype, device, attention: str, quantization: str | None):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     asked = {} if attention == "auto" else {"attn_implementation": attention}
-    packed = getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
+    config = AutoConfig.from_pretrained(source)
+    kinds, packed = auto_classes(config), getattr(config, "quantization_config", None) is not None
     if packed and quantization is not None:
         raise ValueError(f"{name} is quantized already: expected quantization=None, got {quantization!r}")
     if quantization is not None:
@@ -96,7 +99,7 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
         asked["device_map"] = {"": device}
     with _without_bar() if Path(source).is_dir() else nullcontext():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **asked)
+            model = _with_all_weights(kinds, source, {"dtype": dtype, **asked})
         except (ImportError, ValueError) as error:
             if attention == "auto":
                 raise
@@ -106,6 +109,38 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+def auto_classes(config) -> list:
+    """The classes of transformers that make the language model of a config, alone or with its towers, in this order.
+
+    Raises ValueError for a config that has none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    # code from a hub has its own names for both
+    own = getattr(config, "auto_map", None) or {}
+    found = [kind for kind in kinds if type(config) in kind._model_mapping or kind.__name__ in own]
+    if not found:
+        raise ValueError(
+            f"a model of type {config.model_type!r} is no language model that transformers knows: expected one that "
+            f"{' or '.join(kind.__name__ for kind in kinds)} loads"
+        )
+    return found
+
+
+def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
+    """The model of the first class that finds all of its weights: transformers draws the others at random."""
+    for kind in kinds:
+        model, info = kind.from_pretrained(source, output_loading_info=True, **how)
+        missing = sorted(info["missing_keys"])
+        if not missing:
+            return model
+    raise ValueError(
+        f"{source} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]} among them: expected the "
+        "whole model's weights under their names in transformers"
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from lofit_fast.config import HeadSet
 from lofit_fast.files import write_json
 from lofit_fast.models.device import best_device
-from lofit_fast.models.load import naming_broken_files, resolve
+from lofit_fast.models.load import auto_classes, naming_broken_files, resolve
 from lofit_fast.patching.architectures import find_projections, outputs_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_kernels import answers, roofline
@@ -43,10 +43,11 @@ def layers_of(name: str) -> list[Layer]:
     if name in SHAPES:
         shape = SHAPES[name]
         return [Layer(layer, shape.H, shape.D, shape.N) for layer in range(shape.layers)]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with naming_broken_files(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(name)))
+        config = AutoConfig.from_pretrained(resolve(name))
+        model = auto_classes(config)[0].from_config(config)
     return [Layer(p.layer, p.n_heads, p.head_dim, outputs_of(p.module)) for p in find_projections(model)]
 
 
@@ -56,8 +57,11 @@ def adapter_heads(folder: Path, layers: Sequence[Layer]) -> tuple[list[int], lis
     Raises what `read_adapter` raises, and ValueError for an adapter of a model of another shape.
     """
     adapter = read_adapter(folder)
-    got, first = adapter.fingerprint, layers[0]
-    shape, expected = (got.layers, got.heads, got.head_dim, got.hidden), (len(layers), first.H, first.D, first.N)
+    got = adapter.fingerprint
+    columns = ([layer.H for layer in layers], [layer.D for layer in layers], [layer.N for layer in layers])
+    # as a fingerprint has them: one number where all layers have the same
+    sizes = (column[0] if len(set(column)) == 1 else tuple(column) for column in columns)
+    shape, expected = (got.layers, got.heads, got.head_dim, got.hidden), (len(layers), *sizes)
     if shape != expected:
         raise ValueError(f"{folder} is for another model: (layers, heads, head_dim, hidden) {shape}, not {expected}")
     return tuple(_listed(heads, layers) for heads in (adapter.config.scale, adapter.config.offset))

@@ -58,9 +58,12 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def rounding(model: nn.Module) -> float:
-    """What `difference` may come to where only the order of sums differs: half of the digits of the model's dtype."""
+    """What `difference` may come to where only the order of sums differs: half of the digits of the model's dtype.
+
+    No less than float32's: families compute norms, positions and softmax in float32 whatever the weights are in.
+    """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
-    return max(torch.finfo(kind).eps for kind in kinds or {torch.float32}) ** 0.5
+    return max(torch.finfo(kind).eps for kind in kinds | {torch.float32}) ** 0.5
 
 
 def said_of(error: Exception) -> str:

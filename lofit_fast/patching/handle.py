@@ -19,7 +19,7 @@ from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
-from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors
+from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class LofitHandle:
             raise ValueError(
                 "cannot load vectors inside handle.folded(), which computes with the old ones: leave it first"
             )
+        check_writable(self.model, "load the adapter of")
         fill(self.vectors(), adapter)
         if self.load_watch is not None:
             self.load_watch.settled()
@@ -172,6 +173,7 @@ class LofitHandle:
         """
         self.check_live()
         check_whole(self.model, "merge")
+        check_writable(self.model, "merge")
         plan = plan_merge(self.model, self.layers, self.projections)
         self.unpatch()
         merge_into_base(self.model, self.layers, self.projections, plan)

@@ -19,11 +19,25 @@ _GATHER = (
     "module.reshard() afterwards; FullyShardedDataParallel.summon_full_params; deepspeed.zero.GatheredParameters"
 )
 
+_FRESH = (
+    "What is written into gathered tensors is lost when they are sharded again: gather and save the adapter, and load "
+    "it into a model that is not sharded"
+)
+
 
 def check_unsharded(model: nn.Module) -> None:
     """Raise ValueError for a model that holds parts of its tensors, before it is patched."""
-    if (found := _first_part(model)) is not None:
+    if (found := _first_part(model) or _gathered(model)) is not None:
         raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+
+
+def check_writable(model: nn.Module, action: str) -> None:
+    """Raise ValueError when what is written into a model would be lost, as it is in tensors gathered for reading.
+
+    action: what they are to be written for.
+    """
+    if (found := _gathered(model)) is not None:
+        raise ValueError(f"cannot {action} a sharded model: {found}. {_FRESH}")
 
 
 def check_whole(model: nn.Module, action: str) -> None:
@@ -54,6 +68,15 @@ def _first_part(model: nn.Module) -> str | None:
         if "_fsdp_wrapped_module" in module._modules:
             return f"found a {type(module).__name__} around {name or 'the model'}"
     return next((f"found {name}, {kind}" for name, kind in _parts(model)), None)
+
+
+def _gathered(model: nn.Module) -> str | None:
+    """Which module was given to fully_shard, in words: its tensors look whole between a forward and the next step."""
+    for name, module in model.named_modules():
+        # its class is a new one, of which this is a base
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            return f"{name or 'the model'} was given to fully_shard"
+    return None
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -86,6 +86,8 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             # the sampler knows the epoch whose batches are being made
             data_collator=lambda batch: collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch]),
         )
+        # the routers are frozen, and a penalty on them is no part of DPO
+        self.aux_loss_enabled = False
         report_epochs(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -118,7 +120,9 @@ def labelled_only(given: Callable, logits: Logits = "rows") -> Callable:
             return given(*args, **options, labels=labels)
         output = given(*args, **{**options, **keeping(labels, logits)})
         watched = _watched(labelled_rows(output.logits, labels, logits), labels)
-        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels, logits), **watched)
+        # of a mixture of experts, whose routers TRL asks for
+        aux_loss = getattr(output, "aux_loss", None)
+        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels, logits), aux_loss=aux_loss, **watched)
 
     return forward
 

@@ -8,10 +8,11 @@ import lofit_fast as lf
 from lofit_fast.cli.options import parse_heads
 from lofit_fast.models import op_paths
 from lofit_fast.models.load import ALIASES
-from lofit_fast.models.op_paths import Layer, layers_of, plan_layers, spread_heads
+from lofit_fast.models.op_paths import Layer, adapter_heads, layers_of, plan_layers, spread_heads
 from lofit_kernels import answers, roofline
 from lofit_kernels.dispatch import SMALL_SCALES, answers_for, plan, plan_for, use_answers
 from tests.cli.calling import as_json, call, error_of
+from tests.tiny_families import tiny_family
 from tests.tiny_models import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 
 # what step 1 takes in bfloat16 where nothing was measured
@@ -49,6 +50,16 @@ def test_layers_of_a_family(family, tmp_path):
     model.config.save_pretrained(tmp_path)
     head_dim = model.model.layers[0].self_attn.o_proj.in_features // HEADS
     assert layers_of(str(tmp_path)) == [Layer(layer, HEADS, head_dim, HIDDEN) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma4_unified_text"])
+def test_an_adapter_of_any_family_fits_its_own_layers(family, tmp_path):
+    model = tiny_family(family)
+    model.config.save_pretrained(tmp_path / "model")
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    handle.save(tmp_path / "adapter")
+    layers = layers_of(str(tmp_path / "model"))
+    assert adapter_heads(tmp_path / "adapter", layers)[1] == [p.n_heads for p in handle.projections]
 
 
 def test_layers_of_reads_no_weights(folder):

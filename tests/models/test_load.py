@@ -10,6 +10,7 @@ import transformers
 
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.models import load
+from tests.tiny_families import tiny_config, tiny_family
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -38,6 +39,34 @@ def test_aliases_are_looked_for_without_importing_them(monkeypatch):
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda package: None)
     assert load.smollm2_file() is None
     assert load.gemma3_file() is None
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "emu3", "mllama"])
+def test_models_of_images_and_text_are_loaded(family, tmp_path):
+    saved = tiny_family(family)
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load.load_model(str(tmp_path), dtype="float32", device="cpu")
+    # of mllama the text part
+    assert type(model) is type(saved) or family == "mllama"
+    with torch.no_grad():
+        assert model(tokens()).logits.equal(saved(tokens()).logits)
+
+
+def test_a_folder_without_some_of_the_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.9.mlp.up_proj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a LlamaForCausalLM, model\.layers\.1\.mlp\.up_proj"):
+        load.load_model(str(folder), device="cpu")
+
+
+def test_a_config_of_no_language_model(tmp_path):
+    tiny_config("vit").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"type 'vit' is no language model.*expected one that AutoModelForCausalLM"):
+        load.load_model(str(tmp_path), device="cpu")
 
 
 def test_an_unknown_dtype(folder):

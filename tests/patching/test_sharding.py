@@ -235,6 +235,34 @@ def test_gathered_vectors_are_saved(mesh, tmp_path):
         assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def gather(model):
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.unshard()
+
+
+@pytest.mark.parametrize("shard", [fully_sharded, one_layer_sharded], ids=lambda shard: shard.__name__)
+def test_gathered_model_is_not_patched(shard, mesh):
+    # every tensor is an ordinary one, and what is put beside it would not be synchronised
+    model = shard(tiny_model("llama"), mesh)
+    gather(model)
+    before = state(model)
+    with pytest.raises(ValueError, match="cannot patch a sharded model: .* was given to fully_shard.*data-parallel"):
+        lf.patch(model, CONFIGS["both"])
+    assert state(model) == before
+
+
+def test_nothing_is_written_into_a_gathered_model(mesh):
+    model, handle, whole = sharded_after(mesh)
+    gather(model)
+    before = state(model)
+    adapter = lf.handle_of(whole).adapter()
+    for action, do in (("merge", handle.merge), ("load the adapter of", lambda: handle.take(adapter))):
+        with pytest.raises(ValueError, match=f"cannot {action} a sharded model: .*fully_shard.*lost"):
+            do()
+    assert state(model) == before
+
+
 def freed(vectors):
     vectors.untyped_storage().resize_(0)
 

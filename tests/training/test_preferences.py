@@ -18,6 +18,7 @@ from lofit_fast.training.profiling import ProfileSteps
 from lofit_fast.training.stage import train_attachment
 from tests.evaluation.test_logprobs import spread
 from tests.oracle import randomize
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -153,6 +154,18 @@ def test_labelled_only_answers_as_trl_does():
     assert mine.log_probs.abs().sum() > 1
 
 
+def test_labelled_only_passes_on_what_routers_lose():
+    from lofit_fast.training.preference_trainer import labelled_only
+
+    model = tiny_family("mixtral")
+    ids = torch.randint(3, 97, (2, 9))
+    given = {"input_ids": ids, "labels": ids, "output_router_logits": True, "use_cache": False}
+    with torch.no_grad():
+        got, expected = labelled_only(model.forward)(**given, fused_lm_head=True), model(**given)
+    assert expected.aux_loss > 0
+    torch.testing.assert_close(got.aux_loss, expected.aux_loss)
+
+
 def test_draw_rejected():
     draws = draw_rejected(PREFERENCES, 40, 1)
     assert draws[:3] == draw_rejected(PREFERENCES, 3, 1) != draw_rejected(PREFERENCES, 3, 2)
@@ -260,4 +273,13 @@ def test_dpo_compares_like_with_like(tmp_path, dtype):
     model, recipe = spread(tiny_model("llama", dtype)), lf.Recipe(init_std=0.0, select_epochs=1, tune_epochs=1, top=4)
     result = fit_preferences(model, TOKENIZER, PREFERENCES, recipe, output_dir=tmp_path, progress=False)
     assert json.loads((tmp_path / "state.json").read_text())["engine"]["select"]["attention"] == "sdpa"
+    assert result.history[0]["step_losses"][0] == pytest.approx(0.69315, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_dpo_of_experts_has_no_penalty_on_their_routers(tmp_path, family):
+    # TRL would add the config's, of routers that are frozen
+    model, recipe = tiny_family(family), lf.Recipe(init_std=0.0, select_epochs=1, tune_epochs=1, top=4)
+    model.config.router_aux_loss_coef = 1.0
+    result = fit_preferences(model, TOKENIZER, PREFERENCES, recipe, output_dir=tmp_path, progress=False)
     assert result.history[0]["step_losses"][0] == pytest.approx(0.69315, abs=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.training.engine.attention_choice import best_attention
+from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention
 from tests.tiny_models import tiny_model
 
 
@@ -23,3 +23,9 @@ def test_attention_that_a_family_needs_is_kept():
     model = tiny_model("gemma2")
     model.set_attn_implementation("eager")
     assert best_attention(model, torch.device("cuda")) == "eager"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_attention_of_float64_models_may_round_to_float32(family):
+    # eager attention takes its softmax in float32, whatever the model is in
+    assert attention_refusal(tiny_model(family, torch.float64), "eager") is None

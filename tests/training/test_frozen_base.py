@@ -67,6 +67,8 @@ def test_kernels_for_inference_are_found_by_their_weights():
 def test_preferences_on_a_quantized_base_leave_the_vectors_wide(tmp_path):
     """TRL rounds to bfloat16 what a model trains that says it is loaded in 4 bits."""
     pytest.importorskip("trl", reason="TRL is not installed")
+    # TRL asks it about a model that says so
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = packed_model(STAND_INS["gptq-like"])
     model.is_loaded_in_4bit = True
     rows = [Preference(f"{a}=", "x", ("y",)) for a in "abcd"]

@@ -65,6 +65,7 @@ def test_real_at_zero_is_the_base(model, batch):
 
 
 # in 16 bits a layer with both has a longer reduction: that one is held to the accuracy rule below
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["scale", "offset"])
 def test_real_at_zero_is_the_base_in_bfloat16(batch, component):
     model, _ = load_model("smollm2", dtype="bfloat16", device="cpu")
@@ -73,6 +74,7 @@ def test_real_at_zero_is_the_base_in_bfloat16(batch, component):
     assert_base_at_zero(model, batch, lf.LofitConfig(**{component: "all"}, init_std=0.0))
 
 
+@pytest.mark.slow
 def test_real_with_both_at_zero_is_as_accurate_as_the_base_in_bfloat16(loaded, batch):
     narrow, _ = load_model("smollm2", dtype="bfloat16", device="cpu")
     base = logits_of(narrow, batch).float()

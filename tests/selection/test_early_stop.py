@@ -55,12 +55,14 @@ def test_never_stops_what_keeps_changing(tmp_path):
     assert len(settled.overlaps) == 23
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_is_the_beginning_of_the_whole_one(tmp_path):
     whole, cut = step1(tmp_path / "whole"), step1(tmp_path / "cut", SettledHeads(3, every=2, threshold=1e-9))
     losses = [loss for row in whole.history for loss in row["step_losses"]]
     assert [loss for row in cut.history for loss in row["step_losses"]] == losses[:6]
 
 
+@pytest.mark.slow
 def test_step_2_and_offsets_are_left_alone(tmp_path):
     # all heads are always the same ones
     settled = SettledHeads(1.0, every=1, patience=1)

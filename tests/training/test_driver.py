@@ -55,7 +55,7 @@ def test_driver_keeps_what_it_chose(objective, tmp_path):
         assert "auto" not in engine.values()
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [("select", 2), ("tune", 3)])
+@pytest.mark.parametrize(("stage", "epoch"), [("select", 2), pytest.param("tune", 3, marks=pytest.mark.slow)])
 def test_driver_resumes_inside_a_stage(objective, tmp_path, monkeypatch, stage, epoch):
     whole = run(tiny_model("llama"), objective, tmp_path / "whole")
     append, trained = RunFolder.append_history, []

@@ -35,7 +35,7 @@ def test_fit_takes_an_attention_that_the_model_has(family, recipe, tmp_path):
     assert losses[-1] < losses[0] or recipe is QUICK
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fit_of_attention_sinks_in_grouped_rows(packing, tmp_path):
     # sinks have no part in the weights: the run must be that of the model's own attention
     engines = lf.Engine(attention=GROUPED, packing=packing), lf.Engine(attention="eager", packing=False)
@@ -44,7 +44,7 @@ def test_fit_of_attention_sinks_in_grouped_rows(packing, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next_dense"])
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_next_dense", marks=pytest.mark.slow)])
 def test_fit_of_a_hybrid_is_that_of_a_plain_engine(family, tmp_path):
     plain = lf.Engine(attention="sdpa", packing=False, narrow=False, compile=False)
     runs = [fit(family_model(family), tmp_path / n, QUICK, engine=e) for n, e in (("auto", None), ("plain", plain))]

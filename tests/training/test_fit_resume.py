@@ -35,7 +35,9 @@ def interrupt_at(monkeypatch, stage, epoch):
 
 
 # in the first case there is no checkpoint yet
-@pytest.mark.parametrize(("stage", "epoch"), [("select", 1), ("select", 2), ("tune", 2)])
+@pytest.mark.parametrize(
+    ("stage", "epoch"), [("select", 1), pytest.param("select", 2, marks=pytest.mark.slow), ("tune", 2)]
+)
 def test_fit_resumes(llama, tmp_path, monkeypatch, stage, epoch):
     whole = fit(llama, tmp_path / "whole", RECIPE, eval_data=HELD_OUT)
     expected = vectors(whole.handle)
@@ -63,7 +65,14 @@ def test_fit_resumes(llama, tmp_path, monkeypatch, stage, epoch):
 
 
 # between two files that are written one after the other
-@pytest.mark.parametrize(("method", "stage"), [("write_heads", None), ("record", "select"), ("record", "tune")])
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        ("write_heads", None),
+        pytest.param("record", "select", marks=pytest.mark.slow),
+        pytest.param("record", "tune", marks=pytest.mark.slow),
+    ],
+)
 def test_fit_resumes_between_stages(llama, tmp_path, monkeypatch, method, stage):
     whole = fit(llama, tmp_path / "whole", RECIPE)
     expected = vectors(whole.handle)
@@ -109,6 +118,7 @@ def test_fit_starts_over(llama, tmp_path, monkeypatch):
     assert len(result.history) == 2
 
 
+@pytest.mark.slow
 def test_fit_starts_over_without_the_old_checkpoints(llama, tmp_path, monkeypatch):
     # a run is replaced by another one, which is interrupted: it must go on from its own checkpoint or from nothing
     other = lf.Recipe(top=3, select_epochs=3, tune_epochs=3, select_lr=1e-1)

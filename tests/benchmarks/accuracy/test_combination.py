@@ -14,6 +14,7 @@ from tests.tiny_tokenizers import word_tokenizer
 RECIPE = lf.Recipe(top=3, select_epochs=1, tune_epochs=2, batch_size=14)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_row_is_judged_and_comes_off(tmp_path):
     model = tiny_model("llama", max_position_embeddings=128)

@@ -45,6 +45,7 @@ def test_every_method_runs_and_leaves_the_model_alone(executor):
     assert {row.kind for row in METHODS.values()} == set(FITTING)
 
 
+@pytest.mark.slow
 def test_step1_is_run_once_for_all_its_cells(executor, monkeypatch):
     from lofit_fast.selection import methods
 

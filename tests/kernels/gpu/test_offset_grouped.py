@@ -55,7 +55,7 @@ def test_grouped_fold_matches_float64(device, poisoned, accurate, rows, dtype, N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # sums long enough for their own rounding to count: eager fuses products into them, the interpreter does not
-@pytest.mark.parametrize("N, D", [(70, 80), (13, 20)])
+@pytest.mark.parametrize("N, D", [pytest.param(70, 80, marks=pytest.mark.slow), (13, 20)])
 def test_grouped_bwd_matches_float64(device, poisoned, accurate, rows, monkeypatch, dtype, N, D):
     weights, _, heads = layers(rows, N, D, dtype)
     sums = [rows(1, N, torch.float32, seed=20 + i)[0] for i in range(len(weights))]

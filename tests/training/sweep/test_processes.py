@@ -90,6 +90,7 @@ def test_no_run_waits_in_the_pool():
             assert len(handed) <= ended + 2
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rows_of_one(grid, tmp_path):
     one = sweep(grid, tmp_path / "one", progress=False)
     two = sweep(grid, tmp_path / "two", jobs=2, progress=False)

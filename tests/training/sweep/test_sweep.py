@@ -95,6 +95,7 @@ def test_step_1_is_shared_and_the_runs_are_what_they_would_be_alone(data, tmp_pa
         assert row["loss"] == result.history[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_the_choice_of_heads_is_each_runs_own(data, tmp_path, trainings):
     rows = run(grid_of(data, top=[1, 3]), tmp_path)
     assert [row["n_heads"] for row in rows] == [1, 3]
@@ -102,6 +103,7 @@ def test_the_choice_of_heads_is_each_runs_own(data, tmp_path, trainings):
     assert [stage for stage, _ in trainings] == ["select", "tune", "tune"]
 
 
+@pytest.mark.slow
 def test_what_step_1_depends_on_is_not_shared(data, tmp_path, trainings):
     run(grid_of(data, select_lr=[1e-3, 2e-3]), tmp_path)
     assert [stage for stage, _ in trainings] == ["select", "tune"] * 2
@@ -217,6 +219,7 @@ def test_given_heads_skip_step_1(data, tmp_path, trainings):
     assert [stage for stage, _ in trainings] == ["tune"]
 
 
+@pytest.mark.slow
 def test_train_sizes_are_drawn_once_each(data, tmp_path):
     rows = run(grid_of(data, train_size=[4, 8]), tmp_path)
     assert [row["train_size"] for row in rows] == [4, 8]

@@ -140,7 +140,7 @@ def test_affine_linear_bwd_every_subset_of_needs(device, poisoned, rows, descrip
 
 @pytest.mark.parametrize("slices", [1, 4])
 @pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("D", [8, 32, 40])
+@pytest.mark.parametrize("D", [8, 32, pytest.param(40, marks=pytest.mark.slow)])
 def test_affine_linear_bwd_epilogue_in_slices(device, poisoned, accurate, rows, descriptors, slices, D):
     # slices narrower and wider than a head, and across the border of two or more
     tile = Tile(4, 2, {**TOY.blocks, "SLICES": slices})
@@ -150,7 +150,9 @@ def test_affine_linear_bwd_epilogue_in_slices(device, poisoned, accurate, rows, 
     check(accurate, grad, weight, z, a, a_heads, v_heads, D, tile=tile, descriptors=descriptors)
 
 
-@pytest.mark.parametrize("T, N, D, dtype", [(17, 576, 64, torch.bfloat16), (150, 72, 80, torch.float16)])
+@pytest.mark.parametrize(
+    "T, N, D, dtype", [(17, 576, 64, torch.bfloat16), pytest.param(150, 72, 80, torch.float16, marks=pytest.mark.slow)]
+)
 def test_affine_linear_bwd_with_the_tiles_of_the_table(device, poisoned, accurate, rows, T, N, D, dtype):
     grad, weight, z = rows(T, N, dtype, seed=3), rows(N, H * D, dtype, seed=4), rows(T, H * D, dtype)
     (a, a_heads), v_heads = parameters("some", D, device), parameters("most", D, device)[1]

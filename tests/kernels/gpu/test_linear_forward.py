@@ -99,7 +99,12 @@ def test_linear_epilogue_in_slices(device, poisoned, accurate, rows, form, descr
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 @pytest.mark.parametrize(
-    "T, N, D, dtype", [(17, 576, 64, torch.bfloat16), (130, 200, 160, torch.float16), (513, 136, 32, torch.bfloat16)]
+    "T, N, D, dtype",
+    [
+        (17, 576, 64, torch.bfloat16),
+        pytest.param(130, 200, 160, torch.float16, marks=pytest.mark.slow),
+        pytest.param(513, 136, 32, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_linear_with_the_tiles_of_the_table(device, poisoned, accurate, rows, form, T, N, D, dtype):
     z, weight = rows(T, H * D, dtype), rows(N, H * D, dtype, seed=4)

@@ -252,7 +252,7 @@ def taken(monkeypatch):
     return paths
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before, after", [("delta", "pass"), ("pass", "delta")])
 def test_backward_takes_the_path_of_its_forward(answered, taken, dynamo, backend, before, after):
     weight, scale = torch.randn(24, 32), torch.randn(2, 8, requires_grad=True)

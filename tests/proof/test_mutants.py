@@ -103,6 +103,7 @@ def test_reasons_are_refused(tmp_path, content):
         reasons(path)
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_run(tmp_path):
     pytest.importorskip("triton")
     report = tmp_path / "run.json"

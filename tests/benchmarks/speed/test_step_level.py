@@ -110,14 +110,11 @@ def test_rows_in_processes_of_their_own(work):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "peers, message",
     [
-        pytest.param(
-            ["floor", "beft"],
-            r"(?s)^beft, as run: its process failed\n.*in noted.*KeyError: 'of this row'",
-            marks=pytest.mark.slow,
-        ),
+        (["floor", "beft"], r"(?s)^beft, as run: its process failed\n.*in noted.*KeyError: 'of this row'"),
         (["ia3"], "^ia3, as run: its process ended, with exit code 3$"),
     ],
 )

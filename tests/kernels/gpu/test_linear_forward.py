@@ -60,7 +60,7 @@ def check(accurate, form, z, weight, addend, a, heads, D, **options):
         (9, 30, 256, "one", "padded", True),
         (35, 50, 20, "all", "transposed", True),
         (5, 24, 16, "none", "plain", True),
-        (300, 72, 8, "some", "plain", True),
+        pytest.param(300, 72, 8, "some", "plain", True, marks=pytest.mark.slow),
     ],
 )
 def test_linear_matches_float64(device, poisoned, accurate, rows, form, dtype, T, N, D, names, kind, bias):

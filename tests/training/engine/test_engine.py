@@ -74,9 +74,8 @@ def test_engine_auto_changes_nothing_by_itself(llama):
         assert belongings(llama) == before
 
 
-@pytest.mark.parametrize(
-    ("family", "component"), [pytest.param("llama", "scale", marks=pytest.mark.slow), ("gemma3", "offset")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "component"), [("llama", "scale"), ("gemma3", "offset")])
 def test_engine_compiled_layers_compute_the_same(family, component, quick_compiler):
     model = tiny_model(family)
     randomize(lf.patch(model, lf.LofitConfig(**{component: "all"})), 0.1)

@@ -117,6 +117,7 @@ def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
         sweep(grid, tmp_path / "sweep", jobs=2, progress=False)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_began_them():
     context = get_context("spawn")
     watched, held = context.Pipe(duplex=False)

@@ -231,3 +231,8 @@ def test_patched_model_generates(llama):
     for _ in range(expected.shape[1] - prompt.shape[1]):
         step = torch.cat((step, llama(step).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(step[0], expected[0]) or 2 in expected[0]
+
+
+def test_patch_of_nothing_says_what_it_got():
+    with pytest.raises(TypeError, match="expected a model to patch, got NoneType"):
+        patch(None, CONFIGS["both"])

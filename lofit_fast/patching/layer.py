@@ -103,15 +103,17 @@ class LofitLinear(nn.Module):
 
     def trains_offset(self) -> bool:
         """Whether a forward that builds a graph needs one through the offset, and none through a dense weight."""
-        if self.offset is None or not self.offset.requires_grad or not is_plain_linear(self.inner):
-            return False
-        return not self.inner.weight.requires_grad
+        return is_plain_linear(self.inner) and self._learns_offset_alone()
+
+    def _learns_offset_alone(self) -> bool:
+        """The same, of a plain linear: every forward asks what is plain once, and not twice."""
+        return self.offset is not None and self.offset.requires_grad and not self.inner.weight.requires_grad
 
     def _folded_offset(self) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset, if there is one."""
         if not torch.is_grad_enabled():
             return self.folded
-        if not self.trains_offset():
+        if not self._learns_offset_alone():
             return None
         if self.folded_with_graph is not None:
             return self.folded_with_graph

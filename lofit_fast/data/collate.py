@@ -10,9 +10,11 @@ from torch import Tensor
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
 
-# which logits a model is asked for: those of labelled tokens, those of columns with one, or all
-Logits = Literal["rows", "columns", "all"]
-LOGITS = ("rows", "columns", "all")
+# which logits a model is asked for: those of labelled tokens, by a mask or by an index, those of columns with one, or all
+Logits = Literal["rows", "index", "columns", "all"]
+LOGITS = ("rows", "index", "columns", "all")
+# the index, in a batch
+KEPT_ROWS = "kept_rows"
 Batch = dict[str, Tensor | bool]
 
 
@@ -29,7 +31,9 @@ class CompletionCollator:
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
-    logits: "rows" as above. "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
+    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: instead of the mask,
+    kept_rows (labelled tokens,) int64 names its places in the flattened batch, so that no device has to count it.
+    "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
     names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
     logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes.
     Raises ValueError for another value of logits.
@@ -71,7 +75,7 @@ def check_logits(logits: str) -> None:
 
 
 def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
-    """logits_to_keep and shift_labels. following: (B, S), the label of the next token.
+    """logits_to_keep, or kept_rows, and shift_labels. following: (B, S), the label of the next token.
 
     Raises ValueError where there is no label.
     """
@@ -83,6 +87,8 @@ def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
     if logits == "columns":
         columns = keep.any(0).nonzero().flatten()
         return {"logits_to_keep": columns, "shift_labels": following[:, columns]}
+    if logits == "index":
+        return {KEPT_ROWS: keep.flatten().nonzero().flatten(), "shift_labels": following[keep]}
     return {"logits_to_keep": keep, "shift_labels": following[keep]}
 
 

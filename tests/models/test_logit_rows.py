@@ -92,7 +92,7 @@ def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
 
 def test_another_way_is_refused():
     for collate in (CompletionCollator, PackedCollator):
-        with pytest.raises(ValueError, match="rows, columns, all, got 'mask'"):
+        with pytest.raises(ValueError, match="rows, index, columns, all, got 'mask'"):
             collate(0, logits="mask")
 
 

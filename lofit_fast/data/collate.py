@@ -1,7 +1,9 @@
 """From encoded examples to batches whose logits are computed only where there is a label."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from typing import Literal
 
 import torch
@@ -10,12 +12,21 @@ from torch import Tensor
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
 
-# which logits a model is asked for: those of labelled tokens, by a mask or by an index, those of columns with one, or all
+# which logits a model is asked for: those of labelled tokens, by a mask or an index, those of columns with one, or all
 Logits = Literal["rows", "index", "columns", "all"]
 LOGITS = ("rows", "index", "columns", "all")
 # the index, in a batch
 KEPT_ROWS = "kept_rows"
+# the first transformers whose models take `logits_to_keep` as a mask
+_MASKS_SINCE = (5, 21)
 Batch = dict[str, Tensor | bool]
+
+
+@cache
+def stock_logits() -> Logits:
+    """What the installed transformers' own forwards take: "rows", before 5.21 "columns"."""
+    release = tuple(int(part) for part in version("transformers").split(".")[:2])
+    return "rows" if release >= _MASKS_SINCE else "columns"
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,19 @@ class CompletionCollator:
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
-    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: instead of the mask,
-    kept_rows (labelled tokens,) int64 names its places in the flattened batch, so that no device has to count it.
-    "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
+    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: instead of the
+    mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, so that no device has to count
+    it. "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
     names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
-    logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes.
+    logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes. By default "rows", and
+    "columns" where transformers is older than 5.21, whose models take no mask: the same loss, of some more logits.
     Raises ValueError for another value of logits.
     """
 
     pad_token_id: int
     packed: bool = False
     pad_to_multiple_of: int = 8
-    logits: Logits = "rows"
+    logits: Logits = field(default_factory=stock_logits)
 
     def __post_init__(self) -> None:
         check_logits(self.logits)

@@ -1,6 +1,6 @@
 """Logits of chosen tokens alone, whatever a model's forward takes: its output head is given those tokens' rows.
 
-`logits_to_keep` as a mask is news to transformers (5.20), and a mask on an accelerator makes the host wait until it has
+`logits_to_keep` as a mask is news to transformers (5.21), and a mask on an accelerator makes the host wait until it has
 been counted. An index made on the host does neither: a hook in front of the head reads it.
 """
 

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from lofit_fast.extras import needing
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, wording
 from lofit_fast.tasks.task import Example, Task
 
@@ -53,8 +54,9 @@ def _examples(path, texts):
 
 def _rows(path):
     # the library takes seconds to import: only for those who read data
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    with needing("datasets", "train", "CLUTRR"):
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     try:
         rows = load_dataset("json", data_files=str(path), split="train")

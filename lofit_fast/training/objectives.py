@@ -31,6 +31,7 @@ from lofit_fast.data.given_examples import given_examples
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
+from lofit_fast.extras import needing
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import output_head, selecting_rows
 from lofit_fast.patching.architectures import text_config
@@ -397,10 +398,8 @@ def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> 
 
 def _preference_trainer():
     # seconds to import, and an extra
-    try:
+    with needing("TRL", "preferences", "DPO"):
         from lofit_fast.training import preference_trainer
-    except ImportError as error:
-        raise ImportError(f'DPO needs TRL: pip install "lofit-fast[preferences]" ({error})') from error
     return preference_trainer
 
 

@@ -300,6 +300,7 @@ def test_narrow_with_peers(name):
 
 @pytest.mark.parametrize("config", ["LoraConfig", "IA3Config"])
 def test_narrow_with_pefts_wrapper(config):
+    pytest.importorskip("peft")
     import peft
 
     options = {"target_modules": ["v_proj", "down_proj"]}

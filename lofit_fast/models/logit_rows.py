@@ -13,7 +13,6 @@ from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import difference, rounding, trial_examples, trying
 from lofit_fast.patching.placement import device_of
 
-
 # all but the way of last resort, the best first; an index needs a scope of `row_index.selecting_rows`
 SCOPED = ("index", "rows", "columns")
 

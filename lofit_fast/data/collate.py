@@ -10,7 +10,7 @@ from torch import Tensor
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
 
-# which logits a model is asked for: those of labelled tokens, by a mask or by an index, those of columns with one, or all
+# which logits a model is asked for: those of labelled tokens, by mask or index, those of columns with one, or all
 Logits = Literal["rows", "index", "columns", "all"]
 LOGITS = ("rows", "index", "columns", "all")
 # the index, in a batch
@@ -31,8 +31,8 @@ class CompletionCollator:
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
-    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: instead of the mask,
-    kept_rows (labelled tokens,) int64 names its places in the flattened batch, so that no device has to count it.
+    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: in place of the
+    mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, and no device has to count it.
     "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
     names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
     logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes.

@@ -49,10 +49,8 @@ class OneEpoch(TrainerCallback):
 def rows(count, longest=12):
     made = []
     for seed in range(count):
-        ids = tokens(1, longest - seed % 5, seed)[0].tolist()
-        made.append(
-            {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 2 - seed % 3) + ids[len(ids) - 2 - seed % 3 :]}
-        )
+        ids, labelled = tokens(1, longest - seed % 5, seed)[0].tolist(), 2 + seed % 3
+        made.append({"input_ids": ids, "labels": [IGNORED] * (len(ids) - labelled) + ids[-labelled:]})
     return made
 
 

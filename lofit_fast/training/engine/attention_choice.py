@@ -42,7 +42,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attention, and where it is tried. It is taken where the model gives the same logits with it as with its own."""
+    """An attention, and where it is tried. It is taken where the model's logits with it are those with its own."""
 
     attention: str
     fits: Callable[[Facts], bool]

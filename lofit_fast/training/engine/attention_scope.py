@@ -26,8 +26,8 @@ class UnusableAttention(ValueError):
 def attending(model: nn.Module, name: str) -> Iterator[None]:
     """A scope in which the model attends by an implementation; afterwards every config is as it was.
 
-    name: one of transformers', for all parts of the model, or GROUPED or CAUSAL, for its decoder alone. What the decoder has
-    already is left to all parts as it is.
+    name: one of transformers', for all parts of the model, or GROUPED or CAUSAL, for its decoder alone. What the
+    decoder has already is left to all parts as it is.
     Raises UnusableAttention, with everything as it was, for one that the model or the machine does not have.
     """
     register_attention()

@@ -15,7 +15,7 @@ Logits = Literal["rows", "index", "columns", "all"]
 LOGITS = ("rows", "index", "columns", "all")
 # the index, in a batch
 KEPT_ROWS = "kept_rows"
-Batch = dict[str, Tensor | bool]
+Batch = dict[str, Tensor | bool | int]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class CompletionCollator:
     packed: lay the examples end to end in one row instead, each with positions from 0 and no mask, from which the
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
+    boundaries: packed batches also say where examples begin and end, as transformers' flash attention takes it:
+    cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32, max_length_q and max_length_k. It would find them out in every
+    layer otherwise.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
     logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: in place of the
     mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, and no device has to count it.
@@ -43,6 +46,7 @@ class CompletionCollator:
     packed: bool = False
     pad_to_multiple_of: int = 8
     logits: Logits = "rows"
+    boundaries: bool = False
 
     def __post_init__(self) -> None:
         check_logits(self.logits)
@@ -58,7 +62,8 @@ class CompletionCollator:
             labels[:, 0] = IGNORED
             position = torch.arange(width).expand(len(rows), width)[real][None]
             batch = {"input_ids": ids[real][None], "position_ids": position, "use_cache": False}
-            return self._targets(labels[real][None]) | batch
+            ends = _boundaries(mask.sum(1)) if self.boundaries else {}
+            return self._targets(labels[real][None]) | batch | ends
         return self._targets(labels) | {"input_ids": ids, "attention_mask": mask}
 
     def _targets(self, labels: Tensor) -> dict[str, Tensor]:
@@ -66,6 +71,12 @@ class CompletionCollator:
         targets = kept(following, self.logits)
         # a model that computes all logits shifts the labels by itself
         return {"labels": labels} if self.logits == "all" else {"labels": labels, **targets}
+
+
+def _boundaries(lengths: Tensor) -> dict[str, Tensor | int]:
+    ends = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def check_logits(logits: str) -> None:
@@ -98,6 +109,6 @@ def n_labels(batch: Mapping[str, Tensor]) -> int:
     return int((following != IGNORED).sum())
 
 
-def on_device(batch: Mapping[str, Tensor | bool], device: torch.device | str) -> Batch:
+def on_device(batch: Mapping[str, Tensor | bool | int], device: torch.device | str) -> Batch:
     """A batch whose tensors are on a device; what is no tensor stays."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

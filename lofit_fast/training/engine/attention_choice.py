@@ -19,6 +19,7 @@ from lofit_fast.patching.placement import dtype_of
 from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
+from lofit_fast.training.engine.packing_trial import picks_in_rows
 
 FLASH = "flash_attention_2"
 # the largest head of flash-attn's kernels
@@ -29,13 +30,15 @@ _WIDEST_FLASH = 256
 class Facts:
     """What the choice looks at. device: its type. known: whether the family is in the table of architectures.
 
-    flash: whether flash-attn is installed and the family supports it. packs: whether examples may share a row.
+    picks: whether attention picks tokens in long rows. flash: whether flash-attn is installed and the family supports
+    it. packs: whether examples may share a row.
     """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     known: bool
+    picks: bool
     flash: bool
     packs: bool
 
@@ -62,7 +65,8 @@ CANDIDATES = (
             and facts.head_dim <= _WIDEST_FLASH
         ),
     ),
-    Candidate(CAUSAL, lambda facts: facts.device == "cuda" and facts.known),
+    # what picks tokens may pick padding, in longer rows than a trial's
+    Candidate(CAUSAL, lambda facts: facts.device == "cuda" and facts.known and not facts.picks),
 )
 
 
@@ -82,7 +86,15 @@ def facts_of(model: nn.Module, device: torch.device, packs: bool) -> Facts:
     config = text_config(model)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     flash = find_spec("flash_attn") is not None and getattr(model, "_supports_flash_attn", False)
-    return Facts(device.type, dtype_of(model), width, config.model_type in ARCHITECTURES, flash, packs)
+    return Facts(
+        device=device.type,
+        dtype=dtype_of(model),
+        head_dim=width,
+        known=config.model_type in ARCHITECTURES,
+        picks=picks_in_rows(model) is not None,
+        flash=flash,
+        packs=packs,
+    )
 
 
 def check_head_counts(model: nn.Module) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
 
-# which logits a model is asked for: those of labelled tokens, by a mask or an index, those of columns with one, or all
+# which logits a model is asked for: those of labelled tokens, by mask or index, those of columns with one, or all
 Logits = Literal["rows", "index", "columns", "all"]
 LOGITS = ("rows", "index", "columns", "all")
 # the index, in a batch
 KEPT_ROWS = "kept_rows"
 # the first transformers whose models take `logits_to_keep` as a mask
 _MASKS_SINCE = (5, 21)
-Batch = dict[str, Tensor | bool]
+Batch = dict[str, Tensor | bool | int]
 
 
 @cache
@@ -41,10 +41,13 @@ class CompletionCollator:
     packed: lay the examples end to end in one row instead, each with positions from 0 and no mask, from which the
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
+    boundaries: packed batches also say where examples begin and end, as transformers' flash attention takes it:
+    cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32, max_length_q and max_length_k. It would find them out in every
+    layer otherwise.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
-    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: instead of the
-    mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, so that no device has to count
-    it. "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
+    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: in place of the
+    mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, and no device has to count it.
+    "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
     names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
     logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes. By default "rows", and
     "columns" where transformers is older than 5.21, whose models take no mask: the same loss, of some more logits.
@@ -55,6 +58,7 @@ class CompletionCollator:
     packed: bool = False
     pad_to_multiple_of: int = 8
     logits: Logits = field(default_factory=stock_logits)
+    boundaries: bool = False
 
     def __post_init__(self) -> None:
         check_logits(self.logits)
@@ -70,7 +74,8 @@ class CompletionCollator:
             labels[:, 0] = IGNORED
             position = torch.arange(width).expand(len(rows), width)[real][None]
             batch = {"input_ids": ids[real][None], "position_ids": position, "use_cache": False}
-            return self._targets(labels[real][None]) | batch
+            ends = _boundaries(mask.sum(1)) if self.boundaries else {}
+            return self._targets(labels[real][None]) | batch | ends
         return self._targets(labels) | {"input_ids": ids, "attention_mask": mask}
 
     def _targets(self, labels: Tensor) -> dict[str, Tensor]:
@@ -78,6 +83,12 @@ class CompletionCollator:
         targets = kept(following, self.logits)
         # a model that computes all logits shifts the labels by itself
         return {"labels": labels} if self.logits == "all" else {"labels": labels, **targets}
+
+
+def _boundaries(lengths: Tensor) -> dict[str, Tensor | int]:
+    ends = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def check_logits(logits: str) -> None:
@@ -110,6 +121,6 @@ def n_labels(batch: Mapping[str, Tensor]) -> int:
     return int((following != IGNORED).sum())
 
 
-def on_device(batch: Mapping[str, Tensor | bool], device: torch.device | str) -> Batch:
+def on_device(batch: Mapping[str, Tensor | bool | int], device: torch.device | str) -> Batch:
     """A batch whose tensors are on a device; what is no tensor stays."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

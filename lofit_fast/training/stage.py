@@ -18,7 +18,7 @@ from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.auto import settle
-from lofit_fast.training.engine.device_queue import current
+from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 
 
@@ -123,7 +123,7 @@ def train(
         current(device_of(model)),
         data.as_it_was(),
         prepared(model, engine),
-        peak_memory(device_of(model)) as memory,
+        peak_memory(*devices_of(model)) as memory,
         data.trainer(attachment, schedule, engine, **how) as trainer,
     ):
         before = time.perf_counter() - started

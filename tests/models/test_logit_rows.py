@@ -11,7 +11,8 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.logprobs import log_probs
-from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import trial_examples
 from lofit_fast.training import Engine
 from lofit_fast.training.engine.auto import settle
@@ -70,11 +71,13 @@ def test_what_a_forward_takes_is_found(kind, patched, llama):
         lf.patch(model, lf.LofitConfig(scale="all", offset="all", init_std=0.1))
     before = state_of(model)
     assert logit_rows(model) == kind.split(",")[0]
+    # the head takes fewer rows of any forward that takes their labels
+    assert logit_rows(model, SCOPED) == ("all" if kind.startswith("all") else "index")
     assert_same_state(model, before)
 
 
 @pytest.mark.parametrize("collate", [CompletionCollator, PackedCollator])
-@pytest.mark.parametrize("logits", ["columns", "all"])
+@pytest.mark.parametrize("logits", ["index", "columns", "all"])
 def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     from lofit_fast.cpu.attention import GROUPED
     from lofit_fast.training.engine.attention_scope import attending
@@ -82,10 +85,12 @@ def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     handle = lf.patch(llama, lf.LofitConfig(scale="all", offset="all", init_std=0.1))
     rows = trial_examples(llama)
     rows[0]["labels"][-3:-1] = [-100, -100]
-    with attending(llama, GROUPED):
+    with attending(llama, GROUPED), selecting_rows(llama):
         losses = [llama(**collate(0, logits=way)(rows)).loss for way in ("rows", logits)]
         gradients = [torch.autograd.grad(loss, list(handle.parameters())) for loss in losses]
     torch.testing.assert_close(losses[1], losses[0])
+    # the very same products
+    assert logits != "index" or losses[1].equal(losses[0])
     for got, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 

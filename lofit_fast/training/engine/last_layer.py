@@ -34,8 +34,8 @@ def narrowed(model: nn.Module) -> Iterator[None]:
 
     model: what is called with the batches, a Hugging Face model or PEFT's wrapper of one. Logits and gradients are
     what they are without, up to rounding. Whoever listens to the last layer's output gets it without the MLP's part in
-    the other rows. The MLP runs whole in a forward pass without `kept_rows` or a boolean mask (B, S), with a cache, or that
-    gives out hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
+    the other rows. The MLP runs whole in a forward pass without `kept_rows` or a boolean mask (B, S), with a cache, or
+    that gives out hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
     A model whose last layer has no MLP that is known to work row by row, and for the last time, is left alone. What is
     added is hooks, and all of them go. `narrowing_refusal` tries what cannot be read off a model.
     """

@@ -75,10 +75,10 @@ def test_a_choice_that_changes_its_prompt_is_scored_from_before_the_change(model
 @pytest.mark.parametrize("kind", ["qwen", "llama2_legacy", "tekken"])
 def test_preferences_are_of_the_joined_tokens(model, kind):
     tokenizer = kind_tokenizer(kind)
-    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     rows = {"prompt": [SPACED.rstrip(), SPACED], "chosen": [" yes", "yes"], "rejected": [" 1", "1"]}
+    given, handle = data_set(rows), lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     with pytest.warns(BoundaryWarning, match="in 1 of 2"):
-        done = lf.reference_logprobs(handle, data_set(rows), tokenizer)
+        done = lf.reference_logprobs(handle, given, tokenizer)
     handle.unpatch()
     for row in done:
         for side in ("chosen", "rejected"):
@@ -92,9 +92,9 @@ def test_preferences_are_of_the_joined_tokens(model, kind):
 
 def test_a_rendered_prompt_stays_so_among_preferences(model):
     tokenizer = kind_tokenizer("llama3")
-    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     rows = {"prompt": ["A:", "A:"], "chosen": [" yes"] * 2, "rejected": [" x"] * 2, "prompt_rendered": [True, False]}
-    done = lf.reference_logprobs(handle, data_set(rows), tokenizer)
+    given, handle = data_set(rows), lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
+    done = lf.reference_logprobs(handle, given, tokenizer)
     handle.unpatch()
     plain = tokenizer("A:", add_special_tokens=False)["input_ids"]
     assert done["prompt_ids"] == [plain, [tokenizer.bos_token_id, *plain]]

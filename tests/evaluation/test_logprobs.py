@@ -6,6 +6,7 @@ import torch
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED, encode_prompt
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from tests.library_versions import takes_masks
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
@@ -90,10 +91,11 @@ def test_reference_errors(llama):
         of(prompt=["a"] * 4)
 
 
-def test_labelled_log_probs_in_their_places(llama):
+@pytest.mark.parametrize("logits", [pytest.param("rows", marks=takes_masks), "columns", "all"])
+def test_labelled_log_probs_in_their_places(llama, logits):
     ids = tokens(2, 7)
     labels = ids.masked_fill(torch.tensor([[1, 1, 1, 0, 0, 0, 1], [0, 1, 0, 1, 1, 1, 1]]).bool(), IGNORED)
-    got = labelled_log_probs(llama(ids, **keeping(labels)), labels)
+    got = labelled_log_probs(llama(ids, **keeping(labels, logits)), labels, logits)
     every = llama(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
     expected = torch.where(labels[:, 1:] != IGNORED, every, 0.0)
     assert (got - expected).abs().max() <= 1e-6

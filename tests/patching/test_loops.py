@@ -54,7 +54,7 @@ def by_ours(handle, run, seed=1):
 
 def checkpointed(model, reentrant, input_grads):
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     (model.enable_input_require_grads if input_grads else model.disable_input_require_grads)()
     return model
 

@@ -47,6 +47,8 @@ def test_answers_end_as_the_template_ends_them(tmp_path, name):
 
 
 def test_the_references_and_the_dry_run_read_the_same(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
     tokenizer, task = _task("gemma", tmp_path)
     (pair,) = task.preferences
     (rows,) = encode_answers(tokenizer, [(pair.prompt, (pair.chosen, *pair.rejected))], None)
@@ -57,14 +59,14 @@ def test_the_references_and_the_dry_run_read_the_same(tmp_path):
     handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     texts = {"prompt": [pair.prompt], "chosen": [pair.chosen], "rejected": [*pair.rejected]}
     marks = {f"{name}_rendered": [True] for name in texts}
-    rows_of = pytest.importorskip("datasets").Dataset.from_dict
-    (done,) = lf.reference_logprobs(handle, rows_of({**texts, **marks}), tokenizer)
+    (done,) = lf.reference_logprobs(handle, datasets.Dataset.from_dict({**texts, **marks}), tokenizer)
     assert [done["prompt_ids"] + done[f"{side}_ids"] for side in ("chosen", "rejected")] == [
         row["input_ids"] for row in rows
     ]
 
 
 def test_training_gives_trl_the_templates_ending(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
     tokenizer, task = _task("gemma", tmp_path)
     seen = []
     from lofit_fast.training import objectives

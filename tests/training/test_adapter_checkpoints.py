@@ -158,7 +158,7 @@ def test_the_best_vectors_are_restored(trainer, tmp_path):
 def test_trainers_activation_checkpointing_trains_the_same(tmp_path, reentrant):
     plain, handle = patched(), patched()
     stock(plain, tmp_path, []).train()
-    how = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     stock(handle, tmp_path, [], **how).train()
     assert (vectors(plain) - vectors(patched())).abs().max() > 0.1
     torch.testing.assert_close(vectors(handle), vectors(plain), rtol=1e-4, atol=1e-5)

@@ -42,8 +42,8 @@ class CompletionCollator:
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
     boundaries: packed batches also say where examples begin and end, as transformers' flash attention takes it:
-    cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32, max_length_q and max_length_k. It would find them out in every
-    layer otherwise.
+    cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32, max_length_q and max_length_k. Otherwise every layer would
+    find that out by itself.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
     logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: in place of the
     mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, and no device has to count it.

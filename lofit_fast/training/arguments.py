@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from lofit_fast.patching.placement import device_of
-from lofit_fast.training.engine.device_queue import make_current, runs_ahead
+from lofit_fast.training.engine.device_queue import make_current, pins, runs_ahead
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "disable_tqdm": not progress,
         "use_cpu": not ahead,
-        "dataloader_pin_memory": ahead and torch.accelerator.is_available(),
+        "dataloader_pin_memory": pins(device),
         # would read each step's loss from the device; losses are checked once an epoch
         "logging_nan_inf_filter": not ahead,
         "report_to": "none",

@@ -35,6 +35,7 @@ from lofit_fast.extras import needing
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import output_head, selecting_rows
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.preference_rows import as_preference
@@ -286,8 +287,12 @@ class EncodedPreferences:
         return replace(engine, attention=self._attention(engine.attention), **self.UNUSED)
 
     def _attention(self, asked: str) -> str:
-        """The model's own for "auto": the loss compares what is computed with and without gradients, to many digits."""
-        return text_config(self.model)._attn_implementation if asked == "auto" else asked
+        """On a CPU the model's own for "auto": the one chosen there rounds otherwise where there are gradients.
+
+        The loss compares what is computed with and without them, to many digits.
+        """
+        own = asked == "auto" and device_of(self.model).type == "cpu"
+        return text_config(self.model)._attn_implementation if own else asked
 
     def tokens(self, epoch: int) -> int:
         """Of both answers to every question, each with its prompt."""

@@ -16,11 +16,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
+from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.frozen_base import admitted
+from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
 from lofit_fast.training.trainer import AttachmentTraining, check_finite, leave_in_place, report_epochs
 
 
@@ -55,6 +57,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
     l1, on_epoch: see `AttachmentTraining`. group_by_length: batches of questions of like length; else any.
+    Off the CPU the loss and what TRL logs of it stay on the device until they are logged; see `preference_loss`.
     """
 
     def __init__(
@@ -93,13 +96,42 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, plus l1 * sum |a| and the penalty while training."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL's collator pads on the right
+        with padded_on_the_right():
+            if self.sender is not None and model.training and self._is_plain_dpo():
+                loss = self._unread_loss(model, inputs)
+            else:
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return loss
         self.losses.add(loss.detach(), 1.0)
         if loss.device.type == "cpu":
             check_finite(loss.item(), self.state.epoch)
         return loss + self.extra_loss()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with what has stayed on the device read now."""
+        for values in self._metrics["train"].values():
+            if any(map(torch.is_tensor, values)):
+                values[:] = torch.stack(values).tolist()
+        super().log(logs, start_time)
+
+    def _is_plain_dpo(self) -> bool:
+        """Whether the loss is DPO's own, and none of the variants that TRL knows too."""
+        args = self.args
+        plain = list(args.loss_type) == ["sigmoid"] and args.f_divergence_type == "reverse_kl"
+        weights = getattr(args, "loss_weights", None)
+        return plain and args.ld_alpha is None and not args.use_weighting and weights in (None, [1.0])
+
+    def _unread_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """TRL's loss, of which TRL would read some twenty numbers per step."""
+        given = {name: value for name, value in inputs.items() if name not in NOT_THE_MODELS}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        outputs = model(**given, use_cache=False, labels=labels, fused_lm_head=True)
+        loss, watched = dpo_loss(outputs, inputs, self.beta)
+        for name, value in watched.items():
+            self._metrics["train"][name].append(value)
+        return loss
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler

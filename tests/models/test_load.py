@@ -10,6 +10,7 @@ import transformers
 
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.models import load
+from lofit_fast.training.engine.attention_choice import best_attention
 from tests.tiny_families import tiny_config, tiny_family
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -130,6 +131,21 @@ def test_attention_is_passed_on(folder, dtype, asked, expected):
 def test_an_attention_that_is_not_here_is_refused(folder, name):
     with pytest.raises(ValueError, match=f"{folder} cannot be loaded with attention '{name}': "):
         load.load_model(str(folder), dtype="float32", device="cpu", attention=name)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_family_without_sdpa_loads_for_a_gpu(family, tmp_path, monkeypatch):
+    tiny_family(family).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    moved = []
+    monkeypatch.setattr(load, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(load, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda self, device: moved.append(device.type) or self)
+    model, _ = load.load_model(str(tmp_path))
+    assert (moved, model.dtype) == (["cuda"], torch.bfloat16)
+    # nobody asks by name for what transformers would refuse, and what is chosen for CUDA runs
+    assert model.config._attn_implementation == best_attention(model, torch.device("cuda"))
+    assert model(tokens()).logits.isfinite().all()
 
 
 def test_cache_folder(monkeypatch, tmp_path):

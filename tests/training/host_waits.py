@@ -5,12 +5,15 @@ index do. What does not raise is seen by a dispatch mode: copies to and from the
 beside it. Unlike torch's fake tensors, transformers runs its own checks on these.
 """
 
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 META = torch.device("meta")
 # need a value, or how many there are
@@ -24,6 +27,18 @@ def on_meta(model):
     # what accelerate leaves on a model whose weights are elsewhere
     model._hf_hook = SimpleNamespace(execution_device=META)
     return model
+
+
+def meta_as_an_accelerator(monkeypatch):
+    """The meta device has no autocast, which torch raises for when asked, and is not listed for fused optimizers."""
+    optimizer = sys.modules["torch.optim.optimizer"]
+    fused = optimizer._get_fused_kernels_supported_devices
+    monkeypatch.setattr(optimizer, fused.__name__, lambda: [*fused(), "meta"])
+    asked, scope = torch.is_autocast_enabled, torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *args, **more: nullcontext() if kind == "meta" else scope(kind, *args, **more)
+    )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "meta" and asked(device))
 
 
 class Waits(TorchDispatchMode):
@@ -66,3 +81,26 @@ class Made(TorchFunctionMode):
         if not self.paused and func in _MADE and torch.device(kwargs.get("device") or "cpu").type == self.device.type:
             self.seen[func.__name__] += 1
         return func(*args, **kwargs)
+
+
+class EndOfEpoch(Exception):
+    """Where the losses would be read."""
+
+
+class OneEpoch(TrainerCallback):
+    """Counts steps, has the modes count from the first epoch's beginning, and stops where it ends."""
+
+    def __init__(self, *modes):
+        self.steps, self.modes = 0, modes
+        for mode in modes:
+            mode.paused = True
+
+    def on_epoch_begin(self, args, state, control, **_):
+        for mode in self.modes:
+            mode.paused = False
+
+    def on_step_end(self, args, state, control, **_):
+        self.steps += 1
+
+    def on_epoch_end(self, args, state, control, **_):
+        raise EndOfEpoch

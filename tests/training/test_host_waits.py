@@ -1,12 +1,10 @@
 """No step of a training makes the host wait for the device: shown on a device where waiting is impossible."""
 
-import sys
-from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast.data.collate import on_device
@@ -16,34 +14,14 @@ from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine, collator_of, prepared
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.device_queue import Sender
+from lofit_fast.training.prefix_cache.cache import STATES, PrefixCollator
+from lofit_fast.training.prefix_cache.skip_layers import skipped
+from lofit_fast.training.prefix_cache.store import PrefixStore, digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
-from tests.tiny_models import tiny_model, tokens
-from tests.training.host_waits import META, Made, Waits, on_meta
+from tests.tiny_models import HIDDEN, tiny_model, tokens
+from tests.training.host_waits import META, EndOfEpoch, Made, OneEpoch, Waits, meta_as_an_accelerator, on_meta
 
 STEPS = 2
-
-
-class EndOfEpoch(Exception):
-    """Where the losses would be read."""
-
-
-class OneEpoch(TrainerCallback):
-    """Counts steps, has the modes count from the first epoch's beginning, and stops where it ends."""
-
-    def __init__(self, *modes):
-        self.steps, self.modes = 0, modes
-        for mode in modes:
-            mode.paused = True
-
-    def on_epoch_begin(self, args, state, control, **_):
-        for mode in self.modes:
-            mode.paused = False
-
-    def on_step_end(self, args, state, control, **_):
-        self.steps += 1
-
-    def on_epoch_end(self, args, state, control, **_):
-        raise EndOfEpoch
 
 
 def rows(count, longest=12):
@@ -54,12 +32,13 @@ def rows(count, longest=12):
     return made
 
 
-def waits_of(handle, engine, folder, *, accumulation=1, l1=0.1, logits="index", longest=12, **more):
+def waits_of(handle, engine, folder, *, accumulation=1, l1=0.1, logits="index", collate=None, **more):
     """What the host waits for in an epoch's steps, by name. more: TrainingArguments' fields."""
     model = on_meta(handle.model)
     schedule = Schedule(1e-2, 2, batch_size=4, accumulation_steps=accumulation, l1=l1)
     waits, made = Waits(META), Made(META)
-    epoch, data = OneEpoch(waits, made), rows(4 * STEPS, longest)
+    epoch, data = OneEpoch(waits, made), rows(4 * STEPS)
+    collator = collator_of(engine, 0, logits)
     with undisturbed(model), prepared(model, engine), selecting_rows(model):
         trainer = LofitTrainer(
             handle,
@@ -68,7 +47,7 @@ def waits_of(handle, engine, folder, *, accumulation=1, l1=0.1, logits="index", 
             callbacks=[epoch],
             args=training_arguments(model, folder, schedule, progress=False, prediction_loss_only=True, **more),
             train_dataset=Rows(data),
-            data_collator=collator_of(engine, 0, logits),
+            data_collator=collator if collate is None else collate(collator),
         )
         with waits, made, pytest.raises(EndOfEpoch):
             trainer.train()
@@ -85,16 +64,8 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def meta_as_an_accelerator(monkeypatch):
-    """The meta device has no autocast, which torch raises for when asked, and is not listed for fused optimizers."""
-    optimizer = sys.modules["torch.optim.optimizer"]
-    fused = optimizer._get_fused_kernels_supported_devices
-    monkeypatch.setattr(optimizer, fused.__name__, lambda: [*fused(), "meta"])
-    asked, scope = torch.is_autocast_enabled, torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda kind, *args, **more: nullcontext() if kind == "meta" else scope(kind, *args, **more)
-    )
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "meta" and asked(device))
+def on_an_accelerator(monkeypatch):
+    meta_as_an_accelerator(monkeypatch)
 
 
 ENGINE = Engine(attention=CAUSAL, packing=False, narrow=True, compile=False)
@@ -115,11 +86,35 @@ def test_no_step_of_a_family_waits(family, tmp_path):
     assert not waits_of(patched(family=family), replace(ENGINE, narrow=family != "mistral"), tmp_path)
 
 
+def test_no_step_on_cached_states_waits(tmp_path):
+    handle = patched("step 2")
+    model, data = handle.model, rows(4 * STEPS)
+    ids = [row["input_ids"] for row in data]
+    ends = list(accumulate(map(len, ids)))
+    places = {digest(row): (end - len(row), len(row)) for row, end in zip(ids, ends, strict=True)}
+    store = PrefixStore(torch.ones(ends[-1], HIDDEN), places)
+    with skipped(model, model.model.layers, 1, STATES):
+        assert not waits_of(handle, ENGINE, tmp_path, collate=lambda plain: PrefixCollator(plain, store))
+
+
+def test_cached_states_are_laid_where_a_device_can_copy_them(monkeypatch):
+    asked, make = [], torch.Tensor.new_zeros
+    monkeypatch.setattr(
+        torch.Tensor, "new_zeros", lambda self, size, pin_memory: asked.append(pin_memory) or make(self, size)
+    )
+    (row,) = rows(1)
+    store = PrefixStore(torch.ones(len(row["input_ids"]), HIDDEN), {digest(row["input_ids"]): (0, 12)})
+    for pinned in (False, True):
+        PrefixCollator(lambda rows: {"input_ids": torch.tensor([row["input_ids"]])}, store, pinned=pinned)([row])
+    assert asked == [False, True]
+
+
 # each of these was in a step once, and is noticed here
 WAITED = {
     "the filter for NaN": (ENGINE, {"logging_nan_inf_filter": True}, "item"),
     "whether there is padding": (replace(ENGINE, attention="sdpa"), {}, "item"),
-    "a mask as an index": (replace(ENGINE, narrow=False), {"logits": "rows"}, "nonzero"),
+    # transformers before 5.21 takes no mask at all
+    "a mask as an index": (replace(ENGINE, narrow=False), {"logits": "rows"}, "nonzero|too many indices"),
     "a mask that is counted": (ENGINE, {"logits": "rows"}, "nonzero"),
 }
 
@@ -127,7 +122,7 @@ WAITED = {
 @pytest.mark.parametrize("name", WAITED)
 def test_what_waits_is_noticed(name, tmp_path):
     engine, options, says = WAITED[name]
-    with pytest.raises((RuntimeError, NotImplementedError), match=says):
+    with pytest.raises((RuntimeError, NotImplementedError, IndexError), match=says):
         waits_of(patched(), engine, tmp_path, **options)
 
 

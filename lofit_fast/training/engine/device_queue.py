@@ -45,8 +45,13 @@ def wait_for(devices: Iterable[torch.device]) -> None:
             torch.accelerator.synchronize(device)
 
 
+def pins(device: torch.device) -> bool:
+    """Whether what is copied to a device should lie in memory that it can copy from by itself."""
+    return runs_ahead(device) and torch.accelerator.is_available()
+
+
 def pinned(tensor: Tensor) -> Tensor:
-    """A tensor of the host in memory that a device can copy from by itself; the same one where there is no device."""
+    """A tensor of the host in such memory; the same one where there is no device to copy it."""
     return tensor.pin_memory() if torch.accelerator.is_available() else tensor
 
 

@@ -33,6 +33,7 @@ from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.compiled_layers import any_compiled
+from lofit_fast.training.engine.device_queue import pins
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
 from lofit_kernels.answers import cache_folder
@@ -55,11 +56,13 @@ class PrefixCollator:
     """A collator's batches, with their cached states (B, S, N) under STATES when every example has them.
 
     Follows right-padded batches (B, S), packed ones (1, T), whose examples lie end to end, and those of a
-    PackedCollator. Raises ValueError for batches laid out in another way.
+    PackedCollator. pinned: lay the states in memory that a device copies from by itself, beside a step.
+    Raises ValueError for batches laid out in another way.
     """
 
     collator: Collator
     store: PrefixStore
+    pinned: bool = False
 
     def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """The collator's batch, and the states if all rows have them. Positions that hold no token are zero."""
@@ -68,7 +71,7 @@ class PrefixCollator:
         if any(states is None for states in found):
             return batch
         ids = batch["input_ids"]
-        laid = found[0].new_zeros((*ids.shape, found[0].shape[-1]))
+        laid = found[0].new_zeros((*ids.shape, found[0].shape[-1]), pin_memory=self.pinned)
         for row, states, place in zip(rows, found, _places(batch, rows), strict=True):
             tokens = ids[place]
             if tokens.tolist() != list(row["input_ids"][: len(tokens)]):
@@ -131,7 +134,7 @@ def prefix_cached(
         yield collator
     else:
         with prefix.skipped():
-            yield PrefixCollator(collator, store)
+            yield PrefixCollator(collator, store, pinned=pins(prefix.device))
 
 
 class _Unfit(Exception):

@@ -1,11 +1,24 @@
 """Which attention training takes: a rule on the device and the family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import lofit_fast as lf
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention
+from lofit_fast.training import Engine
+from lofit_fast.training.engine import attention_choice, auto
+from lofit_fast.training.engine.attention_choice import (
+    CANDIDATES,
+    FLASH,
+    Facts,
+    attention_refusal,
+    best_attention,
+    facts_of,
+)
 from lofit_fast.training.engine.causal_attention import CAUSAL
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model
 
 
@@ -30,3 +43,58 @@ def test_attention_that_a_family_needs_is_kept():
 def test_attention_of_float64_models_may_round_to_float32(family):
     # eager attention takes its softmax in float32, whatever the model is in
     assert attention_refusal(tiny_model(family, torch.float64), "eager") is None
+
+
+BF16_ON_CUDA = Facts("cuda", torch.bfloat16, 64, known=True, picks=False, flash=False, packs=True)
+FLASHING = replace(BF16_ON_CUDA, flash=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, [CAUSAL]),
+        ({"flash": True}, [FLASH, CAUSAL]),
+        ({"flash": True, "packs": False}, [CAUSAL]),
+        ({"flash": True, "dtype": torch.float32}, [CAUSAL]),
+        ({"flash": True, "head_dim": 512}, [CAUSAL]),
+        ({"known": False}, []),
+        ({"picks": True}, []),
+        ({"device": "xpu", "flash": True}, []),
+        ({"device": "cpu", "flash": True, "dtype": torch.float32}, [GROUPED]),
+        ({"device": "cpu", "known": False}, []),
+    ],
+)
+def test_what_is_tried_and_in_which_order(changed, expected):
+    facts = replace(BF16_ON_CUDA, **changed)
+    assert [row.attention for row in CANDIDATES if row.fits(facts)] == expected
+
+
+def test_facts_of_a_model(monkeypatch):
+    model = tiny_model("qwen3", torch.bfloat16)
+    monkeypatch.setattr(attention_choice, "find_spec", lambda name: name == "flash_attn")
+    assert facts_of(model, torch.device("cuda"), True) == replace(BF16_ON_CUDA, head_dim=16, flash=True)
+    assert facts_of(tiny_family("deepseek_v32"), torch.device("cuda"), True).picks
+
+
+@pytest.mark.parametrize(
+    ("packing", "leaks", "expected"),
+    [("auto", None, (FLASH, True)), ("auto", "it leaks", (CAUSAL, False)), (False, None, (CAUSAL, False))],
+)
+def test_flash_attention_is_for_packed_rows(llama, packing, leaks, expected, monkeypatch):
+    handle = lf.patch(llama, lf.LofitConfig(offset="all"))
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 4
+    # as on CUDA, with flash-attn
+    monkeypatch.setattr(attention_choice, "facts_of", lambda model, device, packs: replace(FLASHING, packs=packs))
+    monkeypatch.setattr(attention_choice, "attention_refusal", lambda model, name: None)
+    monkeypatch.setattr(auto, "packing_leak", lambda *_: leaks)
+    settled, _ = auto.settle(handle, Engine(packing=packing, narrow=False), rows, 0, 2, 1)
+    assert (settled.attention, settled.packing) == expected
+
+
+def test_packing_that_leaks_is_refused_where_it_was_asked_for(llama, monkeypatch):
+    handle = lf.patch(llama, lf.LofitConfig(offset="all"))
+    monkeypatch.setattr(attention_choice, "facts_of", lambda model, device, packs: replace(FLASHING, packs=packs))
+    monkeypatch.setattr(attention_choice, "attention_refusal", lambda model, name: None)
+    monkeypatch.setattr(auto, "packing_leak", lambda *_: "it leaks")
+    with pytest.raises(ValueError, match="was asked for, but it leaks"):
+        auto.settle(handle, Engine(packing=True), [{"input_ids": [5, 6], "labels": [-100, 6]}], 0, 1, 1)

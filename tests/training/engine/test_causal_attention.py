@@ -1,4 +1,4 @@
-"""Attention without a mask on batches padded on the right: the model's own results, and masks wherever one is needed."""
+"""Attention without a mask on batches padded on the right: the model's own results, and masks where they are needed."""
 
 import pytest
 import torch
@@ -80,14 +80,14 @@ def masks_given(model, call):
 
 
 def test_torch_is_given_no_mask(llama):
-    batch = CompletionCollator(0)(rows())
+    batch = CompletionCollator(0, logits="columns")(rows())
     assert all(mask is None and causal for mask, causal, _ in masks_given(llama, lambda: llama(**batch)))
 
 
 def test_windows_are_masked_where_rows_are_longer():
     model = tiny_model("gemma3", layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-    long, short = (CompletionCollator(0)(rows(lengths)) for lengths in ((13, 9), (7, 5)))
-    short = {key: value[:, :7] if value.dim() == 2 else value for key, value in short.items()}
+    collate = CompletionCollator(0, pad_to_multiple_of=1, logits="columns")
+    long, short = (collate(rows(lengths)) for lengths in ((13, 9), (7, 5)))
     given = [mask is None for mask, *_ in masks_given(model, lambda: model(**long, use_cache=False))]
     assert given == [False, True, False]
     assert all(mask is None for mask, *_ in masks_given(model, lambda: model(**short, use_cache=False)))
@@ -99,7 +99,7 @@ def test_padding_on_the_left_is_masked_inside_a_training_too(llama):
     answers = llama.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
     with attending(llama, CAUSAL):
         # a training step before, which is known to be padded on the right
-        llama(**CompletionCollator(0)(rows()))
+        llama(**CompletionCollator(0, logits="columns")(rows()))
         got = llama(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         assert llama.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False).equal(answers)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -110,7 +110,7 @@ def test_a_failed_step_leaves_nothing_behind(llama):
     with attending(llama, CAUSAL):
         hook = llama.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            llama(**CompletionCollator(0)(rows()))
+            llama(**CompletionCollator(0, logits="columns")(rows()))
         hook.remove()
     assert all(given is not None for given, *_ in masks_given(llama, lambda: llama(ids, attention_mask=mask)))
 
@@ -138,7 +138,7 @@ def test_keys_are_shared_where_torch_has_a_fused_kernel(dtype, widths, masked, e
 
 
 def test_keys_are_repeated_elsewhere(llama):
-    batch = CompletionCollator(0)(rows())
+    batch = CompletionCollator(0, logits="columns")(rows())
     assert {heads for *_, heads in masks_given(llama, lambda: llama(**batch))} == {4}
     half = tiny_model("llama", torch.bfloat16)
     assert {heads for *_, heads in masks_given(half, lambda: half(**batch))} == {2}

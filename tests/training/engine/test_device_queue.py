@@ -51,6 +51,7 @@ def test_arguments_on_a_cpu_are_transformers_own(llama, tmp_path):
 
 def test_batches_are_pinned_for_an_accelerator_alone(on_the_second, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert device_queue.pins(SECOND) and not device_queue.pins(torch.device("cpu"))
     assert training_arguments(llama, tmp_path, Schedule(1e-3, 1), progress=False).dataloader_pin_memory
     monkeypatch.setattr(arguments, "device_of", lambda model: torch.device("cpu"))
     assert not training_arguments(llama, tmp_path, Schedule(1e-3, 1), progress=False).dataloader_pin_memory

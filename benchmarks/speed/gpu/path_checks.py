@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -116,13 +117,18 @@ def _names(p: Projection) -> list[str]:
 
 
 def check(task: dict[str, Any]) -> dict[str, Any]:
-    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
+    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here.
+
+    task["seeds"]: on so many draws of each case. checked: how many cases and draws were looked at.
+    """
     operator = OPERATORS[task["peer"]]
     found, missing, checked = [], set(), 0
-    for case in task["cases"]:
+    for case, seed in product(task["cases"], range(task.get("seeds", 1))):
         for setting in case["settings"]:
-            where = f"{case['model']} T={case['T']} {case['dtype']} {setting}"
-            p = projection(setting, SHAPES[case["model"]], case["T"], getattr(torch, case["dtype"]), task["device"])
+            where = f"{case['model']} T={case['T']} {case['dtype']} {setting}" + (f" seed {seed}" if seed else "")
+            task["now"](where)
+            shape, dtype = SHAPES[case["model"]], getattr(torch, case["dtype"])
+            p = projection(setting, shape, case["T"], dtype, task["device"], seed)
             why = operator.missing(p)
             if why:
                 missing.add(why)

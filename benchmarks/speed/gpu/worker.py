@@ -1,5 +1,7 @@
 """The process that touches the GPU: reads tasks, one JSON line each, and answers each with one line.
 
+A task's "now" is called with what it is about to do, so that the parent knows who was at work when this process died.
+
 It is expendable: a kernel that reads where it must not takes this process with it, not the report.
 """
 
@@ -13,8 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# marks an answer among whatever libraries print
-MARK = "@lofit "
+# mark an answer among whatever libraries print, and what the process is about to do
+MARK, NOW = "@lofit ", "@now "
 BROKEN = 3
 
 
@@ -94,12 +96,16 @@ def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 def main() -> int:
     """Answers until there is nothing more to answer."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+
+    def say(line: str) -> None:
+        answers.write(line + "\n")
+        answers.flush()
+
     # whatever else is printed must not look like an answer
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        result, alive = _answer(json.loads(line))
-        answers.write(MARK + json.dumps(result) + "\n")
-        answers.flush()
+        result, alive = _answer(json.loads(line) | {"now": lambda what: say(NOW + what)})
+        say(MARK + json.dumps(result))
         if not alive:
             # a normal exit would wait for the broken device
             os._exit(BROKEN)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.gpu import gpu_report, gpu_rows
-from benchmarks.speed.gpu.gpu_session import CANNOT_RUN, NOTHING_TIMED, SOME_RED, TIMED, Pace, Session, peers, reds
+from benchmarks.speed.gpu.gpu_session import CANNOT_RUN, NOTHING_TIMED, Pace, Session, peers, reds
 from benchmarks.speed.gpu.isolation import ROOT, Isolated
 
 REQUIRED = {"torch": (2, 11), "triton": (3, 6)}
@@ -119,11 +119,7 @@ def _run(session: Session, chosen: argparse.Namespace, names: Sequence[str], fol
         session.time(names, rows, Pace(gpu_rows.ROUNDS[device], gpu_rows.ROW_SECONDS))
     report["machine_after"] = session.worker.run({"kind": "machine"}, 60)
     report["seconds"] = round(time.monotonic() - session.started, 1)
-    wrong = reds(report["checks"])
-    if chosen.checks_only:
-        status = SOME_RED if wrong else TIMED
-    else:
-        status = session.status()
+    wrong, status = reds(report["checks"]), session.status(timing=not chosen.checks_only)
     report["red"] = wrong
     session.say(f"written: {gpu_report.write(report, folder)}")
     for name, why in wrong.items():

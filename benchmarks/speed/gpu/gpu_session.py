@@ -130,8 +130,10 @@ class Session:
             if self.left <= 0:
                 return {"error": f"{OUT_OF_TIME}, after {culprit}: {fallen[culprit]['error']}", "peers": fallen}
 
-    def status(self) -> int:
-        """The exit status of what was checked and timed: TIMED, NOTHING_TIMED or SOME_RED."""
+    def status(self, timing: bool = True) -> int:
+        """The exit status: TIMED, NOTHING_TIMED or SOME_RED. timing: False where nothing was to be timed."""
+        if not timing:
+            return SOME_RED if reds(self.report["checks"]) else TIMED
         peers = [
             found for row in self.report["rows"] for name, found in row.get("peers", {}).items() if name != "floor"
         ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
 from lofit_kernels import reference
-from lofit_kernels.error_bound import allowed_error, largest_error, orders, projection_margins
+from lofit_kernels.error_bound import Stage, allowed_error, largest_error, orders, projection_margins, sum_margin
 from lofit_kernels.shapes import SHAPES
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
@@ -71,13 +71,20 @@ def by_hook(p: Projection) -> tuple[tuple[Tensor, ...], ...]:
     return (y,), (dz,), *(tuple(kept) for kept in sums)
 
 
-def margins(p: Projection) -> dict[str, float]:
-    """By name of a result, how far rounding alone may take its sums in float32: added to what the rule allows."""
+def margins(operator: Operator, p: Projection) -> dict[str, float]:
+    """By name of a result, how far rounding alone may take its sums: added to what the rule allows.
+
+    The sums are in float32. A peer that rounds the sum of dY over tokens to z's dtype has one more rounding there.
+    """
     dense = [
         None if rows is None else rows.new_zeros(p.shape.H, p.shape.D).index_copy(0, heads, rows.detach()).flatten()
         for rows, heads in ((p.scale, p.scale_heads), (p.offset, p.offset_heads))
     ]
-    return projection_margins(p.z, p.weight, p.grad, *dense)
+    found = projection_margins(p.z, p.weight, p.grad, *dense)
+    if operator.rounds_sums:
+        weighted = p.grad.double().sum(0).square() @ p.weight.double().square()
+        found["dv"] += sum_margin(Stage(1, weighted), dtype=p.z.dtype)
+    return found
 
 
 def problems(operator: Operator, p: Projection, planted: bool = False) -> list[str]:
@@ -85,7 +92,7 @@ def problems(operator: Operator, p: Projection, planted: bool = False) -> list[s
     inputs = [p.z, p.weight, p.grad, *p.parameters]
     before = [x.detach().clone() for x in inputs]
     # from the inputs as they were
-    right, eager, allowance = exact(p), by_hook(p), margins(p)
+    right, eager, allowance = exact(p), by_hook(p), margins(operator, p)
     # a compiler's own allocations are not ours to poison
     if operator.needs == "compiler":
         got, again = step(operator, p), None

@@ -7,6 +7,7 @@ It is expendable: a kernel that reads where it must not takes this process with 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -64,11 +65,21 @@ def nvidia_smi(uuid: str) -> dict[str, str] | str:
     return dict(zip(_QUERY.split(","), (value.strip() for value in values[0].split(",")), strict=False))
 
 
-def _kinds() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    from benchmarks.speed.gpu.path_checks import check
-    from benchmarks.speed.op.row_times import time_layer, time_projection
+# kind of task -> where the function is that answers it; the last three need transformers
+_KINDS = {
+    "machine": ("benchmarks.speed.gpu.worker", "machine"),
+    "check": ("benchmarks.speed.gpu.path_checks", "check"),
+    "projection": ("benchmarks.speed.op.row_times", "time_projection"),
+    "layer": ("benchmarks.speed.op.row_times", "time_layer"),
+    "answers": ("benchmarks.speed.gpu.device_answers", "measured_answers"),
+    "steps": ("benchmarks.speed.gpu.whole_steps", "time_steps"),
+    "trace": ("benchmarks.speed.gpu.step_trace", "traced_steps"),
+}
 
-    return {"machine": machine, "check": check, "projection": time_projection, "layer": time_layer}
+
+def _function(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    module, name = _KINDS[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -79,7 +90,7 @@ def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         # toy shapes gain nothing from threads
         torch.set_num_threads(1)
     try:
-        result = _kinds()[task["kind"]](task)
+        result = _function(task["kind"])(task)
     except Exception as failure:
         result = {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
         traceback.print_exc()

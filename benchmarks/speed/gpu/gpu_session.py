@@ -33,7 +33,8 @@ class Session:
     """Checks paths and times rows with one worker until a deadline; goes on with what its report holds already.
 
     device: "cuda", or "cpu" for a rehearsal. minutes: from now. report: what is added to: "checks" by path, "rows" and
-    "not_run". save: called whenever something was added.
+    "not_run". save: called whenever something was added. checks: the verdicts to go by and to add to, where they are kept
+    elsewhere than in the report.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Session:
         report: dict[str, Any],
         worker: Isolated,
         save: Callable[[], object] = lambda: None,
+        checks: dict[str, Any] | None = None,
     ) -> None:
         self.device, self.minutes, self.worker, self.save = device, minutes, worker, save
         self.started = time.monotonic()
         self.report = report
-        for key, empty in (("checks", {}), ("rows", []), ("not_run", [])):
-            report.setdefault(key, empty)
+        for key in ("rows", "not_run"):
+            report.setdefault(key, [])
+        self.checks = report.setdefault("checks", {}) if checks is None else checks
 
     @property
     def left(self) -> float:
@@ -74,7 +77,7 @@ class Session:
         # imported late: without torch there is a message to print first
         from benchmarks.speed.op.operators import OPERATORS
 
-        checks = self.report["checks"]
+        checks = self.checks
         for name in names:
             if name == "floor" or name in checks and checks[name].get("left_out") != OUT_OF_TIME:
                 continue
@@ -96,7 +99,7 @@ class Session:
         names: the floor first, which the others are divided by. Who is not known to be right is left out of every row,
         with the reason.
         """
-        out = left_out(names, self.report["checks"])
+        out = left_out(names, self.checks)
         known = {key(row) for row in self.report["rows"]}
         self.report["not_run"], longest = [], 0.0
         for row in rows:
@@ -133,13 +136,13 @@ class Session:
     def status(self, timing: bool = True) -> int:
         """The exit status: TIMED, NOTHING_TIMED or SOME_RED. timing: False where nothing was to be timed."""
         if not timing:
-            return SOME_RED if reds(self.report["checks"]) else TIMED
+            return SOME_RED if reds(self.checks) else TIMED
         peers = [
             found for row in self.report["rows"] for name, found in row.get("peers", {}).items() if name != "floor"
         ]
         if not any("ms" in found for found in peers):
             return NOTHING_TIMED
-        return SOME_RED if reds(self.report["checks"]) or any("error" in found for found in peers) else TIMED
+        return SOME_RED if reds(self.checks) or any("error" in found for found in peers) else TIMED
 
 
 def key(row: dict[str, Any]) -> tuple:

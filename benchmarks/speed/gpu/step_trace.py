@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
 from benchmarks.speed.gpu.whole_steps import Scene, clocked, scene
@@ -38,6 +38,8 @@ _READS = ("aten::_local_scalar_dense", "aten::nonzero")
 # gaps between kernels that are longer than this are idle time worth naming
 _LONG_GAP_US = 5.0
 _TOP = 12
+# spans the steps: the clock's own waits are outside
+_MARK = "lofit steps"
 STEPS = 3
 
 
@@ -67,8 +69,7 @@ def _traced(place: Scene, row: Row) -> dict[str, Any]:
             batches = one.batches(place.work.drawn(0, BATCH * STEPS), place.work.pad)
             for batch in batches * 2:
                 one.update(batch)
-            # the profiler's own start is a synchronisation, before the first step
-            with profile(activities=activities) as seen, clocked(place.device) as seconds:
+            with profile(activities=activities) as seen, clocked(place.device) as seconds, record_function(_MARK):
                 for batch in batches:
                     one.update(batch)
         except Absent as reason:
@@ -81,14 +82,16 @@ def _traced(place: Scene, row: Row) -> dict[str, Any]:
 def counted(events: Iterable[Any], steps: int) -> dict[str, Any]:
     """What a step does, from profiled events: torch.autograd.profiler_util.FunctionEvent, or what looks like one.
 
-    Counts are per step. "idle": of the time from the first kernel to the end of the last. Without kernels (on a CPU)
+    Counts are per step, of what began while the event _MARK lasted. "idle": of the time from the first kernel to the end of the last. Without kernels (on a CPU)
     there is nothing to count but operations, and the counts of the device are None.
     """
     events = list(events)
-    on_device = sorted(
-        ((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == DeviceType.CUDA),
-    )
-    names = Counter(event.name for event in events if event.device_type != DeviceType.CUDA)
+    span = next(e.time_range for e in events if e.name == _MARK and e.device_type != DeviceType.CUDA)
+    # annotations such as the mark have a shadow on the device that is no work
+    device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    on_device = sorted((e.time_range.start, e.time_range.end, e.name) for e in device)
+    host = [e for e in events if e.device_type != DeviceType.CUDA]
+    names = Counter(e.name for e in host if span.start <= e.time_range.start < span.end)
     found: dict[str, Any] = {
         "operations": sum(count for name, count in names.items() if name.startswith("aten::")) / steps,
         "reads of a number": {name: names[name] / steps for name in _READS if names[name]},

@@ -39,7 +39,9 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     timed = [row for name in _OP_PARTS for row in parts.get(name, {}).get("rows", [])]
     compared = [] if device is None else list(hour_predictions.compared_rows(timed, device))
     groups = list(parts.get("steps", {}).get("groups", {}).values())
-    added = [] if device is None else [row for group in groups for row in hour_predictions.added_to_a_step(group, device)]
+    added = (
+        [] if device is None else [row for group in groups for row in hour_predictions.added_to_a_step(group, device)]
+    )
     return {
         "evidence": report["evidence"],
         "machine": report["machine"],
@@ -59,11 +61,10 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def largest_misses(compared: Sequence[Compared]) -> list[Compared]:
     """The rows whose ratio to the floor the roofline predicted worst, the worst first, at most one of each peer's."""
     worst: dict[str, Compared] = {}
-    for row in compared:
-        if row.peer != "floor" and row.miss > worst.get(row.peer, row).miss or row.peer not in worst:
-            worst[row.peer] = row
-    worst.pop("floor", None)
-    return sorted(worst.values(), key=lambda row: -row.miss)[:MISSES]
+    for row in sorted(compared, key=lambda row: -row.miss):
+        if row.peer != "floor":
+            worst.setdefault(row.peer, row)
+    return list(worst.values())[:MISSES]
 
 
 def _seen(row: Compared, compared: Sequence[Compared]) -> list[str]:
@@ -161,7 +162,9 @@ def _projections(found: dict[str, Any]) -> list[str]:
 def _misses(found: dict[str, Any]) -> list[str]:
     lines = []
     for one in found["misses"]:
-        lines.append(f"- {one['row']}, {one['peer']}: measured {one['measured']:.3f}, predicted {one['predicted']:.3f}.")
+        lines.append(
+            f"- {one['row']}, {one['peer']}: measured {one['measured']:.3f}, predicted {one['predicted']:.3f}."
+        )
         lines += [f"  {line[0].upper()}{line[1:]}." for line in one["seen"]]
     return lines or ["Nothing was compared."]
 

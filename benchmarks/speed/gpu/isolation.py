@@ -67,6 +67,8 @@ class Isolated:
             return {"error": f"the process died with status {process.returncode}: {self._last_words()}", "at": at}
         result = json.loads(line.removeprefix(MARK))
         if "broken" in result or "broken_by" in result:
+            if "error" in result:
+                result.setdefault("at", at)
             self.close()
         return result
 

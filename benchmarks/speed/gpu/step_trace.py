@@ -19,7 +19,13 @@ from benchmarks.speed.step.workload import BATCH
 
 # the call of the driver or runtime, by the beginning of its name -> what it counts as
 CALLS = {
-    "launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel", "hipLaunchKernel", "hipExtModule"),
+    "launches": (
+        "cudaLaunchKernel",
+        "cuLaunchKernel",
+        "cudaLaunchCooperativeKernel",
+        "hipLaunchKernel",
+        "hipExtModule",
+    ),
     "graph launches": ("cudaGraphLaunch", "hipGraphLaunch"),
     "synchronisations": (
         "cudaStreamSynchronize",
@@ -103,7 +109,11 @@ def counted(events: Iterable[Any], steps: int) -> dict[str, Any]:
     for kind, beginning in COPIES.items():
         found[kind] = sum(name.startswith(beginning) for *_, name in on_device) / steps
     kernels = [row for row in on_device if not row[2].startswith(("Memcpy", "Memset"))]
-    return found | {"kernels": len(kernels) / steps, "idle": _idle(on_device, steps), "most time": _most(kernels, steps)}
+    return found | {
+        "kernels": len(kernels) / steps,
+        "idle": _idle(on_device, steps),
+        "most time": _most(kernels, steps),
+    }
 
 
 def _idle(intervals: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:

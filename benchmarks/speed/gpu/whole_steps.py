@@ -67,6 +67,7 @@ class Scene:
 
 def scene(name: str, device: str, layers: int | None = None) -> Scene:
     """A row of `whole_models.MODELS`, with as many layers as are asked for or fit into free memory."""
+    tidy(device)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
     layers = layers or whole_models.layers_that_fit(name, device, free)
     model, work = whole_models.built(name, device, layers), whole_models.random_examples(name, device)
@@ -93,7 +94,7 @@ def time_steps(task: dict[str, Any]) -> dict[str, Any]:
             short.append(layers or every)
             layers = max(1, (layers or every) // 2)
         # outside of the handler, which keeps the frames of what failed alive
-        _tidy(task["device"])
+        tidy(task["device"])
 
 
 def checkable(place: Scene, task: dict[str, Any], steps: Sequence[str]) -> tuple[Scene, dict[str, Reference]]:
@@ -115,7 +116,7 @@ def checkable(place: Scene, task: dict[str, Any], steps: Sequence[str]) -> tuple
 def _timed(place: Scene, task: dict[str, Any]) -> dict[str, Any]:
     rows = [row for row in rows_of_step(task["step"]) if str(row) not in task.get("without", {})]
     place, expected = checkable(place, task, [row.step for row in rows])
-    _tidy(place.device)
+    tidy(place.device)
     entries, ready = [], {}
     with ExitStack() as scopes, torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         for row in rows:
@@ -173,9 +174,7 @@ def _peak(one: Live, batch: dict, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _rounds(
-    place: Scene, ready: dict[int, Live], rows: Sequence[Row], task: dict[str, Any]
-) -> dict[int, list[float]]:
+def _rounds(place: Scene, ready: dict[int, Live], rows: Sequence[Row], task: dict[str, Any]) -> dict[int, list[float]]:
     """Seconds per round; rounds in turns, each with the same examples for all, until the task's seconds are over."""
     until = time.perf_counter() + task["seconds"]
     taken: dict[int, list[float]] = {at: [] for at in ready}
@@ -238,7 +237,8 @@ def _compare(entries: list[dict[str, Any]], taken: dict[int, list[float]]) -> No
                 entries[at][f"vs_{name}"] = asdict(ratio(seconds, found[entries[at]["setting"]]))
 
 
-def _tidy(device: str) -> None:
+def tidy(device: str) -> None:
+    """Give back the memory of what nobody holds any more."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -33,8 +33,8 @@ class Session:
     """Checks paths and times rows with one worker until a deadline; goes on with what its report holds already.
 
     device: "cuda", or "cpu" for a rehearsal. minutes: from now. report: what is added to: "checks" by path, "rows" and
-    "not_run". save: called whenever something was added. checks: the verdicts to go by and to add to, where they are kept
-    elsewhere than in the report.
+    "not_run". save: called whenever something was added. checks: the verdicts to go by and to add to, where the report
+    is not the place for them.
     """
 
     def __init__(

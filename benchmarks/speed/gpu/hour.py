@@ -1,11 +1,12 @@
 """The hour with a GPU, scripted: checks, projections, layers, whole steps, a profile, autotune, tests, a summary.
 
-    python -m benchmarks.speed.gpu.hour --output DIR [--part NAME ...] [--minutes M] [--device cuda|cpu] [--only NAME ...]
+    python -m benchmarks.speed.gpu.hour --output DIR [--part NAME ...] [--minutes M] [--only NAME ...]
+                                        [--device cuda|cpu]
 
-The parts run in the order of `hour_parts.PARTS`, each in its own minutes. A finished part is not run again; one that was
-interrupted or ran out of time goes on where it was. All is in DIR: hour.json, which every row is added to as soon as it
-is there, summary.md and summary.json, and answers.json for lofit_kernels. `make bench-gpu` says what a machine needs;
-whole steps need transformers too. --device cpu rehearses everything at toy shapes.
+The parts run in the order of `hour_parts.PARTS`, each in its own minutes. A finished part is not run again; one that
+was interrupted or ran out of time goes on where it was. All is in DIR: hour.json, which every row is added to as soon
+as it is there, summary.md and summary.json, and answers.json for lofit_kernels. Needs torch >= 2.11, triton >= 3.6
+and, for whole steps, transformers. --device cpu rehearses everything at toy shapes.
 Exit status: 0 the parts asked for are finished and all is right; 3 something is red, fell or failed; 4 a part is not
 finished: the same command goes on with it; 2 nothing can run here, or DIR holds the results of something else.
 """

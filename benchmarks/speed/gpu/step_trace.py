@@ -88,8 +88,9 @@ def _traced(place: Scene, row: Row) -> dict[str, Any]:
 def counted(events: Iterable[Any], steps: int) -> dict[str, Any]:
     """What a step does, from profiled events: torch.autograd.profiler_util.FunctionEvent, or what looks like one.
 
-    Counts are per step, of what began while the event _MARK lasted. "idle": of the time from the first kernel to the end of the last. Without kernels (on a CPU)
-    there is nothing to count but operations, and the counts of the device are None.
+    Counts are per step, of what the host began while the event _MARK lasted. "idle": of the time from the first kernel
+    to the end of the last. Without kernels (on a CPU) there is nothing to count but operations, and the counts of the
+    device are None.
     """
     events = list(events)
     span = next(e.time_range for e in events if e.name == _MARK and e.device_type != DeviceType.CUDA)

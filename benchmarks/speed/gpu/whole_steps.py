@@ -32,7 +32,7 @@ _LOFIT, _OTHERS = ("ours", "hook", "compiled_hook"), ("lora", "lora_all")
 
 
 def rows_of_step(step: str) -> list[Row]:
-    """Every peer as its users run it and in our engine, the floors first. "ours", as run: the patch and nothing else."""
+    """Every peer as its users run it and in our engine, the floors first. Ours as run is the patch and nothing else."""
     settings = (SAME_ENGINE, AS_RUN)
     rows = [Row("floor", setting) for setting in settings]
     rows += [Row(name, setting, step) for name in _LOFIT for setting in settings]

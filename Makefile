@@ -9,7 +9,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all lint format aot mutants sanitize bench bench-gpu bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-all lint format aot mutants sanitize bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -92,6 +92,9 @@ bench-full: $(STAMP) ## every cell of the benchmark, however long it takes; goes
 # no $(STAMP): a GPU machine is taken as found, with the torch and Triton that it has, and no network
 bench-gpu: ## on a CUDA machine as found: check every path, then time all of them (8 minutes; PYTHON=python3)
 	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.speed.gpu $(ARGS)
+
+gpu-hour: ## all that an hour with a GPU should bring, in parts below 9 minutes; goes on if interrupted (ARGS='--output DIR')
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.speed.gpu.hour $(ARGS)
 
 report: $(STAMP) ## the benchmark's results as one HTML page, pictures and a table (ARGS='RESULTS --output DIR')
 	$(BIN)/python -m benchmarks.speed.report $(ARGS)

@@ -35,7 +35,9 @@ SHAPES: dict[str, LayerShape] = {
     "Llama-2-7B": LayerShape(layers=32, H=32, H_kv=32, D=128, N=4096, inner=11008),
     "Llama-3-8B": LayerShape(layers=32, H=32, H_kv=8, D=128, N=4096, inner=14336),
     "Gemma-7B": LayerShape(layers=28, H=16, H_kv=16, D=256, N=3072, inner=24576),
+    "Gemma-2-9B": LayerShape(layers=42, H=16, H_kv=8, D=256, N=3584, inner=14336),
     "Llama-2-13B": LayerShape(layers=40, H=40, H_kv=40, D=128, N=5120, inner=13824),
+    # and Llama-2-70B
     "Llama-3-70B": LayerShape(layers=80, H=64, H_kv=8, D=128, N=8192, inner=28672),
     # not a model: small enough for Triton's interpreter, with grouped heads and N no multiple of a tile
     "toy": LayerShape(layers=2, H=4, H_kv=2, D=16, N=72, inner=96),

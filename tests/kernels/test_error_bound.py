@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from lofit_kernels import head_affine_linear, reference
-from lofit_kernels.error_bound import ORDERS, allowed_error, bound_of, largest_error, orders
+from lofit_kernels.error_bound import (
+    ORDERS,
+    Stage,
+    allowed_error,
+    bound_of,
+    largest_error,
+    orders,
+    projection_margins,
+    sum_margin,
+)
 from tests.kernels.op_inputs import doubled, eager, eager_in_orders, gradients, make
 
 SUMS = ["scale", "offset", "bias"]
@@ -85,3 +94,39 @@ def test_a_sum_that_is_one_percent_off_fails(dtype):
 def test_a_sum_without_one_row_fails(dtype, row):
     for name, (got, exact, eagerly) in judged(dtype, drop=row).items():
         assert largest_error(got, exact) > allowed_error(exact, *eagerly), name
+
+
+def sequential(terms):
+    """Sums over dimension 0, one term after another, in the terms' dtype."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred", "all of one sign"])
+@pytest.mark.parametrize("n", [3, 1000])
+def test_the_margin_holds_for_the_worst_order_and_is_no_wide_one(n, mean):
+    worst = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        terms = torch.randn(n, 64) + mean
+        exact = terms.double().sum(0)
+        margin = sum_margin(Stage(n, terms.double().square().sum(0) + exact.square()))
+        worst.append(largest_error(sequential(terms), exact) / margin)
+    assert 0.005 < max(worst) < 0.6
+
+
+def test_a_margin_adds_to_the_rule():
+    exact = torch.tensor([1.0], dtype=torch.float64)
+    assert allowed_error(exact, exact.float(), margin=0.5) == allowed_error(exact, exact.float()) + 0.5
+    assert sum_margin(Stage(5, torch.empty(0, dtype=torch.float64))) == 0
+
+
+def test_16_bits_get_no_margin_where_they_round_last():
+    draw = [torch.randn(*size) for size in ((6, 8), (5, 8), (6, 5), (8,), (8,))]
+    wide = projection_margins(*draw)
+    narrow = projection_margins(*(x.bfloat16() for x in draw[:3]), *draw[3:])
+    assert all(0 < margin < 1e-4 for margin in wide.values())
+    assert narrow["y"] == narrow["dz"] == 0 and narrow["da"] > 0 and narrow["dv"] > 0
+    assert projection_margins(*draw[:3], None, None)["y"] < wide["y"]

@@ -67,6 +67,5 @@ ROWS: dict[str, tuple[TimedRow, ...]] = {
 }
 QUICK = {"cuda": 4, "cpu": 2}
 ROUNDS = {"cuda": 25, "cpu": 3}
-# seconds a row may take, and a check of one peer with all its compilation
+# seconds a row may take
 ROW_SECONDS = 12.0
-CHECK_SECONDS = 180.0

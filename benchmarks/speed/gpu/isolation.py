@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.gpu.worker import MARK
+from benchmarks.speed.gpu.worker import MARK, NOW
 
 ROOT = Path(__file__).parents[3]
+# a task that says nothing new for so long hangs: the longest step, compiling a hook or a kernel, takes a third of it
+SILENCE = 60.0
 
 
 class Isolated:
@@ -33,17 +36,27 @@ class Isolated:
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
-    def run(self, task: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The worker's answer; {"error": ...} when it died or took longer than `seconds`."""
-        task = task | {"device": self.device}
+    def run(self, task: dict[str, Any], seconds: float, silence: float = SILENCE) -> dict[str, Any]:
+        """The worker's answer; {"error": ..., "at": ...} when it died, or hung.
+
+        seconds: for all of it. silence: how long it may go without saying what it does now. at: what that was last,
+        a peer's name or a case, None before the first.
+        """
+        task, until, at = task | {"device": self.device}, time.monotonic() + seconds, None
         process = self._started()
         try:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-            line = self._lines.get(timeout=seconds)
+            while True:
+                patience = min(silence, until - time.monotonic())
+                line = self._lines.get(timeout=max(0.0, patience))
+                if line is None or not line.startswith(NOW):
+                    break
+                at = line.removeprefix(NOW).strip()
         except queue.Empty:
             self.close()
-            return {"error": f"no answer within {seconds:.0f} seconds"}
+            late = f"no answer within {seconds:.0f} seconds" if patience < silence else f"silent for {silence:.0f} s"
+            return {"error": late, "at": at}
         except OSError:
             line = None
         if line is None:
@@ -51,9 +64,11 @@ class Isolated:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
             self.close()
-            return {"error": f"the process died with status {process.returncode}: {self._last_words()}"}
-        result = json.loads(line)
+            return {"error": f"the process died with status {process.returncode}: {self._last_words()}", "at": at}
+        result = json.loads(line.removeprefix(MARK))
         if "broken" in result or "broken_by" in result:
+            if "error" in result:
+                result.setdefault("at", at)
             self.close()
         return result
 
@@ -100,6 +115,6 @@ class Isolated:
 def _read(stream: Any, lines: queue.Queue[str | None]) -> None:
     with stream:
         for line in stream:
-            if line.startswith(MARK):
-                lines.put(line.removeprefix(MARK))
+            if line.startswith((MARK, NOW)):
+                lines.put(line)
     lines.put(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed.op.operators import OPERATORS, Operator, Projection, projection, step
 from lofit_kernels import reference
-from lofit_kernels.error_bound import allowed_error, largest_error, orders
+from lofit_kernels.error_bound import Stage, allowed_error, largest_error, orders, projection_margins, sum_margin
 from lofit_kernels.shapes import SHAPES
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
@@ -70,12 +71,28 @@ def by_hook(p: Projection) -> tuple[tuple[Tensor, ...], ...]:
     return (y,), (dz,), *(tuple(kept) for kept in sums)
 
 
+def margins(operator: Operator, p: Projection) -> dict[str, float]:
+    """By name of a result, how far rounding alone may take its sums: added to what the rule allows.
+
+    The sums are in float32. A peer that rounds the sum of dY over tokens to z's dtype has one more rounding there.
+    """
+    dense = [
+        None if rows is None else rows.new_zeros(p.shape.H, p.shape.D).index_copy(0, heads, rows.detach()).flatten()
+        for rows, heads in ((p.scale, p.scale_heads), (p.offset, p.offset_heads))
+    ]
+    found = projection_margins(p.z, p.weight, p.grad, *dense)
+    if operator.rounds_sums:
+        weighted = p.grad.double().sum(0).square() @ p.weight.double().square()
+        found["dv"] += sum_margin(Stage(1, weighted), dtype=p.z.dtype)
+    return found
+
+
 def problems(operator: Operator, p: Projection, planted: bool = False) -> list[str]:
     """What is wrong with an operator on `p`; empty when it is right. planted: make its y wrong by a hundredth."""
     inputs = [p.z, p.weight, p.grad, *p.parameters]
     before = [x.detach().clone() for x in inputs]
     # from the inputs as they were
-    right, eager = exact(p), by_hook(p)
+    right, eager, allowance = exact(p), by_hook(p), margins(operator, p)
     # a compiler's own allocations are not ours to poison
     if operator.needs == "compiler":
         got, again = step(operator, p), None
@@ -91,7 +108,7 @@ def problems(operator: Operator, p: Projection, planted: bool = False) -> list[s
         elif not x.isfinite().all():
             found.append(f"{name}: {int((~x.isfinite()).sum())} elements were not written or are not finite")
         else:
-            error, bound = largest_error(x, expected), allowed_error(expected, *hooked)
+            error, bound = largest_error(x, expected), allowed_error(expected, *hooked, margin=allowance[name])
             if not error <= bound:
                 found.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
     if again is not None and operator.ours and not planted:
@@ -107,13 +124,18 @@ def _names(p: Projection) -> list[str]:
 
 
 def check(task: dict[str, Any]) -> dict[str, Any]:
-    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here."""
+    """One operator on every case of the task: what is wrong, what it cannot express or needs and lacks here.
+
+    task["seeds"]: on so many draws of each case. checked: how many cases and draws were looked at.
+    """
     operator = OPERATORS[task["peer"]]
     found, missing, checked = [], set(), 0
-    for case in task["cases"]:
+    for case, seed in product(task["cases"], range(task.get("seeds", 1))):
         for setting in case["settings"]:
-            where = f"{case['model']} T={case['T']} {case['dtype']} {setting}"
-            p = projection(setting, SHAPES[case["model"]], case["T"], getattr(torch, case["dtype"]), task["device"])
+            where = f"{case['model']} T={case['T']} {case['dtype']} {setting}" + (f" seed {seed}" if seed else "")
+            task["now"](where)
+            shape, dtype = SHAPES[case["model"]], getattr(torch, case["dtype"])
+            p = projection(setting, shape, case["T"], dtype, task["device"], seed)
             why = operator.missing(p)
             if why:
                 missing.add(why)

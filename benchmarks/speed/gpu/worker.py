@@ -1,10 +1,13 @@
 """The process that touches the GPU: reads tasks, one JSON line each, and answers each with one line.
 
+A task's "now" is called with what it is about to do, so that the parent knows who was at work when this process died.
+
 It is expendable: a kernel that reads where it must not takes this process with it, not the report.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,8 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# marks an answer among whatever libraries print
-MARK = "@lofit "
+# mark an answer among whatever libraries print, and what the process is about to do
+MARK, NOW = "@lofit ", "@now "
 BROKEN = 3
 
 
@@ -62,11 +65,21 @@ def nvidia_smi(uuid: str) -> dict[str, str] | str:
     return dict(zip(_QUERY.split(","), (value.strip() for value in values[0].split(",")), strict=False))
 
 
-def _kinds() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    from benchmarks.speed.gpu.path_checks import check
-    from benchmarks.speed.op.row_times import time_layer, time_projection
+# kind of task -> where the function is that answers it; the last three need transformers
+_KINDS = {
+    "machine": ("benchmarks.speed.gpu.worker", "machine"),
+    "check": ("benchmarks.speed.gpu.path_checks", "check"),
+    "projection": ("benchmarks.speed.op.row_times", "time_projection"),
+    "layer": ("benchmarks.speed.op.row_times", "time_layer"),
+    "answers": ("benchmarks.speed.gpu.device_answers", "measured_answers"),
+    "steps": ("benchmarks.speed.gpu.whole_steps", "time_steps"),
+    "trace": ("benchmarks.speed.gpu.step_trace", "traced_steps"),
+}
 
-    return {"machine": machine, "check": check, "projection": time_projection, "layer": time_layer}
+
+def _function(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    module, name = _KINDS[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -77,7 +90,7 @@ def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         # toy shapes gain nothing from threads
         torch.set_num_threads(1)
     try:
-        result = _kinds()[task["kind"]](task)
+        result = _function(task["kind"])(task)
     except Exception as failure:
         result = {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
         traceback.print_exc()
@@ -94,12 +107,16 @@ def _answer(task: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 def main() -> int:
     """Answers until there is nothing more to answer."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+
+    def say(line: str) -> None:
+        answers.write(line + "\n")
+        answers.flush()
+
     # whatever else is printed must not look like an answer
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        result, alive = _answer(json.loads(line))
-        answers.write(MARK + json.dumps(result) + "\n")
-        answers.flush()
+        result, alive = _answer(json.loads(line) | {"now": lambda what: say(NOW + what)})
+        say(MARK + json.dumps(result))
         if not alive:
             # a normal exit would wait for the broken device
             os._exit(BROKEN)

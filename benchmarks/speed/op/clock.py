@@ -34,12 +34,16 @@ def input_sets(bytes_of_one: int, device: str) -> int:
 
 
 def milliseconds_in_turns(
-    runs: Mapping[str, Callable[[int], object]], rounds: int, seconds: float, device: str
+    runs: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    seconds: float,
+    device: str,
+    now: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timed]:
     """Every run in every round, in an order that turns by one; at least 3 rounds, then until the seconds are over.
 
     runs: name -> run(i), one step on input set number i. They must have run once already: nothing is warmed up here
-    but the clock.
+    but the clock. now: told who runs next.
     """
     names, timed, started = list(runs), {name: Timed() for name in runs}, time.perf_counter()
     sample = _on_gpu if device == "cuda" else _on_cpu
@@ -49,6 +53,7 @@ def milliseconds_in_turns(
             break
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
+            now(name)
             repeats, device_ms, host_ms = sample(runs[name], number, timed[name])
             number += repeats
             if turn >= 0:

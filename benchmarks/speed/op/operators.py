@@ -223,7 +223,8 @@ class Operator:
     name: of a path of ours, or the peer's name in `benchmarks.peers.table.PEERS`.
 
     refusal(projection): why it cannot express that projection anywhere, None when it can. needs: a key of NEEDS.
-    trained(projection): the leaves whose gradients it computes.
+    trained(projection): the leaves whose gradients it computes. rounds_sums: whether a sum over tokens passes through
+    z's dtype on its way to dv.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Operator:
     refusal: Callable[[Projection], str | None] = lambda p: None
     needs: str | None = None
     trained: Callable[[Projection], Sequence[Tensor]] = lambda p: p.parameters
+    rounds_sums: bool = False
 
     def missing(self, p: Projection) -> str | None:
         """Why it cannot run on that projection here, None when it can."""
@@ -269,7 +271,7 @@ OPERATORS: dict[str, Operator] = {
         Operator("hook", hook),
         Operator("compiled_hook", compiled_hook, needs="compiler"),
         Operator("original", original),
-        Operator("fold_eager", fold_eager, refusal=_fold_eager_refusal),
+        Operator("fold_eager", fold_eager, refusal=_fold_eager_refusal, rounds_sums=True),
         *_paths(),
     )
 }

@@ -70,6 +70,10 @@ class Live:
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """One training step, optimizer included; the floor ends with its backward pass. Returns the loss."""
+        return self.update(batch).item()
+
+    def update(self, batch: dict[str, Tensor]) -> Tensor:
+        """The same, for whoever does not wait for the loss, a scalar on the model's device."""
         loss, parameters = self.loss(batch), self.attached.parameters
         penalty = 0.0 if self.attached.penalty is None else L1 * self.attached.penalty()
         (loss + penalty).backward()
@@ -78,7 +82,7 @@ class Live:
             self.optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        return loss.item()
+        return loss.detach()
 
 
 def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> Engine:
@@ -94,9 +98,12 @@ def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> E
 
 
 @contextmanager
-def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy) -> Iterator[Live]:
+def live(
+    base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deepcopy, stock: Engine = STOCK
+) -> Iterator[Live]:
     """A scope with the row's peer in a copy of the model, prepared as its setting says, in training mode.
 
+    stock: the engine of rows that are run as their users run them.
     Raises Absent where the peer cannot be had here.
     """
     model = copied(base)
@@ -108,7 +115,7 @@ def live(base: nn.Module, row: Row, engine: Engine, copied: Callable = copy.deep
         else None
     )
     attached.model.train()
-    chosen = STOCK if row.setting == AS_RUN else engine
+    chosen = stock if row.setting == AS_RUN else engine
     with prepared(attached.model, chosen):
         yield Live(row, attached, optimizer, chosen)
 

@@ -41,7 +41,7 @@ STEPS: dict[str, tuple[str, Callable[[nn.Module], list[Head]]]] = {
 
 
 def vectors(model: nn.Module, step: str, std: float = INIT_STD, seed: int = 42) -> Vectors:
-    """Normal vectors for a row's heads: (layer, component) -> (heads, (h, D) float32)."""
+    """Normal vectors for a row's heads, on their layers' devices: (layer, component) -> (heads, (h, D) float32)."""
     component, choose = STEPS[step]
     chosen = choose(model)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,8 @@ def vectors(model: nn.Module, step: str, std: float = INIT_STD, seed: int = 42) 
     for p in find_projections(model):
         heads = sorted(head for layer, head in chosen if layer == p.layer)
         if heads:
-            drawn[p.layer, component] = heads, torch.randn(len(heads), p.head_dim, generator=generator) * std
+            rows = torch.randn(len(heads), p.head_dim, generator=generator) * std
+            drawn[p.layer, component] = heads, rows.to(next(p.module.parameters()).device)
     return drawn
 
 

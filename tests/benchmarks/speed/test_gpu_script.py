@@ -1,4 +1,4 @@
-"""The GPU script, rehearsed from end to end on a CPU with nothing but torch and Triton, and its refusal to time."""
+"""The GPU script, rehearsed from end to end on a CPU with nothing but torch and Triton; what is red costs itself."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.speed.gpu import __main__ as script
 from benchmarks.speed.gpu import gpu_report, gpu_rows, path_checks
+from benchmarks.speed.gpu.gpu_session import NOTHING_TIMED, SOME_RED, TIMED, Pace, Session, left_out
 from benchmarks.speed.gpu.isolation import Isolated
 from benchmarks.speed.op import clock
 from benchmarks.speed.op.decoder import DecoderLayer
@@ -71,25 +72,100 @@ def test_rehearsal_from_checks_to_report(tmp_path):
     for name in ("ours", "hook", "original", "delta triton fused_backward"):
         assert step_1[name]["ms"] > 0 and step_1[name]["rounds"] == gpu_rows.ROUNDS["cpu"]
     assert "cannot express a scale" in step_1["fold triton"]["skipped"]
-    assert step_1["compiled_hook"]["skipped"] == "left out by --quick"
+    assert step_1["compiled_hook"]["skipped"] == "left out: --quick"
     assert layer["the projection alone"]["ms"] > 0 and layer["floor"]["ms"] > 0
     assert layer["fold triton"]["ms"] > 0
     assert "no picture: matplotlib is not installed" in done.stdout
     assert "python -m pytest tests/kernels/gpu" in done.stdout
 
 
-def test_refuses_to_time_what_is_wrong(tmp_path):
-    done, found = run(tmp_path, "--only", "pass aten", "--plant", "pass aten")
-    assert done.returncode == 1
-    assert "REFUSED" in done.stderr and "check pass aten: RED" in done.stdout
-    assert found["rows"] == [] and "nothing was timed" in found["refused"]
+def test_what_is_wrong_costs_its_own_path(tmp_path):
+    done, found = run(tmp_path, "--only", "pass aten", "delta aten", "--plant", "pass aten")
+    assert done.returncode == SOME_RED == 3, done.stdout + done.stderr
+    assert "NOT TIMED, its check is red: pass aten" in done.stderr and "check pass aten: RED" in done.stdout
     assert any("y: error" in problem for problem in found["checks"]["pass aten"]["problems"])
+    assert list(found["red"]) == ["pass aten"]
+    step_1 = found["rows"][0]["peers"]
+    assert "its check is red: RED" in step_1["pass aten"]["skipped"] and "y: error" in step_1["pass aten"]["skipped"]
+    assert step_1["delta aten"]["vs_floor"]["median"] > 0
+
+
+PACE = Pace(rounds=3, seconds=5.0)
+
+
+STEP = {"ms": 1.0, "host_ms": 1.0}
+
+
+class Right:
+    """A worker for which everything is right, but for those it is told of."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    def run(self, task, seconds, *_):
+        if task["kind"] == "check":
+            return self.answers.get(task["peer"], {"checked": 1, "problems": [], "missing": []})
+        self.asked.append(task["peers"])
+        bad = next((name for name in task["peers"] if name in self.answers.get("bad", {})), None)
+        return self.answers["bad"][bad] if bad else {"rows": {name: STEP for name in task["peers"]}}
+
+
+def a_session(worker, minutes=8.0, report=None):
+    return Session("cpu", minutes, {} if report is None else report, worker)
+
+
+RED = {
+    "wrong": {"checked": 3, "problems": ["y: error 1e-2, allowed 1e-3"], "missing": []},
+    "crashed": {"error": "the process died with status -11: ", "at": "toy T=5 float32 both"},
+    "hung": {"error": "silent for 60 s", "at": "toy T=5 float32 both"},
+    "broke the device": {"checked": 1, "problems": [], "missing": [], "broken": "an illegal memory access"},
+}
+
+
+@pytest.mark.parametrize("found", RED.values(), ids=RED)
+def test_a_red_check_leaves_the_others_to_be_timed(found):
+    session = a_session(Right(hook=found))
+    session.check(["floor", "hook", "ours"], gpu_rows.CHECKS["cpu"])
+    session.time(["floor", "hook", "ours"], gpu_rows.ROWS["cpu"], PACE)
+    assert session.worker.asked == [["floor", "ours"]] * 2
+    assert session.status() == SOME_RED
+    for row in session.report["rows"]:
+        assert row["peers"]["hook"]["skipped"].startswith("its check is red: RED, 1 problems")
+        assert row["peers"]["ours"] == STEP
+
+
+def test_with_every_check_red_nothing_is_timed(capsys):
+    session = a_session(Right(hook=RED["hung"], ours=RED["wrong"]))
+    session.check(["floor", "hook", "ours"], gpu_rows.CHECKS["cpu"])
+    session.time(["floor", "hook", "ours"], gpu_rows.ROWS["cpu"], PACE)
+    assert session.worker.asked == [["floor"]] * 2
+    assert session.status() == NOTHING_TIMED
+    assert a_session(None).status() == NOTHING_TIMED
+
+
+def test_all_right_is_status_0_and_nobody_is_timed_unchecked():
+    session = a_session(Right())
+    session.check(["floor", "hook"], gpu_rows.CHECKS["cpu"])
+    session.time(["floor", "hook", "ours"], gpu_rows.ROWS["cpu"], PACE)
+    assert session.status() == TIMED == 0
+    assert session.report["rows"][0]["peers"]["ours"] == {"skipped": "left out: it was not checked"}
+    assert left_out(["ours"], {"ours": {"left_out": "--quick"}}) == {"ours": "left out: --quick"}
+
+
+def test_what_is_known_is_not_run_again():
+    worker, report = Right(), {}
+    for _ in range(2):
+        session = a_session(worker, report=report)
+        session.check(["floor", "hook"], gpu_rows.CHECKS["cpu"])
+        session.time(["floor", "hook"], gpu_rows.ROWS["cpu"], PACE)
+    assert len(worker.asked) == len(report["rows"]) == 2
 
 
 def test_no_time_left_is_said():
-    session = script.Session(script.parse_arguments(["--device", "cpu", "--minutes", "0"]))
-    session.worker = None
-    session.time(["floor", "hook"])
+    session = a_session(None, minutes=0)
+    session.check(["floor", "hook"], gpu_rows.CHECKS["cpu"])
+    assert session.report["checks"] == {"hook": {"left_out": "out of time"}}
+    session.time(["floor", "hook"], gpu_rows.ROWS["cpu"], PACE)
     assert session.report["rows"] == []
     assert [row["reason"] for row in session.report["not_run"]] == ["out of time"] * len(gpu_rows.ROWS["cpu"])
 
@@ -110,21 +186,26 @@ def test_unmet_requirements_are_named(monkeypatch, capsys):
     assert script.main(["--plant", "nothing"]) == 2
 
 
+# a worker that says what it is about to do, and then hangs or dies
+BEGINS = "input(); print('@now pass triton', flush=True)"
 ANSWERS = "for line in sys.stdin: print('noise'); print('@lofit {\"broken\": \"x\"}', flush=True)"
 
 
 @pytest.mark.parametrize(
-    "code, seconds, expected",
+    "code, seconds, silence, expected, at",
     [
-        ("print('last words', file=sys.stderr, flush=True); os._exit(9)", 60, "died with status 9: last words"),
-        ("input(); time.sleep(60)", 1, "no answer within 1 seconds"),
+        ("print('last words', file=sys.stderr, flush=True); os._exit(9)", 60, 60, "status 9: last words", None),
+        ("input(); time.sleep(60)", 1, 60, "no answer within 1 seconds", None),
+        (f"{BEGINS}; time.sleep(60)", 60, 0.5, "silent for 0 s", "pass triton"),
+        (f"{BEGINS}; os._exit(9)", 60, 60, "died with status 9", "pass triton"),
     ],
 )
-def test_a_worker_may_die_or_hang(code, seconds, expected):
+def test_a_worker_may_die_or_hang(code, seconds, silence, expected, at):
     worker = Isolated("cpu", [sys.executable, "-c", f"import os, sys, time; {code}"])
     for _ in range(2):
         # and is started again for the next task
-        assert expected in worker.run({"kind": "check"}, seconds)["error"]
+        found = worker.run({"kind": "check"}, seconds, silence)
+        assert expected in found["error"] and found["at"] == at
     worker.close()
 
 
@@ -137,21 +218,26 @@ def test_a_worker_that_broke_its_device_is_replaced():
     worker.close()
 
 
-def test_a_row_goes_on_without_the_peer_that_broke_the_device():
-    session = script.Session(script.parse_arguments(["--device", "cpu"]))
-    asked = []
+FALLS = {
+    "broke the device": {"rows": {"bad": {"error": "illegal access"}}, "broken_by": "bad"},
+    "died": {"error": "illegal access", "at": "bad"},
+}
 
-    class Worker:
-        def run(self, task, seconds):
-            asked.append(task["peers"])
-            if "bad" in task["peers"]:
-                return {"rows": {"bad": {"error": "illegal access"}}, "broken_by": "bad"}
-            return {"rows": {name: {"ms": 1.0} for name in task["peers"]}}
 
-    session.worker = Worker()
-    found = session.timed_row(gpu_rows.ROWS["cpu"][0], ["floor", "bad", "ours"])
-    assert asked == [["floor", "bad", "ours"], ["floor", "ours"]]
-    assert found["peers"] == {"floor": {"ms": 1.0}, "ours": {"ms": 1.0}, "bad": {"error": "illegal access"}}
+@pytest.mark.parametrize("answer", FALLS.values(), ids=FALLS)
+def test_a_row_goes_on_without_the_peer_that_fell(answer):
+    session = a_session(Right(bad={"bad": answer}))
+    found = session.timed_row(gpu_rows.ROWS["cpu"][0], ["floor", "bad", "ours"], PACE)
+    assert session.worker.asked == [["floor", "bad", "ours"], ["floor", "ours"]]
+    assert found["peers"] == {"floor": STEP, "ours": STEP, "bad": {"error": "illegal access"}}
+    session.report["rows"].append(vars(gpu_rows.ROWS["cpu"][0]) | found)
+    assert session.status() == SOME_RED
+
+
+def test_a_row_without_its_floor_is_no_row():
+    session = a_session(Right(bad={"floor": {"error": "silent for 60 s", "at": "floor"}}))
+    found = session.timed_row(gpu_rows.ROWS["cpu"][0], ["floor", "ours"], PACE)
+    assert found == {"error": "silent for 60 s"}
 
 
 def wrong(change):

@@ -107,7 +107,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         self.losses.add(loss.detach(), 1.0)
         if loss.device.type == "cpu":
             check_finite(loss.item(), self.state.epoch)
-        return loss + self.extra_loss()
+        return loss + self.extra_loss().to(loss.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what has stayed on the device read now."""

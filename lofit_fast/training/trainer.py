@@ -112,7 +112,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
         self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
         if loss.device.type == "cpu":
             check_finite(loss.item(), self.state.epoch)
-        total = loss + self.extra_loss() / self.current_gradient_accumulation_steps
+        total = loss + self.extra_loss().to(loss.device) / self.current_gradient_accumulation_steps
         return (total, result[1]) if return_outputs else total
 
     def _get_train_sampler(self, train_dataset=None):

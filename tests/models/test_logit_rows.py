@@ -94,6 +94,7 @@ def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     assert logits != "index" or losses[1].equal(losses[0])
     for got, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+        assert logits != "index" or got.equal(expected)
 
 
 def test_another_way_is_refused():

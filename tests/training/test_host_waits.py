@@ -64,7 +64,7 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def on_an_accelerator(monkeypatch):
+def accelerator(monkeypatch):
     meta_as_an_accelerator(monkeypatch)
 
 
@@ -140,3 +140,39 @@ def test_nothing_inside_our_operations_reads_a_value():
         handle.model(**batch, use_cache=False).loss.backward()
     assert not waits.seen
     assert all(parameter.grad.abs().sum() > 0 for parameter in handle.parameters())
+
+
+class Strict(OneEpoch):
+    """Has torch raise where the host waits for a GPU, from the epoch's beginning to its end."""
+
+    def on_epoch_begin(self, args, state, control, **_):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def on_epoch_end(self, args, state, control, **_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_no_step_waits_on_a_gpu(config, tmp_path):
+    handle = patched(config)
+    handle.model.to("cuda")
+    history, strict = [], Strict()
+    try:
+        with undisturbed(handle.model), prepared(handle.model, ENGINE), selecting_rows(handle.model):
+            LofitTrainer(
+                handle,
+                l1=0.1,
+                on_epoch=history.append,
+                callbacks=[strict],
+                args=training_arguments(
+                    handle.model, tmp_path, Schedule(1e-2, 2, batch_size=4), progress=False, prediction_loss_only=True
+                ),
+                train_dataset=Rows(rows(4 * STEPS)),
+                data_collator=collator_of(ENGINE, 0, "index"),
+            ).train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert strict.steps == 2 * STEPS
+    assert history[1]["loss"] < history[0]["loss"]

@@ -33,7 +33,7 @@ def current(device: torch.device) -> AbstractContextManager:
 
 def make_current(device: torch.device) -> None:
     """Make a CUDA device the current one: what names none then means this one."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

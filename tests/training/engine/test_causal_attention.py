@@ -1,5 +1,7 @@
 """Attention without a mask on batches padded on the right: the model's own results, and masks where they are needed."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.causal_attention import CAUSAL, causal_attention, shares_keys
 from tests.tiny_models import tiny_model, tokens
 from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
+from tests.training.tiny_runs import fit
 
 # one of each kind; the others are slow in sum only
 QUICK = ("gemma3", "gemma3n", "deepseek_v3", "mixtral", "llama4", "falcon_h1", "llava", "gemma3_wrapper", "cohere2")
@@ -155,6 +158,17 @@ def test_one_can_ask_for_it_and_a_run_keeps_it(llama):
     settled, said = settle(handle, Engine(attention=CAUSAL), rows(), 0, 2, 1)
     assert (settled.attention, settled.packing) == (CAUSAL, False)
     assert f"engine: {CAUSAL} attention" in said
+
+
+def test_a_run_with_it_learns_what_one_with_the_models_own_does(tmp_path):
+    results = [
+        fit(tiny_model("llama"), tmp_path / name, engine=lf.Engine(attention=name, packing=False))
+        for name in ("sdpa", CAUSAL)
+    ]
+    expected, got = (result.history for result in results)
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert results[1].handle.model.config._attn_implementation == "sdpa"
+    assert json.loads((tmp_path / CAUSAL / "state.json").read_text())["engine"]["tune"]["attention"] == CAUSAL
 
 
 def test_packed_batches_of_flash_attention_bring_their_boundaries():

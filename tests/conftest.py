@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 import pytest  # noqa: E402
 
+from lofit_fast.models.load import ALIASES, smollm2_file  # noqa: E402
 from lofit_kernels.dispatch import use_answers  # noqa: E402
 from tests.tiny_models import FAMILIES, tiny_model  # noqa: E402
 
@@ -25,6 +26,13 @@ def pytest_collection_finish(session):
     """Leave what was imported out of every later garbage collection, of which training makes several a run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what runs a real model where that is not installed."""
+    if item.get_closest_marker("real") and smollm2_file() is None:
+        pytest.skip(f"the packaged model is not installed: {ALIASES['smollm2'].install}")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 
     Raises:
         FileNotFoundError: one of the three files is not there.
+        ImportError: the `datasets` library is not installed.
         ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
             has other fields, no rows, or fewer rows than train_size.
     """

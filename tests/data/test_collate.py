@@ -60,7 +60,7 @@ def test_collate_changes_nothing_in_float64(family):
 
 def test_collate_computes_labelled_rows_only(family):
     model, seen = tiny_model(family), []
-    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:-1].numel()))
     called(model, CompletionCollator(0, logits=BY_ROW)(rows()))
     assert seen == [sum(labelled for _, labelled in SHAPES)]
 

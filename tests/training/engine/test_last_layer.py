@@ -353,7 +353,11 @@ def test_narrow_compiles_once_for_all_shapes(family, packed, quick_compiler):
             # of the last layer, one of its own
             assert counters["stats"]["unique_graphs"] <= plain + 1, number
         # and one for the whole of it
-        full = {key: value for key, value in batches[0].items() if "label" not in key and key not in ("logits_to_keep", KEPT_ROWS)}
+        full = {
+            key: value
+            for key, value in batches[0].items()
+            if "label" not in key and key not in ("logits_to_keep", KEPT_ROWS)
+        }
         full["use_cache"] = False
         got = model(**full).logits
     assert not counters["graph_break"]

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from lofit_kernels import compiled_cpu, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
-from lofit_kernels.dispatch import Plan, has_answers, is_many, plan, plan_for
+from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, plan, plan_for
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
@@ -51,7 +51,11 @@ def head_affine_linear(
     asked = Path(form, backend, gemm)
     compiling = torch.compiler.is_compiling()
     # in a compiled graph the number of tokens may be a symbol, which no measured answer can be looked up for
-    chosen = _default(z, weight, scale, asked) if compiling else plan_for(z.shape[:-1].numel(), weight, scale, *asked)
+    constants = added(bias, offset, folded)
+    if compiling:
+        chosen = _default(z, weight, scale, asked, constants)
+    else:
+        chosen = plan_for(z.shape[:-1].numel(), weight, scale, *asked, *constants)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     if folded is not None:
@@ -62,11 +66,11 @@ def head_affine_linear(
     return ops.AffineLinear.apply(*arguments.tensors(), arguments)
 
 
-def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path) -> Plan:
+def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path, constants: Constants) -> Plan:
     """The path where nothing was measured."""
     many = scale is not None and is_many(scale.numel(), weight.shape[1])
     case = {"has_scale": scale is not None, "many_heads": many, "dtype": z.dtype, "device_type": z.device.type}
-    return plan(**case, **asked._asdict())
+    return plan(**case, **constants._asdict(), **asked._asdict())
 
 
 def _compiled(arguments: Arguments, asked: Path) -> Tensor:

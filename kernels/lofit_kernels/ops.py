@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lofit_kernels.answers import Path
-from lofit_kernels.dispatch import NUMBERED_PATHS, plan_for
+from lofit_kernels.dispatch import NUMBERED_PATHS, added, plan_for
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
@@ -46,14 +46,16 @@ def affine_linear(
     """
     flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
     arguments = Arguments.rebuilt(flat)
-    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path).path
+    constants = added(bias, offset, folded)
+    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path, *constants).path
     with _as_written(z):
         return affine_linear_fwd(replace(arguments, path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
 def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm="auto"):
-    path = Path("fold", backend, "vendor") if scale is None else Path(form, backend, gemm)
+    alone = "dither" if form == "dither" and (offset is not None or folded is not None) else "fold"
+    path = Path(alone, backend, "vendor") if scale is None else Path(form, backend, gemm)
     # a number that only the run tells keeps Inductor from using CUDA graphs: none where nothing is left to choose
     number = torch.library.get_ctx().new_dynamic_size() if "auto" in path else NUMBERED_PATHS.index(path)
     return z.new_empty(*z.shape[:-1], weight.shape[0]), number

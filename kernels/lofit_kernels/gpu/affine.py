@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lofit_kernels.gpu.dither import dither_to
 from lofit_kernels.gpu.launch import (
     accumulator,
     any_listed,
@@ -40,6 +41,7 @@ def _affine_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    DITHER: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -50,7 +52,8 @@ def _affine_fwd_kernel(
     columns = head * D + d
     inside = (rows < T)[:, None] & (d < D)[None, :]
     wide = rows[:, None].to(tl.int64)
-    value = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0).to(ACC)
+    narrow = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0)
+    value = narrow.to(ACC)
     if scale is not None:
         row = head_row(scale_heads, n_scale, head, BLOCK_HEADS)
         a = tl.load(scale + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
@@ -60,7 +63,11 @@ def _affine_fwd_kernel(
         v = tl.load(offset + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
         # -0 + 0 is +0: heads without an offset are left alone, not added to
         value = tl.where(row >= 0, value + v[None, :], value)
-    tl.store(x + wide * (H * D) + columns[None, :], round_to(value, x.dtype.element_ty), mask=inside)
+    if DITHER:
+        rounded = dither_to(value, narrow, columns[None, :], x.dtype.element_ty)
+    else:
+        rounded = round_to(value, x.dtype.element_ty)
+    tl.store(x + wide * (H * D) + columns[None, :], rounded, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "n_scale", "stride_z"])
@@ -161,11 +168,13 @@ def affine_fwd(
     offset: torch.Tensor | None,
     offset_heads: torch.Tensor | None,
     head_dim: int,
+    dither: bool = False,
 ) -> torch.Tensor:
     """`(1 + a) z + v`, computed in float32 and rounded once; heads that are in neither list are copied bit for bit.
 
-    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. Returns
-    a new contiguous (T, K) of z's dtype. One launch. Raises ValueError for an unsupported dtype or shape.
+    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. dither:
+    round 16 bits up or down by a fixed pattern instead of to the nearest. Returns a new contiguous (T, K) of z's dtype.
+    One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
     acc, _ = accumulator(z, "z")
@@ -193,6 +202,7 @@ def affine_fwd(
         len(offset_heads) if with_offset else 0,
         z.stride(0) // unit,
         BLOCK_HEADS=triton.next_power_of_2(H),
+        DITHER=dither and z.element_size() == 2,
         **head_options(chosen, head_dim, unit, acc),
     )
     return x

@@ -16,6 +16,7 @@ from lofit_kernels.gpu.launch import (
     tile_for,
     unit_columns,
 )
+from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 
 
 @triton.jit(do_not_specialize=["N", "n_heads", "stride_weight"])
@@ -149,7 +150,8 @@ def offset_fold(
 def column_sum(grad: torch.Tensor) -> torch.Tensor:
     """`sum_t dY[t]` in a fixed order, without atomics.
 
-    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. Two launches.
+    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. One launch for up to
+    `tiles.ONE_STAGE_ROWS` rows, of programs that sum whole columns; else two.
     Raises ValueError for an unsupported dtype.
     """
     grad = unit_columns(grad, "grad")
@@ -158,9 +160,11 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     if T == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=grad.device)
     unit = common_unit(grad.stride(0), N)
-    chosen = tile_for("column_sum", grad)
+    chosen = tile_for("column_sum", grad, T)
     across = triton.cdiv(N, chosen["BLOCK_N"])
     blocks, chunks = split_rows(T, chosen["BLOCK_T"], across)
+    if T <= ONE_STAGE_ROWS:
+        blocks, chunks = blocks * chunks, 1
     partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
     launch(
         _column_sum_kernel,

@@ -89,10 +89,7 @@ def affine_fwd(
     if gain is None and shift is None:
         return z.clone()
     # the product of a 16-bit z and a float32 vector is float32: both steps round once, at the end
-    if gain is None:
-        value = z + shift
-    else:
-        value = z * gain if shift is None else torch.addcmul(shift, z.to(gain.dtype), gain)
+    value = z + shift if gain is None else z * gain if shift is None else torch.addcmul(shift, z.to(gain.dtype), gain)
     return dithered(value, z) if dither and z.dtype in _LACKS else value.to(z.dtype)
 
 

@@ -21,7 +21,8 @@ def is_traced(arguments: Arguments, asked: str) -> bool:
 
     arguments: with the path that is the default for them. asked: the form that was asked for.
     The op stays for the delta form, for the dither, and for several constants beside 16-bit activations, which need one
-    accumulator for all terms; for a weight that is trained; and for answers measured here, which depend on the number of tokens.
+    accumulator for all terms; for a weight that is trained; and for answers measured here, which depend on the number
+    of tokens.
     """
     z, path = arguments.z, arguments.path
     if z.device.type != "cpu" or path.backend != "aten":

@@ -127,6 +127,8 @@ _FORWARD: Mapping[str, Rows] = {
     # a step of 64 in the large tile spills on Triton 3.6 or 3.9: twice the addresses are held
     "sm_90": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
     "sm_100": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
+    # a step of 32 in the large tile spills 8 bytes in 3 stages
+    "sm_120": _forward((64, 128, 32, 4, 3, 2), (128, 128, 32, 8, 4, 2), (128, 256, 16, 8, 4, 4)),
     # a step of 64 makes more masks than there are scalar registers
     "gfx942": _forward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
 }

@@ -19,7 +19,7 @@ measured answer may turn `pass` into `delta`, never `delta` into `pass`, however
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lofit_kernels import answers
 from lofit_kernels.answers import Key, Path
+from lofit_kernels.devices import unserved
 
 BACKENDS = ("aten", "triton")
 # looked up, not imported
@@ -84,7 +85,7 @@ class Plan:
     gemm: str
     reason: str
 
-    @property
+    @cached_property
     def path(self) -> Path:
         """(form, backend, gemm), without the reason."""
         return Path(self.form, self.backend, self.gemm)
@@ -129,6 +130,7 @@ def plan(
     backend: str = "auto",
     gemm: str = "auto",
     answer: Path | None = None,
+    refusal: str | None = None,
 ) -> Plan:
     """Choose the path for one projection.
 
@@ -138,18 +140,46 @@ def plan(
     fold, and every gemm the vendor's.
     answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
     would bring in a dead zone that the default does not have.
+    refusal: why no Triton kernel serves this very device (`devices.unserved`); the default is then ATen.
     Raises ValueError for an unknown form, backend or gemm, a fold of a scale, a fused gemm on another backend than
-    Triton, or a dtype the backend does not compute in.
+    Triton, a dtype the backend does not compute in, or a device that it does not serve.
     """
-    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON
+    known = default_backends(device_type, dtype, refusal)
     # torch.compile would trace past the cache, with a warning
     choose = _choose if torch.compiler.is_compiling() else _choose_once
     case = _Case(has_scale, dtype in LOW_PRECISION, many_heads)
-    return choose(case, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
+    return choose(case, dtype, Path(form, backend, gemm), answer, known, refusal)
 
 
-def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
-    """`plan`, on a device whose backends are `known`, the default one first."""
+def default_backends(device_type: str, dtype: torch.dtype, refusal: str | None = None) -> tuple[str, ...]:
+    """The backends that may be chosen where none was asked for, the default one first. Arguments as of `plan`."""
+    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON and refusal is None
+    return ("triton", "aten") if on_triton else ("aten",)
+
+
+def plan_on(device: torch.device, dtype: torch.dtype, backend: str) -> Plan:
+    """`plan` for what has no scale, on the device that it is about to run on."""
+    plans = _plan_on if torch.compiler.is_compiling() else _plan_on_once
+    return plans(device, dtype, backend)
+
+
+def _plan_on(device: torch.device, dtype: torch.dtype, backend: str) -> Plan:
+    refusal = unserved(device)
+    return plan(has_scale=False, dtype=dtype, device_type=device.type, backend=backend, refusal=refusal)
+
+
+_plan_on_once = lru_cache(maxsize=1024)(_plan_on)
+
+
+def _choose(
+    case: "_Case",
+    dtype: torch.dtype,
+    asked: Path,
+    answer: Path | None,
+    known: tuple[str, ...],
+    unable: str | None = None,
+) -> Plan:
+    """`plan`, on a device whose backends are `known`, the default one first; unable: why it runs no Triton kernel."""
     has_scale = case.has_scale
     default_form, default_gemm, reason = _default(case)
     default = Path(default_form, known[0], default_gemm)
@@ -161,7 +191,7 @@ def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None,
         chosen = Path("fold", chosen.backend, "vendor")
     elif asked.form != "auto" or asked.gemm != "auto":
         reason = "asked for"
-    refusal = refusal or _refusal(chosen, has_scale, dtype)
+    refusal = refusal or _refusal(chosen, has_scale, dtype) or (unable if chosen.backend == "triton" else None)
     if refusal is not None:
         raise ValueError(refusal)
     return Plan(*chosen, reason)
@@ -176,9 +206,11 @@ def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: s
     weight: (N, K); scale: (h, D) or None. Remembered by everything but the exact T, of which only the power of four
     below it counts.
     """
-    tokens, (N, K) = answers.tokens_bucket(T), weight.shape
-    vectors = None if scale is None else tuple(scale.shape)
-    return _remembered(tokens, N, K, vectors, weight.dtype, weight.device, form, backend, gemm)
+    if scale is None:
+        # nothing is measured for a fold
+        return _remembered(0, 0, 0, None, weight.dtype, weight.device, form, backend, gemm)
+    N, K = weight.shape
+    return _remembered(answers.tokens_bucket(T), N, K, scale.shape, weight.dtype, weight.device, form, backend, gemm)
 
 
 def is_many(scaled: int, of: int) -> bool:
@@ -190,7 +222,13 @@ def is_many(scaled: int, of: int) -> bool:
 def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
     """Let this process use these answers for a device (see `answers.device_name`) instead of those in its file."""
     _ANSWERS[device_name] = answers
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Choose anew for every shape: what the choice rests on has changed."""
     _remembered.cache_clear()
+    _plan_on_once.cache_clear()
 
 
 def answers_for(device_name: str) -> Mapping[Key, Path]:
@@ -239,7 +277,7 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Pl
         key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
         answer = answers_for(answers.device_name(device)).get(key)
     many = vectors is not None and is_many(vectors[0] * vectors[1], K)
-    wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm}
+    wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm, "refusal": unserved(device)}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
 
 

@@ -25,7 +25,7 @@ measured answer may turn `pass` into `delta` or `dither`, never one of those int
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from lofit_kernels import answers
 from lofit_kernels.answers import Key, Path
+from lofit_kernels.devices import unserved
 
 BACKENDS = ("aten", "triton")
 # looked up, not imported
@@ -105,7 +106,7 @@ class Plan:
     gemm: str
     reason: str
 
-    @property
+    @cached_property
     def path(self) -> Path:
         """(form, backend, gemm), without the reason."""
         return Path(self.form, self.backend, self.gemm)
@@ -181,6 +182,7 @@ def plan(
     backend: str = "auto",
     gemm: str = "auto",
     answer: Path | None = None,
+    refusal: str | None = None,
 ) -> Plan:
     """Choose the path for one projection.
 
@@ -191,19 +193,47 @@ def plan(
     fold, but for the dither of an offset that is not folded, and every gemm the vendor's.
     answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
     would bring in a dead zone that the default does not have.
+    refusal: why no Triton kernel serves this very device (`devices.unserved`); the default is then ATen.
     Raises ValueError for an unknown form, backend or gemm, a fold of a scale, a fused gemm on another backend than
-    Triton, or a dtype the backend does not compute in.
+    Triton, a dtype the backend does not compute in, or a device that it does not serve.
     """
-    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON
+    known = default_backends(device_type, dtype, refusal)
     # torch.compile would trace past the cache, with a warning
     choose = _choose if torch.compiler.is_compiling() else _choose_once
-    sweeps = (backend == "triton" or (backend == "auto" and on_triton)) and gemm in ("auto", "vendor", "fused_backward")
+    sweeps = (known[0] if backend == "auto" else backend) == "triton" and gemm in ("auto", "vendor", "fused_backward")
     case = _Case(has_scale, dtype in LOW_PRECISION, many_heads, sweeps, has_offset, crowded)
-    return choose(case, dtype, Path(form, backend, gemm), answer, ("triton", "aten") if on_triton else ("aten",))
+    return choose(case, dtype, Path(form, backend, gemm), answer, known, refusal)
 
 
-def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None, known: tuple[str, ...]) -> Plan:
-    """`plan`, on a device whose backends are `known`, the default one first."""
+def default_backends(device_type: str, dtype: torch.dtype, refusal: str | None = None) -> tuple[str, ...]:
+    """The backends that may be chosen where none was asked for, the default one first. Arguments as of `plan`."""
+    on_triton = device_type == "cuda" and dtype in TRITON_DTYPES and HAS_TRITON and refusal is None
+    return ("triton", "aten") if on_triton else ("aten",)
+
+
+def plan_on(device: torch.device, dtype: torch.dtype, backend: str) -> Plan:
+    """`plan` for what has no scale, on the device that it is about to run on."""
+    plans = _plan_on if torch.compiler.is_compiling() else _plan_on_once
+    return plans(device, dtype, backend)
+
+
+def _plan_on(device: torch.device, dtype: torch.dtype, backend: str) -> Plan:
+    refusal = unserved(device)
+    return plan(has_scale=False, dtype=dtype, device_type=device.type, backend=backend, refusal=refusal)
+
+
+_plan_on_once = lru_cache(maxsize=1024)(_plan_on)
+
+
+def _choose(
+    case: "_Case",
+    dtype: torch.dtype,
+    asked: Path,
+    answer: Path | None,
+    known: tuple[str, ...],
+    unable: str | None = None,
+) -> Plan:
+    """`plan`, on a device whose backends are `known`, the default one first; unable: why it runs no Triton kernel."""
     has_scale = case.has_scale
     default_form, default_gemm, reason = _default(case)
     default = Path(default_form, known[0], default_gemm)
@@ -215,7 +245,7 @@ def _choose(case: "_Case", dtype: torch.dtype, asked: Path, answer: Path | None,
         chosen = Path("dither" if chosen.form == "dither" and case.has_offset else "fold", chosen.backend, "vendor")
     elif asked.form != "auto" or asked.gemm != "auto":
         reason = "asked for"
-    refusal = refusal or _refusal(chosen, has_scale, dtype)
+    refusal = refusal or _refusal(chosen, has_scale, dtype) or (unable if chosen.backend == "triton" else None)
     if refusal is not None:
         raise ValueError(refusal)
     return Plan(*chosen, reason)
@@ -239,9 +269,11 @@ def plan_for(
     weight: (N, K); scale: (h, D) or None; has_offset, crowded: as for `plan`. Remembered by everything but the exact T,
     of which only the power of four below it counts.
     """
-    tokens, (N, K) = answers.tokens_bucket(T), weight.shape
-    vectors = None if scale is None else tuple(scale.shape)
-    return _remembered(tokens, N, K, vectors, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+    if scale is None:
+        # nothing is measured for it
+        return _remembered(0, 0, 0, None, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+    (N, K), tokens, shape = weight.shape, answers.tokens_bucket(T), scale.shape
+    return _remembered(tokens, N, K, shape, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
 def added(bias: Tensor | None, offset: Tensor | None, folded: Tensor | None) -> Constants:
@@ -252,9 +284,13 @@ def added(bias: Tensor | None, offset: Tensor | None, folded: Tensor | None) -> 
 
 def folds_beforehand(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the default path of a projection with an offset takes it folded: what `fold_offsets` can do early."""
-    case = {"dtype": weight.dtype, "device_type": weight.device.type, "has_scale": scale is not None}
+    # the most frequent case first: no rule has another form for it
+    if scale is None and bias is None:
+        return True
     many = scale is not None and is_many(scale.numel(), weight.shape[1])
-    return plan(**case, many_heads=many, has_offset=True, crowded=bias is not None).form != "dither"
+    case = {"has_scale": scale is not None, "many_heads": many, "has_offset": True, "crowded": bias is not None}
+    kind = {"dtype": weight.dtype, "device_type": weight.device.type, "refusal": unserved(weight.device)}
+    return plan(**case, **kind).form != "dither"
 
 
 def is_many(scaled: int, of: int) -> bool:
@@ -266,7 +302,13 @@ def is_many(scaled: int, of: int) -> bool:
 def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
     """Let this process use these answers for a device (see `answers.device_name`) instead of those in its file."""
     _ANSWERS[device_name] = answers
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Choose anew for every shape: what the choice rests on has changed."""
     _remembered.cache_clear()
+    _plan_on_once.cache_clear()
 
 
 def answers_for(device_name: str) -> Mapping[Key, Path]:
@@ -315,7 +357,7 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_o
         key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
         answer = answers_for(answers.device_name(device)).get(key)
     many = vectors is not None and is_many(vectors[0] * vectors[1], K)
-    wishes = {"many_heads": many, "has_offset": has_offset, "crowded": crowded}
+    wishes = {"many_heads": many, "has_offset": has_offset, "crowded": crowded, "refusal": unserved(device)}
     wishes |= {"form": form, "backend": backend, "gemm": gemm}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
 

@@ -23,26 +23,28 @@ from lofit_kernels.op_arguments import Arguments
 _FUSED_FORWARD = {"pass": "prologue_linear", "delta": "delta_linear"}
 
 
+# backend -> its primitives, Triton's from their first use on: every call of an import costs as much as an allocation
+_LOADED: dict[str, ModuleType] = {"aten": aten}
+
+
 def primitives(backend: str) -> ModuleType:
     """The module of elementwise and reduction primitives of a backend: "aten" or "triton"."""
-    if backend == "aten":
-        return aten
-    from lofit_kernels.gpu import primitives as triton
+    if backend not in _LOADED:
+        from lofit_kernels.gpu import primitives as triton
 
-    return triton
+        _LOADED[backend] = triton
+    return _LOADED[backend]
 
 
 def affine_linear_fwd(arguments: Arguments) -> Tensor:
     """y (..., N) for z (..., K), by the path that the arguments name, every part of it."""
-    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
-    form, backend, gemm = arguments.path
+    z, weight, bias, scale, scale_heads, offset, offset_heads, folded, (form, backend, gemm) = arguments
     rows = z.reshape(-1, z.shape[-1])
     on = primitives(backend)
-    folded = arguments.folded
     inside = form == "dither" and folded is None
-    if arguments.offset is not None and folded is None and not inside:
-        folded = on.offset_fold(weight, arguments.offset, arguments.offset_heads)
-    constants = [term for term in (arguments.bias, folded) if term is not None]
+    if offset is not None and folded is None and not inside:
+        folded = on.offset_fold(weight, offset, offset_heads)
+    constants = [term for term in (bias, folded) if term is not None]
     fused, _ = GEMMS[gemm]
     if fused:
         product = getattr(on, _FUSED_FORWARD[form])
@@ -52,7 +54,7 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     if form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
     elif form == "dither":
-        vectors = (arguments.offset, arguments.offset_heads) if inside else (None, None)
+        vectors = (offset, offset_heads) if inside else (None, None)
         rows = on.affine_fwd(rows, scale, scale_heads, *vectors, arguments.head_dim, dither=True)
     elif form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
@@ -80,39 +82,42 @@ def affine_linear_bwd(
     Sums over tokens are float32 (float64 for float64); the others have their input's dtype.
     """
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset = needs
-    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
+    z, weight, _, scale, scale_heads, offset, offset_heads, _, (form, backend, gemm) = arguments
     dy = grad.reshape(-1, grad.shape[-1])
-    on = primitives(arguments.path.backend)
+    on = primitives(backend)
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     dz = d_weight = d_bias = d_scale = d_offset = None
     # where G is computed anyway, the sum over it is at hand
-    from_g = needs_offset and arguments.path.form == "dither" and (needs_z or needs_scale)
+    from_g = needs_offset and form == "dither" and (needs_z or needs_scale)
     if needs_bias or (needs_offset and not from_g):
         total = on.column_sum(dy)
         d_bias = total if needs_bias else None
         if needs_offset and not from_g:
-            d_offset = on.offset_bwd(total, weight, arguments.offset_heads, arguments.head_dim)
+            d_offset = on.offset_bwd(total, weight, offset_heads, arguments.head_dim)
     if needs_z or needs_scale:
         wanted = (needs_z, needs_scale, from_g)
-        vectors = (scale, scale_heads, arguments.offset_heads if from_g else None, arguments.head_dim, wanted)
-        if GEMMS[arguments.path.gemm][1]:
+        vectors = (scale, scale_heads, offset_heads if from_g else None, arguments.head_dim, wanted)
+        if GEMMS[gemm][1]:
             dz, d_scale, d_sum = on.affine_linear_bwd(dy, weight, rows, *vectors)
         elif scale is None and not from_g:
             dz, d_sum = dy @ weight, None
         else:
             # G is a temporary of this call, so that untouched heads cost nothing
             dz, d_scale, d_sum = on.affine_bwd(dy @ weight, rows, *vectors, inplace=True)
-        d_offset = d_sum if from_g else d_offset
+        if from_g:
+            d_offset = d_sum
     if needs_weight:
-        vectors = (scale, scale_heads, arguments.offset, arguments.offset_heads)
-        d_weight = dy.T @ on.affine_fwd(rows, *vectors, arguments.head_dim)
+        d_weight = dy.T @ on.affine_fwd(rows, scale, scale_heads, offset, offset_heads, arguments.head_dim)
     dz = dz.view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
     return dz, d_weight, d_bias, d_scale, d_offset
 
 
 def _summed(constants: list[Tensor], dtype: torch.dtype) -> Tensor | None:
     """Their sum, rounded to `dtype` once; None of none."""
-    return sum(constants[1:], constants[0]).to(dtype) if constants else None
+    if not constants:
+        return None
+    total = constants[0] if len(constants) == 1 else sum(constants[1:], constants[0])
+    return total if total.dtype == dtype else total.to(dtype)
 
 
 def _with_columns(rows: Tensor, weight: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,17 @@ from lofit_kernels.gpu.dither import dither_to
 from lofit_kernels.gpu.launch import (
     accumulator,
     any_listed,
+    cdiv,
     common_unit,
     count_heads,
     head_gradients,
-    head_options,
+    head_plan,
     head_row,
     launch,
     listed_head,
+    power_of_two,
     round_to,
     split_rows,
-    tile_for,
     unit_columns,
 )
 
@@ -177,33 +178,35 @@ def affine_fwd(
     One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
-    acc, _ = accumulator(z, "z")
+    accumulator(z, "z")
     H, T = count_heads(z, "z", head_dim), z.shape[0]
-    with_scale, with_offset = any_listed(scale, scale_heads), any_listed(offset, offset_heads)
-    if not with_scale and not with_offset:
+    n_scale = scale_heads.shape[0] if scale is not None and scale_heads is not None else 0
+    n_offset = offset_heads.shape[0] if offset is not None and offset_heads is not None else 0
+    if not n_scale and not n_offset:
         return z.clone(memory_format=torch.contiguous_format)
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if x.numel() == 0:
         return x
-    unit = common_unit(z.stride(0))
-    chosen = tile_for("affine_fwd", z, head_dim)
+    stride_z = z.stride(0)
+    unit = common_unit(stride_z)
+    options = head_plan("affine_fwd", z, head_dim, unit)
     launch(
         _affine_fwd_kernel,
-        triton.cdiv(T, chosen["BLOCK_T"]) * H,
+        cdiv(T, options["BLOCK_T"]) * H,
         z,
-        scale.contiguous() if with_scale else None,
-        scale_heads if with_scale else None,
-        offset.contiguous() if with_offset else None,
-        offset_heads if with_offset else None,
+        scale.contiguous() if n_scale else None,
+        scale_heads if n_scale else None,
+        offset.contiguous() if n_offset else None,
+        offset_heads if n_offset else None,
         x,
         T,
         H,
-        len(scale_heads) if with_scale else 0,
-        len(offset_heads) if with_offset else 0,
-        z.stride(0) // unit,
-        BLOCK_HEADS=triton.next_power_of_2(H),
+        n_scale,
+        n_offset,
+        stride_z // unit,
+        BLOCK_HEADS=power_of_two(H),
         DITHER=dither and z.element_size() == 2,
-        **head_options(chosen, head_dim, unit, acc),
+        **options,
     )
     return x
 
@@ -215,17 +218,17 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
     the order of scale_heads. One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
-    acc, _ = accumulator(z, "z")
+    accumulator(z, "z")
     count_heads(z, "z", head_dim)
     T, n_scale = z.shape[0], scale_heads.shape[0]
     x = torch.empty((T, n_scale * head_dim), dtype=z.dtype, device=z.device)
     if x.numel() == 0:
         return x
     unit = common_unit(z.stride(0))
-    chosen = tile_for("affine_delta_fwd", z, head_dim)
+    options = head_plan("affine_delta_fwd", z, head_dim, unit)
     launch(
         _affine_delta_fwd_kernel,
-        triton.cdiv(T, chosen["BLOCK_T"]) * n_scale,
+        cdiv(T, options["BLOCK_T"]) * n_scale,
         z,
         scale.contiguous(),
         scale_heads,
@@ -233,7 +236,7 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
         T,
         n_scale,
         z.stride(0) // unit,
-        **head_options(chosen, head_dim, unit, acc),
+        **options,
     )
     return x
 
@@ -253,19 +256,19 @@ def _sweep(
 
     What is None is not computed; a dz that is not grad itself is written on every head.
     """
-    (T, K), acc, acc_torch = grad.shape, *accumulator(grad, "grad")
+    (T, K), (_, acc_torch) = grad.shape, accumulator(grad, "grad")
     every_head = dz is not None and dz is not grad
     n_scale = 0 if scale_heads is None else scale_heads.shape[0]
     across = K // head_dim if every_head else n_scale + n_dv
     if T == 0 or across == 0:
         return None
-    chosen = tile_for("affine_bwd", grad, head_dim)
-    blocks, chunks = split_rows(T, chosen["BLOCK_T"], across)
+    strides = grad.stride(0), 0 if z is None else z.stride(0), 0 if dz is None else dz.stride(0)
+    unit = common_unit(*strides)
+    options = head_plan("affine_bwd", grad, head_dim, unit)
+    blocks, chunks = split_rows(T, options["BLOCK_T"], across)
     partials = None
     if n_da or n_dv:
         partials = torch.empty((chunks, (n_da + n_dv) * head_dim), dtype=acc_torch, device=grad.device)
-    strides = [0 if x is None else x.stride(0) for x in (grad, z, dz)]
-    unit = common_unit(*strides)
     launch(
         _affine_bwd_kernel,
         across * chunks,
@@ -280,11 +283,13 @@ def _sweep(
         across,
         n_scale,
         n_dv,
-        *(stride // unit for stride in strides),
+        strides[0] // unit,
+        strides[1] // unit,
+        strides[2] // unit,
         blocks,
-        BLOCK_HEADS=triton.next_power_of_2(K // head_dim),
+        BLOCK_HEADS=power_of_two(K // head_dim),
         EVERY_HEAD=every_head,
-        **head_options(chosen, head_dim, unit, acc),
+        **options,
     )
     return partials
 

@@ -8,12 +8,13 @@ import triton.language as tl
 
 from lofit_kernels.gpu.launch import (
     accumulator,
+    cdiv,
     common_unit,
-    head_options,
+    head_plan,
     launch,
+    plain_plan,
     split_rows,
     sum_partials,
-    tile_for,
     unit_columns,
 )
 from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
@@ -123,17 +124,17 @@ def offset_fold(
     None. Returns (N,) float32, float64 for a float64 weight. One launch. Raises ValueError for an unsupported dtype.
     """
     weight = unit_columns(weight, "weight")
-    acc, acc_torch = accumulator(weight, "weight")
+    _, acc_torch = accumulator(weight, "weight")
     n_heads, D = offset.shape
     N = weight.shape[0]
     if n_heads == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=weight.device) if bias is None else bias.to(acc_torch, copy=True)
     out = torch.empty(N, dtype=acc_torch, device=weight.device)
     unit = common_unit(weight.stride(0))
-    chosen = tile_for("offset_fold", weight, D)
+    options = head_plan("offset_fold", weight, D, unit)
     launch(
         _offset_fold_kernel,
-        triton.cdiv(N, chosen["BLOCK_N"]),
+        cdiv(N, options["BLOCK_N"]),
         weight,
         offset.contiguous(),
         heads,
@@ -142,7 +143,7 @@ def offset_fold(
         N,
         n_heads,
         weight.stride(0) // unit,
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return out
 
@@ -160,11 +161,10 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     if T == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=grad.device)
     unit = common_unit(grad.stride(0), N)
-    chosen = tile_for("column_sum", grad, T)
-    across = triton.cdiv(N, chosen["BLOCK_N"])
-    blocks, chunks = split_rows(T, chosen["BLOCK_T"], across)
-    if T <= ONE_STAGE_ROWS:
-        blocks, chunks = blocks * chunks, 1
+    alone = T <= ONE_STAGE_ROWS
+    options = plain_plan("column_sum", grad, 1 if alone else ONE_STAGE_ROWS + 1)
+    across = cdiv(N, options["BLOCK_N"])
+    blocks, chunks = (cdiv(T, options["BLOCK_T"]), 1) if alone else split_rows(T, options["BLOCK_T"], across)
     partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
     launch(
         _column_sum_kernel,
@@ -177,7 +177,7 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
         blocks,
         UNIT=unit,
         ACC=acc,
-        **chosen.options(),
+        **options,
     )
     return sum_partials(partials, N)[0]
 
@@ -189,13 +189,13 @@ def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tens
     weight. Two launches. Raises ValueError for an unsupported dtype.
     """
     weight = unit_columns(weight, "weight")
-    acc, acc_torch = accumulator(weight, "weight")
+    _, acc_torch = accumulator(weight, "weight")
     n_heads, D, N = heads.shape[0], head_dim, weight.shape[0]
     if n_heads == 0 or N == 0:
         return torch.zeros((n_heads, D), dtype=acc_torch, device=weight.device)
     unit = common_unit(weight.stride(0))
-    chosen = tile_for("offset_bwd", weight, D)
-    blocks, chunks = split_rows(N, chosen["BLOCK_N"], n_heads)
+    options = head_plan("offset_bwd", weight, D, unit)
+    blocks, chunks = split_rows(N, options["BLOCK_N"], n_heads)
     partials = torch.empty((chunks, n_heads * D), dtype=acc_torch, device=weight.device)
     launch(
         _offset_bwd_kernel,
@@ -208,6 +208,6 @@ def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tens
         n_heads,
         weight.stride(0) // unit,
         blocks,
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return sum_partials(partials, n_heads * D)[0].view(n_heads, D)

@@ -12,6 +12,7 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
+from lofit_kernels.dispatch import folds_beforehand
 
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
@@ -56,7 +57,7 @@ class LofitLinear(nn.Module):
         self.enabled = True
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
-        # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
+        # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
@@ -130,13 +131,19 @@ class LofitLinear(nn.Module):
         if not self.active or (offset := self.offset) is None or not offset.requires_grad:
             return None
         plain = plain_tensors(self.inner)
-        return None if plain is None or plain[0].requires_grad else (plain[0], wide(offset), self.offset_heads)
+        if plain is None or plain[0].requires_grad or not self._takes_folded(*plain):
+            return None
+        return plain[0], wide(offset), self.offset_heads
+
+    def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the projection takes W v, and not the offset itself."""
+        return self.form in ("pass", "delta") or (self.form == "auto" and folds_beforehand(weight, self.scale, bias))
 
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""
         if not torch.is_grad_enabled():
             return self.folded
-        if weight.requires_grad or not offset.requires_grad:
+        if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
         folded = self.early.folded
         return fold_offsets([weight], [offset], [heads])[0] if folded is None else folded
@@ -145,7 +152,8 @@ class LofitLinear(nn.Module):
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
-        if outer is None and self.offset is not None and is_plain_linear(self.inner):
+        there = outer is None and self.offset is not None and is_plain_linear(self.inner)
+        if there and self._takes_folded(self.inner.weight, self.inner.bias):
             self.folded = fold_offset(self.inner.weight, wide(self.offset), self.offset_heads)
         try:
             yield

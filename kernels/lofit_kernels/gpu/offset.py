@@ -67,6 +67,7 @@ def _column_sum_kernel(
     blocks,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -77,10 +78,12 @@ def _column_sum_kernel(
     columns = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), ACC)
-    for block in range(chunk * blocks, (chunk + 1) * blocks):
-        rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
-        total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
+    for first in range(chunk * blocks, (chunk + 1) * blocks, AT_ONCE):
+        # the loads of several blocks are in flight together
+        for step in tl.static_range(AT_ONCE):
+            rows = (first + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+            addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
+            total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
     tl.store(partials + chunk.to(tl.int64) * n_columns + columns, tl.sum(total, 0), mask=inside)
 
 
@@ -164,7 +167,8 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     alone = T <= ONE_STAGE_ROWS
     options = plain_plan("column_sum", grad, 1 if alone else ONE_STAGE_ROWS + 1)
     across = cdiv(N, options["BLOCK_N"])
-    blocks, chunks = (cdiv(T, options["BLOCK_T"]), 1) if alone else split_rows(T, options["BLOCK_T"], across)
+    rows = options["BLOCK_T"] * options["AT_ONCE"]
+    steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
     partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
     launch(
         _column_sum_kernel,
@@ -174,7 +178,7 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
         T,
         N // unit,
         grad.stride(0) // unit,
-        blocks,
+        steps * options["AT_ONCE"],
         UNIT=unit,
         ACC=acc,
         **options,

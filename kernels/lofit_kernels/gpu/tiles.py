@@ -162,7 +162,10 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
         "grouped_bwd": {ANY: _COLUMN_WEIGHTED},
         # the size is the number of rows: 64 bytes of each of many rows, or 256 bytes of a few
         "column_sum": {
-            ANY: ((ONE_STAGE_ROWS, _tile(8, BLOCK_T=256, BLOCK_N=32)), (None, _tile(4, BLOCK_T=32, BLOCK_N=128)))
+            ANY: (
+                (ONE_STAGE_ROWS, _tile(8, BLOCK_T=64, BLOCK_N=32, AT_ONCE=4)),
+                (None, _tile(4, BLOCK_T=32, BLOCK_N=128, AT_ONCE=1)),
+            )
         },
         "delta_linear": _FORWARD,
         "delta_linear_tma": _FORWARD_TMA,

@@ -172,7 +172,10 @@ def _product_bwd(s: Shape) -> Step:
 
 
 def _folded(s: Shape) -> Steps:
-    return [Step("W v", s.columns(s.n_offset), 0, launches=1 / s.layers)] if s.n_offset else []
+    if not s.n_offset:
+        return []
+    # of all layers together: the products, a copy that brings them together, and its cast to 16 bits
+    return [Step("W v", s.columns(s.n_offset), 0, launches=(3 if s.itemsize < WIDE else 1) / s.layers)]
 
 
 def _folded_bwd(s: Shape) -> Steps:

@@ -1,7 +1,6 @@
 """The public functions: validate, choose a path, call the op."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +9,19 @@ from torch.nn.functional import linear
 from lofit_kernels import compiled_cpu, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
-from lofit_kernels.dispatch import Plan, has_answers, is_many, plan, plan_for
+from lofit_kernels.devices import unserved
+from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, plan, plan_for, plan_on
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
 Heads = Tensor | Sequence[int] | None
+# dtype of z and W -> that of the vectors beside them
+_WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 def head_affine_linear(
@@ -45,28 +52,67 @@ def head_affine_linear(
     Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
     Raises TypeError / ValueError naming what was got and what was expected.
     """
-    z, weight, bias = _autocast(z, weight, bias)
-    _check_projection(z, weight, bias)
-    scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
-    asked = Path(form, backend, gemm)
+    if ops.autocast_is_on(z) or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
+        z, weight, bias = _autocast(z, weight, bias)
+        scale_heads, offset_heads = _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded)
     compiling = torch.compiler.is_compiling()
-    # in a compiled graph the number of tokens may be a symbol, which no measured answer can be looked up for
-    chosen = _default(z, weight, scale, asked) if compiling else plan_for(z.shape[:-1].numel(), weight, scale, *asked)
+    constants = added(bias, offset, folded)
+    if compiling:
+        # the number of tokens may be a symbol there, which no measured answer can be looked up for
+        chosen = _default(z, weight, scale, Path(form, backend, gemm), constants)
+    else:
+        T = 1 if scale is None else z.shape[:-1].numel()
+        chosen = plan_for(T, weight, scale, form, backend, gemm, *constants)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
-    if folded is not None:
-        _check_folded(z, weight, offset, folded)
     arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, chosen.path)
     if compiling:
-        return _compiled(arguments, asked)
-    return ops.AffineLinear.apply(*arguments.tensors(), arguments)
+        return _compiled(arguments, Path(form, backend, gemm))
+    return ops.AffineLinear.apply(arguments, *arguments.given())
 
 
-def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path) -> Plan:
+def _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> bool:
+    """Whether these are all that `_checked` asks for, and its result: only what is usual, and cheap to see."""
+    shape, dtype = weight.shape, z.dtype
+    if len(shape) != 2 or dtype != weight.dtype or dtype not in _WIDE:
+        return False
+    N, K = shape
+    if z.dim() < 1 or z.shape[-1] != K or (bias is not None and bias.shape != (N,)):
+        return False
+    wide = _WIDE[dtype]
+    if folded is not None and (folded.shape != (N,) or folded.dtype != wide):
+        return False
+    # what two of them have to say to each other is left to `_checked`
+    if offset is not None and (scale is not None or folded is not None):
+        return False
+    return _fit(scale, scale_heads, K, wide) and _fit(offset, offset_heads, K, wide)
+
+
+def _fit(vectors: Tensor | None, heads: Heads, K: int, wide: torch.dtype) -> bool:
+    """Whether the vectors are (h, D) in that dtype, for heads of K columns, listed in a tensor or all of them."""
+    if vectors is None:
+        return heads is None
+    shape = vectors.shape
+    if not isinstance(heads, Tensor) or vectors.dtype != wide or len(shape) != 2:
+        return False
+    h, D = shape
+    return D > 0 and K % D == 0 and h * D <= K and heads.shape == (h,) and heads.dtype == torch.int64
+
+
+def _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> tuple[Tensor | None, Tensor | None]:
+    """The heads of both components as tensors. Raises TypeError or ValueError for anything that does not fit."""
+    _check_projection(z, weight, bias)
+    heads = _check_both(z, scale, scale_heads, offset, offset_heads)
+    if folded is not None:
+        _check_folded(z, weight, offset, folded)
+    return heads
+
+
+def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path, constants: Constants) -> Plan:
     """The path where nothing was measured."""
     many = scale is not None and is_many(scale.numel(), weight.shape[1])
     case = {"has_scale": scale is not None, "many_heads": many, "dtype": z.dtype, "device_type": z.device.type}
-    return plan(**case, **asked._asdict())
+    return plan(**case, **constants._asdict(), **asked._asdict(), refusal=unserved(z.device))
 
 
 def _compiled(arguments: Arguments, asked: Path) -> Tensor:
@@ -75,9 +121,9 @@ def _compiled(arguments: Arguments, asked: Path) -> Tensor:
         folded = arguments.folded
         if folded is None and arguments.offset is not None:
             (folded,) = _fold_group([arguments.weight], [arguments.offset], [arguments.offset_heads], "aten")
-        return compiled_cpu.affine_linear(replace(arguments, folded=folded))
+        return compiled_cpu.affine_linear(arguments._replace(folded=folded))
     if arguments.scale is not None and has_answers(arguments.z.device):
-        arguments = replace(arguments, path=asked)
+        arguments = arguments._replace(path=asked)
     return ops.affine_linear(*arguments.flat())[0]
 
 
@@ -96,7 +142,7 @@ def head_affine(
     unit in the last place of 1, or an offset below half of one of z, vanishes in that rounding.
     """
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
-    chosen = plan(has_scale=False, dtype=z.dtype, device_type=z.device.type, backend=backend)
+    chosen = plan_on(z.device, z.dtype, backend)
     if scale is None and offset is None:
         return z
     run = ops.affine if torch.compiler.is_compiling() else ops.Affine.apply
@@ -113,7 +159,7 @@ def fold_offset(
     Returns (N,) in offset's dtype: keep it there for as long as you can.
     """
     heads = _check_vectors("offset", offset, heads, weight)
-    chosen = plan(has_scale=False, dtype=weight.dtype, device_type=weight.device.type, backend=backend)
+    chosen = plan_on(weight.device, weight.dtype, backend)
     with torch.autocast(weight.device.type, enabled=False):
         return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
 
@@ -146,7 +192,7 @@ def fold_offsets(
         groups.setdefault(key, []).append(number)
     folded: list[Tensor | None] = [None] * len(weights)
     for (_, _, dtype, device), members in groups.items():
-        chosen = plan(has_scale=False, dtype=dtype, device_type=device.type, backend=backend).backend
+        chosen = plan_on(device, dtype, backend).backend
         group = tuple([of[i] for i in members] for of in (weights, offsets, checked))
         for number, bias in zip(members, _fold_group(*group, chosen), strict=True):
             folded[number] = bias
@@ -173,10 +219,9 @@ def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = 
 
 def _autocast(z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts nn.Linear would get under autocast."""
-    device = z.device.type
-    if not torch.is_autocast_enabled(device) or z.dtype == torch.float64:
+    if not ops.autocast_is_on(z) or z.dtype == torch.float64:
         return z, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(z.device.type)
     return z.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

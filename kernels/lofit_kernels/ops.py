@@ -7,21 +7,45 @@ The Functions call the same code without the dispatcher's wrappers, which cost m
 Differentiating twice raises, either way, instead of returning something wrong.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lofit_kernels.answers import Path
-from lofit_kernels.dispatch import NUMBERED_PATHS, plan_for
+from lofit_kernels.dispatch import NUMBERED_PATHS, added, plan_for
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
 
-def _as_written(x: Tensor) -> torch.autocast:
-    """No autocast inside an op: what is computed in float32 is meant to be."""
-    return torch.autocast(x.device.type, enabled=False)
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast would change what is computed from `x`; never on a device that it does not know, as meta."""
+    try:
+        return torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:
+        return False
+
+
+def _as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
+    """compute(*args) without autocast: what an op computes in float32 is meant to be."""
+    if not autocast_is_on(x):
+        return compute(*args)
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(*args)
+
+
+def _once(backward: Callable) -> Callable:
+    """`once_differentiable`, whose scope without gradients is entered only where there are any."""
+    refusing = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 @torch.library.custom_op("lofit::affine_linear", mutates_args=())
@@ -46,14 +70,14 @@ def affine_linear(
     """
     flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
     arguments = Arguments.rebuilt(flat)
-    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path).path
-    with _as_written(z):
-        return affine_linear_fwd(replace(arguments, path=path)), NUMBERED_PATHS.index(path)
+    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path, *added(bias, offset, folded)).path
+    return _as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
 def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm="auto"):
-    path = Path("fold", backend, "vendor") if scale is None else Path(form, backend, gemm)
+    alone = "dither" if form == "dither" and (offset is not None or folded is not None) else "fold"
+    path = Path(alone, backend, "vendor") if scale is None else Path(form, backend, gemm)
     # a number that only the run tells keeps Inductor from using CUDA graphs: none where nothing is left to choose
     number = torch.library.get_ctx().new_dynamic_size() if "auto" in path else NUMBERED_PATHS.index(path)
     return z.new_empty(*z.shape[:-1], weight.shape[0]), number
@@ -86,13 +110,13 @@ def _linear_backward(grad: Tensor, arguments: Arguments, needs: list[bool]) -> l
     """The gradients of (z, weight, bias, scale, offset, folded) in their inputs' dtypes, None where not needed."""
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset, needs_folded = needs
     inner = (needs_z, needs_weight, needs_bias or needs_folded, needs_scale, needs_offset)
-    with _as_written(grad):
-        d_z, d_weight, total, d_scale, d_offset = affine_linear_bwd(grad, arguments, inner)
+    d_z, d_weight, total, d_scale, d_offset = _as_written(grad, affine_linear_bwd, grad, arguments, inner)
     # both are sum_t dY, and results of a custom operator must not share storage
     d_bias = total.clone() if needs_bias and needs_folded else total if needs_bias else None
-    found = (d_z, d_weight, d_bias, d_scale, d_offset, total if needs_folded else None)
-    likes = (grad, arguments.weight, arguments.bias, arguments.scale, arguments.offset, total)
-    return [None if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
+    found = (d_z, d_weight, d_bias, d_scale, d_offset)
+    likes = (grad, arguments.weight, arguments.bias, arguments.scale, arguments.offset)
+    cast = [g if g is None or g.dtype == like.dtype else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
+    return [*cast, total if needs_folded else None]
 
 
 @affine_linear_backward.register_fake
@@ -127,24 +151,28 @@ affine_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
 class AffineLinear(torch.autograd.Function):
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose.
 
-    apply(*arguments.tensors(), arguments): autograd follows the tensors, which the arguments hold, too.
+    apply(arguments, *arguments.given()): autograd follows those tensors, which the arguments hold, too.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, arguments, *given):
         """y (..., N)."""
-        arguments = inputs[-1]
-        _save_linear(ctx, arguments)
-        ctx.path = arguments.path
-        with _as_written(arguments.z):
-            return affine_linear_fwd(arguments)
+        asked = iter(ctx.needs_input_grad[1:])
+        leaves = arguments.leaves()
+        ctx.given = [x is not None for x in leaves]
+        needs = [there and next(asked) for there in ctx.given]
+        # y depends on folded alone where that is given
+        needs[4] = needs[4] and arguments.folded is None
+        ctx.needs, ctx.path = needs, arguments.path
+        ctx.save_for_backward(*arguments.saved(keep_z=needs[1] or needs[3]))
+        return _as_written(arguments.z, affine_linear_fwd, arguments)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, grad):
         """The gradients that are needed, by the path of the forward pass; see `affine_linear_backward`."""
-        arguments = Arguments.of_saved(ctx.saved_tensors, ctx.path)
-        return *Arguments.placed(_linear_backward(grad, arguments, ctx.needs)), None
+        found = _linear_backward(grad, Arguments.of_saved(ctx.saved_tensors, ctx.path), ctx.needs)
+        return None, *[g for g, there in zip(found, ctx.given, strict=True) if there]
 
 
 @torch.library.custom_op("lofit::grouped_fold", mutates_args=())
@@ -153,8 +181,7 @@ def grouped_fold(weights: list[Tensor], offsets: list[Tensor], heads: list[Tenso
 
     Of each layer: weights (N, K); offsets (h, D) float32; heads (h,) int64.
     """
-    with _as_written(weights[0]):
-        return torch.stack(primitives(backend).grouped_fold(weights, offsets, heads))
+    return torch.stack(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
 
 
 @grouped_fold.register_fake
@@ -167,8 +194,8 @@ def grouped_fold_backward(
     grad: Tensor, weights: list[Tensor], heads: list[Tensor], head_dim: int, backend: str
 ) -> list[Tensor]:
     """dv of L layers: (h, head_dim) each. grad: (L, N), the column sums of dY."""
-    with _as_written(grad):
-        return [dv.clone() for dv in primitives(backend).grouped_bwd(grad.unbind(), weights, heads, head_dim)]
+    found = _as_written(grad, primitives(backend).grouped_bwd, grad.unbind(), weights, heads, head_dim)
+    return [dv.clone() for dv in found]
 
 
 @grouped_fold_backward.register_fake
@@ -204,19 +231,17 @@ class GroupedFold(torch.autograd.Function):
         """W_S v_S of every layer."""
         ctx.set_materialize_grads(False)
         ctx.weights, ctx.heads, ctx.backend, ctx.head_dim = weights, heads, backend, offsets[0].shape[1]
-        with _as_written(weights[0]):
-            return tuple(primitives(backend).grouped_fold(weights, offsets, heads))
+        return tuple(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, *grads):
         """dv of every layer that got a gradient, computed together."""
         reached = [i for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[3 + i]]
         found: list[Tensor | None] = [None] * len(grads)
         if reached:
             rows, weights, heads = ([of[i] for i in reached] for of in (grads, ctx.weights, ctx.heads))
-            with _as_written(rows[0]):
-                computed = primitives(ctx.backend).grouped_bwd(rows, weights, heads, ctx.head_dim)
+            computed = _as_written(rows[0], primitives(ctx.backend).grouped_bwd, rows, weights, heads, ctx.head_dim)
             for i, dv in zip(reached, computed, strict=True):
                 found[i] = dv
         return None, None, None, *found
@@ -238,8 +263,8 @@ def affine(
 def _affine_forward(z, scale, scale_heads, offset, offset_heads, backend):
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = z.reshape(-1, z.shape[-1])
-    with _as_written(z):
-        x = primitives(backend).affine_fwd(rows, scale, scale_heads, offset, offset_heads, head_dim)
+    vectors = (scale, scale_heads, offset, offset_heads)
+    x = _as_written(z, primitives(backend).affine_fwd, rows, *vectors, head_dim)
     # whatever z's strides, the fake promises contiguous
     return x.contiguous().view(z.shape)
 
@@ -270,8 +295,8 @@ def _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, b
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     flat = grad.reshape(-1, grad.shape[-1])
-    with _as_written(grad):
-        grads = primitives(backend).affine_bwd(flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
+    given = (flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
+    grads = _as_written(grad, primitives(backend).affine_bwd, *given)
     shaped = (None if grads[0] is None else grads[0].contiguous().view(grad.shape), *grads[1:])
     return [None if g is None else g.to(x.dtype) for g, x in zip(shaped, (grad, scale, offset), strict=True)]
 
@@ -309,7 +334,7 @@ class Affine(torch.autograd.Function):
         return _affine_forward(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, grad):
         """The gradients that are needed; see `affine_backward`."""
         d_z, d_scale, d_offset = _affine_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend)

@@ -3,9 +3,10 @@ scale inside. `dispatch.py` chooses among these; nothing is chosen here.
 
     fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
     delta        y = z W^T + (a z_S) W_S^T + (b + W v)
-    backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S
+    dither       y = x W^T + b                    x = (1 + a) z + v, rounded up or down
+    backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S, or sum_t G with the dither
 
-The offset is always folded, so its gradient needs a column sum and a thin product, and no activation.
+But for the dither the offset is folded, so its gradient needs a column sum and a thin product, and no activation.
 """
 
 from types import ModuleType
@@ -22,25 +23,28 @@ from lofit_kernels.op_arguments import Arguments
 _FUSED_FORWARD = {"pass": "prologue_linear", "delta": "delta_linear"}
 
 
+# backend -> its primitives, Triton's from their first use on: every call of an import costs as much as an allocation
+_LOADED: dict[str, ModuleType] = {"aten": aten}
+
+
 def primitives(backend: str) -> ModuleType:
     """The module of elementwise and reduction primitives of a backend: "aten" or "triton"."""
-    if backend == "aten":
-        return aten
-    from lofit_kernels.gpu import primitives as triton
+    if backend not in _LOADED:
+        from lofit_kernels.gpu import primitives as triton
 
-    return triton
+        _LOADED[backend] = triton
+    return _LOADED[backend]
 
 
 def affine_linear_fwd(arguments: Arguments) -> Tensor:
     """y (..., N) for z (..., K), by the path that the arguments name, every part of it."""
-    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
-    form, backend, gemm = arguments.path
+    z, weight, bias, scale, scale_heads, offset, offset_heads, folded, (form, backend, gemm) = arguments
     rows = z.reshape(-1, z.shape[-1])
     on = primitives(backend)
-    folded = arguments.folded
-    if arguments.offset is not None and folded is None:
-        folded = on.offset_fold(weight, arguments.offset, arguments.offset_heads)
-    constants = [term for term in (arguments.bias, folded) if term is not None]
+    inside = form == "dither" and folded is None
+    if offset is not None and folded is None and not inside:
+        folded = on.offset_fold(weight, offset, offset_heads)
+    constants = [term for term in (bias, folded) if term is not None]
     fused, _ = GEMMS[gemm]
     if fused:
         product = getattr(on, _FUSED_FORWARD[form])
@@ -49,6 +53,9 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     addend = None
     if form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
+    elif form == "dither":
+        vectors = (offset, offset_heads) if inside else (None, None)
+        rows = on.affine_fwd(rows, scale, scale_heads, *vectors, arguments.head_dim, dither=True)
     elif form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
         addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
@@ -60,7 +67,9 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     if addend is None:
         y = linear(rows, weight, constant)
     else:
-        y = torch.addmm(addend if constant is None else addend + constant, rows, weight.T)
+        # accumulated where it is: as an argument beside its result it would be copied there first
+        addend = addend if constant is None else addend.add_(constant)
+        y = torch.addmm(addend, rows, weight.T, out=addend)
     return y.view(*z.shape[:-1], y.shape[-1])
 
 
@@ -73,36 +82,42 @@ def affine_linear_bwd(
     Sums over tokens are float32 (float64 for float64); the others have their input's dtype.
     """
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset = needs
-    z, weight, scale, scale_heads = arguments.z, arguments.weight, arguments.scale, arguments.scale_heads
+    z, weight, _, scale, scale_heads, offset, offset_heads, _, (form, backend, gemm) = arguments
     dy = grad.reshape(-1, grad.shape[-1])
-    on = primitives(arguments.path.backend)
+    on = primitives(backend)
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     dz = d_weight = d_bias = d_scale = d_offset = None
-    if needs_bias or needs_offset:
+    # where G is computed anyway, the sum over it is at hand
+    from_g = needs_offset and form == "dither" and (needs_z or needs_scale)
+    if needs_bias or (needs_offset and not from_g):
         total = on.column_sum(dy)
         d_bias = total if needs_bias else None
-        d_offset = on.offset_bwd(total, weight, arguments.offset_heads, arguments.head_dim) if needs_offset else None
-    wanted = (needs_z, needs_scale, False)
-    _, fused = GEMMS[arguments.path.gemm]
-    if fused and (needs_z or needs_scale):
-        dz, d_scale, _ = on.affine_linear_bwd(dy, weight, rows, scale, scale_heads, None, scale.shape[1], wanted)
-    elif needs_z or needs_scale:
-        g = dy @ weight
-        if scale is None:
-            dz = g
+        if needs_offset and not from_g:
+            d_offset = on.offset_bwd(total, weight, offset_heads, arguments.head_dim)
+    if needs_z or needs_scale:
+        wanted = (needs_z, needs_scale, from_g)
+        vectors = (scale, scale_heads, offset_heads if from_g else None, arguments.head_dim, wanted)
+        if GEMMS[gemm][1]:
+            dz, d_scale, d_sum = on.affine_linear_bwd(dy, weight, rows, *vectors)
+        elif scale is None and not from_g:
+            dz, d_sum = dy @ weight, None
         else:
-            # g is a temporary of this call, so that untouched heads cost nothing
-            dz, d_scale, _ = on.affine_bwd(g, rows, scale, scale_heads, None, scale.shape[1], wanted, inplace=True)
+            # G is a temporary of this call, so that untouched heads cost nothing
+            dz, d_scale, d_sum = on.affine_bwd(dy @ weight, rows, *vectors, inplace=True)
+        if from_g:
+            d_offset = d_sum
     if needs_weight:
-        vectors = (scale, scale_heads, arguments.offset, arguments.offset_heads)
-        d_weight = dy.T @ on.affine_fwd(rows, *vectors, arguments.head_dim)
+        d_weight = dy.T @ on.affine_fwd(rows, scale, scale_heads, offset, offset_heads, arguments.head_dim)
     dz = dz.view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
     return dz, d_weight, d_bias, d_scale, d_offset
 
 
 def _summed(constants: list[Tensor], dtype: torch.dtype) -> Tensor | None:
     """Their sum, rounded to `dtype` once; None of none."""
-    return sum(constants[1:], constants[0]).to(dtype) if constants else None
+    if not constants:
+        return None
+    total = constants[0] if len(constants) == 1 else sum(constants[1:], constants[0])
+    return total if total.dtype == dtype else total.to(dtype)
 
 
 def _with_columns(rows: Tensor, weight: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor]:

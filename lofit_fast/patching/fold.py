@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os.path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.layer import LofitLinear, wide
+from lofit_fast.patching.layer import LofitLinear
 from lofit_kernels import fold_offsets
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 class ModelFold:
@@ -21,11 +25,14 @@ class ModelFold:
     """
 
     def __init__(self, decoder: nn.Module, layers: list[LofitLinear]) -> None:
-        self.decoder, self.layers = decoder, layers
-        self._hooks = (
-            decoder.register_forward_pre_hook(self._begin),
-            decoder.register_forward_hook(self._end, always_call=True),
-        )
+        self.decoder = decoder
+        self.layers = [layer for layer in layers if layer.heads("offset")]
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        if self.layers:
+            self._hooks = (
+                decoder.register_forward_pre_hook(self._begin),
+                decoder.register_forward_hook(self._end, always_call=True),
+            )
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""
@@ -39,11 +46,15 @@ class ModelFold:
         self._clear()
         if not torch.is_grad_enabled():
             return
-        members = [layer for layer in self.layers if _can_fold_early(layer)]
+        members, tensors = [], []
+        for layer in self.layers:
+            found = layer.foldable()
+            if found is not None and _is_there(*found):
+                members.append(layer)
+                tensors.append(found)
         if members:
-            weights, offsets, heads = zip(*((m.weight, wide(m.offset), m.offset_heads) for m in members), strict=True)
-            for layer, folded in zip(members, fold_offsets(weights, offsets, heads), strict=True):
-                layer.folded_with_graph = folded
+            for layer, folded in zip(members, fold_offsets(*zip(*tensors, strict=True)), strict=True):
+                layer.early.folded = folded
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.decoder:
@@ -51,7 +62,7 @@ class ModelFold:
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.folded_with_graph = None
+            layer.early.folded = None
 
 
 def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
@@ -63,16 +74,14 @@ def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
     return found
 
 
-def _can_fold_early(layer: LofitLinear) -> bool:
-    """Whether the layer will want its folded offset, and everything that takes is there before its turn has come."""
-    if not layer.active or not layer.trains_offset():
-        return False
-    return _has_storage(layer.weight) and _has_storage(layer.offset) and layer.weight.device == layer.offset.device
+def _is_there(weight: Tensor, offset: Tensor, heads: Tensor) -> bool:
+    """Whether all that the fold of a layer takes is there before its turn has come, and in one place.
 
-
-def _has_storage(tensor: Tensor) -> bool:
-    """Whether the numbers are there: sharded and offloaded weights come layer by layer."""
-    if tensor.device.type == "meta" or tensor.dim() != 2:
+    Sharded and offloaded weights come layer by layer.
+    """
+    if weight.dim() != 2 or offset.dim() != 2 or weight.device != offset.device or weight.is_meta:
         return False
     # nothing is sharded or offloaded behind a compiler's back
-    return torch.compiler.is_compiling() or tensor.untyped_storage().nbytes() > 0
+    if torch.compiler.is_compiling():
+        return True
+    return weight.untyped_storage().nbytes() > 0 and offset.untyped_storage().nbytes() > 0

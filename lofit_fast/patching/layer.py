@@ -12,12 +12,22 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
+from lofit_kernels.dispatch import folds_beforehand
 
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
     "be trained through (bitsandbytes, weight-only torchao), or run it under torch.no_grad()"
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class EarlyFold:
+    """What a fold of the whole model leaves a layer for one forward: W v (N,), or None outside of one.
+
+    An object of its own, since a module takes longer to be given an attribute than an autograd node is to be made.
+    """
+
+    def __init__(self) -> None:
+        self.folded: Tensor | None = None
 
 
 class LofitLinear(nn.Module):
@@ -47,11 +57,11 @@ class LofitLinear(nn.Module):
         self.enabled = True
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
-        # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
+        # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
-        self.folded_with_graph: Tensor | None = None
+        self.early = EarlyFold()
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
         device = device_of(inner, *around)
         self._heads = {"scale": scale_heads, "offset": offset_heads}
@@ -84,46 +94,66 @@ class LofitLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
+        inner = self.inner
         if not self.active:
-            return self.inner(z)
-        base = self.inner
-        vectors = {"scale": wide(self.scale), "scale_heads": self.scale_heads}
-        offset = {"offset": wide(self.offset), "offset_heads": self.offset_heads}
-        if not is_plain_linear(base):
-            return _through(base, head_affine(z, **vectors, **offset))
-        folded = self._folded_offset()
-        if folded is None:
-            vectors |= offset
-        return head_affine_linear(z, base.weight, base.bias, folded=folded, form=self.form, **vectors)
+            return inner(z)
+        scale, scale_heads = wide(self.scale), self.scale_heads
+        offset, offset_heads = wide(self.offset), self.offset_heads
+        plain = plain_tensors(inner)
+        if plain is None:
+            vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
+            return _through(inner, head_affine(z, **vectors))
+        weight, bias = plain
+        folded = None
+        if offset is not None:
+            folded = self._folded_offset(weight, offset, offset_heads)
+            if folded is not None:
+                offset = offset_heads = None
+        return head_affine_linear(
+            z,
+            weight,
+            bias,
+            scale=scale,
+            scale_heads=scale_heads,
+            offset=offset,
+            offset_heads=offset_heads,
+            folded=folded,
+            form=self.form,
+        )
 
     @property
     def active(self) -> bool:
         """Whether the vectors are applied: neither our handle nor PEFT, for the whole model, has switched them off."""
-        return self.enabled and not any(layer.disable_adapters for layer in self.peft)
+        return self.enabled and not (self.peft and any(layer.disable_adapters for layer in self.peft))
 
-    def trains_offset(self) -> bool:
-        """Whether a forward that builds a graph needs one through the offset, and none through a dense weight."""
-        return is_plain_linear(self.inner) and self._learns_offset_alone()
+    def foldable(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
+        if not self.active or (offset := self.offset) is None or not offset.requires_grad:
+            return None
+        plain = plain_tensors(self.inner)
+        if plain is None or plain[0].requires_grad or not self._takes_folded(*plain):
+            return None
+        return plain[0], wide(offset), self.offset_heads
 
-    def _learns_offset_alone(self) -> bool:
-        """The same, of a plain linear: every forward asks what is plain once, and not twice."""
-        return self.offset is not None and self.offset.requires_grad and not self.inner.weight.requires_grad
+    def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the projection takes W v, and not the offset itself."""
+        return self.form in ("pass", "delta") or (self.form == "auto" and folds_beforehand(weight, self.scale, bias))
 
-    def _folded_offset(self) -> Tensor | None:
-        """W v for this call, (N,); None where the op is to fold the offset, if there is one."""
+    def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
+        """W v for this call, (N,); None where the op is to fold the offset."""
         if not torch.is_grad_enabled():
             return self.folded
-        if not self._learns_offset_alone():
+        if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
-        if self.folded_with_graph is not None:
-            return self.folded_with_graph
-        return fold_offsets([self.inner.weight], [wide(self.offset)], [self.offset_heads])[0]
+        folded = self.early.folded
+        return fold_offsets([weight], [offset], [heads])[0] if folded is None else folded
 
     @contextmanager
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
-        if outer is None and self.offset is not None and is_plain_linear(self.inner):
+        there = outer is None and self.offset is not None and is_plain_linear(self.inner)
+        if there and self._takes_folded(self.inner.weight, self.inner.bias):
             self.folded = fold_offset(self.inner.weight, wide(self.offset), self.offset_heads)
         try:
             yield
@@ -181,18 +211,40 @@ class LofitLinear(nn.Module):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the fused path may stand in for this module: exactly an nn.Linear, dense, and nobody listening."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
-        return False
-    if any(getattr(module, hooks) for hooks in _HOOKS) or any(getattr(module_globals, f"_global{h}") for h in _HOOKS):
-        return False
-    # a packed layer may be called nn.Linear and have neither
-    bias = getattr(module, "bias", None)
-    return is_dense(getattr(module, "weight", None)) and (bias is None or is_dense(bias))
+    return plain_tensors(module) is not None
+
+
+# asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
+def plain_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other."""
+    if type(module) is not nn.Linear:
+        return None
+    own = vars(module)
+    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return None
+    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _anybody_listens():
+        return None
+    parameters = own["_parameters"]
+    # a packed layer may be called nn.Linear and have neither; sharded ones have theirs as plain attributes
+    weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
+    bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
+    return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
+
+
+def _anybody_listens() -> bool:
+    """Whether there are hooks on all modules."""
+    of = module_globals
+    return bool(
+        of._global_forward_hooks
+        or of._global_forward_pre_hooks
+        or of._global_backward_hooks
+        or of._global_backward_pre_hooks
+    )
 
 
 def wide(vectors: Tensor | None) -> Tensor | None:
     """Vectors in float32 at least: FSDP's mixed precision hands a layer its parameters in 16 bits."""
-    return vectors.float() if vectors is not None and vectors.element_size() < 4 else vectors
+    return vectors if vectors is None or vectors.element_size() >= 4 else vectors.float()
 
 
 @contextmanager

@@ -9,18 +9,37 @@ import triton.language as tl
 from lofit_kernels.gpu.launch import (
     accumulator,
     any_listed,
+    cdiv,
     common_unit,
     count_heads,
     head_gradients,
-    head_options,
+    head_plan,
     head_row,
     launch,
     listed_head,
+    power_of_two,
     round_to,
     split_rows,
-    tile_for,
     unit_columns,
 )
+
+
+@triton.jit
+def dither_to(value, z, columns, dtype: tl.constexpr):
+    """value, float32, rounded to `dtype`: up with the share of the gap that it has come, by a hash of (z, column)
+
+    See `lofit_kernels.aten.dithered`, the same bit for bit. z, of `dtype`, is what value was made of: a token's numbers
+    depend on that token alone. What `dtype` can hold is left as it is.
+    """
+    # mantissa bits of float32 that dtype lacks
+    LACKS: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    KEPT: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
+    mixed = (z.to(tl.float32).to(tl.int32, bitcast=True) >> LACKS) * -1640531535 + columns * -2048144777
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -1028477379
+    raised = value.to(tl.int32, bitcast=True) + ((mixed >> (32 - LACKS)) & ~KEPT)
+    # NaN would be raised beyond its exponent
+    rounded = tl.where(value == value, (raised & KEPT).to(tl.float32, bitcast=True), value)
+    return round_to(rounded, dtype)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n_scale", "n_offset", "stride_z"])
@@ -40,6 +59,7 @@ def _affine_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    DITHER: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -50,7 +70,8 @@ def _affine_fwd_kernel(
     columns = head * D + d
     inside = (rows < T)[:, None] & (d < D)[None, :]
     wide = rows[:, None].to(tl.int64)
-    value = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0).to(ACC)
+    narrow = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0)
+    value = narrow.to(ACC)
     if scale is not None:
         row = head_row(scale_heads, n_scale, head, BLOCK_HEADS)
         a = tl.load(scale + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
@@ -60,7 +81,11 @@ def _affine_fwd_kernel(
         v = tl.load(offset + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
         # -0 + 0 is +0: heads without an offset are left alone, not added to
         value = tl.where(row >= 0, value + v[None, :], value)
-    tl.store(x + wide * (H * D) + columns[None, :], round_to(value, x.dtype.element_ty), mask=inside)
+    if DITHER:
+        rounded = dither_to(value, narrow, columns[None, :], x.dtype.element_ty)
+    else:
+        rounded = round_to(value, x.dtype.element_ty)
+    tl.store(x + wide * (H * D) + columns[None, :], rounded, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "n_scale", "stride_z"])
@@ -161,39 +186,44 @@ def affine_fwd(
     offset: torch.Tensor | None,
     offset_heads: torch.Tensor | None,
     head_dim: int,
+    dither: bool = False,
 ) -> torch.Tensor:
     """`(1 + a) z + v`, computed in float32 and rounded once; heads that are in neither list are copied bit for bit.
 
-    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. Returns
-    a new contiguous (T, K) of z's dtype. One launch. Raises ValueError for an unsupported dtype or shape.
+    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. dither:
+    round 16 bits up or down by a fixed pattern instead of to the nearest. Returns a new contiguous (T, K) of z's dtype.
+    One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
-    acc, _ = accumulator(z, "z")
+    accumulator(z, "z")
     H, T = count_heads(z, "z", head_dim), z.shape[0]
-    with_scale, with_offset = any_listed(scale, scale_heads), any_listed(offset, offset_heads)
-    if not with_scale and not with_offset:
+    n_scale = scale_heads.shape[0] if scale is not None and scale_heads is not None else 0
+    n_offset = offset_heads.shape[0] if offset is not None and offset_heads is not None else 0
+    if not n_scale and not n_offset:
         return z.clone(memory_format=torch.contiguous_format)
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if x.numel() == 0:
         return x
-    unit = common_unit(z.stride(0))
-    chosen = tile_for("affine_fwd", z, head_dim)
+    stride_z = z.stride(0)
+    unit = common_unit(stride_z)
+    options = head_plan("affine_fwd", z, head_dim, unit)
     launch(
         _affine_fwd_kernel,
-        triton.cdiv(T, chosen["BLOCK_T"]) * H,
+        cdiv(T, options["BLOCK_T"]) * H,
         z,
-        scale.contiguous() if with_scale else None,
-        scale_heads if with_scale else None,
-        offset.contiguous() if with_offset else None,
-        offset_heads if with_offset else None,
+        scale.contiguous() if n_scale else None,
+        scale_heads if n_scale else None,
+        offset.contiguous() if n_offset else None,
+        offset_heads if n_offset else None,
         x,
         T,
         H,
-        len(scale_heads) if with_scale else 0,
-        len(offset_heads) if with_offset else 0,
-        z.stride(0) // unit,
-        BLOCK_HEADS=triton.next_power_of_2(H),
-        **head_options(chosen, head_dim, unit, acc),
+        n_scale,
+        n_offset,
+        stride_z // unit,
+        BLOCK_HEADS=power_of_two(H),
+        DITHER=dither and z.element_size() == 2,
+        **options,
     )
     return x
 
@@ -205,17 +235,17 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
     the order of scale_heads. One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
-    acc, _ = accumulator(z, "z")
+    accumulator(z, "z")
     count_heads(z, "z", head_dim)
     T, n_scale = z.shape[0], scale_heads.shape[0]
     x = torch.empty((T, n_scale * head_dim), dtype=z.dtype, device=z.device)
     if x.numel() == 0:
         return x
     unit = common_unit(z.stride(0))
-    chosen = tile_for("affine_delta_fwd", z, head_dim)
+    options = head_plan("affine_delta_fwd", z, head_dim, unit)
     launch(
         _affine_delta_fwd_kernel,
-        triton.cdiv(T, chosen["BLOCK_T"]) * n_scale,
+        cdiv(T, options["BLOCK_T"]) * n_scale,
         z,
         scale.contiguous(),
         scale_heads,
@@ -223,7 +253,7 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
         T,
         n_scale,
         z.stride(0) // unit,
-        **head_options(chosen, head_dim, unit, acc),
+        **options,
     )
     return x
 
@@ -243,19 +273,19 @@ def _sweep(
 
     What is None is not computed; a dz that is not grad itself is written on every head.
     """
-    (T, K), acc, acc_torch = grad.shape, *accumulator(grad, "grad")
+    (T, K), (_, acc_torch) = grad.shape, accumulator(grad, "grad")
     every_head = dz is not None and dz is not grad
     n_scale = 0 if scale_heads is None else scale_heads.shape[0]
     across = K // head_dim if every_head else n_scale + n_dv
     if T == 0 or across == 0:
         return None
-    chosen = tile_for("affine_bwd", grad, head_dim)
-    blocks, chunks = split_rows(T, chosen["BLOCK_T"], across)
+    strides = grad.stride(0), 0 if z is None else z.stride(0), 0 if dz is None else dz.stride(0)
+    unit = common_unit(*strides)
+    options = head_plan("affine_bwd", grad, head_dim, unit)
+    blocks, chunks = split_rows(T, options["BLOCK_T"], across)
     partials = None
     if n_da or n_dv:
         partials = torch.empty((chunks, (n_da + n_dv) * head_dim), dtype=acc_torch, device=grad.device)
-    strides = [0 if x is None else x.stride(0) for x in (grad, z, dz)]
-    unit = common_unit(*strides)
     launch(
         _affine_bwd_kernel,
         across * chunks,
@@ -270,11 +300,13 @@ def _sweep(
         across,
         n_scale,
         n_dv,
-        *(stride // unit for stride in strides),
+        strides[0] // unit,
+        strides[1] // unit,
+        strides[2] // unit,
         blocks,
-        BLOCK_HEADS=triton.next_power_of_2(K // head_dim),
+        BLOCK_HEADS=power_of_two(K // head_dim),
         EVERY_HEAD=every_head,
-        **head_options(chosen, head_dim, unit, acc),
+        **options,
     )
     return partials
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ if INTERPRET:
 PROGRAMS = 2048
 # rows a lane adds one after the other before the tree sums begin: bounds the rounding error of a long sum
 BLOCKS_PER_PROGRAM = 64
+# what sums are carried in, for Triton and for torch
 ACCUMULATOR = {
-    torch.float16: tl.float32,
-    torch.bfloat16: tl.float32,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
+    torch.float16: (tl.float32, torch.float32),
+    torch.bfloat16: (tl.float32, torch.float32),
+    torch.float32: (tl.float32, torch.float32),
+    torch.float64: (tl.float64, torch.float64),
 }
-_TORCH_ACCUMULATOR = {tl.float32: torch.float32, tl.float64: torch.float64}
 
 
 @triton.jit
@@ -124,22 +125,61 @@ def tile_for(kernel: str, like: torch.Tensor, D: int = 1) -> tiles.Tile:
     return tiles.tile(kernel, current_arch(like), D)
 
 
+def head_plan(kernel: str, like: torch.Tensor, D: int, unit: int) -> dict[str, Any]:
+    """The keyword arguments of `kernel`, which takes whole heads, for the dtype and the device of `like`.
+
+    D, the unit of strides, the dtype of sums and the tile for D: put together once, and shared, so not to be changed.
+    """
+    return _head_plan(kernel, _active.arch if _active else tiles.architecture(like.device), D, unit, like.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _head_plan(kernel: str, arch: str, D: int, unit: int, dtype: torch.dtype) -> dict[str, Any]:
+    tile = tiles.tile(kernel, arch, D)
+    return {"D": D, "BLOCK_D": power_of_two(D), "UNIT": unit, "ACC": ACCUMULATOR[dtype][0], **tile.options()}
+
+
+def plain_plan(kernel: str, like: torch.Tensor, size: int = 1) -> dict[str, Any]:
+    """The tile of `kernel`, which knows no heads, as keyword arguments; shared like those of `head_plan`."""
+    return _plain_plan(kernel, _active.arch if _active else tiles.architecture(like.device), size)
+
+
+@lru_cache(maxsize=256)
+def _plain_plan(kernel: str, arch: str, size: int) -> dict[str, Any]:
+    return tiles.tile(kernel, arch, size).options()
+
+
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Run `programs` programs of `kernel` on the device of the first argument (Triton itself uses the current one),
     which may be a tensor descriptor."""
     if _active is not None:
         _active.launches.append((kernel, args, options))
         return
-    with torch.cuda.device_of(getattr(args[0], "base", args[0])):
+    first = args[0]
+    device = (first if isinstance(first, torch.Tensor) else first.base).get_device()
+    # a CPU, where the interpreter runs, has no number
+    if device < 0 or device == torch.cuda.current_device():
         kernel[(programs,)](*args, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](*args, **options)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is made for its compiler, and takes twenty times as long on the host."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n >= 1; see `cdiv`."""
+    return 1 << (n - 1).bit_length()
 
 
 def accumulator(x: torch.Tensor, name: str) -> tuple[tl.dtype, torch.dtype]:
     """The dtype sums over `x` are carried in, for Triton and for torch. Raises ValueError naming an unsupported one."""
     if x.dtype not in ACCUMULATOR:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    dtype = ACCUMULATOR[x.dtype]
-    return dtype, _TORCH_ACCUMULATOR[dtype]
+    return ACCUMULATOR[x.dtype]
 
 
 def unit_columns(x: torch.Tensor, name: str, rows: int = 1) -> torch.Tensor:
@@ -148,10 +188,11 @@ def unit_columns(x: torch.Tensor, name: str, rows: int = 1) -> torch.Tensor:
     A copy, too, when `rows` rows span 2^31 elements: that many row strides are one 32-bit number in the kernel, which
     multiplies by a 64-bit row only then.
     """
-    if x.dim() != 2:
+    strides = x.stride()
+    if len(strides) != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
-    near = x.stride(0) * rows < 2**31
-    return x if near and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
+    near = strides[0] * rows < 2**31
+    return x if near and (strides[1] == 1 or x.shape[1] == 1) else x.contiguous()
 
 
 def count_heads(x: torch.Tensor, name: str, head_dim: int) -> int:
@@ -171,19 +212,17 @@ def common_unit(*sizes: int) -> int:
 
     Triton itself only notes multiples of 16: a stride of 72 would turn 16-byte accesses into 2-byte ones.
     """
-    return 8 if all(size % 8 == 0 for size in sizes) else 1
-
-
-def head_options(tile: tiles.Tile, D: int, unit: int, acc: tl.dtype) -> dict[str, Any]:
-    """The keyword arguments of a kernel that takes whole heads: D, the unit of strides, the dtype of sums, the tile."""
-    return {"D": D, "BLOCK_D": triton.next_power_of_2(D), "UNIT": unit, "ACC": acc, **tile.options()}
+    for size in sizes:
+        if size % 8:
+            return 1
+    return 8
 
 
 def split_rows(n_rows: int, block: int, across: int) -> tuple[int, int]:
     """(blocks of rows per program, number of row chunks) when `across` programs stand side by side on each chunk."""
-    blocks = triton.cdiv(n_rows, block)
+    blocks = -(-n_rows // block)
     per_program = max(1, min(BLOCKS_PER_PROGRAM, blocks * across // PROGRAMS))
-    return per_program, triton.cdiv(blocks, per_program)
+    return per_program, -(-blocks // per_program)
 
 
 def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,13 +231,15 @@ def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, to
     Two tensors rather than two views of one, because results of a custom operator must not share storage.
     """
     R, C = partials.shape
+    if R == 1 and n_first == C:
+        return partials.view(C), None
     unit = common_unit(C, n_first)
     first = torch.empty(n_first, dtype=partials.dtype, device=partials.device)
     second = torch.empty(C - n_first, dtype=partials.dtype, device=partials.device) if n_first < C else None
-    chosen = tile_for("sum_partials", partials)
+    options = plain_plan("sum_partials", partials)
     launch(
         _sum_partials_kernel,
-        triton.cdiv(C, chosen["BLOCK_C"]),
+        cdiv(C, options["BLOCK_C"]),
         partials,
         first,
         second,
@@ -206,7 +247,7 @@ def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, to
         C // unit,
         n_first // unit,
         UNIT=unit,
-        **chosen.options(),
+        **options,
     )
     return first, second
 
@@ -218,11 +259,13 @@ def head_gradients(
 
     Zeros without partial sums, when there were no rows to sum or no heads. like: of the dtype that was summed.
     """
-    sums = (None, None) if partials is None else sum_partials(partials, counts[0] * head_dim)
-
-    def shaped(total: torch.Tensor | None, n_heads: int) -> torch.Tensor:
-        if total is None:
-            return torch.zeros((n_heads, head_dim), dtype=accumulator(like, "grad")[1], device=like.device)
-        return total.view(n_heads, head_dim)
-
-    return tuple(shaped(*of) if need else None for *of, need in zip(sums, counts, needs, strict=True))
+    if not needs[0] and not needs[1]:
+        return None, None
+    totals = (None, None) if partials is None else sum_partials(partials, counts[0] * head_dim)
+    gradients: list[torch.Tensor | None] = [None, None]
+    for i, total in enumerate(totals):
+        if needs[i] and total is not None:
+            gradients[i] = total.view(counts[i], head_dim)
+        elif needs[i]:
+            gradients[i] = torch.zeros((counts[i], head_dim), dtype=accumulator(like, "grad")[1], device=like.device)
+    return gradients[0], gradients[1]

@@ -8,14 +8,16 @@ import triton.language as tl
 
 from lofit_kernels.gpu.launch import (
     accumulator,
+    cdiv,
     common_unit,
-    head_options,
+    head_plan,
     launch,
+    plain_plan,
     split_rows,
     sum_partials,
-    tile_for,
     unit_columns,
 )
+from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 
 
 @triton.jit(do_not_specialize=["N", "n_heads", "stride_weight"])
@@ -65,6 +67,7 @@ def _column_sum_kernel(
     blocks,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -75,10 +78,12 @@ def _column_sum_kernel(
     columns = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), ACC)
-    for block in range(chunk * blocks, (chunk + 1) * blocks):
-        rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
-        total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
+    for first in range(chunk * blocks, (chunk + 1) * blocks, AT_ONCE):
+        # the loads of several blocks are in flight together
+        for step in tl.static_range(AT_ONCE):
+            rows = (first + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+            addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
+            total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
     tl.store(partials + chunk.to(tl.int64) * n_columns + columns, tl.sum(total, 0), mask=inside)
 
 
@@ -122,17 +127,17 @@ def offset_fold(
     None. Returns (N,) float32, float64 for a float64 weight. One launch. Raises ValueError for an unsupported dtype.
     """
     weight = unit_columns(weight, "weight")
-    acc, acc_torch = accumulator(weight, "weight")
+    _, acc_torch = accumulator(weight, "weight")
     n_heads, D = offset.shape
     N = weight.shape[0]
     if n_heads == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=weight.device) if bias is None else bias.to(acc_torch, copy=True)
     out = torch.empty(N, dtype=acc_torch, device=weight.device)
     unit = common_unit(weight.stride(0))
-    chosen = tile_for("offset_fold", weight, D)
+    options = head_plan("offset_fold", weight, D, unit)
     launch(
         _offset_fold_kernel,
-        triton.cdiv(N, chosen["BLOCK_N"]),
+        cdiv(N, options["BLOCK_N"]),
         weight,
         offset.contiguous(),
         heads,
@@ -141,7 +146,7 @@ def offset_fold(
         N,
         n_heads,
         weight.stride(0) // unit,
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return out
 
@@ -149,7 +154,8 @@ def offset_fold(
 def column_sum(grad: torch.Tensor) -> torch.Tensor:
     """`sum_t dY[t]` in a fixed order, without atomics.
 
-    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. Two launches.
+    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. One launch for up to
+    `tiles.ONE_STAGE_ROWS` rows, of programs that sum whole columns; else two.
     Raises ValueError for an unsupported dtype.
     """
     grad = unit_columns(grad, "grad")
@@ -158,9 +164,11 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     if T == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=grad.device)
     unit = common_unit(grad.stride(0), N)
-    chosen = tile_for("column_sum", grad)
-    across = triton.cdiv(N, chosen["BLOCK_N"])
-    blocks, chunks = split_rows(T, chosen["BLOCK_T"], across)
+    alone = T <= ONE_STAGE_ROWS
+    options = plain_plan("column_sum", grad, 1 if alone else ONE_STAGE_ROWS + 1)
+    across = cdiv(N, options["BLOCK_N"])
+    rows = options["BLOCK_T"] * options["AT_ONCE"]
+    steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
     partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
     launch(
         _column_sum_kernel,
@@ -170,10 +178,10 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
         T,
         N // unit,
         grad.stride(0) // unit,
-        blocks,
+        steps * options["AT_ONCE"],
         UNIT=unit,
         ACC=acc,
-        **chosen.options(),
+        **options,
     )
     return sum_partials(partials, N)[0]
 
@@ -185,13 +193,13 @@ def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tens
     weight. Two launches. Raises ValueError for an unsupported dtype.
     """
     weight = unit_columns(weight, "weight")
-    acc, acc_torch = accumulator(weight, "weight")
+    _, acc_torch = accumulator(weight, "weight")
     n_heads, D, N = heads.shape[0], head_dim, weight.shape[0]
     if n_heads == 0 or N == 0:
         return torch.zeros((n_heads, D), dtype=acc_torch, device=weight.device)
     unit = common_unit(weight.stride(0))
-    chosen = tile_for("offset_bwd", weight, D)
-    blocks, chunks = split_rows(N, chosen["BLOCK_N"], n_heads)
+    options = head_plan("offset_bwd", weight, D, unit)
+    blocks, chunks = split_rows(N, options["BLOCK_N"], n_heads)
     partials = torch.empty((chunks, n_heads * D), dtype=acc_torch, device=weight.device)
     launch(
         _offset_bwd_kernel,
@@ -204,6 +212,6 @@ def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tens
         n_heads,
         weight.stride(0) // unit,
         blocks,
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return sum_partials(partials, n_heads * D)[0].view(n_heads, D)

@@ -8,20 +8,20 @@ Layers come as a table of addresses, so that their tensors stay where they are. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from lofit_kernels.gpu.address_tables import TABLES
 from lofit_kernels.gpu.launch import (
     accumulator,
+    cdiv,
     common_unit,
-    head_options,
+    head_plan,
     launch,
     split_rows,
     sum_partials,
-    tile_for,
     unit_columns,
 )
 
@@ -124,23 +124,29 @@ def _grouped_bwd_kernel(
     tl.store(partials + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, 0), mask=d < D)
 
 
-@lru_cache(maxsize=64)
-def pointer_table(numbers: tuple[int, ...], columns: int, device: torch.device) -> torch.Tensor:
-    """Those numbers on the device: the same ones step after step, for as long as the tensors stay where they are."""
-    return torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, columns)
-
-
 def _layer_table(
     weights: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor | None], heads: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, int, bool]:
     """(table of layers, unit of its strides, whether every address is a multiple of 16 bytes)."""
-    unit = common_unit(*(weight.stride(0) for weight in weights))
-    numbers = []
-    for weight, offset, listed in zip(weights, offsets, heads, strict=True):
-        v = 0 if offset is None else offset.data_ptr()
-        numbers += [weight.data_ptr(), weight.stride(0) // unit, v, listed.data_ptr(), listed.shape[0]]
-    aligned = all(numbers[at] % _ALIGNMENT == 0 for i in (0, 2) for at in range(i, len(numbers), _COLUMNS))
-    return pointer_table(tuple(numbers), _COLUMNS, weights[0].device), unit, aligned
+    strides = [weight.stride(0) for weight in weights]
+    unit = common_unit(*strides)
+    numbers: list[int] = []
+    bits = 0
+    for weight, stride, offset, listed in zip(weights, strides, offsets, heads, strict=True):
+        w, v = weight.data_ptr(), 0 if offset is None else offset.data_ptr()
+        bits |= w | v
+        numbers += (w, stride // unit, v, listed.data_ptr(), listed.shape[0])
+    return TABLES.table(tuple(numbers), _COLUMNS, weights[0].device), unit, bits % _ALIGNMENT == 0
+
+
+def _slots(counts: tuple[int, ...]) -> list[int]:
+    """(layer, its row) of every slot, one after the other."""
+    return [number for layer, count in enumerate(counts) for row in range(count) for number in (layer, row)]
+
+
+def _dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same, contiguous: a table knows an address and no strides."""
+    return [x if x.is_contiguous() else x.contiguous() for x in tensors]
 
 
 def grouped_fold(
@@ -150,28 +156,28 @@ def grouped_fold(
 
     Of each layer: weights (N, K), any K; offsets (h, D) float32, float64 for float64 weights; heads (h,) int64,
     distinct, each below K / D. Returns L vectors (N,) of the offsets' dtype, rows of one tensor. A layer's numbers do
-    not depend on the layers beside it. One launch. Raises ValueError for an unsupported dtype.
+    not depend on the layers beside it. One launch. Raises ValueError for an unsupported dtype, RuntimeError where a
+    CUDA graph is captured before the layers have been folded once (`address_tables`).
     """
     weights = [unit_columns(weight, "weight") for weight in weights]
-    acc, acc_torch = accumulator(weights[0], "weight")
+    _, acc_torch = accumulator(weights[0], "weight")
     L, N, D = len(weights), weights[0].shape[0], offsets[0].shape[1]
     out = torch.empty((L, N), dtype=acc_torch, device=weights[0].device)
     if N == 0:
         return list(out.unbind())
     # alive until the launch, which knows their addresses only
-    offsets = [offset.detach().contiguous() for offset in offsets]
-    heads = [listed.contiguous() for listed in heads]
+    offsets, heads = _dense(offsets), _dense(heads)
     table, unit, aligned = _layer_table(weights, offsets, heads)
-    chosen = tile_for("grouped_fold", weights[0], D)
+    options = head_plan("grouped_fold", weights[0], D, unit)
     launch(
         _grouped_fold_kernel,
-        L * triton.cdiv(N, chosen["BLOCK_N"]),
+        L * cdiv(N, options["BLOCK_N"]),
         table,
         out,
         N,
         ALIGNED=aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return list(out.unbind())
 
@@ -186,26 +192,25 @@ def grouped_bwd(
 
     Of each layer: column_sums (N,) float32; weights (N, K) and heads (h,) int64 as for `grouped_fold`. Returns L
     tensors (h, head_dim) of float32, float64 for float64 weights, parts of one. One copy that brings the sums together,
-    and two launches. Raises ValueError for an unsupported dtype.
+    and two launches. Raises ValueError and RuntimeError as `grouped_fold` does.
     """
     weights = [unit_columns(weight, "weight") for weight in weights]
-    acc, acc_torch = accumulator(weights[0], "weight")
+    _, acc_torch = accumulator(weights[0], "weight")
     D, N, device = head_dim, weights[0].shape[0], weights[0].device
-    counts = [listed.shape[0] for listed in heads]
+    counts = tuple([listed.shape[0] for listed in heads])
     n_slots = sum(counts)
     if n_slots == 0 or N == 0:
         return [torch.zeros((count, D), dtype=acc_torch, device=device) for count in counts]
-    heads = [listed.contiguous() for listed in heads]
+    heads = _dense(heads)
     table, unit, aligned = _layer_table(weights, [None] * len(weights), heads)
-    slots = tuple(number for layer, count in enumerate(counts) for row in range(count) for number in (layer, row))
-    chosen = tile_for("grouped_bwd", weights[0], D)
-    blocks, chunks = split_rows(N, chosen["BLOCK_N"], n_slots)
+    options = head_plan("grouped_bwd", weights[0], D, unit)
+    blocks, chunks = split_rows(N, options["BLOCK_N"], n_slots)
     partials = torch.empty((chunks, n_slots * D), dtype=acc_torch, device=device)
     launch(
         _grouped_bwd_kernel,
         n_slots * chunks,
         table,
-        pointer_table(slots, 2, device),
+        TABLES.table(counts, 2, device, lambda: _slots(counts)),
         torch.stack(list(column_sums)).to(acc_torch),
         partials,
         N,
@@ -213,6 +218,6 @@ def grouped_bwd(
         blocks,
         ALIGNED=aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
-        **head_options(chosen, D, unit, acc),
+        **options,
     )
     return list(sum_partials(partials, n_slots * D)[0].view(n_slots, D).split(counts))

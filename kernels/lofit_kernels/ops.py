@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from lofit_kernels.answers import Path
 from lofit_kernels.dispatch import NUMBERED_PATHS, plan_for
@@ -29,7 +30,7 @@ def autocast_is_on(x: Tensor) -> bool:
         return False
 
 
-def _as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
+def as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
     """compute(*args) without autocast: what an op computes in float32 is meant to be."""
     if not autocast_is_on(x):
         return compute(*args)
@@ -71,7 +72,7 @@ def affine_linear(
     flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
     arguments = Arguments.rebuilt(flat)
     path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path).path
-    return _as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
+    return as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
@@ -109,14 +110,12 @@ def _linear_backward(grad: Tensor, arguments: Arguments, needs: list[bool]) -> l
     """The gradients of (z, weight, bias, scale, offset, folded) in their inputs' dtypes, None where not needed."""
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset, needs_folded = needs
     inner = (needs_z, needs_weight, needs_bias or needs_folded, needs_scale, needs_offset)
-    d_z, d_weight, total, d_scale, d_offset = _as_written(grad, affine_linear_bwd, grad, arguments, inner)
+    d_z, d_weight, total, d_scale, d_offset = as_written(grad, affine_linear_bwd, grad, arguments, inner)
     # both are sum_t dY, and results of a custom operator must not share storage
     d_bias = total.clone() if needs_bias and needs_folded else total if needs_bias else None
     found = (d_z, d_weight, d_bias, d_scale, d_offset)
     likes = (grad, arguments.weight, arguments.bias, arguments.scale, arguments.offset)
-    cast = [
-        g if g is None or g.dtype == like.dtype else g.to(like.dtype) for g, like in zip(found, likes, strict=True)
-    ]
+    cast = [g if g is None or g.dtype == like.dtype else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
     return [*cast, total if needs_folded else None]
 
 
@@ -149,6 +148,40 @@ def _linear_gradients(ctx, grad, _):
 affine_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
 
 
+def eager_affine_linear(arguments: Arguments) -> Tensor:
+    """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose, outside of autocast."""
+    z, weight, bias, scale, _, _, _, folded, path = arguments
+    if scale is None and bias is None and folded is not None and not weight.requires_grad:
+        return FoldedLinear.apply(z, folded, folded.to(z.dtype), weight, path.backend)
+    return AffineLinear.apply(arguments, *arguments.given())
+
+
+class FoldedLinear(torch.autograd.Function):
+    """z W^T + c, the usual case of `AffineLinear` in the step that tunes offsets: dz = dY W, dc = sum_t dY."""
+
+    @staticmethod
+    def forward(ctx, z, folded, rounded, weight, backend):
+        """y (..., N). folded: (N,) float32, float64 beside a float64 z; rounded: it in z's dtype. weight: (N, K)."""
+        ctx.save_for_backward(weight)
+        ctx.backend = backend
+        y = linear(z.reshape(-1, z.shape[-1]), weight, rounded)
+        return y.view(*z.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        """The gradients of z and folded that are needed."""
+        (weight,), (needs_z, needs_folded, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        return as_written(grad, _folded_gradients, grad, weight, ctx.backend, needs_z, needs_folded)
+
+
+def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Tensor | None, ...]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    total = primitives(backend).column_sum(rows) if needs_folded else None
+    dz = (rows @ weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
+    return dz, total, None, None, None
+
+
 class AffineLinear(torch.autograd.Function):
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose.
 
@@ -166,7 +199,7 @@ class AffineLinear(torch.autograd.Function):
         needs[4] = needs[4] and arguments.folded is None
         ctx.needs, ctx.path = needs, arguments.path
         ctx.save_for_backward(*arguments.saved(keep_z=needs[1] or needs[3]))
-        return _as_written(arguments.z, affine_linear_fwd, arguments)
+        return affine_linear_fwd(arguments)
 
     @staticmethod
     @_once
@@ -182,7 +215,7 @@ def grouped_fold(weights: list[Tensor], offsets: list[Tensor], heads: list[Tenso
 
     Of each layer: weights (N, K); offsets (h, D) float32; heads (h,) int64.
     """
-    return torch.stack(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
+    return torch.stack(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
 
 
 @grouped_fold.register_fake
@@ -195,7 +228,7 @@ def grouped_fold_backward(
     grad: Tensor, weights: list[Tensor], heads: list[Tensor], head_dim: int, backend: str
 ) -> list[Tensor]:
     """dv of L layers: (h, head_dim) each. grad: (L, N), the column sums of dY."""
-    found = _as_written(grad, primitives(backend).grouped_bwd, grad.unbind(), weights, heads, head_dim)
+    found = as_written(grad, primitives(backend).grouped_bwd, grad.unbind(), weights, heads, head_dim)
     return [dv.clone() for dv in found]
 
 
@@ -232,7 +265,7 @@ class GroupedFold(torch.autograd.Function):
         """W_S v_S of every layer."""
         ctx.set_materialize_grads(False)
         ctx.weights, ctx.heads, ctx.backend, ctx.head_dim = weights, heads, backend, offsets[0].shape[1]
-        return tuple(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
+        return tuple(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
 
     @staticmethod
     @_once
@@ -242,7 +275,7 @@ class GroupedFold(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(grads)
         if reached:
             rows, weights, heads = ([of[i] for i in reached] for of in (grads, ctx.weights, ctx.heads))
-            computed = _as_written(rows[0], primitives(ctx.backend).grouped_bwd, rows, weights, heads, ctx.head_dim)
+            computed = as_written(rows[0], primitives(ctx.backend).grouped_bwd, rows, weights, heads, ctx.head_dim)
             for i, dv in zip(reached, computed, strict=True):
                 found[i] = dv
         return None, None, None, *found
@@ -265,7 +298,7 @@ def _affine_forward(z, scale, scale_heads, offset, offset_heads, backend):
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = z.reshape(-1, z.shape[-1])
     vectors = (scale, scale_heads, offset, offset_heads)
-    x = _as_written(z, primitives(backend).affine_fwd, rows, *vectors, head_dim)
+    x = as_written(z, primitives(backend).affine_fwd, rows, *vectors, head_dim)
     # whatever z's strides, the fake promises contiguous
     return x.contiguous().view(z.shape)
 
@@ -297,7 +330,7 @@ def _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, b
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     flat = grad.reshape(-1, grad.shape[-1])
     given = (flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
-    grads = _as_written(grad, primitives(backend).affine_bwd, *given)
+    grads = as_written(grad, primitives(backend).affine_bwd, *given)
     shaped = (None if grads[0] is None else grads[0].contiguous().view(grad.shape), *grads[1:])
     return [None if g is None else g.to(x.dtype) for g, x in zip(shaped, (grad, scale, offset), strict=True)]
 

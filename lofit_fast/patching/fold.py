@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.layer import LofitLinear
 from lofit_kernels import fold_offsets
+from lofit_kernels.functional import fold_layers
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -52,9 +53,14 @@ class ModelFold:
             if found is not None and _is_there(*found):
                 members.append(layer)
                 tensors.append(found)
-        if members:
+        if not members:
+            return
+        if torch.compiler.is_compiling():
             for layer, folded in zip(members, fold_offsets(*zip(*tensors, strict=True)), strict=True):
                 layer.early.folded = folded
+            return
+        for layer, ready in zip(members, fold_layers(*zip(*tensors, strict=True)), strict=True):
+            layer.early.folded, layer.early.ready = ready.exact, ready
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.decoder:
@@ -62,7 +68,7 @@ class ModelFold:
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.early.folded = None
+            layer.early.folded = layer.early.ready = None
 
 
 def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:

@@ -12,6 +12,7 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
+from lofit_kernels.functional import Folded, folded_linear
 
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
@@ -20,13 +21,15 @@ CUT_OFF = (
 
 
 class EarlyFold:
-    """What a fold of the whole model leaves a layer for one forward: W v (N,), or None outside of one.
+    """What a fold of the whole model leaves a layer for one forward: W v, (N,), and the same ready for its projection.
 
     An object of its own, since a module takes longer to be given an attribute than an autograd node is to be made.
     """
 
     def __init__(self) -> None:
         self.folded: Tensor | None = None
+        # not where a forward is compiled
+        self.ready: Folded | None = None
 
 
 class LofitLinear(nn.Module):
@@ -94,10 +97,11 @@ class LofitLinear(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         inner = self.inner
-        if not self.active:
+        if not self.enabled or (self.peft and not self.active):
             return inner(z)
-        scale, scale_heads = wide(self.scale), self.scale_heads
-        offset, offset_heads = wide(self.offset), self.offset_heads
+        scale, offset = self.scale, self.offset
+        scale, scale_heads = (None, None) if scale is None else (wide(scale), self.scale_heads)
+        offset, offset_heads = (None, None) if offset is None else (wide(offset), self.offset_heads)
         plain = plain_tensors(inner)
         if plain is None:
             vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
@@ -105,6 +109,9 @@ class LofitLinear(nn.Module):
         weight, bias = plain
         folded = None
         if offset is not None:
+            ready = self.early.ready
+            if ready is not None and scale is None and bias is None and ready.weight is weight and torch.is_grad_enabled():
+                return folded_linear(z, ready)
             folded = self._folded_offset(weight, offset, offset_heads)
             if folded is not None:
                 offset = offset_heads = None
@@ -127,9 +134,10 @@ class LofitLinear(nn.Module):
 
     def foldable(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
-        if not self.active or (offset := self.offset) is None or not offset.requires_grad:
+        if not self.enabled or (self.peft and not self.active):
             return None
-        plain = plain_tensors(self.inner)
+        offset = self.offset
+        plain = plain_tensors(self.inner) if offset is not None and offset.requires_grad else None
         return None if plain is None or plain[0].requires_grad else (plain[0], wide(offset), self.offset_heads)
 
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:

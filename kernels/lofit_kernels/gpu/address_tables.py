@@ -27,7 +27,11 @@ class AddressTables:
         self._lock = Lock()
 
     def table(
-        self, key: tuple[int, ...], columns: int, device: torch.device, numbers: Callable[[], Sequence[int]] | None = None
+        self,
+        key: tuple[int, ...],
+        columns: int,
+        device: torch.device,
+        numbers: Callable[[], Sequence[int]] | None = None,
     ) -> torch.Tensor:
         """An int64 tensor (rows, columns) on `device`, which holds `numbers()`, `key` itself where that is not given.
 

@@ -144,6 +144,15 @@ def _slots(counts: tuple[int, ...]) -> list[int]:
     return [number for layer, count in enumerate(counts) for row in range(count) for number in (layer, row)]
 
 
+def _readable(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The weights, copies of those whose neighbouring columns are no neighbours in memory; see `unit_columns`."""
+    for weight in weights:
+        strides = weight.stride()
+        if len(strides) != 2 or strides[1] != 1 or strides[0] >= 2**31:
+            return [unit_columns(weight, "weight") for weight in weights]
+    return weights
+
+
 def _dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same, contiguous: a table knows an address and no strides."""
     return [x if x.is_contiguous() else x.contiguous() for x in tensors]
@@ -159,7 +168,7 @@ def grouped_fold(
     not depend on the layers beside it. One launch. Raises ValueError for an unsupported dtype, RuntimeError where a
     CUDA graph is captured before the layers have been folded once (`address_tables`).
     """
-    weights = [unit_columns(weight, "weight") for weight in weights]
+    weights = _readable(weights)
     _, acc_torch = accumulator(weights[0], "weight")
     L, N, D = len(weights), weights[0].shape[0], offsets[0].shape[1]
     out = torch.empty((L, N), dtype=acc_torch, device=weights[0].device)
@@ -194,7 +203,7 @@ def grouped_bwd(
     tensors (h, head_dim) of float32, float64 for float64 weights, parts of one. One copy that brings the sums together,
     and two launches. Raises ValueError and RuntimeError as `grouped_fold` does.
     """
-    weights = [unit_columns(weight, "weight") for weight in weights]
+    weights = _readable(weights)
     _, acc_torch = accumulator(weights[0], "weight")
     D, N, device = head_dim, weights[0].shape[0], weights[0].device
     counts = tuple([listed.shape[0] for listed in heads])

@@ -19,7 +19,7 @@ measured answer may turn `pass` into `delta`, never `delta` into `pass`, however
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
@@ -85,7 +85,7 @@ class Plan:
     gemm: str
     reason: str
 
-    @cached_property
+    @property
     def path(self) -> Path:
         """(form, backend, gemm), without the reason."""
         return Path(self.form, self.backend, self.gemm)
@@ -206,11 +206,17 @@ def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: s
     weight: (N, K); scale: (h, D) or None. Remembered by everything but the exact T, of which only the power of four
     below it counts.
     """
-    if scale is None:
-        # nothing is measured for a fold
-        return _remembered(0, 0, 0, None, weight.dtype, weight.device, form, backend, gemm)
-    N, K = weight.shape
-    return _remembered(answers.tokens_bucket(T), N, K, scale.shape, weight.dtype, weight.device, form, backend, gemm)
+    return _remembered(*_case(T, weight, scale), weight.dtype, weight.device, form, backend, gemm)
+
+
+def path_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Path:
+    """The path of `plan_for`."""
+    return _remembered_path(*_case(T, weight, scale), weight.dtype, weight.device, form, backend, gemm)
+
+
+def _case(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+    """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
+    return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
 
 
 def is_many(scaled: int, of: int) -> bool:
@@ -227,8 +233,8 @@ def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
 
 def forget_plans() -> None:
     """Choose anew for every shape: what the choice rests on has changed."""
-    _remembered.cache_clear()
-    _plan_on_once.cache_clear()
+    for remembered in (_remembered, _remembered_path, _plan_on_once):
+        remembered.cache_clear()
 
 
 def answers_for(device_name: str) -> Mapping[Key, Path]:
@@ -279,6 +285,11 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Pl
     many = vectors is not None and is_many(vectors[0] * vectors[1], K)
     wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm, "refusal": unserved(device)}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
+
+
+@lru_cache(maxsize=4096)
+def _remembered_path(*of) -> Path:
+    return _remembered(*of).path
 
 
 class _Case(NamedTuple):

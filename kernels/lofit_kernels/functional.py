@@ -11,7 +11,7 @@ from lofit_kernels import compiled_cpu, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
 from lofit_kernels.devices import unserved
-from lofit_kernels.dispatch import Plan, has_answers, is_many, plan, plan_for, plan_on
+from lofit_kernels.dispatch import Plan, has_answers, is_many, path_for, plan, plan_on
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
@@ -62,7 +62,7 @@ def head_affine_linear(
         # the number of tokens may be a symbol there, which no measured answer can be looked up for
         path = _default(z, weight, scale, asked).path
     else:
-        path = plan_for(1 if scale is None else z.shape[:-1].numel(), weight, scale, form, backend, gemm).path
+        path = path_for(1 if scale is None else z.shape[:-1].numel(), weight, scale, form, backend, gemm)
         asked = None
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)

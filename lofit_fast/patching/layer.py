@@ -110,7 +110,13 @@ class LofitLinear(nn.Module):
         folded = None
         if offset is not None:
             ready = self.early.ready
-            if ready is not None and scale is None and bias is None and ready.weight is weight and torch.is_grad_enabled():
+            if (
+                ready is not None
+                and scale is None
+                and bias is None
+                and ready.weight is weight
+                and torch.is_grad_enabled()
+            ):
                 return folded_linear(z, ready)
             folded = self._folded_offset(weight, offset, offset_heads)
             if folded is not None:

@@ -206,7 +206,7 @@ def test_folding_waits_for_weights_that_come_later(calls):
 
 
 def left_over(handle) -> list:
-    return [layer for layer in handle.layers.values() if layer.folded_with_graph is not None]
+    return [layer for layer in handle.layers.values() if layer.early.folded is not None]
 
 
 def test_folding_ends_with_an_exception():

@@ -1,7 +1,6 @@
 """The public functions: validate, choose a path, call the op."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,44 +209,10 @@ def fold_offsets(
     return folded
 
 
-class Folded(NamedTuple):
-    """W v of one layer, ready for `folded_linear`: exact (N,) with its graph, rounded to the dtype of weight (N, K)."""
-
-    weight: Tensor
-    exact: Tensor
-    rounded: Tensor
-    backend: str
-
-
-def fold_layers(weights: Sequence[Tensor], offsets: Sequence[Tensor], heads: Sequence[Tensor]) -> list[Folded]:
-    """`fold_offsets` of layers whose projections are to be run by `folded_linear`, eagerly. Arguments as there."""
-    exact = fold_offsets(weights, offsets, heads)
-    first = weights[0]
-    with torch.no_grad():
-        if any((w.dtype, w.shape[0], w.device) != (first.dtype, first.shape[0], first.device) for w in weights):
-            rounded = [x.to(weight.dtype) for x, weight in zip(exact, weights, strict=True)]
-        else:
-            # one cast for all of them
-            rounded = torch.stack(exact).to(first.dtype).unbind()
-    backends = [plan_on(weight.device, weight.dtype, "auto").backend for weight in weights]
-    return [Folded(*of) for of in zip(weights, exact, rounded, backends, strict=True)]
-
-
-def folded_linear(z: Tensor, folded: Folded) -> Tensor:
-    """z W^T + W v with the offset's gradient through `folded.exact`: (..., N) for z (..., K), as `head_affine_linear`.
-
-    For projections without a bias or a scale. What `fold_layers` has checked is not checked again.
-    """
-    weight, exact, rounded, backend = folded
-    if z.dtype != weight.dtype or z.device != weight.device or z.shape[-1] != weight.shape[1] or ops.autocast_is_on(z):
-        return head_affine_linear(z, weight, folded=exact)
-    return ops.FoldedLinear.apply(z, exact, rounded, weight, backend)
-
-
 def _fold_group(weights: Sequence, offsets: Sequence, heads: Sequence, backend: str) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
         return ops.grouped_fold(list(weights), list(offsets), list(heads), backend).unbind()
-    return ops.GroupedFold.apply(weights, heads, backend, *offsets)
+    return ops.GroupedFold.apply((weights, heads, backend, None), *offsets)
 
 
 def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = "cpu") -> Tensor:

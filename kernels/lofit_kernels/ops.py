@@ -150,9 +150,12 @@ affine_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
 
 def eager_affine_linear(arguments: Arguments) -> Tensor:
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose, outside of autocast."""
-    z, weight, bias, scale, _, _, _, folded, path = arguments
-    if scale is None and bias is None and folded is not None and not weight.requires_grad:
-        return FoldedLinear.apply(z, folded, folded.to(z.dtype), weight, path.backend)
+    z, weight, bias, scale, heads, offset, _, folded, (form, backend, gemm) = arguments
+    if bias is None and not weight.requires_grad and gemm == "vendor":
+        if scale is None and folded is not None:
+            return FoldedLinear.apply(z, folded, (weight, folded.to(z.dtype), backend))
+        if form == "pass" and offset is None and folded is None:
+            return PassLinear.apply(z, scale, (weight, heads, backend))
     return AffineLinear.apply(arguments, *arguments.given())
 
 
@@ -160,10 +163,13 @@ class FoldedLinear(torch.autograd.Function):
     """z W^T + c, the usual case of `AffineLinear` in the step that tunes offsets: dz = dY W, dc = sum_t dY."""
 
     @staticmethod
-    def forward(ctx, z, folded, rounded, weight, backend):
-        """y (..., N). folded: (N,) float32, float64 beside a float64 z; rounded: it in z's dtype. weight: (N, K)."""
+    def forward(ctx, z, folded, rest):
+        """y (..., N). folded: (N,) float32, float64 beside a float64 z. rest: weight, folded in z's dtype, backend."""
+        weight, rounded, ctx.backend = rest
         ctx.save_for_backward(weight)
-        ctx.backend = backend
+        if z.is_contiguous() and z.dim() == 3:
+            # one matrix product, as of two dimensions
+            return linear(z, weight, rounded)
         y = linear(z.reshape(-1, z.shape[-1]), weight, rounded)
         return y.view(*z.shape[:-1], y.shape[-1])
 
@@ -171,15 +177,52 @@ class FoldedLinear(torch.autograd.Function):
     @_once
     def backward(ctx, grad):
         """The gradients of z and folded that are needed."""
-        (weight,), (needs_z, needs_folded, *_) = ctx.saved_tensors, ctx.needs_input_grad
-        return as_written(grad, _folded_gradients, grad, weight, ctx.backend, needs_z, needs_folded)
+        (weight,), (needs_z, needs_folded, _) = ctx.saved_tensors, ctx.needs_input_grad
+        if autocast_is_on(grad):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
+        return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
 
 
 def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Tensor | None, ...]:
     rows = grad.reshape(-1, grad.shape[-1])
     total = primitives(backend).column_sum(rows) if needs_folded else None
-    dz = (rows @ weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
-    return dz, total, None, None, None
+    dz = torch.mm(rows, weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
+    return dz, total, None
+
+
+class PassLinear(torch.autograd.Function):
+    """((1 + a) z) W^T, the usual case of `AffineLinear` in the step that scores heads.
+
+    dz = (1 + a) G, da = sum_t G z, with G = dY W.
+    """
+
+    @staticmethod
+    def forward(ctx, z, scale, rest):
+        """y (..., N). scale: (h, D) float32, float64 beside a float64 z. rest: weight (N, K), heads, backend."""
+        weight, ctx.heads, ctx.backend = rest
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, scale, weight)
+        rows, D = z.reshape(-1, z.shape[-1]), scale.shape[1]
+        y = linear(primitives(ctx.backend).affine_fwd(rows, scale, ctx.heads, None, None, D), weight)
+        return y.view(*z.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        """The gradients of z and scale that are needed."""
+        if autocast_is_on(grad):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
+        return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
+
+
+def _pass_gradients(grad, z, scale, weight, heads, backend, needs) -> tuple[Tensor | None, ...]:
+    rows = None if z is None else z.reshape(-1, z.shape[-1])
+    g = torch.mm(grad.reshape(-1, grad.shape[-1]), weight)
+    wanted = (needs[0], needs[1], False)
+    # g is a temporary of this call, so that untouched heads cost nothing
+    dz, da, _ = primitives(backend).affine_bwd(g, rows, scale, heads, None, scale.shape[1], wanted, inplace=True)
+    return dz.view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None, da, None
 
 
 class AffineLinear(torch.autograd.Function):
@@ -261,24 +304,32 @@ class GroupedFold(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weights, heads, backend, *offsets):
-        """W_S v_S of every layer."""
+    def forward(ctx, layers, *offsets):
+        """W_S v_S of every layer. layers: their weights, their heads, the backend, and what
+        `gpu.offset_grouped.layer_table` made of these very tensors, or None."""
         ctx.set_materialize_grads(False)
-        ctx.weights, ctx.heads, ctx.backend, ctx.head_dim = weights, heads, backend, offsets[0].shape[1]
-        return tuple(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
+        weights, heads, backend, table = ctx.layers = layers
+        ctx.head_dim = offsets[0].shape[1]
+        return tuple(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads, table))
 
     @staticmethod
     @_once
     def backward(ctx, *grads):
         """dv of every layer that got a gradient, computed together."""
-        reached = [i for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[3 + i]]
-        found: list[Tensor | None] = [None] * len(grads)
-        if reached:
-            rows, weights, heads = ([of[i] for i in reached] for of in (grads, ctx.weights, ctx.heads))
-            computed = as_written(rows[0], primitives(ctx.backend).grouped_bwd, rows, weights, heads, ctx.head_dim)
-            for i, dv in zip(reached, computed, strict=True):
-                found[i] = dv
-        return None, None, None, *found
+        needed = ctx.needs_input_grad
+        reached = [i for i, g in enumerate(grads) if g is not None and needed[i + 1]]
+        if not reached:
+            return None, *[None] * len(grads)
+        rows, (weights, heads, backend, table) = grads, ctx.layers
+        if len(reached) < len(grads):
+            rows, weights, heads = ([of[i] for i in reached] for of in (grads, weights, heads))
+            table = None
+        bwd = primitives(backend).grouped_bwd
+        computed = as_written(rows[0], bwd, rows, weights, heads, ctx.head_dim, table)
+        if len(reached) == len(grads):
+            return None, *computed
+        found = dict(zip(reached, computed, strict=True))
+        return None, *[found.get(i) for i in range(len(grads))]
 
 
 @torch.library.custom_op("lofit::affine", mutates_args=())

@@ -12,8 +12,9 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
-from lofit_kernels.functional import Folded, folded_linear
+from lofit_kernels.layer_fold import Folded, folded_linear
 
+_HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
     "be trained through (bitsandbytes, weight-only torchao), or run it under torch.no_grad()"
@@ -96,12 +97,15 @@ class LofitLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
-        inner = self.inner
+        inner = self._modules["inner"]
         if not self.enabled or (self.peft and not self.active):
             return inner(z)
-        scale, offset = self.scale, self.offset
-        scale, scale_heads = (None, None) if scale is None else (wide(scale), self.scale_heads)
-        offset, offset_heads = (None, None) if offset is None else (wide(offset), self.offset_heads)
+        scale = scale_heads = offset = offset_heads = None
+        listed = self._heads
+        if listed["scale"] is not None:
+            scale, scale_heads = self._vectors("scale")
+        if listed["offset"] is not None:
+            offset, offset_heads = self._vectors("offset")
         plain = plain_tensors(inner)
         if plain is None:
             vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
@@ -142,9 +146,19 @@ class LofitLinear(nn.Module):
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
         if not self.enabled or (self.peft and not self.active):
             return None
-        offset = self.offset
-        plain = plain_tensors(self.inner) if offset is not None and offset.requires_grad else None
-        return None if plain is None or plain[0].requires_grad else (plain[0], wide(offset), self.offset_heads)
+        if self._heads["offset"] is None:
+            return None
+        offset, heads = self._vectors("offset")
+        plain = plain_tensors(self._modules["inner"]) if offset.requires_grad else None
+        return None if plain is None or plain[0].requires_grad else (plain[0], offset, heads)
+
+    def _vectors(self, component: str) -> tuple[Tensor, Tensor]:
+        """The vectors of a component that is there, in float32 at least, and their heads."""
+        own = self._parameters
+        # a parameter's name is looked up elsewhere first; what shards a model makes it a plain attribute
+        vectors = own[component] if component in own else getattr(self, component)
+        # FSDP's mixed precision hands a layer its parameters in 16 bits
+        return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
 
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""
@@ -160,7 +174,7 @@ class LofitLinear(nn.Module):
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
         if outer is None and self.offset is not None and is_plain_linear(self.inner):
-            self.folded = fold_offset(self.inner.weight, wide(self.offset), self.offset_heads)
+            self.folded = fold_offset(self.inner.weight, *self._vectors("offset"))
         try:
             yield
         finally:
@@ -228,29 +242,18 @@ def plain_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     own = vars(module)
     if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _anybody_listens():
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    all_of = module_globals
+    if all_of._global_forward_hooks or all_of._global_forward_pre_hooks:
+        return None
+    if all_of._global_backward_hooks or all_of._global_backward_pre_hooks:
         return None
     parameters = own["_parameters"]
     # a packed layer may be called nn.Linear and have neither; sharded ones have theirs as plain attributes
     weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
-
-
-def _anybody_listens() -> bool:
-    """Whether there are hooks on all modules."""
-    of = module_globals
-    return bool(
-        of._global_forward_hooks
-        or of._global_forward_pre_hooks
-        or of._global_backward_hooks
-        or of._global_backward_pre_hooks
-    )
-
-
-def wide(vectors: Tensor | None) -> Tensor | None:
-    """Vectors in float32 at least: FSDP's mixed precision hands a layer its parameters in 16 bits."""
-    return vectors if vectors is None or vectors.element_size() >= 4 else vectors.float()
 
 
 @contextmanager

@@ -157,11 +157,11 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     """
     grad = unit_columns(grad, "grad")
     _, acc_torch = accumulator(grad, "grad")
-    T, N = grad.shape
+    (T, N), device = grad.shape, grad.device
     if T == 0 or N == 0:
-        return torch.zeros(N, dtype=acc_torch, device=grad.device)
+        return torch.zeros(N, dtype=acc_torch, device=device)
     chunks, programs, numbers, options = _column_sum_plan(grad, T, N, grad.stride(0), grad.dtype)
-    partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
+    partials = torch.empty((chunks, N), dtype=acc_torch, device=device)
     launch(_column_sum_kernel, programs, grad, partials, *numbers, **options)
     return sum_partials(partials, N)[0]
 

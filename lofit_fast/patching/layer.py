@@ -10,7 +10,7 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import device_of, dtype_of, is_dense
+from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.layer_fold import Folded, folded_linear
 
@@ -39,8 +39,9 @@ class LofitLinear(nn.Module):
     inner: the module that computes z W^T + b, with in_features = n_heads * head_dim.
     scale, offset: parameters (h, D), float32 (float64 after `.double()`), rows by ascending head; None if absent.
 
-    The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight. Otherwise
-    `inner` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
+    The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight, or one
+    that accelerate moves from device to device. Otherwise `inner` is called on the affine heads, so that hooks, LoRA
+    and quantized weights are never bypassed.
     `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
     around: modules that tell where and in what an inner module without parameters computes, the nearest first.
     """
@@ -107,9 +108,19 @@ class LofitLinear(nn.Module):
         if listed["offset"] is not None:
             offset, offset_heads = self._vectors("offset")
         plain = plain_tensors(inner)
-        if plain is None:
+        if plain is not None:
+            return self._fused(z, plain, scale, scale_heads, offset, offset_heads)
+        hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
+        if hook is None:
             vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
             return _through(inner, head_affine(z, **vectors))
+        (z,), _ = hook.pre_forward(inner, z)
+        # an offloaded weight is there only now
+        y = self._fused(z, plain_tensors(inner, moved=True), scale, scale_heads, offset, offset_heads)
+        return hook.post_forward(inner, y)
+
+    def _fused(self, z, plain, scale, scale_heads, offset, offset_heads) -> Tensor:
+        """y (..., N) beside the weight and the bias of a plain linear. The rest as `head_affine_linear` takes it."""
         weight, bias = plain
         folded = None
         if offset is not None:
@@ -149,8 +160,16 @@ class LofitLinear(nn.Module):
         if self._heads["offset"] is None:
             return None
         offset, heads = self._vectors("offset")
-        plain = plain_tensors(self._modules["inner"]) if offset.requires_grad else None
+        plain = self._here() if offset.requires_grad else None
         return None if plain is None or plain[0].requires_grad else (plain[0], offset, heads)
+
+    def _here(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) of a projection that is plain, but for a hook that moves tensors; None of any other."""
+        inner = self._modules["inner"]
+        plain = plain_tensors(inner)
+        if plain is None and (moved := plain_tensors(inner, moved=True)) is not None and moving_hook(inner) is not None:
+            return moved
+        return plain
 
     def _vectors(self, component: str) -> tuple[Tensor, Tensor]:
         """The vectors of a component that is there, in float32 at least, and their heads."""
@@ -173,8 +192,10 @@ class LofitLinear(nn.Module):
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
-        if outer is None and self.offset is not None and is_plain_linear(self.inner):
-            self.folded = fold_offset(self.inner.weight, *self._vectors("offset"))
+        plain = self._here() if outer is None and self.offset is not None else None
+        # one that is offloaded comes with its forward
+        if plain is not None and not plain[0].is_meta:
+            self.folded = fold_offset(plain[0], *self._vectors("offset"))
         try:
             yield
         finally:
@@ -235,12 +256,15 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 # asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
-def plain_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other."""
+def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other.
+
+    moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
+    """
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if ("forward" in own and not moved) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None

@@ -254,6 +254,8 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
         raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
     if folded.dtype != wide:
         raise TypeError(f"expected folded in {wide} beside {z.dtype} activations, got {folded.dtype}")
+    if folded.device != z.device:
+        raise ValueError(f"expected z and folded on one device, got {z.device} and {folded.device}")
     loses = offset is not None and offset.requires_grad and not folded.requires_grad
     if loses and torch.is_grad_enabled():
         raise ValueError(

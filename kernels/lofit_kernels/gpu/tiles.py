@@ -16,6 +16,8 @@ from types import MappingProxyType
 
 import torch
 
+from lofit_kernels.devices import unserved
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # bytes of shared memory one program may use; neither Triton nor ptxas checks it
 SHARED_MEMORY = MappingProxyType({"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536})
@@ -202,14 +204,12 @@ def tile(kernel: str, arch: str, size: int) -> Tile:
 
 @lru_cache(maxsize=64)
 def _accelerator(index: int) -> str:
+    refusal = unserved(torch.device("cuda", index))
+    if refusal is not None:
+        raise ValueError(refusal)
     if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        if name in ("gfx90a", "gfx942", "gfx950"):
-            return "gfx942"
-        raise ValueError(f"no Triton tiles for {name}; expected an AMD Instinct accelerator (gfx90a, gfx942, gfx950)")
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        raise ValueError(f"no Triton tiles for compute capability {major}.{minor}; expected 8.0 or newer")
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
     # consumer parts after sm_100 have neither its tensor memory nor its shared memory
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 

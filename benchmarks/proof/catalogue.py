@@ -21,7 +21,7 @@ from triton.runtime.jit import create_function_from_signature
 from lofit_kernels.gpu import affine, linear_backward, linear_forward, offset, offset_grouped
 from lofit_kernels.gpu.launch import recording
 from lofit_kernels.gpu.matmul import descriptor_tiles
-from lofit_kernels.gpu.tiles import ARCHITECTURES, Tile, every_tile
+from lofit_kernels.gpu.tiles import ARCHITECTURES, ONE_STAGE_ROWS, Tile, every_tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -128,6 +128,13 @@ CASES: tuple[Case, ...] = (
     Case("affine_fwd a", lambda i: affine.affine_fwd(i.z, i.a, i.heads, None, None, i.D)),
     Case("affine_fwd v", lambda i: affine.affine_fwd(i.z, None, None, i.a, i.heads, i.D)),
     Case("affine_fwd a v", lambda i: affine.affine_fwd(i.z, i.a, i.heads, i.a, i.heads, i.D), sample=True),
+    Case("affine_fwd a dithered", lambda i: affine.affine_fwd(i.z, i.a, i.heads, None, None, i.D, True)),
+    Case("affine_fwd v dithered", lambda i: affine.affine_fwd(i.z, None, None, i.a, i.heads, i.D, True)),
+    Case(
+        "affine_fwd a v dithered",
+        lambda i: affine.affine_fwd(i.z, i.a, i.heads, i.a, i.heads, i.D, True),
+        sample=True,
+    ),
     Case("affine_delta_fwd", lambda i: affine.affine_delta_fwd(i.z, i.a, i.heads, i.D), sample=True),
     Case("affine_bwd dz", lambda i: i.backward(True, False, False)),
     Case("affine_bwd da", lambda i: i.backward(False, True, False)),
@@ -145,6 +152,10 @@ CASES: tuple[Case, ...] = (
     Case("offset_fold b", lambda i: offset.offset_fold(i.W, i.a, i.heads, i.b), narrow=True),
     Case("offset_fold b float32", lambda i: offset.offset_fold(i.W, i.a, i.heads, i.sum_dY)),
     Case("column_sum", lambda i: offset.column_sum(i.dY), sample=True),
+    Case(
+        "column_sum in two stages",
+        lambda i: offset.column_sum(i.dY.expand(2 * ONE_STAGE_ROWS // T, T, N).flatten(0, 1)),
+    ),
     Case("offset_bwd", lambda i: offset.offset_bwd(i.sum_dY, i.W, i.heads, i.D), sample=True),
     Case("grouped_fold", lambda i: offset_grouped.grouped_fold([i.W] * 3, [i.a] * 3, [i.heads] * 3), sample=True),
     Case(

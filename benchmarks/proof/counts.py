@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.proof.traffic import Traffic, counted
-from benchmarks.speed.op.operators import OPERATORS, SETTINGS, Operator, Projection, projection, step
+from benchmarks.speed.op.operators import OPERATORS, SETTINGS, Operator, Projection, ours, projection, step
 from lofit_kernels.shapes import SHAPES, LayerShape
 
 ARCH = "sm_90"
+# what dispatch chooses where the sweeps are Triton's
+ON_GPU = Operator("ours, on a GPU", partial(ours, backend="triton"), True)
 INDUCTOR = "compiled_hook"
 
 
@@ -152,7 +155,7 @@ def counts(shape: LayerShape, T: int, dtype: torch.dtype = torch.bfloat16, compi
     rows: list[Count | str] = []
     for setting in SETTINGS:
         p = projection(setting, shape, T, dtype, "cpu")
-        for operator in OPERATORS.values():
+        for operator in (OPERATORS["floor"], OPERATORS["ours"], ON_GPU, *list(OPERATORS.values())[2:]):
             why = operator.missing(p) if operator.needs == "compiler" else operator.refusal(p)
             if operator.name == INDUCTOR and not compiled:
                 why = "left out by --no-compile"

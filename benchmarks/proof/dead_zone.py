@@ -107,12 +107,14 @@ def _form(form: str) -> Run:
 
 PATHS = {
     "delta (one accumulator)": Way("scale", _form("delta")),
+    "dither": Way("scale", _form("dither")),
     "pass, or fused prologue": Way("scale", _form("pass")),
     "eager hook, scale": Way("scale", hook_scale),
     "folded weight": Way("scale", folded_weight),
     "two products, added in bf16": Way("scale", two_products),
     "pass, stochastic rounding": Way("scale", stochastic),
     "fold (offset)": Way("offset", _form("auto")),
+    "dither (offset)": Way("offset", _form("dither")),
     "eager hook, offset": Way("offset", hook_offset),
 }
 

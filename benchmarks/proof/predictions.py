@@ -50,7 +50,8 @@ def roofline_rows(
         for model, layer in PREDICTED.items():
             shifted = max(1, round(top * layer.H))
             for step, heads in (("select", {"n_scale": layer.H}), ("tune", {"n_offset": shifted})):
-                shape = Shape(tokens, layer.N, layer.H, layer.D, **heads, itemsize=dtype.itemsize)
+                sizes = {"itemsize": dtype.itemsize, "layers": layer.layers}
+                shape = Shape(tokens, layer.N, layer.H, layer.D, **heads, **sizes)
                 chosen = plan(has_scale=step == "select", many_heads=step == "select", dtype=dtype, device_type="cuda")
                 for path in ("floor", *STEP_PATHS[step]):
                     seen = asdict(roofline.predict(PATHS[path], shape, DEVICES[name]))

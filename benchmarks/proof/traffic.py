@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 _FREE = {
+    "_reshape_alias",
+    "_unsafe_view",
     "alias",
     "detach",
     "empty",
@@ -38,21 +40,33 @@ _ELEMENTWISE = {
     "add_",
     "addmv_",
     "addcmul",
+    "bitwise_and",
+    "bitwise_xor",
+    "__and__",
+    "__rshift__",
     "clone",
     "cat",
     "copy_",
     "index",
     "index_add_",
     "index_select",
+    "isnan",
     "mul",
     "mul_",
     "mv",
     "stack",
     "sub",
     "sum",
+    "where",
 }
 # a fill or a copy of the whole, then the part
 _TWO_STAGES = {"index_copy", "slice_backward"}
+
+
+def launches_of(operator: Any) -> int:
+    """Of an ATen operator: none of a view or an allocation, two of what fills a tensor and then writes into it."""
+    name = operator.name().removeprefix("aten::").split(".")[0]
+    return 0 if operator.is_view or name in _FREE else 2 if name in _TWO_STAGES else 1
 
 
 @dataclass
@@ -86,7 +100,8 @@ class _Aten(TorchDispatchMode):
         name = operator.name().removeprefix("aten::").split(".")[0]
         if operator.is_view or name in _FREE:
             return result
-        inputs = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, Tensor)]
+        given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        inputs = [x for x in tree_flatten((args, given))[0] if isinstance(x, Tensor)]
         written = _sizes(*(x for x in tree_flatten(result)[0] if isinstance(x, Tensor)))
         self.traffic.launches += 1
         # a matrix times a vector reads its matrix for that alone: no GEMM, whatever the operator is called

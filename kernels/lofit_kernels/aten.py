@@ -12,6 +12,8 @@ from torch import Tensor
 
 # bounds the float32 temporaries of the reductions: 16 MiB each
 _ROWS_X_COLUMNS = 1 << 22
+# mantissa bits of float32 that a dtype lacks
+_LACKS = {torch.bfloat16: 16, torch.float16: 13}
 # elements widened at a time on a CPU: 1 MiB of float32, which stays in its cache between writing and reading
 _CACHED = 1 << 18
 
@@ -85,16 +87,36 @@ def affine_fwd(
     offset: Tensor | None,
     offset_heads: Tensor | None,
     head_dim: int,
+    dither: bool = False,
 ) -> Tensor:
-    """(1 + a) z + v, rounded once. z: (T, K); scale, offset: (h, D) or None. Returns (T, K) in z's dtype."""
+    """(1 + a) z + v, rounded once. z: (T, K); scale, offset: (h, D) or None. Returns (T, K) in z's dtype.
+
+    dither: round 16 bits as `dithered` does instead of to the nearest.
+    """
     gain = _dense(scale, scale_heads, z, head_dim, fill=1.0)
     shift = _dense(offset, offset_heads, z, head_dim, fill=0.0)
     if gain is None and shift is None:
         return z.clone()
-    if gain is None:
-        return (z + shift).to(z.dtype)
     # the product of a 16-bit z and a float32 vector is float32: both steps round once, at the end
-    return (z * gain if shift is None else torch.addcmul(shift, z.to(gain.dtype), gain)).to(z.dtype)
+    value = z + shift if gain is None else z * gain if shift is None else torch.addcmul(shift, z.to(gain.dtype), gain)
+    return dithered(value, z) if dither and z.dtype in _LACKS else value.to(z.dtype)
+
+
+def dithered(value: Tensor, z: Tensor) -> Tensor:
+    """value (T, K), float32, in z's 16-bit dtype, rounded up or down so that what is lost is right on the average.
+
+    It goes up with the share of the gap to the next number that it has come, decided by a hash of z (T, K), which value
+    was made of, and the column: no random numbers, and the same for a token wherever it stands in a batch. So neither
+    1 + a nor v can be too small to act. What z's dtype can hold is left as it is, NaN and infinity too.
+    """
+    lacks = _LACKS[z.dtype]
+    columns = torch.arange(value.shape[1], dtype=torch.int32, device=value.device)
+    # any odd numbers with well-mixed bits; products wrap around
+    mixed = (z.float().view(torch.int32) >> lacks) * -1640531535 + columns * -2048144777
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -1028477379
+    below = (1 << lacks) - 1
+    raised = (value.contiguous().view(torch.int32) + ((mixed >> (32 - lacks)) & below)) & ~below
+    return torch.where(value.isnan(), value, raised.view(torch.float32)).to(z.dtype)
 
 
 def affine_delta_fwd(z: Tensor, scale: Tensor, scale_heads: Tensor, head_dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lofit_kernels.aten import head_columns
-from lofit_kernels.dispatch import LOW_PRECISION, has_answers
+from lofit_kernels.dispatch import KEEP_SMALL, LOW_PRECISION, has_answers
 from lofit_kernels.op_arguments import Arguments
 
 
@@ -20,15 +20,16 @@ def is_traced(arguments: Arguments, asked: str) -> bool:
     """Whether `affine_linear` below computes such a case under torch.compile: on a CPU, where an op does no better.
 
     arguments: with the path that is the default for them. asked: the form that was asked for.
-    The op stays for the delta form and for several constants beside 16-bit activations, which need one accumulator for
-    all terms; for a weight that is trained; and for answers measured here, which depend on the number of tokens.
+    The op stays for the delta form, for the dither, and for several constants beside 16-bit activations, which need one
+    accumulator for all terms; for a weight that is trained; and for answers measured here, which depend on the number
+    of tokens.
     """
     z, path = arguments.z, arguments.path
     if z.device.type != "cpu" or path.backend != "aten":
         return False
     shift = arguments.offset is not None or arguments.folded is not None
     constants = shift + (arguments.bias is not None)
-    if arguments.weight.requires_grad or path.form == "delta" or (constants > 1 and z.dtype in LOW_PRECISION):
+    if arguments.weight.requires_grad or path.form in KEEP_SMALL or (constants > 1 and z.dtype in LOW_PRECISION):
         return False
     return arguments.scale is None or asked != "auto" or not has_answers(z.device)
 

@@ -6,15 +6,21 @@ products). Forms:
     fold    y = z W^T + (b + W v)                       offset only: nothing of z is touched or saved
     pass    y = ((1 + a) z) W^T + (b + W v)             one elementwise pass before the GEMM
     delta   y = z W^T + (a z_S) W_S^T + (b + W v)       the middle term is the addend of the GEMM's fp32 accumulator
+    dither  y = ((1 + a) z + v) W^T + b                 16 bits: the pass, rounded up or down by a fixed pattern
 
 In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
-`delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM.
+`delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM. `dither` does not either: what is too
+small for 16 bits moves as many numbers by a whole unit as it should on the average. It costs no more than the pass, and
+adds noise of the size of the rounding.
 
-`MANY` is where that cost is no longer small: beyond it the 16-bit default is `pass`. Step 1, which scales every head to
-rank them, chooses the same heads either way (docs/numerics.md); tuned scales on a few heads keep their full effect.
+`MANY` is where the cost of `delta` is no longer small: beyond it the 16-bit default is `pass`. Step 1, which scales
+every head to rank them, chooses the same heads either way (docs/numerics.md); tuned scales on a few heads keep their
+full effect. With Triton, where a sweep is one kernel, `dither` stands in for `delta`, and for a pass beside an offset,
+which would otherwise read W again to fold it: of what loses no small scale or offset, it is predicted to be fastest on
+every device (docs/kernels/roofline.md).
 
 The default is a table. Answers measured by `autotune.py` on the present device replace it where they are as safe: a
-measured answer may turn `pass` into `delta`, never `delta` into `pass`, however much faster that is.
+measured answer may turn `pass` into `delta` or `dither`, never one of those into `pass`, however much faster that is.
 """
 
 from collections.abc import Mapping
@@ -35,7 +41,9 @@ from lofit_kernels.devices import unserved
 BACKENDS = ("aten", "triton")
 # looked up, not imported
 HAS_TRITON = find_spec("triton") is not None
-FORMS = ("fold", "pass", "delta")
+FORMS = ("fold", "pass", "delta", "dither")
+# lose no small scale, whatever the dtype
+KEEP_SMALL = ("delta", "dither")
 # which of the two products is a Triton kernel with the scale inside: gemm -> (forward, backward); the others are the
 # vendor's
 GEMMS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
@@ -54,6 +62,16 @@ FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
         ("delta", False): "delta",
         ("pass", True): "prologue",
         ("delta", True): "fused delta",
+        ("dither", False): "dither",
+    }
+)
+# (form, whether the backward product is fused) -> what the backward is called
+BACKWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
+    {
+        ("fold", False): "fold",
+        **{(form, fused): name for form in ("pass", "delta") for fused, name in ((False, "pass"), (True, "epilogue"))},
+        ("dither", False): "dither",
+        ("dither", True): "dither epilogue",
     }
 )
 # every path by number: what a compiled graph can hand from a forward to a backward pass
@@ -71,6 +89,9 @@ SMALL_SCALES: Mapping[tuple[str, torch.dtype], str] = MappingProxyType(
         ("pass", torch.float16): "|a| < 2^-12 has no effect on y (its gradient is right)",
         ("delta", torch.bfloat16): "every |a| acts; rounding y adds noise, no bias",
         ("delta", torch.float16): "every |a| acts; rounding y adds noise, no bias",
+        ("dither", torch.bfloat16): "every |a| acts; rounding z and y adds noise, no bias",
+        ("dither", torch.float16): "every |a| acts; rounding z and y adds noise, no bias",
+        **{("dither", dtype): "only for 16 bits" for dtype in (torch.float32, torch.float64)},
         **{(form, dtype): "every |a| acts" for form in ("pass", "delta") for dtype in (torch.float32, torch.float64)},
     }
 )
@@ -102,21 +123,50 @@ class Plan:
 
     @property
     def forward(self) -> str:
-        """The forward's name: fold, pass, delta, prologue or fused delta."""
+        """The forward's name: fold, pass, delta, prologue, fused delta or dither."""
         return FORWARD[self.form, self.fused_forward]
 
     @property
     def backward(self) -> str:
-        """The backward's name: fold (column sum and thin product), pass (after the product) or epilogue (inside it)."""
-        return "fold" if self.form == "fold" else "epilogue" if self.fused_backward else "pass"
+        """The backward's name: fold (column sum and thin product), pass or dither (one sweep after the product, without
+        or with the offset's sum), epilogue or dither epilogue (inside the product)."""
+        return BACKWARD[self.form, self.fused_backward]
 
 
-# (has a scale, 16-bit dtype, on many heads) -> form, gemm, reason; first match wins, None matches both
-_RULES: tuple[tuple[bool, bool | None, bool | None, str, str, str], ...] = (
-    (False, None, None, "fold", "vendor", "offset only: folded into the bias, no activation saved"),
-    (True, True, False, "delta", "vendor", "16-bit scale on few heads: the delta form keeps small scales alive"),
-    (True, True, True, "pass", "vendor", "16-bit scale on many heads: one elementwise pass, then the vendor GEMM"),
-    (True, False, None, "pass", "vendor", "scale in full precision: one elementwise pass, then the vendor GEMM"),
+class Constants(NamedTuple):
+    """has_offset: on any head, folded or not. crowded: an offset that is not folded stands beside a bias, both of which
+    16 bits cannot hold in one."""
+
+    has_offset: bool
+    crowded: bool
+
+
+class _Case(NamedTuple):
+    """What the rules look at.
+
+    has_scale: on any head. low_precision: 16 bits. many_heads: the scale is on more than MANY of them. on_triton: the
+    primitives are Triton's, and the forward product the vendor's. has_offset, crowded: see `Constants`.
+    """
+
+    has_scale: bool
+    low_precision: bool
+    many_heads: bool
+    on_triton: bool
+    has_offset: bool
+    crowded: bool
+
+
+_FOLD = "offset only: folded into the bias, no activation saved"
+_DITHER = "rounded up or down by a fixed pattern: small scales and offsets act at the price of one elementwise pass"
+# a case -> form, gemm, reason; first match wins, None matches both
+_RULES: tuple[tuple[bool | str | None, ...], ...] = (
+    (False, True, None, True, True, True, "dither", "vendor", f"16-bit offset beside a bias, {_DITHER}"),
+    (False, None, None, None, None, None, "fold", "vendor", _FOLD),
+    (True, True, None, True, True, None, "dither", "vendor", f"16-bit scale and offset, {_DITHER}"),
+    (True, True, False, True, None, None, "dither", "vendor", f"16-bit scale on few heads, {_DITHER}"),
+    (True, True, False, None, None, None, "delta", "vendor", "16-bit scale on few heads: keeps small scales alive"),
+    (True, True, True, None, None, None, "pass", "vendor", "16-bit scale on many heads: one elementwise pass"),
+    (True, False, None, None, None, None, "pass", "vendor", "scale in full precision: one elementwise pass"),
 )
 
 
@@ -126,6 +176,8 @@ def plan(
     dtype: torch.dtype,
     device_type: str,
     many_heads: bool = False,
+    has_offset: bool = False,
+    crowded: bool = False,
     form: str = "auto",
     backend: str = "auto",
     gemm: str = "auto",
@@ -135,9 +187,10 @@ def plan(
     """Choose the path for one projection.
 
     has_scale: whether any head has a scale. dtype: of z and W. device_type: "cpu", "cuda", ...
-    many_heads: whether more than the share MANY of the heads has one.
+    many_heads: whether more than the share MANY of the heads has one. has_offset: whether any head has an offset,
+    folded or not. crowded: whether it is not folded and stands beside a bias.
     form, backend, gemm: "auto", or one of FORMS / BACKENDS / GEMMS to insist on it. Without a scale every form is the
-    fold, and every gemm the vendor's.
+    fold, but for the dither of an offset that is not folded, and every gemm the vendor's.
     answer: what was measured to be fastest; ignored where it contradicts what is insisted on, does not run here, or
     would bring in a dead zone that the default does not have.
     refusal: why no Triton kernel serves this very device (`devices.unserved`); the default is then ATen.
@@ -147,7 +200,8 @@ def plan(
     known = default_backends(device_type, dtype, refusal)
     # torch.compile would trace past the cache, with a warning
     choose = _choose if torch.compiler.is_compiling() else _choose_once
-    case = _Case(has_scale, dtype in LOW_PRECISION, many_heads)
+    sweeps = (known[0] if backend == "auto" else backend) == "triton" and gemm in ("auto", "vendor", "fused_backward")
+    case = _Case(has_scale, dtype in LOW_PRECISION, many_heads, sweeps, has_offset, crowded)
     return choose(case, dtype, Path(form, backend, gemm), answer, known, refusal)
 
 
@@ -188,7 +242,7 @@ def _choose(
     chosen = Path(*(part if wish == "auto" else wish for wish, part in zip(asked, default, strict=True)))
     refusal = _unknown(chosen)
     if not has_scale:
-        chosen = Path("fold", chosen.backend, "vendor")
+        chosen = Path("dither" if chosen.form == "dither" and case.has_offset else "fold", chosen.backend, "vendor")
     elif asked.form != "auto" or asked.gemm != "auto":
         reason = "asked for"
     refusal = refusal or _refusal(chosen, has_scale, dtype) or (unable if chosen.backend == "triton" else None)
@@ -200,23 +254,59 @@ def _choose(
 _choose_once = lru_cache(maxsize=1024)(_choose)
 
 
-def plan_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Plan:
+def plan_for(
+    T: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    form: str,
+    backend: str,
+    gemm: str,
+    has_offset: bool = False,
+    crowded: bool = False,
+) -> Plan:
     """`plan` for a projection of T rows as it is about to run, with the answers measured for its device and shape.
 
-    weight: (N, K); scale: (h, D) or None. Remembered by everything but the exact T, of which only the power of four
-    below it counts.
+    weight: (N, K); scale: (h, D) or None; has_offset, crowded: as for `plan`. Remembered by everything but the exact T,
+    of which only the power of four below it counts.
     """
-    return _remembered(*_case(T, weight, scale), weight.dtype, weight.device, form, backend, gemm)
+    return _remembered(*_sizes(T, weight, scale), weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
-def path_for(T: int, weight: Tensor, scale: Tensor | None, form: str, backend: str, gemm: str) -> Path:
+def path_for(
+    T: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    form: str,
+    backend: str,
+    gemm: str,
+    has_offset: bool = False,
+    crowded: bool = False,
+) -> Path:
     """The path of `plan_for`."""
-    return _remembered_path(*_case(T, weight, scale), weight.dtype, weight.device, form, backend, gemm)
+    sizes = _sizes(T, weight, scale)
+    return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
-def _case(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
     """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
     return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
+
+
+def added(bias: Tensor | None, offset: Tensor | None, folded: Tensor | None) -> Constants:
+    """What `plan` is to know of a projection's constants, each of which may be absent."""
+    unfolded = offset is not None and folded is None
+    return Constants(unfolded or folded is not None, unfolded and bias is not None)
+
+
+def folds_beforehand(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the default path of a projection with an offset takes it folded: what `fold_offsets` can do early."""
+    # the most frequent case first: no rule has another form for it
+    if scale is None and bias is None:
+        return True
+    many = scale is not None and is_many(scale.numel(), weight.shape[1])
+    case = {"has_scale": scale is not None, "many_heads": many, "has_offset": True, "crowded": bias is not None}
+    kind = {"dtype": weight.dtype, "device_type": weight.device.type, "refusal": unserved(weight.device)}
+    return plan(**case, **kind).form != "dither"
 
 
 def is_many(scaled: int, of: int) -> bool:
@@ -265,8 +355,8 @@ def valid_paths(
 
     backends: those to consider. safe_only: leave out forms with a dead zone where the default has none.
     """
-    default, _, _ = _default(_Case(has_scale, dtype in LOW_PRECISION, many_heads))
-    forms = ("fold",) if not has_scale else sorted(("pass", "delta"), key=lambda form: form != default)
+    default, _, _ = _default(_Case(has_scale, dtype in LOW_PRECISION, many_heads, False, False, False))
+    forms = ("fold",) if not has_scale else sorted(FORMS[1:], key=lambda form: form != default)
     allowed = [form for form in forms if not safe_only or _as_safe(form, default)]
     paths = (Path(form, backend, gemm) for form in allowed for backend in backends for gemm in GEMMS)
     return [path for path in paths if _refusal(path, has_scale, dtype) is None and (has_scale or path.gemm == "vendor")]
@@ -277,27 +367,20 @@ _ANSWERS: dict[str, Mapping[Key, Path]] = {}
 
 
 @lru_cache(maxsize=4096)
-def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm) -> Plan:
+def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_offset, crowded) -> Plan:
     answer = None
     if vectors is not None and "auto" in (form, backend, gemm):
         key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
         answer = answers_for(answers.device_name(device)).get(key)
     many = vectors is not None and is_many(vectors[0] * vectors[1], K)
-    wishes = {"many_heads": many, "form": form, "backend": backend, "gemm": gemm, "refusal": unserved(device)}
+    wishes = {"many_heads": many, "has_offset": has_offset, "crowded": crowded, "refusal": unserved(device)}
+    wishes |= {"form": form, "backend": backend, "gemm": gemm}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
 
 
 @lru_cache(maxsize=4096)
 def _remembered_path(*of) -> Path:
     return _remembered(*of).path
-
-
-class _Case(NamedTuple):
-    """What the rules look at."""
-
-    has_scale: bool
-    low_precision: bool
-    many_heads: bool
 
 
 def _default(case: _Case) -> tuple[str, str, str]:
@@ -307,7 +390,7 @@ def _default(case: _Case) -> tuple[str, str, str]:
 
 def _as_safe(form: str, default: str) -> bool:
     """Whether a form loses no small scale that the default form keeps."""
-    return form in (default, "delta")
+    return form in (default, *KEEP_SMALL)
 
 
 def _applies(answer: Path, asked: Path, default: Path, backends: tuple[str, ...]) -> bool:
@@ -330,6 +413,14 @@ def _refusal(path: Path, has_scale: bool, dtype: torch.dtype) -> str | None:
         (
             path.gemm != "vendor" and path.backend != "triton",
             f"gemm {path.gemm!r} is a Triton kernel: expected backend 'triton', got {path.backend!r}",
+        ),
+        (
+            path.form == "dither" and dtype not in LOW_PRECISION,
+            f"form 'dither' rounds to 16 bits: expected {LOW_PRECISION}, got {dtype}",
+        ),
+        (
+            path.form == "dither" and GEMMS[path.gemm][0],
+            f"no product rounds with form 'dither': expected gemm 'vendor' or 'fused_backward', got {path.gemm!r}",
         ),
         (
             path.backend == "triton" and dtype not in TRITON_DTYPES,

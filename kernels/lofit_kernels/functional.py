@@ -10,7 +10,7 @@ from lofit_kernels import compiled_cpu, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
 from lofit_kernels.devices import unserved
-from lofit_kernels.dispatch import Plan, has_answers, is_many, path_for, plan, plan_on
+from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, path_for, plan, plan_on
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
@@ -56,13 +56,14 @@ def head_affine_linear(
     if autocast or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
         z, weight, bias = _autocast(z, weight, bias)
         scale_heads, offset_heads = _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded)
-    if torch.compiler.is_compiling():
-        asked = Path(form, backend, gemm)
+    asked = Path(form, backend, gemm) if torch.compiler.is_compiling() else None
+    constants = added(bias, offset, folded)
+    if asked is not None:
         # the number of tokens may be a symbol there, which no measured answer can be looked up for
-        path = _default(z, weight, scale, asked).path
+        path = _default(z, weight, scale, asked, constants).path
     else:
-        path = path_for(1 if scale is None else z.shape[:-1].numel(), weight, scale, form, backend, gemm)
-        asked = None
+        T = 1 if scale is None else z.shape[:-1].numel()
+        path = path_for(T, weight, scale, form, backend, gemm, *constants)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, path)
@@ -115,11 +116,11 @@ def _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) 
     return heads
 
 
-def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path) -> Plan:
+def _default(z: Tensor, weight: Tensor, scale: Tensor | None, asked: Path, constants: Constants) -> Plan:
     """The path where nothing was measured."""
     many = scale is not None and is_many(scale.numel(), weight.shape[1])
     case = {"has_scale": scale is not None, "many_heads": many, "dtype": z.dtype, "device_type": z.device.type}
-    return plan(**case, **asked._asdict(), refusal=unserved(z.device))
+    return plan(**case, **constants._asdict(), **asked._asdict(), refusal=unserved(z.device))
 
 
 def _compiled(arguments: Arguments, asked: Path) -> Tensor:

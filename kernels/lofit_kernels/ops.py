@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lofit_kernels.answers import Path
-from lofit_kernels.dispatch import NUMBERED_PATHS, plan_for
+from lofit_kernels.dispatch import NUMBERED_PATHS, added, plan_for
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
 
@@ -71,13 +71,14 @@ def affine_linear(
     """
     flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
     arguments = Arguments.rebuilt(flat)
-    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path).path
+    path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path, *added(bias, offset, folded)).path
     return as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
 def _(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm="auto"):
-    path = Path("fold", backend, "vendor") if scale is None else Path(form, backend, gemm)
+    alone = "dither" if form == "dither" and (offset is not None or folded is not None) else "fold"
+    path = Path(alone, backend, "vendor") if scale is None else Path(form, backend, gemm)
     # a number that only the run tells keeps Inductor from using CUDA graphs: none where nothing is left to choose
     number = torch.library.get_ctx().new_dynamic_size() if "auto" in path else NUMBERED_PATHS.index(path)
     return z.new_empty(*z.shape[:-1], weight.shape[0]), number
@@ -152,7 +153,7 @@ def eager_affine_linear(arguments: Arguments) -> Tensor:
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose, outside of autocast."""
     z, weight, bias, scale, heads, offset, _, folded, (form, backend, gemm) = arguments
     if bias is None and not weight.requires_grad and gemm == "vendor":
-        if scale is None and folded is not None:
+        if form == "fold" and folded is not None:
             return FoldedLinear.apply(z, folded, (weight, folded.to(z.dtype), backend))
         if form == "pass" and offset is None and folded is None:
             return PassLinear.apply(z, scale, (weight, heads, backend))

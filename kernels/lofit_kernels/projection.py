@@ -3,9 +3,10 @@ scale inside. `dispatch.py` chooses among these; nothing is chosen here.
 
     fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
     delta        y = z W^T + (a z_S) W_S^T + (b + W v)
-    backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S
+    dither       y = x W^T + b                    x = (1 + a) z + v, rounded up or down
+    backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S, or sum_t G with the dither
 
-The offset is always folded, so its gradient needs a column sum and a thin product, and no activation.
+But for the dither the offset is folded, so its gradient needs a column sum and a thin product, and no activation.
 """
 
 from types import ModuleType
@@ -40,7 +41,8 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     z, weight, bias, scale, scale_heads, offset, offset_heads, folded, (form, backend, gemm) = arguments
     rows = z.reshape(-1, z.shape[-1])
     on = primitives(backend)
-    if offset is not None and folded is None:
+    inside = form == "dither" and folded is None
+    if offset is not None and folded is None and not inside:
         folded = on.offset_fold(weight, offset, offset_heads)
     constants = [term for term in (bias, folded) if term is not None]
     fused, _ = GEMMS[gemm]
@@ -51,6 +53,9 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     addend = None
     if form == "pass":
         rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
+    elif form == "dither":
+        vectors = (offset, offset_heads) if inside else (None, None)
+        rows = on.affine_fwd(rows, scale, scale_heads, *vectors, arguments.head_dim, dither=True)
     elif form == "delta":
         part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
         addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
@@ -62,7 +67,9 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
     if addend is None:
         y = linear(rows, weight, constant)
     else:
-        y = torch.addmm(addend if constant is None else addend + constant, rows, weight.T)
+        # accumulated where it is: as an argument beside its result it would be copied there first
+        addend = addend if constant is None else addend.add_(constant)
+        y = torch.addmm(addend, rows, weight.T, out=addend)
     return y.view(*z.shape[:-1], y.shape[-1])
 
 
@@ -75,26 +82,30 @@ def affine_linear_bwd(
     Sums over tokens are float32 (float64 for float64); the others have their input's dtype.
     """
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset = needs
-    z, weight, _, scale, scale_heads, offset, offset_heads, _, (_, backend, gemm) = arguments
+    z, weight, _, scale, scale_heads, offset, offset_heads, _, (form, backend, gemm) = arguments
     dy = grad.reshape(-1, grad.shape[-1])
     on = primitives(backend)
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     dz = d_weight = d_bias = d_scale = d_offset = None
-    if needs_bias or needs_offset:
+    # where G is computed anyway, the sum over it is at hand
+    from_g = needs_offset and form == "dither" and (needs_z or needs_scale)
+    if needs_bias or (needs_offset and not from_g):
         total = on.column_sum(dy)
         d_bias = total if needs_bias else None
-        d_offset = on.offset_bwd(total, weight, offset_heads, arguments.head_dim) if needs_offset else None
-    wanted = (needs_z, needs_scale, False)
-    _, fused = GEMMS[gemm]
-    if fused and (needs_z or needs_scale):
-        dz, d_scale, _ = on.affine_linear_bwd(dy, weight, rows, scale, scale_heads, None, scale.shape[1], wanted)
-    elif needs_z or needs_scale:
-        g = dy @ weight
-        if scale is None:
-            dz = g
+        if needs_offset and not from_g:
+            d_offset = on.offset_bwd(total, weight, offset_heads, arguments.head_dim)
+    if needs_z or needs_scale:
+        wanted = (needs_z, needs_scale, from_g)
+        vectors = (scale, scale_heads, offset_heads if from_g else None, arguments.head_dim, wanted)
+        if GEMMS[gemm][1]:
+            dz, d_scale, d_sum = on.affine_linear_bwd(dy, weight, rows, *vectors)
+        elif scale is None and not from_g:
+            dz, d_sum = dy @ weight, None
         else:
-            # g is a temporary of this call, so that untouched heads cost nothing
-            dz, d_scale, _ = on.affine_bwd(g, rows, scale, scale_heads, None, scale.shape[1], wanted, inplace=True)
+            # G is a temporary of this call, so that untouched heads cost nothing
+            dz, d_scale, d_sum = on.affine_bwd(dy @ weight, rows, *vectors, inplace=True)
+        if from_g:
+            d_offset = d_sum
     if needs_weight:
         d_weight = dy.T @ on.affine_fwd(rows, scale, scale_heads, offset, offset_heads, arguments.head_dim)
     dz = dz.view(*grad.shape[:-1], weight.shape[1]) if needs_z else None

@@ -1,14 +1,15 @@
 """What each path must do, counted, and how long it would then take on a device: a prediction, not a measurement.
 
 A path is a list of steps, one kernel each. Counted per step: floating-point operations of its products, and the bytes
-of every tensor of T x K, T x N or N x K numbers that it reads and writes, each once. Left out: vectors, partial sums,
-and whatever a cache saves or costs. A step takes
+of every tensor of T x K, T x N or N x K numbers that it reads and writes, each once. Left out: the bytes of vectors and
+partial sums, and whatever a cache saves or costs. A step takes
 
-    max(operations / (peak * efficiency), bytes / bandwidth, shortest kernel)
+    max(operations / (peak * efficiency), bytes / bandwidth, launches * shortest kernel)
 
-and a path the sum over its steps; the floor is the frozen projection's two products. `hook` is LoFiT written in eager
-PyTorch with float32 vectors over all heads; its counts are checked against what autograd really runs in
-tests/kernels/test_roofline.py. `compiled hook` assumes one kernel forward, and backward one reduction and one pass.
+and a path the sum over its steps; the floor is the frozen projection's two products. What a patched model does once for
+all layers is a share of a launch per layer. `hook` is LoFiT written in eager PyTorch with float32 vectors over all
+heads; its counts are checked against what autograd really runs in tests/kernels/test_roofline.py. `compiled hook`
+assumes one kernel forward, and backward one for both sums, a second stage of them, and one for dz.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
+
 SWEEP, VENDOR, TRITON = "sweep", "vendor", "triton"
+# rows that Inductor sums in one stage: of more it makes parts, 32 numbers of 4 rows each, and adds them in a second
+INDUCTOR_ROWS = 128
 # bytes of one number of a hook's vectors, and of what it computes with them
 WIDE = 4
 
@@ -46,7 +51,7 @@ class Device:
         peak = (self.tflops32 if itemsize == WIDE else self.tflops16) * 1e12 * self.gemm
         rate = peak * self.triton if step.by == TRITON else peak
         moving = step.bytes / (self.bandwidth * 1e12 * self.memory)
-        return max(step.flops / rate, moving, self.launch)
+        return max(step.flops / rate, moving, step.launches * self.launch)
 
 
 DEVICES: Mapping[str, Device] = MappingProxyType(
@@ -63,6 +68,8 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
             Device("B200", "sm_100", 2250, 80, 8.0),
             # AMD, Instinct MI300X data sheet
             Device("MI300X", "gfx942", 1307.4, 163.4, 5.3),
+            # NVIDIA, Ada GPU architecture whitepaper; bf16 with float32 accumulation, dense
+            Device("RTX 4090", "sm_89", 165.2, 82.6, 1.008),
         )
     }
 )
@@ -72,7 +79,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 class Shape:
     """One projection: T tokens, N outputs, H heads of D inputs, of which n_scale have a scale and n_offset an offset.
 
-    itemsize: bytes of a number of z, W and y.
+    itemsize: bytes of a number of z, W and y. layers: of the model that are folded together; 1 for a call of its own.
     """
 
     T: int
@@ -82,11 +89,12 @@ class Shape:
     n_scale: int = 0
     n_offset: int = 0
     itemsize: int = 2
+    layers: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.T, self.N, self.H, self.D)
+        sizes = (self.T, self.N, self.H, self.D, self.layers)
         if min(sizes) < 1:
-            raise ValueError(f"expected T, N, H and D of at least 1, got {sizes}")
+            raise ValueError(f"expected T, N, H, D and layers of at least 1, got {sizes}")
         if not (0 <= self.n_scale <= self.H and 0 <= self.n_offset <= self.H):
             raise ValueError(f"expected at most {self.H} heads, got {self.n_scale} scaled and {self.n_offset} shifted")
         if self.itemsize not in (2, WIDE):
@@ -113,6 +121,11 @@ class Shape:
         return self.T * self.n_scale * self.D * self.itemsize
 
     @property
+    def z_listed(self) -> int:
+        """Bytes of z's columns that have a vector; the smaller set of heads is taken to be within the larger."""
+        return self.T * max(self.n_scale, self.n_offset) * self.D * self.itemsize
+
+    @property
     def y(self) -> int:
         """Bytes of y or dY."""
         return self.T * self.N * self.itemsize
@@ -132,13 +145,14 @@ class Shape:
 
 
 class Step(NamedTuple):
-    """One kernel: bytes read and written, operations of a product, and who runs it (SWEEP, VENDOR, TRITON)."""
+    """One kernel: bytes read and written, operations of a product, who runs it (SWEEP, VENDOR, TRITON), launches."""
 
     name: str
     read: int
     written: int
     flops: int = 0
     by: str = SWEEP
+    launches: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -158,12 +172,24 @@ def _product_bwd(s: Shape) -> Step:
 
 
 def _folded(s: Shape) -> Steps:
-    return [Step("W v", s.columns(s.n_offset), 0)] if s.n_offset else []
+    if not s.n_offset:
+        return []
+    # of all layers together: the products, a copy that brings them together, and its cast to 16 bits
+    return [Step("W v", s.columns(s.n_offset), 0, launches=(3 if s.itemsize < WIDE else 1) / s.layers)]
 
 
 def _folded_bwd(s: Shape) -> Steps:
+    if not s.n_offset:
+        return []
     columns = s.columns(s.n_offset)
-    return [Step("sum dY", s.y, 0), Step("(sum dY) W_S", columns, 0)] if s.n_offset else []
+    own = [Step("sum dY", s.y, 0), *(_second_stage() if s.T > ONE_STAGE_ROWS else [])]
+    # of all layers together: a copy that brings the sums together, the products, their second stage
+    return [*own, Step("(sum dY) W_S", columns, 0, launches=3 / s.layers)]
+
+
+def _second_stage() -> Steps:
+    """The launch that adds up partial sums, whose bytes are left out."""
+    return [Step("second stage", 0, 0)]
 
 
 def _hook(s: Shape) -> Steps:
@@ -197,7 +223,8 @@ def _compiled(s: Shape) -> Steps:
 
 def _compiled_bwd(s: Shape) -> Steps:
     read = s.z + (s.z if s.n_scale else 0)
-    return [_product_bwd(s), Step("sums", read, 0), *([Step("G (1 + a)", s.z, s.z)] if s.n_scale else [])]
+    later = _second_stage() if s.T > INDUCTOR_ROWS else []
+    return [_product_bwd(s), Step("sums", read, 0), *later, *([Step("G (1 + a)", s.z, s.z)] if s.n_scale else [])]
 
 
 def _pass(s: Shape) -> Steps:
@@ -206,7 +233,15 @@ def _pass(s: Shape) -> Steps:
 
 def _pass_bwd(s: Shape) -> Steps:
     # dz is written over G, on the scaled heads alone
-    return [_product_bwd(s), Step("dz, da", 2 * s.z_scaled, s.z_scaled), *_folded_bwd(s)]
+    return [_product_bwd(s), Step("dz, da", 2 * s.z_scaled, s.z_scaled), *_second_stage(), *_folded_bwd(s)]
+
+
+def _dither(s: Shape) -> Steps:
+    return [Step("(1 + a) z + v", s.z, s.z), _product(s)]
+
+
+def _dither_bwd(s: Shape) -> Steps:
+    return [_product_bwd(s), Step("dz, da, dv", s.z_listed + s.z_scaled, s.z_scaled), *_second_stage()]
 
 
 def _delta(s: Shape) -> Steps:
@@ -217,8 +252,8 @@ def _delta(s: Shape) -> Steps:
     if s.n_offset and s.itemsize < WIDE:
         steps.append(Step("constants as columns", s.z + s.weight, s.z + s.weight))
     steps.append(Step("(a z_S) W_S^T", s.z_scaled + columns, s.y, s.product(s.n_scale * s.D), VENDOR))
-    # addmm copies its addend into the result, then accumulates there
-    return [*steps, Step("copy the addend", s.y, s.y), _product(s)._replace(read=s.z + s.weight + s.y)]
+    # accumulated where the addend already is
+    return [*steps, _product(s)._replace(read=s.z + s.weight + s.y)]
 
 
 def _prologue(s: Shape) -> Steps:
@@ -231,7 +266,11 @@ def _fused_delta(s: Shape) -> Steps:
 
 def _epilogue_bwd(s: Shape) -> Steps:
     product = _product_bwd(s)._replace(read=s.y + s.weight + s.z_scaled, by=TRITON)
-    return [product, *_folded_bwd(s)]
+    return [product, *_second_stage(), *_folded_bwd(s)]
+
+
+def _dither_epilogue_bwd(s: Shape) -> Steps:
+    return [_product_bwd(s)._replace(read=s.y + s.weight + s.z_scaled, by=TRITON), *_second_stage()]
 
 
 # the names of `dispatch.Plan.forward` and `dispatch.Plan.backward`, and the peers'
@@ -244,6 +283,7 @@ FORWARD: Mapping[str, Callable[[Shape], Steps]] = MappingProxyType(
         "delta": _delta,
         "fused delta": _fused_delta,
         "prologue": _prologue,
+        "dither": _dither,
         "fold": lambda s: [*_folded(s), _product(s)],
     }
 )
@@ -254,6 +294,8 @@ BACKWARD: Mapping[str, Callable[[Shape], Steps]] = MappingProxyType(
         "compiled hook": _compiled_bwd,
         "pass": _pass_bwd,
         "epilogue": _epilogue_bwd,
+        "dither": _dither_bwd,
+        "dither epilogue": _dither_epilogue_bwd,
         "fold": lambda s: [_product_bwd(s), *_folded_bwd(s)],
     }
 )
@@ -267,6 +309,7 @@ PATHS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "delta": ("delta", "pass"),
         "fused delta": ("fused delta", "epilogue"),
         "prologue": ("prologue", "epilogue"),
+        "dither": ("dither", "dither"),
         "fold": ("fold", "fold"),
     }
 )
@@ -316,4 +359,4 @@ def predict(path: tuple[str, str], shape: Shape, device: Device) -> Prediction:
 def device_like(name: str) -> Device | None:
     """The row of a device by its own name or one that contains it ("NVIDIA H100 80GB HBM3"), or None."""
     words = name.upper().replace("-", " ").split()
-    return next((row for row in DEVICES.values() if row.name in words), None)
+    return next((row for row in DEVICES.values() if set(row.name.upper().split()) <= set(words)), None)

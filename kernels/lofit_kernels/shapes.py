@@ -35,6 +35,7 @@ SHAPES: dict[str, LayerShape] = {
     "Llama-2-7B": LayerShape(layers=32, H=32, H_kv=32, D=128, N=4096, inner=11008),
     "Llama-3-8B": LayerShape(layers=32, H=32, H_kv=8, D=128, N=4096, inner=14336),
     "Gemma-7B": LayerShape(layers=28, H=16, H_kv=16, D=256, N=3072, inner=24576),
+    "Gemma-2-9B": LayerShape(layers=42, H=16, H_kv=8, D=256, N=3584, inner=14336),
     "Llama-2-13B": LayerShape(layers=40, H=40, H_kv=40, D=128, N=5120, inner=13824),
     "Llama-3-70B": LayerShape(layers=80, H=64, H_kv=8, D=128, N=8192, inner=28672),
     # not a model: small enough for Triton's interpreter, with grouped heads and N no multiple of a tile

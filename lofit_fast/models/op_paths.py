@@ -122,7 +122,8 @@ def _layer_row(
     if scaled:
         answer = known.get(answers.key(dtype, layer.N, layer.H * layer.D, layer.D, scaled, tokens))
     many = is_many(scaled, layer.H)
-    chosen = plan(has_scale=scaled > 0, many_heads=many, dtype=dtype, device_type=kind, answer=answer)
+    case = {"has_scale": scaled > 0, "many_heads": many, "has_offset": shifted > 0}
+    chosen = plan(**case, dtype=dtype, device_type=kind, answer=answer)
     row |= {"forward": chosen.forward, "backward": chosen.backward, "backend": chosen.backend, "gemm": chosen.gemm}
     row |= {"why": chosen.reason, "small_scales": SMALL_SCALES[chosen.form, dtype]}
     return row | _cost(layer, scaled, shifted, tokens, dtype, model, chosen)

@@ -12,6 +12,7 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
+from lofit_kernels.dispatch import folds_beforehand
 from lofit_kernels.layer_fold import Folded, folded_linear
 
 _HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
@@ -61,7 +62,7 @@ class LofitLinear(nn.Module):
         self.enabled = True
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
-        # how a scale is computed, see `lofit_kernels.dispatch`: "pass" or "delta" insists
+        # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
@@ -161,7 +162,11 @@ class LofitLinear(nn.Module):
             return None
         offset, heads = self._vectors("offset")
         plain = self._here() if offset.requires_grad else None
-        return None if plain is None or plain[0].requires_grad else (plain[0], offset, heads)
+        if plain is None or plain[0].requires_grad:
+            return None
+        # an offset by itself always does
+        alone = plain[1] is None and self._heads["scale"] is None and self.form == "auto"
+        return (plain[0], offset, heads) if alone or self._takes_folded(*plain) else None
 
     def _here(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) of a projection that is plain, but for a hook that moves tensors; None of any other."""
@@ -179,11 +184,15 @@ class LofitLinear(nn.Module):
         # FSDP's mixed precision hands a layer its parameters in 16 bits
         return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
 
+    def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the projection takes W v, and not the offset itself."""
+        return self.form in ("pass", "delta") or (self.form == "auto" and folds_beforehand(weight, self.scale, bias))
+
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""
         if not torch.is_grad_enabled():
             return self.folded
-        if weight.requires_grad or not offset.requires_grad:
+        if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
         folded = self.early.folded
         return fold_offsets([weight], [offset], [heads])[0] if folded is None else folded
@@ -194,7 +203,7 @@ class LofitLinear(nn.Module):
         outer = self.folded
         plain = self._here() if outer is None and self.offset is not None else None
         # one that is offloaded comes with its forward
-        if plain is not None and not plain[0].is_meta:
+        if plain is not None and not plain[0].is_meta and self._takes_folded(*plain):
             self.folded = fold_offset(plain[0], *self._vectors("offset"))
         try:
             yield

@@ -13,6 +13,8 @@ from lofit_kernels.dispatch import (
     GEMMS,
     NUMBERED_PATHS,
     SMALL_SCALES,
+    added,
+    folds_beforehand,
     plan,
     plan_for,
     use_answers,
@@ -37,6 +39,21 @@ FORM_TABLE = [
     (True, BF16, True, "pass"),
 ]
 
+# with Triton: (has a scale, on many heads, has an offset, crowded), dtype, gemm -> form
+SWEEP_TABLE = [
+    ((True, False, False, False), BF16, "auto", "dither"),
+    ((True, False, True, False), F16, "auto", "dither"),
+    ((True, True, True, False), BF16, "auto", "dither"),
+    ((True, True, True, True), F16, "fused_backward", "dither"),
+    ((True, True, False, False), BF16, "auto", "pass"),
+    ((True, False, True, False), BF16, "fused", "delta"),
+    ((True, True, True, False), BF16, "fused_forward", "pass"),
+    ((True, False, True, True), F32, "auto", "pass"),
+    ((False, False, True, False), BF16, "auto", "fold"),
+    ((False, False, True, True), BF16, "auto", "dither"),
+    ((False, False, True, True), F32, "auto", "fold"),
+]
+
 # (device, dtype, Triton installed) -> backend
 BACKEND_TABLE = [
     ("cpu", F32, True, "aten"),
@@ -54,6 +71,11 @@ REFUSALS = [
     ({"form": "fold", "has_scale": True}, "'fold' cannot express a scale"),
     ({"backend": "cutlass"}, "unknown backend 'cutlass'.*'aten', 'triton'"),
     ({"backend": "triton", "dtype": F64}, "'triton' computes in .*float64"),
+    ({"form": "dither", "has_scale": True}, "'dither' rounds to 16 bits: expected .*float32"),
+    (
+        {"form": "dither", "has_scale": True, "dtype": F16, "backend": "triton", "gemm": "fused"},
+        "'vendor' or 'fused_backward', got 'fused'",
+    ),
     ({"gemm": "cublas"}, "unknown gemm 'cublas'.*'vendor', 'fused_forward', 'fused_backward', 'fused'"),
     ({"gemm": "cublas", "has_scale": True}, "unknown gemm 'cublas'"),
     ({"gemm": "fused", "has_scale": True}, "'fused' is a Triton kernel: expected backend 'triton', got 'aten'"),
@@ -70,6 +92,8 @@ NAMES = [
     ("delta", "fused", "fused delta", "epilogue"),
     ("pass", "fused_forward", "prologue", "pass"),
     ("delta", "fused_backward", "delta", "epilogue"),
+    ("dither", "vendor", "dither", "dither"),
+    ("dither", "fused_backward", "dither", "dither epilogue"),
 ]
 
 # dtype, measured answer, what is taken: an answer may add precision, never a dead zone
@@ -98,6 +122,51 @@ def test_plan_form(has_scale, dtype, many_heads, form):
     chosen = choose(has_scale=has_scale, dtype=dtype, many_heads=many_heads)
     assert chosen.form == form
     assert chosen.reason
+
+
+@pytest.mark.parametrize("case, dtype, gemm, form", SWEEP_TABLE)
+def test_plan_form_where_a_sweep_is_one_kernel(case, dtype, gemm, form, triton_installed):
+    triton_installed(True)
+    names = ("has_scale", "many_heads", "has_offset", "crowded")
+    given = {**dict(zip(names, case, strict=True)), "dtype": dtype, "gemm": gemm}
+    chosen = choose(**given, device_type="cuda")
+    assert (chosen.form, chosen.backend) == (form, "triton")
+    # insisting on the backend is enough, and ATen keeps the forms of the table above
+    assert choose(**given, backend="triton").form == form
+    if gemm == "auto":
+        aten = choose(**given, device_type="cuda", backend="aten")
+        assert aten.form == choose(**given).form != "dither"
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ((None, None, None), (False, False)),
+        (("b", None, None), (False, False)),
+        (("b", "v", None), (True, True)),
+        ((None, "v", None), (True, False)),
+        (("b", "v", "W v"), (True, False)),
+        (("b", None, "W v"), (True, False)),
+    ],
+)
+def test_added_says_what_the_constants_are(given, expected):
+    tensors = [None if name is None else torch.empty(0) for name in given]
+    assert added(*tensors) == expected
+
+
+def test_folds_beforehand_but_for_the_dither(triton_installed):
+    triton_installed(True)
+    few, many, bias = torch.empty(1, 8, device="meta"), torch.empty(4, 8, device="meta"), torch.empty(24, device="meta")
+    assert folds_beforehand(torch.empty(24, 32, dtype=BF16), few, bias)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    weight = torch.empty(24, 32, dtype=BF16, device="meta").as_subclass(OnGpu)
+    assert folds_beforehand(weight, None, None)
+    assert not any(folds_beforehand(weight, scale, None) for scale in (few, many))
+    assert not folds_beforehand(weight, None, bias)
+    assert folds_beforehand(weight.float(), few, bias)
 
 
 @pytest.mark.parametrize("device_type, dtype, installed, backend", BACKEND_TABLE)
@@ -136,7 +205,7 @@ def test_plan_is_frozen():
 
 @pytest.mark.parametrize("form, gemm, forward, backward", NAMES)
 def test_plan_takes_the_gemm_asked_for(form, gemm, forward, backward):
-    chosen = choose(has_scale=True, form=form, gemm=gemm, backend="triton")
+    chosen = choose(has_scale=True, dtype=F16, form=form, gemm=gemm, backend="triton")
     assert (chosen.path, chosen.reason) == ((form, "triton", gemm), "asked for")
     assert (chosen.forward, chosen.backward) == (forward, backward)
 
@@ -174,7 +243,7 @@ def test_plan_ignores_an_answer_that_does_not_run_here():
 def test_valid_paths_are_just_those_that_are_not_refused(dtype):
     found = valid_paths(has_scale=True, dtype=dtype)
     accepted = set()
-    for form in ("pass", "delta"):
+    for form in ("pass", "delta", "dither"):
         for backend in BACKENDS:
             for gemm in GEMMS:
                 try:
@@ -182,7 +251,7 @@ def test_valid_paths_are_just_those_that_are_not_refused(dtype):
                 except ValueError:
                     continue
     assert set(found) == accepted
-    assert len(found) == len(accepted) == (2 if dtype == F64 else 10)
+    assert len(found) == len(accepted) == {F64: 2, F32: 10}.get(dtype, 13)
     assert found[0].form == choose(has_scale=True, dtype=dtype).form
     assert valid_paths(has_scale=False, dtype=dtype, backends=("aten",)) == [("fold", "aten", "vendor")]
 
@@ -190,7 +259,7 @@ def test_valid_paths_are_just_those_that_are_not_refused(dtype):
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
 def test_valid_paths_that_are_safe_bring_no_dead_zone(dtype):
     safe = {path.form for path in valid_paths(has_scale=True, dtype=dtype, safe_only=True)}
-    assert safe == ({"delta"} if dtype in (F16, BF16) else {"pass", "delta"})
+    assert safe == ({"delta", "dither"} if dtype in (F16, BF16) else {"pass", "delta"})
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lofit_kernels import head_affine_linear
 from lofit_kernels.dispatch import plan
+from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 from lofit_kernels.roofline import (
     BACKWARD,
     DEVICES,
@@ -50,6 +51,9 @@ def per_element(path: str, shape: Shape) -> tuple[float, float]:
         ("hook", {"n_offset": 16}, (12, 16)),
         ("compiled hook", {"n_scale": 16, "n_offset": 16}, (4, 8)),
         ("pass", {"n_scale": 16}, (4, 6)),
+        ("dither", {"n_scale": 16, "n_offset": 16}, (4, 6)),
+        ("dither", {"n_scale": 4, "n_offset": 4}, (4, 1.5)),
+        ("dither", {"n_offset": 4}, (4, 0.5)),
         ("pass", {"n_scale": 4}, (4, 1.5)),
         ("prologue", {"n_scale": 16}, (0, 2)),
         ("fused delta", {"n_scale": 16}, (0, 2)),
@@ -92,13 +96,49 @@ def test_delta_by_hand():
         ("a z_S", 64, 64, 0),
         ("gather W_S", 32, 32, 0),
         ("(a z_S) W_S^T", 64 + 32, 64, 2 * 8 * 4 * 4),
-        ("copy the addend", 64, 64, 0),
         ("z W^T", 96 + 48 + 64, 64, 2 * 8 * 4 * 6),
     ]
     assert [tuple(step)[:4] for step in backward] == [
         ("dY W", 64 + 48, 96, 2 * 8 * 4 * 6),
         ("dz, da", 128, 64, 0),
+        ("second stage", 0, 0, 0),
     ]
+
+
+def test_dither_by_hand():
+    """T = 8, N = 4, 2 of 3 heads of 2 scaled and all of them shifted, 2-byte numbers."""
+    shape = Shape(T=8, N=4, H=3, D=2, n_scale=2, n_offset=3)
+    forward, backward = steps_of(PATHS["dither"], shape)
+    assert [(step.name, step.read, step.written) for step in forward] == [
+        ("(1 + a) z + v", 96, 96),
+        ("z W^T", 96 + 48, 64),
+    ]
+    assert [(step.name, step.read, step.written) for step in backward] == [
+        ("dY W", 64 + 48, 96),
+        ("dz, da, dv", 96 + 64, 64),
+        ("second stage", 0, 0),
+    ]
+
+
+@pytest.mark.parametrize("T, stages", [(128, 0), (129, 1)])
+def test_the_compiled_hook_sums_many_rows_in_two_stages(T, stages):
+    for heads, sweeps in (({"n_scale": 16}, 2), ({"n_offset": 16}, 1)):
+        _, backward = steps_of(PATHS["compiled hook"], square(2048, T=T, **heads))
+        assert sum(step.by != VENDOR for step in backward) == sweeps + stages
+
+
+@pytest.mark.parametrize("T, stages", [(ONE_STAGE_ROWS, 0), (ONE_STAGE_ROWS + 1, 1)])
+def test_the_fold_sums_few_rows_in_one_launch(T, stages):
+    _, backward = steps_of(PATHS["fold"], square(2048, T=T, n_offset=2))
+    assert sum(step.name == "second stage" for step in backward) == stages
+
+
+def test_a_launch_for_all_layers_is_shared():
+    device = replace(REACHED, bandwidth=1e6, launch=1.0)
+    times = [predict(PATHS["fold"], square(2048, T=512, n_offset=1, layers=layers), device) for layers in (1, 32)]
+    alone, shared = (seen.seconds - 2 for seen in times)
+    # sum dY is the layer's own, the three of the fold and the three of its gradient are not
+    assert (alone, shared) == pytest.approx((1 + 6, 1 + 6 / 32))
 
 
 def test_fold_by_hand():
@@ -149,7 +189,7 @@ def test_hook_moves_what_is_counted(dtype, n_scale, n_offset):
 
 
 @pytest.mark.parametrize(("n_scale", "n_offset"), [(4, 0), (1, 0), (0, 2), (2, 3)])
-@pytest.mark.parametrize("form", ["pass", "delta"])
+@pytest.mark.parametrize("form", ["pass", "delta", "dither"])
 def test_products_are_what_is_counted(form, n_scale, n_offset):
     shape = Shape(T=16, N=24, H=4, D=8, n_scale=n_scale, n_offset=n_offset)
     z = torch.randn(shape.T, shape.K, dtype=torch.bfloat16, requires_grad=True)
@@ -189,8 +229,10 @@ def test_few_tokens_are_bound_by_the_shortest_kernel():
 
 
 def test_every_plan_has_a_prediction():
-    for form in ("pass", "delta"):
+    for form in ("pass", "delta", "dither"):
         for gemm in ("vendor", "fused_forward", "fused_backward", "fused"):
+            if form == "dither" and gemm in ("fused_forward", "fused"):
+                continue
             chosen = plan(
                 has_scale=True, dtype=torch.bfloat16, device_type="cuda", form=form, gemm=gemm, backend="triton"
             )
@@ -209,6 +251,7 @@ def test_every_plan_has_a_prediction():
         ({"n_scale": 5}, "at most 4 heads, got 5 scaled"),
         ({"n_offset": -1}, "at most 4 heads"),
         ({"itemsize": 8}, "2 or 4 bytes, got 8"),
+        ({"layers": 0}, "layers of at least 1"),
     ],
 )
 def test_shape_refuses(arguments, message):
@@ -227,4 +270,6 @@ def test_device_like():
     assert device_like("NVIDIA H100 80GB HBM3") is DEVICES["H100"]
     assert device_like("NVIDIA A100-SXM4-80GB") is DEVICES["A100"]
     assert device_like("AMD Instinct MI300X") is DEVICES["MI300X"]
+    assert device_like("NVIDIA GeForce RTX 4090") is DEVICES["RTX 4090"]
+    assert device_like("NVIDIA GeForce RTX 3090") is None
     assert device_like("cpu") is None

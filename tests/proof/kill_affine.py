@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from lofit_kernels import aten
 from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu.affine import affine_bwd, affine_delta_fwd, affine_fwd
 from tests.accuracy_rule import check
@@ -60,6 +61,18 @@ def _fwd(watch: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0, strid
         assert torch.equal(x, once) or dtype == torch.float64
         assert torch.signbit(x[0, columns(unlisted(H, SCALED, SHIFTED), D)]).all()
         assert (watch.launches[-1].regions["z"].reads == 1).all()
+
+
+@case(CASES, "forward dithered, float32", 5, 20, torch.float32)
+@case(CASES, "forward dithered, float16", 66, 24, torch.float16, extra=8)
+@case(CASES, "forward dithered, bfloat16", 67, 20, torch.bfloat16, extra=5)
+def _dithered(_: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0) -> None:
+    z = rows(T, H * D, dtype, extra)
+    z[0], z[1, 0], z[2, 0] = -0.0, float("nan"), float("-inf")
+    a, v = values(len(SCALED), D, seed=1), values(len(SHIFTED), D, seed=2)
+    for vectors in ((a, SCALED, v, SHIFTED), (a, SCALED, None, None), (None, None, v, SHIFTED)):
+        x, twin = affine_fwd(z, *vectors, D, True), aten.affine_fwd(z, *vectors, D, True)
+        assert torch.equal(x.nan_to_num(), twin.nan_to_num()) and torch.equal(x.isnan(), twin.isnan())
 
 
 @case(CASES, "forward, every way to round to bfloat16")

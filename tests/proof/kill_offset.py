@@ -47,8 +47,9 @@ def _fold(
 
 
 @case(CASES, "column sum, float64", 40, 9, torch.float64)
-@case(CASES, "column sum, many partial sums", 1061, 7, torch.float32, extra=2)
-@case(CASES, "column sum, several blocks a program", 150, 200, torch.float16, number=4, extra=8)
+@case(CASES, "column sum, many partial sums", 2101, 7, torch.float32, extra=2)
+@case(CASES, "column sum, several blocks a program", 2065, 200, torch.float16, number=40, extra=8)
+@case(CASES, "column sum in one launch, several blocks", 600, 70, torch.float16, extra=8)
 @case(CASES, "column sum", 37, 131, torch.bfloat16, extra=5)
 def _column_sum(watch: Watch, T: int, N: int, dtype: torch.dtype, number: int = 2048, extra: int = 0) -> None:
     grad = rows(T, N, dtype, extra)

@@ -30,6 +30,7 @@ SETTINGS: dict[str, tuple[str | None, str | None]] = {
     "step 1": ("all", None),
     "step 2": (None, "few"),
     "both": ("all", "all"),
+    "both few": ("few", "few"),
     "few scales": ("few", None),
 }
 # of LoRA, with alpha twice as large

@@ -26,6 +26,24 @@ from lofit_kernels.gpu.launch import (
 )
 
 
+@triton.jit
+def dither_to(value, z, columns, dtype: tl.constexpr):
+    """value, float32, rounded to `dtype`: up with the share of the gap that it has come, by a hash of (z, column)
+
+    See `lofit_kernels.aten.dithered`, the same bit for bit. z, of `dtype`, is what value was made of: a token's numbers
+    depend on that token alone. What `dtype` can hold is left as it is.
+    """
+    # mantissa bits of float32 that dtype lacks
+    LACKS: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    KEPT: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
+    mixed = (z.to(tl.float32).to(tl.int32, bitcast=True) >> LACKS) * -1640531535 + columns * -2048144777
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -1028477379
+    raised = value.to(tl.int32, bitcast=True) + ((mixed >> (32 - LACKS)) & ~KEPT)
+    # NaN would be raised beyond its exponent
+    rounded = tl.where(value == value, (raised & KEPT).to(tl.float32, bitcast=True), value)
+    return round_to(rounded, dtype)
+
+
 @triton.jit(do_not_specialize=["T", "H", "n_scale", "n_offset", "stride_z"])
 def _affine_fwd_kernel(
     z,
@@ -43,6 +61,7 @@ def _affine_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    DITHER: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -53,7 +72,8 @@ def _affine_fwd_kernel(
     columns = head * D + d
     inside = (rows < T)[:, None] & (d < D)[None, :]
     wide = rows[:, None].to(tl.int64)
-    value = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0).to(ACC)
+    narrow = tl.load(z + wide * (stride_z * UNIT) + columns[None, :], mask=inside, other=0.0)
+    value = narrow.to(ACC)
     if scale is not None:
         row = head_row(scale_heads, n_scale, head, BLOCK_HEADS)
         a = tl.load(scale + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
@@ -63,7 +83,11 @@ def _affine_fwd_kernel(
         v = tl.load(offset + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(ACC)
         # -0 + 0 is +0: heads without an offset are left alone, not added to
         value = tl.where(row >= 0, value + v[None, :], value)
-    tl.store(x + wide * (H * D) + columns[None, :], round_to(value, x.dtype.element_ty), mask=inside)
+    if DITHER:
+        rounded = dither_to(value, narrow, columns[None, :], x.dtype.element_ty)
+    else:
+        rounded = round_to(value, x.dtype.element_ty)
+    tl.store(x + wide * (H * D) + columns[None, :], rounded, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "n_scale", "stride_z"])
@@ -164,11 +188,13 @@ def affine_fwd(
     offset: torch.Tensor | None,
     offset_heads: torch.Tensor | None,
     head_dim: int,
+    dither: bool = False,
 ) -> torch.Tensor:
     """`(1 + a) z + v`, computed in float32 and rounded once; heads that are in neither list are copied bit for bit.
 
-    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. Returns
-    a new contiguous (T, K) of z's dtype. One launch. Raises ValueError for an unsupported dtype or shape.
+    z (T, K); scale (h_a, D) and offset (h_v, D) float32 or None; heads (h,) int64 on the same device, distinct. dither:
+    round 16 bits up or down by a fixed pattern instead of to the nearest. Returns a new contiguous (T, K) of z's dtype.
+    One launch. Raises ValueError for an unsupported dtype or shape.
     """
     z = unit_columns(z, "z")
     accumulator(z, "z")
@@ -195,6 +221,7 @@ def affine_fwd(
         n_scale,
         n_offset,
         stride_z,
+        DITHER=dither and z.element_size() == 2,
         **options,
     )
     return x

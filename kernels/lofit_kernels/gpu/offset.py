@@ -68,6 +68,7 @@ def _column_sum_kernel(
     blocks,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -78,10 +79,12 @@ def _column_sum_kernel(
     columns = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), ACC)
-    for block in range(chunk * blocks, (chunk + 1) * blocks):
-        rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
-        total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
+    for first in range(chunk * blocks, (chunk + 1) * blocks, AT_ONCE):
+        # the loads of several blocks are in flight together
+        for step in tl.static_range(AT_ONCE):
+            rows = (first + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+            addresses = grad + rows[:, None].to(tl.int64) * (stride_grad * UNIT) + columns[None, :]
+            total += tl.load(addresses, mask=(rows < T)[:, None] & inside[None, :], other=0.0).to(ACC)
     tl.store(partials + chunk.to(tl.int64) * n_columns + columns, tl.sum(total, 0), mask=inside)
 
 
@@ -152,7 +155,8 @@ def offset_fold(
 def column_sum(grad: torch.Tensor) -> torch.Tensor:
     """`sum_t dY[t]` in a fixed order, without atomics.
 
-    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. Two launches.
+    grad (T, N). Returns (N,) float32, float64 for a float64 grad; zeros when T = 0. One launch for up to
+    `tiles.ONE_STAGE_ROWS` rows, of programs that sum whole columns; else two.
     Raises ValueError for an unsupported dtype.
     """
     grad = unit_columns(grad, "grad")
@@ -169,9 +173,11 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
 @planned
 def _column_sum_plan(arch: str, T: int, N: int, stride: int, dtype: torch.dtype) -> tuple:
     """(row chunks, programs, the kernel's numbers, its keyword arguments) of `column_sum`."""
-    tile, unit = tiles.tile("column_sum", arch, 1), common_unit(stride, N)
-    across = cdiv(N, tile["BLOCK_N"])
-    blocks, chunks = split_rows(T, tile["BLOCK_T"], across)
+    alone, unit = T <= tiles.ONE_STAGE_ROWS, common_unit(stride, N)
+    tile = tiles.tile("column_sum", arch, 1 if alone else tiles.ONE_STAGE_ROWS + 1)
+    across, rows = cdiv(N, tile["BLOCK_N"]), tile["BLOCK_T"] * tile["AT_ONCE"]
+    steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
+    blocks = steps * tile["AT_ONCE"]
     options = {"UNIT": unit, "ACC": ACCUMULATOR[dtype][0], **tile.options()}
     return chunks, across * chunks, (T, N // unit, stride // unit, blocks), options
 

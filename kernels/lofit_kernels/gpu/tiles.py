@@ -1,8 +1,9 @@
 """Tile sizes as data: kernel -> architecture -> size bucket -> block sizes, warps and stages.
 
-The size is head_dim, for the matrix products the number of rows T: the launcher looks it up on the host, so that T
-itself is compiled into nothing. A matrix product has a row of its own for operands loaded through tensor descriptors
-(`NAME_tma`) and for float32 (`NAME_float32`: IEEE products, which NVIDIA's matrix units do not compute).
+The size is head_dim, for the matrix products and the column sum the number of rows T: the launcher looks it up on the
+host, so that T itself is compiled into nothing. A matrix product has a row of its own for operands loaded through
+tensor descriptors (`NAME_tma`) and for float32 (`NAME_float32`: IEEE products, which NVIDIA's matrix units do not
+compute).
 
 Importable without Triton. A new tile is a new row; the machine-code check compiles every row ahead of time.
 """
@@ -18,10 +19,28 @@ import torch
 
 from lofit_kernels.devices import unserved
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# bytes of shared memory one program may use; neither Triton nor ptxas checks it
-SHARED_MEMORY = MappingProxyType({"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536})
+# architecture -> bytes of shared memory one program may use; neither Triton nor ptxas checks it
+SHARED_MEMORY: Mapping[str, int] = MappingProxyType(
+    {
+        "sm_80": 166912,
+        "sm_86": 101376,
+        "sm_89": 101376,
+        "sm_90": 232448,
+        "sm_100": 232448,
+        "sm_103": 232448,
+        "sm_120": 101376,
+        "gfx942": 65536,
+        "gfx950": 163840,
+    }
+)
+ARCHITECTURES = tuple(SHARED_MEMORY)
+# architecture -> whose rows serve it where it has none of its own; compiled and checked as itself all the same
+SERVED_BY: Mapping[str, str] = MappingProxyType(
+    {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100", "sm_120": "sm_80", "gfx950": "gfx942"}
+)
 ANY = "any"
+# a column sum over no more rows than these is one launch: few programs, of a narrow strip each, fill the chip enough
+ONE_STAGE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,8 @@ _FORWARD: Mapping[str, Rows] = {
     # a step of 64 in the large tile spills on Triton 3.6 or 3.9: twice the addresses are held
     "sm_90": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
     "sm_100": _forward((64, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 2), (128, 256, 32, 8, 4, 4)),
+    # a step of 32 in the large tile spills 8 bytes in 3 stages
+    "sm_120": _forward((64, 128, 32, 4, 3, 2), (128, 128, 32, 8, 4, 2), (128, 256, 16, 8, 4, 4)),
     # a step of 64 makes more masks than there are scalar registers
     "gfx942": _forward((64, 128, 32, 8, 2, 2), (128, 128, 32, 8, 2, 2), (128, 256, 64, 8, 2, 4)),
 }
@@ -141,7 +162,13 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
         "offset_bwd": {ANY: _COLUMN_WEIGHTED},
         "grouped_fold": {ANY: _FOLD},
         "grouped_bwd": {ANY: _COLUMN_WEIGHTED},
-        "column_sum": {ANY: ((None, _tile(4, BLOCK_T=32, BLOCK_N=128)),)},
+        # the size is the number of rows: 64 bytes of each of many rows, or 256 bytes of a few
+        "column_sum": {
+            ANY: (
+                (ONE_STAGE_ROWS, _tile(8, BLOCK_T=64, BLOCK_N=32, AT_ONCE=4)),
+                (None, _tile(4, BLOCK_T=32, BLOCK_N=128, AT_ONCE=1)),
+            )
+        },
         "delta_linear": _FORWARD,
         "delta_linear_tma": _FORWARD_TMA,
         "delta_linear_float32": {ANY: _FORWARD_FLOAT32},
@@ -160,8 +187,12 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
 LEFT_OUT: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "_tma": {
-            "sm_80": "no bulk copy engine: descriptors compile to plain loads without asynchronous copies",
-            "gfx942": "no bulk copy engine",
+            **dict.fromkeys(
+                ("sm_80", "sm_86", "sm_89"),
+                "no bulk copy engine: descriptors compile to plain loads without asynchronous copies",
+            ),
+            "sm_120": "its matrix instructions read registers, as those of sm_80 do: it takes the same kernels",
+            **dict.fromkeys(("gfx942", "gfx950"), "no bulk copy engine"),
         },
         "_float32": {
             ANY: "one tile of 64x64: NVIDIA's matrix units compute no IEEE float32, so larger ones have nothing to feed"
@@ -175,10 +206,14 @@ SERIALISED_BEFORE: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyTyp
 )
 
 
+def _rows(kernel: str, arch: str) -> Rows:
+    by_arch = TABLE[kernel]
+    return by_arch.get(arch) or by_arch.get(SERVED_BY.get(arch, arch)) or by_arch.get(ANY) or ()
+
+
 def every_tile(kernel: str, arch: str) -> tuple[Tile, ...]:
     """All tiles of `kernel` on `arch` in the table's order, none where it has no rows."""
-    rows = TABLE[kernel].get(arch) or TABLE[kernel].get(ANY) or ()
-    return tuple(row for _, row in rows)
+    return tuple(row for _, row in _rows(kernel, arch))
 
 
 def tile(kernel: str, arch: str, size: int) -> Tile:
@@ -193,13 +228,36 @@ def tile(kernel: str, arch: str, size: int) -> Tile:
         raise ValueError(f"no tiles for architecture {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
     if size < 1:
         raise ValueError(f"the size must be at least 1, got {size}")
-    rows = TABLE[kernel].get(arch) or TABLE[kernel].get(ANY)
-    if rows is None:
+    rows = _rows(kernel, arch)
+    if not rows:
         raise ValueError(f"kernel {kernel!r} has no tiles for {arch}; it has {', '.join(TABLE[kernel])}")
     for largest, row in rows:
         if largest is None or largest >= size:
             return row
     raise ValueError(f"kernel {kernel!r} has no tile for size {size} on {arch}; the largest is {rows[-1][0]}")
+
+
+# what tensor cores and shared memory a compute capability has: (major, minor) or major -> rows of the table
+_CAPABILITIES: Mapping[tuple[int, ...], str] = MappingProxyType(
+    {
+        (8,): "sm_80",
+        (8, 6): "sm_86",
+        (8, 9): "sm_89",
+        (9,): "sm_90",
+        (10,): "sm_100",
+        (10, 3): "sm_103",
+    }
+)
+# beyond these, whatever is safe on the least of them: no tensor memory, 99 KiB of shared memory
+_NEWEST = "sm_120"
+_INSTINCT: Mapping[str, str] = MappingProxyType({"gfx90a": "gfx942", "gfx942": "gfx942", "gfx950": "gfx950"})
+
+
+def of_capability(major: int, minor: int) -> str:
+    """The rows of the table that serve a CUDA compute capability. Raises ValueError below 8.0."""
+    if major < 8:
+        raise ValueError(f"no Triton tiles for compute capability {major}.{minor}; expected 8.0 or newer")
+    return _CAPABILITIES.get((major, minor)) or _CAPABILITIES.get((major,)) or _NEWEST
 
 
 @lru_cache(maxsize=64)
@@ -208,10 +266,8 @@ def _accelerator(index: int) -> str:
     if refusal is not None:
         raise ValueError(refusal)
     if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(index)
-    # consumer parts after sm_100 have neither its tensor memory nor its shared memory
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+        return _INSTINCT[torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]]
+    return of_capability(*torch.cuda.get_device_capability(index))
 
 
 def architecture(device: torch.device) -> str:

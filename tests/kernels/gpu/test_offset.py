@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from lofit_kernels.error_bound import orders
-from lofit_kernels.gpu import launch
+from lofit_kernels.gpu import launch, offset
 from lofit_kernels.gpu.offset import column_sum, offset_bwd, offset_fold
+from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "most": [0, 1, 3], "all": [0, 1, 2, 3]}
@@ -74,14 +75,22 @@ def test_offset_fold_reads_only_the_selected_columns(device, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "T, N, kind", [(100, 200, "plain"), (33, 130, "padded"), (1, 7, "plain"), (70, 129, "transposed")]
+    "T, N, kind",
+    [
+        (300, 40, "plain"),
+        (33, 130, "padded"),
+        (1, 7, "plain"),
+        (70, 129, "transposed"),
+    ],
 )
 def test_column_sum_matches_float64(device, poisoned, accurate, rows, monkeypatch, dtype, T, N, kind):
     grad = rows(T, N, dtype, kind)
     before = grad.clone()
     eager = [grad[t].float().sum(0) for (t,) in orders(T, device=device)]
-    for programs in (1, launch.PROGRAMS):
+    # in two stages, by few programs and by many, and in one
+    for programs, alone in ((1, 0), (launch.PROGRAMS, 0), (launch.PROGRAMS, T)):
         monkeypatch.setattr(launch, "PROGRAMS", programs)
+        monkeypatch.setattr(offset, "ONE_STAGE_ROWS", alone)
         total = column_sum(grad)
         assert total.dtype == torch.float32
         accurate(total, grad.double().sum(0), *eager)
@@ -149,7 +158,15 @@ def test_offset_launch_counts(device, rows):
     with launch.recording("sm_90") as recorded:
         offset_fold(weight, v, heads)
         offset_bwd(column_sum(rows(40, 20, torch.float32)), weight, heads, 16)
-    assert len(recorded.launches) == 5
+    # as few rows as these are summed in one launch each
+    assert len(recorded.launches) == 3
+
+
+@pytest.mark.parametrize("T, launches", [(1, 1), (ONE_STAGE_ROWS, 1), (ONE_STAGE_ROWS + 1, 2), (65_536, 2)])
+def test_column_sum_of_few_rows_is_one_launch(device, T, launches):
+    with launch.recording("sm_90") as recorded:
+        column_sum(torch.ones((), device=device).expand(T, 512))
+    assert len(recorded.launches) == launches
 
 
 def test_column_sum_of_an_expanded_gradient(device, rows):

@@ -43,8 +43,12 @@ class AttachmentTraining:
         vectors = scales or [layer.offset for layer in layers if layer.offset is not None]
         if not self.l1 or not vectors:
             return torch.zeros((), device=self.args.device)
-        # one norm over all layers instead of one kernel per layer
-        return self.l1 * torch.cat([vector.flatten() for vector in vectors]).abs().sum()
+        # one norm over all layers of a device instead of one kernel per layer
+        on: dict[torch.device, list[Tensor]] = {}
+        for vector in vectors:
+            on.setdefault(vector.device, []).append(vector.flatten())
+        norms = [torch.cat(flat).abs().sum() for flat in on.values()]
+        return self.l1 * (norms[0] if len(norms) == 1 else sum(norm.to(self.args.device) for norm in norms))
 
     def extra_loss(self) -> Tensor:
         """What is added to the loss once per optimizer step: the L1 term, and the attachment's own penalty."""

@@ -177,9 +177,8 @@ def _column_sum_plan(arch: str, T: int, N: int, stride: int, dtype: torch.dtype)
     tile = tiles.tile("column_sum", arch, 1 if alone else tiles.ONE_STAGE_ROWS + 1)
     across, rows = cdiv(N, tile["BLOCK_N"]), tile["BLOCK_T"] * tile["AT_ONCE"]
     steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
-    blocks = steps * tile["AT_ONCE"]
     options = {"UNIT": unit, "ACC": ACCUMULATOR[dtype][0], **tile.options()}
-    return chunks, across * chunks, (T, N // unit, stride // unit, blocks), options
+    return chunks, across * chunks, (T, N // unit, stride // unit, steps * tile["AT_ONCE"]), options
 
 
 def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tensor, head_dim: int) -> torch.Tensor:

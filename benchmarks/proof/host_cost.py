@@ -12,6 +12,7 @@ turns; a row is the median of its rounds. `calls` counts the calls of Python fun
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -31,8 +32,11 @@ from lofit_kernels import dispatch
 
 LABEL = "CPU clock of the host side; launches recorded, not run; Triton's own launcher is not in it"
 ARCH = "sm_90"
-LAYERS, TOKENS, HEADS, HEAD_DIM = 8, 4, 4, 16
+# as many layers as Llama-3.2-1B has
+LAYERS, TOKENS, HEADS, HEAD_DIM = 16, 4, 4, 16
 SIZE = HEADS * HEAD_DIM
+# rounds that fill caches
+WARM_UP = 5
 # step -> the component, and its heads in every layer
 STEPS: dict[str, tuple[str, list[int]]] = {"step 1": ("scale", list(range(HEADS))), "step 2": ("offset", [0, 2])}
 
@@ -108,8 +112,8 @@ def on_a_gpus_path() -> Iterator[None]:
 
     dispatch.forget_plans()
     try:
-        with patch.object(dispatch, "default_backends", lambda *_: ("triton", "aten")), recording(ARCH):
-            yield
+        with patch.object(dispatch, "default_backends", lambda *_: ("triton", "aten")), recording(ARCH) as recorded:
+            yield recorded
     finally:
         dispatch.forget_plans()
 
@@ -132,18 +136,30 @@ def cases(dtype: torch.dtype) -> dict[tuple[str, str], Round]:
     return {(row, step): Round(row, step, dtype) for step in STEPS for row in ROWS}
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """A scope without Python's garbage collector, which would stop whichever row happens to run."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def seconds(rounds: int, dtype: torch.dtype = torch.bfloat16) -> dict[tuple[str, str], float]:
     """(row, step) -> the median seconds of this thread per projection, measured in turns."""
     found: dict[tuple[str, str], list[float]] = {}
-    with on_a_gpus_path():
+    with on_a_gpus_path() as recorded, no_collector():
         runs = cases(dtype)
-        for number in range(rounds + 5):
+        for number in range(rounds + WARM_UP):
             for case, run in runs.items():
                 start = time.thread_time()
                 run()
                 taken = time.thread_time() - start
-                # the first ones fill caches
-                if number >= 5:
+                # noted launches are kept, with their tensors
+                recorded.launches.clear()
+                if number >= WARM_UP:
                     found.setdefault(case, []).append(taken / LAYERS)
     return {case: median(times) for case, times in found.items()}
 

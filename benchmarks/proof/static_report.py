@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lofit_fast.files import write_text
-from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, SERIALISED_BEFORE, TABLE, every_tile
+from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, SERIALISED_BEFORE, SHARED_MEMORY, TABLE, every_tile
 
 # the columns of a row for which nothing was compiled
 _NOTHING = {"triton": "-", "registers": 0, "spills": 0, "shared": 0, "mma": "-"}
@@ -34,8 +34,8 @@ Evidence: machine code, compiled ahead of time; nothing here ran. Made by `make 
 Below, the worst value over the rows of one tile (16-bit dtypes, head sizes, flags), Triton {shown}.
 *loop*: instructions of the innermost main loop in PTX or amdgcn text. *loads*: global load instructions by their width
 in bytes. *tmem*: columns of tensor memory. *spills*: bytes. *SS*, *RS*: where wgmma finds operand A, shared memory or
-registers. Budgets: shared memory 166912 B on sm_80, 232448 B on sm_90 and sm_100, 65536 B on gfx942; 512 columns of
-tensor memory; no spills.
+registers. Budgets: 512 columns of tensor memory, no spills, and bytes of shared memory:
+{budgets}.
 
 {worst}
 
@@ -79,7 +79,9 @@ def markdown(rows: Sequence[dict], missing: Sequence[dict]) -> str:
     reasons = _table(
         ("kernel", "arch", "tiles", "reason"), ([m["kernel"], m["arch"], m["tile"], m["reason"]] for m in missing)
     )
-    return _PAGE.format(count=len(rows), red=red, shown=shown, totals=totals, worst=worst, reasons=reasons)
+    budgets = ", ".join(f"{size} on {arch}" for arch, size in SHARED_MEMORY.items())
+    found = {"shown": shown, "totals": totals, "budgets": budgets, "worst": worst, "reasons": reasons}
+    return _PAGE.format(count=len(rows), red=red, **found)
 
 
 def _shown(rows: Sequence[dict]) -> str:
@@ -97,7 +99,7 @@ def _totals(rows: Sequence[dict], version: str) -> list[object]:
         version,
         len(of_version),
         sum(bool(r.get("problems")) for r in of_version),
-        *map(by_arch.get, ARCHITECTURES),
+        *(by_arch[arch] for arch in ARCHITECTURES),
     ]
 
 

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 _FREE = {
+    "_reshape_alias",
+    "_unsafe_view",
     "alias",
     "detach",
     "empty",
@@ -59,6 +61,12 @@ _ELEMENTWISE = {
 }
 # a fill or a copy of the whole, then the part
 _TWO_STAGES = {"index_copy", "slice_backward"}
+
+
+def launches_of(operator: Any) -> int:
+    """Of an ATen operator: none of a view or an allocation, two of what fills a tensor and then writes into it."""
+    name = operator.name().removeprefix("aten::").split(".")[0]
+    return 0 if operator.is_view or name in _FREE else 2 if name in _TWO_STAGES else 1
 
 
 @dataclass

@@ -59,13 +59,22 @@ def offset_bwd(column_sum: Tensor, weight: Tensor, heads: Tensor, head_dim: int)
     return dv
 
 
-def grouped_fold(weights: Sequence[Tensor], offsets: Sequence[Tensor], heads: Sequence[Tensor]) -> list[Tensor]:
-    """W_S v_S of many layers: (N,) each, in the offsets' dtype. weights: (N, K) each; offsets: (h, D) each."""
+def grouped_fold(
+    weights: Sequence[Tensor], offsets: Sequence[Tensor], heads: Sequence[Tensor], table: None = None
+) -> list[Tensor]:
+    """W_S v_S of many layers: (N,) each, in the offsets' dtype. weights: (N, K) each; offsets: (h, D) each.
+
+    table: of addresses, which only Triton reads.
+    """
     return [offset_fold(*layer) for layer in zip(weights, offsets, heads, strict=True)]
 
 
 def grouped_bwd(
-    column_sums: Sequence[Tensor], weights: Sequence[Tensor], heads: Sequence[Tensor], head_dim: int
+    column_sums: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    head_dim: int,
+    table: None = None,
 ) -> list[Tensor]:
     """dv = (sum_t dY) W_S of many layers: (h, D) each, in the column sums' dtype. column_sums: (N,) each."""
     return [offset_bwd(*layer, head_dim) for layer in zip(column_sums, weights, heads, strict=True)]

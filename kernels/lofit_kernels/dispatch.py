@@ -25,7 +25,7 @@ measured answer may turn `pass` into `delta` or `dither`, never one of those int
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
@@ -106,7 +106,7 @@ class Plan:
     gemm: str
     reason: str
 
-    @cached_property
+    @property
     def path(self) -> Path:
         """(form, backend, gemm), without the reason."""
         return Path(self.form, self.backend, self.gemm)
@@ -269,11 +269,27 @@ def plan_for(
     weight: (N, K); scale: (h, D) or None; has_offset, crowded: as for `plan`. Remembered by everything but the exact T,
     of which only the power of four below it counts.
     """
-    if scale is None:
-        # nothing is measured for it
-        return _remembered(0, 0, 0, None, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
-    (N, K), tokens, shape = weight.shape, answers.tokens_bucket(T), scale.shape
-    return _remembered(tokens, N, K, shape, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+    return _remembered(*_sizes(T, weight, scale), weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+
+
+def path_for(
+    T: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    form: str,
+    backend: str,
+    gemm: str,
+    has_offset: bool = False,
+    crowded: bool = False,
+) -> Path:
+    """The path of `plan_for`."""
+    sizes = _sizes(T, weight, scale)
+    return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+
+
+def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+    """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
+    return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
 
 
 def added(bias: Tensor | None, offset: Tensor | None, folded: Tensor | None) -> Constants:
@@ -307,8 +323,8 @@ def use_answers(device_name: str, answers: Mapping[Key, Path]) -> None:
 
 def forget_plans() -> None:
     """Choose anew for every shape: what the choice rests on has changed."""
-    _remembered.cache_clear()
-    _plan_on_once.cache_clear()
+    for remembered in (_remembered, _remembered_path, _plan_on_once):
+        remembered.cache_clear()
 
 
 def answers_for(device_name: str) -> Mapping[Key, Path]:
@@ -360,6 +376,11 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_o
     wishes = {"many_heads": many, "has_offset": has_offset, "crowded": crowded, "refusal": unserved(device)}
     wishes |= {"form": form, "backend": backend, "gemm": gemm}
     return plan(has_scale=vectors is not None, dtype=dtype, device_type=device.type, answer=answer, **wishes)
+
+
+@lru_cache(maxsize=4096)
+def _remembered_path(*of) -> Path:
+    return _remembered(*of).path
 
 
 def _default(case: _Case) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from lofit_kernels import compiled_cpu, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
 from lofit_kernels.devices import unserved
-from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, plan, plan_for, plan_on
+from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, path_for, plan, plan_on
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
@@ -52,51 +52,59 @@ def head_affine_linear(
     Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
     Raises TypeError / ValueError naming what was got and what was expected.
     """
-    if ops.autocast_is_on(z) or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
+    autocast = ops.autocast_is_on(z)
+    if autocast or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
         z, weight, bias = _autocast(z, weight, bias)
         scale_heads, offset_heads = _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded)
-    compiling = torch.compiler.is_compiling()
+    asked = Path(form, backend, gemm) if torch.compiler.is_compiling() else None
     constants = added(bias, offset, folded)
-    if compiling:
+    if asked is not None:
         # the number of tokens may be a symbol there, which no measured answer can be looked up for
-        chosen = _default(z, weight, scale, Path(form, backend, gemm), constants)
+        path = _default(z, weight, scale, asked, constants).path
     else:
         T = 1 if scale is None else z.shape[:-1].numel()
-        chosen = plan_for(T, weight, scale, form, backend, gemm, *constants)
+        path = path_for(T, weight, scale, form, backend, gemm, *constants)
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
-    arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, chosen.path)
-    if compiling:
-        return _compiled(arguments, Path(form, backend, gemm))
-    return ops.AffineLinear.apply(arguments, *arguments.given())
+    arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, path)
+    if asked is not None:
+        return _compiled(arguments, asked)
+    if not autocast:
+        return ops.eager_affine_linear(arguments)
+    # what is computed in float32 is meant to be
+    with torch.autocast(z.device.type, enabled=False):
+        return ops.eager_affine_linear(arguments)
 
 
 def _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> bool:
     """Whether these are all that `_checked` asks for, and its result: only what is usual, and cheap to see."""
-    shape, dtype = weight.shape, z.dtype
-    if len(shape) != 2 or dtype != weight.dtype or dtype not in _WIDE:
+    shape, dtype, device = weight.shape, z.dtype, z.device
+    if len(shape) != 2 or dtype != weight.dtype or dtype not in _WIDE or device != weight.device:
         return False
     N, K = shape
     if z.dim() < 1 or z.shape[-1] != K or (bias is not None and bias.shape != (N,)):
         return False
-    wide = _WIDE[dtype]
-    if folded is not None and (folded.shape != (N,) or folded.dtype != wide):
-        return False
     # what two of them have to say to each other is left to `_checked`
     if offset is not None and (scale is not None or folded is not None):
         return False
-    return _fit(scale, scale_heads, K, wide) and _fit(offset, offset_heads, K, wide)
+    if folded is not None and (folded.shape != (N,) or folded.dtype != _WIDE[dtype] or folded.device != device):
+        return False
+    if offset is None and scale is None:
+        return scale_heads is None and offset_heads is None
+    if offset is None:
+        return offset_heads is None and _fit(scale, scale_heads, K, dtype, device)
+    return scale_heads is None and _fit(offset, offset_heads, K, dtype, device)
 
 
-def _fit(vectors: Tensor | None, heads: Heads, K: int, wide: torch.dtype) -> bool:
-    """Whether the vectors are (h, D) in that dtype, for heads of K columns, listed in a tensor or all of them."""
-    if vectors is None:
-        return heads is None
+def _fit(vectors: Tensor, heads: Heads, K: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the vectors are (h, D), for heads of K columns that are listed in a tensor, and wide, beside `dtype`."""
     shape = vectors.shape
-    if not isinstance(heads, Tensor) or vectors.dtype != wide or len(shape) != 2:
+    if not isinstance(heads, Tensor) or vectors.dtype != _WIDE.get(dtype) or len(shape) != 2:
         return False
     h, D = shape
-    return D > 0 and K % D == 0 and h * D <= K and heads.shape == (h,) and heads.dtype == torch.int64
+    if D < 1 or K % D or h * D > K or heads.shape != (h,) or heads.dtype != torch.int64:
+        return False
+    return vectors.device == device and heads.device == device
 
 
 def _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> tuple[Tensor | None, Tensor | None]:
@@ -160,8 +168,7 @@ def fold_offset(
     """
     heads = _check_vectors("offset", offset, heads, weight)
     chosen = plan_on(weight.device, weight.dtype, backend)
-    with torch.autocast(weight.device.type, enabled=False):
-        return primitives(chosen.backend).offset_fold(weight, offset, heads, bias)
+    return ops.as_written(weight, primitives(chosen.backend).offset_fold, weight, offset, heads, bias)
 
 
 def fold_offsets(
@@ -182,14 +189,18 @@ def fold_offsets(
         )
     groups: dict[tuple, list[int]] = {}
     checked = []
+    graph = torch.is_grad_enabled()
     for number, (weight, offset, listed) in enumerate(zip(weights, offsets, heads, strict=True)):
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(f"expected floating weights (N, K), got {weight.dtype} of shape {tuple(weight.shape)}")
-        if weight.requires_grad and torch.is_grad_enabled():
+        shape, dtype, device = weight.shape, weight.dtype, weight.device
+        if len(shape) != 2 or not dtype.is_floating_point:
+            raise ValueError(f"expected floating weights (N, K), got {dtype} of shape {tuple(shape)}")
+        if graph and weight.requires_grad:
             raise ValueError("fold_offsets gives weights no gradient: expected frozen ones, got one that requires it")
-        checked.append(_check_vectors("offset", offset, listed, weight))
-        key = (weight.shape[0], offset.shape[1], weight.dtype, weight.device)
-        groups.setdefault(key, []).append(number)
+        fits = _fit(offset, listed, shape[1], dtype, device)
+        checked.append(listed if fits else _check_vectors("offset", offset, listed, weight))
+        groups.setdefault((shape[0], offset.shape[1], dtype, device), []).append(number)
+    if len(groups) == 1:
+        return list(_fold_group(weights, offsets, checked, plan_on(device, dtype, backend).backend))
     folded: list[Tensor | None] = [None] * len(weights)
     for (_, _, dtype, device), members in groups.items():
         chosen = plan_on(device, dtype, backend).backend
@@ -199,10 +210,10 @@ def fold_offsets(
     return folded
 
 
-def _fold_group(weights: list[Tensor], offsets: list[Tensor], heads: list[Tensor], backend: str) -> Sequence[Tensor]:
+def _fold_group(weights: Sequence, offsets: Sequence, heads: Sequence, backend: str) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
-        return ops.grouped_fold(weights, offsets, heads, backend).unbind()
-    return ops.GroupedFold.apply(weights, heads, backend, *offsets)
+        return ops.grouped_fold(list(weights), list(offsets), list(heads), backend).unbind()
+    return ops.GroupedFold.apply((weights, heads, backend, None), *offsets)
 
 
 def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = "cpu") -> Tensor:
@@ -232,6 +243,8 @@ def _check_projection(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if not z.is_floating_point() or z.dtype != weight.dtype:
         raise TypeError(f"expected z and weight of one floating dtype, got {z.dtype} and {weight.dtype}")
+    if z.device != weight.device:
+        raise ValueError(f"expected z and weight on one device, got {z.device} and {weight.device}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
@@ -242,6 +255,8 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
         raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
     if folded.dtype != wide:
         raise TypeError(f"expected folded in {wide} beside {z.dtype} activations, got {folded.dtype}")
+    if folded.device != z.device:
+        raise ValueError(f"expected z and folded on one device, got {z.device} and {folded.device}")
     loses = offset is not None and offset.requires_grad and not folded.requires_grad
     if loses and torch.is_grad_enabled():
         raise ValueError(
@@ -276,6 +291,11 @@ def _check_vectors(name: str, vectors: Tensor | None, heads: Heads, like: Tensor
         heads = torch.arange(n_heads, device=vectors.device)
     elif not isinstance(heads, Tensor):
         heads = head_index(heads, n_heads, vectors.device)
+    if vectors.device != like.device or heads.device != like.device:
+        raise ValueError(
+            f"expected {name} and its heads on {like.device}, got {vectors.device} and {heads.device}: a kernel would "
+            "read another device's memory"
+        )
     if heads.dtype != torch.int64 or heads.shape != vectors.shape[:1] or heads.shape[0] > n_heads:
         raise ValueError(
             f"expected {name}_heads to be int64, one per row of {name} ({vectors.shape[0]}), at most {n_heads}; "

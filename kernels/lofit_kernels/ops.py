@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from lofit_kernels.answers import Path
 from lofit_kernels.dispatch import NUMBERED_PATHS, added, plan_for
@@ -29,7 +30,7 @@ def autocast_is_on(x: Tensor) -> bool:
         return False
 
 
-def _as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
+def as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
     """compute(*args) without autocast: what an op computes in float32 is meant to be."""
     if not autocast_is_on(x):
         return compute(*args)
@@ -71,7 +72,7 @@ def affine_linear(
     flat = (z, weight, bias, scale, scale_heads, offset, offset_heads, folded, form, backend, gemm)
     arguments = Arguments.rebuilt(flat)
     path = plan_for(z.shape[:-1].numel(), weight, scale, *arguments.path, *added(bias, offset, folded)).path
-    return _as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
+    return as_written(z, affine_linear_fwd, arguments._replace(path=path)), NUMBERED_PATHS.index(path)
 
 
 @affine_linear.register_fake
@@ -110,7 +111,7 @@ def _linear_backward(grad: Tensor, arguments: Arguments, needs: list[bool]) -> l
     """The gradients of (z, weight, bias, scale, offset, folded) in their inputs' dtypes, None where not needed."""
     needs_z, needs_weight, needs_bias, needs_scale, needs_offset, needs_folded = needs
     inner = (needs_z, needs_weight, needs_bias or needs_folded, needs_scale, needs_offset)
-    d_z, d_weight, total, d_scale, d_offset = _as_written(grad, affine_linear_bwd, grad, arguments, inner)
+    d_z, d_weight, total, d_scale, d_offset = as_written(grad, affine_linear_bwd, grad, arguments, inner)
     # both are sum_t dY, and results of a custom operator must not share storage
     d_bias = total.clone() if needs_bias and needs_folded else total if needs_bias else None
     found = (d_z, d_weight, d_bias, d_scale, d_offset)
@@ -148,6 +149,101 @@ def _linear_gradients(ctx, grad, _):
 affine_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
 
 
+def eager_affine_linear(arguments: Arguments) -> Tensor:
+    """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose, outside of autocast."""
+    z, weight, bias, scale, heads, offset, _, folded, (form, backend, gemm) = arguments
+    if bias is None and not weight.requires_grad and gemm == "vendor":
+        if form == "fold" and folded is not None:
+            return folded_projection(z, folded, (weight, folded.to(z.dtype), backend))
+        if form == "pass" and offset is None and folded is None:
+            return pass_projection(z, scale, (weight, heads, backend))
+    return AffineLinear.apply(arguments, *arguments.given())
+
+
+class FoldedLinear(torch.autograd.Function):
+    """z W^T + c, the usual case of `AffineLinear` in the step that tunes offsets: dz = dY W, dc = sum_t dY."""
+
+    @staticmethod
+    def forward(ctx, z, folded, rest):
+        """y (..., N). folded: (N,) float32, float64 beside a float64 z. rest: weight, folded in z's dtype, backend."""
+        weight, rounded, ctx.backend = rest
+        ctx.save_for_backward(weight)
+        if z.is_contiguous() and z.dim() == 3:
+            # one matrix product, as of two dimensions
+            return linear(z, weight, rounded)
+        y = linear(z.reshape(-1, z.shape[-1]), weight, rounded)
+        return y.view(*z.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        """The gradients of z and folded that are needed."""
+        (weight,), (needs_z, needs_folded, _) = ctx.saved_tensors, ctx.needs_input_grad
+        if autocast_is_on(grad):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
+        return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
+
+
+def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Tensor | None, ...]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    total = primitives(backend).column_sum(rows) if needs_folded else None
+    dz = torch.mm(rows, weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
+    return dz, total, None
+
+
+def _applied(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply, without what torch does for functorch's transforms and older forms of a Function, a tenth of a
+    projection's time on the host."""
+    plain = super(torch.autograd.Function, function).apply
+
+    def apply(*args):
+        # they refuse such a Function, and say so
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else plain(*args)
+
+    return apply
+
+
+folded_projection = _applied(FoldedLinear)
+
+
+class PassLinear(torch.autograd.Function):
+    """((1 + a) z) W^T, the usual case of `AffineLinear` in the step that scores heads.
+
+    dz = (1 + a) G, da = sum_t G z, with G = dY W.
+    """
+
+    @staticmethod
+    def forward(ctx, z, scale, rest):
+        """y (..., N). scale: (h, D) float32, float64 beside a float64 z. rest: weight (N, K), heads, backend."""
+        weight, ctx.heads, ctx.backend = rest
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, scale, weight)
+        rows, D = z.reshape(-1, z.shape[-1]), scale.shape[1]
+        y = linear(primitives(ctx.backend).affine_fwd(rows, scale, ctx.heads, None, None, D), weight)
+        return y.view(*z.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        """The gradients of z and scale that are needed."""
+        if autocast_is_on(grad):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
+        return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
+
+
+pass_projection = _applied(PassLinear)
+
+
+def _pass_gradients(grad, z, scale, weight, heads, backend, needs) -> tuple[Tensor | None, ...]:
+    rows = None if z is None else z.reshape(-1, z.shape[-1])
+    g = torch.mm(grad.reshape(-1, grad.shape[-1]), weight)
+    wanted = (needs[0], needs[1], False)
+    # g is a temporary of this call, so that untouched heads cost nothing
+    dz, da, _ = primitives(backend).affine_bwd(g, rows, scale, heads, None, scale.shape[1], wanted, inplace=True)
+    return dz.view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None, da, None
+
+
 class AffineLinear(torch.autograd.Function):
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose.
 
@@ -165,7 +261,7 @@ class AffineLinear(torch.autograd.Function):
         needs[4] = needs[4] and arguments.folded is None
         ctx.needs, ctx.path = needs, arguments.path
         ctx.save_for_backward(*arguments.saved(keep_z=needs[1] or needs[3]))
-        return _as_written(arguments.z, affine_linear_fwd, arguments)
+        return affine_linear_fwd(arguments)
 
     @staticmethod
     @_once
@@ -181,7 +277,7 @@ def grouped_fold(weights: list[Tensor], offsets: list[Tensor], heads: list[Tenso
 
     Of each layer: weights (N, K); offsets (h, D) float32; heads (h,) int64.
     """
-    return torch.stack(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
+    return torch.stack(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
 
 
 @grouped_fold.register_fake
@@ -194,7 +290,7 @@ def grouped_fold_backward(
     grad: Tensor, weights: list[Tensor], heads: list[Tensor], head_dim: int, backend: str
 ) -> list[Tensor]:
     """dv of L layers: (h, head_dim) each. grad: (L, N), the column sums of dY."""
-    found = _as_written(grad, primitives(backend).grouped_bwd, grad.unbind(), weights, heads, head_dim)
+    found = as_written(grad, primitives(backend).grouped_bwd, grad.unbind(), weights, heads, head_dim)
     return [dv.clone() for dv in found]
 
 
@@ -227,24 +323,32 @@ class GroupedFold(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weights, heads, backend, *offsets):
-        """W_S v_S of every layer."""
+    def forward(ctx, layers, *offsets):
+        """W_S v_S of every layer. layers: their weights, their heads, the backend, and what
+        `gpu.offset_grouped.layer_table` made of these very tensors, or None."""
         ctx.set_materialize_grads(False)
-        ctx.weights, ctx.heads, ctx.backend, ctx.head_dim = weights, heads, backend, offsets[0].shape[1]
-        return tuple(_as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads))
+        weights, heads, backend, table = ctx.layers = layers
+        ctx.head_dim = offsets[0].shape[1]
+        return tuple(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads, table))
 
     @staticmethod
     @_once
     def backward(ctx, *grads):
         """dv of every layer that got a gradient, computed together."""
-        reached = [i for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[3 + i]]
-        found: list[Tensor | None] = [None] * len(grads)
-        if reached:
-            rows, weights, heads = ([of[i] for i in reached] for of in (grads, ctx.weights, ctx.heads))
-            computed = _as_written(rows[0], primitives(ctx.backend).grouped_bwd, rows, weights, heads, ctx.head_dim)
-            for i, dv in zip(reached, computed, strict=True):
-                found[i] = dv
-        return None, None, None, *found
+        needed = ctx.needs_input_grad
+        reached = [i for i, g in enumerate(grads) if g is not None and needed[i + 1]]
+        if not reached:
+            return None, *[None] * len(grads)
+        rows, (weights, heads, backend, table) = grads, ctx.layers
+        if len(reached) < len(grads):
+            rows, weights, heads = ([of[i] for i in reached] for of in (grads, weights, heads))
+            table = None
+        bwd = primitives(backend).grouped_bwd
+        computed = as_written(rows[0], bwd, rows, weights, heads, ctx.head_dim, table)
+        if len(reached) == len(grads):
+            return None, *computed
+        found = dict(zip(reached, computed, strict=True))
+        return None, *[found.get(i) for i in range(len(grads))]
 
 
 @torch.library.custom_op("lofit::affine", mutates_args=())
@@ -264,7 +368,7 @@ def _affine_forward(z, scale, scale_heads, offset, offset_heads, backend):
     head_dim = (scale if scale is not None else offset).shape[1]
     rows = z.reshape(-1, z.shape[-1])
     vectors = (scale, scale_heads, offset, offset_heads)
-    x = _as_written(z, primitives(backend).affine_fwd, rows, *vectors, head_dim)
+    x = as_written(z, primitives(backend).affine_fwd, rows, *vectors, head_dim)
     # whatever z's strides, the fake promises contiguous
     return x.contiguous().view(z.shape)
 
@@ -296,7 +400,7 @@ def _affine_backward(grad, z, scale, scale_heads, offset, offset_heads, needs, b
     rows = None if z is None else z.reshape(-1, z.shape[-1])
     flat = grad.reshape(-1, grad.shape[-1])
     given = (flat, rows, scale, scale_heads, offset_heads, head_dim, tuple(needs))
-    grads = _as_written(grad, primitives(backend).affine_bwd, *given)
+    grads = as_written(grad, primitives(backend).affine_bwd, *given)
     shaped = (None if grads[0] is None else grads[0].contiguous().view(grad.shape), *grads[1:])
     return [None if g is None else g.to(x.dtype) for g, x in zip(shaped, (grad, scale, offset), strict=True)]
 

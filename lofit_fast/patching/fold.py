@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.layer import LofitLinear
 from lofit_kernels import fold_offsets
+from lofit_kernels.layer_fold import LayerFold
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -27,6 +28,7 @@ class ModelFold:
     def __init__(self, decoder: nn.Module, layers: list[LofitLinear]) -> None:
         self.decoder = decoder
         self.layers = [layer for layer in layers if layer.heads("offset")]
+        self._fold = LayerFold()
         self._hooks: tuple[RemovableHandle, ...] = ()
         if self.layers:
             self._hooks = (
@@ -43,18 +45,28 @@ class ModelFold:
         # a replica of data parallelism shares these hooks, and has layers of its own
         if module is not self.decoder:
             return
-        self._clear()
         if not torch.is_grad_enabled():
+            self._clear()
             return
-        members, tensors = [], []
+        members: list[LofitLinear] = []
+        tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+        compiling = torch.compiler.is_compiling()
         for layer in self.layers:
             found = layer.foldable()
-            if found is not None and _is_there(*found):
+            # one that was interrupted may have left something
+            layer.early.folded = layer.early.ready = None
+            if found is not None and _is_there(found[0], found[1], compiling):
                 members.append(layer)
                 tensors.append(found)
-        if members:
+        if not members:
+            return
+        if compiling:
             for layer, folded in zip(members, fold_offsets(*zip(*tensors, strict=True)), strict=True):
                 layer.early.folded = folded
+            return
+        for layer, ready in zip(members, self._fold(tensors), strict=True):
+            early = layer.early
+            early.folded, early.ready = ready.exact, ready
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.decoder:
@@ -62,7 +74,7 @@ class ModelFold:
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.early.folded = None
+            layer.early.folded = layer.early.ready = None
 
 
 def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
@@ -74,7 +86,7 @@ def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
     return found
 
 
-def _is_there(weight: Tensor, offset: Tensor, heads: Tensor) -> bool:
+def _is_there(weight: Tensor, offset: Tensor, compiling: bool) -> bool:
     """Whether all that the fold of a layer takes is there before its turn has come, and in one place.
 
     Sharded and offloaded weights come layer by layer.
@@ -82,6 +94,4 @@ def _is_there(weight: Tensor, offset: Tensor, heads: Tensor) -> bool:
     if weight.dim() != 2 or offset.dim() != 2 or weight.device != offset.device or weight.is_meta:
         return False
     # nothing is sharded or offloaded behind a compiler's back
-    if torch.compiler.is_compiling():
-        return True
-    return weight.untyped_storage().nbytes() > 0 and offset.untyped_storage().nbytes() > 0
+    return compiling or (weight.untyped_storage().nbytes() > 0 and offset.untyped_storage().nbytes() > 0)

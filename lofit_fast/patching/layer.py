@@ -10,10 +10,12 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import device_of, dtype_of, is_dense
+from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand
+from lofit_kernels.layer_fold import Folded, folded_linear
 
+_HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
     "be trained through (bitsandbytes, weight-only torchao), or run it under torch.no_grad()"
@@ -21,13 +23,15 @@ CUT_OFF = (
 
 
 class EarlyFold:
-    """What a fold of the whole model leaves a layer for one forward: W v (N,), or None outside of one.
+    """What a fold of the whole model leaves a layer for one forward: W v, (N,), and the same ready for its projection.
 
     An object of its own, since a module takes longer to be given an attribute than an autograd node is to be made.
     """
 
     def __init__(self) -> None:
         self.folded: Tensor | None = None
+        # not where a forward is compiled
+        self.ready: Folded | None = None
 
 
 class LofitLinear(nn.Module):
@@ -36,8 +40,9 @@ class LofitLinear(nn.Module):
     inner: the module that computes z W^T + b, with in_features = n_heads * head_dim.
     scale, offset: parameters (h, D), float32 (float64 after `.double()`), rows by ascending head; None if absent.
 
-    The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight. Otherwise
-    `inner` is called on the affine heads, so that hooks, LoRA and quantized weights are never bypassed.
+    The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight, or one
+    that accelerate moves from device to device. Otherwise `inner` is called on the affine heads, so that hooks, LoRA
+    and quantized weights are never bypassed.
     `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
     around: modules that tell where and in what an inner module without parameters computes, the nearest first.
     """
@@ -94,18 +99,41 @@ class LofitLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
-        inner = self.inner
-        if not self.active:
+        inner = self._modules["inner"]
+        if not self.enabled or (self.peft and not self.active):
             return inner(z)
-        scale, scale_heads = wide(self.scale), self.scale_heads
-        offset, offset_heads = wide(self.offset), self.offset_heads
+        scale = scale_heads = offset = offset_heads = None
+        listed = self._heads
+        if listed["scale"] is not None:
+            scale, scale_heads = self._vectors("scale")
+        if listed["offset"] is not None:
+            offset, offset_heads = self._vectors("offset")
         plain = plain_tensors(inner)
-        if plain is None:
+        if plain is not None:
+            return self._fused(z, plain, scale, scale_heads, offset, offset_heads)
+        hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
+        if hook is None:
             vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
             return _through(inner, head_affine(z, **vectors))
+        (z,), _ = hook.pre_forward(inner, z)
+        # an offloaded weight is there only now
+        y = self._fused(z, plain_tensors(inner, moved=True), scale, scale_heads, offset, offset_heads)
+        return hook.post_forward(inner, y)
+
+    def _fused(self, z, plain, scale, scale_heads, offset, offset_heads) -> Tensor:
+        """y (..., N) beside the weight and the bias of a plain linear. The rest as `head_affine_linear` takes it."""
         weight, bias = plain
         folded = None
         if offset is not None:
+            ready = self.early.ready
+            if (
+                ready is not None
+                and scale is None
+                and bias is None
+                and ready.weight is weight
+                and torch.is_grad_enabled()
+            ):
+                return folded_linear(z, ready)
             folded = self._folded_offset(weight, offset, offset_heads)
             if folded is not None:
                 offset = offset_heads = None
@@ -128,12 +156,33 @@ class LofitLinear(nn.Module):
 
     def foldable(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
-        if not self.active or (offset := self.offset) is None or not offset.requires_grad:
+        if not self.enabled or (self.peft and not self.active):
             return None
-        plain = plain_tensors(self.inner)
-        if plain is None or plain[0].requires_grad or not self._takes_folded(*plain):
+        if self._heads["offset"] is None:
             return None
-        return plain[0], wide(offset), self.offset_heads
+        offset, heads = self._vectors("offset")
+        plain = self._here() if offset.requires_grad else None
+        if plain is None or plain[0].requires_grad:
+            return None
+        # an offset by itself always does
+        alone = plain[1] is None and self._heads["scale"] is None and self.form == "auto"
+        return (plain[0], offset, heads) if alone or self._takes_folded(*plain) else None
+
+    def _here(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) of a projection that is plain, but for a hook that moves tensors; None of any other."""
+        inner = self._modules["inner"]
+        plain = plain_tensors(inner)
+        if plain is None and (moved := plain_tensors(inner, moved=True)) is not None and moving_hook(inner) is not None:
+            return moved
+        return plain
+
+    def _vectors(self, component: str) -> tuple[Tensor, Tensor]:
+        """The vectors of a component that is there, in float32 at least, and their heads."""
+        own = self._parameters
+        # a parameter's name is looked up elsewhere first; what shards a model makes it a plain attribute
+        vectors = own[component] if component in own else getattr(self, component)
+        # FSDP's mixed precision hands a layer its parameters in 16 bits
+        return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
 
     def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the projection takes W v, and not the offset itself."""
@@ -152,9 +201,10 @@ class LofitLinear(nn.Module):
     def fold(self) -> Iterator[None]:
         """W v computed once and reused by every no-grad forward inside the scope."""
         outer = self.folded
-        there = outer is None and self.offset is not None and is_plain_linear(self.inner)
-        if there and self._takes_folded(self.inner.weight, self.inner.bias):
-            self.folded = fold_offset(self.inner.weight, wide(self.offset), self.offset_heads)
+        plain = self._here() if outer is None and self.offset is not None else None
+        # one that is offloaded comes with its forward
+        if plain is not None and not plain[0].is_meta and self._takes_folded(*plain):
+            self.folded = fold_offset(plain[0], *self._vectors("offset"))
         try:
             yield
         finally:
@@ -215,36 +265,28 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 # asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
-def plain_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other."""
+def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other.
+
+    moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
+    """
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if ("forward" in own and not moved) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _anybody_listens():
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    all_of = module_globals
+    if all_of._global_forward_hooks or all_of._global_forward_pre_hooks:
+        return None
+    if all_of._global_backward_hooks or all_of._global_backward_pre_hooks:
         return None
     parameters = own["_parameters"]
     # a packed layer may be called nn.Linear and have neither; sharded ones have theirs as plain attributes
     weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
-
-
-def _anybody_listens() -> bool:
-    """Whether there are hooks on all modules."""
-    of = module_globals
-    return bool(
-        of._global_forward_hooks
-        or of._global_forward_pre_hooks
-        or of._global_backward_hooks
-        or of._global_backward_pre_hooks
-    )
-
-
-def wide(vectors: Tensor | None) -> Tensor | None:
-    """Vectors in float32 at least: FSDP's mixed precision hands a layer its parameters in 16 bits."""
-    return vectors if vectors is None or vectors.element_size() >= 4 else vectors.float()
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +43,21 @@ def is_dense(tensor: object) -> bool:
         and tensor.layout == torch.strided
         and not tensor.is_nested
     )
+
+
+def moving_hook(linear: nn.Linear) -> Any | None:
+    """accelerate's hook, as `device_map` puts one on every module, if it does nothing to a linear but move tensors.
+
+    Its pre_forward brings the input, and a weight that is offloaded, to the device where the module computes;
+    its post_forward takes them back. None where there is no such hook, or where anything else has replaced `forward`.
+    """
+    own, hooks = vars(linear), sys.modules.get("accelerate.hooks")
+    hook, outer, inner = (own.get(name) for name in ("_hf_hook", "forward", "_old_forward"))
+    if hook is None or hooks is None or type(hook) is not hooks.AlignDevicesHook or hook.no_grad:
+        return None
+    of_accelerate = isinstance(outer, partial) and outer.func.__module__ == hooks.__name__ and outer.args == (linear,)
+    of_torch = getattr(inner, "__func__", None) is nn.Linear.forward and inner.__self__ is linear
+    return hook if of_accelerate and of_torch else None
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Tensor]:

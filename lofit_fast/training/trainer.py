@@ -46,15 +46,11 @@ class AttachmentTraining:
         if not self.l1 or not vectors:
             return torch.zeros((), device=self.args.device)
         # one norm over all layers of a device instead of one kernel per layer
-        devices = dict.fromkeys(vector.device for vector in vectors)
-        norms = [
-            torch.cat([vector.flatten() for vector in vectors if vector.device == device]).abs().sum()
-            for device in devices
-        ]
-        total = norms[0]
-        for norm in norms[1:]:
-            total = total + norm.to(total.device)
-        return self.l1 * total
+        on: dict[torch.device, list[Tensor]] = {}
+        for vector in vectors:
+            on.setdefault(vector.device, []).append(vector.flatten())
+        norms = [torch.cat(flat).abs().sum() for flat in on.values()]
+        return self.l1 * (norms[0] if len(norms) == 1 else sum(norm.to(self.args.device) for norm in norms))
 
     def extra_loss(self) -> Tensor:
         """What is added to the loss once per optimizer step: the L1 term, and the attachment's own penalty."""

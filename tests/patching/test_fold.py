@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import lofit_fast as lf
-from lofit_fast.patching import fold as model_fold
 from lofit_fast.patching.fold import decoder_of
 from lofit_kernels import aten
+from lofit_kernels.layer_fold import LayerFold
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 
@@ -206,7 +206,7 @@ def test_folding_waits_for_weights_that_come_later(calls):
 
 
 def left_over(handle) -> list:
-    return [layer for layer in handle.layers.values() if layer.folded_with_graph is not None]
+    return [layer for layer in handle.layers.values() if layer.early.folded is not None]
 
 
 def test_folding_ends_with_an_exception():
@@ -224,13 +224,13 @@ def test_folding_keeps_no_graph_alive(monkeypatch):
     model, handle = build()
     graphs = []
 
-    def fold(*args):
-        folded = folding_of(*args)
-        graphs.extend(weakref.ref(bias) for bias in folded)
-        return folded
+    def fold(self, layers):
+        ready = folding_of(self, layers)
+        graphs.extend(weakref.ref(folded.exact) for folded in ready)
+        return ready
 
-    folding_of = model_fold.fold_offsets
-    monkeypatch.setattr(model_fold, "fold_offsets", fold)
+    folding_of = LayerFold.__call__
+    monkeypatch.setattr(LayerFold, "__call__", fold)
     result = loss(model)
     assert left_over(handle) == []
     del result

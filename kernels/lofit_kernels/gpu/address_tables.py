@@ -17,12 +17,12 @@ LIMIT = 256
 
 
 class AddressTables:
-    """Tables by what they hold, the least recently used of more than `limit` dropped, those in a graph never."""
+    """Tables by what they hold. The least recently used of more than `limit` are dropped; those in a graph stay."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit, self.made = limit, 0
         self._kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
-        self._captured: dict[tuple, torch.Tensor] = {}
+        self._captured: dict[int, torch.Tensor] = {}
         # autograd asks from a thread of its own
         self._lock = Lock()
 
@@ -39,27 +39,28 @@ class AddressTables:
         current stream is captured.
         """
         place = (columns, device, key)
-        on_gpu = device.type == "cuda"
-        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            found = self._captured.get(place)
-            if found is None and (found := self._kept.get(place)) is not None:
-                self._kept.move_to_end(place)
+            found = self._kept.get(place)
             if found is None:
-                found = self._make(key if numbers is None else numbers(), columns, device, capturing)
-                self._kept[place] = found
-            if capturing:
-                self._captured[place] = found
-                self._kept.pop(place, None)
+                found = self._kept[place] = self._make(key if numbers is None else numbers(), columns, device)
+            else:
+                self._kept.move_to_end(place)
             while len(self._kept) > self.limit:
                 self._kept.popitem(last=False)
-        if on_gpu and not capturing:
-            # should it be dropped while a kernel of this stream still waits to read it
-            found.record_stream(torch.cuda.current_stream(device))
         return found
 
-    def _make(self, numbers: Sequence[int], columns: int, device: torch.device, capturing: bool) -> torch.Tensor:
-        if capturing:
+    def used(self, table: torch.Tensor) -> torch.Tensor:
+        """The table itself, which a launch on the current stream is about to read."""
+        if table.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                self._captured[id(table)] = table
+            else:
+                # should it be dropped while a kernel of this stream still waits to read it
+                table.record_stream(torch.cuda.current_stream(table.device))
+        return table
+
+    def _make(self, numbers: Sequence[int], columns: int, device: torch.device) -> torch.Tensor:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the addresses of the offsets' layers are not on the device yet, and nothing can be copied there while "
                 "a CUDA graph is captured: run one step, forward and backward, before the capture, and move no tensor "

@@ -13,10 +13,12 @@ from lofit_kernels.gpu.launch import (
     common_unit,
     count_heads,
     head_gradients,
+    head_options,
     head_plan,
     head_row,
     launch,
     listed_head,
+    planned,
     power_of_two,
     round_to,
     split_rows,
@@ -204,12 +206,10 @@ def affine_fwd(
     x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if x.numel() == 0:
         return x
-    stride_z = z.stride(0)
-    unit = common_unit(stride_z)
-    options = head_plan("affine_fwd", z, head_dim, unit)
+    programs, stride_z, options = _fwd_plan(z, T, H, head_dim, z.stride(0), z.dtype)
     launch(
         _affine_fwd_kernel,
-        cdiv(T, options["BLOCK_T"]) * H,
+        programs,
         z,
         scale.contiguous() if n_scale else None,
         scale_heads if n_scale else None,
@@ -220,12 +220,19 @@ def affine_fwd(
         H,
         n_scale,
         n_offset,
-        stride_z // unit,
-        BLOCK_HEADS=power_of_two(H),
+        stride_z,
         DITHER=dither and z.element_size() == 2,
         **options,
     )
     return x
+
+
+@planned
+def _fwd_plan(arch: str, T: int, H: int, head_dim: int, stride: int, dtype: torch.dtype) -> tuple:
+    """(programs, row stride in its unit, keyword arguments) of `affine_fwd`."""
+    unit = common_unit(stride)
+    options = {"BLOCK_HEADS": power_of_two(H), **head_options("affine_fwd", arch, head_dim, unit, dtype)}
+    return cdiv(T, options["BLOCK_T"]) * H, stride // unit, options
 
 
 def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -273,22 +280,21 @@ def _sweep(
 
     What is None is not computed; a dz that is not grad itself is written on every head.
     """
-    (T, K), (_, acc_torch) = grad.shape, accumulator(grad, "grad")
+    T, K = grad.shape
+    _, acc_torch = accumulator(grad, "grad")
     every_head = dz is not None and dz is not grad
     n_scale = 0 if scale_heads is None else scale_heads.shape[0]
     across = K // head_dim if every_head else n_scale + n_dv
     if T == 0 or across == 0:
         return None
     strides = grad.stride(0), 0 if z is None else z.stride(0), 0 if dz is None else dz.stride(0)
-    unit = common_unit(*strides)
-    options = head_plan("affine_bwd", grad, head_dim, unit)
-    blocks, chunks = split_rows(T, options["BLOCK_T"], across)
+    chunks, programs, numbers, options = _bwd_plan(grad, T, across, K // head_dim, head_dim, strides, grad.dtype)
     partials = None
     if n_da or n_dv:
         partials = torch.empty((chunks, (n_da + n_dv) * head_dim), dtype=acc_torch, device=grad.device)
     launch(
         _affine_bwd_kernel,
-        across * chunks,
+        programs,
         grad,
         z,
         scale,
@@ -300,15 +306,20 @@ def _sweep(
         across,
         n_scale,
         n_dv,
-        strides[0] // unit,
-        strides[1] // unit,
-        strides[2] // unit,
-        blocks,
-        BLOCK_HEADS=power_of_two(K // head_dim),
+        *numbers,
         EVERY_HEAD=every_head,
         **options,
     )
     return partials
+
+
+@planned
+def _bwd_plan(arch: str, T: int, across: int, H: int, head_dim: int, strides: tuple, dtype: torch.dtype) -> tuple:
+    """(row chunks, programs, row strides in their unit and blocks per program, keyword arguments) of `affine_bwd`."""
+    unit = common_unit(*strides)
+    options = {"BLOCK_HEADS": power_of_two(H), **head_options("affine_bwd", arch, head_dim, unit, dtype)}
+    blocks, chunks = split_rows(T, options["BLOCK_T"], across)
+    return chunks, across * chunks, (*(stride // unit for stride in strides), blocks), options
 
 
 def affine_bwd(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -125,28 +125,34 @@ def tile_for(kernel: str, like: torch.Tensor, D: int = 1) -> tiles.Tile:
     return tiles.tile(kernel, current_arch(like), D)
 
 
-def head_plan(kernel: str, like: torch.Tensor, D: int, unit: int) -> dict[str, Any]:
-    """The keyword arguments of `kernel`, which takes whole heads, for the dtype and the device of `like`.
+def planned(plan: Callable) -> Callable:
+    """plan(arch, *sizes), computed once for the same sizes: called as found(like, *sizes), for the device of `like`.
 
-    D, the unit of strides, the dtype of sums and the tile for D: put together once, and shared, so not to be changed.
+    What a launch needs beside its tensors depends on their sizes alone, and takes longer to compute than to look up.
     """
-    return _head_plan(kernel, _active.arch if _active else tiles.architecture(like.device), D, unit, like.dtype)
+    remembered = lru_cache(maxsize=4096)(lambda arch, programs, *sizes: plan(arch, *sizes))
+
+    def found(like: torch.Tensor, *sizes: Any) -> Any:
+        arch = _active.arch if _active else tiles.architecture(like.device)
+        return remembered(arch, PROGRAMS, *sizes)
+
+    return found
 
 
-@lru_cache(maxsize=1024)
-def _head_plan(kernel: str, arch: str, D: int, unit: int, dtype: torch.dtype) -> dict[str, Any]:
+def head_options(kernel: str, arch: str, D: int, unit: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments of a kernel that takes whole heads: D, the unit of strides, the dtype of sums, the tile."""
     tile = tiles.tile(kernel, arch, D)
     return {"D": D, "BLOCK_D": power_of_two(D), "UNIT": unit, "ACC": ACCUMULATOR[dtype][0], **tile.options()}
 
 
-def plain_plan(kernel: str, like: torch.Tensor, size: int = 1) -> dict[str, Any]:
-    """The tile of `kernel`, which knows no heads, as keyword arguments; shared like those of `head_plan`."""
-    return _plain_plan(kernel, _active.arch if _active else tiles.architecture(like.device), size)
+@planned
+def _head_plan(arch: str, kernel: str, D: int, unit: int, dtype: torch.dtype) -> dict[str, Any]:
+    return head_options(kernel, arch, D, unit, dtype)
 
 
-@lru_cache(maxsize=256)
-def _plain_plan(kernel: str, arch: str, size: int) -> dict[str, Any]:
-    return tiles.tile(kernel, arch, size).options()
+def head_plan(kernel: str, like: torch.Tensor, D: int, unit: int) -> dict[str, Any]:
+    """`head_options` for the dtype and the device of `like`: put together once, and shared, so not to be changed."""
+    return _head_plan(like, kernel, D, unit, like.dtype)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -233,23 +239,19 @@ def sum_partials(partials: torch.Tensor, n_first: int) -> tuple[torch.Tensor, to
     R, C = partials.shape
     if R == 1 and n_first == C:
         return partials.view(C), None
-    unit = common_unit(C, n_first)
-    first = torch.empty(n_first, dtype=partials.dtype, device=partials.device)
-    second = torch.empty(C - n_first, dtype=partials.dtype, device=partials.device) if n_first < C else None
-    options = plain_plan("sum_partials", partials)
-    launch(
-        _sum_partials_kernel,
-        cdiv(C, options["BLOCK_C"]),
-        partials,
-        first,
-        second,
-        R,
-        C // unit,
-        n_first // unit,
-        UNIT=unit,
-        **options,
-    )
+    programs, n_columns, n_of_first, options = _sum_plan(partials, C, n_first)
+    dtype, device = partials.dtype, partials.device
+    first = torch.empty(n_first, dtype=dtype, device=device)
+    second = torch.empty(C - n_first, dtype=dtype, device=device) if n_first < C else None
+    launch(_sum_partials_kernel, programs, partials, first, second, R, n_columns, n_of_first, **options)
     return first, second
+
+
+@planned
+def _sum_plan(arch: str, C: int, n_first: int) -> tuple[int, int, int, dict[str, Any]]:
+    """(programs, columns and columns of the first result in the common unit, keyword arguments) of `sum_partials`."""
+    tile, unit = tiles.tile("sum_partials", arch, 1), common_unit(C, n_first)
+    return cdiv(C, tile["BLOCK_C"]), C // unit, n_first // unit, {"UNIT": unit, **tile.options()}
 
 
 def head_gradients(

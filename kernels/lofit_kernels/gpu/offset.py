@@ -6,18 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from lofit_kernels.gpu import tiles
 from lofit_kernels.gpu.launch import (
+    ACCUMULATOR,
     accumulator,
     cdiv,
     common_unit,
     head_plan,
     launch,
-    plain_plan,
+    planned,
     split_rows,
     sum_partials,
     unit_columns,
 )
-from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 
 
 @triton.jit(do_not_specialize=["N", "n_heads", "stride_weight"])
@@ -159,31 +160,25 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     Raises ValueError for an unsupported dtype.
     """
     grad = unit_columns(grad, "grad")
-    acc, acc_torch = accumulator(grad, "grad")
-    T, N = grad.shape
+    _, acc_torch = accumulator(grad, "grad")
+    (T, N), device = grad.shape, grad.device
     if T == 0 or N == 0:
-        return torch.zeros(N, dtype=acc_torch, device=grad.device)
-    unit = common_unit(grad.stride(0), N)
-    alone = T <= ONE_STAGE_ROWS
-    options = plain_plan("column_sum", grad, 1 if alone else ONE_STAGE_ROWS + 1)
-    across = cdiv(N, options["BLOCK_N"])
-    rows = options["BLOCK_T"] * options["AT_ONCE"]
-    steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
-    partials = torch.empty((chunks, N), dtype=acc_torch, device=grad.device)
-    launch(
-        _column_sum_kernel,
-        across * chunks,
-        grad,
-        partials,
-        T,
-        N // unit,
-        grad.stride(0) // unit,
-        steps * options["AT_ONCE"],
-        UNIT=unit,
-        ACC=acc,
-        **options,
-    )
+        return torch.zeros(N, dtype=acc_torch, device=device)
+    chunks, programs, numbers, options = _column_sum_plan(grad, T, N, grad.stride(0), grad.dtype)
+    partials = torch.empty((chunks, N), dtype=acc_torch, device=device)
+    launch(_column_sum_kernel, programs, grad, partials, *numbers, **options)
     return sum_partials(partials, N)[0]
+
+
+@planned
+def _column_sum_plan(arch: str, T: int, N: int, stride: int, dtype: torch.dtype) -> tuple:
+    """(row chunks, programs, the kernel's numbers, its keyword arguments) of `column_sum`."""
+    alone, unit = T <= tiles.ONE_STAGE_ROWS, common_unit(stride, N)
+    tile = tiles.tile("column_sum", arch, 1 if alone else tiles.ONE_STAGE_ROWS + 1)
+    across, rows = cdiv(N, tile["BLOCK_N"]), tile["BLOCK_T"] * tile["AT_ONCE"]
+    steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)
+    options = {"UNIT": unit, "ACC": ACCUMULATOR[dtype][0], **tile.options()}
+    return chunks, across * chunks, (T, N // unit, stride // unit, steps * tile["AT_ONCE"]), options
 
 
 def offset_bwd(column_sum: torch.Tensor, weight: torch.Tensor, heads: torch.Tensor, head_dim: int) -> torch.Tensor:

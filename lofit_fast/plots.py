@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lofit_fast.config import Head
+from lofit_fast.extras import needing
 
 _STEP_NAMES = {"select": "step 1: scales on every head", "tune": "step 2: offsets on the chosen heads"}
 
@@ -55,10 +56,11 @@ def sweep_chart(rows: Sequence[dict], metric: str, path: Path | str, title: str 
 
 
 def new_figure(size: tuple[float, float], columns: int = 1):
-    """(figure, its axes: one, or an array of as many as columns) of a size in inches."""
+    """(figure, its axes: one, or an array of as many as columns) of a size in inches. ImportError: no matplotlib."""
     # the object interface leaves pyplot's global state, and the user's backend, alone
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needing("matplotlib", "train", "a picture"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

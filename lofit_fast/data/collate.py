@@ -1,7 +1,9 @@
 """From encoded examples to batches whose logits are computed only where there is a label."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from typing import Literal
 
 import torch
@@ -10,10 +12,21 @@ from torch import Tensor
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded, rectangle
 
-# which logits a model is asked for: those of labelled tokens, those of columns with one, or all
-Logits = Literal["rows", "columns", "all"]
-LOGITS = ("rows", "columns", "all")
-Batch = dict[str, Tensor | bool]
+# which logits a model is asked for: those of labelled tokens, by mask or index, those of columns with one, or all
+Logits = Literal["rows", "index", "columns", "all"]
+LOGITS = ("rows", "index", "columns", "all")
+# the index, in a batch
+KEPT_ROWS = "kept_rows"
+# the first transformers whose models take `logits_to_keep` as a mask
+_MASKS_SINCE = (5, 21)
+Batch = dict[str, Tensor | bool | int]
+
+
+@cache
+def stock_logits() -> Logits:
+    """What the installed transformers' own forwards take: "rows", before 5.21 "columns"."""
+    release = tuple(int(part) for part in version("transformers").split(".")[:2])
+    return "rows" if release >= _MASKS_SINCE else "columns"
 
 
 @dataclass(frozen=True)
@@ -28,17 +41,24 @@ class CompletionCollator:
     packed: lay the examples end to end in one row instead, each with positions from 0 and no mask, from which the
     models tell them apart: input_ids, position_ids, labels and logits_to_keep are then (1, tokens). The batch also
     brings use_cache=False, which is no tensor: with a cache, models take the whole row for one example.
+    boundaries: packed batches also say where examples begin and end, as transformers' flash attention takes it:
+    cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32, max_length_q and max_length_k. It would find them out in every
+    layer otherwise.
     pad_to_multiple_of: widths of padded batches. Few widths, and even ones, are faster and leave less memory in pieces.
-    logits: "rows" as above. "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
+    logits: "rows" as above. "index" is for a model in a scope of `models.row_index.selecting_rows`: in place of the
+    mask, kept_rows (labelled tokens,) int64 names its places in the flattened batch, and no device has to count it.
+    "columns" is for a forward that takes no mask (Liger's): logits_to_keep (columns,) int64
     names the places where any example has a label, and shift_labels is (B, columns). "all" is for one without
-    logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes.
+    logits_to_keep: neither is emitted. `models.logit_rows` finds out what a model takes. By default "rows", and
+    "columns" where transformers is older than 5.21, whose models take no mask: the same loss, of some more logits.
     Raises ValueError for another value of logits.
     """
 
     pad_token_id: int
     packed: bool = False
     pad_to_multiple_of: int = 8
-    logits: Logits = "rows"
+    logits: Logits = field(default_factory=stock_logits)
+    boundaries: bool = False
 
     def __post_init__(self) -> None:
         check_logits(self.logits)
@@ -54,7 +74,8 @@ class CompletionCollator:
             labels[:, 0] = IGNORED
             position = torch.arange(width).expand(len(rows), width)[real][None]
             batch = {"input_ids": ids[real][None], "position_ids": position, "use_cache": False}
-            return self._targets(labels[real][None]) | batch
+            ends = _boundaries(mask.sum(1)) if self.boundaries else {}
+            return self._targets(labels[real][None]) | batch | ends
         return self._targets(labels) | {"input_ids": ids, "attention_mask": mask}
 
     def _targets(self, labels: Tensor) -> dict[str, Tensor]:
@@ -64,6 +85,12 @@ class CompletionCollator:
         return {"labels": labels} if self.logits == "all" else {"labels": labels, **targets}
 
 
+def _boundaries(lengths: Tensor) -> dict[str, Tensor | int]:
+    ends = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 def check_logits(logits: str) -> None:
     """Raise ValueError for what is none of LOGITS."""
     if logits not in LOGITS:
@@ -71,7 +98,7 @@ def check_logits(logits: str) -> None:
 
 
 def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
-    """logits_to_keep and shift_labels. following: (B, S), the label of the next token.
+    """logits_to_keep, or kept_rows, and shift_labels. following: (B, S), the label of the next token.
 
     Raises ValueError where there is no label.
     """
@@ -83,6 +110,8 @@ def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
     if logits == "columns":
         columns = keep.any(0).nonzero().flatten()
         return {"logits_to_keep": columns, "shift_labels": following[:, columns]}
+    if logits == "index":
+        return {KEPT_ROWS: keep.flatten().nonzero().flatten(), "shift_labels": following[keep]}
     return {"logits_to_keep": keep, "shift_labels": following[keep]}
 
 
@@ -92,6 +121,6 @@ def n_labels(batch: Mapping[str, Tensor]) -> int:
     return int((following != IGNORED).sum())
 
 
-def on_device(batch: Mapping[str, Tensor | bool], device: torch.device | str) -> Batch:
+def on_device(batch: Mapping[str, Tensor | bool | int], device: torch.device | str) -> Batch:
     """A batch whose tensors are on a device; what is no tensor stays."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from lofit_fast.data.collate import Batch, CompletionCollator, Logits, check_logits, kept
+from lofit_fast.data.collate import Batch, CompletionCollator, Logits, check_logits, kept, stock_logits
 from lofit_fast.data.encode import IGNORED, Encoded
 
 # the attention that reads packed rows, see `cpu.attention`
@@ -36,7 +36,7 @@ class PackedCollator:
     pad_token_id: int
     tokens_multiple_of: int = 16
     width_multiple_of: int = 8
-    logits: Logits = "rows"
+    logits: Logits = field(default_factory=stock_logits)
 
     def __post_init__(self) -> None:
         check_logits(self.logits)

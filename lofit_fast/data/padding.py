@@ -1,12 +1,16 @@
 """The one place that pads: lists of token ids to a rectangle, on the right for training, on the left for generation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
+# whether whoever calls a model has padded on the right, for attention that needs no mask of padding then
+PADDED_RIGHT: ContextVar[bool] = ContextVar("lofit_padded_right", default=False)
 
 
 def rectangle(rows: Sequence[Sequence[int]], fill: int, *, side: Side = "right", multiple_of: int = 1) -> Tensor:
@@ -29,3 +33,13 @@ def padded(
     """(ids, mask), both (B, S) int64: the rows filled with `pad`, and 1 where a token is, 0 where it is padding."""
     ids = rectangle(rows, pad, side=side, multiple_of=multiple_of)
     return ids, rectangle([[1] * len(row) for row in rows], 0, side=side, multiple_of=multiple_of)
+
+
+@contextmanager
+def padded_on_the_right() -> Iterator[None]:
+    """A scope in which models are called with batches that are padded on the right, or not at all."""
+    before = PADDED_RIGHT.set(True)
+    try:
+        yield
+    finally:
+        PADDED_RIGHT.reset(before)

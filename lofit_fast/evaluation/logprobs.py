@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
-from lofit_fast.data.padding import padded, rectangle
+from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
@@ -92,7 +92,7 @@ def log_probs(
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
     values = [0.0] * len(rows)
     device, logits = device_of(model), logit_rows(model)
-    with eval_mode(model):
+    with eval_mode(model), padded_on_the_right():
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)

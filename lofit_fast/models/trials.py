@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.data.collate import on_device
+from lofit_fast.data.collate import KEPT_ROWS, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
@@ -19,7 +19,7 @@ from lofit_fast.patching.placement import device_of
 
 # tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded
 OWN, SHARED = (7, 5, 3), 4
-_TARGETS = ("labels", "shift_labels", "logits_to_keep")
+_TARGETS = ("labels", "shift_labels", "logits_to_keep", KEPT_ROWS)
 
 
 def trial_examples(model: nn.Module, *, other: bool = False) -> list[Encoded]:

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from lofit_fast.extras import needing
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, wording
 from lofit_fast.tasks.task import Example, Task
 
@@ -29,6 +30,7 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 
     Raises:
         FileNotFoundError: one of the three files is not there.
+        ImportError: the `datasets` library is not installed.
         ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
             has other fields, no rows, or fewer rows than train_size.
     """
@@ -53,8 +55,9 @@ def _examples(path, texts):
 
 def _rows(path):
     # the library takes seconds to import: only for those who read data
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    with needing("datasets", "train", "CLUTRR"):
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     try:
         rows = load_dataset("json", data_files=str(path), split="train")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lofit_fast.extras import needing
 from lofit_fast.tasks.published_splits import subset, unlike
 from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import Example, MultipleChoice, Task
@@ -75,7 +76,8 @@ def _file(name, path):
 def hub_rows(name):
     """The questions of a data set of `HUB`, as its rows, from the hub or its cache."""
     # the library takes seconds to import: only for those who use it
-    from datasets import load_dataset
+    with needing("datasets", "train", f"{name} from the hub"):
+        from datasets import load_dataset
 
     source, configuration, split = HUB[name]
     rows = load_dataset(source, configuration, split=split)

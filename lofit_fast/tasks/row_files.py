@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from lofit_fast.extras import needing
+
 # characters in a cell of CSV: a whole document may stand in one
 LONGEST_CELL = 2**31 - 1
 # rows that are held at a time
@@ -127,11 +129,9 @@ def _check_header(header, path, delimiter):
 
 
 def _parquet_rows(path: Path) -> Rows:
-    try:
+    with needing("pyarrow", "train", f"{path}: Parquet"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f'{path}: Parquet needs pyarrow: pip install "lofit-fast[train]" ({error})') from error
     try:
         with parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=PARQUET_BATCH)

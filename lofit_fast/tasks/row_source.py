@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from lofit_fast.extras import needing
 from lofit_fast.tasks.published_splits import PROMPTS
 from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, unpadded
 
@@ -154,10 +155,8 @@ def _numbered(rows: Iterable, name: str) -> Iterator[tuple[str, object]]:
 
 def _library():
     # it takes seconds to import: only for those who use it
-    try:
+    with needing("datasets", "train", "reading a data set"):
         import datasets
-    except ImportError as error:
-        raise ImportError(f'data sets need the library: pip install "lofit-fast[train]" ({error})') from error
     return datasets
 
 

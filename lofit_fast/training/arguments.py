@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from lofit_fast.patching.placement import device_of
+from lofit_fast.training.engine.device_queue import make_current, runs_ahead
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ def training_arguments(
     kind: type[TrainingArguments] = TrainingArguments,
     **more,
 ) -> TrainingArguments:
-    """A trainer's arguments on the device the model is on; nothing is reported anywhere.
+    """A trainer's arguments on the device the model is on, where it stays; nothing is reported anywhere.
+
+    Off the CPU nothing in them makes the host wait for the device within an epoch: batches come in pinned memory, and
+    no step's loss is looked at. One process of several goes where its launcher says, as ever.
 
     Args:
         model: what is trained.
@@ -71,6 +77,8 @@ def training_arguments(
         kind: TrainingArguments or a class derived from it.
         more: its other fields.
     """
+    device = device_of(model)
+    ahead = runs_ahead(device)
     saving = {"save_strategy": "epoch", "save_total_limit": 1} if keep else {"save_strategy": "no"}
     common = {
         "output_dir": str(folder),
@@ -86,11 +94,35 @@ def training_arguments(
         "logging_strategy": "epoch",
         "remove_unused_columns": False,
         "disable_tqdm": not progress,
-        "use_cpu": device_of(model).type == "cpu",
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not ahead,
+        "dataloader_pin_memory": ahead and torch.accelerator.is_available(),
+        # would read each step's loss from the device; losses are checked once an epoch
+        "logging_nan_inf_filter": not ahead,
         "report_to": "none",
     }
-    arguments = kind(**{**common, **saving, **more})
+    arguments = _in_place(kind)(**{**common, **saving, **more})
     # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if ahead and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        arguments.model_device = device
+        # transformers has just made the first device the current one
+        make_current(device)
     return arguments
+
+
+@cache
+def _in_place(kind: type[TrainingArguments]) -> type[TrainingArguments]:
+    """The arguments of a kind, with a model that stays where it is once `model_device` says where that is."""
+
+    class InPlace(kind):
+        model_device: torch.device | None = None
+
+        @property
+        def device(self) -> torch.device:
+            return super().device if self.model_device is None else self.model_device
+
+        @property
+        def place_model_on_device(self) -> bool | None:
+            return super().place_model_on_device if self.model_device is None else False
+
+    return InPlace

@@ -25,20 +25,22 @@ class Memory:
 
 
 @contextmanager
-def peak_memory(device: torch.device | str) -> Iterator[Memory]:
+def peak_memory(*devices: torch.device | str) -> Iterator[Memory]:
     """A scope that measures: on CUDA what torch allocates, elsewhere the resident set size of the process (Linux).
 
+    devices: at least one; the peaks of several GPUs are added, whether they come at one time or not.
     On a CPU, what was freed before and malloc still holds is given back first: using it again counts. Memory that a
     first step maps (libraries, thread pools, weights not read yet) counts too, and so does whatever else the process
     does meanwhile. Where the system keeps no peak that can be reset, peak_bytes stays None.
     """
-    device = torch.device(device)
     memory = Memory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
+    if gpus:
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        before = sum(map(torch.cuda.memory_allocated, gpus))
         yield memory
-        memory.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        memory.peak_bytes = sum(map(torch.cuda.max_memory_allocated, gpus)) - before
         return
     gc.collect()
     release_free_memory()

@@ -12,7 +12,8 @@ from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_devi
 from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
-from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
 
@@ -29,7 +30,7 @@ def first_epoch(
     check_room(model, [row["input_ids"] for row in rows], 0)
     lengths = [len(row["input_ids"]) for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model))
+    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model, SCOPED))
     size = recipe.batch_size // recipe.accumulation_steps
     device = device_of(model)
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
@@ -41,5 +42,5 @@ def first_epoch(
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
-    with torch.enable_grad(), eval_mode(model):
+    with torch.enable_grad(), eval_mode(model), selecting_rows(model):
         return model(**batch, use_cache=False).loss * n_labels(batch)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
@@ -88,6 +89,7 @@ def fit(
             there are, a sharded model, a quantized one that cannot be trained through.
         OSError: a folder that cannot be written.
         FloatingPointError: training diverges.
+        ImportError: accelerate is not installed, which transformers trains with.
 
     After an error the model is as it was, and the folder holds whole files only.
     """
@@ -121,7 +123,7 @@ def fit_preferences(
         beta: of DPO's loss.
 
     Raises:
-        ImportError: TRL is not installed.
+        ImportError: TRL, or what `fit` needs, is not installed.
         ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, prefix_cache_gb, accumulation_steps.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
@@ -217,6 +219,7 @@ class _TwoSteps:
     def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.callbacks, self.progress = callbacks, progress
+        check_training()
         check_unsharded(model)
         check_passes_gradients(model)
         self.projections = find_projections(model)

@@ -31,7 +31,9 @@ from lofit_fast.data.given_examples import given_examples
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
-from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.extras import needing
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import output_head, selecting_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.tasks.chat import Rendered
 from lofit_fast.tasks.contrast import contrasts
@@ -174,9 +176,12 @@ class EncodedCompletions:
         keep: bool,
     ) -> Iterator[Trainer]:
         """The prefix cache is filled first."""
-        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model))
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
-        with prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix:
+        with (
+            selecting_rows(self.model),
+            prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix,
+        ):
             yield LofitTrainer(
                 attachment,
                 l1=schedule.l1,
@@ -375,13 +380,7 @@ class EncodedPreferences:
 
 def check_language_model(model: nn.Module) -> None:
     """Raise ValueError for a model that predicts no tokens: it has no output over the vocabulary."""
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        head = None if find is None else find()
-    # a class that leaves it open says so by an error
-    except NotImplementedError:
-        head = None
-    if head is None:
+    if output_head(model) is None:
         raise ValueError(
             f"expected a language model, got {type(model).__name__}, which has no output over the vocabulary: load it "
             "with AutoModelForCausalLM. To train a classifier, patch it and use any Trainer"
@@ -399,10 +398,8 @@ def draw_rejected(preferences: Sequence[Preference], epochs: int, seed: int) -> 
 
 def _preference_trainer():
     # seconds to import, and an extra
-    try:
+    with needing("TRL", "preferences", "DPO"):
         from lofit_fast.training import preference_trainer
-    except ImportError as error:
-        raise ImportError(f'DPO needs TRL: pip install "lofit-fast[preferences]" ({error})') from error
     return preference_trainer
 
 

@@ -21,7 +21,7 @@ from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.frozen_base import admitted
-from lofit_fast.training.trainer import AttachmentTraining, check_finite, report_epochs
+from lofit_fast.training.trainer import AttachmentTraining, check_finite, leave_in_place, report_epochs
 
 
 class ReferencedDPOTrainer(DPOTrainer):
@@ -88,6 +88,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False
+        leave_in_place(self)
         report_epochs(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import TrainerCallback
 
 from lofit_fast.files import whole_folder, write_json, write_text
+from lofit_fast.training.engine.device_queue import devices_of, wait_for
 
 WARMUP, STEPS = 3, 3
 
@@ -75,10 +76,11 @@ class ProfileSteps(TrainerCallback):
             self.profiler.start()
             self._started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, model=None, **_):
         """Stop after the last step that is profiled, and write."""
         self._seen += 1
         if self.profiler is not None and self._seen == self.warmup + self.steps:
+            wait_for(devices_of(model))
             self._stop(Path(args.output_dir).name)
 
     def on_train_end(self, args, state, control, **_):
@@ -88,8 +90,6 @@ class ProfileSteps(TrainerCallback):
             self.profiler = None
 
     def _stop(self, stage: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
         self.profiler.stop()
         summary = summarize(self.profiler.events(), seconds, self.steps)

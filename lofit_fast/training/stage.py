@@ -18,6 +18,7 @@ from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 
 
@@ -119,9 +120,10 @@ def train(
     started = time.perf_counter()
     how = {"folder": folder, "on_epoch": report, "callbacks": callbacks, "progress": progress, "keep": keep}
     with (
+        current(device_of(model)),
         data.as_it_was(),
         prepared(model, engine),
-        peak_memory(device_of(model)) as memory,
+        peak_memory(*devices_of(model)) as memory,
         data.trainer(attachment, schedule, engine, **how) as trainer,
     ):
         before = time.perf_counter() - started

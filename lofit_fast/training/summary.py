@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lofit_fast.config import Recipe
+from lofit_fast.extras import can_draw
 from lofit_fast.files import write_json
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.plots import heads_map, loss_curves
@@ -18,7 +19,7 @@ from lofit_fast.training.fit import FitResult
 def write_summary(
     folder: Path | str, result: FitResult, *, model: str, task: str, recipe: Recipe, data_seed: int, **more: object
 ) -> dict[str, object]:
-    """Write the summary and the plots into a run folder; returns the summary.
+    """Write the summary and, where matplotlib is installed, the plots into a run folder; returns the summary.
 
     data_seed: of the draw that set the evaluation data aside. more: further keys of the summary.
     """
@@ -42,11 +43,12 @@ def write_summary(
         "environment": environment(result.handle.model),
     }
     write_json(folder / "summary.json", summary)
-    title = f"{model}, {task}"
-    if result.scores is not None:
-        heads_map(result.scores, result.heads, folder / "heads.png", title)
-    if result.history:
-        loss_curves(result.history, folder / "loss.png", title)
+    if can_draw():
+        title = f"{model}, {task}"
+        if result.scores is not None:
+            heads_map(result.scores, result.heads, folder / "heads.png", title)
+        if result.history:
+            loss_curves(result.history, folder / "loss.png", title)
     return summary
 
 

@@ -20,6 +20,7 @@ from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
+from lofit_fast.training.engine.device_queue import Sender, devices_of, pinned, wait_for
 from lofit_fast.training.frozen_base import admitted
 
 
@@ -35,6 +36,7 @@ class AttachmentTraining:
     handle: Attachment
     l1: float
     on_epoch: Callable[[dict], None]
+    sender: Sender | None = None
 
     def l1_term(self) -> Tensor:
         """l1 * sum |a|, a scalar."""
@@ -43,13 +45,30 @@ class AttachmentTraining:
         vectors = scales or [layer.offset for layer in layers if layer.offset is not None]
         if not self.l1 or not vectors:
             return torch.zeros((), device=self.args.device)
-        # one norm over all layers instead of one kernel per layer
-        return self.l1 * torch.cat([vector.flatten() for vector in vectors]).abs().sum()
+        # one norm over all layers of a device instead of one kernel per layer
+        devices = dict.fromkeys(vector.device for vector in vectors)
+        norms = [
+            torch.cat([vector.flatten() for vector in vectors if vector.device == device]).abs().sum()
+            for device in devices
+        ]
+        total = norms[0]
+        for norm in norms[1:]:
+            total = total + norm.to(total.device)
+        return self.l1 * total
 
     def extra_loss(self) -> Tensor:
         """What is added to the loss once per optimizer step: the L1 term, and the attachment's own penalty."""
         penalty = getattr(self.handle, "penalty", None)
         return self.l1_term() if penalty is None else self.l1_term() + penalty()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's batches of a step, on their way to the device, and how many labels they have in all."""
+        if self.sender is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # labels are counted where they are
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
+        *batches, count = self.sender.send([*batches, {"items": pinned(items) if torch.is_tensor(items) else items}])
+        return batches, count["items"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the frozen base is in the cache already: a checkpoint is the adapter
@@ -81,6 +100,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
+        leave_in_place(self)
         report_epochs(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
@@ -166,15 +186,18 @@ class _EpochReport(TrainerCallback):
 
     def __init__(self, trainer: AttachmentTraining) -> None:
         self.trainer = trainer
+        self.devices = devices_of(trainer.handle.model)
         self.report: dict | None = None
 
     def on_epoch_begin(self, args, state, control, **_):
         if args.device.type == "cpu":
             release_free_memory()
+        wait_for(self.devices)
         self.started = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **_):
         trainer = self.trainer
+        wait_for(self.devices)
         seconds = time.perf_counter() - self.started
         steps = trainer.losses.take()
         loss = sum(steps) / len(steps)
@@ -206,6 +229,17 @@ class _QuietProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def leave_in_place(trainer: AttachmentTraining) -> None:
+    """Give a trainer its `sender`, and keep accelerate from moving the model and its batches to the first device.
+
+    sender: None where the model is where transformers would put it.
+    """
+    device = getattr(trainer.args, "model_device", None)
+    trainer.sender = None if device is None else Sender(device)
+    if device is not None:
+        trainer.accelerator.device_placement = False
 
 
 def report_epochs(trainer: AttachmentTraining) -> None:

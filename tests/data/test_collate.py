@@ -7,11 +7,14 @@ from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import CompletionCollator
+from tests.library_versions import BY_ROW, called
 from tests.tiny_models import tiny_model, tokens
 from tests.training.engine.engine_families import family_model
 
 register()
-COLLATE = CompletionCollator(0, pad_to_multiple_of=1)
+COLLATE = CompletionCollator(0, pad_to_multiple_of=1, logits="rows")
+# what the installed transformers takes
+STOCK = CompletionCollator(0, pad_to_multiple_of=1)
 # (tokens, labelled tokens) of each row
 SHAPES = ((11, 3), (5, 1), (9, 4))
 
@@ -36,7 +39,7 @@ def assert_same(model, loss, expected, tolerance):
 
 @pytest.mark.parametrize("items", [None, 5])
 def test_collate_changes_neither_loss_nor_gradients(family, items):
-    model, batch = tiny_model(family), COLLATE(rows())
+    model, batch = tiny_model(family), STOCK(rows())
     more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
     full = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
     losses = [model(**inputs, **more, use_cache=False).loss for inputs in (batch, full)]
@@ -45,10 +48,10 @@ def test_collate_changes_neither_loss_nor_gradients(family, items):
 
 def test_collate_changes_nothing_in_float64(family):
     # from the logits: transformers computes every model's own loss in float32
-    model, batch = tiny_model(family, torch.float64), COLLATE(rows())
+    model, batch = tiny_model(family, torch.float64), STOCK(rows())
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     kept = model(**inputs, logits_to_keep=batch["logits_to_keep"], use_cache=False).logits.flatten(0, -2)
-    loss = torch.nn.functional.cross_entropy(kept, batch["shift_labels"])
+    loss = torch.nn.functional.cross_entropy(kept, batch["shift_labels"].flatten(), ignore_index=IGNORED)
     full = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(full, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
     assert loss.dtype == torch.float64
@@ -58,7 +61,7 @@ def test_collate_changes_nothing_in_float64(family):
 def test_collate_computes_labelled_rows_only(family):
     model, seen = tiny_model(family), []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
-    model(**COLLATE(rows()), use_cache=False)
+    called(model, CompletionCollator(0, logits=BY_ROW)(rows()))
     assert seen == [sum(labelled for _, labelled in SHAPES)]
 
 
@@ -90,12 +93,12 @@ def test_collate_has_nothing_to_predict_the_first_token_with():
 def test_widths_are_multiples_of_8(length, width, llama):
     ids = tokens(1, length)[0].tolist()
     rows = [{"input_ids": ids, "labels": ids}, {"input_ids": ids[:5], "labels": ids[:5]}]
-    wide, narrow = CompletionCollator(0)(rows), COLLATE(rows)
+    wide, narrow = CompletionCollator(0, logits="rows")(rows), COLLATE(rows)
     shapes = {tuple(wide[key].shape) for key in ("input_ids", "attention_mask", "labels", "logits_to_keep")}
     assert shapes == {(2, width)}
     assert wide["shift_labels"].equal(narrow["shift_labels"])
     with torch.no_grad():
-        losses = [llama(**batch, use_cache=False).loss.item() for batch in (wide, narrow)]
+        losses = [llama(**collate(rows), use_cache=False).loss.item() for collate in (CompletionCollator(0), STOCK)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -132,7 +135,7 @@ def test_packed_examples_see_nothing_of_each_other(family, attention):
 
 def test_packed_first_tokens_are_never_predicted():
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
-    batch = CompletionCollator(0, packed=True)(rows)
+    batch = CompletionCollator(0, packed=True, logits="rows")(rows)
     assert batch["shift_labels"].tolist() == [6, 7, 9]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
 

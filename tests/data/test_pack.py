@@ -1,5 +1,7 @@
 """Packed batches with their beginning once: the same losses and gradients, from fewer tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -11,10 +13,12 @@ from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import CompletionCollator, Engine, LofitTrainer, prepared
 from lofit_fast.training.engine import collator_of
 from lofit_fast.training.trainer import Rows
+from tests.library_versions import BY_ROW, called
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 
 register()
-EXACT = PackedCollator(0, tokens_multiple_of=1, width_multiple_of=1)
+EXACT = PackedCollator(0, tokens_multiple_of=1, width_multiple_of=1, logits=BY_ROW)
+ROUNDED = PackedCollator(0, logits=BY_ROW)
 CASES = [*((family, {}) for family in FAMILIES), ("gemma2", {"sliding_window": 4})]
 # (tokens, labelled tokens) after the shared beginning
 SHAPES = ((11, 3), (4, 1), (9, 4))
@@ -33,7 +37,7 @@ def examples(shared=5, shapes=SHAPES):
 def results(model, parameters, batch):
     """The logits where there is a label, and the loss's gradients; transformers' own loss is float32."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
+    logits = called(model, inputs).logits.flatten(0, -2)
     loss = torch.nn.functional.cross_entropy(logits, batch["shift_labels"])
     return logits.detach(), *torch.autograd.grad(loss, parameters)
 
@@ -51,8 +55,8 @@ def patched(family, **changes):
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_packing_changes_neither_logits_nor_gradients(family, changes, shared):
     model, parameters = patched(family, **changes)
-    logits, *gradients = results(model, parameters, CompletionCollator(0)(examples(shared)))
-    for collate in (EXACT, PackedCollator(0)):
+    logits, *gradients = results(model, parameters, CompletionCollator(0, logits=BY_ROW)(examples(shared)))
+    for collate in (EXACT, ROUNDED):
         other, *others = results(model, parameters, collate(examples(shared)))
         assert other.dtype == torch.float64
         torch.testing.assert_close(other, logits, rtol=1e-10, atol=1e-12)
@@ -62,10 +66,10 @@ def test_packing_changes_neither_logits_nor_gradients(family, changes, shared):
 
 
 @pytest.mark.parametrize("shared", [0, 1, 5])
-@pytest.mark.parametrize("collate", [EXACT, PackedCollator(0)], ids=["exact", "rounded"])
+@pytest.mark.parametrize("collate", [EXACT, ROUNDED], ids=["exact", "rounded"])
 def test_a_packed_row_holds_each_example_but_its_last_token(collate, shared):
     rows = examples(shared)
-    batch = collate(rows)
+    batch = replace(collate, logits="rows")(rows)
     # a single token is not worth a shape of its own
     saved = shared if shared > 1 else 0
     real = sum(len(row["input_ids"]) - 1 for row in rows) - saved * (len(rows) - 1)
@@ -122,7 +126,7 @@ def test_packed_examples_with_a_beginning_see_nothing_of_each_other(family):
         rows[2],
     ]
     with torch.no_grad():
-        before, after = (model(**EXACT(given), use_cache=False).logits.flatten(0, -2) for given in (rows, changed))
+        before, after = (called(model, EXACT(given)).logits.flatten(0, -2) for given in (rows, changed))
     own = slice(3, 4)
     others = [0, 1, 2, 4, 5, 6, 7]
     assert before[others].equal(after[others])
@@ -171,10 +175,10 @@ def test_evaluation_is_that_of_padded_batches(llama, tmp_path):
 @pytest.mark.parametrize(
     ("attention", "packing", "expected"),
     [
-        (GROUPED, True, PackedCollator(7)),
-        (GROUPED, False, CompletionCollator(7)),
-        ("flash_attention_2", True, CompletionCollator(7, packed=True)),
-        ("sdpa", "auto", CompletionCollator(7)),
+        (GROUPED, True, PackedCollator(7, logits="rows")),
+        (GROUPED, False, CompletionCollator(7, logits="rows")),
+        ("flash_attention_2", True, CompletionCollator(7, packed=True, logits="rows", boundaries=True)),
+        ("sdpa", "auto", CompletionCollator(7, logits="rows")),
     ],
 )
 def test_an_engine_has_one_collator(attention, packing, expected):

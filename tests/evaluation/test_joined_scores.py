@@ -14,13 +14,15 @@ from tests.chat_templates import FAMILIES, GPT_OSS, QWEN3
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import KINDS, chat_tokenizer, kind_tokenizer
 
-datasets = pytest.importorskip("datasets")
-
 QUESTIONS = ["A:", "who wrote it?"]
 CHOICES = [[" x", " yes", " 12"], [" the man", " the"]]
 # "1" leaves the space alone, "yes" takes it along
 SPACED, ANSWERS = "Q: is it so? A: ", ("yes", "1")
 IM = ("<|im_start|>", "<|im_end|>")
+
+
+def data_set(columns):
+    return pytest.importorskip("datasets").Dataset.from_dict(columns)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,10 @@ def test_a_choice_that_changes_its_prompt_is_scored_from_before_the_change(model
 @pytest.mark.parametrize("kind", ["qwen", "llama2_legacy", "tekken"])
 def test_preferences_are_of_the_joined_tokens(model, kind):
     tokenizer = kind_tokenizer(kind)
-    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     rows = {"prompt": [SPACED.rstrip(), SPACED], "chosen": [" yes", "yes"], "rejected": [" 1", "1"]}
+    given, handle = data_set(rows), lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     with pytest.warns(BoundaryWarning, match="in 1 of 2"):
-        done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(rows), tokenizer)
+        done = lf.reference_logprobs(handle, given, tokenizer)
     handle.unpatch()
     for row in done:
         for side in ("chosen", "rejected"):
@@ -90,9 +92,9 @@ def test_preferences_are_of_the_joined_tokens(model, kind):
 
 def test_a_rendered_prompt_stays_so_among_preferences(model):
     tokenizer = kind_tokenizer("llama3")
-    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
     rows = {"prompt": ["A:", "A:"], "chosen": [" yes"] * 2, "rejected": [" x"] * 2, "prompt_rendered": [True, False]}
-    done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(rows), tokenizer)
+    given, handle = data_set(rows), lf.patch(model, lf.LofitConfig(offset=[(0, 1)]))
+    done = lf.reference_logprobs(handle, given, tokenizer)
     handle.unpatch()
     plain = tokenizer("A:", add_special_tokens=False)["input_ids"]
     assert done["prompt_ids"] == [plain, [tokenizer.bos_token_id, *plain]]

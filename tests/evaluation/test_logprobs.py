@@ -6,11 +6,10 @@ import torch
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED, encode_prompt
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
+from tests.library_versions import takes_masks
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
-
-datasets = pytest.importorskip("datasets")
 
 TOKENIZER = tiny_tokenizer()
 ROWS = {
@@ -18,6 +17,10 @@ ROWS = {
     "chosen": [" yes", " yes", " Ann of Rome", "y</s>"],
     "rejected": [" no", " perhaps", " Bo", "zz"],
 }
+
+
+def data_set(columns):
+    return pytest.importorskip("datasets").Dataset.from_dict(columns)
 
 
 def spread(model):
@@ -43,7 +46,7 @@ def test_reference_equals_an_untouched_copy(family, batch_size):
     model, copy = spread(tiny_model(family)), spread(tiny_model(family))
     handle = lf.patch(model, lf.LofitConfig(scale="all", offset=[(0, 1), (2, 3)]))
     randomize(handle, std=1.0)
-    done = lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS), TOKENIZER, batch_size=batch_size)
+    done = lf.reference_logprobs(handle, data_set(ROWS), TOKENIZER, batch_size=batch_size)
     for side in ("chosen", "rejected"):
         expected = [log_p(copy, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
         active = [log_p(model, p, a) for p, a in zip(ROWS["prompt"], ROWS[side], strict=True)]
@@ -56,7 +59,7 @@ def test_reference_equals_an_untouched_copy(family, batch_size):
 def test_reference_columns(llama):
     handle = lf.patch(llama.train(), lf.LofitConfig(scale="all"))
     # what is there already is replaced
-    given = datasets.Dataset.from_dict(ROWS | {"ref_chosen_logps": [0.0] * 4, "note": list("abcd")})
+    given = data_set(ROWS | {"ref_chosen_logps": [0.0] * 4, "note": list("abcd")})
     done = lf.reference_logprobs(handle, given, TOKENIZER)
     ids = ("prompt_ids", "chosen_ids", "rejected_ids")
     assert set(done.column_names) == {*ROWS, "note", *ids, "ref_chosen_logps", "ref_rejected_logps"}
@@ -73,10 +76,10 @@ def test_reference_errors(llama):
     handle = lf.patch(llama, lf.LofitConfig(scale="all"))
 
     def of(**columns):
-        return lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS | columns), TOKENIZER, max_length=20)
+        return lf.reference_logprobs(handle, data_set(ROWS | columns), TOKENIZER, max_length=20)
 
     with pytest.raises(ValueError, match=r"columns prompt, chosen, rejected, got \['prompt', 'rejected'\]"):
-        lf.reference_logprobs(handle, datasets.Dataset.from_dict(ROWS).remove_columns("chosen"), TOKENIZER)
+        lf.reference_logprobs(handle, data_set(ROWS).remove_columns("chosen"), TOKENIZER)
     with pytest.raises(ValueError, match="texts in the column chosen, got list"):
         of(chosen=[[{"role": "assistant", "content": "a"}]] * 4)
     with pytest.raises(ValueError, match="tokens long, the limit is 20"):
@@ -88,10 +91,11 @@ def test_reference_errors(llama):
         of(prompt=["a"] * 4)
 
 
-def test_labelled_log_probs_in_their_places(llama):
+@pytest.mark.parametrize("logits", [pytest.param("rows", marks=takes_masks), "columns", "all"])
+def test_labelled_log_probs_in_their_places(llama, logits):
     ids = tokens(2, 7)
     labels = ids.masked_fill(torch.tensor([[1, 1, 1, 0, 0, 0, 1], [0, 1, 0, 1, 1, 1, 1]]).bool(), IGNORED)
-    got = labelled_log_probs(llama(ids, **keeping(labels)), labels)
+    got = labelled_log_probs(llama(ids, **keeping(labels, logits)), labels, logits)
     every = llama(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
     expected = torch.where(labels[:, 1:] != IGNORED, every, 0.0)
     assert (got - expected).abs().max() <= 1e-6

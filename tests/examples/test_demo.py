@@ -2,6 +2,7 @@
 
 import io
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_demo(model, tmp_path):
     heads = [tuple(pair) for pair in summary["heads"]]
     assert len(heads) == 3
     for name in ("heads.png", "loss.png"):
-        assert (tmp_path / name).stat().st_size > 3000
+        assert (tmp_path / name).stat().st_size > 3000 if find_spec("matplotlib") else not (tmp_path / name).exists()
     adapter = read_adapter(tmp_path / "adapter")
     assert set(adapter.config.offset) == set(heads)
 

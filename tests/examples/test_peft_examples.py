@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("peft")
 from examples import lora_and_lofit, peft_bridge
 
 

@@ -1,5 +1,6 @@
 """Every training example on a tiny model: it runs, it learns, and its adapter loads."""
 
+import importlib
 import json
 
 import pytest
@@ -11,12 +12,17 @@ from examples import accelerate_loop, autocast_loop, classification, stock_train
 from examples.material import model_and_stories, tell
 from tests.oracle import vectors_of
 
-pytest.importorskip("trl")
-from examples import dpo_with_trl, sft_with_trl
+
+def with_trl(name):
+    """An example that imports TRL, and data sets."""
+    pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    return importlib.import_module(f"examples.{name}")
+
 
 EXAMPLES = {
-    "sft": sft_with_trl.train_sft,
-    "dpo": dpo_with_trl.train_dpo,
+    "sft": lambda *given: with_trl("sft_with_trl").train_sft(*given),
+    "dpo": lambda *given: with_trl("dpo_with_trl").train_dpo(*given),
     "trainer": stock_trainer.train_stock,
     "autocast": autocast_loop.train_autocast,
     "accelerate": accelerate_loop.train_accelerated,
@@ -25,10 +31,8 @@ EXAMPLES = {
 # the commands run what the tests above run; one of them stays in the quick run
 COMMANDS = [
     autocast_loop,
-    *(
-        pytest.param(module, marks=pytest.mark.slow)
-        for module in (sft_with_trl, dpo_with_trl, stock_trainer, accelerate_loop, classification)
-    ),
+    *(pytest.param(module, marks=pytest.mark.slow) for module in (stock_trainer, accelerate_loop, classification)),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft_with_trl", "dpo_with_trl")),
 ]
 
 
@@ -90,6 +94,7 @@ def test_an_example_is_a_command(module, tmp_path, monkeypatch, capsys):
     from typer import Typer
     from typer.testing import CliRunner
 
+    module = with_trl(module) if isinstance(module, str) else module
     app = Typer()
     app.command()(module.main)
     done = CliRunner().invoke(app, ["--model", "tiny", "--steps", "1", "--output", str(tmp_path)])

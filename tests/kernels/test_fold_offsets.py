@@ -11,20 +11,19 @@ D = 8
 LAYERS = [(12, 4, [0, 2]), (12, 4, [3]), (12, 2, [0, 1]), (20, 4, [1, 2])]
 
 
-def make(dtype=torch.float32, layers=LAYERS):
+def make(dtype=torch.float32, layers=LAYERS, device="cpu"):
     """weights (N, K), offsets (h, D) that require grad, heads."""
     wide = torch.promote_types(dtype, torch.float32)
-    weights = [torch.randn(N, H * D).to(dtype) for N, H, _ in layers]
-    offsets = [torch.randn(len(listed), D, dtype=wide, requires_grad=True) for *_, listed in layers]
-    return weights, offsets, [torch.tensor(listed) for *_, listed in layers]
+    weights = [torch.randn(N, H * D).to(device, dtype) for N, H, _ in layers]
+    offsets = [torch.randn(len(listed), D, dtype=wide).to(device).requires_grad_() for *_, listed in layers]
+    return weights, offsets, [torch.tensor(listed, device=device) for *_, listed in layers]
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fold_offsets_is_fold_offset_of_each(dtype, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-    weights, offsets, heads = make(dtype)
+def test_fold_offsets_is_fold_offset_of_each(dtype, backend, request):
+    # ATen computes wherever the tensors are
+    weights, offsets, heads = make(dtype, device=request.getfixturevalue("device") if backend == "triton" else "cpu")
     found = fold_offsets(weights, offsets, heads, backend=backend)
     grads = [torch.randn_like(folded) for folded in found]
     torch.autograd.backward(found, grads)

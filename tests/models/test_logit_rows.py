@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 import lofit_fast as lf
-from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.collate import CompletionCollator, stock_logits
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.logprobs import log_probs
-from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import trial_examples
 from lofit_fast.training import Engine
 from lofit_fast.training.engine.auto import settle
+from tests.library_versions import BY_ROW
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import QUICK, assert_same_state, fit, state_of, vectors
@@ -69,12 +71,14 @@ def test_what_a_forward_takes_is_found(kind, patched, llama):
     if patched:
         lf.patch(model, lf.LofitConfig(scale="all", offset="all", init_std=0.1))
     before = state_of(model)
-    assert logit_rows(model) == kind.split(",")[0]
+    assert logit_rows(model) == (stock_logits() if kind == "rows" else kind.split(",")[0])
+    # the head takes fewer rows of any forward that takes their labels
+    assert logit_rows(model, SCOPED) == ("all" if kind.startswith("all") else "index")
     assert_same_state(model, before)
 
 
 @pytest.mark.parametrize("collate", [CompletionCollator, PackedCollator])
-@pytest.mark.parametrize("logits", ["columns", "all"])
+@pytest.mark.parametrize("logits", ["index", "columns", "all"])
 def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     from lofit_fast.cpu.attention import GROUPED
     from lofit_fast.training.engine.attention_scope import attending
@@ -82,17 +86,19 @@ def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     handle = lf.patch(llama, lf.LofitConfig(scale="all", offset="all", init_std=0.1))
     rows = trial_examples(llama)
     rows[0]["labels"][-3:-1] = [-100, -100]
-    with attending(llama, GROUPED):
-        losses = [llama(**collate(0, logits=way)(rows)).loss for way in ("rows", logits)]
+    with attending(llama, GROUPED), selecting_rows(llama):
+        losses = [llama(**collate(0, logits=way)(rows)).loss for way in (BY_ROW, logits)]
         gradients = [torch.autograd.grad(loss, list(handle.parameters())) for loss in losses]
     torch.testing.assert_close(losses[1], losses[0])
+    # the very same products
+    assert logits != "index" or losses[1].equal(losses[0])
     for got, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_another_way_is_refused():
     for collate in (CompletionCollator, PackedCollator):
-        with pytest.raises(ValueError, match="rows, columns, all, got 'mask'"):
+        with pytest.raises(ValueError, match="rows, index, columns, all, got 'mask'"):
             collate(0, logits="mask")
 
 

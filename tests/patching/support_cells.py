@@ -297,7 +297,7 @@ def check_packed(family: Family) -> str | None:
 
 
 def _collator(packing: bool) -> CompletionCollator:
-    return CompletionCollator(0, packed=packing)
+    return CompletionCollator(0, packed=packing, logits="rows")
 
 
 def check_narrowed(family: Family) -> str | None:

@@ -91,6 +91,7 @@ def test_find_projections_in_the_bare_decoder():
 
 
 def test_find_projections_under_peft():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["o_proj"]))

@@ -63,6 +63,7 @@ def test_merging_what_cannot_be_saved_warns(family):
 
 
 def test_unpatch_keeps_what_was_put_around_the_base_since(llama):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     handle = lf.patch(llama, CONFIG)
@@ -83,6 +84,7 @@ def test_unpatch_under_somebody_elses_wrapper_is_refused(llama):
 
 
 def test_offloaded_weights_are_patched_where_they_compute(llama):
+    pytest.importorskip("accelerate")
     from accelerate import cpu_offload
 
     plain = lf.patch(tiny_model("llama"), CONFIG)

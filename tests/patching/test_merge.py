@@ -136,6 +136,7 @@ def test_merge_of_what_is_not_plain_is_refused(llama):
 
 
 def with_lora(target: str):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(11)
@@ -179,6 +180,7 @@ def test_merge_beside_a_lora_that_needs_no_bias():
 
 
 def test_merge_under_a_wrapped_head():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head"])

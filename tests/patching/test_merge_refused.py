@@ -244,6 +244,7 @@ def test_export_of_what_stock_code_does_not_build_is_refused(change, tmp_path):
 
 
 def test_a_device_hook_of_accelerate_is_no_obstacle(tmp_path):
+    pytest.importorskip("accelerate")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = tiny_model("llama")

@@ -84,6 +84,7 @@ def test_patch_gradients_reach_no_frozen_weight(family):
 
 
 def test_patch_scales_are_ia3():
+    pytest.importorskip("peft")
     from peft import IA3Config, get_peft_model
 
     model = tiny_model("llama", torch.float64)
@@ -106,6 +107,7 @@ def test_patch_scales_are_ia3():
 
 # attention rows sum to 1: an offset on the values is one on every head's output
 def test_patch_offsets_are_beft_without_grouped_heads():
+    pytest.importorskip("peft")
     from peft import BeftConfig, get_peft_model
 
     def build():
@@ -125,6 +127,7 @@ def test_patch_offsets_are_beft_without_grouped_heads():
 
 
 def test_patch_offsets_are_a_lora_bias():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model, lora = tiny_model("llama", torch.float64), LoraConfig(r=2, lora_alpha=6, lora_bias=True)
@@ -146,6 +149,7 @@ def test_patch_offsets_are_a_lora_bias():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_patch_keeps_lora_on_the_projection(config):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     def build():
@@ -169,6 +173,7 @@ def test_patch_keeps_lora_on_the_projection(config):
 
 
 def test_patch_of_lora_takes_the_loras_flags_back():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))

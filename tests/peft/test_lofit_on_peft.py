@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
@@ -166,6 +168,7 @@ def test_the_switch_is_found_after_peft_left_and_came_back():
 
 
 def with_new_lora(base: nn.Module) -> PeftModel:
+    pytest.importorskip("peft")
     from peft import get_peft_model
 
     return get_peft_model(base, LoraConfig(r=1, target_modules=["up_proj"])).eval()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
 from peft import (
     LoraConfig,
     PeftModel,

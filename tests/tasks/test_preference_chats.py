@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 
 import lofit_fast as lf
@@ -48,6 +47,8 @@ def test_answers_end_as_the_template_ends_them(tmp_path, name):
 
 
 def test_the_references_and_the_dry_run_read_the_same(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
     tokenizer, task = _task("gemma", tmp_path)
     (pair,) = task.preferences
     (rows,) = encode_answers(tokenizer, [(pair.prompt, (pair.chosen, *pair.rejected))], None)
@@ -65,6 +66,7 @@ def test_the_references_and_the_dry_run_read_the_same(tmp_path):
 
 
 def test_training_gives_trl_the_templates_ending(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
     tokenizer, task = _task("gemma", tmp_path)
     seen = []
     from lofit_fast.training import objectives

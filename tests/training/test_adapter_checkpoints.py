@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -16,9 +15,6 @@ from lofit_fast.training import CompletionCollator
 from tests.patched_models import snapshot
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
-
-pytest.importorskip("trl")
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 TOKENIZER = tiny_tokenizer()
 CONFIG = lf.LofitConfig(scale=[(1, 2)], offset=[(0, 1), (1, 3), (2, 0)], init_std=0.1)
@@ -48,6 +44,10 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+def data_set(rows):
+    return pytest.importorskip("datasets").Dataset.from_list(rows)
+
+
 def stock(handle, folder, callbacks, **changes):
     rows = [encode(TOKENIZER, row, None) for row in TEXTS]
     args = TrainingArguments(
@@ -58,27 +58,30 @@ def stock(handle, folder, callbacks, **changes):
 
 
 def sft(handle, folder, callbacks, **changes):
-    args = SFTConfig(str(folder), **COMMON, **changes, max_length=None)
-    rows = Dataset.from_list(TEXTS)
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(str(folder), **COMMON, **changes, max_length=None)
+    rows = data_set(TEXTS)
     how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
-    return SFTTrainer(handle.model, args=args, **how, callbacks=callbacks)
+    return trl.SFTTrainer(handle.model, args=args, **how, callbacks=callbacks)
 
 
 def dpo(handle, folder, callbacks, **changes):
+    trl = pytest.importorskip("trl")
     from lofit_fast.training.preference_trainer import ReferencedDPOTrainer
 
-    rows = lf.reference_logprobs(handle, Dataset.from_list(PAIRS), TOKENIZER)
-    args = DPOConfig(str(folder), **COMMON, **changes, precompute_ref_log_probs=True)
+    rows = lf.reference_logprobs(handle, data_set(PAIRS), TOKENIZER)
+    args = trl.DPOConfig(str(folder), **COMMON, **changes, precompute_ref_log_probs=True)
     how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
     return ReferencedDPOTrainer(handle.model, args=args, **how, callbacks=callbacks)
 
 
 def own_dpo(handle, folder, callbacks, **changes):
-    args = DPOConfig(str(folder), **COMMON, **changes)
-    rows = Dataset.from_list(PAIRS)
+    trl = pytest.importorskip("trl")
+    args = trl.DPOConfig(str(folder), **COMMON, **changes)
+    rows = data_set(PAIRS)
     reference = tiny_model("llama")
     how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
-    return DPOTrainer(handle.model, reference, args=args, **how, callbacks=callbacks)
+    return trl.DPOTrainer(handle.model, reference, args=args, **how, callbacks=callbacks)
 
 
 TRAINERS = {"Trainer": stock, "SFTTrainer": sft, "ReferencedDPOTrainer": dpo, "DPOTrainer": own_dpo}
@@ -155,7 +158,7 @@ def test_the_best_vectors_are_restored(trainer, tmp_path):
 def test_trainers_activation_checkpointing_trains_the_same(tmp_path, reentrant):
     plain, handle = patched(), patched()
     stock(plain, tmp_path, []).train()
-    how = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     stock(handle, tmp_path, [], **how).train()
     assert (vectors(plain) - vectors(patched())).abs().max() > 0.1
     torch.testing.assert_close(vectors(handle), vectors(plain), rtol=1e-4, atol=1e-5)
@@ -195,6 +198,7 @@ def sharded(handle, folder):
 
 
 def accelerated(handle, folder):
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -300,6 +304,7 @@ def test_transformers_may_build_the_callback_anew(tmp_path):
 
 
 def test_lora_beside_lofit_resumes_too(tmp_path):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     def both(seed=42):
@@ -322,6 +327,7 @@ def test_lora_beside_lofit_resumes_too(tmp_path):
 
 
 def test_accelerate_saves_and_loads_the_vectors(tmp_path):
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
 
     handle, accelerator = patched(), Accelerator(cpu=True)

@@ -14,8 +14,6 @@ from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import assert_equal_vectors, assert_same_state, assert_whole, state_of, vectors
 
-pytest.importorskip("trl")
-
 EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdef", "mnopqr", strict=True)]
 PAIRS = [Preference(f"Q: {a}? A:", f" {a}.", (f" {b}!", " z!")) for a, b in zip("abcdef", "mnopqr", strict=True)]
 OBJECTIVES = {"completions": Completions(EXAMPLES), "preferences": Preferences(PAIRS)}
@@ -24,6 +22,8 @@ RECIPE = lf.Recipe(top=3, select_epochs=2, tune_epochs=3, batch_size=3, tune_lr=
 
 @pytest.fixture(params=OBJECTIVES)
 def objective(request):
+    if request.param == "preferences":
+        pytest.importorskip("trl")
     return OBJECTIVES[request.param]
 
 

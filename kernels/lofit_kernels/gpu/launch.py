@@ -14,6 +14,10 @@ import triton.language as tl
 from lofit_kernels.gpu import tiles
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+if INTERPRET:
+    from lofit_kernels.gpu import old_interpreter
+
+    old_interpreter.mend()
 
 # enough programs for every multiprocessor to hold several, few enough for the partial sums to stay cheap
 PROGRAMS = 2048

@@ -29,7 +29,8 @@ class Engine:
     """The knobs of speed. None of them changes a result beyond rounding, except that grouping picks other batches.
 
     Args:
-        attention: transformers' attn_implementation ("sdpa", "flash_attention_2", ...), our "lofit_grouped", or "auto".
+        attention: transformers' attn_implementation ("sdpa", "flash_attention_2", ...), our "lofit_grouped" or
+            "lofit_causal", or "auto".
         compile: torch.compile each decoder layer, one graph for all batch lengths; True, False or "auto".
         group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
         packing: lay a batch's examples end to end in one row instead of padding them, see `collator_of`; True, False
@@ -93,4 +94,5 @@ def collator_of(engine: Engine, pad_token_id: int, logits: Logits = "rows") -> C
     """
     if engine.packing is True and engine.attention == GROUPED:
         return PackedCollator(pad_token_id, logits=logits)
-    return CompletionCollator(pad_token_id, packed=engine.packing is True, logits=logits)
+    flash = engine.attention.startswith("flash_attention")
+    return CompletionCollator(pad_token_id, packed=engine.packing is True, logits=logits, boundaries=flash)

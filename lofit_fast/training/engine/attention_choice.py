@@ -2,23 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
+from lofit_fast.patching.placement import dtype_of
 from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
+from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
+from lofit_fast.training.engine.packing_trial import picks_in_rows
+
+FLASH = "flash_attention_2"
+# the largest head of flash-attn's kernels
+_WIDEST_FLASH = 256
 
 
-def best_attention(model: nn.Module, device: torch.device) -> str:
-    """GROUPED on a CPU, for models of the table that compute the same with it; the model's own attention elsewhere."""
+@dataclass(frozen=True)
+class Facts:
+    """What the choice looks at. device: its type. known: whether the family is in the table of architectures.
+
+    picks: whether attention picks tokens in long rows. flash: whether flash-attn is installed and the family supports
+    it. packs: whether examples may share a row.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    known: bool
+    picks: bool
+    flash: bool
+    packs: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An attention, and where it is tried. It is taken where the model's logits with it are those with its own."""
+
+    attention: str
+    fits: Callable[[Facts], bool]
+
+
+# the first that fits and passes; the model's own where none does
+CANDIDATES = (
+    Candidate(GROUPED, lambda facts: facts.device == "cpu" and HAS_CPU_EXTRAS and facts.known),
+    # packed rows without padding; padded ones make it count tokens in every layer
+    Candidate(
+        FLASH,
+        lambda facts: (
+            facts.device == "cuda"
+            and facts.flash
+            and facts.packs
+            and facts.dtype in (torch.float16, torch.bfloat16)
+            and facts.head_dim <= _WIDEST_FLASH
+        ),
+    ),
+    # what picks tokens may pick padding, in longer rows than a trial's
+    Candidate(CAUSAL, lambda facts: facts.device == "cuda" and facts.known and not facts.picks),
+)
+
+
+def best_attention(model: nn.Module, device: torch.device, *, packs: bool = True) -> str:
+    """The first of CANDIDATES that fits and gives the model's own logits; the model's own attention if none does.
+
+    packs: whether examples may be laid in one row.
+    """
+    own = text_config(model)._attn_implementation
+    facts = facts_of(model, device, packs)
+    fitting = (row.attention for row in CANDIDATES if row.fits(facts))
+    return next((name for name in fitting if attention_refusal(model, name) is None), own)
+
+
+def facts_of(model: nn.Module, device: torch.device, packs: bool) -> Facts:
+    """What is known of a model on a device without running it."""
     config = text_config(model)
-    grouped = device.type == "cpu" and HAS_CPU_EXTRAS and config.model_type in ARCHITECTURES
-    return GROUPED if grouped and attention_refusal(model, GROUPED) is None else config._attn_implementation
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    flash = find_spec("flash_attn") is not None and getattr(model, "_supports_flash_attn", False)
+    return Facts(
+        device=device.type,
+        dtype=dtype_of(model),
+        head_dim=width,
+        known=config.model_type in ARCHITECTURES,
+        picks=picks_in_rows(model) is not None,
+        flash=flash,
+        packs=packs,
+    )
 
 
 def check_head_counts(model: nn.Module) -> None:
@@ -47,7 +123,7 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
     # so few tokens that attention GROUPED computes as it does in training
     batch = CompletionCollator(0, pad_to_multiple_of=1)(trial_examples(model))
     real = batch["attention_mask"].bool()
-    with trying(model):
+    with trying(model), padded_on_the_right():
         try:
             own = all_logits(model, batch)[real]
         # without it the attention can only be tried by itself

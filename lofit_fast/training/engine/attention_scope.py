@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.training.engine.causal_attention import CAUSAL, marked_batches
+from lofit_fast.training.engine.causal_attention import register as register_causal
 from lofit_fast.training.engine.cpu_extras import register_attention
 
 _KEPT = "_attn_implementation_internal"
+# attentions of ours, for decoders
+_OURS = (GROUPED, CAUSAL)
 
 
 class UnusableAttention(ValueError):
@@ -22,18 +26,19 @@ class UnusableAttention(ValueError):
 def attending(model: nn.Module, name: str) -> Iterator[None]:
     """A scope in which the model attends by an implementation; afterwards every config is as it was.
 
-    name: one of transformers', for all parts of the model, or GROUPED, for its decoder alone. What the decoder has
-    already is left to all parts as it is.
+    name: one of transformers', for all parts of the model, or GROUPED or CAUSAL, for its decoder alone. What the
+    decoder has already is left to all parts as it is.
     Raises UnusableAttention, with everything as it was, for one that the model or the machine does not have.
     """
     register_attention()
+    register_causal()
     before = [(config, _implementation(config)) for config in _configs(model)]
     had = text_config(model)._attn_implementation
     try:
         try:
             # a tower may lack what the decoder has already
             if name != had:
-                (_decoder(model) if name == GROUPED else model).set_attn_implementation(name)
+                (_decoder(model) if name in _OURS else model).set_attn_implementation(name)
         except (ImportError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnusableAttention(f"attention {name!r} cannot be used here: {reason}") from error
@@ -43,7 +48,8 @@ def attending(model: nn.Module, name: str) -> Iterator[None]:
                 f"attention {name!r} cannot be used here: {type(model).__name__} has attention code of its own, "
                 f"and stays with {had!r}: choose 'auto' or {had!r}"
             )
-        yield
+        with marked_batches(model) if name == CAUSAL else nullcontext():
+            yield
     finally:
         for config, value in before:
             # the public name would set what is below it too

@@ -22,7 +22,7 @@ from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.attention_choice import FLASH, attention_refusal, best_attention, check_head_counts
 from lofit_fast.training.engine.last_layer import narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak, packs
 
@@ -49,7 +49,7 @@ def settle(
         batch_size: examples per optimizer step.
         epochs: how often the examples are seen.
 
-    The rules. Attention: GROUPED on a CPU, for the families of the table; the model's own elsewhere. Compiled layers:
+    The rules. Attention: `attention_choice.CANDIDATES`. Compiled layers:
     on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
@@ -67,11 +67,7 @@ def settle(
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
     with attachment.disabled():
-        if engine.attention == "auto":
-            engine = replace(engine, attention=best_attention(model, device))
-        elif refusal := attention_refusal(model, engine.attention):
-            raise ValueError(refusal)
-        engine = with_packing(model, engine, typical_batch(model, rows, pad, batch_size))
+        engine = with_attention(model, engine, device, typical_batch(model, rows, pad, batch_size))
     tokens = epochs * sum(len(row["input_ids"]) for row in rows)
     steps = epochs * math.ceil(len(rows) / batch_size)
     engine = replace(engine, compile=_one(engine.compile, pays_to_compile(model, device, tokens)))
@@ -85,6 +81,20 @@ def settle(
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
     )
     return engine, said(engine)
+
+
+def with_attention(model: nn.Module, engine: Engine, device: torch.device, batch: Callable[[Engine], Batch]) -> Engine:
+    """The engine with attention and packing settled. Raises ValueError as `settle` does."""
+    if engine.attention != "auto":
+        if refusal := attention_refusal(model, engine.attention):
+            raise ValueError(refusal)
+        return with_packing(model, engine, batch)
+    packs = engine.packing is not False
+    settled = with_packing(model, replace(engine, attention=best_attention(model, device, packs=packs)), batch)
+    if settled.attention == FLASH and not settled.packing:
+        unpacked = replace(engine, packing=False, attention=best_attention(model, device, packs=False))
+        return with_packing(model, unpacked, batch)
+    return settled
 
 
 def said(engine: Engine) -> str:

@@ -1,8 +1,8 @@
 """No work where nobody reads: the last layer's MLP runs on the rows whose logits are kept, and on no others.
 
 After its attention the last decoder layer works on each token by itself, and so does all that follows. Of a batch that
-brings `logits_to_keep` as a mask, the MLP's rows outside of the mask change neither logits nor gradients. Where a
-family has it another way, a trial on a few tokens gives other logits.
+brings `logits_to_keep` as a mask, or `kept_rows` as an index, the MLP's other rows change neither logits nor gradients.
+Where a family has it another way, a trial on a few tokens gives other logits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lofit_fast.data.collate import CompletionCollator, on_device
+from lofit_fast.data.collate import KEPT_ROWS, CompletionCollator, on_device
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.row_index import n_tokens, selecting_rows
 from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
 from lofit_fast.patching.placement import device_of
@@ -28,12 +30,12 @@ _ASKS_FOR_MORE = ("output_hidden_states", "use_cache", "past_key_values")
 
 @contextmanager
 def narrowed(model: nn.Module) -> Iterator[None]:
-    """A scope in which the last layer's MLP computes the rows that `logits_to_keep` keeps, and zeros elsewhere.
+    """A scope in which the last layer's MLP computes the rows whose logits a batch asks for, and zeros elsewhere.
 
     model: what is called with the batches, a Hugging Face model or PEFT's wrapper of one. Logits and gradients are
     what they are without, up to rounding. Whoever listens to the last layer's output gets it without the MLP's part in
-    the other rows. The MLP runs whole in a forward pass without a boolean mask (B, S), with a cache, or that gives out
-    hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
+    the other rows. The MLP runs whole in a forward pass without `kept_rows` or a boolean mask (B, S), with a cache, or
+    that gives out hidden states, and while its layer is checkpointed: the second run comes when the batch is gone.
     A model whose last layer has no MLP that is known to work row by row, and for the last time, is left alone. What is
     added is hooks, and all of them go. `narrowing_refusal` tries what cannot be read off a model.
     """
@@ -57,13 +59,14 @@ def narrowing_refusal(model: nn.Module) -> str | None:
     # rows without a label between rows with one: what they lack must not be missed
     for row in rows:
         row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
-    batch = on_device(CompletionCollator(0)(rows), device_of(model))
+    way = logit_rows(model, ("index", "rows"))
+    batch = on_device(CompletionCollator(0, logits="rows" if way == "all" else way)(rows), device_of(model))
     hooks: list[RemovableHandle] = []
     try:
         with trying(model):
-            expected = model(**batch, use_cache=False)
+            expected = _run(model, batch)
             hooks = _narrow(model, layer, mlp)
-            got = model(**batch, use_cache=False)
+            got = _run(model, batch)
     except Exception as error:
         return f"{type(model).__name__} cannot be tried: {said_of(error)}"
     finally:
@@ -77,6 +80,11 @@ def narrowing_refusal(model: nn.Module) -> str | None:
     return (
         f"something in {type(model).__name__} reads its last MLP in rows without a label: results move by {moved:.1e}"
     )
+
+
+def _run(model: nn.Module, batch):
+    with selecting_rows(model):
+        return model(**batch, use_cache=False)
 
 
 def _found(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
@@ -104,29 +112,32 @@ def _remove(hooks: Sequence[RemovableHandle]) -> None:
 
 
 class _Rows:
-    """The rows read of the forward pass that is going on: mask (B, S) bool, index (rows,) int64; None for all."""
+    """The rows read of the forward pass that is going on: index (rows,) int64 of so many tokens; None for all."""
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
         self.model, self.layer = model, layer
-        self.mask: Tensor | None = None
         self.index: Tensor | None = None
+        self.tokens = 0
         # of the MLP's call that was given fewer rows
         self.shape: torch.Size | None = None
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get(_MASK)
-        is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2
         # a replica of data parallelism shares these hooks, and runs beside the others
-        if module is self.model and is_mask and not self._read_in_full(kwargs):
-            self.mask, self.index = mask, mask.flatten().nonzero().flatten()
+        if module is not self.model or self._read_in_full(kwargs):
+            return
+        mask = kwargs.get(_MASK)
+        if kwargs.get(KEPT_ROWS) is not None:
+            self.index, self.tokens = kwargs[KEPT_ROWS], n_tokens(args, kwargs)
+        elif isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2:
+            self.index, self.tokens = mask.flatten().nonzero().flatten(), mask.numel()
 
     def drop(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.model:
-            self.mask = self.index = None
+            self.index = None
 
     def gather(self, mlp: nn.Module, args: tuple) -> tuple[Tensor] | None:
         self.shape = None
-        if self.index is None or len(args) != 1 or args[0].shape[:-1].numel() != self.mask.numel():
+        if self.index is None or len(args) != 1 or args[0].shape[:-1].numel() != self.tokens:
             return None
         self.shape = args[0].shape[:-1]
         return (args[0].flatten(0, -2).index_select(0, self.index.to(args[0].device)),)
@@ -134,7 +145,7 @@ class _Rows:
     def scatter(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self.shape is None:
             return None
-        whole = output.new_zeros(self.mask.numel(), output.shape[-1])
+        whole = output.new_zeros(self.tokens, output.shape[-1])
         return whole.index_copy(0, self.index.to(output.device), output).view(*self.shape, -1)
 
     def _read_in_full(self, kwargs: dict) -> bool:

@@ -27,10 +27,9 @@ def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool],
     attention: what it will run with. collator_of: the collator of packed batches (True), and of padded ones.
     Raises ValueError for an attention that the model does not have.
     """
-    settings = vars(text_config(model))
-    if by_row := [name for name in _BY_ROW if settings.get(name)]:
+    if picks := picks_in_rows(model):
         return (
-            f"{type(model).__name__} picks what it attends to in the whole row ({by_row[0]} of its config), "
+            f"{type(model).__name__} picks what it attends to in the whole row ({picks} of its config), "
             "whatever examples the row holds"
         )
     rows = trial_examples(model)
@@ -51,6 +50,12 @@ def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool],
     if leak > allowed / 4:
         return f"in a packed row one example moves another's logits by {leak:.1e} in {type(model).__name__}"
     return None
+
+
+def picks_in_rows(model: nn.Module) -> str | None:
+    """What the config calls the number of tokens that attention picks in a whole row; None where it looks at all."""
+    settings = vars(text_config(model))
+    return next((name for name in _BY_ROW if settings.get(name)), None)
 
 
 def packs(attention: str) -> bool:

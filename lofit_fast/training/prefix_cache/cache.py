@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_fast.data.collate import Batch, on_device
-from lofit_fast.data.encode import Encoded
+from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import padded
 from lofit_fast.files import writable_folder
 from lofit_fast.patching.architectures import decoder_layers, text_config
@@ -245,13 +245,21 @@ def _disagreement(prefix: _Prefix, store: PrefixStore, sequences: Sequence[Encod
     ends = [rows[0], rows[-1]]
     plain = on_device(collator(ends), prefix.device)
     batch = on_device(PrefixCollator(collator, store)(ends), prefix.device)
-    expected = prefix.model(**{**plain, "use_cache": False}).logits.float()
+    expected = _labelled(prefix.model, plain)
     with prefix.skipped():
-        got = prefix.model(**{**batch, "use_cache": False}).logits.float()
+        got = _labelled(prefix.model, batch)
     # half of the digits: rounding that differs with the shape of a batch is far below, a wrong state far above
     error = ((got - expected).norm() / expected.norm()).item()
     agrees = error <= torch.finfo(store.states.dtype).eps ** 0.5
     return None if agrees else f"with the cached states the model's logits differ by {error:.1e} of their norm"
+
+
+def _labelled(model: nn.Module, batch: Batch) -> Tensor:
+    """(labelled tokens, vocabulary): of the logits that a batch asks for. What stands in padding is anything."""
+    logits, following = model(**{**batch, "use_cache": False}).logits, batch.get("shift_labels")
+    if following is None:
+        logits, following = logits[:, :-1], batch["labels"][:, 1:]
+    return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED].float()
 
 
 def _key(prefix: _Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
+from lofit_fast.extras import can_draw, needing
 from lofit_fast.files import writable_folder, write_json, write_text
 from lofit_fast.plots import sweep_chart
 from lofit_fast.training.sweep.grid import Grid
@@ -69,7 +70,7 @@ def sweep(
                 bar.update()
                 _write_tables(folder, grid, _in_order(rows))
     metric = next((name for name in _BEST if any(name in row for row in rows.values())), None)
-    if metric is not None:
+    if metric is not None and can_draw():
         sweep_chart(_in_order(rows), metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
     return _in_order(rows)
 
@@ -98,7 +99,8 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
 
 def as_table(rows: list[dict[str, object]], title: str):
     """The same as a table of rich, for a terminal."""
-    from rich.table import Table
+    with needing("rich", "train", "a table for a terminal"):
+        from rich.table import Table
 
     columns = _columns(rows)
     table = Table(*columns, title=title)

@@ -1,20 +1,9 @@
-"""Fixtures of the Triton tests: the device, NaN-filled allocations, and the accuracy rule."""
+"""Fixtures of the Triton tests: rows of a matrix, NaN-filled allocations, and the accuracy rule."""
 
 import pytest
 import torch
 
 from tests.accuracy_rule import check
-
-
-@pytest.fixture
-def device() -> torch.device:
-    """A GPU when there is one, else the CPU: the kernels then run in Triton's interpreter."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("no GPU: set TRITON_INTERPRET=1 before Triton is imported")
-    return torch.device("cpu")
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import torch
 
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.training.engine.attention_choice import attention_refusal, best_attention
+from lofit_fast.training.engine.causal_attention import CAUSAL
 from tests.tiny_models import tiny_model
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", GROUPED), ("cuda", "sdpa"), ("mps", "sdpa")])
+@pytest.mark.parametrize(("device", "expected"), [("cpu", GROUPED), ("cuda", CAUSAL), ("mps", "sdpa")])
 def test_attention_by_device(llama, device, expected):
     assert best_attention(llama, torch.device(device)) == expected
 

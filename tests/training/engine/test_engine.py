@@ -119,7 +119,7 @@ def test_engine_compiles_once_for_all_lengths(llama, quick_compiler):
 def test_engine_no_backward_below_the_lowest_tuned_layer(llama, checkpointing):
     handle = lf.patch(llama, lf.LofitConfig(offset=[(1, 2)]))
     if checkpointing:
-        llama.activation_checkpointing_enable()
+        llama.gradient_checkpointing_enable()
         llama.disable_input_require_grads()
     forwards, backwards = [0] * LAYERS, [0] * LAYERS
 

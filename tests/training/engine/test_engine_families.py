@@ -1,5 +1,7 @@
 """Narrowing, packing and grouped attention in many decoder families: exact, or left alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.last_layer import narrowed, narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak
+from tests.library_versions import BY_ROW, called, takes_masks
 from tests.tiny_families import tiny_family
 from tests.tiny_models import tokens
 from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
@@ -47,9 +50,8 @@ def examples(shared=4, lengths=(9, 6, 3)):
 
 def results(model, batch, parameters):
     """Logits where there is a label, and gradients of their mean loss."""
-    keep = {"logits_to_keep": batch["logits_to_keep"]}
-    given = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels", *keep)}
-    logits = model(**{**given, **keep, "use_cache": False}).logits.flatten(0, -2)
+    given = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    logits = called(model, given).logits.flatten(0, -2)
     loss = nn.functional.cross_entropy(logits.double(), batch["shift_labels"])
     return logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
@@ -86,7 +88,7 @@ def test_narrowing_is_exact_or_does_nothing(family):
             lf.patch(model, lf.LofitConfig(offset="all"))
         return
     assert narrowing_refusal(model) is None
-    batch = CompletionCollator(0)(examples())
+    batch = CompletionCollator(0, logits=BY_ROW)(examples())
     expected = results(model, batch, parameters)
     with narrowed(model):
         got = results(model, batch, parameters)
@@ -103,9 +105,9 @@ def test_the_last_layer_is_the_last_of_all(family):
         layer.mlp.down_proj.register_forward_pre_hook(
             lambda _, args, n=number: seen.__setitem__(n, args[0].shape[:-1].numel())
         )
-    batch = CompletionCollator(0, pad_to_multiple_of=1)(examples())
+    batch = CompletionCollator(0, pad_to_multiple_of=1, logits=BY_ROW)(examples())
     with narrowed(model):
-        model(**batch, use_cache=False)
+        called(model, batch)
     whole = batch["input_ids"].numel()
     assert seen == {0: whole, 1: whole, 2: len(batch["shift_labels"])}
 
@@ -129,10 +131,10 @@ def test_narrowing_that_would_be_wrong_is_not_chosen(llama):
 
 def test_an_mlp_that_layers_share_is_left_alone(llama):
     llama.model.layers[0].mlp = llama.model.layers[-1].mlp
-    batch = CompletionCollator(0)(examples())
-    expected = llama(**batch, use_cache=False).logits
+    batch = CompletionCollator(0, logits=BY_ROW)(examples())
+    expected = called(llama, batch).logits
     with narrowed(llama):
-        assert llama(**batch, use_cache=False).logits.equal(expected)
+        assert called(llama, batch).logits.equal(expected)
 
 
 @pytest.mark.parametrize("family", marked(ALL))
@@ -144,16 +146,16 @@ def test_packing_is_right_or_refused(family):
         for attention in (own, GROUPED):
             if attention_refusal(model, attention) is not None:
                 continue
-            collate = PackedCollator(0) if attention == GROUPED else CompletionCollator(0, packed=True)
-            padded = CompletionCollator(0)
+            kind = PackedCollator(0) if attention == GROUPED else CompletionCollator(0, packed=True)
+            collate, padded = replace(kind, logits="rows"), CompletionCollator(0, logits="rows")
             reason = packing_leak(model, attention, lambda packing, c=collate, p=padded: c if packing else p)
             if attention == own:
                 assert (reason is not None) == (family in LEAKING), reason
             if reason is None:
-                batch = collate(rows)
+                batch = replace(kind, logits=BY_ROW)(rows)
                 given = {key: value for key, value in batch.items() if "labels" not in key}
                 with attending(model, attention):
-                    got = model(**given).logits.flatten(0, -2)
+                    got = called(model, given).logits.flatten(0, -2)
                 assert_close([got], [expected], 1e-3)
 
 
@@ -184,7 +186,7 @@ def test_packing_that_leaks_is_refused_before_anything_changes(family, attention
 def test_grouped_attention_has_the_gradients_of_the_models_own(family):
     model = family_model(family)
     parameters = [p for layer in (model.model.layers[0], model.model.layers[1]) for p in layer.parameters()]
-    batch = CompletionCollator(0)(examples())
+    batch = CompletionCollator(0, logits=BY_ROW)(examples())
     expected = results(model, batch, parameters)
     assert attention_refusal(model, GROUPED) is None
     with attending(model, GROUPED):
@@ -203,6 +205,7 @@ def test_grouped_attention_is_for_the_decoder_alone(family):
     assert [config._attn_implementation for config in configs] == before
 
 
+@takes_masks
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "llava", "gemma3n"])
 def test_stock_forwards_take_masks(family):
     assert logit_rows(family_model(family)) == "rows"

@@ -6,11 +6,13 @@ from torch import nn
 
 import lofit_fast as lf
 from benchmarks.peers.table import COMPARED
+from lofit_fast.data.collate import KEPT_ROWS
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.last_layer import narrowed
+from tests.library_versions import BY_ROW, called
 from tests.oracle import randomize
 from tests.tiny_models import HIDDEN, LAYERS, tiny_model, tokens
 
@@ -25,7 +27,7 @@ def batch(shapes=SHAPES, packed=False):
     for seed, (length, labelled) in enumerate(shapes):
         ids = tokens(1, length, seed)[0].tolist()
         rows.append({"input_ids": ids, "labels": [IGNORED] * (length - labelled) + ids[-labelled:]})
-    return CompletionCollator(0, packed=packed, pad_to_multiple_of=1)(rows)
+    return CompletionCollator(0, packed=packed, pad_to_multiple_of=1, logits=BY_ROW)(rows)
 
 
 def patched(family="llama", dtype=torch.float64, **config):
@@ -37,7 +39,7 @@ def patched(family="llama", dtype=torch.float64, **config):
 def results(model, inputs, parameters=None, **options):
     """Logits of the kept rows, and gradients of a loss in their own dtype: transformers computes its own in float32."""
     given = {k: v for k, v in inputs.items() if "labels" not in k}
-    logits = model(**{**given, "use_cache": False, **options}).logits
+    logits = called(model, given, **options).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, -2), inputs["shift_labels"])
     parameters = list(lf.handle_of(model).parameters()) if parameters is None else parameters
     return logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -102,12 +104,14 @@ FULL = {
 
 @pytest.mark.parametrize("case", FULL)
 def test_narrow_runs_in_full_where_more_is_read(case, llama):
-    inputs = {**batch(), "use_cache": False, **FULL[case]}
-    inputs = {key: value for key, value in inputs.items() if "labels" not in key}
-    expected = llama(**inputs)
+    inputs = {**batch(), **FULL[case]}
+    # one way to ask for rows
+    other = KEPT_ROWS if "logits_to_keep" in FULL[case] else None
+    inputs = {key: value for key, value in inputs.items() if "labels" not in key and key != other}
+    expected = called(llama, inputs)
     seen = rows_seen(llama)
     with narrowed(llama):
-        got = llama(**inputs)
+        got = called(llama, inputs)
     assert seen[-1] == [WHOLE]
     assert got.logits.equal(expected.logits)
     for mine, theirs in zip(got.hidden_states or (), expected.hidden_states or (), strict=True):
@@ -118,7 +122,7 @@ def test_narrow_runs_in_full_where_the_config_asks_for_hidden_states(llama):
     llama.config.output_hidden_states = True
     seen = rows_seen(llama)
     with narrowed(llama):
-        assert llama(**batch(), use_cache=False).hidden_states is not None
+        assert called(llama, batch()).hidden_states is not None
     assert seen[-1] == [WHOLE]
 
 
@@ -126,12 +130,12 @@ def test_narrow_is_for_one_forward_pass(llama):
     inputs = batch()
     seen = rows_seen(llama)
     with narrowed(llama):
-        llama(**inputs, use_cache=False)
+        called(llama, inputs)
         # without the head, with a failure on the way, and to generate
         llama.model(inputs["input_ids"], use_cache=False)
         hook = llama.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            llama(**inputs, use_cache=False)
+            called(llama, inputs)
         hook.remove()
         llama.model(inputs["input_ids"], use_cache=False)
         llama.generate(inputs["input_ids"], max_new_tokens=2, do_sample=False)
@@ -166,7 +170,7 @@ def test_narrow_shows_whole_batches_to_who_listens_to_the_mlp(llama):
     mlp.register_forward_hook(lambda _, args, output: seen.append(tuple(output.shape)))
     mlp.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     with narrowed(llama):
-        llama(**batch(), use_cache=False)
+        called(llama, batch())
     assert seen == [(3, 11, HIDDEN)] * 2
 
 
@@ -174,7 +178,7 @@ def test_narrow_is_a_knob_of_the_engine(llama):
     seen = rows_seen(llama)
     for engine in (Engine(narrow=True), Engine(narrow=False)):
         with prepared(llama, engine):
-            llama(**batch(), use_cache=False)
+            called(llama, batch())
     assert seen[-1] == [KEPT, WHOLE]
 
 
@@ -251,13 +255,13 @@ def test_narrow_under_checkpointing_of_two_forwards(reentrant):
     model = patched().train()
     batches = [batch(), batch(((7, 2), (8, 5)))]
     expected = [results(model, inputs)[1] for inputs in batches]
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with narrowed(model):
         losses = []
         for inputs in batches:
             # the layers' second runs come when both batches are gone
-            logits = model(**{k: v for k, v in inputs.items() if "labels" not in k}, use_cache=False).logits
+            logits = called(model, {k: v for k, v in inputs.items() if "labels" not in k}).logits
             losses.append(nn.functional.cross_entropy(logits.flatten(0, -2), inputs["shift_labels"]))
         sum(losses).backward()
     for parameter, wanted in zip(lf.handle_of(model).parameters(), zip(*expected, strict=True), strict=True):
@@ -266,13 +270,13 @@ def test_narrow_under_checkpointing_of_two_forwards(reentrant):
 
 def test_narrow_comes_back_after_checkpointing(llama):
     seen = rows_seen(llama.train())
-    llama.activation_checkpointing_enable()
+    llama.gradient_checkpointing_enable()
     with narrowed(llama), torch.no_grad():
-        llama(**batch(), use_cache=False)
+        called(llama, batch())
         # it is off in eval mode, and then taken off
-        llama.eval()(**batch(), use_cache=False)
-        llama.activation_checkpointing_disable()
-        llama.train()(**batch(), use_cache=False)
+        called(llama.eval(), batch())
+        llama.gradient_checkpointing_disable()
+        called(llama.train(), batch())
     assert seen[-1] == [WHOLE, KEPT, KEPT]
 
 
@@ -300,6 +304,7 @@ def test_narrow_with_peers(name):
 
 @pytest.mark.parametrize("config", ["LoraConfig", "IA3Config"])
 def test_narrow_with_pefts_wrapper(config):
+    pytest.importorskip("peft")
     import peft
 
     options = {"target_modules": ["v_proj", "down_proj"]}
@@ -348,7 +353,11 @@ def test_narrow_compiles_once_for_all_shapes(family, packed, quick_compiler):
             # of the last layer, one of its own
             assert counters["stats"]["unique_graphs"] <= plain + 1, number
         # and one for the whole of it
-        full = {key: value for key, value in batches[0].items() if "label" not in key and "logits" not in key}
+        full = {
+            key: value
+            for key, value in batches[0].items()
+            if "label" not in key and key not in ("logits_to_keep", KEPT_ROWS)
+        }
         full["use_cache"] = False
         got = model(**full).logits
     assert not counters["graph_break"]

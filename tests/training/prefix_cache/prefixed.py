@@ -9,10 +9,11 @@ import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from tests.library_versions import BY_ROW, taking_rows
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 
-COLLATE = CompletionCollator(0)
+COLLATE = CompletionCollator(0, logits=BY_ROW)
 HEADS = [(2, 1), (3, 0), (3, 3)]
 # four layers whose types differ by place. the window is shorter than the longest sequences; but longer than any
 # padding, since sdpa makes NaN of a query whose whole window is padding
@@ -35,7 +36,7 @@ TOKENS = sum(len(row["input_ids"]) for row in ROWS)
 
 
 def deep(family="llama", dtype=torch.float32, **changes):
-    return tiny_model(family, dtype, num_hidden_layers=4, **{**CHANGES.get(family, {}), **changes})
+    return taking_rows(tiny_model(family, dtype, num_hidden_layers=4, **{**CHANGES.get(family, {}), **changes}))
 
 
 def tuned(model, heads=HEADS):

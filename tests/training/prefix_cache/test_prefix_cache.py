@@ -8,11 +8,13 @@ from torch._dynamo.utils import counters
 
 import lofit_fast as lf
 from lofit_fast.cpu.attention import GROUPED, register
+from lofit_fast.data.collate import kept
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import PackedCollator
-from lofit_fast.training import Engine, prepared
+from lofit_fast.training import CompletionCollator, Engine, prepared
 from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.prefix_cache.cache import STATES
+from tests.library_versions import BY_ROW
 from tests.tiny_models import FAMILIES, HIDDEN, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.prefix_cache.prefixed import (
@@ -85,12 +87,10 @@ def packed(batch):
     """Rows end to end in one, positions starting anew."""
     ids = [i for row in batch for i in row["input_ids"]]
     labels = [label for row in batch for label in [*row["labels"][1:], IGNORED]]
-    keep = torch.tensor([labels]) != IGNORED
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([[p for row in batch for p in range(len(row["input_ids"]))]]),
-        "logits_to_keep": keep,
-        "shift_labels": torch.tensor([labels])[keep],
+        **kept(torch.tensor([labels]), BY_ROW),
     }
 
 
@@ -114,7 +114,7 @@ def test_prefix_of_batches_with_a_shared_beginning(family, shared, tmp_path):
         {"input_ids": beginning + row["input_ids"], "labels": [IGNORED] * shared + row["labels"]}
         for row in (ROWS[4], ROWS[0], ROWS[9])
     ]
-    collator = PackedCollator(0)
+    collator = PackedCollator(0, logits=BY_ROW)
     plain = results(handle, collator(rows))
     with cached(handle, tmp_path, rows, collator=collator) as collate:
         batch = collate(rows)
@@ -122,6 +122,22 @@ def test_prefix_of_batches_with_a_shared_beginning(family, shared, tmp_path):
         # rounding apart: transformers' norms are float32 in any dtype
         for got, expected in zip(results(handle, batch), plain, strict=True):
             assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("logits", ["columns", "all"])
+def test_prefix_of_models_that_take_no_mask(logits, tmp_path):
+    # their logits stand at padding too, of which there are no states
+    handle, collator = tuned(deep()), CompletionCollator(0, logits=logits)
+    parameters = list(handle.parameters())
+
+    def found(batch):
+        loss = handle.model(**{**batch, "use_cache": False}).loss
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    plain = found(collator(ROWS[:5]))
+    with cached(handle, tmp_path, collator=collator) as collate:
+        for got, expected in zip(found(collate(ROWS[:5])), plain, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_prefix_layers_run_once(tmp_path):
@@ -168,7 +184,7 @@ def test_prefix_under_activation_checkpointing(tmp_path):
     model = deep()
     handle = tuned(model)
     plain = results(handle, COLLATE(ROWS[:4]))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     passes = Passes(model)
     with cached(handle, tmp_path) as collate:

@@ -1,0 +1,120 @@
+"""Attention for accelerators: torch's fused causal kernels on batches that are padded on the right, without a mask.
+
+A token never looks to its right, and there padding is: a causal mask keeps it out of every result already. So the
+padding needs no mask of its own, no device has to be asked whether there is any, and torch may take the kernels that
+know `is_causal` alone. What else a layer masks (windows, chunks, blocks) is masked as transformers masks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lofit_fast.data.collate import KEPT_ROWS
+from lofit_fast.data.padding import PADDED_RIGHT
+
+CAUSAL = "lofit_causal"
+# the largest head that kernels with shared keys take; others would write out all scores
+_WIDEST_SHARED = 256
+# in a batch of a collator's, which pads on the right
+_MARKS = (KEPT_ROWS, "shift_labels")
+
+
+def register() -> None:
+    """Make CAUSAL a name that transformers knows, as it knows "eager" and "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(CAUSAL, causal_attention)
+    AttentionMaskInterface.register(CAUSAL, causal_mask)
+
+
+@contextmanager
+def marked_batches(model: nn.Module) -> Iterator[None]:
+    """A scope in which a batch of our collators is known as padded on the right by what it brings.
+
+    model: what is called with the batches. Any other call, as of `generate` with its padding on the left, is masked.
+    """
+    tokens = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens.append(PADDED_RIGHT.set(PADDED_RIGHT.get() or any(kwargs.get(mark) is not None for mark in _MARKS)))
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        if tokens:
+            PADDED_RIGHT.reset(tokens.pop())
+
+    hooks = [
+        model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+        model.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def causal_mask(attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **options) -> Tensor | None:
+    """transformers' mask for sdpa, without the padding where that is on the right and the layer's mask is causal.
+
+    attention_mask: (B, S) bool. Returns None where the causal mask is all there is, or (B, 1, S, S) bool.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if allow_is_causal_skip and PADDED_RIGHT.get():
+        attention_mask = None
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **options)
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T + mask) v, by torch's scaled_dot_product_attention.
+
+    query: (B, H, S, D). key, value: (B, G, S, D), H a multiple of G, all of one floating dtype. attention_mask: bool,
+    broadcast to (B, H, S, S), or None for a causal one where the module is causal. scaling: D^-0.5 unless given.
+    Returns (B, S, H, D), and None for the weights. Signature and shapes are those of transformers' AttentionInterface.
+    Raises ValueError for what torch's kernels do not know: scores that are capped, sinks and biases by position.
+    """
+    unknown = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+    if named := [name for name, given in unknown.items() if given is not None]:
+        raise ValueError(f"{type(module).__name__} asks for {named[0]}, which {CAUSAL} attention does not have")
+    shared = shares_keys(query.dtype, query.shape[-1], value.shape[-1], attention_mask is not None)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not shared:
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mixed = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=groups > 1 and shared,
+    )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def shares_keys(dtype: torch.dtype, query_width: int, value_width: int, masked: bool) -> bool:
+    """Whether torch has a fused kernel for several query heads on one of keys: flash attention's, in 16 bits.
+
+    Where it has none, it would write out all scores; with repeated keys the memory-efficient kernel does not.
+    """
+    in_16_bits = dtype in (torch.float16, torch.bfloat16)
+    return in_16_bits and not masked and query_width == value_width <= _WIDEST_SHARED

@@ -1,0 +1,31 @@
+"""What the installed releases of other libraries can do. A test of what they cannot is skipped, and says why."""
+
+from contextlib import ExitStack
+
+import pytest
+import transformers
+from torch import nn
+
+from lofit_fast.data.collate import stock_logits
+from lofit_fast.models.row_index import selecting_rows
+
+# how a test's batch names the rows whose logits it wants: where models take no mask, by our own index
+BY_ROW = "rows" if stock_logits() == "rows" else "index"
+takes_masks = pytest.mark.skipif(
+    stock_logits() != "rows",
+    reason=f"transformers {transformers.__version__} takes no mask as logits_to_keep, as 5.21 does",
+)
+
+
+def called(model: nn.Module, batch, **options):
+    """What a model makes of a batch whose rows are named BY_ROW."""
+    with selecting_rows(model):
+        return model(**{"use_cache": False, **batch, **options})
+
+
+def taking_rows(model: nn.Module) -> nn.Module:
+    """The model, which for as long as it lives takes batches whose rows are named BY_ROW."""
+    if BY_ROW == "index":
+        model.scope = ExitStack()
+        model.scope.enter_context(selecting_rows(model))
+    return model

@@ -1,0 +1,165 @@
+"""Attention without a mask on batches padded on the right: the model's own results, and masks wherever one is needed."""
+
+import pytest
+import torch
+from torch import nn
+
+import lofit_fast as lf
+from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.encode import IGNORED
+from lofit_fast.data.padding import padded, padded_on_the_right
+from lofit_fast.models.row_index import selecting_rows
+from lofit_fast.patching.architectures import text_config
+from lofit_fast.training.engine import Engine, collator_of
+from lofit_fast.training.engine.attention_choice import attention_refusal
+from lofit_fast.training.engine.attention_scope import attending
+from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.engine.causal_attention import CAUSAL, causal_attention, shares_keys
+from tests.tiny_models import tiny_model, tokens
+from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
+
+# one of each kind; the others are slow in sum only
+QUICK = ("gemma3", "gemma3n", "deepseek_v3", "mixtral", "llama4", "falcon_h1", "llava", "gemma3_wrapper", "cohere2")
+# torch's kernels know neither caps nor sinks
+REFUSED = {"gemma2": "softcap", "gpt_oss": "s_aux"}
+
+
+def rows(lengths=(13, 9, 6)):
+    made = []
+    for seed, length in enumerate(lengths):
+        ids = tokens(1, length, seed)[0].tolist()
+        made.append({"input_ids": ids, "labels": [IGNORED] * (length - 3) + ids[-3:]})
+    return made
+
+
+def results(model, batch):
+    """Logits of labelled tokens, and the loss's gradients of the first layer."""
+    parameters = [p for p in model.get_input_embeddings().parameters()]
+    with selecting_rows(model):
+        logits = model(**{**batch, "use_cache": False}).logits
+    loss = nn.functional.cross_entropy(logits.double(), batch["shift_labels"])
+    return [logits.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *WRAPPERS)],
+)
+def test_right_padding_needs_no_mask_or_is_refused(family):
+    model = family_model(family)
+    refusal = attention_refusal(model, CAUSAL)
+    assert (refusal is not None) == (family in REFUSED) or text_config(model)._attn_implementation != "sdpa"
+    if refusal is not None:
+        return
+    batch = CompletionCollator(0, logits="index")(rows())
+    expected = results(model, batch)
+    with attending(model, CAUSAL):
+        got = results(model, batch)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).abs().max() <= 2e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_torch_does_not_know_is_refused(family):
+    model = family_model(family)
+    assert REFUSED[family] in attention_refusal(model, CAUSAL)
+
+
+def masks_given(model, call):
+    """The masks that torch's attention is given while something calls the model."""
+    seen, attend = [], nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, mask=None, *args, **options):
+        seen.append((mask, options["is_causal"], key.shape[1]))
+        return attend(query, key, value, mask, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, attending(model, CAUSAL):
+        patch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+        call()
+    return seen
+
+
+def test_torch_is_given_no_mask(llama):
+    batch = CompletionCollator(0)(rows())
+    assert all(mask is None and causal for mask, causal, _ in masks_given(llama, lambda: llama(**batch)))
+
+
+def test_windows_are_masked_where_rows_are_longer():
+    model = tiny_model("gemma3", layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    long, short = (CompletionCollator(0)(rows(lengths)) for lengths in ((13, 9), (7, 5)))
+    short = {key: value[:, :7] if value.dim() == 2 else value for key, value in short.items()}
+    given = [mask is None for mask, *_ in masks_given(model, lambda: model(**long, use_cache=False))]
+    assert given == [False, True, False]
+    assert all(mask is None for mask, *_ in masks_given(model, lambda: model(**short, use_cache=False)))
+
+
+def test_padding_on_the_left_is_masked_inside_a_training_too(llama):
+    ids, mask = padded([row["input_ids"] for row in rows()], 0, side="left")
+    expected = llama(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    answers = llama.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    with attending(llama, CAUSAL):
+        # a training step before, which is known to be padded on the right
+        llama(**CompletionCollator(0)(rows()))
+        got = llama(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert llama.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False).equal(answers)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_step_leaves_nothing_behind(llama):
+    ids, mask = padded([row["input_ids"] for row in rows()], 0, side="left")
+    with attending(llama, CAUSAL):
+        hook = llama.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama(**CompletionCollator(0)(rows()))
+        hook.remove()
+    assert all(given is not None for given, *_ in masks_given(llama, lambda: llama(ids, attention_mask=mask)))
+
+
+def test_whoever_pads_on_the_right_can_say_so(llama):
+    ids, mask = padded([row["input_ids"] for row in rows()], 0)
+    with padded_on_the_right():
+        given = masks_given(llama, lambda: llama(ids, attention_mask=mask))
+    assert all(mask is None for mask, *_ in given)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "masked", "expected"),
+    [
+        (torch.bfloat16, (64, 64), False, True),
+        (torch.float16, (256, 256), False, True),
+        (torch.bfloat16, (512, 512), False, False),
+        (torch.bfloat16, (192, 128), False, False),
+        (torch.bfloat16, (64, 64), True, False),
+        (torch.float32, (64, 64), False, False),
+    ],
+)
+def test_keys_are_shared_where_torch_has_a_fused_kernel(dtype, widths, masked, expected):
+    assert shares_keys(dtype, *widths, masked) is expected
+
+
+def test_keys_are_repeated_elsewhere(llama):
+    batch = CompletionCollator(0)(rows())
+    assert {heads for *_, heads in masks_given(llama, lambda: llama(**batch))} == {4}
+    half = tiny_model("llama", torch.bfloat16)
+    assert {heads for *_, heads in masks_given(half, lambda: half(**batch))} == {2}
+
+
+def test_more_than_a_mask_is_refused(llama):
+    query = torch.ones(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="LlamaModel asks for position_bias, which lofit_causal attention does not"):
+        causal_attention(llama.model, query, query, query, None, position_bias=query)
+
+
+def test_one_can_ask_for_it_and_a_run_keeps_it(llama):
+    handle = lf.patch(llama, lf.LofitConfig(offset="all"))
+    settled, said = settle(handle, Engine(attention=CAUSAL), rows(), 0, 2, 1)
+    assert (settled.attention, settled.packing) == (CAUSAL, False)
+    assert f"engine: {CAUSAL} attention" in said
+
+
+def test_packed_batches_of_flash_attention_bring_their_boundaries():
+    batch = collator_of(Engine(attention="flash_attention_2", packing=True), 0)(rows((5, 3, 4)))
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 5, 8, 12]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["max_length_q"], batch["max_length_k"]) == (5, 5)
+    assert "cu_seq_lens_q" not in collator_of(Engine(attention="sdpa", packing=True), 0)(rows((5, 3)))

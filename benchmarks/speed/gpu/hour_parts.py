@@ -23,7 +23,7 @@ from benchmarks.speed.gpu.isolation import ROOT, Isolated
 # of a whole model's task: building and checking it compile and allocate without a word
 _SILENCE = 150.0
 # seconds that a task of a whole model needs to be worth beginning
-_LEAST = {"cuda": 100.0, "cpu": 10.0}
+_LEAST = {"cuda": 150.0, "cpu": 10.0}
 
 
 @dataclass

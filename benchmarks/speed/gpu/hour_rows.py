@@ -38,7 +38,7 @@ STEPS = tuple(product(("Llama-3-8B", "Gemma-2-9B"), ("step 1", "step 2")))
 TRACED = (("Llama-3-8B", "step 1"), ("Llama-3-8B", "step 2"), ("Gemma-2-9B", "step 2"))
 # rounds, examples per round, and seconds after which no new round begins
 STEP_PACE = {
-    "cuda": {"rounds": 9, "examples": 16, "seconds": 60.0},
+    "cuda": {"rounds": 9, "examples": 16, "seconds": 40.0},
     "cpu": {"rounds": 3, "examples": 8, "seconds": 5.0},
 }
 # (model, tokens, share of scaled heads) for autotune

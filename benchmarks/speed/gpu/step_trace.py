@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
-from benchmarks.speed.gpu.whole_steps import Scene, clocked, scene
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
+from benchmarks.speed.gpu.whole_steps import Scene, clocked, scene, why_not
 from benchmarks.speed.step.rows import Row
 from benchmarks.speed.step.workload import BATCH
 
@@ -78,10 +77,8 @@ def _traced(place: Scene, row: Row) -> dict[str, Any]:
             with profile(activities=activities) as seen, clocked(place.device) as seconds, record_function(_MARK):
                 for batch in batches:
                     one.update(batch)
-        except Absent as reason:
-            return {"absent": str(reason)}
-        except torch.OutOfMemoryError:
-            return {"skipped": "out of memory"}
+        except Exception as failure:
+            return why_not(failure, place.device)
     return {"ms_per_step": 1e3 * seconds[0] / STEPS, **counted(seen.events(), len(batches))}
 
 

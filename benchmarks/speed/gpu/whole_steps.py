@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import nn
 from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
 from benchmarks.speed.gpu import whole_models
 from benchmarks.speed.step.loss_check import Checks, Reference, references
-from benchmarks.speed.step.rows import STOCK, Live, Row, live, settled_engine
-from benchmarks.speed.step.workload import Workload, real_tokens
+from benchmarks.speed.step.rows import STOCK, Live, Row, live
+from benchmarks.speed.step.workload import BATCH, Workload, real_tokens
 from benchmarks.speed.timing import ratio
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.auto import settle
 
 # draws of examples, of which the first is taken whose loss shows what the vectors do
 DRAWS = 8
@@ -73,7 +74,20 @@ def scene(name: str, device: str, layers: int | None = None) -> Scene:
     model, work = whole_models.built(name, device, layers), whole_models.random_examples(name, device)
     # transformers' own choice: a model with caps on its scores has no sdpa
     stock = replace(STOCK, attention=model.config._attn_implementation)
-    return Scene(model, work, settled_engine(model, work, compiled=False), stock, device)
+    # compiled layers are for runs that are longer than a measurement
+    engine, _ = settle(_Bare(model), Engine(compile=False), work.rows, work.pad, BATCH, epochs=1)
+    return Scene(model, work, engine, stock, device)
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A model with nothing in it, as `settle` takes it."""
+
+    model: nn.Module
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """There is nothing to disable."""
+        return nullcontext()
 
 
 def time_steps(task: dict[str, Any]) -> dict[str, Any]:
@@ -145,21 +159,28 @@ def _prepared(scopes: ExitStack, place: Scene, row: Row, checks: Checks) -> tupl
             if not check.ok:
                 red = f"loss {check.loss:.5f}, expected {check.reference:.5f} +- {check.tolerance:.5f}"
                 return entry | {"red": red}, None
-            batches = one.batches(place.work.drawn(0, 2 * len(place.work.rows) // 8), place.work.pad)
+            batches = one.batches(place.work.drawn(0, 2 * BATCH), place.work.pad)
             for batch in batches:
                 one.update(batch)
             entry |= {"peak_bytes": _peak(one, batches[0], place.device)}
-        except Absent as reason:
-            return {"absent": str(reason)}, None
-        except torch.OutOfMemoryError:
-            return {"skipped": "out of memory"}, None
         except Exception as failure:
-            # after an illegal access nothing on this device works any more: that ends the process, and is reported
-            if place.device == "cuda":
-                torch.cuda.synchronize()
-            return {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}, None
+            return why_not(failure, place.device), None
         scopes.push(own.pop_all())
     return entry | {"warm_seconds": time.perf_counter() - started}, one
+
+
+def why_not(failure: Exception, device: str) -> dict[str, str]:
+    """Why a row has no numbers: absent, skipped for want of memory, or an error.
+
+    Raises what the device raises where nothing works there any more: that ends the process, and is reported.
+    """
+    if isinstance(failure, Absent):
+        return {"absent": str(failure)}
+    if isinstance(failure, torch.OutOfMemoryError):
+        return {"skipped": "out of memory"}
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"error": f"{type(failure).__name__}: {str(failure).strip()[:400]}"}
 
 
 def _peak(one: Live, batch: dict, device: str) -> int | None:

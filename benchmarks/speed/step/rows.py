@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,10 @@ from benchmarks.peers.peer import AS_RUN, Attached
 from benchmarks.peers.table import TIMED
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
-from lofit_fast.data.collate import on_device
+from lofit_fast.data.collate import Logits, on_device
 from lofit_fast.data.encode import Encoded
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.training.engine import Engine, collator_of, prepared
 from lofit_fast.training.engine.attention_choice import best_attention
 from lofit_fast.training.engine.auto import typical_batch, with_packing
@@ -45,7 +47,8 @@ class Live:
 
     optimizer: of its parameters; None for the floor. engine: of the row's setting. collate: makes its batches, if not
     the engine's own collator.
-    notes: what else was measured while it was put there, for the row's results.
+    notes: what else was measured while it was put there, for the row's results. logits: how the engine's batches ask
+    for those of labelled tokens, as our training finds it out.
     """
 
     row: Row
@@ -54,13 +57,13 @@ class Live:
     engine: Engine
     collate: Collate | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    logits: Logits = "rows"
 
     def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
         """The examples as this row's setting batches them, on the model's device."""
         stock = self.row.setting == AS_RUN
-        made = (
-            stock_batches(rows, pad) if stock else grouped_batches(rows, self.collate or collator_of(self.engine, pad))
-        )
+        collate = self.collate or collator_of(self.engine, pad, self.logits)
+        made = stock_batches(rows, pad) if stock else grouped_batches(rows, collate)
         device = next(self.attached.model.parameters()).device
         return [on_device(batch, device) for batch in made]
 
@@ -116,8 +119,11 @@ def live(
     )
     attached.model.train()
     chosen = stock if row.setting == AS_RUN else engine
-    with prepared(attached.model, chosen):
-        yield Live(row, attached, optimizer, chosen)
+    # how logits are asked for is the engine's, and with a mask the host would wait for the device
+    scope = nullcontext() if row.setting == AS_RUN else selecting_rows(attached.model)
+    with prepared(attached.model, chosen), scope:
+        logits = "rows" if row.setting == AS_RUN else logit_rows(attached.model, SCOPED)
+        yield Live(row, attached, optimizer, chosen, logits=logits)
 
 
 def uncopied(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.peers.peer import SAME_ENGINE
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
 from benchmarks.speed.gpu import hour, hour_parts, hour_predictions, hour_rows, hour_summary, step_trace, whole_models
 from benchmarks.speed.gpu.gpu_session import CANNOT_RUN, SOME_RED, TIMED
 from benchmarks.speed.gpu.hour_parts import PARTS, Part, Turn
 from benchmarks.speed.gpu.hour_predictions import Compared
 from benchmarks.speed.gpu.whole_steps import rows_of_step, time_steps
+from benchmarks.speed.step.rows import STOCK, Row, live
+from benchmarks.speed.step.steps import vectors
 from lofit_kernels.roofline import DEVICES
 from lofit_kernels.shapes import SHAPES
 
@@ -199,15 +202,21 @@ def test_a_sharing_copy_has_the_same_weights_in_other_modules():
 
 
 def toy_task(**changed):
-    compiled = {f"compiled_hook, step 2, {setting}": "" for setting in ("same engine", "as run")}
-    task = {"model": "Gemma-2-9B", "step": "step 2", "device": "cpu", "without": compiled, "now": lambda what: None}
+    left_out = (
+        "compiled_hook, step 2, same engine",
+        "compiled_hook, step 2, as run",
+        "lora, as run",
+        "lora_all, as run",
+    )
+    without = dict.fromkeys((*left_out, "lora, same engine"), "")
+    task = {"model": "Gemma-2-9B", "step": "step 2", "device": "cpu", "without": without, "now": lambda what: None}
     return task | {"rounds": 1, "examples": 8, "seconds": 1.0} | changed
 
 
 def test_whole_steps_are_checked_and_timed():
     found = time_steps(toy_task())
     assert found["layers"] == found["of_layers"] == 2
-    assert len(found["rows"]) == len(rows_of_step("step 2")) - 2
+    assert len(found["rows"]) == len(rows_of_step("step 2")) - len(toy_task()["without"])
     timed = {(row["peer"], row["setting"]): row for row in found["rows"]}
     for row in timed.values():
         assert "absent" in row or (row["check"]["ok"] and row["tokens_per_s"] > 0 and "vs_hook" in row)
@@ -228,7 +237,7 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
     rows = [row for row in rows_of_step("step 2") if row.peer in ("lora", "floor")]
     monkeypatch.setattr("benchmarks.speed.gpu.whole_steps.rows_of_step", lambda step: rows)
     monkeypatch.setitem(table.TIMED, "lora", table.Peer("wrong", attach=wrong))
-    found = time_steps(toy_task(model="Llama-3-8B"))
+    found = time_steps(toy_task(model="Llama-3-8B", without={}))
     red = {(row["peer"], row["setting"]) for row in found["rows"] if "red" in row}
     assert {peer for peer, _ in red} == {"lora"}
     assert all(("ms_per_round" in row) == (row["peer"] == "floor") for row in found["rows"])
@@ -246,6 +255,22 @@ def test_out_of_memory_means_fewer_layers(monkeypatch):
     monkeypatch.setattr("benchmarks.speed.gpu.whole_steps._timed", timed)
     found = time_steps(toy_task())
     assert tried == [2, 1] and found["short_of_memory_with_layers"] == [2] and found["layers"] == 1
+
+
+@pytest.mark.parametrize("peer", ["floor", "hook", "lora", "lora_all"])
+def test_a_peer_in_a_model_elsewhere_leaves_nothing_on_the_cpu(monkeypatch, peer):
+    if peer.startswith("lora"):
+        pytest.importorskip("peft")
+    # on torch's meta device a tensor of the CPU that meets one of the model's raises
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **rest: torch.optim.Adam(parameters, **rest))
+    model = whole_models.built("Gemma-2-9B", "cpu", layers=1).to("meta")
+    drawn = vectors(model, "step 1")
+    assert drawn and all(rows.device.type == "meta" for _, rows in drawn.values())
+    stock = replace(STOCK, attention="eager")
+    work = whole_models.random_examples("Gemma-2-9B", "cpu")
+    with live(model, Row(peer, AS_RUN, "step 1"), stock, whole_models.sharing, stock) as one:
+        batch = one.batches(work.drawn(0, 8), work.pad)[0]
+        assert one.update(batch).device.type == "meta"
 
 
 def event(name, start, end, device=DeviceType.CPU, annotation=False):

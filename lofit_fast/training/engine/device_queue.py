@@ -42,9 +42,9 @@ def make_current(device: torch.device) -> None:
 
 def wait_for(devices: Iterable[torch.device]) -> None:
     """Return when each device has done what it was given. For clocks: nothing else here waits for a device."""
-    current = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     for device in devices:
-        if current is not None and device.type == current.type:
+        if accelerator is not None and device.type == accelerator.type:
             torch.accelerator.synchronize(device)
 
 

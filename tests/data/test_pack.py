@@ -173,7 +173,7 @@ def test_evaluation_is_that_of_padded_batches(llama, tmp_path):
     [
         (GROUPED, True, PackedCollator(7)),
         (GROUPED, False, CompletionCollator(7)),
-        ("flash_attention_2", True, CompletionCollator(7, packed=True)),
+        ("flash_attention_2", True, CompletionCollator(7, packed=True, boundaries=True)),
         ("sdpa", "auto", CompletionCollator(7)),
     ],
 )

@@ -20,7 +20,7 @@ from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
-from lofit_fast.training.engine.device_queue import Sender, devices_of, pinned, wait_for
+from lofit_fast.training.engine.device_queue import Sender, devices_of, wait_for
 from lofit_fast.training.frozen_base import admitted
 
 
@@ -63,8 +63,7 @@ class AttachmentTraining:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         # labels are counted where they are
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
-        *batches, count = self.sender.send([*batches, {"items": pinned(items) if torch.is_tensor(items) else items}])
-        return batches, count["items"]
+        return self.sender.send(batches), self.sender.count(items)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the frozen base is in the cache already: a checkpoint is the adapter

@@ -93,8 +93,9 @@ def causal_attention(
     unknown = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
     if named := [name for name, given in unknown.items() if given is not None]:
         raise ValueError(f"{type(module).__name__} asks for {named[0]}, which {CAUSAL} attention does not have")
-    shared = shares_keys(query.dtype, query.shape[-1], value.shape[-1], attention_mask is not None)
-    groups = query.shape[1] // key.shape[1]
+    groups, widths = query.shape[1] // key.shape[1], (query.shape[-1], value.shape[-1])
+    fused = groups > 1 and shares_keys(query.dtype, *widths, attention_mask is not None)
+    shared = fused and _flash_runs_on(query.device)
     if groups > 1 and not shared:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -104,11 +105,17 @@ def causal_attention(
         value,
         attention_mask,
         dropout,
-        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        # a compiler's symbol of a length must be asked first
+        is_causal=query.shape[2] > 1 and attention_mask is None and bool(causal),
         scale=scaling,
-        enable_gqa=groups > 1 and shared,
+        enable_gqa=shared,
     )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _flash_runs_on(device: torch.device) -> bool:
+    """Whether torch's flash attention runs on a device; not on CUDA's before compute capability 8.0."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def shares_keys(dtype: torch.dtype, query_width: int, value_width: int, masked: bool) -> bool:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.placement import device_of
 
+# the devices that read the host's pinned memory without it
+_COPY_BY_THEMSELVES = ("cuda", "xpu")
+
 
 def runs_ahead(device: torch.device) -> bool:
     """Whether the host can be ahead of a device: not of the CPU, which is the host."""
@@ -39,20 +42,15 @@ def make_current(device: torch.device) -> None:
 
 def wait_for(devices: Iterable[torch.device]) -> None:
     """Return when each device has done what it was given. For clocks: nothing else here waits for a device."""
-    current = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     for device in devices:
-        if current is not None and device.type == current.type:
+        if accelerator is not None and device.type == accelerator.type:
             torch.accelerator.synchronize(device)
 
 
 def pins(device: torch.device) -> bool:
     """Whether what is copied to a device should lie in memory that it can copy from by itself."""
-    return runs_ahead(device) and torch.accelerator.is_available()
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """A tensor of the host in such memory; the same one where there is no device to copy it."""
-    return tensor.pin_memory() if torch.accelerator.is_available() else tensor
+    return device.type in _COPY_BY_THEMSELVES and torch.accelerator.is_available()
 
 
 class Sender:
@@ -63,7 +61,9 @@ class Sender:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.pins = device, pins(device)
+        # Apple's reads memory of the host after that may have been freed
+        self.beside = device.type != "mps"
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batches: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -79,8 +79,13 @@ class Sender:
             value.record_stream(work)
         return sent
 
+    def count(self, items: Tensor | int | None) -> Tensor | int | None:
+        """A number that the host has counted, on the device where it is a tensor."""
+        ready = items.pin_memory() if self.pins and torch.is_tensor(items) else items
+        return self._moved({"items": ready})["items"]
+
     def _moved(self, batch: Mapping[str, object]) -> dict[str, object]:
         return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(self.device, non_blocking=self.beside) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }

@@ -51,7 +51,7 @@ def test_arguments_on_a_cpu_are_transformers_own(llama, tmp_path):
 
 def test_batches_are_pinned_for_an_accelerator_alone(on_the_second, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert device_queue.pins(SECOND) and not device_queue.pins(torch.device("cpu"))
+    assert [kind for kind in ("cuda", "xpu", "mps", "cpu") if device_queue.pins(torch.device(kind))] == ["cuda", "xpu"]
     assert training_arguments(llama, tmp_path, Schedule(1e-3, 1), progress=False).dataloader_pin_memory
     monkeypatch.setattr(arguments, "device_of", lambda model: torch.device("cpu"))
     assert not training_arguments(llama, tmp_path, Schedule(1e-3, 1), progress=False).dataloader_pin_memory
@@ -154,6 +154,19 @@ def test_batches_are_copied_beside_the_step_before(monkeypatch):
     assert sent.keys() == batch.keys()
     copy = (SECOND, True)
     assert said == ["on copies", copy, copy, "off copies", "work waits for copies", "kept for work", "kept for work"]
+
+
+def test_copies_to_apples_devices_are_waited_for():
+    assert [Sender(torch.device(kind)).beside for kind in ("mps", "meta")] == [False, True]
+
+
+def test_what_the_host_has_counted_is_pinned_first(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: said.append("pinned") or self)
+    sender = Sender(torch.device("meta"))
+    sender.pins = True
+    assert sender.count(torch.tensor(5)).device.type == "meta"
+    assert (sender.count(7), sender.count(None), said) == (7, None, ["pinned"])
 
 
 def test_a_model_that_is_trained_on_a_cpu_needs_no_sender(tmp_path):

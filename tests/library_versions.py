@@ -1,6 +1,7 @@
 """What the installed releases of other libraries can do. A test of what they cannot is skipped, and says why."""
 
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 import transformers
@@ -9,6 +10,8 @@ from torch import nn
 from lofit_fast.data.collate import stock_logits
 from lofit_fast.models.row_index import selecting_rows
 
+# what a run leaves beside its numbers
+PICTURES = find_spec("matplotlib") is not None
 # how a test's batch names the rows whose logits it wants: where models take no mask, by our own index
 BY_ROW = "rows" if stock_logits() == "rows" else "index"
 takes_masks = pytest.mark.skipif(

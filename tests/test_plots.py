@@ -8,6 +8,8 @@ import torch
 
 from lofit_fast.plots import heads_map, loss_curves
 
+pytest.importorskip("matplotlib")
+
 HISTORY = [
     {"stage": stage, "epoch": epoch, "loss": 2.0 / epoch, "eval_loss": 3.0 / epoch, "l1": 0.1, "seconds": 1.0}
     for stage in ("select", "tune")

@@ -102,7 +102,8 @@ def test_grouped_attention_keeps_no_weights():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         grouped_attention(MODULE, query, key, value, mask)
     given = {tensor.data_ptr(): tensor.nbytes for tensor in (query, key, value, mask)}
-    assert kept.items() <= given.items()
+    # what is empty is kept by older torch
+    assert {place: size for place, size in kept.items() if size}.items() <= given.items()
 
 
 def test_grouped_attention_without_a_gradient_is_no_checkpoint(monkeypatch):

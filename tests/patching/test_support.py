@@ -1,7 +1,11 @@
 """Every family in transformers is right or refused, and docs/support.md says which."""
 
-import pytest
+import re
 
+import pytest
+import transformers
+
+from tests.patching import support_table
 from tests.patching.support_cells import COLUMNS, QUICK, RIGHT
 from tests.patching.support_table import committed, seen, seen_other, simplified
 from tests.tiny_families import FAMILY_NAMES
@@ -19,13 +23,16 @@ UNUSUAL = (
     *("phi", "qwen3_next", "recurrent_gemma", "reformer", "whisper", "xlm", "xlnet", "zamba", "zamba2"),
 )
 PAGE = committed()
+OF = re.search(r"with transformers ([\d.]+),", support_table.PAGE.read_text())[1]
 
 
 def check(name: str, cells: dict[str, str], row: str) -> None:
-    """Nothing wrong, and nothing that the page does not say."""
+    """Nothing wrong in any release, and in that of the page nothing that it does not say."""
     wrong = {column: cell for column, cell in cells.items() if cell.startswith("WRONG")}
     assert wrong == {}
-    assert simplified(cells) == {column: PAGE[row][column] for column in cells}, "run `make support`"
+    # other releases refuse other cells
+    if transformers.__version__ == OF:
+        assert simplified(cells) == {column: PAGE[row][column] for column in cells}, "run `make support`"
 
 
 @pytest.mark.parametrize("name", SAMPLE)

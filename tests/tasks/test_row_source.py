@@ -191,7 +191,7 @@ def test_reading_shows_a_bar(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["nope", "{}", '{"splits": ["train"]}'])
-def test_a_folder_that_only_looks_saved_is_refused(tmp_path, content):
+def test_a_folder_that_only_looks_saved_is_refused(tmp_path, content, datasets):
     (tmp_path / "dataset_dict.json").write_text(content)
     with pytest.raises(ValueError, match="expected what `datasets` has saved to disk, got"):
         completion(tmp_path)

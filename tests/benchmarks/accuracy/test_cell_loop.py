@@ -36,6 +36,7 @@ def run(output, recorder, settings=SMALL, **options):
 
 
 def test_every_cell_runs_once_and_never_again(tmp_path):
+    pytest.importorskip("matplotlib")
     first = Recorder()
     done = run(tmp_path, first)
     assert max(Counter(first.calls).values()) == 1
@@ -58,6 +59,7 @@ def test_tables_share_cells(tmp_path):
 
 
 def test_a_killed_run_loses_one_cell(tmp_path):
+    pytest.importorskip("matplotlib")
     killed = Recorder(kill=(4,))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, killed)
@@ -70,6 +72,7 @@ def test_a_killed_run_loses_one_cell(tmp_path):
 
 
 def test_a_failed_cell_is_recorded_and_tried_again(tmp_path):
+    pytest.importorskip("matplotlib")
     failing = Recorder(fail=(2, 5))
     done = run(tmp_path, failing)
     assert done["failed"] == [

@@ -13,6 +13,9 @@ from benchmarks.accuracy.settings import EXPERIMENTS, FULL, QUICK
 from benchmarks.accuracy.tables import Results
 from tests.benchmarks.accuracy.stub import AVAILABLE, grid, made_up, session
 
+# every report has figures
+pytest.importorskip("matplotlib")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -7,6 +7,8 @@ from benchmarks.peers import lora
 from tests.benchmarks.peers.edited import logits, shake
 from tests.tiny_models import HEAD_DIM, HEADS, HIDDEN, LAYERS, tiny_model
 
+pytest.importorskip("peft")
+
 
 def test_lora_is_its_equation():
     model, plain = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)

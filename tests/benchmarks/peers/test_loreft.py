@@ -12,6 +12,7 @@ from lofit_fast.evaluation import choices as scoring
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.training import CompletionCollator
 from tests.benchmarks.peers.edited import logits, right_padded, shake
+from tests.library_versions import takes_masks
 from tests.tiny_models import HIDDEN, LAYERS, tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -66,12 +67,14 @@ def test_loreft_refuses_a_batch_with_a_shared_beginning():
         model(**PackedCollator(0)(rows), use_cache=False)
 
 
+@takes_masks
 def test_loreft_trains_on_batches_that_compute_few_logits():
     model, _ = edited()
     batch = right_padded(prompts=(5, 3), answers=(2, 6))
     rows = []
     for ids, labels, mask in zip(*(batch[k] for k in ("input_ids", "labels", "attention_mask")), strict=True):
         rows.append({"input_ids": ids[mask.bool()].tolist(), "labels": labels[mask.bool()].tolist()})
+    # the edit reads the mask, and no index
     few = CompletionCollator(0)(rows)
     with torch.no_grad():
         loss = model(**few, use_cache=False).loss

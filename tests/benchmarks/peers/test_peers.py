@@ -38,6 +38,14 @@ def test_every_peer_is_timed_or_compared_and_has_its_own_label():
     assert all(COMPARED[name].kind in ("trained", "fitted") for name in COMPARED)
 
 
+@pytest.fixture(autouse=True)
+def installed(request):
+    """Skip what is PEFT's where that is not installed."""
+    named = getattr(request.node, "callspec", None)
+    if named and "lora" in named.params.values():
+        pytest.importorskip("peft")
+
+
 def vectors(component, std=0.0, seed=3):
     draw = torch.Generator().manual_seed(seed)
     heads = {}

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.cpu.attention import GROUPED
-from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.collate import CompletionCollator, stock_logits
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.models.logit_rows import logit_rows
@@ -33,6 +34,8 @@ ALL = (*FAMILIES, *WRAPPERS)
 LEAKING = {"qwen3_next", "qwen3_next_dense", "qwen3_5", "qwen3_5_full_last", "granitemoehybrid", "gpt_oss", "lfm2"}
 LEAKING |= {"falcon_h1", "bamba", "jamba", "zamba2", "nemotron_h", "minimax", "afmoe", "recurrent_gemma", "opt"}
 LEAKING |= {"llava_hybrid"}
+# seen in transformers 5.17.0
+LEAKING |= set() if stock_logits() == "rows" else {"llama4"}
 # hybrids whose last layer is of another kind than attention
 LINEAR_LAST = ("qwen3_next_dense", "qwen3_5", "llava_hybrid")
 
@@ -220,8 +223,12 @@ def test_packing_is_refused_where_attention_picks_tokens_in_the_whole_row(name):
 
 
 def test_a_tower_without_the_decoders_attention_does_not_stand_in_its_way():
-    with pytest.raises(ValueError, match="Gemma4AudioModel does not support"):
+    try:
         tiny_family("gemma4").set_attn_implementation("sdpa")
+    except ValueError as error:
+        assert "Gemma4AudioModel does not support" in str(error)
+    else:
+        pytest.skip(f"in transformers {transformers.__version__} every tower of Gemma 4 has this attention")
     model = tiny_family("gemma4")
     own = text_config(model)._attn_implementation
     with attending(model, own):

@@ -285,6 +285,8 @@ TRAINED = [name for name, peer in COMPARED.items() if peer.kind == "trained"]
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_narrow_with_peers(name):
+    if name == "lora":
+        pytest.importorskip("peft")
     model, inputs = tiny_model("llama", torch.float64), batch()
     options = {"targets": "all-linear"} if name == "lora" else {}
     attachment = COMPARED[name].make(model, seed=0, **options)

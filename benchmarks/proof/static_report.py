@@ -34,8 +34,9 @@ Evidence: machine code, compiled ahead of time; nothing here ran. Made by `make 
 Below, the worst value over the rows of one tile (16-bit dtypes, head sizes, flags), Triton {shown}.
 *loop*: instructions of the innermost main loop in PTX or amdgcn text. *loads*: global load instructions by their width
 in bytes. *tmem*: columns of tensor memory. *spills*: bytes. *SS*, *RS*: where wgmma finds operand A, shared memory or
-registers. Budgets: 512 columns of tensor memory, no spills, and bytes of shared memory:
-{budgets}.
+registers. Budgets: 512 columns of tensor memory, no spills, and of shared memory:
+
+{budgets}
 
 {worst}
 
@@ -79,7 +80,7 @@ def markdown(rows: Sequence[dict], missing: Sequence[dict]) -> str:
     reasons = _table(
         ("kernel", "arch", "tiles", "reason"), ([m["kernel"], m["arch"], m["tile"], m["reason"]] for m in missing)
     )
-    budgets = ", ".join(f"{size} on {arch}" for arch, size in SHARED_MEMORY.items())
+    budgets = _table(("architecture", *SHARED_MEMORY), [("bytes", *SHARED_MEMORY.values())])
     found = {"shown": shown, "totals": totals, "budgets": budgets, "worst": worst, "reasons": reasons}
     return _PAGE.format(count=len(rows), red=red, **found)
 

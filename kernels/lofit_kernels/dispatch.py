@@ -269,8 +269,7 @@ def plan_for(
     weight: (N, K); scale: (h, D) or None; has_offset, crowded: as for `plan`. Remembered by everything but the exact T,
     of which only the power of four below it counts.
     """
-    case = _seen(T, weight, scale)
-    return _remembered(*case, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+    return _remembered(*_sizes(T, weight, scale), weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
 def path_for(
@@ -284,12 +283,12 @@ def path_for(
     crowded: bool = False,
 ) -> Path:
     """The path of `plan_for`."""
-    case = _seen(T, weight, scale)
-    return _remembered_path(*case, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
+    sizes = _sizes(T, weight, scale)
+    return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
-def _seen(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
-    """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured without a scale."""
+def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+    """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
     return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
 
 

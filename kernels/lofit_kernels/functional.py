@@ -56,15 +56,14 @@ def head_affine_linear(
     if autocast or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
         z, weight, bias = _autocast(z, weight, bias)
         scale_heads, offset_heads = _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded)
+    asked = Path(form, backend, gemm) if torch.compiler.is_compiling() else None
     constants = added(bias, offset, folded)
-    if torch.compiler.is_compiling():
-        asked = Path(form, backend, gemm)
+    if asked is not None:
         # the number of tokens may be a symbol there, which no measured answer can be looked up for
         path = _default(z, weight, scale, asked, constants).path
     else:
         T = 1 if scale is None else z.shape[:-1].numel()
         path = path_for(T, weight, scale, form, backend, gemm, *constants)
-        asked = None
     if scale is None and offset is None and folded is None:
         return linear(z, weight, bias)
     arguments = Arguments(z, weight, bias, scale, scale_heads, offset, offset_heads, folded, path)
@@ -256,6 +255,8 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
         raise ValueError(f"expected folded of shape ({weight.shape[0]},), got {tuple(folded.shape)}")
     if folded.dtype != wide:
         raise TypeError(f"expected folded in {wide} beside {z.dtype} activations, got {folded.dtype}")
+    if folded.device != z.device:
+        raise ValueError(f"expected z and folded on one device, got {z.device} and {folded.device}")
     loses = offset is not None and offset.requires_grad and not folded.requires_grad
     if loses and torch.is_grad_enabled():
         raise ValueError(

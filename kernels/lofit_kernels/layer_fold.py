@@ -89,4 +89,4 @@ def folded_linear(z: Tensor, folded: Folded) -> Tensor:
     weight, exact, rounded, backend = folded
     if z.dtype != weight.dtype or z.shape[-1] != weight.shape[1] or ops.autocast_is_on(z):
         return head_affine_linear(z, weight, folded=exact)
-    return ops.FoldedLinear.apply(z, exact, (weight, rounded, backend))
+    return ops.folded_projection(z, exact, (weight, rounded, backend))

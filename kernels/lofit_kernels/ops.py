@@ -153,10 +153,10 @@ def eager_affine_linear(arguments: Arguments) -> Tensor:
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose, outside of autocast."""
     z, weight, bias, scale, heads, offset, _, folded, (form, backend, gemm) = arguments
     if bias is None and not weight.requires_grad and gemm == "vendor":
-        if scale is None and folded is not None:
-            return FoldedLinear.apply(z, folded, (weight, folded.to(z.dtype), backend))
+        if form == "fold" and folded is not None:
+            return folded_projection(z, folded, (weight, folded.to(z.dtype), backend))
         if form == "pass" and offset is None and folded is None:
-            return PassLinear.apply(z, scale, (weight, heads, backend))
+            return pass_projection(z, scale, (weight, heads, backend))
     return AffineLinear.apply(arguments, *arguments.given())
 
 
@@ -192,6 +192,21 @@ def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Ten
     return dz, total, None
 
 
+def _applied(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply, without what torch does for functorch's transforms and older forms of a Function, a tenth of a
+    projection's time on the host."""
+    plain = super(torch.autograd.Function, function).apply
+
+    def apply(*args):
+        # they refuse such a Function, and say so
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else plain(*args)
+
+    return apply
+
+
+folded_projection = _applied(FoldedLinear)
+
+
 class PassLinear(torch.autograd.Function):
     """((1 + a) z) W^T, the usual case of `AffineLinear` in the step that scores heads.
 
@@ -215,6 +230,9 @@ class PassLinear(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
         return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
+
+
+pass_projection = _applied(PassLinear)
 
 
 def _pass_gradients(grad, z, scale, weight, heads, backend, needs) -> tuple[Tensor | None, ...]:

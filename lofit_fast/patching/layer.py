@@ -162,13 +162,11 @@ class LofitLinear(nn.Module):
             return None
         offset, heads = self._vectors("offset")
         plain = self._here() if offset.requires_grad else None
-        if plain is None or plain[0].requires_grad or not self._takes_folded(*plain):
+        if plain is None or plain[0].requires_grad:
             return None
-        return plain[0], offset, heads
-
-    def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the projection takes W v, and not the offset itself."""
-        return self.form in ("pass", "delta") or (self.form == "auto" and folds_beforehand(weight, self.scale, bias))
+        # an offset by itself always does
+        alone = plain[1] is None and self._heads["scale"] is None and self.form == "auto"
+        return (plain[0], offset, heads) if alone or self._takes_folded(*plain) else None
 
     def _here(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) of a projection that is plain, but for a hook that moves tensors; None of any other."""
@@ -185,6 +183,10 @@ class LofitLinear(nn.Module):
         vectors = own[component] if component in own else getattr(self, component)
         # FSDP's mixed precision hands a layer its parameters in 16 bits
         return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
+
+    def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the projection takes W v, and not the offset itself."""
+        return self.form in ("pass", "delta") or (self.form == "auto" and folds_beforehand(weight, self.scale, bias))
 
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""

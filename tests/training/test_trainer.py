@@ -1,6 +1,7 @@
 """One step of LoFiT on transformers.Trainer: the L1 term, the optimizer, the checkpoints, and a loss that diverges."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training import CompletionCollator, LofitTrainer, objectives
+from lofit_fast.training.trainer import AttachmentTraining
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -244,3 +246,21 @@ def test_trainer_clips_at_what_the_recipe_says(tmp_path, watched):
     recipe = lf.Recipe(select_epochs=1, tune_epochs=1, top=2, l1=100.0, init_std=0.1, max_grad_norm=0.25)
     lf.fit(tiny_model("llama"), tiny_tokenizer(), examples, recipe, output_dir=tmp_path, progress=False)
     assert watched[0][1].norms == pytest.approx([0.25], abs=1e-5)
+
+
+def test_l1_term_of_a_model_on_several_devices():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        places = ("cuda:0", "cuda:1", "cuda:0")
+        layers = {n: SimpleNamespace(scale=torch.empty(2, 4, device=d), offset=None) for n, d in enumerate(places)}
+        handle = SimpleNamespace(layers=layers)
+        trainer = SimpleNamespace(handle=handle, l1=0.1, args=SimpleNamespace(device=torch.device("cuda:1")))
+        assert AttachmentTraining.l1_term(trainer).device == torch.device("cuda:1")
+
+
+def test_l1_term_is_the_norm_of_all_scales():
+    layers = {n: SimpleNamespace(scale=torch.randn(2, 4), offset=None) for n in range(3)}
+    trainer = SimpleNamespace(handle=SimpleNamespace(layers=layers), l1=0.1, args=None)
+    expected = 0.1 * sum(layer.scale.abs().sum() for layer in layers.values())
+    torch.testing.assert_close(AttachmentTraining.l1_term(trainer), expected)

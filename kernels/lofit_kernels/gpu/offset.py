@@ -165,16 +165,15 @@ def column_sum(grad: torch.Tensor) -> torch.Tensor:
     (T, N), device = grad.shape, grad.device
     if T == 0 or N == 0:
         return torch.zeros(N, dtype=acc_torch, device=device)
-    chunks, programs, numbers, options = _column_sum_plan(grad, T, N, grad.stride(0), grad.dtype)
+    chunks, programs, numbers, options = _column_sum_plan(grad, T, N, grad.stride(0), grad.dtype, T <= ONE_STAGE_ROWS)
     partials = torch.empty((chunks, N), dtype=acc_torch, device=device)
     launch(_column_sum_kernel, programs, grad, partials, *numbers, **options)
     return sum_partials(partials, N)[0]
 
 
 @planned
-def _column_sum_plan(arch: str, T: int, N: int, stride: int, dtype: torch.dtype) -> tuple:
-    """(row chunks, programs, the kernel's numbers, its keyword arguments) of `column_sum`."""
-    alone = T <= ONE_STAGE_ROWS
+def _column_sum_plan(arch: str, T: int, N: int, stride: int, dtype: torch.dtype, alone: bool) -> tuple:
+    """(row chunks, programs, the kernel's numbers, its keyword arguments) of `column_sum`; alone: in one launch."""
     tile, unit = tiles.tile("column_sum", arch, 1 if alone else ONE_STAGE_ROWS + 1), common_unit(stride, N)
     across, rows = cdiv(N, tile["BLOCK_N"]), tile["BLOCK_T"] * tile["AT_ONCE"]
     steps, chunks = (cdiv(T, rows), 1) if alone else split_rows(T, rows, across)

@@ -17,6 +17,8 @@ from types import MappingProxyType
 
 import torch
 
+from lofit_kernels.devices import unserved
+
 # architecture -> bytes of shared memory one program may use; neither Triton nor ptxas checks it
 SHARED_MEMORY: Mapping[str, int] = MappingProxyType(
     {
@@ -260,11 +262,11 @@ def of_capability(major: int, minor: int) -> str:
 
 @lru_cache(maxsize=64)
 def _accelerator(index: int) -> str:
+    refusal = unserved(torch.device("cuda", index))
+    if refusal is not None:
+        raise ValueError(refusal)
     if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        if name in _INSTINCT:
-            return _INSTINCT[name]
-        raise ValueError(f"no Triton tiles for {name}; expected an AMD Instinct accelerator ({', '.join(_INSTINCT)})")
+        return _INSTINCT[torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]]
     return of_capability(*torch.cuda.get_device_capability(index))
 
 

@@ -138,8 +138,9 @@ def test_grouped_launch_counts(device, rows):
     with launch.recording("sm_90") as recorded:
         grouped_fold(weights, offsets, heads)
         assert len(recorded.launches) == 1
+        # so few rows are summed in one go
         grouped_bwd(sums, weights, heads, 16)
-        assert len(recorded.launches) == 3
+        assert len(recorded.launches) == 2
 
 
 def test_grouped_tables_are_made_once(device, rows):

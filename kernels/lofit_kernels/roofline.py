@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
-
 SWEEP, VENDOR, TRITON = "sweep", "vendor", "triton"
+# rows that a column sum takes in one stage: `gpu.tiles.ONE_STAGE_ROWS`
+ONE_STAGE_ROWS = 2048
 # rows that Inductor sums in one stage: of more it makes parts, 32 numbers of 4 rows each, and adds them in a second
 INDUCTOR_ROWS = 128
 # bytes of one number of a hook's vectors, and of what it computes with them

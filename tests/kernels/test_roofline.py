@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lofit_kernels import head_affine_linear
+from lofit_kernels import head_affine_linear, roofline
 from lofit_kernels.dispatch import plan
 from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
 from lofit_kernels.roofline import (
@@ -131,6 +131,7 @@ def test_the_compiled_hook_sums_many_rows_in_two_stages(T, stages):
 def test_the_fold_sums_few_rows_in_one_launch(T, stages):
     _, backward = steps_of(PATHS["fold"], square(2048, T=T, n_offset=2))
     assert sum(step.name == "second stage" for step in backward) == stages
+    assert roofline.ONE_STAGE_ROWS == ONE_STAGE_ROWS
 
 
 def test_a_launch_for_all_layers_is_shared():

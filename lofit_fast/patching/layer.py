@@ -33,6 +33,10 @@ class EarlyFold:
         # not where a forward is compiled
         self.ready: Folded | None = None
 
+    def __reduce__(self) -> tuple:
+        # of one forward of one model: a copy made in its midst, or after it was interrupted, folds for itself
+        return EarlyFold, ()
+
 
 class LofitLinear(nn.Module):
     """y = ((1 + a) * z + v) W^T + b around a base projection that stays as it is.

@@ -329,6 +329,26 @@ def test_a_compiled_layer_of_a_model_folded_in_eager_mode_is_an_op(dynamo, monke
     assert len(traced) == 2
 
 
+@pytest.mark.parametrize("config", [CONFIG, lf.LofitConfig(offset="all")])
+def test_a_weight_put_there_by_a_layers_hook_is_the_one_that_counts(config):
+    model, handle = build(config)
+    inner = handle.layers[1].inner
+    old, new = inner.weight, nn.Parameter(inner.weight.detach() * 2, requires_grad=False)
+
+    def put(*_):
+        inner.weight = new
+
+    hook = model.model.layers[1].register_forward_pre_hook(put)
+    inner.weight = old
+    loss(model).backward()
+    got = gradients(handle)
+    hook.remove()
+    for p in handle.parameters():
+        p.grad = None
+    loss(model).backward()
+    assert same(got, gradients(handle))
+
+
 def test_a_copy_made_in_the_midst_of_a_forward_folds_for_itself():
     model, handle = build(lf.LofitConfig(offset="all"))
     copies = []

@@ -200,7 +200,8 @@ def fold_offsets(
         checked.append(listed if fits else _check_vectors("offset", offset, listed, weight))
         groups.setdefault((shape[0], offset.shape[1], dtype, device), []).append(number)
     if len(groups) == 1:
-        return list(_fold_group(weights, offsets, checked, plan_on(device, dtype, backend).backend))
+        # the caller's list may hold something else by the time of the backward pass
+        return list(_fold_group(tuple(weights), offsets, checked, plan_on(device, dtype, backend).backend))
     folded: list[Tensor | None] = [None] * len(weights)
     for (_, _, dtype, device), members in groups.items():
         chosen = plan_on(device, dtype, backend).backend

@@ -5,7 +5,7 @@ moved. Not for torch.compile, which looks at nothing twice.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,8 @@ class LayerFold:
     """`fold_offsets` for whatever layers it is given, prepared for the same ones to be given again."""
 
     def __init__(self) -> None:
-        # all that the answer depends on but the numbers themselves; the backend where there is only one kind of layer
-        self._state: list[tuple] = []
-        self._backend, self._table = "", None
+        # one value, since two threads may run a model: what is read is of one call
+        self._known = _Known([], "", None)
 
     def __reduce__(self) -> tuple:
         # a copy's tensors are elsewhere
@@ -44,35 +43,44 @@ class LayerFold:
         """W v of every layer. Raises as `fold_offsets` does."""
         weights, offsets, heads = zip(*layers, strict=True)
         state = [_state(*layer) for layer in layers]
-        if state == self._state and self._backend:
-            exact = ops.GroupedFold.apply((weights, heads, self._backend, self._table), *offsets)
+        known = self._known
+        if state == known.state and known.backend:
+            exact = ops.GroupedFold.apply((weights, heads, known.backend, known.table), *offsets)
         else:
             exact = fold_offsets(weights, offsets, heads)
-            self._prepare(layers, state)
-        if not self._backend:
+            known = self._known = _known(layers, state)
+        if not known.backend:
             rounded = [x.detach().to(weight.dtype) for x, weight in zip(exact, weights, strict=True)]
             backends = [plan_on(weight.device, weight.dtype, "auto").backend for weight in weights]
             return [Folded(*of) for of in zip(weights, exact, rounded, backends, strict=True)]
-        rounded, dtype, backend = exact, weights[0].dtype, self._backend
+        rounded, dtype = exact, weights[0].dtype
         if dtype != exact[0].dtype:
             # one cast for all of them
             with torch.no_grad():
                 rounded = torch.stack(exact).to(dtype).unbind()
-        return [Folded(weight, x, r, backend) for weight, x, r in zip(weights, exact, rounded, strict=True)]
+        return [Folded(weight, x, r, known.backend) for weight, x, r in zip(weights, exact, rounded, strict=True)]
 
-    def _prepare(self, layers: Sequence[Layer], state: list[tuple]) -> None:
-        """Note what the next call need not look at. Only of layers of one kind, whose tensors the kernels can read."""
-        self._state, self._backend, self._table = state, "", None
-        first, offset, _ = layers[0]
-        kind = (first.shape[0], first.dtype, first.device, offset.shape[1])
-        if any((w.shape[0], w.dtype, w.device, o.shape[1]) != kind or not o.is_contiguous() for w, o, _ in layers):
-            return
-        backend = plan_on(first.device, first.dtype, "auto").backend
-        if backend == "triton":
-            if any(w.stride(1) != 1 or w.stride(0) >= 2**31 for w, _, _ in layers):
-                return
-            self._table = primitives(backend).layer_table(*zip(*layers, strict=True))
-        self._backend = backend
+
+class _Known(NamedTuple):
+    """What a call need not look at again. state: all that the answer depends on but the numbers themselves. backend,
+    table: as `ops.GroupedFold` takes them; "" and None of layers of several kinds, or that the kernels cannot read."""
+
+    state: list[tuple]
+    backend: str
+    table: Any
+
+
+def _known(layers: Sequence[Layer], state: list[tuple]) -> _Known:
+    first, offset, _ = layers[0]
+    kind = (first.shape[0], first.dtype, first.device, offset.shape[1])
+    if any((w.shape[0], w.dtype, w.device, o.shape[1]) != kind or not o.is_contiguous() for w, o, _ in layers):
+        return _Known(state, "", None)
+    backend, table = plan_on(first.device, first.dtype, "auto").backend, None
+    if backend == "triton":
+        if any(w.stride(1) != 1 or w.stride(0) >= 2**31 for w, _, _ in layers):
+            return _Known(state, "", None)
+        table = primitives(backend).layer_table(*zip(*layers, strict=True))
+    return _Known(state, backend, table)
 
 
 def _state(weight: Tensor, offset: Tensor, heads: Tensor) -> tuple:
@@ -87,6 +95,9 @@ def folded_linear(z: Tensor, folded: Folded) -> Tensor:
     For projections without a bias or a scale. What `LayerFold` has checked is not checked again.
     """
     weight, exact, rounded, backend = folded
+    # a compiled layer of a model that was folded in eager mode gets here, too
+    if torch.compiler.is_compiling():
+        return head_affine_linear(z, weight, folded=exact)
     if z.dtype != weight.dtype or z.shape[-1] != weight.shape[1] or ops.autocast_is_on(z):
         return head_affine_linear(z, weight, folded=exact)
-    return ops.folded_projection(z, exact, (weight, rounded, backend))
+    return ops.folded_projection(z, exact, weight, (rounded, backend))

@@ -154,9 +154,9 @@ def eager_affine_linear(arguments: Arguments) -> Tensor:
     z, weight, bias, scale, heads, offset, _, folded, (form, backend, gemm) = arguments
     if bias is None and not weight.requires_grad and gemm == "vendor":
         if form == "fold" and folded is not None:
-            return folded_projection(z, folded, (weight, folded.to(z.dtype), backend))
+            return folded_projection(z, folded, weight, (folded.to(z.dtype), backend))
         if form == "pass" and offset is None and folded is None:
-            return pass_projection(z, scale, (weight, heads, backend))
+            return pass_projection(z, scale, weight, (heads, backend))
     return AffineLinear.apply(arguments, *arguments.given())
 
 
@@ -164,9 +164,10 @@ class FoldedLinear(torch.autograd.Function):
     """z W^T + c, the usual case of `AffineLinear` in the step that tunes offsets: dz = dY W, dc = sum_t dY."""
 
     @staticmethod
-    def forward(ctx, z, folded, rest):
-        """y (..., N). folded: (N,) float32, float64 beside a float64 z. rest: weight, folded in z's dtype, backend."""
-        weight, rounded, ctx.backend = rest
+    def forward(ctx, z, folded, weight, rest):
+        """y (..., N). folded: (N,) float32, float64 beside a float64 z. weight: frozen, an input so that autograd sees
+        it, and refuses derivatives that there are none of. rest: folded in z's dtype, backend."""
+        rounded, ctx.backend = rest
         ctx.save_for_backward(weight)
         if z.is_contiguous() and z.dim() == 3:
             # one matrix product, as of two dimensions
@@ -178,7 +179,7 @@ class FoldedLinear(torch.autograd.Function):
     @_once
     def backward(ctx, grad):
         """The gradients of z and folded that are needed."""
-        (weight,), (needs_z, needs_folded, _) = ctx.saved_tensors, ctx.needs_input_grad
+        (weight,), (needs_z, needs_folded, _, _) = ctx.saved_tensors, ctx.needs_input_grad
         if autocast_is_on(grad):
             with torch.autocast(grad.device.type, enabled=False):
                 return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
@@ -189,17 +190,20 @@ def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Ten
     rows = grad.reshape(-1, grad.shape[-1])
     total = primitives(backend).column_sum(rows) if needs_folded else None
     dz = torch.mm(rows, weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
-    return dz, total, None
+    return dz, total, None, None
 
 
 def _applied(function: type[torch.autograd.Function]) -> Callable:
     """function.apply, without what torch does for functorch's transforms and older forms of a Function, a tenth of a
-    projection's time on the host."""
-    plain = super(torch.autograd.Function, function).apply
+    projection's time on the host. function.apply itself on a torch that has other names for the parts of it."""
+    plain = getattr(super(torch.autograd.Function, function), "apply", None)
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if plain is None or transformed is None:
+        return function.apply
 
     def apply(*args):
         # they refuse such a Function, and say so
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else plain(*args)
+        return function.apply(*args) if transformed() else plain(*args)
 
     return apply
 
@@ -214,9 +218,10 @@ class PassLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, scale, rest):
-        """y (..., N). scale: (h, D) float32, float64 beside a float64 z. rest: weight (N, K), heads, backend."""
-        weight, ctx.heads, ctx.backend = rest
+    def forward(ctx, z, scale, weight, rest):
+        """y (..., N). scale: (h, D) float32, float64 beside a float64 z. weight: (N, K), as in `FoldedLinear`.
+        rest: heads, backend."""
+        ctx.heads, ctx.backend = rest
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, scale, weight)
         rows, D = z.reshape(-1, z.shape[-1]), scale.shape[1]
         y = linear(primitives(ctx.backend).affine_fwd(rows, scale, ctx.heads, None, None, D), weight)
@@ -241,7 +246,7 @@ def _pass_gradients(grad, z, scale, weight, heads, backend, needs) -> tuple[Tens
     wanted = (needs[0], needs[1], False)
     # g is a temporary of this call, so that untouched heads cost nothing
     dz, da, _ = primitives(backend).affine_bwd(g, rows, scale, heads, None, scale.shape[1], wanted, inplace=True)
-    return dz.view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None, da, None
+    return dz.view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None, da, None, None
 
 
 class AffineLinear(torch.autograd.Function):

@@ -33,6 +33,10 @@ class EarlyFold:
         # not where a forward is compiled
         self.ready: Folded | None = None
 
+    def __reduce__(self) -> tuple:
+        # of one forward of one model: a copy made in its midst, or after it was interrupted, folds for itself
+        return EarlyFold, ()
+
 
 class LofitLinear(nn.Module):
     """y = ((1 + a) * z + v) W^T + b around a base projection that stays as it is.
@@ -194,8 +198,11 @@ class LofitLinear(nn.Module):
             return self.folded
         if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
-        folded = self.early.folded
-        return fold_offsets([weight], [offset], [heads])[0] if folded is None else folded
+        folded, ready = self.early.folded, self.early.ready
+        # the weight may have come after the model's fold, as one that a hook of the layer puts there does
+        if folded is None or (ready is not None and ready.weight is not weight):
+            return fold_offsets([weight], [offset], [heads])[0]
+        return folded
 
     @contextmanager
     def fold(self) -> Iterator[None]:

@@ -85,6 +85,16 @@ def test_fold_offsets_saves_nothing_and_runs_backward_twice():
     assert offsets[0].grad is not None and offsets[1].grad is not None and offsets[2].grad is None
 
 
+def test_what_a_caller_does_to_its_lists_afterwards_changes_no_gradient():
+    weights, offsets, heads = make(layers=LAYERS[:2])
+    first, second = fold_offsets(weights, offsets, heads)
+    expected = weights[0].sum(0).view(4, D)[LAYERS[0][2]]
+    weights[0] = torch.zeros_like(weights[0])
+    heads.clear()
+    (first.sum() + second.sum()).backward()
+    torch.testing.assert_close(offsets[0].grad, expected)
+
+
 def test_grouped_fold_opcheck():
     weights, offsets, heads = make(layers=LAYERS[:3])
     args = (weights, offsets, heads, "aten")

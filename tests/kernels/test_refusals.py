@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from lofit_kernels import fold_offset, head_affine, head_affine_linear
+from lofit_kernels import fold_offset, head_affine, head_affine_linear, ops
 
 Z, W = torch.zeros(3, 8), torch.zeros(5, 8)
 ROWS = torch.zeros(4, 2)
@@ -106,3 +107,18 @@ def test_affine_refuses_two_head_dims(function):
 def test_fold_offset_refuses(offset, heads, error, message):
     with pytest.raises(error, match=message):
         fold_offset(W, offset, heads)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("given", ["folded", "scale"])
+def test_a_weights_tangent_is_refused(given, grad):
+    vectors = {"folded": torch.zeros(5), "scale": ROWS}
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        weight = forward_ad.make_dual(W, torch.ones_like(W))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            head_affine_linear(Z, weight, **{given: vectors[given]})
+
+
+def test_a_torch_with_other_names_applies_a_function_as_usual(monkeypatch):
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    assert ops._applied(ops.FoldedLinear) == ops.FoldedLinear.apply

@@ -11,7 +11,7 @@ from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.patching.fold import decoder_of
-from lofit_kernels import aten
+from lofit_kernels import aten, ops
 from lofit_kernels.layer_fold import LayerFold
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
@@ -310,6 +310,54 @@ def test_folding_compiles(dynamo, calls, whole):
     assert calls == {"fold": [2], "bwd": [2]}
     for got, wanted in zip(gradients(handle), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_compiled_layer_of_a_model_folded_in_eager_mode_is_an_op(dynamo, monkeypatch):
+    model, _ = build(lf.LofitConfig(offset="all"))
+    traced = []
+
+    def never(*args):
+        # in a graph it would trace the launcher of every kernel
+        traced.append(args)
+        return eager(*args)
+
+    eager = ops.folded_projection
+    monkeypatch.setattr(ops, "folded_projection", never)
+    model.model.layers[1].compile(backend="eager", fullgraph=True)
+    loss(model).backward()
+    # the two layers that are not compiled
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize("config", [CONFIG, lf.LofitConfig(offset="all")])
+def test_a_weight_put_there_by_a_layers_hook_is_the_one_that_counts(config):
+    model, handle = build(config)
+    inner = handle.layers[1].inner
+    old, new = inner.weight, nn.Parameter(inner.weight.detach() * 2, requires_grad=False)
+
+    def put(*_):
+        inner.weight = new
+
+    hook = model.model.layers[1].register_forward_pre_hook(put)
+    inner.weight = old
+    loss(model).backward()
+    got = gradients(handle)
+    hook.remove()
+    for p in handle.parameters():
+        p.grad = None
+    loss(model).backward()
+    assert same(got, gradients(handle))
+
+
+def test_a_copy_made_in_the_midst_of_a_forward_folds_for_itself():
+    model, handle = build(lf.LofitConfig(offset="all"))
+    copies = []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model)))
+    expected = loss(model)
+    hook.remove()
+    copies[0].model.layers[1]._forward_pre_hooks.clear()
+    assert left_over(handle) == left_over(lf.handle_of(copies[0])) == []
+    assert torch.equal(loss(copies[0]), expected)
 
 
 @pytest.mark.parametrize(

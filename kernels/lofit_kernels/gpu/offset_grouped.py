@@ -126,11 +126,13 @@ def _grouped_bwd_kernel(
 
 
 class LayerTable(NamedTuple):
-    """The table of some layers, with the unit of its strides and whether every address is a multiple of 16 bytes."""
+    """The table of some layers, with the unit of its strides, whether every address is a multiple of 16 bytes, and the
+    addresses of the weights."""
 
     numbers: torch.Tensor
     unit: int
     aligned: bool
+    weights: list[int]
 
 
 def layer_table(
@@ -143,13 +145,15 @@ def layer_table(
     strides = [weight.stride(0) for weight in weights]
     unit = common_unit(*strides)
     numbers: list[int] = []
+    addresses: list[int] = []
     bits = 0
     for weight, stride, offset, listed in zip(weights, strides, offsets, heads, strict=True):
         w, v = weight.data_ptr(), 0 if offset is None else offset.data_ptr()
         bits |= w | v
+        addresses.append(w)
         numbers += (w, stride // unit, v, listed.data_ptr(), listed.shape[0])
     table = TABLES.table(tuple(numbers), _COLUMNS, weights[0].device)
-    return LayerTable(table, unit, bits % _ALIGNMENT == 0)
+    return LayerTable(table, unit, bits % _ALIGNMENT == 0, addresses)
 
 
 def _slots(counts: tuple[int, ...]) -> list[int]:
@@ -224,7 +228,9 @@ def grouped_bwd(
     and two launches. table: the `layer_table` of these layers, whose offsets do not matter. Raises ValueError and
     RuntimeError as `grouped_fold` does.
     """
-    if table is None:
+    # since the forward pass a weight's data may have been replaced
+    if table is None or [weight.data_ptr() for weight in weights] != table.weights:
+        table = None
         weights = _readable(weights)
     _, acc_torch = accumulator(weights[0], "weight")
     D, N, device = head_dim, weights[0].shape[0], weights[0].device

@@ -155,7 +155,7 @@ def test_tables_follow_tensors_that_move():
 
     def begin():
         handle.model_fold._begin(decoder, ())
-        return handle.model_fold._fold._table
+        return handle.model_fold._fold._known.table
 
     def addresses(table):
         return {number for row in table.numbers.tolist() for number in (row[0], row[2], row[3])}
@@ -185,4 +185,4 @@ def test_a_step_under_fake_capture_raises_only_before_the_first_step(monkeypatch
         made = TABLES.made
         model(tokens()).logits.sum().backward()
         assert TABLES.made == made
-    assert handle.model_fold._fold._backend == "triton"
+    assert handle.model_fold._fold._known.backend == "triton"

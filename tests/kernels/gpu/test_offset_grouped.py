@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu import launch
 from lofit_kernels.gpu.address_tables import TABLES
-from lofit_kernels.gpu.offset_grouped import grouped_bwd, grouped_fold
+from lofit_kernels.gpu.offset_grouped import grouped_bwd, grouped_fold, layer_table
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # of each layer: its number of heads, those selected, how its weight lies in memory
@@ -149,3 +149,16 @@ def test_grouped_tables_are_made_once(device, rows):
     made = TABLES.made
     grouped_fold(weights, offsets, heads)
     assert TABLES.made == made
+
+
+def test_grouped_bwd_reads_the_weights_that_there_are_now(device, rows):
+    weights, offsets, heads = layers(rows, 13, 20, torch.float32, LAYERS[:1])
+    table = layer_table(weights, offsets, heads)
+    sums = [rows(1, 13, torch.float32)[0]]
+    moved = weights[0].clone()
+    # a weight whose data was replaced after the forward pass: the old numbers may be gone
+    weights[0].fill_(float("nan"))
+    weights[0].data = moved
+    assert bitwise_equal(
+        grouped_bwd(sums, weights, heads, 20, table)[0], grouped_bwd(sums, [moved.clone()], heads, 20)[0]
+    )

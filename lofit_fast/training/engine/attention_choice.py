@@ -13,7 +13,7 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
-from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
@@ -30,6 +30,7 @@ _WIDEST_FLASH = 256
 class Facts:
     """What the choice looks at. device: its type. known: whether the family is in the table of architectures.
 
+    head_dim: the largest of any layer, for families where it varies by layer.
     picks: whether attention picks tokens in long rows. flash: whether flash-attn is installed and the family supports
     it. packs: whether examples may share a row.
     """
@@ -84,17 +85,25 @@ def best_attention(model: nn.Module, device: torch.device, *, packs: bool = True
 def facts_of(model: nn.Module, device: torch.device, packs: bool) -> Facts:
     """What is known of a model on a device without running it."""
     config = text_config(model)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     flash = find_spec("flash_attn") is not None and getattr(model, "_supports_flash_attn", False)
     return Facts(
         device=device.type,
         dtype=dtype_of(model),
-        head_dim=width,
+        head_dim=_widest_head(model),
         known=config.model_type in ARCHITECTURES,
         picks=picks_in_rows(model) is not None,
         flash=flash,
         packs=packs,
     )
+
+
+def _widest_head(model: nn.Module) -> int:
+    """The largest head of any layer; 0 where it cannot be read off, and a trial has to find out."""
+    try:
+        return max(projection.head_dim for projection in find_projections(model))
+    # another attachment's model
+    except ValueError:
+        return 0
 
 
 def check_head_counts(model: nn.Module) -> None:

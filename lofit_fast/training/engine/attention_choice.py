@@ -16,7 +16,7 @@ from lofit_fast.models.trials import all_logits, difference, rounding, said_of, 
 from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.placement import dtype_of
-from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
+from lofit_fast.training.engine.attention_scope import OURS, UnusableAttention, attending
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 from lofit_fast.training.engine.packing_trial import picks_in_rows
@@ -129,6 +129,12 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
     """
     if name == text_config(model)._attn_implementation:
         return None
+    # its code hands what it picks to the attentions that it knows; a trial's rows are too short to tell
+    if name in OURS and (picks := picks_in_rows(model)):
+        return (
+            f"attention {name!r} cannot be used here: {type(model).__name__} picks what it attends to in long rows "
+            f"({picks} of its config), which {name!r} would not be told"
+        )
     # so few tokens that attention GROUPED computes as it does in training
     batch = CompletionCollator(0, pad_to_multiple_of=1)(trial_examples(model))
     real = batch["attention_mask"].bool()

@@ -7,7 +7,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.training import Engine
 from lofit_fast.training.engine import attention_choice, auto
 from lofit_fast.training.engine.attention_choice import (
@@ -44,6 +44,19 @@ def test_attention_that_a_family_needs_is_kept():
 def test_attention_of_float64_models_may_round_to_float32(family):
     # eager attention takes its softmax in float32, whatever the model is in
     assert attention_refusal(tiny_model(family, torch.float64), "eager") is None
+
+
+@pytest.mark.parametrize("name", [GROUPED, CAUSAL])
+@pytest.mark.parametrize("family", ["deepseek_v32", "dots3_note_text", "minimax_m3_vl_text"])
+def test_a_model_that_picks_tokens_is_refused_attentions_that_it_does_not_know(family, name):
+    model = tiny_family(family)
+    config = text_config(model)
+    # as in real models: in a trial's rows everything is picked, and nothing differs
+    for setting in ("index_topk", "index_topk_blocks"):
+        if hasattr(config, setting):
+            setattr(config, setting, 64)
+    assert "picks what it attends to in long rows" in attention_refusal(model, name)
+    assert attention_refusal(model, "eager") is None
 
 
 BF16_ON_CUDA = Facts("cuda", torch.bfloat16, 64, known=True, picks=False, flash=False, packs=True)

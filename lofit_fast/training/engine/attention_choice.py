@@ -13,10 +13,10 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
-from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.placement import dtype_of
-from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
+from lofit_fast.training.engine.attention_scope import OURS, UnusableAttention, attending
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 from lofit_fast.training.engine.packing_trial import picks_in_rows
@@ -30,6 +30,7 @@ _WIDEST_FLASH = 256
 class Facts:
     """What the choice looks at. device: its type. known: whether the family is in the table of architectures.
 
+    head_dim: the largest of any layer, for families where it varies by layer.
     picks: whether attention picks tokens in long rows. flash: whether flash-attn is installed and the family supports
     it. packs: whether examples may share a row.
     """
@@ -84,17 +85,25 @@ def best_attention(model: nn.Module, device: torch.device, *, packs: bool = True
 def facts_of(model: nn.Module, device: torch.device, packs: bool) -> Facts:
     """What is known of a model on a device without running it."""
     config = text_config(model)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     flash = find_spec("flash_attn") is not None and getattr(model, "_supports_flash_attn", False)
     return Facts(
         device=device.type,
         dtype=dtype_of(model),
-        head_dim=width,
+        head_dim=_widest_head(model),
         known=config.model_type in ARCHITECTURES,
         picks=picks_in_rows(model) is not None,
         flash=flash,
         packs=packs,
     )
+
+
+def _widest_head(model: nn.Module) -> int:
+    """The largest head of any layer; 0 where it cannot be read off, and a trial has to find out."""
+    try:
+        return max(projection.head_dim for projection in find_projections(model))
+    # another attachment's model
+    except ValueError:
+        return 0
 
 
 def check_head_counts(model: nn.Module) -> None:
@@ -120,6 +129,12 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
     """
     if name == text_config(model)._attn_implementation:
         return None
+    # its code hands what it picks to the attentions that it knows; a trial's rows are too short to tell
+    if name in OURS and (picks := picks_in_rows(model)):
+        return (
+            f"attention {name!r} cannot be used here: {type(model).__name__} picks what it attends to in long rows "
+            f"({picks} of its config), which {name!r} would not be told"
+        )
     # so few tokens that attention GROUPED computes as it does in training
     batch = CompletionCollator(0, pad_to_multiple_of=1)(trial_examples(model))
     real = batch["attention_mask"].bool()

@@ -15,7 +15,7 @@ from lofit_fast.training.engine.cpu_extras import register_attention
 
 _KEPT = "_attn_implementation_internal"
 # attentions of ours, for decoders
-_OURS = (GROUPED, CAUSAL)
+OURS = (GROUPED, CAUSAL)
 
 
 class UnusableAttention(ValueError):
@@ -38,7 +38,7 @@ def attending(model: nn.Module, name: str) -> Iterator[None]:
         try:
             # a tower may lack what the decoder has already
             if name != had:
-                (_decoder(model) if name in _OURS else model).set_attn_implementation(name)
+                (_decoder(model) if name in OURS else model).set_attn_implementation(name)
         except (ImportError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnusableAttention(f"attention {name!r} cannot be used here: {reason}") from error

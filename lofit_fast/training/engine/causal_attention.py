@@ -7,8 +7,10 @@ know `is_causal` alone. What else a layer masks (windows, chunks, blocks) is mas
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import Token
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ from lofit_fast.data.padding import PADDED_RIGHT
 CAUSAL = "lofit_causal"
 # the largest head that kernels with shared keys take; others would write out all scores
 _WIDEST_SHARED = 256
-# in a batch of a collator's, which pads on the right
-_MARKS = (KEPT_ROWS, "shift_labels")
+# what says that a batch is a collator's, which pads on the right: all names of one of these, and others bring no such
+_MARKS = ((KEPT_ROWS,), ("logits_to_keep", "shift_labels"))
 
 
 def register() -> None:
@@ -37,14 +39,15 @@ def marked_batches(model: nn.Module) -> Iterator[None]:
 
     model: what is called with the batches. Any other call, as of `generate` with its padding on the left, is masked.
     """
-    tokens = []
+    entered = _Entered()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tokens.append(PADDED_RIGHT.set(PADDED_RIGHT.get() or any(kwargs.get(mark) is not None for mark in _MARKS)))
+        marked = any(all(kwargs.get(name) is not None for name in names) for names in _MARKS)
+        entered.tokens.append(PADDED_RIGHT.set(PADDED_RIGHT.get() or marked))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
-        if tokens:
-            PADDED_RIGHT.reset(tokens.pop())
+        if entered.tokens:
+            PADDED_RIGHT.reset(entered.tokens.pop())
 
     hooks = [
         model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
@@ -55,6 +58,13 @@ def marked_batches(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Entered(threading.local):
+    """What undoes the marks of the calls that are going on, of each thread by itself."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
 
 
 def causal_mask(attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **options) -> Tensor | None:
@@ -93,12 +103,15 @@ def causal_attention(
     unknown = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
     if named := [name for name, given in unknown.items() if given is not None]:
         raise ValueError(f"{type(module).__name__} asks for {named[0]}, which {CAUSAL} attention does not have")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        # the last of a row (Gemma 4's, asked for a few logits): torch would take them for its first
+        attention_mask = _of_the_last(query, key)
     groups, widths = query.shape[1] // key.shape[1], (query.shape[-1], value.shape[-1])
     fused = groups > 1 and shares_keys(query.dtype, *widths, attention_mask is not None)
     shared = fused and _flash_runs_on(query.device)
     if groups > 1 and not shared:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mixed = nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -111,6 +124,12 @@ def causal_attention(
         enable_gqa=shared,
     )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _of_the_last(query: Tensor, key: Tensor) -> Tensor:
+    """(Q, S) bool: what the last Q tokens of a row look at."""
+    queries, keys = query.shape[2], key.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
 
 
 def _flash_runs_on(device: torch.device) -> bool:

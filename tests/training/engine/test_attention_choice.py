@@ -7,6 +7,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.training import Engine
 from lofit_fast.training.engine import attention_choice, auto
 from lofit_fast.training.engine.attention_choice import (
@@ -45,6 +46,19 @@ def test_attention_of_float64_models_may_round_to_float32(family):
     assert attention_refusal(tiny_model(family, torch.float64), "eager") is None
 
 
+@pytest.mark.parametrize("name", [GROUPED, CAUSAL])
+@pytest.mark.parametrize("family", ["deepseek_v32", "dots3_note_text", "minimax_m3_vl_text"])
+def test_a_model_that_picks_tokens_is_refused_attentions_that_it_does_not_know(family, name):
+    model = tiny_family(family)
+    config = text_config(model)
+    # as in real models: in a trial's rows everything is picked, and nothing differs
+    for setting in ("index_topk", "index_topk_blocks"):
+        if hasattr(config, setting):
+            setattr(config, setting, 64)
+    assert "picks what it attends to in long rows" in attention_refusal(model, name)
+    assert attention_refusal(model, "eager") is None
+
+
 BF16_ON_CUDA = Facts("cuda", torch.bfloat16, 64, known=True, picks=False, flash=False, packs=True)
 FLASHING = replace(BF16_ON_CUDA, flash=True)
 
@@ -74,6 +88,22 @@ def test_facts_of_a_model(monkeypatch):
     monkeypatch.setattr(attention_choice, "find_spec", lambda name: name == "flash_attn")
     assert facts_of(model, torch.device("cuda"), True) == replace(BF16_ON_CUDA, head_dim=16, flash=True)
     assert facts_of(tiny_family("deepseek_v32"), torch.device("cuda"), True).picks
+
+
+def test_facts_of_a_model_whose_heads_differ_by_layer():
+    # transformers refuses to say one head_dim of this one
+    model = tiny_family("gemma4_text")
+    widths = {projection.head_dim for projection in find_projections(model)}
+    assert len(widths) > 1
+    assert facts_of(model, torch.device("cuda"), True).head_dim == max(widths)
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2
+    assert auto.settle(handle, Engine(compile=False), rows, 0, 2, 1)[0].attention == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_facts_of_a_model_without_heads(family):
+    assert facts_of(tiny_family(family), torch.device("cuda"), True).head_dim == 0
 
 
 @pytest.mark.parametrize(

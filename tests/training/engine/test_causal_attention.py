@@ -1,6 +1,7 @@
 """Attention without a mask on batches padded on the right: the model's own results, and masks where they are needed."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import IGNORED
-from lofit_fast.data.padding import padded, padded_on_the_right
+from lofit_fast.data.padding import PADDED_RIGHT, padded, padded_on_the_right
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine import Engine, collator_of, prepared
@@ -18,6 +19,7 @@ from lofit_fast.training.engine.attention_choice import attention_refusal
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.causal_attention import CAUSAL, causal_attention, shares_keys
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model, tokens
 from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
 from tests.training.tiny_runs import fit
@@ -106,6 +108,48 @@ def test_padding_on_the_left_is_masked_inside_a_training_too(llama):
         llama(**CompletionCollator(0, logits="columns")(rows()))
         got = llama(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         assert llama.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False).equal(answers)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_somebodys_own_is_masked_whatever_targets_it_brings(llama):
+    ids, mask = padded([row["input_ids"] for row in rows()], 0, side="left")
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "shift_labels": ids.clone()}
+    assert all(given is not None for given, *_ in masks_given(llama, lambda: llama(**batch)))
+
+
+def test_calls_in_several_threads_do_not_undo_each_other(llama):
+    batch, seen = CompletionCollator(0, logits="columns")(rows()), []
+    inside, left = {name: threading.Event() for name in "ab"}, threading.Event()
+
+    def in_order(*_):
+        """Both are inside before the one that came first leaves, and the other leaves after it."""
+        name = threading.current_thread().name
+        inside[name].set()
+        assert (inside["b"] if name == "a" else left).wait(30)
+
+    def call():
+        llama(**batch)
+        left.set()
+        seen.append(PADDED_RIGHT.get())
+
+    llama.lm_head.register_forward_pre_hook(in_order)
+    with attending(llama, CAUSAL):
+        calls = [threading.Thread(target=call, name=name) for name in "ab"]
+        calls[0].start()
+        assert inside["a"].wait(30)
+        calls[1].start()
+        for each in calls:
+            each.join()
+    assert seen == [False, False]
+
+
+def test_the_last_tokens_of_a_row_look_at_all_before():
+    # its layers with shared keys run on the last tokens alone
+    model, (row, *_) = tiny_family("gemma4_text shared keys"), rows()
+    ids = torch.tensor([row["input_ids"]])
+    expected = model(ids, use_cache=False).logits[:, -4:]
+    with attending(model, CAUSAL):
+        got = model(ids, use_cache=False, logits_to_keep=4).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ been counted. An index made on the host does neither: a hook in front of the hea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,8 +54,8 @@ def n_tokens(args: tuple, kwargs: dict) -> int:
     return embedded.shape[:-1].numel() if isinstance(embedded, Tensor) else 0
 
 
-class _Rows:
-    """The rows that are wanted of the forward pass that is going on. index: (rows,) int64, or None for all."""
+class _Rows(threading.local):
+    """The rows that are wanted of the forward pass that goes on in a thread. index: (rows,) int64, or None for all."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,5 +1,6 @@
 """Which logits a forward can be asked for, stock ones and others: found before a run, and the same loss in each way."""
 
+import threading
 import types
 
 import pytest
@@ -95,6 +96,24 @@ def test_every_way_has_the_same_loss_and_gradients(collate, logits, llama):
     for got, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
         assert logits != "index" or got.equal(expected)
+
+
+def test_another_threads_call_gets_all_its_logits(llama):
+    batch = CompletionCollator(0, logits="index")(trial_examples(llama))
+    seen = []
+
+    def meanwhile(*_):
+        """Once, in the midst of a call with an index: a call of another thread without one."""
+        inside.remove()
+        other = threading.Thread(target=lambda: seen.append(llama(batch["input_ids"]).logits.shape))
+        other.start()
+        other.join()
+
+    with selecting_rows(llama):
+        inside = llama.model.register_forward_pre_hook(meanwhile)
+        kept = llama(**batch, use_cache=False).logits
+    assert seen == [(*batch["input_ids"].shape, llama.config.vocab_size)]
+    assert kept.shape == (len(batch["kept_rows"]), llama.config.vocab_size)
 
 
 def test_another_way_is_refused():

@@ -96,7 +96,7 @@ def folded_linear(z: Tensor, folded: Folded) -> Tensor:
     """
     weight, exact, rounded, backend = folded
     # a compiled layer of a model that was folded in eager mode gets here, too
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return head_affine_linear(z, weight, folded=exact)
     if z.dtype != weight.dtype or z.shape[-1] != weight.shape[1] or ops.autocast_is_on(z):
         return head_affine_linear(z, weight, folded=exact)

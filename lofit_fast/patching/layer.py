@@ -106,38 +106,38 @@ class LofitLinear(nn.Module):
         inner = self._modules["inner"]
         if not self.enabled or (self.peft and not self.active):
             return inner(z)
-        scale = scale_heads = offset = offset_heads = None
-        listed = self._heads
+        plain = plain_tensors(inner)
+        if plain is not None:
+            return self._fused(z, plain)
+        hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
+        if hook is None:
+            vectors = {}
+            for component, heads in self._heads.items():
+                if heads is not None:
+                    vectors[component], vectors[_HEADS[component]] = self._vectors(component)
+            return _through(inner, head_affine(z, **vectors))
+        (z,), _ = hook.pre_forward(inner, z)
+        # an offloaded weight is there only now
+        y = self._fused(z, plain_tensors(inner, moved=True))
+        return hook.post_forward(inner, y)
+
+    def _fused(self, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
+        """y (..., N) beside the weight and the bias of a plain linear."""
+        weight, bias = plain
+        listed, ready = self._heads, self.early.ready
+        if (
+            ready is not None
+            and listed["scale"] is None
+            and bias is None
+            and ready.weight is weight
+            and torch.is_grad_enabled()
+        ):
+            return folded_linear(z, ready)
+        scale = scale_heads = offset = offset_heads = folded = None
         if listed["scale"] is not None:
             scale, scale_heads = self._vectors("scale")
         if listed["offset"] is not None:
             offset, offset_heads = self._vectors("offset")
-        plain = plain_tensors(inner)
-        if plain is not None:
-            return self._fused(z, plain, scale, scale_heads, offset, offset_heads)
-        hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
-        if hook is None:
-            vectors = {"scale": scale, "scale_heads": scale_heads, "offset": offset, "offset_heads": offset_heads}
-            return _through(inner, head_affine(z, **vectors))
-        (z,), _ = hook.pre_forward(inner, z)
-        # an offloaded weight is there only now
-        y = self._fused(z, plain_tensors(inner, moved=True), scale, scale_heads, offset, offset_heads)
-        return hook.post_forward(inner, y)
-
-    def _fused(self, z, plain, scale, scale_heads, offset, offset_heads) -> Tensor:
-        """y (..., N) beside the weight and the bias of a plain linear. The rest as `head_affine_linear` takes it."""
-        weight, bias = plain
-        folded = None
-        if offset is not None:
-            ready = self.early.ready
-            if (
-                ready is not None
-                and scale is None
-                and bias is None
-                and ready.weight is weight
-                and torch.is_grad_enabled()
-            ):
-                return folded_linear(z, ready)
             folded = self._folded_offset(weight, offset, offset_heads)
             if folded is not None:
                 offset = offset_heads = None

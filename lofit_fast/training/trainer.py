@@ -50,7 +50,8 @@ class AttachmentTraining:
         for vector in vectors:
             on.setdefault(vector.device, []).append(vector.flatten())
         norms = [torch.cat(flat).abs().sum() for flat in on.values()]
-        return self.l1 * (norms[0] if len(norms) == 1 else sum(norm.to(self.args.device) for norm in norms))
+        first, *others = norms
+        return self.l1 * sum((norm.to(first.device) for norm in others), first)
 
     def extra_loss(self) -> Tensor:
         """What is added to the loss once per optimizer step: the L1 term, and the attachment's own penalty."""

@@ -248,17 +248,6 @@ def test_trainer_clips_at_what_the_recipe_says(tmp_path, watched):
     assert watched[0][1].norms == pytest.approx([0.25], abs=1e-5)
 
 
-def test_l1_term_of_a_model_on_several_devices():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        places = ("cuda:0", "cuda:1", "cuda:0")
-        layers = {n: SimpleNamespace(scale=torch.empty(2, 4, device=d), offset=None) for n, d in enumerate(places)}
-        handle = SimpleNamespace(layers=layers)
-        trainer = SimpleNamespace(handle=handle, l1=0.1, args=SimpleNamespace(device=torch.device("cuda:1")))
-        assert AttachmentTraining.l1_term(trainer).device == torch.device("cuda:1")
-
-
 def test_l1_term_is_the_norm_of_all_scales():
     layers = {n: SimpleNamespace(scale=torch.randn(2, 4), offset=None) for n in range(3)}
     trainer = SimpleNamespace(handle=SimpleNamespace(layers=layers), l1=0.1, args=None)

@@ -167,7 +167,12 @@ TABLE: Mapping[str, Mapping[str, Rows]] = MappingProxyType(
             ANY: (
                 (ONE_STAGE_ROWS, _tile(8, BLOCK_T=64, BLOCK_N=32, AT_ONCE=4)),
                 (None, _tile(4, BLOCK_T=32, BLOCK_N=128, AT_ONCE=1)),
-            )
+            ),
+            # a warp has twice as many threads there: half the warps, for loads of 16 bytes
+            "gfx942": (
+                (ONE_STAGE_ROWS, _tile(4, BLOCK_T=64, BLOCK_N=32, AT_ONCE=4)),
+                (None, _tile(4, BLOCK_T=32, BLOCK_N=128, AT_ONCE=1)),
+            ),
         },
         "delta_linear": _FORWARD,
         "delta_linear_tma": _FORWARD_TMA,

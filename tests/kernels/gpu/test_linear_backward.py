@@ -228,6 +228,8 @@ def test_affine_linear_bwd_launches(device, rows):
             affine_linear_bwd(grad, weight, z, a, a_heads, heads, D, needs)
         return len(recorded.launches)
 
-    assert launches((True, True, True)) == launches((False, True, False)) == 2
+    # one program sums all of so few rows: two sums need a second launch, which takes them apart
+    assert launches((True, True, True)) == 2
+    assert launches((False, True, False)) == 1
     assert launches((True, False, False)) == 1
     assert launches((False, True, False), heads[:0]) == 0

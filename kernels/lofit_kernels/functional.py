@@ -11,6 +11,7 @@ from lofit_kernels.answers import Path
 from lofit_kernels.compiled_cpu import is_traced
 from lofit_kernels.devices import unserved
 from lofit_kernels.dispatch import Constants, Plan, added, has_answers, is_many, path_for, plan, plan_on
+from lofit_kernels.eager_scopes import as_written, autocast_is_on
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import primitives
 
@@ -52,7 +53,7 @@ def head_affine_linear(
     Saved for backward: nothing of z for an offset alone; z itself, never a copy, for a scale.
     Raises TypeError / ValueError naming what was got and what was expected.
     """
-    autocast = ops.autocast_is_on(z)
+    autocast = autocast_is_on(z)
     if autocast or not _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded):
         z, weight, bias = _autocast(z, weight, bias)
         scale_heads, offset_heads = _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded)
@@ -168,7 +169,7 @@ def fold_offset(
     """
     heads = _check_vectors("offset", offset, heads, weight)
     chosen = plan_on(weight.device, weight.dtype, backend)
-    return ops.as_written(weight, primitives(chosen.backend).offset_fold, weight, offset, heads, bias)
+    return as_written(weight, primitives(chosen.backend).offset_fold, weight, offset, heads, bias)
 
 
 def fold_offsets(
@@ -231,7 +232,7 @@ def head_index(heads: Sequence[int], n_heads: int, device: torch.device | str = 
 
 def _autocast(z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts nn.Linear would get under autocast."""
-    if not ops.autocast_is_on(z) or z.dtype == torch.float64:
+    if not autocast_is_on(z) or z.dtype == torch.float64:
         return z, weight, bias
     dtype = torch.get_autocast_dtype(z.device.type)
     return z.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lofit_kernels import ops
+from lofit_kernels import ops, usual_projections
 from lofit_kernels.dispatch import plan_on
+from lofit_kernels.eager_scopes import autocast_is_on
 from lofit_kernels.functional import fold_offsets, head_affine_linear
 from lofit_kernels.projection import primitives
 
@@ -98,6 +99,6 @@ def folded_linear(z: Tensor, folded: Folded) -> Tensor:
     # a compiled layer of a model that was folded in eager mode gets here, too
     if torch.compiler.is_dynamo_compiling():
         return head_affine_linear(z, weight, folded=exact)
-    if z.dtype != weight.dtype or z.shape[-1] != weight.shape[1] or ops.autocast_is_on(z):
+    if z.dtype != weight.dtype or z.shape[-1] != weight.shape[1] or autocast_is_on(z):
         return head_affine_linear(z, weight, folded=exact)
-    return ops.folded_projection(z, exact, weight, (rounded, backend))
+    return usual_projections.folded_projection(z, exact, weight, (rounded, backend))

@@ -7,46 +7,15 @@ The Functions call the same code without the dispatcher's wrappers, which cost m
 Differentiating twice raises, either way, instead of returning something wrong.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from lofit_kernels.answers import Path
 from lofit_kernels.dispatch import NUMBERED_PATHS, added, plan_for
+from lofit_kernels.eager_scopes import as_written, once
 from lofit_kernels.op_arguments import Arguments
 from lofit_kernels.projection import affine_linear_bwd, affine_linear_fwd, primitives
-
-
-def autocast_is_on(x: Tensor) -> bool:
-    """Whether autocast would change what is computed from `x`; never on a device that it does not know, as meta."""
-    try:
-        return torch.is_autocast_enabled(x.device.type)
-    except RuntimeError:
-        return False
-
-
-def as_written(x: Tensor, compute: Callable, *args: Any) -> Any:
-    """compute(*args) without autocast: what an op computes in float32 is meant to be."""
-    if not autocast_is_on(x):
-        return compute(*args)
-    with torch.autocast(x.device.type, enabled=False):
-        return compute(*args)
-
-
-def _once(backward: Callable) -> Callable:
-    """`once_differentiable`, whose scope without gradients is entered only where there are any."""
-    refusing = once_differentiable(backward)
-
-    @wraps(backward)
-    def run(ctx, *grads):
-        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    return run
+from lofit_kernels.usual_projections import folded_projection, pass_projection
 
 
 @torch.library.custom_op("lofit::affine_linear", mutates_args=())
@@ -160,95 +129,6 @@ def eager_affine_linear(arguments: Arguments) -> Tensor:
     return AffineLinear.apply(arguments, *arguments.given())
 
 
-class FoldedLinear(torch.autograd.Function):
-    """z W^T + c, the usual case of `AffineLinear` in the step that tunes offsets: dz = dY W, dc = sum_t dY."""
-
-    @staticmethod
-    def forward(ctx, z, folded, weight, rest):
-        """y (..., N). folded: (N,) float32, float64 beside a float64 z. weight: frozen, an input so that autograd sees
-        it, and refuses derivatives that there are none of. rest: folded in z's dtype, backend."""
-        rounded, ctx.backend = rest
-        ctx.save_for_backward(weight)
-        if z.is_contiguous() and z.dim() == 3:
-            # one matrix product, as of two dimensions
-            return linear(z, weight, rounded)
-        y = linear(z.reshape(-1, z.shape[-1]), weight, rounded)
-        return y.view(*z.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @_once
-    def backward(ctx, grad):
-        """The gradients of z and folded that are needed."""
-        (weight,), (needs_z, needs_folded, _, _) = ctx.saved_tensors, ctx.needs_input_grad
-        if autocast_is_on(grad):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
-        return _folded_gradients(grad, weight, ctx.backend, needs_z, needs_folded)
-
-
-def _folded_gradients(grad, weight, backend, needs_z, needs_folded) -> tuple[Tensor | None, ...]:
-    rows = grad.reshape(-1, grad.shape[-1])
-    total = primitives(backend).column_sum(rows) if needs_folded else None
-    dz = torch.mm(rows, weight).view(*grad.shape[:-1], weight.shape[1]) if needs_z else None
-    return dz, total, None, None
-
-
-def _applied(function: type[torch.autograd.Function]) -> Callable:
-    """function.apply, without what torch does for functorch's transforms and older forms of a Function, a tenth of a
-    projection's time on the host. function.apply itself on a torch that has other names for the parts of it."""
-    plain = getattr(super(torch.autograd.Function, function), "apply", None)
-    transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if plain is None or transformed is None:
-        return function.apply
-
-    def apply(*args):
-        # they refuse such a Function, and say so
-        return function.apply(*args) if transformed() else plain(*args)
-
-    return apply
-
-
-folded_projection = _applied(FoldedLinear)
-
-
-class PassLinear(torch.autograd.Function):
-    """((1 + a) z) W^T, the usual case of `AffineLinear` in the step that scores heads.
-
-    dz = (1 + a) G, da = sum_t G z, with G = dY W.
-    """
-
-    @staticmethod
-    def forward(ctx, z, scale, weight, rest):
-        """y (..., N). scale: (h, D) float32, float64 beside a float64 z. weight: (N, K), as in `FoldedLinear`.
-        rest: heads, backend."""
-        ctx.heads, ctx.backend = rest
-        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, scale, weight)
-        rows, D = z.reshape(-1, z.shape[-1]), scale.shape[1]
-        y = linear(primitives(ctx.backend).affine_fwd(rows, scale, ctx.heads, None, None, D), weight)
-        return y.view(*z.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @_once
-    def backward(ctx, grad):
-        """The gradients of z and scale that are needed."""
-        if autocast_is_on(grad):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
-        return _pass_gradients(grad, *ctx.saved_tensors, ctx.heads, ctx.backend, ctx.needs_input_grad)
-
-
-pass_projection = _applied(PassLinear)
-
-
-def _pass_gradients(grad, z, scale, weight, heads, backend, needs) -> tuple[Tensor | None, ...]:
-    rows = None if z is None else z.reshape(-1, z.shape[-1])
-    g = torch.mm(grad.reshape(-1, grad.shape[-1]), weight)
-    wanted = (needs[0], needs[1], False)
-    # g is a temporary of this call, so that untouched heads cost nothing
-    dz, da, _ = primitives(backend).affine_bwd(g, rows, scale, heads, None, scale.shape[1], wanted, inplace=True)
-    return dz.view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None, da, None, None
-
-
 class AffineLinear(torch.autograd.Function):
     """`lofit::affine_linear` for eager mode, of arguments whose path leaves nothing to choose.
 
@@ -269,7 +149,7 @@ class AffineLinear(torch.autograd.Function):
         return affine_linear_fwd(arguments)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx, grad):
         """The gradients that are needed, by the path of the forward pass; see `affine_linear_backward`."""
         found = _linear_backward(grad, Arguments.of_saved(ctx.saved_tensors, ctx.path), ctx.needs)
@@ -337,7 +217,7 @@ class GroupedFold(torch.autograd.Function):
         return tuple(as_written(weights[0], primitives(backend).grouped_fold, weights, offsets, heads, table))
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx, *grads):
         """dv of every layer that got a gradient, computed together."""
         needed = ctx.needs_input_grad
@@ -443,7 +323,7 @@ class Affine(torch.autograd.Function):
         return _affine_forward(*inputs)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx, grad):
         """The gradients that are needed; see `affine_backward`."""
         d_z, d_scale, d_offset = _affine_backward(grad, *ctx.saved_tensors, ctx.needs, ctx.backend)

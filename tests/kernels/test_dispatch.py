@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from lofit_kernels import answers, dispatch, head_affine_linear, ops
+from lofit_kernels import answers, dispatch, head_affine_linear, ops, usual_projections
 from lofit_kernels.answers import Path
 from lofit_kernels.dispatch import (
     BACKENDS,
@@ -322,9 +322,9 @@ def taken(monkeypatch):
         paths.append(Path("pass", backend, "vendor"))
         return pass_gradients(grad, z, scale, weight, heads, backend, needs)
 
-    pass_gradients = ops._pass_gradients
+    pass_gradients = usual_projections._pass_gradients
     monkeypatch.setattr(ops, "affine_linear_bwd", spied)
-    monkeypatch.setattr(ops, "_pass_gradients", spied_pass)
+    monkeypatch.setattr(usual_projections, "_pass_gradients", spied_pass)
     return paths
 
 

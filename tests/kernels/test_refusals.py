@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from lofit_kernels import fold_offset, head_affine, head_affine_linear, ops
+from lofit_kernels import fold_offset, head_affine, head_affine_linear, usual_projections
+from lofit_kernels.usual_projections import FoldedLinear
 
 Z, W = torch.zeros(3, 8), torch.zeros(5, 8)
 ROWS = torch.zeros(4, 2)
@@ -121,4 +122,4 @@ def test_a_weights_tangent_is_refused(given, grad):
 
 def test_a_torch_with_other_names_applies_a_function_as_usual(monkeypatch):
     monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
-    assert ops._applied(ops.FoldedLinear) == ops.FoldedLinear.apply
+    assert usual_projections._applied(FoldedLinear) == FoldedLinear.apply

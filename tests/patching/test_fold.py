@@ -11,7 +11,7 @@ from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.patching.fold import decoder_of
-from lofit_kernels import aten, ops
+from lofit_kernels import aten, usual_projections
 from lofit_kernels.layer_fold import LayerFold
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
@@ -321,8 +321,8 @@ def test_a_compiled_layer_of_a_model_folded_in_eager_mode_is_an_op(dynamo, monke
         traced.append(args)
         return eager(*args)
 
-    eager = ops.folded_projection
-    monkeypatch.setattr(ops, "folded_projection", never)
+    eager = usual_projections.folded_projection
+    monkeypatch.setattr(usual_projections, "folded_projection", never)
     model.model.layers[1].compile(backend="eager", fullgraph=True)
     loss(model).backward()
     # the two layers that are not compiled

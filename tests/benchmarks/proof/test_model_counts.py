@@ -21,7 +21,7 @@ def test_ours_adds_a_few_launches_to_each_layer(base, setting):
     added = {layers: model_counts.of_ours(setting, layers, TOKENS) - base[layers] for layers in base}
     for layers, found in added.items():
         if setting == "step 2":
-            # a column sum; of all layers the fold, the copy and cast of its rounding, its gradient's two, a copy for them
+            # a column sum; of all layers the fold, its rounding's copy and cast, and its gradient's copy and two
             assert found == layers + 6
         else:
             # a sweep forward, and one backward with at most a second stage of its sums

@@ -51,6 +51,7 @@ print(sorted({"transformers", "datasets", "matplotlib", "triton"} & sys.modules.
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_train_in_a_process_of_its_own(model, data, tmp_path):
     command = [sys.executable, "-m", "lofit_fast.cli", "train", "--model", model, "--data", data, "--json"]
     done = subprocess.run(

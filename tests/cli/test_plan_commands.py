@@ -183,6 +183,7 @@ def test_autotune_command_leaves_answers_that_are_used(folder, cache):
         assert "measured" in rows[0]["why"]
 
 
+@pytest.mark.slow
 def test_autotune_command_measures_triton_paths(folder, cache):
     if not torch.cuda.is_available():
         pytest.importorskip("triton")

@@ -160,10 +160,8 @@ def test_affine_linear_on_a_cpu_is_plain_operations_for_the_compiler(case, form,
     assert ("lofit.affine_linear" not in graphs[0]) == traced
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["scale", pytest.param("offset", marks=pytest.mark.slow), pytest.param("offset_some", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["scale", "offset", "offset_some"])
 def test_affine_linear_compiled_with_inductor_is_as_accurate(case, dynamo):
     T, size = 300, 8 * K
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ def small(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
 def test_from_the_plan_to_the_page(tmp_path):

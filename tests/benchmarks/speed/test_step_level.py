@@ -41,7 +41,8 @@ def tiny(dtype=torch.float32, **changes):
     return tiny_model("llama", dtype, max_position_embeddings=512, initializer_range=0.2, **changes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
 def test_every_peer_has_the_right_loss_and_seconds(work, dtype):
     report = step_level.step_seconds(

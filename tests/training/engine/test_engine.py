@@ -101,6 +101,7 @@ def test_engine_compiles_a_model_with_hooks_apart(quick_compiler):
             torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_engine_compiles_once_for_all_lengths(llama, quick_compiler):
     randomize(lf.patch(llama, lf.LofitConfig(scale="all")), 0.1)
     # with narrow the last layer has a graph of its own: tests/training/engine/test_last_layer.py

@@ -111,6 +111,7 @@ def test_an_error_in_loading_the_base_is_the_callers(grid, tmp_path):
         sweep(grid, tmp_path / "sweep", jobs=2, progress=False)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "row_of_run", os._exit)
     with pytest.raises(ChildProcessError, match="fewer jobs help"):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lofit_kernels import devices, dispatch, fold_offset, fold_offsets, head_affine, head_affine_linear
@@ -21,6 +22,8 @@ def gpu(monkeypatch):
 
     def pretend(capability=None, amd=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        # a torch that was built for CUDA would begin to use the device
+        monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an imagined device")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)

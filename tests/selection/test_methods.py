@@ -132,6 +132,7 @@ def log_p(model, prompt, answer):
 
 
 def test_preferences_push_as_dpo_does_at_its_start(tmp_path):
+    pytest.importorskip("trl")
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(scale="all", init_std=0.0))
     recipe = lf.Recipe(top=3, batch_size=len(PAIRS))
@@ -148,6 +149,8 @@ def test_preferences_push_as_dpo_does_at_its_start(tmp_path):
 
 @pytest.mark.parametrize("name", ["saliency", "iti_probe", "probing_layers", "random"])
 def test_preferences_without_training(name, tmp_path):
+    if name == "saliency":
+        pytest.importorskip("trl")
     assert len(select(name, tmp_path, PREFERENCES).heads) == 3
 
 
@@ -155,6 +158,7 @@ def test_preferences_without_training(name, tmp_path):
     "name, component, stops", [("lofit", "scale", 0), ("bias_norm", "offset", 0), ("early_stop", "scale", 1)]
 )
 def test_preferences_are_trained_with_dpo(name, component, stops, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
     calls = []
 
     def train(handle, data, schedule, engine, *, on_epoch, callbacks, **how):

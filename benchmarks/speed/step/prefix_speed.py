@@ -54,7 +54,7 @@ def _opened(work: Workload, model: nn.Module, row: Row, engine: Engine, copied: 
 def _cached(one: Live, work: Workload) -> Iterator[Live]:
     from lofit_fast.training.prefix_cache.cache import prefix_cached
 
-    plain = collator_of(one.engine, work.pad)
+    plain = one.collate or collator_of(one.engine, work.pad, one.logits)
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,

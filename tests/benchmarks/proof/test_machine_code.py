@@ -5,15 +5,22 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from benchmarks.proof.machine_code import Row, problems
-from lofit_kernels.gpu.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, every_tile
+from lofit_kernels.gpu.tiles import ARCHITECTURES, SERIALISED_BEFORE, SHARED_MEMORY, TABLE, every_tile
 
 pytest.importorskip("triton")
 
 GREEN = Row("_kernel", "case", "sm_90", "T=32 w4 s1", "bfloat16", 128, "0", registers=64, loads={"16": 4})
+
+
+def compiled(kernel: str, arch: str) -> bool:
+    """Whether there is a tile, and the installed Triton's ptxas does not serialise the kernel."""
+    release = tuple(int(part) for part in version("triton").split(".")[:2])
+    return bool(every_tile(kernel, arch)) and release >= SERIALISED_BEFORE.get(kernel, {}).get(arch, (0, 0))
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -33,7 +40,7 @@ def test_machine_code_of_every_kernel_is_green(archs, tmp_path):
     assert [row["problems"] for row in rows if "problems" in row] == []
     seen = {(row["kernel"][1:].removesuffix("_kernel") + "_tma" * ("bulk_loads" in row), row["arch"]) for row in rows}
     sixteen_bits = {kernel for kernel in TABLE if not kernel.endswith("_float32")}
-    assert seen == {(kernel, arch) for kernel in sixteen_bits for arch in archs if every_tile(kernel, arch)}
+    assert seen == {(kernel, arch) for kernel in sixteen_bits for arch in archs if compiled(kernel, arch)}
     for row in rows:
         assert row["spills"] == 0 and 0 < row["registers"] <= 255
         assert row["shared"] <= SHARED_MEMORY[row["arch"]]

@@ -37,6 +37,7 @@ def small(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
 def test_from_the_plan_to_the_page(tmp_path):
+    pytest.importorskip("peft")
     options = Options(rounds=3, examples=8)
     cells = [cell for cell in cell_plan.plan(full=True, models=[MODEL]) if any(name in cell.name for name in NAMES)]
     assert len(cells) == 6

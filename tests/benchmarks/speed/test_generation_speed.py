@@ -11,6 +11,7 @@ PROMPTS = ["abc", "a longer prompt", "z"]
 
 
 def test_every_row_is_timed_in_every_round():
+    pytest.importorskip("peft")
     found = generation_seconds(tiny_model("llama"), tiny_tokenizer(), PROMPTS, rounds=2)
     assert [(row["peer"], len(row["seconds"])) for row in found["rows"]] == [(row.peer, 2) for row in ROWS]
     assert found["against_ours"].keys() == {"hook", "lora_all"} and found["prompts"] == 3
@@ -21,6 +22,7 @@ def test_every_row_is_timed_in_every_round():
 )
 def test_other_answers_are_not_timed(monkeypatch, changed, message):
     """As of an adapter that does nothing: one that ours has dropped, and vectors that nobody applies."""
+    pytest.importorskip("peft")
     monkeypatch.setattr(generation, "interleaved", lambda *a, **o: pytest.fail("timed"))
     peer, run = ("ours",) if changed == "ours" else ("ours", "hook"), generation.prompt_run
 

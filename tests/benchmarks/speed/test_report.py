@@ -72,6 +72,7 @@ def results(tmp_path):
 
 
 def test_the_page_needs_nothing_else(results, tmp_path):
+    pytest.importorskip("matplotlib")
     page = write_report(results, tmp_path / "report").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert len(sources) == 4
@@ -81,6 +82,7 @@ def test_the_page_needs_nothing_else(results, tmp_path):
 
 
 def test_the_page_says_what_where_and_what_not(results, tmp_path):
+    pytest.importorskip("matplotlib")
     page = write_report(results, tmp_path).read_text()
     for words in (
         "CPU clock",
@@ -117,6 +119,7 @@ def test_the_table_is_markdown(results):
 
 
 def test_the_command(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     main(results, tmp_path / "r")
     assert str(tmp_path / "r" / "index.html") in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="make bench"):

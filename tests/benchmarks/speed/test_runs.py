@@ -32,6 +32,8 @@ def tiny(**changes):
 
 @pytest.mark.parametrize("peer", whole_run.RUNS)
 def test_whole_runs_see_as_many_examples(work, peer):
+    if peer.startswith("lora"):
+        pytest.importorskip("peft")
     report = whole_run.whole_run_seconds(peer, tiny(), word_tokenizer(), task(None, SIZE).train, work)
     seen = [loss for stage in report["losses"].values() for loss in stage]
     assert len(seen) == report["epochs"] == 2

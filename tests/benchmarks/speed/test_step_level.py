@@ -45,6 +45,7 @@ def tiny(dtype=torch.float32, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
 def test_every_peer_has_the_right_loss_and_seconds(work, dtype):
+    pytest.importorskip("peft")
     report = step_level.step_seconds(
         tiny(dtype), work, ROWS, rounds=2, examples=10, engine=ENGINE, say=lambda line: None
     )

@@ -282,7 +282,7 @@ def path_for(
     has_offset: bool = False,
     crowded: bool = False,
 ) -> Path:
-    """The path of `plan_for`."""
+    """The path of `plan_for`, remembered by itself: Dynamo traces no `cached_property`, and a property is made anew."""
     sizes = _sizes(T, weight, scale)
     return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 

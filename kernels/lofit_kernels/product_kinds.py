@@ -33,6 +33,7 @@ class ProductKind:
     rows: torch.dtype
     row_top: float
     zero: int
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
     weights: torch.dtype
     weight_top: float
     multiple: int
@@ -40,6 +41,27 @@ class ProductKind:
     scales_weights: bool
     pack: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     run: Callable[..., Tensor]
+
+
+# numbers in their code are constants to torch.compile, where those of a row would become inputs of the graph
+def _unsigned_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    top = _largest(x)
+    return ((x * (127.0 / top)).round() + 128.0).to(torch.uint8), top * (1 / 127.0)
+
+
+def _signed_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    top = _largest(x)
+    return (x * (127.0 / top)).round().to(torch.int8), top * (1 / 127.0)
+
+
+def _float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    top = _largest(x)
+    return (x * (448.0 / top)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), top * (1 / 448.0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    # the reciprocal of a row of zeros must be finite
+    return x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
 
 
 def _onednn_pack(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
@@ -75,18 +97,23 @@ def _scaled_pack(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
 
 # a processor without VNNI adds two products of 8 bits in 16 before it goes on, and saturates: 2 * 255 * 64 fits, and
 # 2 * 255 * 127 does not. weights get the short side: their rows have fewer outliers than those of activations
-_ON_CPU = {"rows": torch.uint8, "row_top": 127.0, "zero": 128, "weights": torch.int8, "multiple": 1}
-_ON_CPU |= {"accumulators": torch.float32, "scales_weights": True, "pack": _onednn_pack, "run": _onednn_run}
+_ON_CPU = {"rows": torch.uint8, "row_top": 127.0, "zero": 128, "quantize": _unsigned_rows}
+_ON_CPU |= {"weights": torch.int8, "multiple": 1}
+_ON_CPU |= {"scales_weights": True, "accumulators": torch.float32, "pack": _onednn_pack, "run": _onednn_run}
+_ON_GPU = {"rows": torch.int8, "row_top": 127.0, "zero": 0, "quantize": _signed_rows}
+_ON_GPU |= {"weights": torch.int8, "multiple": 8, "accumulators": torch.int32, "scales_weights": False}
+_ON_GPU |= {"pack": _plain_pack, "run": _int_mm_run}
 _FP8 = torch.float8_e4m3fn
+_IN_FP8 = {"rows": _FP8, "row_top": 448.0, "zero": 0, "quantize": _float8_rows}
+_IN_FP8 |= {"weights": _FP8, "multiple": 16, "accumulators": torch.float32, "scales_weights": False}
+_IN_FP8 |= {"pack": _scaled_pack, "run": _scaled_mm_run}
 KINDS = {
     kind.name: kind
     for kind in (
         ProductKind("onednn", weight_top=127.0, **_ON_CPU),
         ProductKind("onednn_pairs", weight_top=64.0, **_ON_CPU),
-        ProductKind(
-            "int_mm", torch.int8, 127.0, 0, torch.int8, 127.0, 8, torch.int32, False, _plain_pack, _int_mm_run
-        ),
-        ProductKind("scaled_mm", _FP8, 448.0, 0, _FP8, 448.0, 16, torch.float32, False, _scaled_pack, _scaled_mm_run),
+        ProductKind("int_mm", weight_top=127.0, **_ON_GPU),
+        ProductKind("scaled_mm", weight_top=448.0, **_IN_FP8),
     )
 }
 # (device, precision) -> compute capability from which it is there

@@ -12,13 +12,11 @@ from __future__ import annotations
 from itertools import count
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_kernels.eager_scopes import autocast_is_on, once
 from lofit_kernels.product_kinds import KINDS, ProductKind
 
-# below it a row counts as zeros: its reciprocal must be finite
-_TINY = 1e-30
 _numbers = count()
 _held: dict[int, FrozenWeight] = {}
 
@@ -26,14 +24,17 @@ _held: dict[int, FrozenWeight] = {}
 class FrozenWeight:
     """A weight (N, K), quantized for both directions, until `close`. It must not change meanwhile.
 
-    key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32, on the weight's device.
+    key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None
+    where the product itself multiplies by them. All are parameters, whose shapes a compiler takes for constants.
     """
 
-    def __init__(self, weight: Tensor, kind: ProductKind) -> None:
-        self.kind = kind.name
-        self.outputs, self.inputs = weight.shape
-        self._weight = weight.detach()
-        self.y_scales, self.z_scales = (weight_scales(w, kind) for w in (self._weight, self._weight.t()))
+    def __init__(self, weight: nn.Parameter, kind: ProductKind) -> None:
+        self.kind, self.weight = kind.name, weight
+        self.y_scales = self.z_scales = None
+        if not kind.scales_weights:
+            self.y_scales, self.z_scales = (
+                nn.Parameter(weight_scales(w, kind), requires_grad=False) for w in (weight.detach(), weight.detach().t())
+            )
         self._packed: dict[bool, tuple[Tensor, ...]] = {}
         number = next(_numbers)
         self.key = torch.tensor(number)
@@ -42,8 +43,9 @@ class FrozenWeight:
     def packed(self, backward: bool) -> tuple[Tensor, ...]:
         """What the kind's `run` multiplies by: W for y, W^T for dz."""
         if backward not in self._packed:
-            weight, scales = (self._weight.t(), self.z_scales) if backward else (self._weight, self.y_scales)
-            kind = KINDS[self.kind]
+            kind, weight = KINDS[self.kind], self.weight.detach()
+            weight = weight.t() if backward else weight
+            scales = weight_scales(weight, kind)
             self._packed[backward] = kind.pack(quantized_weight(weight, scales, kind), scales)
         return self._packed[backward]
 
@@ -54,7 +56,7 @@ class FrozenWeight:
 
 def weight_scales(weight: Tensor, kind: ProductKind) -> Tensor:
     """s of every row of a weight (N, K): (N,) float32."""
-    return weight.abs().amax(1).float().clamp_min(_TINY) / kind.weight_top
+    return weight.abs().amax(1).float().clamp_min(1e-30) / kind.weight_top
 
 
 def quantized_weight(weight: Tensor, scales: Tensor, kind: ProductKind) -> Tensor:
@@ -64,26 +66,16 @@ def quantized_weight(weight: Tensor, scales: Tensor, kind: ProductKind) -> Tenso
     return (scaled if kind.weights.is_floating_point else scaled.round()).to(kind.weights)
 
 
-def quantized_rows(x: Tensor, kind: ProductKind) -> tuple[Tensor, Tensor]:
-    """Rows x (T, K) as the kind takes them, and their scales (T, 1) float32. NaN and inf come out as NaN scales."""
-    # dynamo loses track of a tensor that a cast returns as it is
-    wide = x if x.dtype == torch.float32 else x.float()
-    top = wide.abs().amax(-1, keepdim=True).clamp_min(_TINY)
-    scaled = wide * (kind.row_top / top)
-    if kind.rows.is_floating_point:
-        return scaled.clamp(-kind.row_top, kind.row_top).to(kind.rows), top / kind.row_top
-    return (scaled.round() + kind.zero).to(kind.rows), top / kind.row_top
-
-
 def quantized_linear(x: Tensor, weight: FrozenWeight, shift: Tensor | None = None) -> Tensor:
     """y = x W^T + c in 8 bits. x: (..., K); shift: c (N,) or None. Returns (..., N) in x's dtype, or in autocast's.
 
     Gradients flow to x, in 8 bits too, and to shift, in full. Nothing is saved for backward.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
-    about = (weight.kind, weight.outputs, weight.inputs, dtype)
-    y = _Product.apply(x.reshape(-1, weight.inputs), shift, weight.key, weight.y_scales, weight.z_scales, about)
-    return y.view(*x.shape[:-1], weight.outputs)
+    N, K = weight.weight.shape
+    about = (weight.kind, N, K, dtype)
+    y = _Product.apply(x.reshape(-1, K), shift, weight.key, weight.y_scales, weight.z_scales, about)
+    return y.view(*x.shape[:-1], N)
 
 
 class _Product(torch.autograd.Function):
@@ -113,14 +105,13 @@ class _Product(torch.autograd.Function):
         return dx, d_shift, None, None, None, None
 
 
-def _product(x: Tensor, key: Tensor, scales: Tensor, about: tuple[str, int, bool]) -> Tensor:
+def _product(x: Tensor, key: Tensor, scales: Tensor | None, about: tuple[str, int, bool]) -> Tensor:
     """x (T, K) times the weight behind the key: (T, N) float32. about: (kind, N, backward)."""
-    kind, outputs, backward = KINDS[about[0]], about[1], about[2]
-    rows, row_scales = quantized_rows(x, kind)
-    accumulators = torch.ops.lofit.frozen_product(rows, key, outputs, backward, kind.name)
-    if not kind.scales_weights:
-        accumulators = accumulators * scales
-    return accumulators * row_scales
+    kind, (name, outputs, backward) = KINDS[about[0]], about
+    # dynamo loses track of a tensor that a cast returns as it is
+    rows, row_scales = kind.quantize(x if x.dtype == torch.float32 else x.float())
+    y = torch.ops.lofit.frozen_product(rows, key, outputs, backward, name)
+    return (y if kind.scales_weights else y * scales) * row_scales
 
 
 _library = torch.library.Library("lofit", "FRAGMENT")

@@ -28,6 +28,7 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     check_output,
+    parse_gb,
     reading_of,
     recipe_of,
     task_name,
@@ -74,8 +75,13 @@ def train(
     packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
     group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
     prefix_cache_gb: Annotated[
-        float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Disk for activations below the lowest tuned layer, kept between epochs and runs, in GB, or 'auto': "
+            "up to a tenth of the disk's room where it pays.",
+            metavar="GB",
+        ),
+    ] = "0",
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -107,7 +113,8 @@ def train(
     recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, **numbers)
     knobs = {"compile": compile, "packing": packing}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
-    engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
+    knobs["prefix_cache_gb"] = parse_gb(prefix_cache_gb)
+    engine = Engine(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)
     fixed = None if heads is None else read_heads(heads)
     if dtype == "auto" and resume and output is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.data.collate import Logits
+from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
@@ -21,6 +21,7 @@ from lofit_fast.tasks.chat import Rendered
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Add = Callable[[Batch, Sequence[Encoded]], Batch]
 TEXTS = ("prompt", "chosen", "rejected")
 # columns that are true where a chat template has made the text, with all special tokens it needs
 RENDERED = {name: f"{name}_rendered" for name in TEXTS}
@@ -43,6 +44,7 @@ def reference_logprobs(
     max_length: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
+    add: Add | None = None,
 ) -> Dataset:
     """The data set with what the base model under an attachment makes of it, for TRL's DPO.
 
@@ -53,7 +55,8 @@ def reference_logprobs(
     its tokens, of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
-    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
+    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward. add: as
+    in `log_probs`.
     Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
     a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
@@ -74,7 +77,8 @@ def reference_logprobs(
     # one forward for what occurs more than once
     rows = {_key(row): row for side in sides.values() for row in side}
     with attachment.disabled():
-        values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), batch_size, progress)
+        how = {"batch_size": batch_size, "progress": progress, "add": add}
+        values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), **how)
     scores = dict(zip(rows, values, strict=True))
     columns = {"prompt_ids": [_split(row)[0] for row in sides.get("chosen", ())]}
     columns |= {f"{side}_ids": [_split(row)[1] for row in rows] for side, rows in sides.items()}
@@ -87,17 +91,28 @@ def reference_logprobs(
 
 @torch.no_grad()
 def log_probs(
-    model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int = 16, progress: bool = False
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    pad: int,
+    batch_size: int = 16,
+    progress: bool = False,
+    add: Add | None = None,
 ) -> list[float]:
-    """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
+    """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only.
+
+    add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
+    """
     values = [0.0] * len(rows)
     device, logits = device_of(model), logit_rows(model)
     with eval_mode(model), padded_on_the_right():
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
-            ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
-            output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
+            batch = {"input_ids": ids, "attention_mask": mask}
+            if add is not None:
+                batch = add(batch, [rows[i] for i in chosen])
+            labels = labels.to(device)
+            output = model(**on_device(batch, device), **keeping(labels, logits))
             logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value

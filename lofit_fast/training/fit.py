@@ -27,6 +27,7 @@ from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
+from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
@@ -124,7 +125,7 @@ def fit_preferences(
 
     Raises:
         ImportError: TRL, or what `fit` needs, is not installed.
-        ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, prefix_cache_gb, accumulation_steps.
+        ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, accumulation_steps.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
     objective = Preferences(preferences, beta)
@@ -170,8 +171,10 @@ def rehearse(
     engine: Engine | None = None,
     heads: Sequence[Head] | None = None,
     progress: bool = True,
-) -> tuple[EncodedObjective, dict[str, Engine]]:
+) -> tuple[EncodedObjective, dict[str, Engine], Worth]:
     """All that `fit_objective` does before it opens the run folder, and nothing after: (the data, stage -> engine).
+
+    And what a prefix cache would save in step 2: of the given heads, or if step 1 kept all that the recipe lets it.
 
     Everything that can be refused before training is refused here, with the same sentences. Nothing is changed or
     written; the engines are settled, as a new run's would be. Arguments and errors are those of `fit`.
@@ -179,7 +182,7 @@ def rehearse(
     _check_unpatched(model)
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
     steps.check_heads(heads)
-    return steps.data, steps.engines(("tune",) if heads is not None else ("select", "tune"))
+    return steps.data, *steps.engines(heads)
 
 
 def select_by_training(
@@ -335,17 +338,23 @@ class _TwoSteps:
         metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
         return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
 
-    def engines(self, stages: Sequence[str]) -> dict[str, Engine]:
-        """The engine that each stage of a new run would have."""
+    def engines(self, heads: Sequence[Head] | None) -> tuple[dict[str, Engine], Worth]:
+        """The engine that each stage of a new run would have, and what a prefix cache would save in step 2."""
         recipe, data, tokenizer = self.recipe, self.data, self.tokenizer
-        epochs = {"select": (recipe.select_lr, recipe.select_epochs), "tune": (recipe.tune_lr, recipe.tune_epochs)}
+        tune = self._schedule(recipe.tune_lr, recipe.tune_epochs)
+        stages = {"tune": tune}
+        if heads is None:
+            stages = {"select": self._schedule(recipe.select_lr, recipe.select_epochs), **stages}
+            above = [p for p in self.projections if p.layer >= recipe.min_layer]
+            heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
         # the rules try a patched model
-        handle = patch(self.model, LofitConfig(offset="all"))
+        handle = patch(self.model, LofitConfig(offset=heads))
         try:
-            return {
-                stage: settle_for(handle, self._usable(stage), data, tokenizer, self._schedule(*epochs[stage]))[0]
-                for stage in stages
+            settled = {
+                stage: settle_for(handle, self._usable(stage), data, tokenizer, schedule)[0]
+                for stage, schedule in stages.items()
             }
+            return settled, worth_of(handle, *data.reads(tune))
         finally:
             handle.unpatch()
 
@@ -361,11 +370,12 @@ class _TwoSteps:
             engine, _ = settle_for(handle, usable, self.data, self.tokenizer, schedule)
             run.keep_engine(stage, asdict(engine))
             return engine
-        # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
+        # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
         for name, value in asdict(self.asked).items():
             if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
                 raise ValueError(
                     f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
                     "folder, or start over with resume=False (--no-resume)"
                 )
-        return Engine(**{**kept, "prefix_cache_gb": usable.prefix_cache_gb})
+        disk = usable.prefix_cache_gb
+        return Engine(**{**kept, "prefix_cache_gb": kept["prefix_cache_gb"] if disk == "auto" else disk})

@@ -13,8 +13,8 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from lofit_fast.data.collate import Logits
-from lofit_fast.data.encode import IGNORED, pad_token_id
+from lofit_fast.data.collate import Batch, Logits
+from lofit_fast.data.encode import IGNORED, Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows
@@ -57,6 +57,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
     l1, on_epoch: see `AttachmentTraining`. group_by_length: batches of questions of like length; else any.
+    add: adds to a batch what belongs to its rows, such as `prefix_cache.PrefixCollator.add`.
     Off the CPU the loss and what TRL logs of it stay on the device until they are logged; see `preference_loss`.
     """
 
@@ -72,6 +73,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         args,
         processing_class,
         group_by_length: bool = True,
+        add: Callable[[Batch, Sequence[Encoded]], Batch] | None = None,
     ) -> None:
         self.handle, self.l1, self.on_epoch = attachment, l1, on_epoch
         rows = list(pairs)
@@ -79,7 +81,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         # of one length, their order is a plain shuffle
         grouped = lengths if group_by_length else [1] * len(lengths)
         self.sampler = GroupedByLength(grouped, args.per_device_train_batch_size, args.seed)
-        collate = DataCollatorForPreference(pad_token_id(processing_class))
+        collate = _with(add, DataCollatorForPreference(pad_token_id(processing_class)))
         super().__init__(
             attachment.model,
             args=args,
@@ -135,6 +137,16 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
+
+
+def _with(add: Callable | None, collate: Callable) -> Callable[[list[dict]], Batch]:
+    """A collator of pairs, the chosen answers first, to whose batches `add` adds."""
+
+    def collated(pairs: list[dict]) -> Batch:
+        texts = (pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs)
+        return add(collate(pairs), [{"input_ids": text} for text in texts])
+
+    return collate if add is None else collated
 
 
 def _length(pair: dict) -> int:

@@ -20,6 +20,7 @@ from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
+from lofit_fast.training.prefix_cache.worth import settled_prefix
 
 
 def train_attachment(
@@ -56,9 +57,10 @@ def train_attachment(
     """
     if not schedule.epochs:
         raise ValueError("expected at least one epoch to train, got 0")
-    if engine is not None and engine.prefix_cache_gb and not isinstance(attachment, LofitHandle):
+    asked_gb = 0.0 if engine is None else engine.prefix_cache_gb
+    if asked_gb not in (0, "auto") and not isinstance(attachment, LofitHandle):
         raise ValueError(
-            f"prefix_cache_gb={engine.prefix_cache_gb} was asked for, but only LoFiT's layers are known to leave those "
+            f"prefix_cache_gb={asked_gb} was asked for, but only LoFiT's layers are known to leave those "
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
@@ -75,7 +77,9 @@ def train_attachment(
 def settle_for(
     attachment: Attachment, engine: Engine, data: EncodedObjective, tokenizer, schedule: Schedule
 ) -> tuple[Engine, str]:
-    """`auto.settle` for a schedule over an objective's data."""
+    """`auto.settle` for a schedule over an objective's data, with the prefix cache that pays there."""
+    if engine.prefix_cache_gb == "auto":
+        engine = settled_prefix(attachment, engine, *data.reads(schedule))
     return settle(attachment, engine, data.rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
 
 

@@ -35,7 +35,8 @@ class Engine:
         group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
         packing: lay a batch's examples end to end in one row instead of padding them, see `collator_of`; True, False
             or "auto".
-        prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none.
+        prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none. "auto": a
+            tenth of the disk's room where a count says that it pays, see `prefix_cache.worth`; else 0.
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".
@@ -50,7 +51,8 @@ class Engine:
     compile: Choice = "auto"
     group_by_length: bool = True
     packing: Choice = "auto"
-    prefix_cache_gb: float = 0.0
+    # what is written stays on a disk after the run, so it waits to be asked for
+    prefix_cache_gb: float | Literal["auto"] = 0.0
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
 
@@ -63,8 +65,11 @@ class Engine:
                 raise TypeError(f"expected {name} to be True, False or 'auto', got {value!r}")
         if not isinstance(self.group_by_length, bool):
             raise TypeError(f"expected group_by_length to be True or False, got {self.group_by_length!r}")
-        if not self.prefix_cache_gb >= 0:
-            raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
+        gb = self.prefix_cache_gb
+        if gb != "auto" and (isinstance(gb, bool) or not isinstance(gb, int | float)):
+            raise TypeError(f"expected prefix_cache_gb to be a number or 'auto', got {gb!r}")
+        if gb != "auto" and not gb >= 0:
+            raise ValueError(f"expected prefix_cache_gb >= 0, got {gb}")
 
 
 @contextmanager

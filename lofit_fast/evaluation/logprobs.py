@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
+from lofit_fast.models.head_trial import longest_head, withheld
+from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
@@ -103,7 +106,7 @@ def log_probs(
     add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
     """
     values = [0.0] * len(rows)
-    device, logits = device_of(model), logit_rows(model)
+    device, logits, head = device_of(model), logit_rows(model), longest_head(model, rows, batch_size)
     with eval_mode(model), padded_on_the_right():
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
@@ -112,8 +115,11 @@ def log_probs(
             if add is not None:
                 batch = add(batch, [rows[i] for i in chosen])
             labels = labels.to(device)
-            output = model(**on_device(batch, device), **keeping(labels, logits))
-            logp = labelled_log_probs(output, labels, logits)
+            if head is not None and head.is_long(n_following(labels)):
+                logp, _, _ = long_log_probs(model, on_device(batch, device), labels, logits, head)
+            else:
+                output = model(**on_device(batch, device), **keeping(labels, logits))
+                logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
     return values
@@ -138,6 +144,28 @@ def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tenso
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     picked = wide.gather(1, following[following != IGNORED][:, None])[:, 0] - wide.logsumexp(1)
     return picked.new_zeros(following.shape).masked_scatter(following != IGNORED, picked)
+
+
+def long_log_probs(
+    given: Callable, batch: dict, labels: Tensor, logits: Logits, head: FrozenHead, watch: bool = False
+) -> tuple[Tensor, Watched | None, ModelOutput]:
+    """`labelled_log_probs` of many labels, without logits of all of them at once; what is watched; the output.
+
+    given: a model or its forward, called with the batch. head: its head, see `head_trial.frozen_head`.
+    """
+    following = labels[:, 1:]
+    mask = following != IGNORED
+    with withheld(head.module) as taken:
+        output = given(**{**batch, **keeping(labels, logits)})
+    hidden = taken[0] if taken[0].dim() == 3 else taken[0][None]
+    rows = labelled_rows(hidden, labels, logits)
+    picked, watched = token_log_probs(rows, head, following[mask], watch)
+    return picked.new_zeros(following.shape).masked_scatter(mask, picked), watched, output
+
+
+def n_following(labels: Tensor) -> int:
+    """How many tokens of labels (B, S) are predicted."""
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def labelled_rows(given: Tensor, labels: Tensor, logits: Logits = "rows") -> Tensor:

@@ -32,6 +32,7 @@ from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.extras import needing
+from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import output_head, selecting_rows
 from lofit_fast.patching.architectures import text_config
@@ -187,8 +188,12 @@ class EncodedCompletions:
         """The prefix cache is filled first."""
         collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+        # tried before anything hangs on the head
+        largest = max(schedule.batch_size, schedule.eval_batch_size)
+        head = longest_head(self.model, self.rows + self.judged_rows, largest)
         with (
             selecting_rows(self.model),
+            chunked_losses(self.model, head),
             prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix,
         ):
             yield LofitTrainer(
@@ -400,6 +405,7 @@ class EncodedPreferences:
             args=arguments,
             processing_class=self.tokenizer,
             group_by_length=engine.group_by_length,
+            head=longest_head(self.model, self.reads(schedule)[0], 2 * schedule.batch_size),
             add=add,
         )
 

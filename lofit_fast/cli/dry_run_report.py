@@ -68,6 +68,8 @@ def _table(found, title: str) -> Table:
         "recipe": _listed(found.recipe),
         **{f"engine of {stage}": _listed(engine) for stage, engine in found.engine.items()},
     }
+    if found.prefix_cache:
+        rows["prefix cache of tune"] = _prefix(found.prefix_cache)
     for key, value in rows.items():
         table.add_row(key, Text(str(value)))
     return table
@@ -75,6 +77,11 @@ def _table(found, title: str) -> Table:
 
 def _listed(settings: dict[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _prefix(worth: dict[str, object]) -> str:
+    saved = f"{worth['layers']} layers below, {worth['bytes'] / 1e9:.3g} GB, {worth['saved']:.0%} of operations saved"
+    return saved if worth["refusal"] is None else f"{saved}: auto keeps none, {worth['refusal']}"
 
 
 def _refusal(found) -> str:

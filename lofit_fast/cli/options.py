@@ -102,6 +102,14 @@ def parse_top(text: str | None) -> int | float | None:
     return parse_heads(text, "--top", all_is_known=False)
 
 
+def parse_gb(text: str) -> float | str:
+    """--prefix-cache-gb: "auto", or a number. Raises ValueError for anything else."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError(f"expected --prefix-cache-gb to be a number or 'auto', got {text!r}") from None
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """ "prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}.
 

@@ -31,6 +31,7 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     check_output,
+    parse_gb,
     reading_of,
     recipe_of,
     task_name,
@@ -80,9 +81,11 @@ def train(
     packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
     group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
     prefix_cache_gb: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Disk for activations below the lowest tuned layer, kept between epochs and runs. Default: 0."
+            help="Disk for activations below the lowest tuned layer, kept between epochs and runs, in GB, or 'auto': "
+            "up to a tenth of the disk's room where it pays. Default: 0.",
+            metavar="GB",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
@@ -117,7 +120,8 @@ def train(
     if heads is not None and (select is not None or select_examples is not None):
         raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
     recipe = recipe_of(name, seed, top, fast, **numbers)
-    knobs = {"compile": compile, "packing": packing, "prefix_cache_gb": prefix_cache_gb}
+    disk = None if prefix_cache_gb is None else parse_gb(prefix_cache_gb)
+    knobs = {"compile": compile, "packing": packing, "prefix_cache_gb": disk}
     knobs = {key: value for key, value in knobs.items() if value is not None}
     engine = (Engine.fast if fast else Engine)(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from lofit_fast.data.collate import Logits
+from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
+from lofit_fast.models.head_trial import longest_head, withheld
+from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
@@ -21,6 +24,7 @@ from lofit_fast.tasks.chat import Rendered
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Add = Callable[[Batch, Sequence[Encoded]], Batch]
 TEXTS = ("prompt", "chosen", "rejected")
 # columns that are true where a chat template has made the text, with all special tokens it needs
 RENDERED = {name: f"{name}_rendered" for name in TEXTS}
@@ -43,6 +47,7 @@ def reference_logprobs(
     max_length: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
+    add: Add | None = None,
 ) -> Dataset:
     """The data set with what the base model under an attachment makes of it, for TRL's DPO.
 
@@ -53,7 +58,8 @@ def reference_logprobs(
     its tokens, of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
-    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward.
+    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward. add: as
+    in `log_probs`.
     Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
     a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
@@ -74,7 +80,8 @@ def reference_logprobs(
     # one forward for what occurs more than once
     rows = {_key(row): row for side in sides.values() for row in side}
     with attachment.disabled():
-        values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), batch_size, progress)
+        how = {"batch_size": batch_size, "progress": progress, "add": add}
+        values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), **how)
     scores = dict(zip(rows, values, strict=True))
     columns = {"prompt_ids": [_split(row)[0] for row in sides.get("chosen", ())]}
     columns |= {f"{side}_ids": [_split(row)[1] for row in rows] for side, rows in sides.items()}
@@ -87,18 +94,32 @@ def reference_logprobs(
 
 @torch.no_grad()
 def log_probs(
-    model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int = 16, progress: bool = False
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    pad: int,
+    batch_size: int = 16,
+    progress: bool = False,
+    add: Add | None = None,
 ) -> list[float]:
-    """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only."""
+    """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only.
+
+    add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
+    """
     values = [0.0] * len(rows)
-    device, logits = device_of(model), logit_rows(model)
+    device, logits, head = device_of(model), logit_rows(model), longest_head(model, rows, batch_size)
     with eval_mode(model), padded_on_the_right():
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
-            ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
-            output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
-            logp = labelled_log_probs(output, labels, logits)
+            batch = {"input_ids": ids, "attention_mask": mask}
+            if add is not None:
+                batch = add(batch, [rows[i] for i in chosen])
+            labels = labels.to(device)
+            if head is not None and head.is_long(n_following(labels)):
+                logp, _, _ = long_log_probs(model, on_device(batch, device), labels, logits, head)
+            else:
+                output = model(**on_device(batch, device), **keeping(labels, logits))
+                logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
     return values
@@ -123,6 +144,28 @@ def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tenso
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     picked = wide.gather(1, following[following != IGNORED][:, None])[:, 0] - wide.logsumexp(1)
     return picked.new_zeros(following.shape).masked_scatter(following != IGNORED, picked)
+
+
+def long_log_probs(
+    given: Callable, batch: dict, labels: Tensor, logits: Logits, head: FrozenHead, watch: bool = False
+) -> tuple[Tensor, Watched | None, ModelOutput]:
+    """`labelled_log_probs` of many labels, without logits of all of them at once; what is watched; the output.
+
+    given: a model or its forward, called with the batch. head: its head, see `head_trial.frozen_head`.
+    """
+    following = labels[:, 1:]
+    mask = following != IGNORED
+    with withheld(head.module) as taken:
+        output = given(**{**batch, **keeping(labels, logits)})
+    hidden = taken[0] if taken[0].dim() == 3 else taken[0][None]
+    rows = labelled_rows(hidden, labels, logits)
+    picked, watched = token_log_probs(rows, head, following[mask], watch)
+    return picked.new_zeros(following.shape).masked_scatter(mask, picked), watched, output
+
+
+def n_following(labels: Tensor) -> int:
+    """How many tokens of labels (B, S) are predicted."""
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def labelled_rows(given: Tensor, labels: Tensor, logits: Logits = "rows") -> Tensor:

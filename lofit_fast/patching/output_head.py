@@ -32,5 +32,10 @@ def whole_head_input(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def is_ours(hook: object) -> bool:
+    """Whether a hook is what `keep_head_input_whole` puts on a head: it changes no number."""
+    return hook is _contiguous
+
+
 def _contiguous(head: nn.Module, args: tuple) -> tuple:
     return (args[0].contiguous(), *args[1:]) if args else args

@@ -43,7 +43,9 @@ class DryRun:
     learned_tokens: of an epoch, that is, of preferences the chosen and the first rejected answer. longest: tokens of
     the longest text, and limit what it may have. truncated: texts that were cut, 0, since none ever is. refused: texts
     for which training would stop with an error. recipe: as plain data. engine: per step the settled engine as plain
-    data; empty where texts are refused. shown: the first encoded texts.
+    data; empty where texts are refused. prefix_cache: what one would save in step 2, the fields of
+    `prefix_cache.worth.Worth`; without given heads, if every head that may be kept were. shown: the first encoded
+    texts.
     """
 
     objective: str
@@ -57,6 +59,7 @@ class DryRun:
     refused: list[Refused]
     recipe: dict[str, object]
     engine: dict[str, dict[str, object]]
+    prefix_cache: dict[str, object] | None
     shown: list[Shown]
 
     def as_dict(self) -> dict[str, object]:
@@ -94,12 +97,12 @@ def dry_run(
     limit = token_limit(model, recipe.max_length)
     try:
         how = {"engine": engine, "heads": heads, "progress": progress}
-        data, settled = rehearse(model, tokenizer, objective, recipe, **how)
+        data, settled, worth = rehearse(model, tokenizer, objective, recipe, **how)
         read, refused = list(_read(objective, data.rows)), []
         held_out = len(getattr(data, "judged", ()))
     except ValueError:
         # a training stops at the first text that it cannot use: here all of them are found
-        settled, (read, refused, held_out) = {}, _sifted(tokenizer, objective, limit)
+        settled, worth, (read, refused, held_out) = {}, None, _sifted(tokenizer, objective, limit)
         if not refused:
             raise
     lengths = [len(row["input_ids"]) for _, _, row in read]
@@ -116,6 +119,7 @@ def dry_run(
         refused=refused,
         recipe=asdict(recipe),
         engine={stage: asdict(engine) for stage, engine in settled.items()},
+        prefix_cache=None if worth is None else asdict(worth),
         shown=[Shown(number, role, preview(tokenizer, row)) for number, role, row in read if number <= show],
     )
 

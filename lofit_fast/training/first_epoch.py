@@ -13,6 +13,7 @@ from lofit_fast.data.collate import Batch, n_labels, on_device
 from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
+from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.layer import eval_mode
@@ -56,5 +57,6 @@ def first_epoch(
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
-    with torch.enable_grad(), eval_mode(model), selecting_rows(model):
+    head = longest_head(model, [{"labels": row.tolist()} for row in batch["labels"]], len(batch["labels"]))
+    with torch.enable_grad(), eval_mode(model), selecting_rows(model), chunked_losses(model, head):
         return model(**batch, use_cache=False).loss * n_labels(batch)

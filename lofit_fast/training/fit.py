@@ -27,6 +27,7 @@ from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
+from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
@@ -121,7 +122,7 @@ def fit_preferences(
 
     Raises:
         ImportError: TRL, or what `fit` needs, is not installed.
-        ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, prefix_cache_gb, accumulation_steps.
+        ValueError: as in `fit`, and for what DPO cannot use: packing, narrow, accumulation_steps.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
     objective = Preferences(preferences, beta)
@@ -167,8 +168,10 @@ def rehearse(
     engine: Engine | None = None,
     heads: Sequence[Head] | None = None,
     progress: bool = True,
-) -> tuple[EncodedObjective, dict[str, Engine]]:
+) -> tuple[EncodedObjective, dict[str, Engine], Worth]:
     """All that `fit_objective` does before it opens the run folder, and nothing after: (the data, stage -> engine).
+
+    And what a prefix cache would save in step 2: of the given heads, or if step 1 kept all that the recipe lets it.
 
     Everything that can be refused before training is refused here, with the same sentences. Nothing is changed or
     written; the engines are settled, as a new run's would be. Arguments and errors are those of `fit`.
@@ -176,7 +179,7 @@ def rehearse(
     _check_unpatched(model)
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
     steps.check_heads(heads)
-    return steps.data, steps.engines(("tune",) if heads is not None else ("select", "tune"))
+    return steps.data, *steps.engines(heads)
 
 
 def select_by_training(
@@ -395,14 +398,20 @@ class _TwoSteps:
         metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
         return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
 
-    def engines(self, stages: Sequence[str]) -> dict[str, Engine]:
-        """The engine that each stage of a new run would have."""
-        # the rules try a patched model
-        handle = patch(self.model, LofitConfig(offset="all"))
-        try:
+    def engines(self, heads: Sequence[Head] | None) -> tuple[dict[str, Engine], Worth]:
+        """The engine that each stage of a new run would have, and what a prefix cache would save in step 2."""
+        stages = ["tune"]
+        if heads is None:
             # a way that does not look at the data runs nothing
-            run = [stage for stage in stages if stage == "tune" or getattr(self.way, "looks", True)]
-            return {stage: self._settled(handle, stage) for stage in run}
+            stages = ["select"] * getattr(self.way, "looks", True) + stages
+            above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
+            heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
+        # the rules try a patched model
+        handle = patch(self.model, LofitConfig(offset=heads))
+        try:
+            settled = {stage: self._settled(handle, stage) for stage in stages}
+            tune = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
+            return settled, worth_of(handle, *self.data.reads(tune))
         finally:
             handle.unpatch()
 
@@ -427,11 +436,12 @@ class _TwoSteps:
             engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine))
             return engine
-        # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
+        # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
         for name, value in asdict(self.asked).items():
             if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
                 raise ValueError(
                     f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
                     "folder, or start over with resume=False (--no-resume)"
                 )
-        return Engine(**{**kept, "prefix_cache_gb": usable.prefix_cache_gb})
+        disk = usable.prefix_cache_gb
+        return Engine(**{**kept, "prefix_cache_gb": kept["prefix_cache_gb"] if disk == "auto" else disk})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from lofit_fast.config import Recipe
-from lofit_fast.data.collate import n_labels
+from lofit_fast.data.collate import CompletionCollator, n_labels
 from lofit_fast.data.encode import (
     BoundaryWarning,
     Encoded,
@@ -33,6 +33,7 @@ from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.extras import needing
+from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import output_head, selecting_rows
 from lofit_fast.patching.architectures import text_config
@@ -45,7 +46,7 @@ from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
-from lofit_fast.training.prefix_cache.cache import prefix_cached
+from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
@@ -85,6 +86,9 @@ class EncodedObjective(Protocol):
 
     def tokens(self, epoch: int) -> int:
         """Real tokens of an epoch, counted from 0."""
+
+    def reads(self, schedule: Schedule) -> tuple[list[Encoded], int]:
+        """(every sequence that a training passes through the model, evaluation's too; tokens of all its passes)."""
 
     def as_it_was(self) -> object:
         """A scope after which the model is as it was but for the attachment's parameters."""
@@ -164,7 +168,12 @@ class EncodedCompletions:
 
     def tokens(self, epoch: int) -> int:
         """Of all examples."""
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return _tokens_of(self.rows)
+
+    def reads(self, schedule: Schedule) -> tuple[list[Encoded], int]:
+        """Each example once per epoch, and each held-out one after it."""
+        sequences = self.rows + self.judged_rows
+        return sequences, schedule.epochs * _tokens_of(sequences)
 
     def as_it_was(self):
         """Modes and the config's cache."""
@@ -186,8 +195,12 @@ class EncodedCompletions:
         """The prefix cache is filled first."""
         collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED))
         cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+        # tried before anything hangs on the head
+        largest = max(schedule.batch_size, schedule.eval_batch_size)
+        head = longest_head(self.model, self.rows + self.judged_rows, largest)
         with (
             selecting_rows(self.model),
+            chunked_losses(self.model, head),
             prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix,
         ):
             yield LofitTrainer(
@@ -255,7 +268,7 @@ class EncodedPreferences:
 
     least_epochs = 1
     # knobs of the engine that DPO has no use for, and what stands for "not used"
-    UNUSED = {"packing": False, "narrow": False, "prefix_cache_gb": 0.0}
+    UNUSED = {"packing": False, "narrow": False}
 
     def __init__(
         self,
@@ -278,6 +291,7 @@ class EncodedPreferences:
         self._digest = data_digest([row for rows in answers for row in rows])
         # what an epoch reads: of every preference the chosen answer and one rejected
         self.rows = [row for rows in answers for row in rows[:2]]
+        self.answers = answers
         self.n_examples = len(preferences)
         self._tokens: list[int] = []
 
@@ -286,7 +300,7 @@ class EncodedPreferences:
         return {"data": self._digest, "beta": self.beta}
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
-        """Without packing, narrowing and the prefix cache, and no micro-batches."""
+        """Without packing and narrowing, and no micro-batches."""
         for name, unused in self.UNUSED.items():
             asked = getattr(engine, name)
             if asked not in ("auto", unused):
@@ -309,6 +323,16 @@ class EncodedPreferences:
         """Of both answers to every question, each with its prompt."""
         return self._tokens[epoch]
 
+    def reads(self, schedule: Schedule) -> tuple[list[Encoded], int]:
+        """The chosen answers and those drawn of the rejected, once for the reference and then as they are drawn."""
+        drawn = draw_rejected(self.preferences, schedule.epochs, schedule.seed)
+        pairs = [(question, wrong) for epoch in drawn for question, wrong in enumerate(epoch)]
+        chosen = [rows[0] for rows in self.answers]
+        rejected = {pair: self.answers[pair[0]][1 + pair[1]] for pair in pairs}
+        sequences = chosen + list(rejected.values())
+        trained = schedule.epochs * _tokens_of(chosen) + _tokens_of(rejected[pair] for pair in pairs)
+        return sequences, _tokens_of(sequences) + trained
+
     def as_it_was(self):
         """TRL sets modes, padding, tags and a forward of its own."""
         return _as_it_was(self.model, self.tokenizer)
@@ -326,7 +350,27 @@ class EncodedPreferences:
         progress: bool,
         keep: bool,
     ) -> Iterator[Trainer]:
-        """The references are computed first."""
+        """The prefix cache is filled first, then the references are computed, with it."""
+        collator = CompletionCollator(pad_token_id(self.tokenizer), logits=logit_rows(self.model))
+        cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+        how = {"folder": folder, "on_epoch": on_epoch, "callbacks": callbacks, "progress": progress, "keep": keep}
+        with prefix_cached(attachment, self.reads(schedule)[0], collator, **cache) as found:
+            add = found.add if isinstance(found, PrefixCollator) else None
+            yield self._trainer(attachment, schedule, engine, add, **how)
+
+    def _trainer(
+        self,
+        attachment: Attachment,
+        schedule: Schedule,
+        engine: Engine,
+        add,
+        *,
+        folder,
+        on_epoch,
+        progress,
+        keep,
+        callbacks,
+    ) -> Trainer:
         from datasets import Dataset
         from trl import DPOConfig
 
@@ -342,7 +386,7 @@ class EncodedPreferences:
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
         # said of all answers already
         with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
-            pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, **how)
+            pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, add=add, **how)
         lengths = [_pair_tokens(pair) for pair in pairs]
         self._tokens = [sum(lengths[index[pair]] for pair in enumerate(epoch)) for epoch in drawn]
         # TRL and transformers disagree on the name of a switch that is off here
@@ -362,7 +406,7 @@ class EncodedPreferences:
                 bf16=False,
                 gradient_checkpointing=False,
             )
-        yield _preference_trainer().AttachmentDPOTrainer(
+        return _preference_trainer().AttachmentDPOTrainer(
             attachment,
             pairs,
             [[index[pair] for pair in enumerate(epoch)] for epoch in drawn],
@@ -372,6 +416,8 @@ class EncodedPreferences:
             args=arguments,
             processing_class=self.tokenizer,
             group_by_length=engine.group_by_length,
+            head=longest_head(self.model, self.reads(schedule)[0], 2 * schedule.batch_size),
+            add=add,
         )
 
     def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
@@ -425,6 +471,10 @@ def _preference_trainer():
     with needing("TRL", "preferences", "DPO"):
         from lofit_fast.training import preference_trainer
     return preference_trainer
+
+
+def _tokens_of(rows: Iterable[Encoded]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def _pair_tokens(pair: dict) -> int:

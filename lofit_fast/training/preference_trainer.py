@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from datasets import Dataset
@@ -13,11 +13,12 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from lofit_fast.data.collate import Logits
-from lofit_fast.data.encode import IGNORED, pad_token_id
+from lofit_fast.data.collate import Batch, Logits
+from lofit_fast.data.encode import IGNORED, Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.data.padding import padded_on_the_right
-from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows
+from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows, long_log_probs, n_following
+from lofit_fast.models.linear_loss import FrozenHead
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
@@ -32,15 +33,16 @@ class ReferencedDPOTrainer(DPOTrainer):
     Nothing is tokenized again, and no reference is computed, or loaded as a second model: TRL's own way would compute
     it from the active model, adapter and all. Use it with DPOConfig(precompute_ref_log_probs=True). Sends no telemetry.
     On a CPU logits are made for labelled tokens only, where TRL would make all; the loss is TRL's.
+    head: of `models.head_trial.frozen_head`, for answers whose logits would be too large at once; None makes them all.
     TRL puts a forward of its own on the model, which stays: take "forward" out of vars(model) afterwards.
     """
 
-    def __init__(self, model: nn.Module, **options) -> None:
+    def __init__(self, model: nn.Module, *, head: FrozenHead | None = None, **options) -> None:
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
         with admitted(model):
             super().__init__(model=model, **options)
         if device_of(model).type == "cpu":
-            model.forward = labelled_only(given, logits)
+            model.forward = labelled_only(given, logits, head)
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -57,6 +59,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
     l1, on_epoch: see `AttachmentTraining`. group_by_length: batches of questions of like length; else any.
+    add: adds to a batch what belongs to its rows, such as `prefix_cache.PrefixCollator.add`.
     Off the CPU the loss and what TRL logs of it stay on the device until they are logged; see `preference_loss`.
     """
 
@@ -72,6 +75,8 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         args,
         processing_class,
         group_by_length: bool = True,
+        head: FrozenHead | None = None,
+        add: Callable[[Batch, Sequence[Encoded]], Batch] | None = None,
     ) -> None:
         self.handle, self.l1, self.on_epoch = attachment, l1, on_epoch
         rows = list(pairs)
@@ -79,9 +84,10 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         # of one length, their order is a plain shuffle
         grouped = lengths if group_by_length else [1] * len(lengths)
         self.sampler = GroupedByLength(grouped, args.per_device_train_batch_size, args.seed)
-        collate = DataCollatorForPreference(pad_token_id(processing_class))
+        collate = _with(add, DataCollatorForPreference(pad_token_id(processing_class)))
         super().__init__(
             attachment.model,
+            head=head,
             args=args,
             callbacks=callbacks,
             processing_class=processing_class,
@@ -137,25 +143,42 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         return self.sampler
 
 
+def _with(add: Callable | None, collate: Callable) -> Callable[[list[dict]], Batch]:
+    """A collator of pairs, the chosen answers first, to whose batches `add` adds."""
+
+    def collated(pairs: list[dict]) -> Batch:
+        texts = (pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs)
+        return add(collate(pairs), [{"input_ids": text} for text in texts])
+
+    return collate if add is None else collated
+
+
 def _length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-def labelled_only(given: Callable, logits: Logits = "rows") -> Callable:
+def labelled_only(given: Callable, logits: Logits = "rows", head: FrozenHead | None = None) -> Callable:
     """A forward that answers TRL's fused_lm_head=True as TRL's own does, from the logits of labelled tokens alone.
 
-    given: the model's forward. logits: how it can be asked for them, see `models.logit_rows`.
+    given: the model's forward. logits: how it can be asked for them, see `models.logit_rows`. head: makes them in
+    chunks where they are many.
     """
 
     @functools.wraps(given)
     def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **options):
         if not fused_lm_head:
             return given(*args, **options, labels=labels)
-        output = given(*args, **{**options, **keeping(labels, logits)})
-        watched = _watched(labelled_rows(output.logits, labels, logits), labels)
+        if head is not None and head.is_long(n_following(labels)):
+            called = functools.partial(given, *args)
+            log_probs, rows, output = long_log_probs(called, options, labels, logits, head, watch=True)
+            watched = _spread(rows._asdict(), labels)
+        else:
+            output = given(*args, **{**options, **keeping(labels, logits)})
+            log_probs = labelled_log_probs(output, labels, logits)
+            watched = _watched(labelled_rows(output.logits, labels, logits), labels)
         # of a mixture of experts, whose routers TRL asks for
         aux_loss = getattr(output, "aux_loss", None)
-        return FusedCausalLMOutput(log_probs=labelled_log_probs(output, labels, logits), aux_loss=aux_loss, **watched)
+        return FusedCausalLMOutput(log_probs=log_probs, aux_loss=aux_loss, **watched)
 
     return forward
 
@@ -172,4 +195,10 @@ def _watched(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "mean_logits": wide.mean(1),
         "is_top1": wide.argmax(1) == following[mask],
     }
+    return _spread(rows, labels)
+
+
+def _spread(rows: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """Numbers of labelled tokens (labelled,) in their places (B, S - 1), 0 elsewhere."""
+    mask = labels[:, 1:] != IGNORED
     return {name: row.new_zeros(mask.shape).masked_scatter(mask, row) for name, row in rows.items()}

@@ -20,6 +20,7 @@ from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
+from lofit_fast.training.prefix_cache.worth import settled_prefix
 
 
 def train_attachment(
@@ -56,9 +57,10 @@ def train_attachment(
     """
     if not schedule.epochs:
         raise ValueError("expected at least one epoch to train, got 0")
-    if engine is not None and engine.prefix_cache_gb and not isinstance(attachment, LofitHandle):
+    asked_gb = 0.0 if engine is None else engine.prefix_cache_gb
+    if asked_gb not in (0, "auto") and not isinstance(attachment, LofitHandle):
         raise ValueError(
-            f"prefix_cache_gb={engine.prefix_cache_gb} was asked for, but only LoFiT's layers are known to leave those "
+            f"prefix_cache_gb={asked_gb} was asked for, but only LoFiT's layers are known to leave those "
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
@@ -80,7 +82,12 @@ def settle_for(
     schedule: Schedule,
     rows: Sequence[Encoded] | None = None,
 ) -> tuple[Engine, str]:
-    """`auto.settle` for a schedule over an objective's data. rows: what an epoch goes through, where not all of it."""
+    """`auto.settle` for a schedule over an objective's data, with the prefix cache that pays there.
+
+    rows: what an epoch goes through, where that is not all of it.
+    """
+    if engine.prefix_cache_gb == "auto":
+        engine = settled_prefix(attachment, engine, *data.reads(schedule))
     rows = data.rows if rows is None else rows
     return settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
 

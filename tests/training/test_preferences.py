@@ -247,7 +247,7 @@ def test_dpo_errors(tmp_path, monkeypatch):
         fit()
 
 
-@pytest.mark.parametrize("unused", [{"packing": True}, {"narrow": True}, {"prefix_cache_gb": 1.0}])
+@pytest.mark.parametrize("unused", [{"packing": True}, {"narrow": True}])
 def test_dpo_refuses_what_it_cannot_use(tmp_path, unused):
     model = tiny_model("llama")
     [(name, value)] = unused.items()

@@ -23,7 +23,7 @@ from lofit_fast.training.engine.last_layer import narrowed
 Choice = bool | Literal["auto"]
 FrozenProducts = Literal["full", "int8", "fp8", "auto"]
 # what `Engine.fast` has instead of the defaults
-FAST_ENGINE: dict[str, object] = {}
+FAST_ENGINE: dict[str, object] = {"prefix_cache_gb": "auto", "frozen_products": "auto"}
 # the knobs that are True, False or "auto"
 SWITCHES = ("compile", "packing", "narrow", "large_pages")
 
@@ -39,7 +39,8 @@ class Engine:
         group_by_length: draw batches of examples of like length, in random order; False shuffles plainly.
         packing: lay a batch's examples end to end in one row instead of padding them, see `collator_of`; True, False
             or "auto".
-        prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none.
+        prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none. "auto": a
+            tenth of the disk's room where a count says that it pays, see `prefix_cache.worth`; else 0.
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
         frozen_products: how the products with frozen weights are computed in training: "full", or quantized to "int8" or
@@ -57,7 +58,8 @@ class Engine:
     compile: Choice = "auto"
     group_by_length: bool = True
     packing: Choice = "auto"
-    prefix_cache_gb: float = 0.0
+    # what is written stays on a disk after the run, so it waits to be asked for
+    prefix_cache_gb: float | Literal["auto"] = 0.0
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
     frozen_products: FrozenProducts = "full"
@@ -74,8 +76,11 @@ class Engine:
         if self.frozen_products not in get_args(FrozenProducts):
             known = ", ".join(map(repr, get_args(FrozenProducts)))
             raise ValueError(f"expected frozen_products to be one of {known}, got {self.frozen_products!r}")
-        if not self.prefix_cache_gb >= 0:
-            raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
+        gb = self.prefix_cache_gb
+        if gb != "auto" and (isinstance(gb, bool) or not isinstance(gb, int | float)):
+            raise TypeError(f"expected prefix_cache_gb to be a number or 'auto', got {gb!r}")
+        if gb != "auto" and not gb >= 0:
+            raise ValueError(f"expected prefix_cache_gb >= 0, got {gb}")
 
     @classmethod
     def fast(cls, **knobs) -> Engine:

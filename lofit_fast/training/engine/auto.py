@@ -54,6 +54,7 @@ def settle(
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
     pages: with compiled layers.
+    A prefix cache needs to know what is read, as `prefix_cache.worth` does: here "auto" is none.
     Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
     not give the results of the model's own attention, and of examples apart and whole, is not chosen.
 
@@ -79,6 +80,7 @@ def settle(
         engine,
         narrow=_one(engine.narrow, pays and refusal is None),
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
+        prefix_cache_gb=_one(engine.prefix_cache_gb, 0.0),
     )
     return engine, said(engine)
 
@@ -100,7 +102,9 @@ def with_attention(model: nn.Module, engine: Engine, device: torch.device, batch
 def said(engine: Engine) -> str:
     """A settled engine in a sentence."""
     packed = ", packed" if engine.packing else ""
-    return f"engine: {engine.attention} attention{packed}, layers {'compiled' if engine.compile else 'not compiled'}"
+    layers = "compiled" if engine.compile else "not compiled"
+    prefix = f", prefix cache of up to {engine.prefix_cache_gb:.3g} GB" if engine.prefix_cache_gb else ""
+    return f"engine: {engine.attention} attention{packed}, layers {layers}{prefix}"
 
 
 def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,23 +26,16 @@ from tqdm.auto import tqdm
 
 from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
-from lofit_fast.data.padding import padded
 from lofit_fast.files import writable_folder
-from lofit_fast.patching.architectures import decoder_layers, text_config
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
-from lofit_fast.patching.placement import device_of
-from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.engine.device_queue import pins
-from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
-from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
-from lofit_kernels.answers import cache_folder
+from lofit_fast.training.prefix_cache.below import STATES, Prefix, Unfit, check_fit
+from lofit_fast.training.prefix_cache.store import RESERVE, PrefixStore, digest, make_room, root_folder, size_on_disk
 
-STATES = "prefix_states"
 # padded tokens per forward of a fill
 FILL_TOKENS = 2048
-# bytes of the disk that a fill leaves free
-RESERVE = 10**9
 # what the files mean; another number is another key
 _FORMAT = 1
 # differ between equal models
@@ -66,7 +59,10 @@ class PrefixCollator:
 
     def __call__(self, rows: Sequence[Encoded]) -> Batch:
         """The collator's batch, and the states if all rows have them. Positions that hold no token are zero."""
-        batch = self.collator(rows)
+        return self.add(self.collator(rows), rows)
+
+    def add(self, batch: Batch, rows: Sequence[Encoded]) -> Batch:
+        """A batch of just these rows, in their order, with the states if all rows have them."""
         found = [self.store.find(row["input_ids"]) for row in rows]
         if any(states is None for states in found):
             return batch
@@ -120,15 +116,15 @@ def prefix_cached(
         yield collator
         return
     prefix = store = None
-    folder = folder or cache_folder() / "prefix"
+    folder = folder or root_folder()
     with eval_mode(handle.model), torch.no_grad():
         try:
-            prefix = _Prefix(handle)
+            prefix = Prefix(handle)
             with prefix.uncompiled():
                 store = _checked_store(prefix, sequences, collator, gb, folder, progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
-            reason = str(error) if isinstance(error, _Unfit | OSError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: {error}"
             warnings.warn(f"prefix cache off: {reason}", stacklevel=3)
     if store is None:
         yield collator
@@ -137,55 +133,9 @@ def prefix_cached(
             yield PrefixCollator(collator, store, pinned=pins(prefix.device))
 
 
-class _Unfit(Exception):
-    """Why nothing is cached."""
-
-
-class _Prefix:
-    """The part of a patched model below its lowest tuned layer."""
-
-    def __init__(self, handle: LofitHandle) -> None:
-        self.model = handle.model
-        places = {id(layers): path for path, layers in self.model.named_modules()}
-        self.layers = _list_of(self.model, decoder_layers(self.model))
-        self.decoder = self.model.get_submodule(places[id(self.layers)].rpartition(".")[0])
-        self.until = min(handle.layers)
-        self.device = device_of(self.model)
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Every module of the decoder that the states depend on."""
-        above = {id(m) for layer in self.layers[self.until :] for m in layer.modules()}
-        return (m for m in self.decoder.modules() if id(m) not in above)
-
-    def run(self, batch: Sequence[Sequence[int]]) -> Tensor:
-        """The states (B, S, N) that enter layer `until`, for sequences padded to the longest."""
-        ids, mask = (x.to(self.device) for x in padded(batch, 0))
-        with recorded(self.layers, self.until) as states:
-            self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        return states.value
-
-    def skipped(self):
-        """A scope in which batches with states skip the prefix."""
-        return skipped(self.model, self.layers, self.until, STATES)
-
-    def uncompiled(self):
-        """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
-        return torch.compiler.set_stance("force_eager") if any_compiled(self.layers) else nullcontext()
-
-
-def _list_of(model: nn.Module, layers: Sequence[nn.Module]) -> nn.ModuleList:
-    """The list in the model that holds just these layers. Raises _Unfit where there is none."""
-    wanted = list(map(id, layers))
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    found = next((one for one in lists if list(map(id, one)) == wanted), None)
-    if found is None:
-        raise _Unfit("the decoder's layers are in no list of their own")
-    return found
-
-
-def _checked_store(prefix: _Prefix, sequences, collator, gb: float, root: Path, progress: bool) -> PrefixStore:
+def _checked_store(prefix: Prefix, sequences, collator, gb: float, root: Path, progress: bool) -> PrefixStore:
     """The store to train with, filled if need be, and proved on this very model."""
-    _check_fit(prefix)
+    check_fit(prefix)
     # in an order of their own: the same data shuffled is the same data
     ids = sorted({tuple(row["input_ids"]) for row in sequences}, key=lambda row: (len(row), row))
     sample = _steady_states(prefix, ids[0])
@@ -202,47 +152,30 @@ def _checked_store(prefix: _Prefix, sequences, collator, gb: float, root: Path, 
     PrefixStore.write(folder, _filled(prefix, kept, progress))
     store = PrefixStore.open(folder)
     if store is None:
-        raise _Unfit(f"what was written to {folder} cannot be read back")
+        raise Unfit(f"what was written to {folder} cannot be read back")
     try:
         if reason := _disagreement(prefix, store, sequences, collator):
-            raise _Unfit(reason)
+            raise Unfit(reason)
     except Exception:
         PrefixStore.discard(folder)
         raise
     return store
 
 
-def _check_fit(prefix: _Prefix) -> None:
-    """Refuse, from what can be read off the model, a prefix that is empty or changes."""
-    if prefix.until == 0:
-        raise _Unfit("layer 0 is tuned, so every layer depends on the adapter (--min-layer keeps the lower ones free)")
-    for module in prefix.modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            raise _Unfit("the layers below the lowest tuned one are trained too")
-        if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
-            raise _Unfit("the model is offloaded")
-        kind = type(module).__name__
-        rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
-        floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
-        positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
-        if positive:
-            raise _Unfit(f"{kind} has {positive[0]}, so no two passes are the same")
-
-
-def _steady_states(prefix: _Prefix, ids: Sequence[int]) -> Tensor:
+def _steady_states(prefix: Prefix, ids: Sequence[int]) -> Tensor:
     """The states of a sequence, (1, S, N), the same in training as in evaluation; refused where they are not."""
     states = prefix.run([ids])
     if not states.isfinite().all():
-        raise _Unfit("the hidden states are not finite")
+        raise Unfit("the hidden states are not finite")
     # what is random in training must not move the generators that training draws from
     with torch.random.fork_rng(), eval_mode(prefix.model):
         prefix.model.train()
         if not prefix.run([ids]).equal(states):
-            raise _Unfit("the layers below the lowest tuned one compute something else in training mode")
+            raise Unfit("the layers below the lowest tuned one compute something else in training mode")
     return states
 
 
-def _disagreement(prefix: _Prefix, store: PrefixStore, sequences: Sequence[Encoded], collator) -> str | None:
+def _disagreement(prefix: Prefix, store: PrefixStore, sequences: Sequence[Encoded], collator) -> str | None:
     """What the model says otherwise with the store than without, on its shortest and its longest; None if nothing."""
     rows = sorted((row for row in sequences if store.find(row["input_ids"]) is not None), key=_length)
     ends = [rows[0], rows[-1]]
@@ -265,7 +198,7 @@ def _labelled(model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED].float()
 
 
-def _key(prefix: _Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:
+def _key(prefix: Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:
     """32 hex digits over everything that the states depend on: weights, code, settings, tokens, layer."""
     config = text_config(prefix.model)
     about = {
@@ -283,7 +216,7 @@ def _key(prefix: _Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _weights_digest(prefix: _Prefix) -> list[str]:
+def _weights_digest(prefix: Prefix) -> list[str]:
     """SHA-256 of every parameter and buffer of the prefix, all of its bytes."""
     modules = list(prefix.modules())
     tensors = [t for m in modules for of in (m.parameters, m.buffers) for t in of(recurse=False)]
@@ -313,7 +246,7 @@ def _that_fit(ids: list[tuple], sample: Tensor, gb: float, allowed: int) -> list
     given = "the bound is" if allowed == int(gb * 1e9) else "the disk has room for"
     short = f"it needs {_bytes(ids, sample) / 1e9:.3g} GB, {given} {allowed / 1e9:.3g} GB"
     if not count:
-        raise _Unfit(short)
+        raise Unfit(short)
     message = f"prefix cache: {short}: {count} of {len(ids)} sequences are kept, batches with others run in full"
     warnings.warn(message, stacklevel=5)
     return ids[:count]
@@ -323,7 +256,7 @@ def _bytes(ids: Sequence[Sequence[int]], sample: Tensor) -> int:
     return sum(map(len, ids)) * sample.shape[-1] * sample.dtype.itemsize
 
 
-def _filled(prefix: _Prefix, ids: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
+def _filled(prefix: Prefix, ids: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Every sequence with its states, in batches of like length. ids: ascending by length."""
     with tqdm(total=sum(map(len, ids)), desc="prefix cache", unit="tok", disable=not progress, leave=False) as bar:
         start = 0

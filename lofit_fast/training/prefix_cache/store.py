@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from lofit_fast.files import whole_folder, write_json
+from lofit_kernels.answers import cache_folder
 
 _STATES, _INDEX = "states.bin", "index.json"
 _NAME = re.compile(r"[0-9a-f]{32}")
+# bytes of the disk that a fill leaves free
+RESERVE = 10**9
 # a fill writes all the time: what has not changed for this long was left by a process that is gone
 _LEFT_AFTER_SECONDS = 3600
 
@@ -88,6 +91,11 @@ class PrefixStore:
         """The states of a sequence, (len(ids), N), a view of the file; None if it is not here."""
         place = self.places.get(digest(ids))
         return None if place is None else self.states[place[0] : place[0] + place[1]]
+
+
+def root_folder() -> Path:
+    """Where stores are, unless told otherwise: "prefix" in the cache folder of lofit-fast."""
+    return cache_folder() / "prefix"
 
 
 def digest(ids: Sequence[int]) -> bytes:

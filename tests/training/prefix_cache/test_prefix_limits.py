@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lofit_fast.training.prefix_cache import below
 from lofit_fast.training.prefix_cache import cache as prefix_module
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
 from tests.tiny_models import HIDDEN
@@ -250,7 +251,7 @@ def test_prefix_interrupted_while_filling(tmp_path, monkeypatch, error):
     handle = tuned(model)
     modules = [id(m) for m in model.modules()]
     monkeypatch.setattr(prefix_module, "FILL_TOKENS", 40)
-    run, calls = prefix_module._Prefix.run, []
+    run, calls = below.Prefix.run, []
 
     def failing(self, batch):
         calls.append(len(batch))
@@ -259,7 +260,7 @@ def test_prefix_interrupted_while_filling(tmp_path, monkeypatch, error):
         return run(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prefix_module._Prefix, "run", failing)
+        patched.setattr(below.Prefix, "run", failing)
         if error is OSError:
             with uncached(handle, tmp_path, "stop"):
                 pass

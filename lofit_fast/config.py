@@ -63,6 +63,8 @@ def _pair(component: str, item: object) -> Head:
     return layer, head
 
 
+# settings that runs of earlier releases lack, and what these did
+_LATER = {"select": "lofit", "select_examples": None}
 # which heads are kept of the scores, step 2, and what only a training of step 1 has
 _KEPT, _TUNING = ("top", "min_layer"), ("tune_lr", "tune_epochs")
 _TRAINING = ("select_lr", "select_epochs", "max_grad_norm", "init_std")
@@ -150,9 +152,13 @@ class Recipe:
         """
         return cls(**fast_settings(settings))
 
+    def identity(self) -> dict[str, object]:
+        """The settings that make two runs the same one. What came later is named where it differs from its default."""
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
+
     def of_step1(self) -> dict[str, object]:
         """The settings that step 1 depends on: those with the same have the same scores."""
-        return {name: value for name, value in asdict(self).items() if name not in SELECT[self.select]}
+        return {name: value for name, value in self.identity().items() if name not in SELECT[self.select]}
 
 
 def fast_settings(settings: Mapping[str, object]) -> dict[str, object]:

@@ -227,10 +227,6 @@ def select_untrained(
     return steps.look(way, None)
 
 
-# settings that few runs have -> what the others have
-_SPECIAL = {"select": "lofit", "select_examples": None}
-
-
 def _check_unpatched(model: nn.Module) -> None:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
@@ -275,15 +271,13 @@ class _TwoSteps:
 
     def identity(self, heads: Sequence[Head] | None) -> dict:
         """What makes two runs the same one."""
-        # what few runs have is named by those alone, so that the others' folders stay what they were
-        recipe = asdict(self.recipe)
-        special = {name: recipe.pop(name) for name in _SPECIAL}
-        special = {name: value for name, value in special.items() if value != _SPECIAL[name]}
+        # what few runs have is named by those alone
+        special = {}
         for callback in self.callbacks:
             special |= getattr(callback, "identity", {})
         return special | {
             "objective": self.objective.name,
-            "recipe": recipe,
+            "recipe": self.recipe.identity(),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
                 "weights": weights_digest(p.module for p in self.projections),

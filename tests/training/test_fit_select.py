@@ -120,7 +120,7 @@ def test_another_selection_is_another_run(tmp_path):
     first = fit(model, tmp_path, chosen_by("saliency", select_examples=6))
     first.handle.unpatch()
     for other in (RECIPE, chosen_by("random"), chosen_by("saliency"), chosen_by("saliency", select_examples=7)):
-        with pytest.raises(ValueError, match="another (recipe|select)"):
+        with pytest.raises(ValueError, match="another recipe"):
             fit(model, tmp_path, other)
     again = fit(model, tmp_path, chosen_by("saliency", select_examples=6))
     assert (again.heads, again.metrics, again.history) == (first.heads, first.metrics, first.history)

@@ -111,7 +111,7 @@ def test_offsets_and_scales_do_not_share_a_folder(tmp_path):
     model = tiny_model("llama")
     by_scale = step1(tmp_path, model=model).scores
     options = {"output_dir": tmp_path, "progress": False}
-    with pytest.raises(ValueError, match="another select"):
+    with pytest.raises(ValueError, match="another recipe"):
         select_by_training(model, tiny_tokenizer(), DATA, BY_OFFSET, **options)
     by_offset = select_by_training(model, tiny_tokenizer(), DATA, BY_OFFSET, **options, resume=False)
     assert not by_offset.scores.allclose(by_scale)

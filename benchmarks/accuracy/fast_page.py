@@ -46,10 +46,10 @@ def _head(folder: CellFolder, path: Path, command: str, tables: dict[tuple[str, 
     cells = folder.path.relative_to(path.parent)
     return f"""# What fast runs cost in accuracy
 
-Made by `{command}`; every number comes from a JSON file under [{cells}]({cells}/).
+Made by `{command}`; every number comes from a JSON file under `{cells}/`.
 
-A *setting* is the same run with one or two things changed: the heads, the questions and the recipe are otherwise those
-of the full run with the same seed. The difference is the setting's accuracy minus the full run's, in points. Its
+A *setting* is the full run with one or two things changed: examples, questions, seed and the rest of the recipe are the
+same. The difference is the setting's accuracy minus the full run's, in points. Its
 interval resamples questions and seeds, both at once, in pairs: the same question and seed of either run. An interval
 that holds 0 does not show that the two are equal; its ends say how far apart they may be. *Heads in common* is the
 Jaccard overlap with the full run's heads of the same seed, mean over seeds. Tokens are those that went forward and

@@ -98,7 +98,7 @@ def test_the_page_compares_in_pairs(tmp_path):
     assert low < float(cells[3]) < high < 0
     assert cells[5:] == ["1.00", "100", "300"]
     assert "the command" in page
-    assert "(fast/cells/)" in page
+    assert "`fast/cells/`" in page
     assert page.count("## ") == 2
     # a page of nothing, and of part
     assert "nothing yet" in write_page(tmp_path / "none.md", CellFolder(tmp_path / "no"), slots, "c").read_text()

@@ -17,7 +17,8 @@ def recipe_of(where, *arguments):
     return as_json("train", *where, "--dry-run", *arguments)["recipe"]
 
 
-def test_train_chooses_as_asked(where, tmp_path):
+def test_train_chooses_as_asked(where, tmp_path, monkeypatch):
+    monkeypatch.setattr("lofit_fast.training.summary.can_draw", lambda: False)
     done = as_json("train", *where, "--output", tmp_path, "--select", "saliency", "--select-examples", "4")
     assert (done["recipe"]["select"], done["recipe"]["select_examples"]) == ("saliency", 4)
     assert "accuracy_after_select" not in done

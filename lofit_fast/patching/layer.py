@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand
 from lofit_kernels.layer_fold import Folded, folded_linear
+from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
 _HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
 CUT_OFF = (
@@ -108,7 +110,8 @@ class LofitLinear(nn.Module):
             return inner(z)
         plain = plain_tensors(inner)
         if plain is not None:
-            return self._fused(z, plain)
+            products = products_of(inner) if torch.is_grad_enabled() else None
+            return self._fused(z, plain) if products is None else self._in_8_bits(z, plain, products)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:
             vectors = {}
@@ -152,6 +155,20 @@ class LofitLinear(nn.Module):
             folded=folded,
             form=self.form,
         )
+
+    def _in_8_bits(self, z: Tensor, plain: tuple[Tensor, Tensor | None], products: FrozenWeight) -> Tensor:
+        """y (..., N) with the product of z alone in 8 bits: the offsets are folded with the weight itself, and added."""
+        weight, bias = plain
+        vectors, shift = {}, bias
+        if self._heads["scale"] is not None:
+            vectors["scale"], vectors["scale_heads"] = self._vectors("scale")
+        if self._heads["offset"] is not None:
+            folded = self._folded_offset(weight, *self._vectors("offset"))
+            if folded is None:
+                vectors["offset"], vectors["offset_heads"] = self._vectors("offset")
+            else:
+                shift = folded if bias is None else folded + bias
+        return quantized_linear(head_affine(z, **vectors), products, shift)
 
     @property
     def active(self) -> bool:
@@ -280,7 +297,7 @@ def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tenso
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if ("forward" in own and not moved) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if ("forward" in own and not moved and products_of(module) is None) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None

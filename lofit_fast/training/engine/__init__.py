@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -17,16 +17,18 @@ from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.compiled_layers import compiled
 from lofit_fast.training.engine.cpu_extras import held_in_large_pages
+from lofit_fast.training.engine.frozen_products import quantized
 from lofit_fast.training.engine.last_layer import narrowed
 
 Choice = bool | Literal["auto"]
+FrozenProducts = Literal["full", "int8", "fp8", "auto"]
 # the knobs that are True, False or "auto"
 SWITCHES = ("compile", "packing", "narrow", "large_pages")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The knobs of speed. None of them changes a result beyond rounding, except that grouping picks other batches.
+    """The knobs of speed. None changes a result beyond rounding, but frozen_products, and grouping picks other batches.
 
     Args:
         attention: transformers' attn_implementation ("sdpa", "flash_attention_2", ...), our "lofit_grouped" or
@@ -38,6 +40,9 @@ class Engine:
         prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none.
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
+        frozen_products: how the products with frozen weights are computed in training: "full", or quantized to "int8" or
+            "fp8", see `frozen_products.quantized`; "auto" is int8 where a float32 model is on a CPU that is known to
+            be faster so. Other than "full" changes results beyond rounding.
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".
 
     "auto" is settled before a run by rules on the device, the model and the amount of work, see `auto.settle`.
@@ -53,6 +58,7 @@ class Engine:
     prefix_cache_gb: float = 0.0
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
+    frozen_products: FrozenProducts = "full"
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, str) or not self.attention:
@@ -63,6 +69,9 @@ class Engine:
                 raise TypeError(f"expected {name} to be True, False or 'auto', got {value!r}")
         if not isinstance(self.group_by_length, bool):
             raise TypeError(f"expected group_by_length to be True or False, got {self.group_by_length!r}")
+        if self.frozen_products not in get_args(FrozenProducts):
+            known = ", ".join(map(repr, get_args(FrozenProducts)))
+            raise ValueError(f"expected frozen_products to be one of {known}, got {self.frozen_products!r}")
         if not self.prefix_cache_gb >= 0:
             raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
 
@@ -71,13 +80,15 @@ class Engine:
 def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
     """A scope in which the model runs as `engine` says; afterwards everything is as it was.
 
-    model: the one that is called with the batches. "auto" leaves attention, layers and heap as they are. Raises
-    ValueError, before anything is changed, for an attention implementation the model or the machine does not have.
+    model: the one that is called with the batches. "auto" leaves attention, layers, heap and products as they are.
+    Raises ValueError, before anything is changed, for an attention or products the model or the machine does not have.
     """
     with ExitStack() as scopes:
         if engine.attention != "auto":
             scopes.enter_context(attending(model, engine.attention))
         # before the layers are compiled, which then see it
+        if engine.frozen_products in ("int8", "fp8"):
+            scopes.enter_context(quantized(model, engine.frozen_products))
         if engine.narrow is True:
             scopes.enter_context(narrowed(model))
         if engine.compile is True:

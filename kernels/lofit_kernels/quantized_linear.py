@@ -1,0 +1,137 @@
+"""y = x W^T + c and dz = G W with a frozen weight, both computed in 8 bits.
+
+    y[t, n]  = s_t s_n sum_k q_x[t, k] q_W[n, k] + c[n]      s_t = max_k |x[t, k]| / top    s_n = max_k |W[n, k]| / top
+    dz[t, k] = r_t r_k sum_n q_G[t, n] q_V[n, k]             r_t = max_n |G[t, n]| / top    r_k = max_n |W[n, k]| / top
+
+The weight is quantized once for each direction, when it is first asked for. Rounding and scaling are plain operations,
+which a compiler fuses with their neighbours; the product is one op that finds the packed weight by a number.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from lofit_kernels.eager_scopes import autocast_is_on, once
+from lofit_kernels.product_kinds import KINDS, ProductKind
+
+_numbers = count()
+_held: dict[int, FrozenWeight] = {}
+
+
+class FrozenWeight:
+    """A weight (N, K), quantized for both directions, until `close`. It must not change meanwhile.
+
+    key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None
+    where the product itself multiplies by them. All are parameters, whose shapes a compiler takes for constants.
+    """
+
+    def __init__(self, weight: nn.Parameter, kind: ProductKind) -> None:
+        self.kind, self.weight = kind.name, weight
+        self.y_scales = self.z_scales = None
+        if not kind.scales_weights:
+            self.y_scales, self.z_scales = (
+                nn.Parameter(weight_scales(w, kind), requires_grad=False) for w in (weight.detach(), weight.detach().t())
+            )
+        self._packed: dict[bool, tuple[Tensor, ...]] = {}
+        number = next(_numbers)
+        self.key = torch.tensor(number)
+        _held[number] = self
+
+    def packed(self, backward: bool) -> tuple[Tensor, ...]:
+        """What the kind's `run` multiplies by: W for y, W^T for dz."""
+        if backward not in self._packed:
+            kind, weight = KINDS[self.kind], self.weight.detach()
+            weight = weight.t() if backward else weight
+            scales = weight_scales(weight, kind)
+            self._packed[backward] = kind.pack(quantized_weight(weight, scales, kind), scales)
+        return self._packed[backward]
+
+    def close(self) -> None:
+        """Forget the packed weights: what computes with them afterwards is refused."""
+        _held.pop(int(self.key), None)
+
+
+def weight_scales(weight: Tensor, kind: ProductKind) -> Tensor:
+    """s of every row of a weight (N, K): (N,) float32."""
+    return weight.abs().amax(1).float().clamp_min(1e-30) / kind.weight_top
+
+
+def quantized_weight(weight: Tensor, scales: Tensor, kind: ProductKind) -> Tensor:
+    """The rows of a weight (N, K) divided by their scales (N,), in the kind's dtype."""
+    scaled = weight.float() / scales[:, None]
+    scaled = scaled.clamp(-kind.weight_top, kind.weight_top)
+    return (scaled if kind.weights.is_floating_point else scaled.round()).to(kind.weights)
+
+
+def quantized_linear(x: Tensor, weight: FrozenWeight, shift: Tensor | None = None) -> Tensor:
+    """y = x W^T + c in 8 bits. x: (..., K); shift: c (N,) or None. Returns (..., N) in x's dtype, or in autocast's.
+
+    Gradients flow to x, in 8 bits too, and to shift, in full. Nothing is saved for backward.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
+    N, K = weight.weight.shape
+    about = (weight.kind, N, K, dtype)
+    y = _Product.apply(x.reshape(-1, K), shift, weight.key, weight.y_scales, weight.z_scales, about)
+    return y.view(*x.shape[:-1], N)
+
+
+class _Product(torch.autograd.Function):
+    """`quantized_linear` of x (T, K), with the tensors of its weight. about: (kind, N, K, dtype of y)."""
+
+    @staticmethod
+    def forward(ctx, x, shift, key, y_scales, z_scales, about):
+        """y (T, N)."""
+        kind, N, _, dtype = about
+        ctx.save_for_backward(key, z_scales)
+        ctx.about, ctx.x_dtype, ctx.shift_dtype = about, x.dtype, None if shift is None else shift.dtype
+        y = _product(x, key, y_scales, (kind, N, False))
+        y = y if shift is None else y + shift
+        return y.to(dtype)
+
+    @staticmethod
+    @once
+    def backward(ctx, grad):
+        """The gradients of x and shift that are needed."""
+        key, z_scales = ctx.saved_tensors
+        kind, _, K, _ = ctx.about
+        dx = d_shift = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(grad, key, z_scales, (kind, K, True)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            d_shift = grad.sum(0, dtype=torch.float32).to(ctx.shift_dtype)
+        return dx, d_shift, None, None, None, None
+
+
+def _product(x: Tensor, key: Tensor, scales: Tensor | None, about: tuple[str, int, bool]) -> Tensor:
+    """x (T, K) times the weight behind the key: (T, N) float32. about: (kind, N, backward)."""
+    kind, (name, outputs, backward) = KINDS[about[0]], about
+    # dynamo loses track of a tensor that a cast returns as it is
+    rows, row_scales = kind.quantize(x if x.dtype == torch.float32 else x.float())
+    y = torch.ops.lofit.frozen_product(rows, key, outputs, backward, name)
+    return (y if kind.scales_weights else y * scales) * row_scales
+
+
+_library = torch.library.Library("lofit", "FRAGMENT")
+_library.define("frozen_product(Tensor rows, Tensor key, int outputs, bool backward, str kind) -> Tensor")
+
+
+def _frozen_product(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:
+    found = _held.get(int(key))
+    if found is None:
+        raise RuntimeError("a product with a quantized weight was asked for after its scope had ended")
+    if not len(rows):
+        return rows.new_empty(0, outputs, dtype=KINDS[kind].accumulators)
+    return KINDS[kind].run(rows, *found.packed(backward))
+
+
+def _frozen_product_fake(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], outputs, dtype=KINDS[kind].accumulators)
+
+
+# the key is on the CPU whatever the rows are on
+for _device in ("CPU", "CUDA"):
+    _library.impl("frozen_product", _frozen_product, _device)
+torch.library.register_fake("lofit::frozen_product", _frozen_product_fake, lib=_library)

@@ -1,0 +1,46 @@
+"""A frozen nn.Linear whose products are computed in 8 bits for a while, in passes that build a graph and in no others.
+
+The module stays the object it is, with its weight, its name and its hooks. It is given a forward of its own and what
+that computes with, and both are taken away again.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as full_linear
+
+from lofit_kernels.product_kinds import ProductKind
+from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
+
+PRODUCTS = "lofit_products"
+
+
+def forward_in_8_bits(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x W^T + b (..., N): in 8 bits where a graph is built, in full where none is, as in evaluation."""
+    if not torch.is_grad_enabled():
+        return full_linear(x, linear.weight, linear.bias)
+    return quantized_linear(x, linear.lofit_products, linear.bias)
+
+
+def compute_in_8_bits(linear: nn.Linear, kind: ProductKind) -> None:
+    """Give a plain linear products of a kind. Its weight must not change until `compute_in_full`."""
+    vars(linear)[PRODUCTS] = FrozenWeight(linear.weight, kind)
+    vars(linear)["forward"] = MethodType(forward_in_8_bits, linear)
+
+
+def compute_in_full(linear: nn.Linear) -> None:
+    """Undo `compute_in_8_bits`."""
+    own = vars(linear)
+    if products_of(linear) is not None:
+        del own["forward"]
+    own.pop(PRODUCTS).close()
+
+
+def products_of(linear: nn.Module) -> FrozenWeight | None:
+    """What a linear computes its products with, if it does so in 8 bits."""
+    own = vars(linear)
+    ours = PRODUCTS in own and getattr(own.get("forward"), "__func__", None) is forward_in_8_bits
+    return own[PRODUCTS] if ours else None

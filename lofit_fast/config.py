@@ -1,9 +1,11 @@
 """What is adapted (LofitConfig) and how it is trained (Recipe): plain, frozen data."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -72,16 +74,33 @@ def _pair(component: str, item: object) -> Head:
     return layer, head
 
 
-# which heads are kept of its scores, and step 2
-_NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
+# which heads are kept of the scores, step 2, and what only a training of step 1 has
+_KEPT, _TUNING = ("top", "min_layer"), ("tune_lr", "tune_epochs")
+_TRAINING = ("select_lr", "select_epochs", "max_grad_norm", "init_std")
+# the ways to choose heads -> the settings that a way's scores do not depend on
+SELECT: dict[str, tuple[str, ...]] = {
+    "lofit": (*_KEPT, *_TUNING),
+    "early_stop": _TUNING,
+    "bias_norm": (*_KEPT, *_TUNING),
+    "saliency": (*_KEPT, *_TUNING, *_TRAINING),
+    "random": (*_KEPT, *_TUNING, *_TRAINING),
+}
+# those that go through the data once, which few examples may do for
+LOOKING_ONCE = ("saliency",)
+# what `Recipe.fast` has instead of the paper's
+FAST_RECIPE: dict[str, object] = {"select": "saliency", "select_examples": 128}
 # settings that runs of earlier releases lack, and what these did
-_LATER = {"positions": "all"}
+_LATER = {"positions": "all", "select": "lofit", "select_examples": None}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the two steps are trained. The defaults are the paper's (arXiv:2406.01563, section 4 and appendix).
 
+    select: how step 1 chooses heads, a key of SELECT. "lofit", the paper's: scales on every head are trained; the best
+    have the largest norms. "early_stop": the same, ended when the best heads have settled. "bias_norm": offsets on
+    every head instead. "saliency": one pass of gradients, no training. "random": drawn from the seed.
+    select_examples: how many examples "saliency" looks at, drawn by the seed; None, or more than there are, means all.
     select_lr, select_epochs, l1: step 1, scales on every head, loss + l1 * sum |a|.
     top: heads kept, a count (int) or a fraction of the heads in the running (float in (0, 1]).
     min_layer: the lowest layer whose heads are in the running; a high one keeps the prefix cache long.
@@ -107,6 +126,8 @@ class Recipe:
     max_length: int | None = None
     eval_batch_size: int = 32
     positions: Literal["all", "answer"] = "all"
+    select: str = "lofit"
+    select_examples: int | None = None
 
     def __post_init__(self) -> None:
         whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
@@ -134,14 +155,48 @@ class Recipe:
             )
         check_top(self.top)
         check_positions(self.positions)
+        _check_select(self.select, self.select_examples)
+
+    @classmethod
+    def fast(cls, **settings) -> Recipe:
+        """The preset of fast runs, FAST_RECIPE, with `settings` instead; see docs/guide.md for what it costs.
+
+        The heads are chosen by one pass of gradients over few examples. The rest is as ever. `Engine.fast()` is its
+        half of the engine. Raises what `Recipe` raises.
+        """
+        return cls(**fast_settings(settings))
 
     def identity(self) -> dict[str, object]:
         """The settings that make two runs the same one. What came later is named where it differs from its default."""
         return {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
 
     def of_step1(self) -> dict[str, object]:
-        """The settings that step 1 depends on: those with the same train the same scales."""
-        return {name: value for name, value in self.identity().items() if name not in _NOT_OF_STEP1}
+        """The settings that step 1 depends on: those with the same have the same scores."""
+        return {name: value for name, value in self.identity().items() if name not in SELECT[self.select]}
+
+
+def fast_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """FAST_RECIPE with `settings` instead: what is said explicitly wins, and takes along what it has no use for."""
+    chosen = {**FAST_RECIPE, **settings}
+    if chosen["select"] not in LOOKING_ONCE and "select_examples" not in settings:
+        del chosen["select_examples"]
+    return chosen
+
+
+def _check_select(select: object, examples: object) -> None:
+    if not isinstance(select, str) or select not in SELECT:
+        raise ValueError(f"expected select to be one of {', '.join(SELECT)}, got {select!r}")
+    if examples is None:
+        return
+    if type(examples) is not int:
+        raise TypeError(f"expected select_examples to be an integer or None, got {examples!r}")
+    if examples < 1:
+        raise ValueError(f"expected select_examples >= 1, or None for all, got {examples}")
+    if select not in LOOKING_ONCE:
+        raise ValueError(
+            f"select_examples={examples} is of select={' or '.join(map(repr, LOOKING_ONCE))}, which look at the data "
+            f"once: expected None with select={select!r}"
+        )
 
 
 def check_top(top: int | float) -> None:

@@ -8,11 +8,22 @@ from torch import Tensor
 from lofit_fast.config import Head
 from lofit_fast.extras import needing
 
-_STEP_NAMES = {"select": "step 1: scales on every head", "tune": "step 2: offsets on the chosen heads"}
+# what a head is scored by -> what the map of heads calls it
+SCORE_NAMES = {
+    "lofit": "norm of the scale vector",
+    "early_stop": "norm of the scale vector",
+    "bias_norm": "norm of the offset vector",
+    "saliency": "saliency of the gradients",
+    "random": "random number",
+}
+_STEP_NAMES = {"select": "step 1: vectors on every head", "tune": "step 2: offsets on the chosen heads"}
 
 
-def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: str = "") -> Path:
-    """A layer x head map of the scores, the chosen heads ringed. scores: (layers, heads). Writes a PNG."""
+def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: str = "", select: str = "lofit") -> Path:
+    """A layer x head map of the scores, the chosen heads ringed. scores: (layers, heads). Writes a PNG.
+
+    select: the way the heads were scored, a key of SCORE_NAMES.
+    """
     figure, axes = new_figure((1.6 + 0.36 * scores.shape[1], 1.6 + 0.22 * scores.shape[0]))
     image = axes.imshow(scores.numpy(), aspect="auto", origin="lower", cmap="viridis")
     if heads:
@@ -20,12 +31,14 @@ def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: st
         axes.scatter(columns, layers, s=52, facecolors="none", edgecolors="red", linewidths=1.4, label="chosen")
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.set_xticks(range(scores.shape[1]))
-    figure.colorbar(image, ax=axes, label="norm of the scale vector")
+    figure.colorbar(image, ax=axes, label=SCORE_NAMES[select])
     return save_figure(figure, path)
 
 
 def loss_curves(history: Sequence[dict], path: Path | str, title: str = "") -> Path:
     """Training loss by step and epoch, and evaluation loss where there is one, of both steps. Writes a PNG."""
+    # a look without training has seconds and no loss
+    history = [row for row in history if "loss" in row]
     stages = [stage for stage in _STEP_NAMES if any(row["stage"] == stage for row in history)]
     figure, axes = new_figure((4.2 * len(stages), 3.2), columns=len(stages))
     for axis, stage in zip(axes if len(stages) > 1 else [axes], stages, strict=True):

@@ -37,6 +37,35 @@ def paired_bootstrap(
     return (as_far + 1) / (resamples + 1)
 
 
+def paired_interval(
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 42,
+) -> tuple[float, float]:
+    """The percentile interval of the mean of first - second, resampled over seeds and over questions at once.
+
+    first, second: per seed a number per question, both in the same order. With few seeds it is a rough one: what
+    another seed would do is known from those alone.
+    Raises ValueError for none, or another number of either.
+    """
+    pair = [torch.tensor(hits, dtype=torch.float64) for hits in (first, second)]
+    if pair[0].shape != pair[1].shape or not pair[0].numel():
+        raise ValueError(f"expected hits of the same seeds and questions, got {[tuple(p.shape) for p in pair]}")
+    difference = pair[0] - pair[1]
+    draw = torch.Generator().manual_seed(seed)
+    means = []
+    for start in range(0, resamples, _BLOCK):
+        count = min(_BLOCK, resamples - start)
+        seeds, questions = (torch.randint(n, (count, n), generator=draw) for n in difference.shape)
+        means.append(difference[seeds].mean(1).gather(1, questions).mean(1))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(ends).tolist()
+    return low, high
+
+
 def stars(p: float) -> str:
     """* below 0.05, ** below 0.01, *** below 0.001, nothing otherwise."""
     return next((text for limit, text in _STARS if p < limit), "")

@@ -29,15 +29,16 @@ def run_cells(
     budget: float | None = None,
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
+    estimate: Estimate | None = None,
 ) -> dict[str, object]:
     """Run what is missing, model by model and in the order of the slots; each cell's tuning runs before it.
 
     execute: cell -> what its file holds. budget: seconds, after which nothing is running; None for no limit.
-    summary: a JSON file of what this run has done, replaced after every cell.
+    summary: a JSON file of what this run has done, replaced after every cell. estimate: of seconds, which it corrects.
     Returns the summary: finished (cells of the whole plan with a result), run, failed (name and error of each; tried
     again by the next run), late (left for want of time), waiting (their tuning is not finished), seconds.
     """
-    started, estimate = clock(), Estimate()
+    started, estimate = clock(), estimate or Estimate()
     counts: dict[str, object] = {"run": 0, "failed": [], "late": 0}
     wanted = _by_model(slots)
     tried: set[Cell] = set()

@@ -60,6 +60,23 @@ Positions = Annotated[
     typer.Option(help="Tokens to act on: 'all' (default) or 'answer', from the last of the prompt on."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        help="How step 1 chooses heads: lofit (the paper's; the default), early_stop, bias_norm, saliency (one pass of "
+        "gradients) or random.",
+        metavar="WAY",
+    ),
+]
+SelectExamples = Annotated[int | None, typer.Option(help="Examples that saliency looks at. Default: all.")]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="The preset of fast runs, see docs/results/fast.md for what it costs in accuracy: heads chosen by "
+        "--select saliency on 128 examples. Every option given beside it wins.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -113,15 +130,17 @@ def reading_of(
     return {key: value for key, value in read.items() if value is not None}
 
 
-def recipe_of(task: str, seed: int, top: str | None, **given):
+def recipe_of(task: str, seed: int, top: str | None, fast: bool = False, **given):
     """The task's recipe with what was given on the command line instead; None stands for not given.
+
+    fast: whether what neither says is the fast preset's.
 
     Raises what `Recipe` raises, and ValueError for a top that is no number of heads.
     """
     from lofit_fast.config import RECIPES, Recipe
 
     chosen = {key: value for key, value in {**given, "top": parse_top(top)}.items() if value is not None}
-    return Recipe(**{**RECIPES.get(task, {}), "seed": seed, **chosen})
+    return (Recipe.fast if fast else Recipe)(**{**RECIPES.get(task, {}), "seed": seed, **chosen})
 
 
 def task_name(task: str | None, data: str | None) -> str:

@@ -23,6 +23,7 @@ from lofit_fast.cli.options import (
     Positions,
     Seed,
     SelectEpochs,
+    SelectExamples,
     SelectLr,
     Split,
     Subset,
@@ -58,6 +59,7 @@ def select(
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
+    select_examples: SelectExamples = None,
     select_lr: SelectLr = None,
     l1: L1 = None,
     select_epochs: SelectEpochs = None,
@@ -76,6 +78,7 @@ def select(
     Beside the heads stand the seconds each method took and how much of its choice is the reference's (Jaccard). The
     methods that train keep a run in a folder beside the heads, and go on from it.
     """
+    from lofit_fast.config import LOOKING_ONCE
     from lofit_fast.heads import jaccard, read_heads
     from lofit_fast.models.load import load_model
     from lofit_fast.selection.methods import SELECTORS
@@ -85,6 +88,10 @@ def select(
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     given["positions"] = positions
+    if select_examples is not None:
+        if not set(names) & set(LOOKING_ONCE):
+            raise ValueError(f"--select-examples is of {', '.join(LOOKING_ONCE)}, got the methods {', '.join(names)}")
+        given |= {"select": LOOKING_ONCE[0], "select_examples": select_examples}
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
     reading = reading_of(split, subset, columns, train_on)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]

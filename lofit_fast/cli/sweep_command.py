@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from lofit_fast.cli.command import err, out
-from lofit_fast.cli.options import Json, check_output
+from lofit_fast.cli.options import Fast, Json, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
@@ -23,6 +23,7 @@ def sweep(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.")
     ] = 1,
+    fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
     as_json: Json = False,
@@ -30,14 +31,15 @@ def sweep(
     """Run many trainings on one loaded base: every combination of a grid, with a table and a plot at the end.
 
     A file such as: [base] model = "smollm2", top = 0.1 [grid] seed = [1, 2], tune_lr = [1e-2, 2e-2] (one key a line).
-    Runs that differ only in top, min_layer, tune_lr or tune_epochs share one step 1. docs/guide.md has all keys.
+    Runs that differ only in what their scores of heads do not depend on (top, tune_lr, ...) share one step 1.
+    docs/guide.md has all keys.
     """
     from lofit_fast.training.sweep.grid import read_grid
     from lofit_fast.training.sweep.run import as_table, failures
     from lofit_fast.training.sweep.run import sweep as run_sweep
 
     check_output(output, dry_run)
-    plan = read_grid(grid)
+    plan = read_grid(grid, fast)
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
     else:

@@ -15,12 +15,15 @@ from lofit_fast.cli.options import (
     Data,
     Device,
     Dtype,
+    Fast,
     Json,
     MinLayer,
     Model,
     Positions,
     Seed,
+    Select,
     SelectEpochs,
+    SelectExamples,
     SelectLr,
     Split,
     Subset,
@@ -55,6 +58,9 @@ def train(
     top: Top = None,
     min_layer: MinLayer = None,
     heads: Annotated[Path | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json.")] = None,
+    fast: Fast = False,
+    select: Select = None,
+    select_examples: SelectExamples = None,
     select_lr: SelectLr = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
     l1: L1 = None,
@@ -76,8 +82,11 @@ def train(
     packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
     group_by_length: Annotated[bool, typer.Option(help="Draw batches of examples of like length.")] = True,
     prefix_cache_gb: Annotated[
-        float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Disk for activations below the lowest tuned layer, kept between epochs and runs. Default: 0."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -106,10 +115,14 @@ def train(
     name = task_name(task, data)
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
-    recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, positions=positions, **numbers)
-    knobs = {"compile": compile, "packing": packing}
-    knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
-    engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
+    numbers |= {"accumulation_steps": accumulation_steps, "select": select, "select_examples": select_examples}
+    numbers["positions"] = positions
+    if heads is not None and (select is not None or select_examples is not None):
+        raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
+    recipe = recipe_of(name, seed, top, fast, **numbers)
+    knobs = {"compile": compile, "packing": packing, "prefix_cache_gb": prefix_cache_gb}
+    knobs = {key: value for key, value in knobs.items() if value is not None}
+    engine = (Engine.fast if fast else Engine)(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)
     fixed = None if heads is None else read_heads(heads)
     if dtype == "auto" and resume and output is not None:

@@ -103,6 +103,19 @@ def layer_probe_accuracy(
     return _held_out_accuracy(layers, labels, splits, l2, seed, "probing layers", progress)
 
 
+def probing_layer_scores(layer_accuracy: Tensor, head_accuracy: Tensor) -> Tensor:
+    """Heads of the best layers first, and within a layer the best heads: (layers, heads) float32.
+
+    layer_accuracy: (layers,); head_accuracy: (layers, heads), minus infinity for heads that are not there. A head's
+    score is the number of layers that come after its own plus half its accuracy. So the top heads are all those of the
+    best layers, and of the last layer that is needed its best heads. Of equally good layers the lower comes first.
+    """
+    best_first = layer_accuracy.argsort(descending=True, stable=True)
+    after = torch.empty_like(head_accuracy[:, 0])
+    after[best_first] = torch.arange(len(best_first) - 1, -1, -1).to(after)
+    return after[:, None] + head_accuracy / 2
+
+
 def fit_probes(features: Tensor, labels: Tensor, l2: float = 1.0) -> tuple[Tensor, Tensor]:
     """Logistic regressions, all at once: weights (P, F) and intercepts (P,) that minimise
 

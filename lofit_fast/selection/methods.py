@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.config import Head, Recipe
 from lofit_fast.heads import select_heads
-from lofit_fast.patching.handle import patch
-from lofit_fast.selection.early_stop import SettledHeads
-from lofit_fast.selection.linear_probes import head_activations, layer_probe_accuracy, probe_accuracy
-from lofit_fast.selection.scores import probing_layer_scores, random_scores, saliency_scores
+from lofit_fast.selection.linear_probes import (
+    head_activations,
+    layer_probe_accuracy,
+    probe_accuracy,
+    probing_layer_scores,
+)
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Task
-from lofit_fast.training.fit import Component, select_by_training
+from lofit_fast.training.choice.untrained import random_scores
+from lofit_fast.training.fit import select_by_training, select_untrained
 from lofit_fast.training.objectives import objective_of
 
 
@@ -54,33 +56,26 @@ class Selector(Protocol):
 
 def lofit(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
     """LoFiT's step 1: the norm of each head's trained scale. With preferences it is trained with DPO."""
-    return _trained(model, tokenizer, task, recipe, "scale", output_dir, seed, progress)
+    return _trained("lofit", model, tokenizer, task, recipe, output_dir, seed, progress)
 
 
 def early_stop(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
     """As `lofit`, ended by `SettledHeads` when the top heads have settled."""
-    settled = SettledHeads(recipe.top, recipe.min_layer)
-    return _trained(model, tokenizer, task, recipe, "scale", output_dir, seed, progress, [settled])
+    return _trained("early_stop", model, tokenizer, task, recipe, output_dir, seed, progress)
 
 
 def bias_norm(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
     """The norm of each head's offset, trained on all heads with the recipe of step 1."""
-    return _trained(model, tokenizer, task, recipe, "offset", output_dir, seed, progress)
+    return _trained("bias_norm", model, tokenizer, task, recipe, output_dir, seed, progress)
 
 
 def saliency(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
-    """One pass over the training data, no update: `saliency_scores` of the gradients where all scales are zero."""
-    recipe = replace(recipe, seed=seed)
-
-    def scores() -> Tensor:
-        data = objective_of(task).encoded(model, tokenizer, recipe.max_length, progress)
-        handle = patch(model, LofitConfig(scale="all", init_std=0.0, positions=recipe.positions))
-        try:
-            return saliency_scores(handle, data.losses(recipe, progress), recipe.l1)
-        finally:
-            handle.unpatch()
-
-    return _timed(scores, recipe)
+    """One pass over the training data, or `recipe.select_examples` of it: `saliency_scores` at scales of zero."""
+    recipe = replace(recipe, seed=seed, select="saliency")
+    # judged by nothing: the choice is all that is wanted
+    objective = objective_of(replace(task, validation=[]))
+    scores, metrics = select_untrained(model, tokenizer, objective, recipe, progress=progress)
+    return Selection(select_heads(scores, recipe.top, recipe.min_layer), scores, metrics["seconds"])
 
 
 def iti_probe(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
@@ -127,21 +122,10 @@ def _timed(scores: Callable[[], Tensor], recipe: Recipe) -> Selection:
     return Selection(select_heads(found, recipe.top, recipe.min_layer), found, time.perf_counter() - started)
 
 
-def _trained(
-    model,
-    tokenizer,
-    task,
-    recipe,
-    component: Component,
-    output_dir,
-    seed,
-    progress,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Selection:
-    recipe = replace(recipe, seed=seed)
-    # judged by nothing: the choice is all that is wanted
+def _trained(select: str, model, tokenizer, task, recipe, output_dir, seed, progress) -> Selection:
+    # how many examples a single look takes is nothing to a training
+    recipe = replace(recipe, seed=seed, select=select, select_examples=None)
     objective = objective_of(replace(task, validation=[]))
-    how = {"component": component, "callbacks": callbacks, "progress": progress}
-    run = select_by_training(model, tokenizer, objective, recipe, output_dir=output_dir, **how)
+    run = select_by_training(model, tokenizer, objective, recipe, output_dir=output_dir, progress=progress)
     heads = select_heads(run.scores, recipe.top, recipe.min_layer)
     return Selection(heads, run.scores, run.metrics["select"]["seconds"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.data.collate import Batch, CompletionCollator, n_labels, on_device
+from lofit_fast.config import Recipe
+from lofit_fast.data.collate import Batch, n_labels, on_device
 from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.evaluation.choices import check_room
@@ -16,28 +17,41 @@ from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
+from lofit_fast.tasks.task import draw
+from lofit_fast.training.engine import Engine, collator_of
+
+
+def looked_at(n_examples: int, recipe: Recipe) -> list[int]:
+    """Indices of the examples that a single look takes, ascending: select_examples of them, drawn by the seed."""
+    asked = n_examples if recipe.select_examples is None else min(recipe.select_examples, n_examples)
+    return draw(n_examples, asked, recipe.seed)
 
 
 def first_epoch(
     model: nn.Module,
     tokenizer,
-    rows: list[Encoded],
-    recipe,
+    rows: Sequence[Encoded],
+    recipe: Recipe,
+    engine: Engine,
     progress: bool,
-    order_of: list[Encoded] | None = None,
+    order_of: Sequence[Encoded] | None = None,
 ) -> Iterator[Batch]:
-    """The first epoch's batches, in micro-batches, on the model's device. order_of: rows by whose length to batch."""
+    """The first epoch's batches, in micro-batches, on the model's device, as an engine lays them out.
+
+    order_of: rows by whose length to batch.
+    """
     check_room(model, [row["input_ids"] for row in rows], 0)
-    lengths = [len(row["input_ids"]) for row in order_of or rows]
+    # of one length, their order is a plain shuffle
+    lengths = [len(row["input_ids"]) if engine.group_by_length else 1 for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = CompletionCollator(pad_token_id(tokenizer), logits=logit_rows(model, SCOPED))
+    collator = collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED))
     size = recipe.batch_size // recipe.accumulation_steps
     device = device_of(model)
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
-            batch = collator([rows[i] for i in order[start : start + size]])
-            yield on_device(batch, device)
-            bar.update(len(batch["input_ids"]))
+            taken = order[start : start + size]
+            yield on_device(collator([rows[i] for i in taken]), device)
+            bar.update(len(taken))
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:

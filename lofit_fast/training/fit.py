@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -20,11 +19,12 @@ from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
-from lofit_fast.patching.head_norms import head_scores, offset_norms
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_unsharded
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.choice.look import look
+from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
 from lofit_fast.training.frozen_base import check_passes_gradients
@@ -32,19 +32,16 @@ from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, 
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
-Component = Literal["scale", "offset"]
-# what step 1 can train, and how a head is scored by it
-SCORES = {"scale": head_scores, "offset": offset_norms}
-
 
 @dataclass(frozen=True)
 class FitResult:
     """What a run has produced.
 
     handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
-    the scale norms of step 1, or None when the heads were given. history: a dict per epoch and stage.
+    what they were chosen by (by default the scale norms of step 1), or None when the heads were given.
+    history: a dict per epoch and stage; of a choice without training one that has seconds and no loss.
     metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
-    peak_memory_bytes (above what was held before the stage; see `cost.peak_memory`), exact_match.
+    peak_memory_bytes (above what was held before the stage; see `cost.peak_memory`), exact_match (of what was trained).
     """
 
     handle: LofitHandle
@@ -82,7 +79,7 @@ def fit(
         heads: skip step 1 and tune these.
         step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
             has left it, and trained there otherwise.
-        callbacks: of transformers' Trainer, for both steps.
+        callbacks: of transformers' Trainer, for what is trained of both steps.
         resume: whether to go on with the run in the folder.
         progress: whether bars and the engine's choice are shown.
 
@@ -191,7 +188,6 @@ def select_by_training(
     recipe: Recipe | None = None,
     *,
     output_dir: Path | str,
-    component: Component = "scale",
     engine: Engine | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = True,
@@ -199,15 +195,35 @@ def select_by_training(
 ) -> RunFolder:
     """Step 1 alone: the run folder, with `heads`, `scores` and `metrics["select"]`; the model is as it was.
 
-    component: "scale" is LoFiT's; "offset" trains offsets on all heads with the same recipe and scores by their norm.
-    Everything else, errors too, as in `fit`, which goes on with step 2 in a folder of scales.
+    Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(None)
-    run = RunFolder.open(output_dir, steps.identity(None, component), resume)
+    run = RunFolder.open(output_dir, steps.identity(None), resume)
     if run.heads is None:
-        steps.select(run, resume, component)
+        steps.select(run, resume)
     return run
+
+
+def select_untrained(
+    model: nn.Module,
+    tokenizer,
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    engine: Engine | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, dict[str, float]]:
+    """The scores that step 1 would have, and what they took, where the recipe's way trains nothing: no folder needed.
+
+    Raises ValueError for a way that trains, and what `fit` raises before its first step. The model is as it was.
+    """
+    way = WAYS[recipe.select]
+    if not isinstance(way, Untrained):
+        raise ValueError(f"select={recipe.select!r} is trained in a folder: use select_by_training")
+    steps = _TwoSteps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
+    steps.check_heads(None)
+    return steps.look(way, None)
 
 
 def _check_unpatched(model: nn.Module) -> None:
@@ -245,7 +261,9 @@ class _TwoSteps:
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
-        if min(recipe.select_epochs, recipe.tune_epochs) < self.data.least_epochs:
+        self.way = WAYS[recipe.select]
+        trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
+        if min(trained) < self.data.least_epochs:
             raise ValueError(
                 f"training on {objective.name} takes at least {self.data.least_epochs} epoch in each step, got "
                 f"select_epochs={recipe.select_epochs} and tune_epochs={recipe.tune_epochs}"
@@ -267,10 +285,9 @@ class _TwoSteps:
                 raise ValueError(f"min_layer is {lowest}, but the given heads are in layers below: {below}")
             LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
 
-    def identity(self, heads: Sequence[Head] | None, component: Component = "scale") -> dict:
+    def identity(self, heads: Sequence[Head] | None) -> dict:
         """What makes two runs the same one."""
-        # what few runs have is named by those alone
-        special = {} if component == "scale" else {"component": component}
+        special = {}
         for callback in self.callbacks:
             special |= getattr(callback, "identity", {})
         return special | {
@@ -287,18 +304,46 @@ class _TwoSteps:
             "group_by_length": self.engine.group_by_length,
         }
 
-    def select(self, run: RunFolder, resume: bool, component: Component = "scale") -> None:
+    def select(self, run: RunFolder, resume: bool) -> None:
         """Step 1: leaves the heads and their scores in the run, and the model as it was."""
+        recipe, way = self.recipe, self.way
+        if isinstance(way, Trained):
+            scores, metrics = self._trained(way, run, resume)
+        else:
+            scores, metrics = self.look(way, run)
+            run.append_history({"stage": "select", "epoch": 1, **metrics})
+        run.record("select", metrics)
+        run.write_heads(select_heads(scores, recipe.top, recipe.min_layer), scores, recipe.select)
+
+    def _trained(self, way: Trained, run: RunFolder, resume: bool) -> tuple[Tensor, dict]:
+        """The scores of vectors trained on every head, and what they took."""
         recipe = self.recipe
-        handle = patch(self.model, self._config(**{component: "all"}))
+        handle = patch(self.model, self._config(**{way.component: "all"}))
         try:
-            metrics = self._train(handle, run, "select", self._schedule(recipe.select_lr, recipe.select_epochs), resume)
+            schedule, ends = self._schedule(recipe.select_lr, recipe.select_epochs), way.callbacks(recipe)
+            metrics = self._train(handle, run, "select", schedule, resume, ends)
             handle.save(run.path / "select" / "adapter")
-            scores = SCORES[component](handle)
+            return way.score(handle), metrics
         finally:
             handle.unpatch()
-        run.record("select", metrics)
-        run.write_heads(select_heads(scores, recipe.top, recipe.min_layer), scores)
+
+    def look(self, way: Untrained, run: RunFolder | None) -> tuple[Tensor, dict]:
+        """The scores of a look without training, and what it took. run: keeps the engine; None keeps nothing."""
+        handle = patch(self.model, LofitConfig(scale="all", init_std=0.0, positions=self.recipe.positions))
+        try:
+            engine = self._look_engine(way, handle, run)
+            return look(way, handle, self.data, self.recipe, engine, self.progress)
+        finally:
+            handle.unpatch()
+
+    def _look_engine(self, way: Untrained, handle: LofitHandle, run: RunFolder | None) -> Engine:
+        """The settled engine of a look; one that changes nothing where nothing is looked at."""
+        if not way.looks:
+            return Engine()
+        engine = self._settled(handle, "select") if run is None else self._engine(handle, run, "select")
+        if self.progress:
+            print(said(engine), file=sys.stderr)
+        return engine
 
     def adopt(self, run: RunFolder, folder: Path) -> None:
         """Step 1 from the one that runs of the same settings share, trained there first if none has."""
@@ -333,8 +378,16 @@ class _TwoSteps:
         shared = ("batch_size", "accumulation_steps", "l1", "max_grad_norm", "seed", "max_length", "eval_batch_size")
         return Schedule(lr, epochs, **{name: getattr(self.recipe, name) for name in shared})
 
-    def _train(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule, resume: bool) -> dict:
-        engine = self._engine(handle, run, stage, schedule)
+    def _train(
+        self,
+        handle: LofitHandle,
+        run: RunFolder,
+        stage: str,
+        schedule: Schedule,
+        resume: bool,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> dict:
+        engine = self._engine(handle, run, stage)
         if self.progress:
             print(said(engine), file=sys.stderr)
         folder = run.path / stage
@@ -345,7 +398,7 @@ class _TwoSteps:
             engine,
             folder=folder,
             on_epoch=lambda row: run.append_history({"stage": stage, **row}),
-            callbacks=self.callbacks,
+            callbacks=[*self.callbacks, *callbacks],
             progress=self.progress,
             keep=True,
             checkpoint=last_checkpoint(folder) if resume else None,
@@ -357,28 +410,34 @@ class _TwoSteps:
 
     def engines(self, stages: Sequence[str]) -> dict[str, Engine]:
         """The engine that each stage of a new run would have."""
-        recipe, data, tokenizer = self.recipe, self.data, self.tokenizer
-        epochs = {"select": (recipe.select_lr, recipe.select_epochs), "tune": (recipe.tune_lr, recipe.tune_epochs)}
         # the rules try a patched model
         handle = patch(self.model, self._config(offset="all"))
         try:
-            return {
-                stage: settle_for(handle, self._usable(stage), data, tokenizer, self._schedule(*epochs[stage]))[0]
-                for stage in stages
-            }
+            # a way that does not look at the data runs nothing
+            run = [stage for stage in stages if stage == "tune" or getattr(self.way, "looks", True)]
+            return {stage: self._settled(handle, stage) for stage in run}
         finally:
             handle.unpatch()
+
+    def _settled(self, handle: LofitHandle, stage: str) -> Engine:
+        """The engine that the rules give a stage for the work that it is."""
+        recipe, rows = self.recipe, None
+        epochs = {"select": recipe.select_epochs, "tune": recipe.tune_epochs}[stage]
+        if stage == "select" and not isinstance(self.way, Trained):
+            epochs, rows = 1, self.data.looked_at(recipe)
+        schedule = self._schedule(recipe.tune_lr, epochs)
+        return settle_for(handle, self._usable(stage), self.data, self.tokenizer, schedule, rows)[0]
 
     def _usable(self, stage: str) -> Engine:
         """Step 1 scales every layer, and leaves nothing below to keep."""
         return replace(self.engine, prefix_cache_gb=0.0) if stage == "select" else self.engine
 
-    def _engine(self, handle: LofitHandle, run: RunFolder, stage: str, schedule: Schedule) -> Engine:
+    def _engine(self, handle: LofitHandle, run: RunFolder, stage: str) -> Engine:
         """The settled engine: of the interrupted run where one has begun the stage, settled and kept otherwise."""
         usable = self._usable(stage)
         kept = run.engine(stage)
         if kept is None:
-            engine, _ = settle_for(handle, usable, self.data, self.tokenizer, schedule)
+            engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine))
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can change

@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from lofit_fast.config import Recipe
 from lofit_fast.data.collate import n_labels
 from lofit_fast.data.encode import (
     BoundaryWarning,
@@ -43,7 +44,7 @@ from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.first_epoch import first_epoch, loss_sum
+from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.prefix_cache.cache import prefix_cached
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
@@ -97,8 +98,14 @@ class EncodedObjective(Protocol):
     def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
         """How the model does now, on what was given to judge by; empty where there is nothing."""
 
-    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
-        """The loss of each batch of the first epoch, with its graph, in the order of training."""
+    def looked_at(self, recipe: Recipe) -> list[Encoded]:
+        """The rows that `losses` goes through: of `recipe.select_examples` examples, drawn by the seed."""
+
+    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+        """The loss of each batch of a first epoch over `looked_at`, with its graph, in the order of training.
+
+        engine: a usable one, in whose `prepared` scope the model is.
+        """
 
 
 def objective_of(task: Task) -> Objective:
@@ -210,9 +217,13 @@ class EncodedCompletions:
         options = {"max_new_tokens": self.answer_length, "batch_size": batch_size, "progress": progress}
         return {"exact_match": exact_match_accuracy(self.model, self.tokenizer, self.judged, **options)}
 
-    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
+    def looked_at(self, recipe: Recipe) -> list[Encoded]:
+        """Of all examples, or of those drawn."""
+        return [self.rows[i] for i in looked_at(self.n_examples, recipe)]
+
+    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
-        for batch in first_epoch(self.model, self.tokenizer, self.rows, recipe, progress):
+        for batch in first_epoch(self.model, self.tokenizer, self.looked_at(recipe), recipe, engine, progress):
             yield loss_sum(self.model, batch) / n_labels(batch)
 
 
@@ -367,20 +378,28 @@ class EncodedPreferences:
         """Nothing: preferences bring no questions to judge by."""
         return {}
 
-    def losses(self, recipe, progress: bool) -> Iterator[Tensor]:
+    def looked_at(self, recipe: Recipe) -> list[Encoded]:
+        """Of each preference, or of those drawn, the chosen answer and a rejected one."""
+        return [row for pair in self._contrasted(recipe) for row in pair]
+
+    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
-        pairs = contrasts(Task("preferences", [], [], preferences=tuple(self.preferences)), recipe.seed)
-        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
-            rows = encode_answers(self.tokenizer, [(c.prompt, (c.right, c.wrong)) for c in pairs], self.limit)
-        right, wrong = ([pair[side] for pair in rows] for side in (0, 1))
+        right, wrong = zip(*self._contrasted(recipe), strict=True)
         batches = zip(
-            first_epoch(self.model, self.tokenizer, right, recipe, progress, order_of=right),
-            first_epoch(self.model, self.tokenizer, wrong, recipe, False, order_of=right),
+            first_epoch(self.model, self.tokenizer, right, recipe, engine, progress, order_of=right),
+            first_epoch(self.model, self.tokenizer, wrong, recipe, engine, False, order_of=right),
             strict=True,
         )
         for better, worse in batches:
             difference = loss_sum(self.model, better) - loss_sum(self.model, worse)
             yield self.beta / 2 * difference / len(better["input_ids"])
+
+    def _contrasted(self, recipe: Recipe) -> list[list[Encoded]]:
+        drawn = looked_at(self.n_examples, recipe)
+        pairs = contrasts(Task("preferences", [], [], preferences=tuple(self.preferences)), recipe.seed)
+        with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+            answers = [(pairs[i].prompt, (pairs[i].right, pairs[i].wrong)) for i in drawn]
+            return encode_answers(self.tokenizer, answers, self.limit)
 
 
 def check_language_model(model: nn.Module) -> None:

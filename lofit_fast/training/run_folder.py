@@ -99,7 +99,7 @@ class RunFolder:
             if row["stage"] == "select":
                 self.append_history(row)
         self.record("select", other.metrics["select"])
-        self.write_heads(heads, other.scores)
+        self.write_heads(heads, other.scores, other.chosen_by)
 
     @property
     def heads(self) -> list[Head] | None:
@@ -113,10 +113,16 @@ class RunFolder:
         content = self._read("heads.json")
         return None if content is None or content["scores"] is None else torch.tensor(content["scores"])
 
-    def write_heads(self, heads: Sequence[Head], scores: Tensor | None) -> None:
-        """Keep the chosen heads and the (layers, heads) scores they were chosen by."""
+    @property
+    def chosen_by(self) -> str | None:
+        """The way the heads were chosen, a key of `SELECT`; None when they were given."""
+        content = self._read("heads.json")
+        return None if content is None else content.get("select")
+
+    def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
+        """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
         content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
-        write_json(self.path / "heads.json", content)
+        write_json(self.path / "heads.json", content | ({} if select is None else {"select": select}))
 
     @property
     def history(self) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from lofit_fast.data.encode import pad_token_id
+from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.arguments import Schedule
@@ -73,10 +73,16 @@ def train_attachment(
 
 
 def settle_for(
-    attachment: Attachment, engine: Engine, data: EncodedObjective, tokenizer, schedule: Schedule
+    attachment: Attachment,
+    engine: Engine,
+    data: EncodedObjective,
+    tokenizer,
+    schedule: Schedule,
+    rows: Sequence[Encoded] | None = None,
 ) -> tuple[Engine, str]:
-    """`auto.settle` for a schedule over an objective's data."""
-    return settle(attachment, engine, data.rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+    """`auto.settle` for a schedule over an objective's data. rows: what an epoch goes through, where not all of it."""
+    rows = data.rows if rows is None else rows
+    return settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
 
 
 def train(

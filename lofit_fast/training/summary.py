@@ -46,8 +46,8 @@ def write_summary(
     if can_draw():
         title = f"{model}, {task}"
         if result.scores is not None:
-            heads_map(result.scores, result.heads, folder / "heads.png", title)
-        if result.history:
+            heads_map(result.scores, result.heads, folder / "heads.png", title, recipe.select)
+        if any("loss" in row for row in result.history):
             loss_curves(result.history, folder / "loss.png", title)
     return summary
 

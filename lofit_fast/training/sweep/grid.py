@@ -24,8 +24,9 @@ READING_KEYS = ("split", "subset", "columns", "train_on")
 COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *READING_KEYS, *ENGINE_KEYS)
 RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
-_WORDS = ("model", "task", "data", "split", "subset", "train_on", "dtype", "device", "heads", "name", "positions")
-_COUNTS = ("train_size", "data_seed")
+_WORDS = ("model", "task", "data", "split", "subset", "train_on", "dtype", "device", "heads", "name", "select", "positions")
+# whole numbers -> the least
+_COUNTS = {"train_size": 1, "data_seed": 0, "select_examples": 1}
 # combinations of a grid; more are a slip
 MOST_RUNS = 10_000
 
@@ -62,14 +63,14 @@ class Grid:
     reading: dict[str, object] = field(default_factory=dict)
 
 
-def read_grid(path: Path | str) -> Grid:
+def read_grid(path: Path | str, fast: bool = False) -> Grid:
     """A grid from a file of the tables [base], [grid] and [[runs]].
 
     [base]: model, and what else all runs share: task, data, split, subset, columns (a table), train_on, data_seed,
     dtype, device, the fields of Engine, and any setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
-    working folder.
+    working folder. fast: whether what the file leaves open is the fast preset's.
     Raises FileNotFoundError for no such file, ValueError naming the table, the key and what is expected there.
     """
     path = Path(path)
@@ -79,10 +80,10 @@ def read_grid(path: Path | str) -> Grid:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    return parse_grid(content, str(path))
+    return parse_grid(content, str(path), fast)
 
 
-def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
+def parse_grid(content: Mapping[str, object], where: str = "grid", fast: bool = False) -> Grid:
     """The same from a mapping. where: what errors call it."""
     _check_known(content, _TABLES, where, "table")
     base, axes, listed = content.get("base", {}), content.get("grid", {}), content.get("runs", [])
@@ -97,7 +98,7 @@ def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
     if not varied:
         raise ValueError(f"{where}: no runs: expected a table [grid] of lists, or tables [[runs]]")
     task = base.get("task") or ("kinship" if base.get("data") is None else "completion")
-    runs = tuple(_run(name, own, base, task, where) for name, own in varied)
+    runs = tuple(_run(name, own, base, task, where, fast) for name, own in varied)
     names = [run.name.casefold() for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{where}: several runs are called {', '.join(twice)}: give each its own name")
@@ -105,7 +106,7 @@ def parse_grid(content: Mapping[str, object], where: str = "grid") -> Grid:
     common = {key: base.get(key, default) for key, default in common.items()}
     try:
         check_columns(base.get("columns"))
-        engine = Engine(**{key: base[key] for key in ENGINE_KEYS if key in base})
+        engine = (Engine.fast if fast else Engine)(**{key: base[key] for key in ENGINE_KEYS if key in base})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: [base]: {error}") from error
     reading = {key: base[key] for key in READING_KEYS if key in base}
@@ -136,10 +137,10 @@ def _listed(rows: list[Mapping[str, object]], where: str) -> Iterable[tuple[str,
         yield _safe(row["name"]) if "name" in row else _name_of(own), own
 
 
-def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str) -> Run:
+def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str, fast: bool) -> Run:
     settings = {**RECIPES.get(task, {}), **{key: base[key] for key in RUN_KEYS if key in base}, **own}
     try:
-        recipe = Recipe(**{key: settings[key] for key in RECIPE_KEYS if key in settings})
+        recipe = (Recipe.fast if fast else Recipe)(**{key: settings[key] for key in RECIPE_KEYS if key in settings})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: run {name}: {error}") from error
     try:
@@ -171,7 +172,7 @@ def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: st
         elif key == "columns":
             right, expected = isinstance(value, Mapping) and bool(value), 'a table such as {prompt = "question"}'
         elif key in _COUNTS:
-            right, expected = type(value) is int and value >= (key == "train_size"), "a whole number"
+            right, expected = type(value) is int and value >= _COUNTS[key], "a whole number"
         else:
             right, expected = type(value) in (int, float), "a number"
         if not right:

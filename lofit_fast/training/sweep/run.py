@@ -38,12 +38,12 @@ def sweep(
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so. jobs: processes that train at the
     same time, each with a base of its own and its share of torch's threads; on a CPU several with one thread each train
     more runs an hour than one with several.
-    Each process loads the model and the data once. Runs that differ only in what the choice of heads or step 2 depends
-    on (top, min_layer, tune_lr, tune_epochs) share one training of step 1, kept in `step1/`: such a run is the run that
-    trains its own, bit for bit on as many threads and where layers are not compiled. Each run is a run folder
-    `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on. A run that fails is
-    recorded with its error, and the others go on. Writes sweep.json, sweep.csv and sweep.md after every run, so that a
-    killed sweep has them too, and sweep.png.
+    Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
+    (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
+    a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
+    a run folder `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on. A run
+    that fails is recorded with its error, and the others go on. Writes sweep.json, sweep.csv and sweep.md after every
+    run, so that a killed sweep has them too, and sweep.png.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
     Raises ValueError or OSError for a folder, a model or data that cannot be used, ChildProcessError (an OSError) when

@@ -7,7 +7,8 @@ import torch
 
 from lofit_fast import LofitConfig, patch, select_heads
 from lofit_fast.patching.architectures import find_projections
-from lofit_fast.selection.scores import probing_layer_scores, random_scores, saliency_scores
+from lofit_fast.selection.linear_probes import probing_layer_scores
+from lofit_fast.training.choice.untrained import random_scores, saliency_scores
 from tests.tiny_models import HEADS, LAYERS, tokens
 
 

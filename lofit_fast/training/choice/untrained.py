@@ -1,4 +1,4 @@
-"""Scores of heads that need no training of their own: chance, gradients, and probes. Each is (layers, heads)."""
+"""Scores of heads that need no training of their own: chance and gradients. Each is (layers, heads)."""
 
 from __future__ import annotations
 
@@ -55,16 +55,3 @@ def saliency_scores(handle: LofitHandle, losses: Iterable[Tensor], l1: float = 0
         norm, largest = push.clamp(min=0).norm(dim=1), push.amax(1)
         scores[number, layer.heads("scale")] = largest.where(largest < 0, norm).float().cpu()
     return scores
-
-
-def probing_layer_scores(layer_accuracy: Tensor, head_accuracy: Tensor) -> Tensor:
-    """Heads of the best layers first, and within a layer the best heads: (layers, heads) float32.
-
-    layer_accuracy: (layers,); head_accuracy: (layers, heads), minus infinity for heads that are not there. A head's
-    score is the number of layers that come after its own plus half its accuracy. So the top heads are all those of the
-    best layers, and of the last layer that is needed its best heads. Of equally good layers the lower comes first.
-    """
-    best_first = layer_accuracy.argsort(descending=True, stable=True)
-    after = torch.empty_like(head_accuracy[:, 0])
-    after[best_first] = torch.arange(len(best_first) - 1, -1, -1).to(after)
-    return after[:, None] + head_accuracy / 2

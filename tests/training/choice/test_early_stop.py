@@ -1,11 +1,12 @@
 """Ending step 1 early: when it stops, that it stops nothing else, and what a run folder makes of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import lofit_fast as lf
-from lofit_fast.selection.early_stop import SettledHeads
+from lofit_fast.training.choice.early_stop import SettledHeads
 from lofit_fast.training.fit import select_by_training
 from lofit_fast.training.objectives import Completions
 from tests.tiny_models import tiny_model
@@ -14,6 +15,7 @@ from tests.tiny_tokenizers import tiny_tokenizer
 EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
 # six steps an epoch
 RECIPE = lf.Recipe(top=3, batch_size=2, select_epochs=4, tune_epochs=1)
+BY_OFFSET = replace(RECIPE, select="bias_norm")
 DATA = Completions(EXAMPLES)
 
 
@@ -76,9 +78,8 @@ def test_step_2_and_offsets_are_left_alone(tmp_path):
         model,
         tiny_tokenizer(),
         DATA,
-        RECIPE,
+        BY_OFFSET,
         **options | {"output_dir": tmp_path / "o"},
-        component="offset",
     )
     assert steps_of(run) == [6] * 4
 
@@ -110,16 +111,16 @@ def test_offsets_and_scales_do_not_share_a_folder(tmp_path):
     model = tiny_model("llama")
     by_scale = step1(tmp_path, model=model).scores
     options = {"output_dir": tmp_path, "progress": False}
-    with pytest.raises(ValueError, match="another component"):
-        select_by_training(model, tiny_tokenizer(), DATA, RECIPE, **options, component="offset")
-    by_offset = select_by_training(model, tiny_tokenizer(), DATA, RECIPE, **options, component="offset", resume=False)
+    with pytest.raises(ValueError, match="another select"):
+        select_by_training(model, tiny_tokenizer(), DATA, BY_OFFSET, **options)
+    by_offset = select_by_training(model, tiny_tokenizer(), DATA, BY_OFFSET, **options, resume=False)
     assert not by_offset.scores.allclose(by_scale)
 
 
 def test_offsets_on_all_heads_are_penalised_as_scales_are(tmp_path):
-    options = {"output_dir": tmp_path, "progress": False, "component": "offset", "resume": False}
+    options = {"output_dir": tmp_path, "progress": False, "resume": False}
     plain, penalised = (
-        select_by_training(tiny_model("llama"), tiny_tokenizer(), DATA, lf.Recipe(l1=l1), **options).scores
+        select_by_training(tiny_model("llama"), tiny_tokenizer(), DATA, replace(BY_OFFSET, l1=l1), **options).scores
         for l1 in (0.0, 1.0)
     )
     assert penalised.max() < plain.min()

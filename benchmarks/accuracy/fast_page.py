@@ -1,0 +1,97 @@
+"""docs/results/fast.md: what each fast setting costs in accuracy, from the cells that are there."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.accuracy.bootstrap import paired_interval
+from benchmarks.accuracy.fast_cells import FULL, SETTINGS, FastCell, FastSlot, compared
+from benchmarks.accuracy.method_table import TASKS
+from benchmarks.accuracy.paper_cells import CellFolder
+from lofit_fast.files import write_text
+from lofit_fast.heads import jaccard
+
+_HEADER = (
+    "setting",
+    "seeds",
+    "accuracy, %",
+    "difference, points",
+    "95 % interval",
+    "heads in common",
+    "tokens of step 1",
+    "tokens of both steps",
+)
+
+Found = dict[str, dict[int, dict]]
+
+
+def write_page(path: Path, folder: CellFolder, slots: list[FastSlot], command: str) -> Path:
+    """Write the page of the finished cells; returns its path."""
+    tables: dict[tuple[str, str], Found] = defaultdict(lambda: defaultdict(dict))
+    sizes: dict[tuple[str, str], FastCell] = {}
+    for cell, result in compared(folder, slots):
+        tables[cell.model, cell.task][cell.setting][cell.seed] = result
+        sizes[cell.model, cell.task] = cell
+    parts = [_head(folder, path, command, tables)]
+    parts += [_table(tables[key], sizes[key]) for key in tables]
+    write_text(path, "\n".join(parts))
+    return path
+
+
+def _head(folder: CellFolder, path: Path, command: str, tables: dict[tuple[str, str], Found]) -> str:
+    results = [result for table in tables.values() for runs in table.values() for result in runs.values()]
+    made = sorted({f"{r['environment']['device']}, {r['environment']['dtype']}" for r in results})
+    cells = folder.path.relative_to(path.parent)
+    return f"""# What fast runs cost in accuracy
+
+Made by `{command}`; every number comes from a JSON file under [{cells}]({cells}/).
+
+A *setting* is the same run with one or two things changed: the heads, the questions and the recipe are otherwise those
+of the full run with the same seed. The difference is the setting's accuracy minus the full run's, in points. Its
+interval resamples questions and seeds, both at once, in pairs: the same question and seed of either run. An interval
+that holds 0 does not show that the two are equal; its ends say how far apart they may be. *Heads in common* is the
+Jaccard overlap with the full run's heads of the same seed, mean over seeds. Tokens are those that went forward and
+backward, counted: time is no evidence here, since the processor was shared.
+
+Made on: {"; ".join(made) or "nothing yet"}.
+"""
+
+
+def _table(found: Found, cell: FastCell) -> str:
+    full = found.get(FULL, {})
+    rows = [_row(SETTINGS[name].label, found[name], full, name) for name in SETTINGS if found.get(name)]
+    lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)], *rows]
+    title = f"## {TASKS[cell.task].label}, {cell.model}\n\n{cell.train_size} training examples, "
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{title}n = {cell.n_validation} questions, {_metric(found)}.\n\n{table}\n"
+
+
+def _metric(found: Found) -> str:
+    metrics = next(iter(next(iter(found.values())).values()))["metrics"]
+    return "exact match" if "exact_match" in metrics else "MC1"
+
+
+def _row(label: str, runs: dict[int, dict], full: dict[int, dict], name: str) -> list[str]:
+    accuracies = [100 * statistics.fmean(result["hits"]) for result in runs.values()]
+    both = sorted(runs.keys() & full.keys())
+    difference, interval, shared = "", "", ""
+    if both and name != FULL:
+        pairs = [[run[seed]["hits"] for seed in both] for run in (runs, full)]
+        mean = statistics.fmean(accuracies[list(runs).index(s)] for s in both)
+        mean -= statistics.fmean(100 * statistics.fmean(full[s]["hits"]) for s in both)
+        low, high = paired_interval(*pairs)
+        difference, interval = f"{mean:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+        shared = f"{statistics.fmean(_overlap(runs[s], full[s]) for s in both):.2f}"
+    step1 = statistics.fmean(result["tokens"]["select"] for result in runs.values())
+    total = statistics.fmean(sum(result["tokens"].values()) for result in runs.values())
+    accuracy = f"{statistics.fmean(accuracies):.1f}"
+    if len(accuracies) > 1:
+        accuracy += f" ± {statistics.stdev(accuracies):.1f}"
+    seeds = ", ".join(map(str, sorted(runs)))
+    return [label, seeds, accuracy, difference, interval, shared, f"{step1:,.0f}", f"{total:,.0f}"]
+
+
+def _overlap(one: dict, other: dict) -> float:
+    return jaccard(*([tuple(pair) for pair in result["heads"]] for result in (one, other)))

@@ -1,0 +1,67 @@
+"""`--select` and `--fast` of train, select and sweep: what they set, what wins over them, and what they refuse."""
+
+import json
+
+import pytest
+
+from lofit_fast.config import FAST_RECIPE
+from tests.cli.calling import QUICK, as_json, error_of
+
+
+@pytest.fixture
+def where(model, data):
+    return "--model", model, "--data", data, *QUICK
+
+
+def recipe_of(where, *arguments):
+    return as_json("train", *where, "--dry-run", *arguments)["recipe"]
+
+
+def test_train_chooses_as_asked(where, tmp_path):
+    done = as_json("train", *where, "--output", tmp_path, "--select", "saliency", "--select-examples", "4")
+    assert (done["recipe"]["select"], done["recipe"]["select_examples"]) == ("saliency", 4)
+    assert "accuracy_after_select" not in done
+    assert json.loads((tmp_path / "heads.json").read_text())["select"] == "saliency"
+
+
+def test_fast_sets_what_it_says_and_gives_way(where):
+    plain, fast = recipe_of(where), recipe_of(where, "--fast")
+    assert {key: value for key, value in fast.items() if value != plain[key]} == FAST_RECIPE
+    assert recipe_of(where, "--fast", "--select", "lofit") == plain
+    assert recipe_of(where, "--fast", "--select-examples", "7")["select_examples"] == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--select", "magic"), "expected select to be one of"),
+        (("--select-examples", "9"), "expected None with select='lofit'"),
+        (("--heads", "x.json", "--select", "saliency"), "nothing for --select"),
+    ],
+)
+def test_train_refuses(where, arguments, message):
+    assert message in error_of("train", *where, "--dry-run", *arguments)
+
+
+def test_select_looks_at_so_many(model, data):
+    some = ("--model", model, "--data", data, "--top", "2", "--dtype", "float32", "--device", "cpu")
+    assert len(as_json("select", *some, "--select-examples", "4")["methods"][0]["heads"]) == 2
+    assert "--select-examples is of saliency" in error_of(
+        "select", *some, "--method", "random", "--select-examples", "4"
+    )
+
+
+def test_a_sweep_is_fast_where_it_says_nothing(tmp_path):
+    grid = tmp_path / "grid.toml"
+    grid.write_text('[base]\nmodel = "tiny"\n[grid]\nselect = ["lofit", "saliency"]\n')
+    runs = as_json("sweep", grid, "--dry-run", "--fast")["runs"]
+    assert [(run["recipe"]["select"], run["recipe"]["select_examples"]) for run in runs] == [
+        ("lofit", None),
+        ("saliency", FAST_RECIPE["select_examples"]),
+    ]
+    grid.write_text('[base]\nmodel = "tiny"\n[grid]\nseed = [1, 2]\n')
+    assert [run["recipe"]["select"] for run in as_json("sweep", grid, "--dry-run", "--fast")["runs"]] == [
+        "saliency"
+    ] * 2
+    grid.write_text('[base]\nmodel = "tiny"\n[grid]\nselect = [1]\n')
+    assert "expected a text in quotes" in error_of("sweep", grid, "--dry-run")

@@ -1,0 +1,207 @@
+"""Step 1 the way the recipe says: in `fit`, alone, interrupted, shared, dry, and what it leaves in the folder."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.config import FAST_RECIPE, LOOKING_ONCE, SELECT
+from lofit_fast.heads import select_heads
+from lofit_fast.plots import SCORE_NAMES
+from lofit_fast.selection.methods import SELECTORS
+from lofit_fast.tasks.task import Example, Preference, Task
+from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
+from lofit_fast.training.dry_run import dry_run
+from lofit_fast.training.engine import FAST_ENGINE
+from lofit_fast.training.fit import select_untrained
+from lofit_fast.training.objectives import Completions
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.tiny_runs import CLOCKED, EXAMPLES, HELD_OUT, assert_same_state, fit, state_of
+
+TASK = Task("completions", [Example(**row) for row in EXAMPLES], [])
+RECIPE = lf.Recipe(top=3, batch_size=3, select_epochs=2, tune_epochs=1)
+PAIRS = [Preference(f"{a}+b=", a + "b", ("b" + a, "q")) for a in "cdefgh"]
+
+
+def chosen_by(select, **settings):
+    return replace(RECIPE, select=select, **settings)
+
+
+def test_every_table_has_every_way():
+    assert list(SELECT) == list(WAYS) == list(SCORE_NAMES)
+    assert set(SELECT) < set(SELECTORS)
+    assert set(LOOKING_ONCE) == {name for name, way in WAYS.items() if isinstance(way, Untrained) and way.looks}
+    assert lf.Recipe().select == "lofit"
+
+
+@pytest.mark.parametrize("select", [way for way in WAYS if way != "lofit"])
+def test_in_fit_is_as_alone(select, tmp_path):
+    model = tiny_model("llama")
+    before = state_of(model)
+    result = fit(model, tmp_path / "fit", chosen_by(select), eval_data=HELD_OUT)
+    how = {"output_dir": tmp_path / "alone"}
+    alone = SELECTORS[select](tiny_model("llama"), tiny_tokenizer(), TASK, RECIPE, **how)
+    assert result.heads == alone.heads == select_heads(result.scores, 3)
+    assert result.scores.equal(alone.scores)
+    assert result.metrics["select"]["seconds"] > 0
+    assert ("exact_match" in result.metrics["select"]) == isinstance(WAYS[select], Trained)
+    rows = [row for row in result.history if row["stage"] == "select"]
+    assert rows
+    assert all(row["seconds"] >= 0 for row in rows)
+    assert json.loads((tmp_path / "fit" / "heads.json").read_text())["select"] == select
+    # what it has tuned is what those heads give when they are given
+    tuned = [p.detach().clone() for p in result.handle.parameters()]
+    result.handle.unpatch()
+    assert_same_state(model, before, but=("modes", "config"))
+    given = fit(model, tmp_path / "given", RECIPE, heads=alone.heads)
+    assert all(a.equal(b) for a, b in zip(tuned, given.handle.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("select", ["saliency", "random"])
+def test_preferences_too(select, tmp_path):
+    pytest.importorskip("trl")
+    how = {"output_dir": tmp_path / "fit", "progress": False}
+    # what does not train has no use for epochs
+    recipe = chosen_by(select, select_epochs=0)
+    result = lf.fit_preferences(tiny_model("llama"), tiny_tokenizer(), PAIRS, recipe, **how)
+    task = Task("preferences", [], [], preferences=tuple(PAIRS))
+    alone = SELECTORS[select](tiny_model("llama"), tiny_tokenizer(), task, recipe, output_dir=tmp_path / "alone")
+    assert result.heads == alone.heads
+    assert [row["stage"] for row in result.history] == ["select", "tune"]
+
+
+def test_a_look_is_one_pass_over_so_many_examples(tmp_path, monkeypatch):
+    rows = []
+    model = tiny_model("llama")
+    model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
+    _, took = select_untrained(model, tiny_tokenizer(), Completions(EXAMPLES), chosen_by("saliency"), progress=False)
+    assert sum(rows) == 12
+    assert took["examples_per_s"] * took["seconds"] == pytest.approx(12)
+    rows.clear()
+    scores, took = _look(model, select_examples=5)
+    assert sum(rows) == 5
+    assert took["examples_per_s"] * took["seconds"] == pytest.approx(5)
+    # the seed draws them; more than there are means all
+    assert not scores.equal(_look(model, select_examples=5, seed=7)[0])
+    assert _look(model, select_examples=99)[0].equal(_look(model)[0])
+
+
+def _look(model, **settings):
+    recipe = chosen_by("saliency", **settings)
+    return select_untrained(model, tiny_tokenizer(), Completions(EXAMPLES), recipe, progress=False)
+
+
+def test_a_look_has_the_engine_of_a_step(tmp_path):
+    fit(tiny_model("llama"), tmp_path, chosen_by("saliency"), engine=lf.Engine(attention="eager", packing=False))
+    engines = json.loads((tmp_path / "state.json").read_text())["engine"]
+    assert engines["select"] == {**engines["tune"], "prefix_cache_gb": 0.0}
+    assert (engines["select"]["attention"], engines["select"]["compile"]) == ("eager", False)
+
+
+def test_engines_change_the_rounding_alone():
+    exact = torch.get_default_dtype()
+    assert exact == torch.float32
+    scores = []
+    for engine in (lf.Engine(attention="eager", packing=False, narrow=False), lf.Engine()):
+        how = {"engine": engine, "progress": False}
+        args = (tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES), chosen_by("saliency", l1=0.0))
+        scores.append(select_untrained(*args, **how)[0])
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+
+
+def test_another_selection_is_another_run(tmp_path):
+    model = tiny_model("llama")
+    first = fit(model, tmp_path, chosen_by("saliency", select_examples=6))
+    first.handle.unpatch()
+    for other in (RECIPE, chosen_by("random"), chosen_by("saliency"), chosen_by("saliency", select_examples=7)):
+        with pytest.raises(ValueError, match="another (recipe|select)"):
+            fit(model, tmp_path, other)
+    again = fit(model, tmp_path, chosen_by("saliency", select_examples=6))
+    assert (again.heads, again.metrics, again.history) == (first.heads, first.metrics, first.history)
+
+
+def test_a_look_that_was_interrupted_is_looked_again(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    whole = fit(model, tmp_path / "whole", chosen_by("saliency"))
+    whole.handle.unpatch()
+    before = state_of(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("lofit_fast.training.run_folder.RunFolder.record", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, tmp_path / "cut", chosen_by("saliency"))
+    assert_same_state(model, before, but=("modes", "config"))
+    on = fit(model, tmp_path / "cut", chosen_by("saliency"))
+    assert on.heads == whole.heads
+    kept = [{key: row[key] for key in row.keys() - CLOCKED - {"peak_memory_bytes"}} for row in on.history]
+    assert [row["stage"] for row in kept] == ["select", "tune"]
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_step_1_is_shared_by_what_it_depends_on(tmp_path):
+    model, shared = tiny_model("llama"), tmp_path / "step1"
+    settings = [
+        chosen_by("saliency"),
+        chosen_by("saliency", top=4, tune_lr=1e-3, select_lr=1.0, select_epochs=9),
+        chosen_by("saliency", select_examples=6),
+        chosen_by("random"),
+        chosen_by("early_stop"),
+        chosen_by("early_stop", top=4),
+    ]
+    folders = []
+    for number, recipe in enumerate(settings):
+        result = fit(model, tmp_path / str(number), recipe, step1_dir=shared)
+        result.handle.unpatch()
+        folders.append(len(list(shared.iterdir())))
+        assert json.loads((tmp_path / str(number) / "heads.json").read_text())["select"] == recipe.select
+    # when early stopping ends depends on how many heads must have settled
+    assert folders == [1, 1, 2, 3, 4, 5]
+
+
+def test_a_dry_run_says_how_heads_are_chosen():
+    model, objective = tiny_model("llama"), Completions(EXAMPLES)
+    seen = {select: dry_run(model, tiny_tokenizer(), objective, chosen_by(select)) for select in ("saliency", "random")}
+    assert {select: found.recipe["select"] for select, found in seen.items()} == {s: s for s in seen}
+    assert {select: list(found.engine) for select, found in seen.items()} == {
+        "saliency": ["select", "tune"],
+        "random": ["tune"],
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"select": "magic"}, "expected select to be one of lofit, early_stop"),
+        ({"select": "iti_probe"}, "expected select to be one of"),
+        ({"select": None}, "expected select to be one of"),
+        ({"select": "saliency", "select_examples": 0}, "expected select_examples >= 1"),
+        ({"select_examples": 64}, "expected None with select='lofit'"),
+        ({"select": "early_stop", "select_examples": 64}, "expected None with select='early_stop'"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lf.Recipe(**settings)
+
+
+def test_a_number_of_examples_is_a_whole_one():
+    with pytest.raises(TypeError, match="expected select_examples to be an integer"):
+        lf.Recipe(select="saliency", select_examples=6.5)
+
+
+def test_fast_is_what_its_tables_say_and_gives_way():
+    assert lf.Recipe.fast() == lf.Recipe(**FAST_RECIPE)
+    assert lf.Recipe.fast(top=0.1, select_examples=9) == lf.Recipe(**{**FAST_RECIPE, "select_examples": 9}, top=0.1)
+    assert lf.Recipe.fast(select="lofit") == lf.Recipe()
+    assert lf.Engine.fast() == lf.Engine(**FAST_ENGINE)
+    assert lf.Engine.fast(attention="eager").attention == "eager"
+    with pytest.raises(ValueError, match="expected None with select='lofit'"):
+        lf.Recipe.fast(select="lofit", select_examples=9)

@@ -9,6 +9,8 @@ from typing import Literal
 
 Head = tuple[int, int]
 HeadSet = Literal["all"] | tuple[Head, ...] | None
+# on which tokens the vectors act
+POSITIONS = ("all", "answer")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class LofitConfig:
 
     scale, offset: "all", an iterable of (layer, head) pairs, or None for no such component. The two may differ.
     init_std: standard deviation of the normal both start from. seed: of that draw, the same on every device.
+    positions: the tokens that the vectors act on: "all", or "answer", from the last token of the prompt on.
     Raises ValueError / TypeError for no component at all, an empty list, a pair listed twice, or anything not a pair.
     """
 
@@ -24,6 +27,7 @@ class LofitConfig:
     offset: HeadSet = None
     init_std: float = 1e-3
     seed: int = 42
+    positions: Literal["all", "answer"] = "all"
 
     def __post_init__(self) -> None:
         for component in ("scale", "offset"):
@@ -34,6 +38,13 @@ class LofitConfig:
             raise ValueError(f"expected a number init_std >= 0, got {self.init_std!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
+        check_positions(self.positions)
+
+
+def check_positions(positions: object) -> None:
+    """Raise ValueError for what is none of POSITIONS."""
+    if positions not in POSITIONS:
+        raise ValueError(f"expected positions to be 'all' or 'answer', got {positions!r}")
 
 
 def _head_set(component: str, heads: object) -> HeadSet:

@@ -85,8 +85,9 @@ def prompt_states(decoder: nn.Module, rows: Sequence[Sequence[int]], device: tor
     if not tensors:
         raise NotPlain(f"{type(decoder).__name__} keeps no keys and values")
     slots = Slots(tuple((tensor.shape[1], tensor.shape[3]) for tensor in tensors))
-    first = tensors[0]
-    return torch.cat([t.to(first.device, first.dtype).transpose(1, 2).flatten(2) for t in tensors], -1), slots
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise NotPlain("its layers keep keys and values of several dtypes")
+    return torch.cat([tensor.to(device).transpose(1, 2).flatten(2) for tensor in tensors], -1), slots
 
 
 @contextmanager

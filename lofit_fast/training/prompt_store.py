@@ -25,6 +25,7 @@ from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import base_modules, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
 from lofit_fast.models.trials import difference, rounding
+from lofit_fast.patching.acting import EVERYWHERE
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
@@ -113,13 +114,8 @@ def prompts_kept(
         yield collator
         return
     answers, slots = found
-    with going_on(handle.model, slots, lambda: acting_everywhere(handle)):
+    with going_on(handle.model, slots, lambda: handle.acting_on(EVERYWHERE)):
         yield answers
-
-
-def acting_everywhere(handle: LofitHandle):
-    """A scope in which the vectors act on every token of a call."""
-    return handle.acting_on("all") if hasattr(handle, "acting_on") else nullcontext()
 
 
 def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool):
@@ -176,21 +172,25 @@ def _check_steady(base: _Base) -> None:
 
 def _disagreement(base: _Base, slots: Slots, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
     """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
-    lengths = [(span(row) or (0, 0), row) for row in sequences]
-    found = [(start, len(row["labels"]), i) for i, ((start, _), row) in enumerate(lengths) if start]
-    kept = [sequences[i] for start, _, i in sorted(found) if answers.store.find(sequences[i]["input_ids"][:start]) is not None]
-    ends = [kept[0], kept[-1]]
+    ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
     expected, loss = _labelled(model, plain)
     # what is random in training must not move the generators that training draws from
-    with torch.random.fork_rng(), eval_mode(model), going_on(model, slots, lambda: acting_everywhere(base.handle)):
+    with torch.random.fork_rng(), eval_mode(model), going_on(model, slots, lambda: base.handle.acting_on(EVERYWHERE)):
         model.train()
         got, short_loss = _labelled(model, batch)
     allowed = rounding(model)
     away = max(difference(got, expected), abs(float(short_loss / loss) - 1))
     # not a number is not near
     return None if away <= allowed else f"with kept prompts the model's results differ by {away:.1e}"
+
+
+def _ends(store: PrefixStore, sequences: Sequence[Encoded]) -> list[Encoded]:
+    """Of the sequences whose prompts are in a store the one with the shortest prompt and the one with the longest."""
+    starts = [(found[0], place) for place, row in enumerate(sequences) if (found := span(row)) and found[0]]
+    kept = [at for start, at in sorted(starts) if store.find(sequences[at]["input_ids"][:start]) is not None]
+    return [sequences[kept[0]], sequences[kept[-1]]]
 
 
 def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

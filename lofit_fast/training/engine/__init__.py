@@ -36,6 +36,8 @@ class Engine:
         packing: lay a batch's examples end to end in one row instead of padding them, see `collator_of`; True, False
             or "auto".
         prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none.
+        prompt_cache_gb: disk for the prompts' keys and values where vectors act on answers alone, in 10^9 bytes, see
+            `prompt_store.prompts_kept`; 0 takes prompts through the model in every step; a number or "auto".
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".
@@ -51,6 +53,7 @@ class Engine:
     group_by_length: bool = True
     packing: Choice = "auto"
     prefix_cache_gb: float = 0.0
+    prompt_cache_gb: float | Literal["auto"] = "auto"
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
 
@@ -65,6 +68,8 @@ class Engine:
             raise TypeError(f"expected group_by_length to be True or False, got {self.group_by_length!r}")
         if not self.prefix_cache_gb >= 0:
             raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
+        if self.prompt_cache_gb != "auto" and not self.prompt_cache_gb >= 0:
+            raise ValueError(f"expected prompt_cache_gb to be 'auto' or >= 0, got {self.prompt_cache_gb}")
 
 
 @contextmanager

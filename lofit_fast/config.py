@@ -74,6 +74,8 @@ def _pair(component: str, item: object) -> Head:
 
 # which heads are kept of its scores, and step 2
 _NOT_OF_STEP1 = ("top", "min_layer", "tune_lr", "tune_epochs")
+# settings that runs of earlier releases lack, and what these did
+_LATER = {"positions": "all"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Recipe:
     Both steps: AdamW (0.9, 0.999, no decay), learning rate falling linearly to 0, no warm-up, gradients clipped to
     max_grad_norm. batch_size: examples per optimizer step, split into accumulation_steps micro-batches.
     max_length: longest prompt + completion in tokens; None means the model's context.
+    positions: the tokens that the vectors of both steps act on, as of `LofitConfig`.
     """
 
     select_lr: float = 5e-3
@@ -103,6 +106,7 @@ class Recipe:
     seed: int = 42
     max_length: int | None = None
     eval_batch_size: int = 32
+    positions: Literal["all", "answer"] = "all"
 
     def __post_init__(self) -> None:
         whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
@@ -129,10 +133,15 @@ class Recipe:
                 f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
             )
         check_top(self.top)
+        check_positions(self.positions)
+
+    def identity(self) -> dict[str, object]:
+        """The settings that make two runs the same one. What came later is named where it differs from its default."""
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
 
     def of_step1(self) -> dict[str, object]:
         """The settings that step 1 depends on: those with the same train the same scales."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_STEP1}
+        return {name: value for name, value in self.identity().items() if name not in _NOT_OF_STEP1}
 
 
 def check_top(top: int | float) -> None:

@@ -20,6 +20,7 @@ from lofit_fast.cli.options import (
     Json,
     MinLayer,
     Model,
+    Positions,
     Seed,
     SelectEpochs,
     SelectLr,
@@ -64,6 +65,7 @@ def select(
     reference: Annotated[
         Path | None, typer.Option(help="A heads.json to compare with. Default: lofit's choice, if it is a method.")
     ] = None,
+    positions: Positions = None,
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -82,6 +84,7 @@ def select(
     names = _methods(method)
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
+    given["positions"] = positions
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
     reading = reading_of(split, subset, columns, train_on)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]

@@ -18,6 +18,7 @@ from lofit_fast.cli.options import (
     Json,
     MinLayer,
     Model,
+    Positions,
     Seed,
     SelectEpochs,
     SelectLr,
@@ -66,6 +67,7 @@ def train(
     ] = None,
     accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    positions: Positions = None,
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -104,7 +106,7 @@ def train(
     name = task_name(task, data)
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
-    recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, **numbers)
+    recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, positions=positions, **numbers)
     knobs = {"compile": compile, "packing": packing}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)

@@ -14,6 +14,8 @@ from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_i
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.patching.answer_positions import answers_of
+from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
@@ -97,7 +99,8 @@ def log_probs(
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
             ids, labels, mask = (part.to(device) for part in (ids, labels, mask))
-            output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
+            with acting_on(model, answers_of(labels)):
+                output = model(input_ids=ids, attention_mask=mask, **keeping(labels, logits))
             logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value

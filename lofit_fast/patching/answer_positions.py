@@ -220,7 +220,7 @@ def _starts(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
                 f"position_ids out, or {SAY_IT}"
             )
         positions = positions.expand(shape)
-        found.append(positions[:, 1:] != positions[:, :-1] + 1)
+        found.append(positions[:, 1:] <= positions[:, :-1])
     if "seq_idx" in given:
         indices = given["seq_idx"].view(shape)
         found.append(indices[:, 1:] != indices[:, :-1])
@@ -230,15 +230,16 @@ def _starts(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         found.append(marks[:-1].view(shape)[:, 1:])
     if isinstance(padding, Tensor) and padding.dim() == 2:
         if padding.shape == shape:
-            # zeros for padding, and some number the examples of a row
-            found.append(padding[:, 1:] != padding[:, :-1])
+            # some number the examples of a row there
+            here, later = padding[:, :-1], padding[:, 1:]
+            found.append((here != later) & (here != 0) & (later != 0))
     elif padding is not None and not found:
         raise ValueError(f"an attention mask of one's own does not say where examples begin: {SAY_IT}")
     if not found:
         return None
     device = _tokens(given).device
-    later = torch.stack([each.to(device) for each in found]).any(0)
-    return torch.cat((later.new_zeros(shape[0], 1), later), 1)
+    begins = torch.stack([each.to(device) for each in found]).any(0)
+    return torch.cat((begins.new_zeros(shape[0], 1), begins), 1)
 
 
 def _by_cache(given: Mapping[str, Any], cache: Any) -> Mask:

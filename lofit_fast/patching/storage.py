@@ -17,8 +17,8 @@ from lofit_fast.files import whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
 from lofit_fast.patching.families import PROJECTIONS
 
-# version 1 named tensors "layers.<n>.<projection>.<component>"; version 3 is of vectors that act on answers alone, which
-# releases that do not know them must not apply everywhere
+# version 1 named tensors "layers.<n>.<projection>.<component>"; version 3 is of vectors that act on answers alone:
+# releases that do not know of these must not apply them everywhere
 FORMAT_VERSION, ANSWER_VERSION, READ_VERSIONS = 2, 3, (1, 2, 3)
 # what PEFT and transformers show, a KeyError, when they meet such a folder and `lofit_fast.peft` is not imported: they
 # look this up before anything else in the file

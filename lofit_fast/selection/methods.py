@@ -74,7 +74,7 @@ def saliency(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=Fa
 
     def scores() -> Tensor:
         data = objective_of(task).encoded(model, tokenizer, recipe.max_length, progress)
-        handle = patch(model, LofitConfig(scale="all", init_std=0.0))
+        handle = patch(model, LofitConfig(scale="all", init_std=0.0, positions=recipe.positions))
         try:
             return saliency_scores(handle, data.losses(recipe, progress), recipe.l1)
         finally:

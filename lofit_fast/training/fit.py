@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
@@ -213,6 +215,21 @@ def _check_unpatched(model: nn.Module) -> None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
 
 
+def check_one_answer(rows: Sequence[Encoded]) -> None:
+    """Raise ValueError for an example that goes on with prompt after an answer, which vectors for answers leave alone.
+
+    Of several answers each has a prompt of its own, the answers before included: one row has room for one of them.
+    """
+    for number, row in enumerate(rows, start=1):
+        learned = [label != IGNORED for label in row["labels"]]
+        begins = sum(here and not before for before, here in pairwise([False, *learned]))
+        if begins > 1:
+            raise ValueError(
+                f"example {number} has {begins} answers, expected 1 for vectors that act on answers alone "
+                "(positions='answer'): learn the last turn of each conversation (train_on='last', --train-on last)"
+            )
+
+
 class _TwoSteps:
     """Everything the two steps share: the encoded data, the recipe, the way a step is trained and measured."""
 
@@ -225,6 +242,8 @@ class _TwoSteps:
         self.projections = find_projections(model)
         self.objective = objective
         self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
+        if recipe.positions == "answer":
+            check_one_answer(self.data.rows)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         if min(recipe.select_epochs, recipe.tune_epochs) < self.data.least_epochs:
             raise ValueError(
@@ -256,7 +275,7 @@ class _TwoSteps:
             special |= getattr(callback, "identity", {})
         return special | {
             "objective": self.objective.name,
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.identity(),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
                 "weights": weights_digest(p.module for p in self.projections),
@@ -307,7 +326,8 @@ class _TwoSteps:
         return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
 
     def _config(self, **heads) -> LofitConfig:
-        return LofitConfig(init_std=self.recipe.init_std, seed=self.recipe.seed, **heads)
+        shared = ("init_std", "seed", "positions")
+        return LofitConfig(**{name: getattr(self.recipe, name) for name in shared}, **heads)
 
     def _schedule(self, lr: float, epochs: int) -> Schedule:
         shared = ("batch_size", "accumulation_steps", "l1", "max_grad_norm", "seed", "max_length", "eval_batch_size")
@@ -340,7 +360,7 @@ class _TwoSteps:
         recipe, data, tokenizer = self.recipe, self.data, self.tokenizer
         epochs = {"select": (recipe.select_lr, recipe.select_epochs), "tune": (recipe.tune_lr, recipe.tune_epochs)}
         # the rules try a patched model
-        handle = patch(self.model, LofitConfig(offset="all"))
+        handle = patch(self.model, self._config(offset="all"))
         try:
             return {
                 stage: settle_for(handle, self._usable(stage), data, tokenizer, self._schedule(*epochs[stage]))[0]

@@ -24,7 +24,7 @@ from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import base_modules, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
-from lofit_fast.models.trials import difference, rounding
+from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.acting import EVERYWHERE
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
@@ -105,7 +105,7 @@ def prompts_kept(
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             known = isinstance(error, NotPlain | OSError)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            reason = str(error) if known else f"{type(handle.model).__name__} cannot go on from them ({said_of(error)})"
             warnings.warn(
                 f"prompts are not kept: {reason}. Every step takes them through the model again, with the same result",
                 stacklevel=3,

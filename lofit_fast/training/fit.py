@@ -26,11 +26,14 @@ from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.engine import Engine
-from lofit_fast.training.engine.auto import said
+from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
+
+# knobs of the engine that say how much disk it may take
+_OF_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 
 
 @dataclass(frozen=True)
@@ -442,9 +445,10 @@ class _TwoSteps:
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
         for name, value in asdict(self.asked).items():
-            if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
+            if name not in _OF_DISK and value not in ("auto", kept[name]):
                 raise ValueError(
                     f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
                     "folder, or start over with resume=False (--no-resume)"
                 )
-        return Engine(**{**kept, "prefix_cache_gb": usable.prefix_cache_gb})
+        asked = {name: getattr(usable, name) for name in _OF_DISK}
+        return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))

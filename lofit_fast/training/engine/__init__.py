@@ -40,6 +40,8 @@ class Engine:
         packing: lay a batch's examples end to end in one row instead of padding them, see `collator_of`; True, False
             or "auto".
         prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none.
+        prompt_cache_gb: disk for the prompts' keys and values where vectors act on answers alone, in 10^9 bytes, see
+            `prompt_store.prompts_kept`; 0 takes prompts through the model in every step; a number or "auto".
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
         frozen_products: how the products with frozen weights are computed in training: "full", or quantized to "int8" or
@@ -58,6 +60,7 @@ class Engine:
     group_by_length: bool = True
     packing: Choice = "auto"
     prefix_cache_gb: float = 0.0
+    prompt_cache_gb: float | Literal["auto"] = "auto"
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
     frozen_products: FrozenProducts = "full"
@@ -76,6 +79,8 @@ class Engine:
             raise ValueError(f"expected frozen_products to be one of {known}, got {self.frozen_products!r}")
         if not self.prefix_cache_gb >= 0:
             raise ValueError(f"expected prefix_cache_gb >= 0, got {self.prefix_cache_gb}")
+        if self.prompt_cache_gb != "auto" and not self.prompt_cache_gb >= 0:
+            raise ValueError(f"expected prompt_cache_gb to be 'auto' or >= 0, got {self.prompt_cache_gb}")
 
     @classmethod
     def fast(cls, **knobs) -> Engine:

@@ -92,7 +92,7 @@ sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bo
 # without the second model its cells are absent, and the others are measured all the same
 SECOND_MODEL = @$(MAKE) --no-print-directory $(GEMMA) || echo "Gemma could not be installed: its cells will be absent"
 
-bench: $(STAMP) ## ours against the peers on this machine, in one call of 18 to 45 minutes; DATA=DIR for CLUTRR; goes on if interrupted
+bench: $(STAMP) ## ours against the peers on this machine, in one call of 30 to 75 minutes; DATA=DIR for CLUTRR; goes on if interrupted
 	$(SECOND_MODEL)
 	$(BIN)/python -m benchmarks.speed $(if $(DATA),--data $(DATA))
 

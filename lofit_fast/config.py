@@ -11,6 +11,8 @@ from typing import Literal
 
 Head = tuple[int, int]
 HeadSet = Literal["all"] | tuple[Head, ...] | None
+# on which tokens the vectors act
+POSITIONS = ("all", "answer")
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class LofitConfig:
 
     scale, offset: "all", an iterable of (layer, head) pairs, or None for no such component. The two may differ.
     init_std: standard deviation of the normal both start from. seed: of that draw, the same on every device.
+    positions: the tokens that the vectors act on: "all", or "answer", from the last token of the prompt on.
     Raises ValueError / TypeError for no component at all, an empty list, a pair listed twice, or anything not a pair.
     """
 
@@ -26,6 +29,7 @@ class LofitConfig:
     offset: HeadSet = None
     init_std: float = 1e-3
     seed: int = 42
+    positions: Literal["all", "answer"] = "all"
 
     def __post_init__(self) -> None:
         for component in ("scale", "offset"):
@@ -36,6 +40,13 @@ class LofitConfig:
             raise ValueError(f"expected a number init_std >= 0, got {self.init_std!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
+        check_positions(self.positions)
+
+
+def check_positions(positions: object) -> None:
+    """Raise ValueError for what is none of POSITIONS."""
+    if positions not in POSITIONS:
+        raise ValueError(f"expected positions to be 'all' or 'answer', got {positions!r}")
 
 
 def _head_set(component: str, heads: object) -> HeadSet:
@@ -80,6 +91,8 @@ SELECT: dict[str, tuple[str, ...]] = {
 LOOKING_ONCE = ("saliency",)
 # what `Recipe.fast` has instead of the paper's
 FAST_RECIPE: dict[str, object] = {"select": "saliency", "select_examples": 128}
+# settings that runs of earlier releases lack, and what these did
+_LATER = {"positions": "all", "select": "lofit", "select_examples": None}
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,7 @@ class Recipe:
     Both steps: AdamW (0.9, 0.999, no decay), learning rate falling linearly to 0, no warm-up, gradients clipped to
     max_grad_norm. batch_size: examples per optimizer step, split into accumulation_steps micro-batches.
     max_length: longest prompt + completion in tokens; None means the model's context.
+    positions: the tokens that the vectors of both steps act on, as of `LofitConfig`.
     """
 
     select_lr: float = 5e-3
@@ -113,6 +127,7 @@ class Recipe:
     seed: int = 42
     max_length: int | None = None
     eval_batch_size: int = 32
+    positions: Literal["all", "answer"] = "all"
     select: str = "lofit"
     select_examples: int | None = None
 
@@ -141,6 +156,7 @@ class Recipe:
                 f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
             )
         check_top(self.top)
+        check_positions(self.positions)
         _check_select(self.select, self.select_examples)
 
     @classmethod

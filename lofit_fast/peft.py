@@ -38,13 +38,15 @@ class LofitPeftConfig(PeftConfig):
 
     scale, offset, init_std, seed: as of `LofitConfig`. modules_to_save: as of every PEFT method. The projections are
     found in the model: `target_modules` is filled in, not asked for. fingerprint: the shape of the model that the
-    adapter is for, once there is one. Raises what `LofitConfig` raises.
+    adapter is for, once there is one. positions: "all", the only one that PEFT's models do.
+    Raises what `LofitConfig` raises, and ValueError for vectors that act on answers alone.
     """
 
     scale: HeadSet = None
     offset: HeadSet = None
     init_std: float = 1e-3
     seed: int = 42
+    positions: str = field(default="all", repr=False)
     modules_to_save: list[str] | None = None
     target_modules: set[str] | None = field(default=None, repr=False)
     fingerprint: dict | None = field(default=None, repr=False)
@@ -54,11 +56,16 @@ class LofitPeftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.LOFIT
         config = self.heads()
+        if config.positions != "all":
+            raise ValueError(
+                "vectors that act on answers alone (positions='answer') are not for models of PEFT, which do not find "
+                "where an answer begins: use lofit_fast.load or lofit_fast.patch"
+            )
         self.scale, self.offset = config.scale, config.offset
 
     def heads(self) -> LofitConfig:
         """What is adapted, for `lofit_fast`."""
-        return LofitConfig(self.scale, self.offset, self.init_std, self.seed)
+        return LofitConfig(self.scale, self.offset, self.init_std, self.seed, self.positions)
 
     def to_dict(self) -> dict:
         """What `adapter_config.json` holds: what `handle.save` writes, and PEFT's own entries."""

@@ -24,7 +24,7 @@ from benchmarks.speed.ratios import write_summary
 from benchmarks.speed.step.packaged_models import MODELS
 from lofit_fast.files import write_json
 
-BUDGET = 45.0
+BUDGET = 75.0
 out = Console()
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
+from benchmarks.peers.peer import AS_RUN, INT8, SAME_ENGINE, TUNED_STOCK
 from benchmarks.peers.table import TIMED
 from benchmarks.speed.cells import Cell, Options
 from benchmarks.speed.op.layer_level import layer_milliseconds
 from benchmarks.speed.op.op_level import operator_seconds
 from benchmarks.speed.step import (
+    answer_speed,
+    fast_run,
     generation_speed,
     losses,
     peak_memory,
@@ -21,7 +23,7 @@ from benchmarks.speed.step import (
     sweep_speed,
     whole_run,
 )
-from benchmarks.speed.step.packaged_models import MODELS, loaded, model_alone
+from benchmarks.speed.step.packaged_models import MODELS, alone_with_tokenizer, loaded, model_alone
 from benchmarks.speed.step.row_process import Host, apart
 from benchmarks.speed.step.rows import Row, settled_engine
 from benchmarks.speed.step.workload import BATCH, POOL, task
@@ -29,18 +31,29 @@ from benchmarks.speed.step.workload import BATCH, POOL, task
 STEPS = ("step 1", "step 2")
 # the two sides of every ratio in the summary; the floor and LoRA do not depend on the step
 CORE = (
-    *(Row("ours", SAME_ENGINE, step) for step in STEPS),
+    *(Row("ours", setting, step) for setting in (SAME_ENGINE, INT8) for step in STEPS),
     Row("floor", SAME_ENGINE),
     *(Row("hook", AS_RUN, step) for step in STEPS),
     Row("lora_all", AS_RUN),
 )
+# ours beside the peers in the loop of a careful user
+CAREFUL = (
+    Row("ours", SAME_ENGINE, "step 2"),
+    *(
+        Row(peer, setting, step)
+        for setting in (AS_RUN, TUNED_STOCK)
+        for peer, step in (("hook", "step 2"), ("lora_all", ""))
+    ),
+)
 # the second model's steps are the longest cell: three rounds are enough to see ratios of 5 and more
 FIRST, SECOND = MODELS
 STEP_ROUNDS = {FIRST: 5, SECOND: 3}
-PREFIX_ROUNDS, SCORING_ROUNDS, PEER_ROUNDS, GENERATION_ROUNDS = 5, 3, 2, 2
+PREFIX_ROUNDS, SCORING_ROUNDS, PEER_ROUNDS, GENERATION_ROUNDS, ANSWER_ROUNDS = 5, 3, 2, 2, 5
+# examples of the part of a stock loop by which its whole run is counted up
+FAST_PART = 32
 LOSS_EXAMPLES = 16
-# minutes of `make bench` in all: below its limit of 45, for a machine that is a little slower than the one planned for
-PLANNED_MINUTES = 38.0
+# minutes of `make bench` in all: below its limit of 75, for a machine that is a little slower than the one planned for
+PLANNED_MINUTES = 65.0
 
 
 def memory_rows(step: str) -> tuple[Row, Row]:
@@ -77,8 +90,10 @@ def _headline(model: str) -> list[Cell]:
         memory = zip((row for step in STEPS for row in memory_rows(step)), (0.5, 1.1, 0.45, 1.3), strict=True)
     else:
         memory = zip(memory_rows("step 2"), (0.8, 1.05), strict=True)
-    steps = Cell(f"{model}/steps", partial(_core, model), 8.8 if model == FIRST else 10.6)
-    return [steps, *(_memory(model, row, minutes) for row, minutes in memory)]
+    steps = Cell(f"{model}/steps", partial(_core, model), 11.7 if model == FIRST else 14.1)
+    memory = [_memory(model, row, minutes) for row, minutes in memory]
+    answers = Cell(f"{model}/answer only", partial(_answers, model), 2)
+    return [steps, *memory, answers, Cell(f"{model}/fast run", partial(_fast_run, model), 7)]
 
 
 def _whole_of(model: str) -> list[Cell]:
@@ -104,6 +119,7 @@ def _more(models: list[str]) -> list[Cell]:
         if model != models[0]:
             cells += [cell for cell in _whole_of(model) if cell.name != "ops"]
         cells += [Cell(f"{model}/losses float32", partial(_losses, model, "float32"), 2.7)]
+        cells += [Cell(f"{model}/careful steps", partial(_careful, model), 8)]
         cells += [_whole_run(model, "lora_all", 1.4), _peer_cell(model, AS_RUN, STEPS, 5.3)]
         cells += [Cell(f"{model}/generation", partial(_generation, model), 1)]
         cells += [Cell(f"{model}/profile", partial(_profile, model), 1.6)]
@@ -130,6 +146,24 @@ def _core(model: str, options: Options) -> dict:
     return step_level.step_seconds(
         base, work, CORE, rounds=rounds, examples=options.examples, host=_own_processes(model)
     )
+
+
+def _careful(model: str, options: Options) -> dict:
+    base, _, work = loaded(model, options.data, size=POOL)
+    rounds, host = options.rounds or STEP_ROUNDS[model], _own_processes(model)
+    return step_level.step_seconds(base, work, CAREFUL, rounds=rounds, examples=options.examples, host=host)
+
+
+def _answers(model: str, options: Options) -> dict:
+    base, _, work = loaded(model, options.data)
+    return answer_speed.answer_speedup(base, work, rounds=options.rounds or ANSWER_ROUNDS)
+
+
+def _fast_run(model: str, options: Options) -> dict:
+    _, _, work = loaded(model, options.data, size=fast_run.EXAMPLES)
+    of_task = task(options.data, fast_run.EXAMPLES).train[: len(work.rows)]
+    inputs = fast_run.Loaded(partial(alone_with_tokenizer, model), of_task, work)
+    return fast_run.fast_run_seconds(inputs, part=FAST_PART)
 
 
 def _own_processes(model: str) -> Host:

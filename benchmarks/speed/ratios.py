@@ -41,17 +41,30 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
         **_worse("vs_hook_as_run", _rows(steps, ("hook", "as run"), ("ours", "same engine")), min),
         **_worse("vs_lora_all_as_run", _rows(steps, ("lora_all", "as run"), ("ours", "same engine")), min),
         **_worse("vs_floor", _rows(steps, ("ours", "same engine"), ("floor", "same engine")), max),
+        **_worse("int8_speedup", _rows(steps, ("ours", "same engine"), ("ours", "int8")), min),
+        **_worse("vs_hook_as_run_int8", _rows(steps, ("hook", "as run"), ("ours", "int8")), min),
         "peak_memory_vs_hook": max((row["first"] for row in peak.values()), default=None),
         "peak_memory_vs_hook_rows": peak,
     }
     prefix, scoring, sweep = (read(f"{model}/{name}") or {} for name in ("prefix cache", "scoring", "sweep"))
     seconds = {row["peer"]: row.get("seconds") for row in prefix.get("rows", [])}
     summary |= _one("prefix_cache_speedup", _ratio(seconds.get("off"), seconds.get("on")))
+    answers, fast = (read(f"{model}/{name}") or {} for name in ("answer only", "fast run"))
+    summary |= _one("answer_only_epoch_speedup", answers.get("speedup"))
+    summary |= _one("fast_run_vs_hook", fast.get("ratios", {}).get("hook"))
+    summary |= _one("fast_run_vs_lora_all", fast.get("ratios", {}).get("lora_all"))
+    careful = read(f"{model}/careful steps")
+    for peer in ("hook", "lora_all"):
+        pair = (
+            _seconds(careful, name, setting, "step 2")
+            for name, setting in ((peer, "tuned stock"), ("ours", "same engine"))
+        )
+        summary |= _one(f"vs_{peer}_tuned_stock", _ratio(*pair))
     summary |= _one("mc_scoring_speedup", scoring.get("speedup"))
     if sweep:
         summary |= _one("sweep_speedup", sweep.get("speedup"))
         summary |= _one("sweep_jobs_speedup", sweep.get("speedup_jobs"))
-    missing = {"steps": steps, "prefix cache": prefix, "scoring": scoring}
+    missing = {"steps": steps, "prefix cache": prefix, "scoring": scoring, "answer only": answers, "fast run": fast}
     reasons = {name: (cell or {}).get("absent", "not measured") for name, cell in missing.items() if not _whole(cell)}
     return {**summary, "absent": reasons}
 

@@ -55,6 +55,10 @@ SelectLr = Annotated[float | None, typer.Option(help="Learning rate of step 1, a
 L1 = Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")]
 SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step.")]
+Positions = Annotated[
+    str | None,
+    typer.Option(help="Tokens to act on: 'all' (default) or 'answer', from the last of the prompt on."),
+]
 Seed = Annotated[int, typer.Option(help="Of the data draw, the initial vectors and the order.")]
 Select = Annotated[
     str | None,

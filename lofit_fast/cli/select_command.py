@@ -20,6 +20,7 @@ from lofit_fast.cli.options import (
     Json,
     MinLayer,
     Model,
+    Positions,
     Seed,
     SelectEpochs,
     SelectExamples,
@@ -66,6 +67,7 @@ def select(
     reference: Annotated[
         Path | None, typer.Option(help="A heads.json to compare with. Default: lofit's choice, if it is a method.")
     ] = None,
+    positions: Positions = None,
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -85,6 +87,7 @@ def select(
     names = _methods(method)
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
+    given["positions"] = positions
     if select_examples is not None:
         if not set(names) & set(LOOKING_ONCE):
             raise ValueError(f"--select-examples is of {', '.join(LOOKING_ONCE)}, got the methods {', '.join(names)}")

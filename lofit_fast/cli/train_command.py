@@ -19,6 +19,7 @@ from lofit_fast.cli.options import (
     Json,
     MinLayer,
     Model,
+    Positions,
     Seed,
     Select,
     SelectEpochs,
@@ -73,6 +74,7 @@ def train(
     ] = None,
     accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    positions: Positions = None,
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -117,6 +119,7 @@ def train(
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
     numbers |= {"accumulation_steps": accumulation_steps, "select": select, "select_examples": select_examples}
+    numbers["positions"] = positions
     if heads is not None and (select is not None or select_examples is not None):
         raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
     recipe = recipe_of(name, seed, top, fast, **numbers)

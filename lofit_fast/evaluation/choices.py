@@ -22,7 +22,7 @@ from lofit_fast.data.pack import GROUPED
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
-from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.handle import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
@@ -185,7 +185,11 @@ class _Tree:
 
     def rows(self) -> int:
         """How many nodes need logits."""
-        return len({node for node, *_ in self.targets})
+        return len(self.predicting())
+
+    def predicting(self) -> set[int]:
+        """The nodes at which a token of a choice is scored: the last one of each prompt, and those of the choices."""
+        return {node for node, *_ in self.targets}
 
     def append(self, other: _Tree) -> None:
         """Put another tree beside this one."""
@@ -230,7 +234,8 @@ def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[in
     shared = _common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        _forward(model, _chain(shared), prefix, 0, [len(shared) - 1])
+        # all of it is prompt, and short of the last token of any
+        _forward(model, _chain(shared), prefix, 0, [len(shared) - 1], acting=())
     prefix.filling = False
     max_rows = _max_rows(model)
     trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
@@ -252,7 +257,7 @@ def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tup
 
 def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) -> Iterator[tuple[int, int, float]]:
     """Those of a tree's choices. first: (1, vocabulary), the logits of node -1, where a choice begins there."""
-    nodes = sorted({node for node, *_ in tree.targets} - {-1})
+    nodes = sorted(tree.predicting() - {-1})
     logits = [] if first is None else [first]
     if nodes:
         logits.append(_forward(model, tree, prefix, offset, nodes))
@@ -274,7 +279,8 @@ def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]
     for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
         for choice, ending in enumerate(rows):
             ids = torch.tensor([prompt + ending[:-1]], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
+            with acting_on(model, torch.arange(ids.shape[1], device=ids.device)[None] >= len(prompt) - 1):
+                logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
             yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
 
 
@@ -308,8 +314,14 @@ def _max_rows(model) -> int:
     return max(1, _LOGIT_BYTES // (text_config(model).vocab_size * dtype_of(model).itemsize))
 
 
-def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int]) -> Tensor:
-    """(nodes, vocabulary): logits of some nodes of a tree that follows `offset` tokens of prefix."""
+def _forward(
+    model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int], acting: Sequence[int] | None = None
+) -> Tensor:
+    """(nodes, vocabulary): logits of some nodes of a tree that follows `offset` tokens of prefix.
+
+    acting: the nodes where vectors for answers alone act; None for those whose logits are wanted, as these predict a
+    token of a choice.
+    """
     # places, which forwards take that take no mask
     keep = torch.tensor(nodes, device=model.device)
     takes = _takes_counts(model)
@@ -317,14 +329,17 @@ def _forward(model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int])
     seen = _sight(tree.parents, offset)
     key_positions = torch.cat((torch.arange(offset), positions))
     masks = _masks(text_config(model), seen, positions[:, None] - key_positions, model)
-    out = model(
-        input_ids=torch.tensor([tree.tokens], device=model.device),
-        position_ids=positions[None].to(model.device),
-        attention_mask=masks,
-        past_key_values=prefix,
-        use_cache=True,
-        **({"logits_to_keep": keep} if takes else {}),
-    )
+    acts = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
+    acts[0, nodes if acting is None else list(acting)] = True
+    with acting_on(model, acts.to(model.device)):
+        out = model(
+            input_ids=torch.tensor([tree.tokens], device=model.device),
+            position_ids=positions[None].to(model.device),
+            attention_mask=masks,
+            past_key_values=prefix,
+            use_cache=True,
+            **({"logits_to_keep": keep} if takes else {}),
+        )
     return out.logits[0] if takes else out.logits[0, keep]
 
 

@@ -17,6 +17,8 @@ from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.models.head_trial import longest_head, withheld
 from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.patching.answer_positions import answers_of
+from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
@@ -115,11 +117,12 @@ def log_probs(
             if add is not None:
                 batch = add(batch, [rows[i] for i in chosen])
             labels = labels.to(device)
-            if head is not None and head.is_long(n_following(labels)):
-                logp, _, _ = long_log_probs(model, on_device(batch, device), labels, logits, head)
-            else:
-                output = model(**on_device(batch, device), **keeping(labels, logits))
-                logp = labelled_log_probs(output, labels, logits)
+            with acting_on(model, answers_of(labels)):
+                if head is not None and head.is_long(n_following(labels)):
+                    logp, _, _ = long_log_probs(model, on_device(batch, device), labels, logits, head)
+                else:
+                    output = model(**on_device(batch, device), **keeping(labels, logits))
+                    logp = labelled_log_probs(output, labels, logits)
             for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
                 values[i] = value
     return values

@@ -33,6 +33,7 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     cannot be written. Nothing is left behind then.
     """
     handle.check_live()
+    handle.check_everywhere("export")
     folder = Path(folder)
     check_whole(handle.model, "export")
     plain = plain_model(handle)
@@ -54,6 +55,7 @@ def plain_model(handle: LofitHandle) -> nn.Module:
     """
     from transformers import PreTrainedModel
 
+    handle.check_everywhere("export")
     model = handle.model
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(

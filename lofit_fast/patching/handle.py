@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.patching.acting import Acting, Mask, said
+from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
@@ -32,7 +34,8 @@ class LofitHandle:
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
-    warns where a state_dict is loaded. All three are None until the model is patched.
+    warns where a state_dict is loaded. answer_watch: with positions="answer", what finds where answers begin. All of
+    them are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -44,6 +47,7 @@ class LofitHandle:
         self.model_fold: ModelFold | None = None
         self.peft_watch: PeftWatch | None = None
         self.load_watch: LoadWatch | None = None
+        self.answer_watch: AnswerWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -93,6 +97,35 @@ class LofitHandle:
             for layer in self.layers.values():
                 scopes.enter_context(layer.fold())
             yield
+
+    @contextmanager
+    def acting_on(self, mask: Mask) -> Iterator[None]:
+        """A scope that says on which tokens the vectors act, for forwards that do not say where their answers begin.
+
+        mask: (B, S) bool for the forwards inside, true where the vectors act, or "all" for every token. It holds in
+        the thread, or task, that has entered the scope.
+        Raises TypeError / ValueError for anything else, and ValueError for vectors that act everywhere in any case.
+        """
+        self.check_live()
+        if self.acting is None:
+            raise ValueError(
+                "the vectors act on every token (positions='all'): acting_on is for LofitConfig(positions='answer')"
+            )
+        with said(self.acting, mask):
+            yield
+
+    @property
+    def acting(self) -> Acting | None:
+        """What the layers share of where their vectors act; None where that is everywhere."""
+        return next(iter(self.layers.values())).acting
+
+    def check_everywhere(self, action: str) -> None:
+        """Raise ValueError for vectors that act on answers alone. action: what a plain model is wanted for."""
+        if self.config.positions != "all":
+            raise ValueError(
+                f"cannot {action}: the vectors act on answers alone (positions='answer'), and a plain model cannot "
+                "tell a prompt from an answer. Keep the adapter folder, which lofit_fast.load puts into the base"
+            )
 
     def vectors(self) -> dict[tuple[str, int], nn.Parameter]:
         """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each."""
@@ -158,6 +191,8 @@ class LofitHandle:
         self.model_fold.remove()
         self.peft_watch.remove()
         self.load_watch.remove()
+        if self.answer_watch is not None:
+            self.answer_watch.remove()
         if self._head is not None:
             self._head.remove()
         self._live = False
@@ -169,9 +204,11 @@ class LofitHandle:
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
-        offloaded, hooked, under another adapter), or its weights are used elsewhere in the model too.
+        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, and for
+        vectors that act on answers alone.
         """
         self.check_live()
+        self.check_everywhere("merge")
         check_whole(self.model, "merge")
         check_writable(self.model, "merge")
         plan = plan_merge(self.model, self.layers, self.projections)
@@ -190,7 +227,10 @@ class LofitHandle:
         layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, layers)
-        self.peft_watch = PeftWatch(decoder, _ancestors(self.model, decoder), layers, list(self.parameters()))
+        ancestors = _ancestors(self.model, decoder)
+        self.peft_watch = PeftWatch(decoder, ancestors, layers, list(self.parameters()))
+        if self.acting is not None:
+            self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
         self.load_watch = LoadWatch(layers[0], decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
@@ -218,6 +258,8 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     and docs/support.md. Of several towers the language model is adapted, of an encoder and a decoder the decoder's
     self-attention (`find_projections`). All else is frozen, an untrained classifier's head too: set `requires_grad` of
     its parameters afterwards to train it. Undo with `handle.unpatch()`, which makes trainable again what was.
+    Vectors with positions="answer" find where answers begin in what each forward is called with, see
+    `answer_positions.where_it_acts`; one that does not say it is refused, outside of `handle.acting_on`.
     Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
     range. A refused model is as it was.
     """
@@ -228,6 +270,11 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     check_unsharded(model)
+    if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "expected positions='all' for a model with an encoder: the prompt is there, and all that its decoder reads "
+            "is the answer"
+        )
     handle = LofitHandle(model, config, find_projections(model))
     around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
     before = saved_names(model) if around_peft else {}
@@ -271,6 +318,15 @@ def handle_of(model: nn.Module) -> LofitHandle | None:
 
 
 @contextmanager
+def acting_on(model: nn.Module, mask: Mask) -> Iterator[None]:
+    """`handle.acting_on` of a model whose vectors act on answers alone; of any other nothing changes."""
+    handle = handle_of(model)
+    alone = handle is not None and handle.acting is not None
+    with handle.acting_on(mask) if alone else nullcontext():
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
     handle = handle_of(model)
@@ -291,12 +347,14 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
     offset = _heads_by_layer("offset", config.offset, projections)
     # drawn on the CPU, so that a seed means the same on every device
     generator = torch.Generator().manual_seed(config.seed)
+    acting = None if config.positions == "all" else Acting()
     layers = {}
     for p in projections:
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
         layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
+        layer.acting = acting
         for vectors in layer.parameters(recurse=False):
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
             vectors.data.copy_(draw)

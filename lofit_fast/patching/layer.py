@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
@@ -73,6 +74,8 @@ class LofitLinear(nn.Module):
         # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
         self.folded: Tensor | None = None
         self.early = EarlyFold()
+        # of vectors that act on answers alone: where that is in the forward that goes on
+        self.acting: Acting | None = None
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
         device = device_of(inner, *around)
         self._heads = {"scale": scale_heads, "offset": offset_heads}
@@ -108,21 +111,53 @@ class LofitLinear(nn.Module):
         inner = self._modules["inner"]
         if not self.enabled or (self.peft and not self.active):
             return inner(z)
+        mask = None if self.acting is None else self._mask(z)
         plain = plain_tensors(inner)
         if plain is not None:
             products = products_of(inner) if torch.is_grad_enabled() else None
-            return self._fused(z, plain) if products is None else self._in_8_bits(z, plain, products)
+            if products is not None:
+                return self._in_8_bits(z, plain, products, mask)
+            return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:
             vectors = {}
             for component, heads in self._heads.items():
                 if heads is not None:
                     vectors[component], vectors[_HEADS[component]] = self._vectors(component)
-            return _through(inner, head_affine(z, **vectors))
+            affine = head_affine(z, **vectors)
+            return _through(inner, affine if mask is None else torch.where(mask, affine, z))
         (z,), _ = hook.pre_forward(inner, z)
         # an offloaded weight is there only now
-        y = self._fused(z, plain_tensors(inner, moved=True))
+        plain = plain_tensors(inner, moved=True)
+        y = self._fused(z, plain) if mask is None else self._fused_where(mask.to(z.device), z, plain)
         return hook.post_forward(inner, y)
+
+    def _mask(self, z: Tensor) -> Tensor | None:
+        """(..., 1) bool, true where the vectors act; None for everywhere. Raises ValueError where nobody has said."""
+        mask = self.acting.mask
+        if mask is None:
+            raise ValueError(UNKNOWN)
+        return laid_like(mask, z) if isinstance(mask, Tensor) else None
+
+    def _fused_where(self, mask: Tensor, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
+        """y (..., N) with the vectors where the mask (..., 1) is true, and the base's elsewhere.
+
+        y = z W^T + b + mask (W v): an offset by itself takes one product; a scale takes two, and its numbers where it
+        acts are those that it has everywhere.
+        """
+        weight, bias = plain
+        y = nn.functional.linear(z, weight, bias)
+        if self._heads["scale"] is not None or (weight.requires_grad and torch.is_grad_enabled()):
+            return torch.where(mask, self._fused(z, plain), y)
+        offset, heads = self._vectors("offset")
+        if torch.is_grad_enabled() and offset.requires_grad:
+            early, ready = self.early.folded, self.early.ready
+            fits = early is not None and (ready is None or ready.weight is weight)
+            folded = early if fits else fold_offsets([weight], [offset], [heads])[0]
+        else:
+            folded = self.folded if self.folded is not None else fold_offset(weight, offset, heads)
+        # in float32 at least, and rounded once more
+        return (y + mask * folded).to(y.dtype)
 
     def _fused(self, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
         """y (..., N) beside the weight and the bias of a plain linear."""
@@ -156,19 +191,27 @@ class LofitLinear(nn.Module):
             form=self.form,
         )
 
-    def _in_8_bits(self, z: Tensor, plain: tuple[Tensor, Tensor | None], products: FrozenWeight) -> Tensor:
-        """y (..., N) with the product of z alone in 8 bits: the offsets are folded with the weight itself, and added."""
+    def _in_8_bits(
+        self, z: Tensor, plain: tuple[Tensor, Tensor | None], products: FrozenWeight, mask: Tensor | None
+    ) -> Tensor:
+        """y (..., N) with the product of z alone in 8 bits: the offsets are folded with the weight itself, and added.
+
+        mask: where the vectors act, (..., 1); None for everywhere.
+        """
         weight, bias = plain
-        vectors, shift = {}, bias
+        vectors, shift = {}, None
         if self._heads["scale"] is not None:
             vectors["scale"], vectors["scale_heads"] = self._vectors("scale")
         if self._heads["offset"] is not None:
-            folded = self._folded_offset(weight, *self._vectors("offset"))
-            if folded is None:
+            shift = self._folded_offset(weight, *self._vectors("offset"))
+            if shift is None:
                 vectors["offset"], vectors["offset_heads"] = self._vectors("offset")
-            else:
-                shift = folded if bias is None else folded + bias
-        return quantized_linear(head_affine(z, **vectors), products, shift)
+        affine = head_affine(z, **vectors)
+        if mask is None:
+            both = shift if bias is None or shift is None else shift + bias
+            return quantized_linear(affine, products, bias if both is None else both)
+        y = quantized_linear(torch.where(mask, affine, z), products, bias)
+        return y if shift is None else (y + mask * shift).to(y.dtype)
 
     @property
     def active(self) -> bool:
@@ -280,7 +323,8 @@ class LofitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What is adapted, for print(model)."""
-        return ", ".join(f"{c}={len(self.heads(c))}/{self.n_heads} heads" for c in ("scale", "offset") if self.heads(c))
+        adapted = [f"{c}={len(self.heads(c))}/{self.n_heads} heads" for c in ("scale", "offset") if self.heads(c)]
+        return ", ".join(adapted if self.acting is None else [*adapted, "on answers alone"])
 
 
 def is_plain_linear(module: nn.Module) -> bool:

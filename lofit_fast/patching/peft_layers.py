@@ -98,6 +98,10 @@ class PeftWatch:
         self._look(thoroughly=True)
         return self.witness is not None and self.witness is not self._at_first
 
+    def look(self) -> None:
+        """Find out whether PEFT's layers are there, and switched off, before a forward asks ours."""
+        self._look(thoroughly=False)
+
     def remove(self) -> None:
         """Stop looking."""
         self._hook.remove()

@@ -17,8 +17,9 @@ from lofit_fast.files import whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
 from lofit_fast.patching.families import PROJECTIONS
 
-# version 1 named tensors "layers.<n>.<projection>.<component>"
-FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
+# version 1 named tensors "layers.<n>.<projection>.<component>"; version 3 is of vectors that act on answers alone:
+# releases that do not know of these must not apply them everywhere
+FORMAT_VERSION, ANSWER_VERSION, READ_VERSIONS = 2, 3, (1, 2, 3)
 # what PEFT and transformers show, a KeyError, when they meet such a folder and `lofit_fast.peft` is not imported: they
 # look this up before anything else in the file
 PEFT_TYPE = (
@@ -53,13 +54,14 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     description = {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if config.positions == "all" else ANSWER_VERSION,
         "base_model_name_or_path": adapter.base_model,
         "fingerprint": adapter.fingerprint.as_dict(),
         "scale": config.scale,
         "offset": config.offset,
         "init_std": config.init_std,
         "seed": config.seed,
+        "positions": config.positions,
     }
     tensors = {
         f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors.detach().cpu().contiguous()
@@ -83,7 +85,9 @@ def read_adapter(folder: Path | str) -> Adapter:
         raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
     description = _read_description(folder / CONFIG_FILE)
     try:
-        config = LofitConfig(**{key: description[key] for key in ("scale", "offset", "init_std", "seed")})
+        settings = {key: description[key] for key in ("scale", "offset", "init_std", "seed")}
+        # folders of earlier releases know no other
+        config = LofitConfig(**settings, positions=description.get("positions", "all"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not describe an adapter: {error}") from error
     made_for = description["fingerprint"]
@@ -137,7 +141,7 @@ def _read_description(path: Path) -> dict:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
     if description["format_version"] not in READ_VERSIONS:
         raise ValueError(
-            f"{path} has format version {description['format_version']}, this release reads up to {FORMAT_VERSION}"
+            f"{path} has format version {description['format_version']}, this release reads up to {max(READ_VERSIONS)}"
         )
     return description
 

@@ -89,6 +89,7 @@ def check_export(handle: LofitHandle, folder: Path | str) -> nn.Module:
     has dropped, has made up, or has in another form.
     """
     handle.check_live()
+    handle.check_everywhere("verify an export")
     exported, info = _reloaded(handle.model, folder)
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():

@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lofit_fast.config import Head, LofitConfig, Recipe
+from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections, fingerprint
@@ -24,12 +26,15 @@ from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.engine import Engine
-from lofit_fast.training.engine.auto import said
+from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
+
+# knobs of the engine that say how much disk it may take
+_OF_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,21 @@ def _check_unpatched(model: nn.Module) -> None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
 
 
+def check_one_answer(rows: Sequence[Encoded]) -> None:
+    """Raise ValueError for an example that goes on with prompt after an answer, which vectors for answers leave alone.
+
+    Of several answers each has a prompt of its own, the answers before included: one row has room for one of them.
+    """
+    for number, row in enumerate(rows, start=1):
+        learned = [label != IGNORED for label in row["labels"]]
+        begins = sum(here and not before for before, here in pairwise([False, *learned]))
+        if begins > 1:
+            raise ValueError(
+                f"example {number} has {begins} answers, expected 1 for vectors that act on answers alone "
+                "(positions='answer'): learn the last turn of each conversation (train_on='last', --train-on last)"
+            )
+
+
 class _TwoSteps:
     """Everything the two steps share: the encoded data, the recipe, the way a step is trained and measured."""
 
@@ -244,6 +264,8 @@ class _TwoSteps:
         self.projections = find_projections(model)
         self.objective = objective
         self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
+        if recipe.positions == "answer":
+            check_one_answer(self.data.rows)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         self.way = WAYS[recipe.select]
         trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
@@ -314,7 +336,7 @@ class _TwoSteps:
 
     def look(self, way: Untrained, run: RunFolder | None) -> tuple[Tensor, dict]:
         """The scores of a look without training, and what it took. run: keeps the engine; None keeps nothing."""
-        handle = patch(self.model, LofitConfig(scale="all", init_std=0.0))
+        handle = patch(self.model, LofitConfig(scale="all", init_std=0.0, positions=self.recipe.positions))
         try:
             engine = self._look_engine(way, handle, run)
             return look(way, handle, self.data, self.recipe, engine, self.progress)
@@ -356,7 +378,8 @@ class _TwoSteps:
         return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
 
     def _config(self, **heads) -> LofitConfig:
-        return LofitConfig(init_std=self.recipe.init_std, seed=self.recipe.seed, **heads)
+        shared = ("init_std", "seed", "positions")
+        return LofitConfig(**{name: getattr(self.recipe, name) for name in shared}, **heads)
 
     def _schedule(self, lr: float, epochs: int) -> Schedule:
         shared = ("batch_size", "accumulation_steps", "l1", "max_grad_norm", "seed", "max_length", "eval_batch_size")
@@ -401,7 +424,7 @@ class _TwoSteps:
             above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
             heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
         # the rules try a patched model
-        handle = patch(self.model, LofitConfig(offset=heads))
+        handle = patch(self.model, self._config(offset=heads))
         try:
             settled = {stage: self._settled(handle, stage) for stage in stages}
             tune = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
@@ -430,12 +453,14 @@ class _TwoSteps:
             engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine))
             return engine
+        # a run of an earlier release lacks later knobs, and did what they do by default
+        kept = {**asdict(Engine()), **kept}
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
         for name, value in asdict(self.asked).items():
-            if name != "prefix_cache_gb" and value not in ("auto", kept[name]):
+            if name not in _OF_DISK and value not in ("auto", kept[name]):
                 raise ValueError(
                     f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
                     "folder, or start over with resume=False (--no-resume)"
                 )
-        disk = usable.prefix_cache_gb
-        return Engine(**{**kept, "prefix_cache_gb": kept["prefix_cache_gb"] if disk == "auto" else disk})
+        asked = {name: getattr(usable, name) for name in _OF_DISK}
+        return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,7 @@ from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from lofit_fast.training.prompt_store import prompts_kept
 from lofit_fast.training.run_folder import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
@@ -192,16 +193,14 @@ class EncodedCompletions:
         progress: bool,
         keep: bool,
     ) -> Iterator[Trainer]:
-        """The prefix cache is filled first."""
-        collator = collator_of(engine, pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED))
-        cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+        """The prefix cache, or that of prompts, is filled first."""
         # tried before anything hangs on the head
         largest = max(schedule.batch_size, schedule.eval_batch_size)
         head = longest_head(self.model, self.rows + self.judged_rows, largest)
         with (
             selecting_rows(self.model),
             chunked_losses(self.model, head),
-            prefix_cached(attachment, self.rows + self.judged_rows, collator, **cache) as with_prefix,
+            self._batches(attachment, engine, progress) as collator,
         ):
             yield LofitTrainer(
                 attachment,
@@ -220,8 +219,21 @@ class EncodedCompletions:
                 ),
                 train_dataset=Rows(self.rows),
                 eval_dataset=Rows(self.judged_rows) if self.judged_rows else None,
-                data_collator=with_prefix,
+                data_collator=collator,
             )
+
+    @contextmanager
+    def _batches(self, attachment: Attachment, engine: Engine, progress: bool) -> Iterator[Callable]:
+        """The collator to train with, in a scope in which the model takes its batches."""
+        pad, logits, seen = pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED), self.rows + self.judged_rows
+        collator = collator_of(engine, pad, logits)
+        prompts = {"pad_token_id": pad, "logits": logits, "gb": engine.prompt_cache_gb, "progress": progress}
+        with ExitStack() as scopes:
+            answers = scopes.enter_context(prompts_kept(attachment, seen, collator, **prompts))
+            if answers is collator:
+                cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+                answers = scopes.enter_context(prefix_cached(attachment, seen, collator, **cache))
+            yield answers
 
     def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
         """Exact match of greedy answers."""
@@ -268,7 +280,7 @@ class EncodedPreferences:
 
     least_epochs = 1
     # knobs of the engine that DPO has no use for, and what stands for "not used"
-    UNUSED = {"packing": False, "narrow": False}
+    UNUSED = {"packing": False, "narrow": False, "prompt_cache_gb": 0.0}
 
     def __init__(
         self,

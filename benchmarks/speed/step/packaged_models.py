@@ -30,6 +30,11 @@ def model_alone(heading: str) -> nn.Module:
     return load_model(model_folder(heading))[0]
 
 
+def alone_with_tokenizer(heading: str) -> tuple[nn.Module, object]:
+    """The model and the tokenizer that `loaded` returns, as `model_alone`."""
+    return load_model(model_folder(heading))
+
+
 def model_folder(heading: str) -> str:
     """Where the model is, converted. Raises Absent, saying how to install it, if its package is not there."""
     try:

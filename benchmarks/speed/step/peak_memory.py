@@ -12,7 +12,6 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.peers.peer import AS_RUN
 from benchmarks.speed.step.rows import Row, live, settled_engine, uncopied
 from benchmarks.speed.step.workload import BATCH, Workload
 from lofit_fast.cpu.heap import release_free_memory
@@ -34,8 +33,8 @@ def peak_bytes(base: nn.Module, work: Workload, row: Row, steps: int = STEPS) ->
         batches = one.batches(_examples(work, steps * BATCH), work.pad)
         peaks = []
         # without compiled layers the second ten would be as the first
-        for _ in range(1 if row.setting == AS_RUN else 2):
-            if row.setting != AS_RUN and not on_gpu:
+        for _ in range(1 if row.how.stock else 2):
+            if not row.how.stock and not on_gpu:
                 # as our trainer does where an epoch begins
                 release_free_memory()
             meter.reset()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.peer import AS_RUN, Absent
+from benchmarks.peers.peer import Absent
 from benchmarks.speed.step.loss_check import Checks, Reference
 from benchmarks.speed.step.rows import Live, Row, live, uncopied
 from benchmarks.speed.step.workload import Workload
@@ -127,10 +127,9 @@ def _ready(one: Live, checks: Checks, job: Job) -> Served:
     if not check.ok:
         red = f"loss {check.loss:.5f}, expected {check.reference:.5f} +- {check.tolerance:.5f}"
         return Served({**entry, "red": red}, None)
-    as_run = job.row.setting == AS_RUN
     first = job.batches(one, 0)
-    # nothing compiles as run beyond a hook's own function, and one batch warms that
-    _steps(one, first[: 1 if as_run else None])
+    # nothing compiles in a stock loop beyond a hook's own function, and one batch warms that
+    _steps(one, first[: 1 if job.row.how.stock else None])
     entry["warm_seconds"] = time.perf_counter() - started
     gc.collect()
     release_free_memory()

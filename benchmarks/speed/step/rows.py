@@ -1,4 +1,4 @@
-"""The two settings of every comparison: as its users run it, and in our engine. Never mixed in one row."""
+"""A row of a comparison: a peer, how it is run, and what is trained; and the same put into a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.peer import AS_RUN, Attached
+from benchmarks.peers.peer import Attached
 from benchmarks.peers.table import TIMED
+from benchmarks.speed.step.settings import SETTINGS, STOCK, Setting
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.data.collate import Logits, on_device
@@ -25,17 +26,20 @@ from lofit_fast.training.engine.auto import typical_batch, with_packing
 L1 = 5e-4
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
-# what transformers does unless told otherwise
-STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False, narrow=False, large_pages=False)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to time. step: a key of STEPS, or "" for peers that do not depend on it."""
+    """One thing to time. setting: a key of SETTINGS. step: one of STEPS, or "" for peers that do not depend on it."""
 
     peer: str
     setting: str
     step: str = ""
+
+    @property
+    def how(self) -> Setting:
+        """The setting itself."""
+        return SETTINGS[self.setting]
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.peer, self.step, self.setting) if part)
@@ -61,7 +65,7 @@ class Live:
 
     def batches(self, rows: Sequence[Encoded], pad: int) -> list[dict[str, Tensor]]:
         """The examples as this row's setting batches them, on the model's device."""
-        stock = self.row.setting == AS_RUN
+        stock = self.row.how.stock
         collate = self.collate or collator_of(self.engine, pad, self.logits)
         made = stock_batches(rows, pad) if stock else grouped_batches(rows, collate)
         device = next(self.attached.model.parameters()).device
@@ -69,7 +73,9 @@ class Live:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's loss on a batch, with its graph."""
-        return self.attached.model(**{**batch, "use_cache": False}).loss
+        model = self.attached.model
+        with self.row.how.computing(next(model.parameters()).device):
+            return model(**{**batch, "use_cache": False}).loss
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """One training step, optimizer included; the floor ends with its backward pass. Returns the loss."""
@@ -106,7 +112,7 @@ def live(
 ) -> Iterator[Live]:
     """A scope with the row's peer in a copy of the model, prepared as its setting says, in training mode.
 
-    stock: the engine of rows that are run as their users run them.
+    stock: the engine of rows that are run as their users run them, which the careful ones begin with.
     Raises Absent where the peer cannot be had here.
     """
     model = copied(base)
@@ -118,11 +124,11 @@ def live(
         else None
     )
     attached.model.train()
-    chosen = stock if row.setting == AS_RUN else engine
+    chosen = row.how.engine(engine, stock)
     # how logits are asked for is the engine's, and with a mask the host would wait for the device
-    scope = nullcontext() if row.setting == AS_RUN else selecting_rows(attached.model)
+    scope = nullcontext() if row.how.stock else selecting_rows(attached.model)
     with prepared(attached.model, chosen), scope:
-        logits = "rows" if row.setting == AS_RUN else logit_rows(attached.model, SCOPED)
+        logits = "rows" if row.how.stock else logit_rows(attached.model, SCOPED)
         yield Live(row, attached, optimizer, chosen, logits=logits)
 
 

@@ -41,6 +41,8 @@ class Engine:
             or "auto".
         prefix_cache_gb: disk for the activations below the lowest tuned layer, in 10^9 bytes; 0 keeps none. "auto": a
             tenth of the disk's room where a count says that it pays, see `prefix_cache.worth`; else 0.
+        prompt_cache_gb: disk for the prompts' keys and values where vectors act on answers alone, in 10^9 bytes, see
+            `prompt_store.prompts_kept`; 0 takes prompts through the model in every step; a number or "auto".
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
         frozen_products: how the products with frozen weights are computed in training: "full", or quantized to "int8" or
@@ -60,6 +62,7 @@ class Engine:
     packing: Choice = "auto"
     # what is written stays on a disk after the run, so it waits to be asked for
     prefix_cache_gb: float | Literal["auto"] = 0.0
+    prompt_cache_gb: float | Literal["auto"] = "auto"
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
     frozen_products: FrozenProducts = "full"
@@ -81,6 +84,8 @@ class Engine:
             raise TypeError(f"expected prefix_cache_gb to be a number or 'auto', got {gb!r}")
         if gb != "auto" and not gb >= 0:
             raise ValueError(f"expected prefix_cache_gb >= 0, got {gb}")
+        if self.prompt_cache_gb != "auto" and not self.prompt_cache_gb >= 0:
+            raise ValueError(f"expected prompt_cache_gb to be 'auto' or >= 0, got {self.prompt_cache_gb}")
 
     @classmethod
     def fast(cls, **knobs) -> Engine:

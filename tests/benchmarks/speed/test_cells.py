@@ -146,6 +146,8 @@ def cells_of(model):
     steps = [
         row("ours", ours, "step 1", [2.0, 2.0, 2.0]),
         row("ours", ours, "step 2", [1.0, 1.0, 1.0]),
+        row("ours", "int8", "step 1", [1.0, 1.0, 1.0]),
+        row("ours", "int8", "step 2", [0.8, 0.8, 0.8]),
         row("floor", ours, "", [1.0, 1.0, 0.5]),
         row("hook", hook, "step 1", [8.0, 10.0, 12.0]),
         row("hook", hook, "step 2", [6.0, 7.0, 8.0]),
@@ -155,6 +157,17 @@ def cells_of(model):
         f"{model}/steps": {"rows": steps},
         f"{model}/prefix cache": {"rows": [row("off", ours, "", [4.0, 4.0]), row("on", ours, "", [2.0, 2.0])]},
         f"{model}/scoring": {"absent": "not built"},
+        f"{model}/answer only": {"speedup": {"median": 7.0, "low": 6.0, "high": 8.0}},
+        f"{model}/fast run": {
+            "ratios": {peer: {"median": 5.0, "low": 4.0, "high": 6.0} for peer in ("hook", "lora_all")}
+        },
+        f"{model}/careful steps": {
+            "rows": [
+                row("ours", ours, "step 2", [1.0, 1.0, 1.0]),
+                row("hook", "tuned stock", "step 2", [5.0, 5.0, 5.0]),
+                row("lora_all", "tuned stock", "", [6.0, 6.0, 6.0]),
+            ]
+        },
     }
     peaks = {("ours", "step 1"): 3, ("ours", "step 2"): 2, ("hook", "step 1"): 10, ("hook", "step 2"): 8}
     for each in (row for step in STEPS for row in memory_rows(step)):
@@ -171,6 +184,9 @@ def test_the_summary_carries_the_worse_row():
     assert summary["vs_hook_as_run_rows"]["step 2"]["median"] == 7.0
     assert summary["vs_lora_all_as_run"] == 4.5
     assert summary["vs_floor"] == 2.0
+    assert summary["int8_speedup"] == 1.25 and summary["vs_hook_as_run_int8"] == 8.75
+    assert (summary["vs_hook_tuned_stock"], summary["vs_lora_all_tuned_stock"]) == (5.0, 6.0)
+    assert (summary["answer_only_epoch_speedup"], summary["fast_run_vs_hook_interval"]) == (7.0, [4.0, 6.0])
     assert summary["peak_memory_vs_hook"] == pytest.approx(0.3)
     assert summary["prefix_cache_speedup"] == 2.0
     assert summary["mc_scoring_speedup"] is None
@@ -188,7 +204,8 @@ def test_a_row_alone_is_no_summary():
 def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
     summary = json.loads(write_summary(tmp_path, store, ["M/steps"]).read_text())
     keys = {"vs_hook_as_run", "vs_lora_all_as_run", "vs_floor", "peak_memory_vs_hook"}
-    keys |= {"prefix_cache_speedup", "mc_scoring_speedup"}
+    keys |= {"prefix_cache_speedup", "mc_scoring_speedup", "int8_speedup", "vs_hook_as_run_int8"}
+    keys |= {"answer_only_epoch_speedup", "fast_run_vs_hook", "fast_run_vs_lora_all"}
     assert all(keys <= summary[model].keys() for model in ("SmolLM2-135M", "Gemma-3-270M"))
     assert summary["meta"].keys() >= {"device", "versions", "commit", "results", "data", "evidence"}
     assert summary["meta"]["planned"] == ["M/steps"]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
-from benchmarks.speed.step import losses, peak_memory, prefix_speed, step_profile, whole_run
-from benchmarks.speed.step.rows import Row
+from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, TUNED_STOCK
+from benchmarks.speed.step import fast_run, losses, peak_memory, prefix_speed, settings, step_profile, whole_run
+from benchmarks.speed.step.rows import Row, live
 from benchmarks.speed.step.workload import task, workload
 from lofit_fast.cpu.attention import GROUPED
 from lofit_fast.data.pack import PackedCollator
@@ -114,3 +114,37 @@ def test_the_profile_adds_up(work):
     assert sum(report["kinds"].values()) == pytest.approx(report["seconds_per_step"], rel=0.05)
     assert 0 < report["kinds"]["GEMM"] < report["seconds_per_step"]
     assert report["row"] == "ours, step 1, same engine"
+
+
+def test_a_fast_run_is_timed_whole_and_a_stock_loop_in_part(work):
+    pytest.importorskip("peft")
+    inputs = fast_run.Loaded(lambda: (tiny(), word_tokenizer()), task(None, SIZE).train, work)
+    report = fast_run.fast_run_seconds(inputs, part=SIZE // 2, epochs=1, processes=False)
+    assert report["ratios"].keys() == report["whole_run_seconds"].keys() == fast_run.PEERS.keys()
+    assert all(0 < made["low"] <= made["median"] <= made["high"] for made in report["ratios"].values())
+    assert 0.3 < report["parts"]["share_of_tokens"] < 0.7
+    # a part of one epoch of each step stands for as many epochs of all examples
+    seconds, share = report["parts"]["seconds"]["hook"][0], report["parts"]["share_of_tokens"]
+    assert report["whole_run_seconds"]["hook"][0] == pytest.approx(seconds / share)
+    assert len(report["ours"]["losses"]) == 1
+
+
+def test_what_a_careful_user_switches_on_changes_no_batch(work):
+    stock, careful = (Row("hook", setting, "step 2") for setting in (AS_RUN, TUNED_STOCK))
+    with live(tiny(), stock, ENGINE) as one, live(tiny(), careful, ENGINE) as other:
+        assert other.engine == replace(one.engine, large_pages=True)
+        for mine, theirs in zip(one.batches(work.rows, work.pad), other.batches(work.rows, work.pad), strict=True):
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_autocast_is_for_who_would_use_it(work, monkeypatch, fast):
+    monkeypatch.setattr(settings, "best_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
+    seen = {}
+    for setting in (AS_RUN, TUNED_STOCK):
+        with live(tiny(), Row("hook", setting, "step 2"), ENGINE) as one:
+            layer = one.attached.model.model.layers[0].mlp.down_proj
+            hook = layer.register_forward_hook(lambda *call, at=setting: seen.update({at: call[2].dtype}))
+            one.loss(one.batches(work.rows[:2], work.pad)[0])
+            hook.remove()
+    assert seen == {AS_RUN: torch.float32, TUNED_STOCK: torch.bfloat16 if fast else torch.float32}

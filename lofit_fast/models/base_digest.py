@@ -1,0 +1,50 @@
+"""What tells two base models apart: digests of all that their results depend on, vectors not among it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.layer import LofitLinear
+
+# differ between equal models
+_INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+
+
+def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
+    """Plain data over what the hidden states of a decoder depend on: weights, code, settings.
+
+    The same with vectors in the projections and without.
+    """
+    config = text_config(model)
+    modules = list(base_modules(decoder))
+    return {
+        "versions": [torch.__version__, transformers.__version__],
+        "attention": getattr(config, "_attn_implementation", None),
+        "config": {name: value for name, value in config.to_dict().items() if name not in _INCIDENTAL},
+        "modules": [f"{type(module).__module__}.{type(module).__name__}({module.extra_repr()})" for module in modules],
+        "weights": _digests([t for m in modules for of in (m.parameters, m.buffers) for t in of(recurse=False)]),
+    }
+
+
+def base_modules(decoder: nn.Module) -> Iterator[nn.Module]:
+    """A decoder's modules but for the wrappers that hold vectors; what they wrap is among them."""
+    return (module for module in decoder.modules() if not isinstance(module, LofitLinear))
+
+
+def _digests(tensors: list[Tensor]) -> list[str]:
+    """SHA-256 of each, all of its bytes."""
+
+    def one(tensor: Tensor) -> str:
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw.data).hexdigest()}"
+
+    # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return list(pool.map(one, tensors))

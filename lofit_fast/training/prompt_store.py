@@ -1,0 +1,254 @@
+"""Prompts computed once: their keys and values by the base, on disk, and training on the answers alone.
+
+For vectors that act from the last prompt token on. What stands before it is the base's in every epoch, in every run and
+under every adapter, so that runs on the same model and data share one store, whatever heads they tune.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lofit_fast.data.collate import Batch, Logits, on_device
+from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.files import writable_folder
+from lofit_fast.models.base_digest import base_modules, identity_of
+from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
+from lofit_fast.models.trials import difference, rounding, said_of
+from lofit_fast.patching.acting import EVERYWHERE
+from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
+from lofit_fast.training.answer_batches import AnswerCollator, Collator, prompts_of, span
+from lofit_fast.training.engine.compiled_layers import any_compiled
+from lofit_fast.training.engine.device_queue import pins
+from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
+from lofit_kernels.answers import cache_folder
+
+# padded tokens per forward of a fill
+FILL_TOKENS = 2048
+# bytes of the disk that a fill leaves free
+_LEFT_FREE = 10**9
+# what the files mean; another number is another key
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A patched model's base, as prompts meet it: the vectors switched off, layers uncompiled, no graph."""
+
+    handle: LofitHandle
+    model: nn.Module
+    decoder: nn.Module
+    device: torch.device
+
+    @classmethod
+    def of(cls, handle: LofitHandle) -> _Base:
+        return cls(handle, handle.model, handle.model_fold.decoder, device_of(handle.model))
+
+    def run(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Slots]:
+        """`prompt_states` of rows, and where they lie."""
+        with self.handle.disabled(), self.uncompiled(), torch.no_grad():
+            return prompt_states(self.decoder, rows, self.device)
+
+    def uncompiled(self):
+        """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
+        layers = decoder_layers(self.model)
+        return torch.compiler.set_stance("force_eager") if any_compiled(layers) else nullcontext()
+
+
+@contextmanager
+def prompts_kept(
+    handle: LofitHandle,
+    sequences: Sequence[Encoded],
+    collator: Collator,
+    *,
+    pad_token_id: int,
+    logits: Logits,
+    gb: float,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Iterator[Collator]:
+    """A scope in which batches of the given sequences take only their answers through the model.
+
+    Yields the collator to train with: an `AnswerCollator`, or `collator` itself where nothing is kept. Losses and
+    gradients are those of whole sequences, up to rounding.
+    handle: one whose vectors act on answers. sequences: all that training and evaluation will see; when their prompts
+    do not all fit, the shortest are kept, and batches with others run whole. collator: makes batches of whole sequences
+    for such vectors. logits: what the model can be asked for, see `CompletionCollator`.
+    gb: bound on all stores in `folder` together, in 10^9 bytes; 0 keeps nothing. folder: default "prompts" in the cache
+    folder of lofit-fast.
+    Nothing is kept, and a warning says why, for a model that keeps more of a token than keys and values, whose passes
+    differ (dropout), that recomputes its layers in the backward pass (gradient checkpointing), or whose logits or loss
+    with the store are others than without; and when the disk does not take it.
+    """
+    if not gb:
+        yield collator
+        return
+    found = None
+    with eval_mode(handle.model), torch.no_grad():
+        try:
+            base = _Base.of(handle)
+            made = {"collator": collator, "pad_token_id": pad_token_id, "logits": logits}
+            found = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
+        # training goes on without it, whatever a model, a batch or a disk may raise
+        except Exception as error:
+            known = isinstance(error, NotPlain | OSError)
+            reason = str(error) if known else f"{type(handle.model).__name__} cannot go on from them ({said_of(error)})"
+            warnings.warn(
+                f"prompts are not kept: {reason}. Every step takes them through the model again, with the same result",
+                stacklevel=3,
+            )
+    if found is None:
+        yield collator
+        return
+    answers, slots = found
+    with going_on(handle.model, slots, lambda: handle.acting_on(EVERYWHERE)):
+        yield answers
+
+
+def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool):
+    """(AnswerCollator, Slots): over a store that is filled if need be, and proved on this very model."""
+    _check_steady(base)
+    prompts = prompts_of(sequences)
+    if not prompts:
+        raise NotPlain("no prompt has more than one token")
+    sample, slots = base.run(prompts[:1])
+    folder = writable_folder(root) / _key(base, prompts, sample, slots)
+    allowed = _allowed_bytes(root, gb)
+    kept = _that_fit(prompts, sample, gb, allowed)
+    make_room(root, folder.name, allowed - _bytes(kept, sample))
+    store = PrefixStore.open(folder)
+
+    def proved(store: PrefixStore) -> AnswerCollator | str:
+        answers = AnswerCollator(store=store, pinned=pins(base.device), **made)
+        return _disagreement(base, slots, answers, sequences) or answers
+
+    usable = store is not None and len(store) >= len(kept) and store.states.nbytes <= allowed
+    # the key cannot see everything, such as what a hook does: what disagrees is made anew, and judged again
+    if usable and not isinstance(answers := proved(store), str):
+        return answers, slots
+    PrefixStore.discard(folder)
+    PrefixStore.write(folder, _filled(base, kept, progress))
+    store = PrefixStore.open(folder)
+    if store is None:
+        raise NotPlain(f"what was written to {folder} cannot be read back")
+    try:
+        if isinstance(answers := proved(store), str):
+            raise NotPlain(answers)
+    except Exception:
+        PrefixStore.discard(folder)
+        raise
+    return answers, slots
+
+
+def _check_steady(base: _Base) -> None:
+    """Refuse, from what can be read off the model, a base that changes or is not all there."""
+    for module in base_modules(base.decoder):
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise NotPlain("the base is trained too")
+        if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+            raise NotPlain("the model is offloaded")
+        if getattr(module, "gradient_checkpointing", False):
+            raise NotPlain("gradient checkpointing runs layers without their prompts")
+        kind = type(module).__name__
+        rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
+        floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
+        positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
+        if positive:
+            raise NotPlain(f"{kind} has {positive[0]}, so no two passes are the same")
+
+
+def _disagreement(base: _Base, slots: Slots, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
+    """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
+    ends = _ends(answers.store, sequences)
+    model, device = base.model, base.device
+    plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
+    expected, loss = _labelled(model, plain)
+    # what is random in training must not move the generators that training draws from
+    with torch.random.fork_rng(), eval_mode(model), going_on(model, slots, lambda: base.handle.acting_on(EVERYWHERE)):
+        model.train()
+        got, short_loss = _labelled(model, batch)
+    allowed = rounding(model)
+    away = max(difference(got, expected), abs(float(short_loss / loss) - 1))
+    # not a number is not near
+    return None if away <= allowed else f"with kept prompts the model's results differ by {away:.1e}"
+
+
+def _ends(store: PrefixStore, sequences: Sequence[Encoded]) -> list[Encoded]:
+    """Of the sequences whose prompts are in a store the one with the shortest prompt and the one with the longest."""
+    starts = [(found[0], place) for place, row in enumerate(sequences) if (found := span(row)) and found[0]]
+    kept = [at for start, at in sorted(starts) if store.find(sequences[at]["input_ids"][:start]) is not None]
+    return [sequences[kept[0]], sequences[kept[-1]]]
+
+
+def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(labelled tokens, vocabulary) and the loss: of the logits that a batch asks for."""
+    out, following = model(**{**batch, "use_cache": False}), batch.get("shift_labels")
+    logits = out.logits
+    if following is None:
+        logits, following = logits[:, :-1], batch["labels"][:, 1:]
+    return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED].double(), out.loss.double()
+
+
+def _key(base: _Base, prompts: Sequence[Sequence[int]], sample: Tensor, slots: Slots) -> str:
+    """32 hex digits over everything that the keys and values depend on: weights, code, settings, tokens."""
+    about = {
+        "format": _FORMAT,
+        "shapes": slots.shapes,
+        "dtype": str(sample.dtype),
+        "device": sample.device.type,
+        "base": identity_of(base.model, base.decoder),
+        "data": [digest(row).hex() for row in prompts],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _allowed_bytes(root: Path, gb: float) -> int:
+    """What the stores in a folder may take together: the bound, or what the disk has if that is less."""
+    on_disk = shutil.disk_usage(root).free - _LEFT_FREE + size_on_disk(root)
+    return max(0, min(int(gb * 1e9), on_disk))
+
+
+def _that_fit(prompts: list[tuple], sample: Tensor, gb: float, allowed: int) -> list[tuple]:
+    """As many prompts as are allowed, the shortest first. Warns when that is not all, refuses when it is none."""
+    ends = torch.tensor([len(row) for row in prompts]).cumsum(0)
+    count = int((ends <= allowed // _bytes([(0,)], sample)).sum())
+    if count == len(prompts):
+        return prompts
+    given = "the bound is" if allowed == int(gb * 1e9) else "the disk has room for"
+    short = f"they need {_bytes(prompts, sample) / 1e9:.3g} GB, {given} {allowed / 1e9:.3g} GB"
+    if not count:
+        raise NotPlain(short)
+    warnings.warn(f"prompts: {short}: {count} of {len(prompts)} are kept, batches with others run whole", stacklevel=5)
+    return prompts[:count]
+
+
+def _bytes(rows: Sequence[Sequence[int]], sample: Tensor) -> int:
+    return sum(map(len, rows)) * sample.shape[-1] * sample.dtype.itemsize
+
+
+def _filled(base: _Base, prompts: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Every prompt with its keys and values, in batches of like length. prompts: ascending by length."""
+    with tqdm(total=sum(map(len, prompts)), desc="prompts", unit="tok", disable=not progress, leave=False) as bar:
+        start = 0
+        while start < len(prompts):
+            end = start + 1
+            while end < len(prompts) and (end + 1 - start) * len(prompts[end]) <= FILL_TOKENS:
+                end += 1
+            states, _ = base.run(prompts[start:end])
+            for row, of_row in zip(prompts[start:end], states, strict=True):
+                yield row, of_row[: len(row)]
+                bar.update(len(row))
+            start = end

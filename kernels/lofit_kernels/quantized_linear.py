@@ -14,7 +14,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from lofit_kernels.eager_scopes import autocast_is_on, once
+from lofit_kernels.eager_scopes import as_written, autocast_is_on, once
 from lofit_kernels.product_kinds import KINDS, ProductKind
 
 _numbers = count()
@@ -124,7 +124,7 @@ def _frozen_product(rows: Tensor, key: Tensor, outputs: int, backward: bool, kin
         raise RuntimeError("a product with a quantized weight was asked for after its scope had ended")
     if not len(rows):
         return rows.new_empty(0, outputs, dtype=KINDS[kind].accumulators)
-    return KINDS[kind].run(rows, *found.packed(backward))
+    return as_written(rows, KINDS[kind].run, rows, *found.packed(backward))
 
 
 def _frozen_product_fake(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:

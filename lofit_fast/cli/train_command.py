@@ -76,6 +76,13 @@ def train(
     prefix_cache_gb: Annotated[
         float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
     ] = 0.0,
+    frozen_products: Annotated[
+        str,
+        typer.Option(
+            help="How products with frozen weights are computed in training: full, int8, fp8 (GPUs), or auto. Other "
+            "than full is faster, and changes results a little (docs/frozen_products.md)."
+        ),
+    ] = "full",
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -107,6 +114,7 @@ def train(
     recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, **numbers)
     knobs = {"compile": compile, "packing": packing}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
+    knobs["frozen_products"] = frozen_products
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
     reading = reading_of(split, subset, columns, train_on)
     fixed = None if heads is None else read_heads(heads)

@@ -284,15 +284,15 @@ class LofitLinear(nn.Module):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the fused path may stand in for this module: exactly an nn.Linear, dense, and nobody listening."""
-    return plain_tensors(module) is not None
+    """Whether a module is exactly an nn.Linear, dense, that nobody listens to and that computes in full."""
+    return plain_tensors(module) is not None and products_of(module) is None
 
 
 # asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other.
+    """(weight, bias) of a module that the fused path may stand in for: exactly an nn.Linear, dense, and nobody listening.
 
-    moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
+    None of any other. moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
     if type(module) is not nn.Linear:
         return None

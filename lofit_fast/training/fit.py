@@ -361,6 +361,8 @@ class _TwoSteps:
             engine, _ = settle_for(handle, usable, self.data, self.tokenizer, schedule)
             run.keep_engine(stage, asdict(engine))
             return engine
+        # runs that were begun before there was a choice computed in full
+        kept = {"frozen_products": "full", **kept}
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can change
         for name, value in asdict(self.asked).items():
             if name != "prefix_cache_gb" and value not in ("auto", kept[name]):

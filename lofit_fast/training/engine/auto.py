@@ -23,6 +23,7 @@ from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import FLASH, attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_fast.training.engine.last_layer import narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak, packs
 
@@ -53,17 +54,18 @@ def settle(
     on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
-    pages: with compiled layers.
+    pages: with compiled layers. Products with frozen weights: `frozen_products.settled_products`.
     Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
     not give the results of the model's own attention, and of examples apart and whole, is not chosen.
 
     Raises:
         ValueError: an attention is asked for that the model cannot run with, packing of a model that would mix
-            examples, or narrowing that would change results; or the model's numbers of heads fit no attention.
+            examples, narrowing that would change results, or products that are not to be had; or the model's numbers of heads fit no attention.
     """
     model = attachment.model
     device = device_of(model)
     check_head_counts(model)
+    engine = replace(engine, frozen_products=settled_products(model, engine.frozen_products))
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
     with attachment.disabled():
@@ -100,7 +102,9 @@ def with_attention(model: nn.Module, engine: Engine, device: torch.device, batch
 def said(engine: Engine) -> str:
     """A settled engine in a sentence."""
     packed = ", packed" if engine.packing else ""
-    return f"engine: {engine.attention} attention{packed}, layers {'compiled' if engine.compile else 'not compiled'}"
+    products = "" if engine.frozen_products == "full" else f", frozen products in {engine.frozen_products}"
+    compiled = "compiled" if engine.compile else "not compiled"
+    return f"engine: {engine.attention} attention{packed}, layers {compiled}{products}"
 
 
 def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:

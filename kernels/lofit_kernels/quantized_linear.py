@@ -111,7 +111,8 @@ def _product(x: Tensor, key: Tensor, scales: Tensor | None, about: tuple[str, in
     # dynamo loses track of a tensor that a cast returns as it is
     rows, row_scales = kind.quantize(x if x.dtype == torch.float32 else x.float())
     y = torch.ops.lofit.frozen_product(rows, key, outputs, backward, name)
-    return (y if kind.scales_weights else y * scales) * row_scales
+    # in place, since nobody else has it
+    return (y if kind.scales_weights else y * scales).mul_(row_scales)
 
 
 _library = torch.library.Library("lofit", "FRAGMENT")

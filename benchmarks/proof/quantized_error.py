@@ -3,8 +3,8 @@
     python -m benchmarks.proof.quantized_error --data DIR [--model smollm2] [--examples 16] [--steps 8] [--json FILE]
 
 One batch of a real task goes through the frozen model forward and backward. Of every linear of the decoder layers the
-inputs and output gradients are taken, rounded in several ways (`WAYS`), and multiplied in float32: the error of y and of
-dz, relative to what full precision gives. Then the engine's own int8 products: the cosine of the scales' and offsets'
+inputs and output gradients are taken, rounded in several ways (`WAYS`), and multiplied in float32: the error of y and
+of dz, relative to what full precision gives. Then the engine's own int8 products: the cosine of the scales' and offsets'
 gradients with those of full precision, and the overlap of heads chosen by saliency and by a short step 1. No clock.
 """
 
@@ -178,7 +178,8 @@ def gradient_cosines(model: nn.Module, batch: dict) -> dict[str, dict[str, float
 def head_overlaps(model: nn.Module, batches: Sequence[dict]) -> dict[str, float]:
     """Jaccard index of the top heads, full precision against int8, and of two batch orders in full beside it."""
     chosen: dict[str, dict[str, list]] = {"saliency": {}, "short step 1": {}}
-    for name, precision, order in (("full", "full", batches), ("int8", "int8", batches), ("order", "full", batches[::-1])):
+    runs = {"full": ("full", batches), "int8": ("int8", batches), "order": ("full", batches[::-1])}
+    for name, (precision, order) in runs.items():
         handle = lf.patch(model, lf.LofitConfig(scale="all"))
         try:
             with prepared(model, Engine(frozen_products=precision)):

@@ -33,7 +33,8 @@ class FrozenWeight:
         self.y_scales = self.z_scales = None
         if not kind.scales_weights:
             self.y_scales, self.z_scales = (
-                nn.Parameter(weight_scales(w, kind), requires_grad=False) for w in (weight.detach(), weight.detach().t())
+                nn.Parameter(weight_scales(w, kind), requires_grad=False)
+                for w in (weight.detach(), weight.detach().t())
             )
         self._packed: dict[bool, tuple[Tensor, ...]] = {}
         number = next(_numbers)

@@ -157,7 +157,7 @@ class LofitLinear(nn.Module):
         )
 
     def _in_8_bits(self, z: Tensor, plain: tuple[Tensor, Tensor | None], products: FrozenWeight) -> Tensor:
-        """y (..., N) with the product of z alone in 8 bits: the offsets are folded with the weight itself, and added."""
+        """y (..., N) with the product of z alone in 8 bits: offsets are folded with the weight itself, and added."""
         weight, bias = plain
         vectors, shift = {}, bias
         if self._heads["scale"] is not None:
@@ -290,14 +290,16 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 # asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for: exactly an nn.Linear, dense, and nobody listening.
+    """(weight, bias) of a module that the fused path may stand in for; None of any other.
 
-    None of any other. moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
+    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not. moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if ("forward" in own and not moved and products_of(module) is None) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if "forward" in own and not moved and products_of(module) is None:
+        return None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None

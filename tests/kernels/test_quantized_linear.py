@@ -83,9 +83,7 @@ def test_rounding_the_operands_is_the_only_error(kind, frozen):
     expected = dequantized(x, kind, kind.row_top) @ dequantized(frozen.weight, kind, kind.weight_top).t() + shift
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     back = dequantized(frozen.weight.t(), kind, kind.weight_top)
-    torch.testing.assert_close(
-        dx.double(), dequantized(grad, kind, kind.row_top) @ back.t(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(dx.double(), dequantized(grad, kind, kind.row_top) @ back.t(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -60,7 +60,8 @@ def settle(
 
     Raises:
         ValueError: an attention is asked for that the model cannot run with, packing of a model that would mix
-            examples, narrowing that would change results, or products that are not to be had; or the model's numbers of heads fit no attention.
+            examples, narrowing that would change results, or products that are not to be had; or the model's numbers of
+            heads fit no attention.
     """
     model = attachment.model
     device = device_of(model)

@@ -16,8 +16,8 @@ from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_kernels.quantized_linear import quantized_linear
 from tests.oracle import Hook, randomize, vectors_of
 from tests.tiny_models import LAYERS, tiny_model, tokens
-from tests.training.engine.test_engine import belongings, gradients
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.engine.test_engine import belongings, gradients
 from tests.training.tiny_runs import HELD_OUT, fit
 
 INT8 = Engine(frozen_products="int8")
@@ -75,12 +75,10 @@ def hooked(family, vectors):
     """The same by hooks on a plain model: every linear rounded, scales before it, offsets times the weight after it."""
     model = tiny_model(family)
     for linear in linears(model):
-        linear.register_forward_hook(
-            lambda module, args, output: Emulated.apply(args[0], module.weight)
-        )
+        linear.register_forward_hook(lambda module, args, output: Emulated.apply(args[0], module.weight))
     scales = Hook(model, {key: rows for key, rows in vectors.items() if key[1] == "scale"})
     offsets = {}
-    for (layer, component), (heads, rows) in vectors.items():
+    for (layer, component), (_, rows) in vectors.items():
         if component == "offset":
             v = offsets[layer] = rows.clone().requires_grad_()
             o_proj = model.model.layers[layer].self_attn.o_proj
@@ -204,19 +202,21 @@ def test_what_is_left_in_full_is_counted(llama):
     llama.requires_grad_(False)
     listened(linears(llama)[0])
     linears(llama)[1].weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match="int8 products: of 21 linears 1 not plain .*, 1 not frozen: computed in full"):
-        with prepared(llama, INT8):
-            assert sum(products_of(m) is not None for m in linears(llama)) == 19
+    counted = pytest.warns(
+        UserWarning, match="int8 products: of 21 linears 1 not plain .*, 1 not frozen: computed in full"
+    )
+    with counted, prepared(llama, INT8):
+        assert sum(products_of(m) is not None for m in linears(llama)) == 19
 
 
 def test_linears_under_lora_compute_in_full(llama):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"]))
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
-    with pytest.warns(UserWarning, match=rf"of {LAYERS * LINEARS + 2 * LAYERS} linears {3 * LAYERS} under LoRA"):
-        with prepared(model, INT8):
-            assert not any(products_of(m.base_layer) for m in model.modules() if hasattr(m, "base_layer"))
-            gradients(model)
+    counted = pytest.warns(UserWarning, match=rf"of {LAYERS * LINEARS + 2 * LAYERS} linears {3 * LAYERS} under LoRA")
+    with counted, prepared(model, INT8):
+        assert not any(products_of(m.base_layer) for m in model.modules() if hasattr(m, "base_layer"))
+        gradients(model)
     handle.unpatch()
 
 

@@ -4,8 +4,8 @@
 
 One batch of a real task goes through the frozen model forward and backward. Of every linear of the decoder layers the
 inputs and output gradients are taken, rounded in several ways (`WAYS`), and multiplied in float32: the error of y and
-of dz, relative to what full precision gives. Then the engine's own int8 products: the cosine of the scales' and offsets'
-gradients with those of full precision, and the overlap of heads chosen by saliency and by a short step 1. No clock.
+of dz, relative to what full precision gives. Then the engine's own int8 products: the cosine of the scales' and the
+offsets' gradients with those of full precision, and the overlap of heads chosen by saliency and by a short step 1.
 """
 
 from __future__ import annotations

@@ -292,7 +292,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) of a module that the fused path may stand in for; None of any other.
 
-    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not. moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
+    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not.
+    moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
     if type(module) is not nn.Linear:
         return None

@@ -14,7 +14,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from lofit_kernels.eager_scopes import autocast_is_on, once
+from lofit_kernels.eager_scopes import as_written, autocast_is_on, once
 from lofit_kernels.product_kinds import KINDS, ProductKind
 
 _numbers = count()
@@ -33,7 +33,8 @@ class FrozenWeight:
         self.y_scales = self.z_scales = None
         if not kind.scales_weights:
             self.y_scales, self.z_scales = (
-                nn.Parameter(weight_scales(w, kind), requires_grad=False) for w in (weight.detach(), weight.detach().t())
+                nn.Parameter(weight_scales(w, kind), requires_grad=False)
+                for w in (weight.detach(), weight.detach().t())
             )
         self._packed: dict[bool, tuple[Tensor, ...]] = {}
         number = next(_numbers)
@@ -111,7 +112,8 @@ def _product(x: Tensor, key: Tensor, scales: Tensor | None, about: tuple[str, in
     # dynamo loses track of a tensor that a cast returns as it is
     rows, row_scales = kind.quantize(x if x.dtype == torch.float32 else x.float())
     y = torch.ops.lofit.frozen_product(rows, key, outputs, backward, name)
-    return (y if kind.scales_weights else y * scales) * row_scales
+    # in place, since nobody else has it
+    return (y if kind.scales_weights else y * scales).mul_(row_scales)
 
 
 _library = torch.library.Library("lofit", "FRAGMENT")
@@ -124,7 +126,7 @@ def _frozen_product(rows: Tensor, key: Tensor, outputs: int, backward: bool, kin
         raise RuntimeError("a product with a quantized weight was asked for after its scope had ended")
     if not len(rows):
         return rows.new_empty(0, outputs, dtype=KINDS[kind].accumulators)
-    return KINDS[kind].run(rows, *found.packed(backward))
+    return as_written(rows, KINDS[kind].run, rows, *found.packed(backward))
 
 
 def _frozen_product_fake(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:

@@ -328,20 +328,23 @@ class LofitLinear(nn.Module):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the fused path may stand in for this module: exactly an nn.Linear, dense, and nobody listening."""
-    return plain_tensors(module) is not None
+    """Whether a module is exactly an nn.Linear, dense, that nobody listens to and that computes in full."""
+    return plain_tensors(module) is not None and products_of(module) is None
 
 
 # asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for, see `is_plain_linear`; None of any other.
+    """(weight, bias) of a module that the fused path may stand in for; None of any other.
 
+    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not.
     moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if ("forward" in own and not moved and products_of(module) is None) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if "forward" in own and not moved and products_of(module) is None:
+        return None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None

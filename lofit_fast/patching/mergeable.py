@@ -7,6 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.patching.frozen_linear import products_of
+
 # class -> whether its weight is stored as (K, N): what computes x W^T + b and nothing else
 _LINEARS = {
     "torch.nn.modules.linear.Linear": False,
@@ -29,6 +31,8 @@ def why_not_plain(linear: nn.Module) -> str | None:
         return name
     if "weight" not in linear._parameters:
         return f"{name} whose weight is computed from other parameters"
+    if products_of(linear) is not None:
+        return f"{name} that computes in 8 bits for now, until the scope of frozen_products is over"
     # accelerate's moves inputs between devices, and no numbers
     if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
         return f"{name} with a forward of its own"

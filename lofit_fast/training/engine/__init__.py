@@ -45,7 +45,7 @@ class Engine:
             `prompt_store.prompts_kept`; 0 takes prompts through the model in every step; a number or "auto".
         narrow: run the last layer's MLP on the rows whose logits are kept only, see `last_layer.narrowed`; False for a
             model whose last layer somebody listens to; True, False or "auto".
-        frozen_products: how the products with frozen weights are computed in training: "full", or quantized to "int8" or
+        frozen_products: how products with frozen weights are computed in training: "full", or quantized to "int8" or
             "fp8", see `frozen_products.quantized`; "auto" is int8 where a float32 model is on a CPU that is known to
             be faster so. Other than "full" changes results beyond rounding.
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".

@@ -23,6 +23,7 @@ from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import FLASH, attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_fast.training.engine.last_layer import narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak, packs
 
@@ -55,19 +56,21 @@ def settle(
     on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
-    pages: with compiled layers.
+    pages: with compiled layers. Products with frozen weights: `frozen_products.settled_products`.
     A prefix cache needs to know what is read, as `prefix_cache.worth` does: here "auto" is none.
     Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
     not give the results of the model's own attention, and of examples apart and whole, is not chosen.
 
     Raises:
         ValueError: an attention is asked for that the model cannot run with, packing of a model that would mix
-            examples, or narrowing that would change results; or the model's numbers of heads fit no attention.
+            examples, narrowing that would change results, or products that are not to be had; or the model's numbers of
+            heads fit no attention.
     """
     model = attachment.model
     device = device_of(model)
     check_head_counts(model)
     engine = with_prompts(attachment, engine)
+    engine = replace(engine, frozen_products=settled_products(model, engine.frozen_products))
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
     with attachment.disabled():
@@ -123,8 +126,9 @@ def said(engine: Engine) -> str:
     """A settled engine in a sentence."""
     packed = ", packed" if engine.packing else ""
     layers = "compiled" if engine.compile else "not compiled"
+    products = "" if engine.frozen_products == "full" else f", frozen products in {engine.frozen_products}"
     prefix = f", prefix cache of up to {engine.prefix_cache_gb:.3g} GB" if engine.prefix_cache_gb else ""
-    return f"engine: {engine.attention} attention{packed}, layers {layers}{prefix}"
+    return f"engine: {engine.attention} attention{packed}, layers {layers}{products}{prefix}"
 
 
 def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:

@@ -1,0 +1,197 @@
+"""Products in 8 bits: against float64 on the quantized numbers, and within the bound of rounding on the exact ones."""
+
+import pytest
+import torch
+
+from lofit_kernels import product_kinds
+from lofit_kernels.product_kinds import KINDS, kind_for, trial_error
+from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
+
+CPU = torch.device("cpu")
+HERE = [name for name, kind in KINDS.items() if trial_error(kind, CPU) is None]
+T, N, K = 19, 32, 48
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    if request.param not in HERE:
+        pytest.skip(f"{request.param}: {trial_error(KINDS[request.param], CPU)}")
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def frozen(kind):
+    weight = torch.nn.Parameter(draw(N, K, seed=1), requires_grad=False)
+    held = FrozenWeight(weight, kind)
+    yield held
+    held.close()
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def dequantized(x, kind, top):
+    """Rows of x as the kind sees them, in float64."""
+    scale = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / top
+    scaled = x.float() * (1 / scale) if top != kind.weight_top else x.float() / scale
+    if kind.rows.is_floating_point:
+        return scaled.clamp(-top, top).to(kind.rows).double() * scale
+    return scaled.round().double() * scale
+
+
+def bound(x, w, kind):
+    """Largest error of x w^T that rounding rows of both can make: (T, N)."""
+    if kind.rows.is_floating_point:
+        # half a unit in the last of e4m3's 3 bits, or of its smallest number
+        dx, dw = (
+            t.abs() * 2**-4 + t.abs().amax(1, keepdim=True) / top * 2**-10
+            for t, top in ((x, kind.row_top), (w, kind.weight_top))
+        )
+    else:
+        dx, dw = (
+            (t.abs().amax(1, keepdim=True) / top / 2).expand_as(t)
+            for t, top in ((x, kind.row_top), (w, kind.weight_top))
+        )
+    return dx @ w.abs().t() + x.abs() @ dw.t() + dx @ dw.t()
+
+
+def gradients(x, shift, frozen, grad):
+    x, shift = x.clone().requires_grad_(), shift.clone().requires_grad_()
+    y = quantized_linear(x, frozen, shift)
+    return y.detach(), *torch.autograd.grad(y, (x, shift), grad)
+
+
+def test_this_machine_has_a_kind():
+    assert kind_for("int8", CPU).name in HERE
+
+
+def test_both_directions_within_the_bound_of_rounding(kind, frozen):
+    x, shift, grad = draw(T, K), draw(N, seed=2), draw(T, N, seed=3)
+    y, dx, d_shift = gradients(x, shift, frozen, grad)
+    w = frozen.weight.double()
+    assert ((y - x.double() @ w.t() - shift).abs() <= 1.001 * bound(x.double(), w, kind)).all()
+    assert ((dx - grad.double() @ w).abs() <= 1.001 * bound(grad.double(), w.t(), kind)).all()
+    torch.testing.assert_close(d_shift, grad.sum(0))
+    # and not by being zeros
+    assert torch.cosine_similarity(y.flatten(), (x @ frozen.weight.t() + shift).flatten(), dim=0) > 0.998
+
+
+def test_rounding_the_operands_is_the_only_error(kind, frozen):
+    x, shift, grad = draw(T, K), draw(N, seed=2), draw(T, N, seed=3)
+    y, dx, _ = gradients(x, shift, frozen, grad)
+    expected = dequantized(x, kind, kind.row_top) @ dequantized(frozen.weight, kind, kind.weight_top).t() + shift
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    back = dequantized(frozen.weight.t(), kind, kind.weight_top)
+    torch.testing.assert_close(dx.double(), dequantized(grad, kind, kind.row_top) @ back.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once(kind, dtype):
+    weight = torch.nn.Parameter(draw(N, K, seed=1, dtype=dtype), requires_grad=False)
+    frozen, wide = FrozenWeight(weight, kind), FrozenWeight(torch.nn.Parameter(weight.float()), kind)
+    x, shift, grad = draw(T, K, dtype=dtype), draw(N, seed=2), draw(T, N, seed=3, dtype=dtype)
+    y, dx, d_shift = gradients(x, shift, frozen, grad)
+    exact_y, exact_dx, exact_shift = gradients(x.float(), shift, wide, grad.float())
+    assert y.dtype == dx.dtype == dtype
+    assert y.equal(exact_y.to(dtype)) and dx.equal(exact_dx.to(dtype)) and d_shift.equal(exact_shift)
+
+
+def test_shapes_of_any_rank_and_few_rows(frozen):
+    x = draw(2, 3, 5, K)
+    y = quantized_linear(x, frozen)
+    assert y.shape == (2, 3, 5, N)
+    assert quantized_linear(x[0, 0, 0], frozen).equal(y[0, 0, 0])
+    assert quantized_linear(x[:0], frozen).shape == (0, 3, 5, N)
+    assert quantized_linear(x.transpose(0, 1), frozen).equal(y.transpose(0, 1))
+
+
+def test_a_row_depends_on_no_other(frozen):
+    x = draw(T, K)
+    y = quantized_linear(x, frozen)
+    x[3] = 0
+    x[4] = torch.nan
+    x[5, 7] = torch.inf
+    got = quantized_linear(x, frozen)
+    assert not got[3].any() and got[4].isnan().all() and not got[5].isfinite().any()
+    others = [t for t in range(T) if t not in (3, 4, 5)]
+    assert got[others].equal(y[others])
+
+
+def test_nothing_is_saved_of_the_activations(frozen):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        quantized_linear(draw(T, K).requires_grad_(), frozen)
+    assert max(saved, default=0) <= K
+
+
+def test_each_direction_is_packed_when_it_is_first_asked_for(frozen):
+    assert not frozen._packed
+    quantized_linear(draw(T, K), frozen)
+    assert set(frozen._packed) == {False}
+    quantized_linear(draw(T, K).requires_grad_(), frozen).sum().backward()
+    assert set(frozen._packed) == {False, True}
+
+
+def test_autocast_gives_what_a_linear_gives(frozen):
+    x = draw(T, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantized_linear(x, frozen)
+    assert y.dtype == torch.bfloat16 and y.equal(quantized_linear(x, frozen).to(torch.bfloat16))
+
+
+def test_a_closed_weight_is_refused(kind):
+    frozen = FrozenWeight(torch.nn.Parameter(draw(N, K)), kind)
+    frozen.close()
+    with pytest.raises(RuntimeError, match="after its scope had ended"):
+        quantized_linear(draw(T, K), frozen)
+
+
+def test_a_second_derivative_is_refused(frozen):
+    x = draw(T, K).requires_grad_()
+    (dx,) = torch.autograd.grad(quantized_linear(x, frozen).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_wrong_product_is_refused(monkeypatch):
+    kind = kind_for("int8", CPU)
+    broken = product_kinds.ProductKind(**{**vars(kind), "run": lambda rows, *packed: kind.run(rows, *packed) * 0.999})
+    monkeypatch.setitem(product_kinds.KINDS, kind.name, broken)
+    with pytest.raises(ValueError, match=f"{kind.name} computes a wrong product: the largest error is"):
+        kind_for("int8", CPU)
+
+
+def test_pairs_that_saturate_are_noticed():
+    vnni = torch.cpu._is_vnni_supported()
+    error = trial_error(KINDS["onednn"], CPU)
+    assert vnni == (error is None), error
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "message"),
+    [("fp8", "cpu", "fp8 products are for GPUs"), ("int8", "meta", "known on CPUs and CUDA devices, got meta")],
+)
+def test_what_a_device_lacks_is_refused(precision, device, message):
+    with pytest.raises(ValueError, match=message):
+        kind_for(precision, torch.device(device))
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("int8", (7, 5)), ("fp8", (8, 0))])
+def test_an_older_gpu_is_refused(precision, capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match=f"{precision} products take compute capability"):
+        kind_for(precision, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["int_mm", "scaled_mm"])
+def test_the_kinds_of_a_gpu_have_shapes_and_dtypes_without_one(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kind = KINDS[name]
+    with FakeTensorMode():
+        x = torch.empty(T, K, device="cuda")
+        rows, scales = kind.quantize(x)
+        assert rows.dtype == kind.rows and scales.shape == (T, 1)
+        y = torch.ops.lofit.frozen_product(rows, torch.empty((), dtype=torch.int64), N, False, name)
+        assert y.shape == (T, N) and y.dtype == kind.accumulators and y.device.type == "cuda"

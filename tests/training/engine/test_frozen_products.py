@@ -1,0 +1,308 @@
+"""The scope of quantized products: what it takes, what it refuses, where it computes in full, and that it leaves."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.data.collate import CompletionCollator
+from lofit_fast.data.encode import encode
+from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.frozen_linear import products_of
+from lofit_fast.training.engine import Engine, frozen_products, prepared
+from lofit_fast.training.engine.frozen_products import settled_products
+from lofit_kernels.quantized_linear import quantized_linear
+from tests.oracle import Hook, randomize, vectors_of
+from tests.tiny_models import LAYERS, tiny_model, tokens
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.engine.test_engine import belongings, gradients
+from tests.training.tiny_runs import HELD_OUT, fit
+
+INT8 = Engine(frozen_products="int8")
+# q, k, v, o, gate, up, down
+LINEARS = 7
+
+
+def patched(family="llama", dtype=torch.float32, **config):
+    model = tiny_model(family, dtype)
+    randomize(lf.patch(model, lf.LofitConfig(**(config or {"scale": "all", "offset": "all"}))), 0.1)
+    return model
+
+
+def test_every_frozen_linear_is_taken_in_a_pass_with_a_graph_alone(llama):
+    handle = lf.patch(llama, lf.LofitConfig(scale="all"))
+    randomize(handle, 0.1)
+    full, full_gradients = gradients(llama)
+    with prepared(llama, INT8):
+        taken = [m for layer in decoder_layers(llama) for m in layer.modules() if products_of(m) is not None]
+        assert len(taken) == LAYERS * LINEARS
+        loss, got = gradients(llama)
+        assert 0 < abs(loss - full) < 2e-2 * full
+        assert all(not m.lofit_products.packed(False)[0].dtype.is_floating_point for m in taken)
+        with torch.no_grad():
+            assert llama(input_ids=tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.item() == full
+    assert gradients(llama)[0] == full
+    for one, other in zip(got, full_gradients, strict=True):
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+
+
+class Emulated(torch.autograd.Function):
+    """A product of rounded numbers in float64, each direction with roundings of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return (rounded(x, 127.0) @ rounded(weight, weight_top()).t()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return (rounded(grad, 127.0) @ rounded(weight.t(), weight_top()).t()).to(grad.dtype), None
+
+
+def weight_top():
+    return 127.0 if torch.cpu._is_vnni_supported() else 64.0
+
+
+def rounded(x, top):
+    step = x.double().abs().amax(-1, keepdim=True).clamp_min(1e-30) / top
+    return (x.double() / step).round() * step
+
+
+def hooked(family, vectors):
+    """The same by hooks on a plain model: every linear rounded, scales before it, offsets times the weight after it."""
+    model = tiny_model(family)
+    for linear in linears(model):
+        linear.register_forward_hook(lambda module, args, output: Emulated.apply(args[0], module.weight))
+    scales = Hook(model, {key: rows for key, rows in vectors.items() if key[1] == "scale"})
+    offsets = {}
+    for (layer, component), (_, rows) in vectors.items():
+        if component == "offset":
+            v = offsets[layer] = rows.clone().requires_grad_()
+            o_proj = model.model.layers[layer].self_attn.o_proj
+            o_proj.register_forward_hook(lambda module, args, output, v=v: output + v.flatten() @ module.weight.t())
+    return model, {**scales.parameters, **{(layer, "offset"): v for layer, v in offsets.items()}}
+
+
+def difference(family, components, seed):
+    """Largest difference of loss and gradients, between a patched model in 8 bits and hooks, of the largest value."""
+    model = tiny_model(family)
+    handle = lf.patch(model, lf.LofitConfig(**{component: "all" for component in components}))
+    randomize(handle, 0.2, seed)
+    with prepared(model, INT8):
+        loss, got = gradients(model)
+    reference, parameters = hooked(family, vectors_of(handle))
+    ids = tokens(2, 9)
+    expected = reference(input_ids=ids, labels=ids, use_cache=False).loss
+    grads = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True))
+    found = [abs(loss / expected.item() - 1)]
+    for (component, layer), gradient in zip(handle.vectors(), got, strict=True):
+        other = grads[layer, component].view_as(gradient)
+        found.append(((gradient - other).abs().max() / other.abs().max()).item())
+    return max(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "components"),
+    [("llama", ["scale"]), ("llama", ["offset"]), ("llama", ["scale", "offset"]), ("gemma3", ["scale", "offset"])],
+)
+def test_patched_model_equals_hooks_on_a_quantized_base(family, components):
+    # where a number is a rounding error away from the middle of two integers, the two may take different ones
+    errors = sorted(difference(family, components, seed) for seed in (1, 2, 3))
+    assert errors[1] <= 1e-5 and errors[-1] <= 0.05
+
+
+def test_everything_is_put_back_after_an_error(family):
+    model = patched(family)
+    before = belongings(model)
+    with pytest.raises(KeyError), prepared(model, INT8):
+        assert belongings(model) != before
+        raise KeyError
+    assert belongings(model) == before
+
+
+def test_names_state_and_hooks_are_the_models_own(llama):
+    llama.requires_grad_(False)
+    names, state = [n for n, _ in llama.named_modules()], llama.state_dict()
+    with prepared(llama, INT8):
+        assert [n for n, _ in llama.named_modules()] == names
+        assert {k: id(v) for k, v in llama.state_dict(keep_vars=True).items()}.keys() == state.keys()
+        seen = []
+        hook = decoder_layers(llama)[0].mlp.up_proj.register_forward_hook(lambda *of: seen.append(of[2]))
+        llama(tokens())
+        hook.remove()
+        assert seen[0].shape == (*tokens().shape, 48)
+
+
+def test_a_copy_made_inside_says_that_its_scope_is_over(llama):
+    llama.requires_grad_(False)
+    with prepared(llama, INT8):
+        copied = copy.deepcopy(llama)
+        assert torch.isfinite(copied(tokens()).logits).all()
+    with torch.no_grad():
+        assert copied(tokens()).logits.equal(llama(tokens()).logits)
+    with pytest.raises(RuntimeError, match="after its scope had ended"):
+        copied(tokens())
+
+
+def test_merging_inside_is_refused_and_works_afterwards(llama):
+    handle = lf.patch(llama, lf.LofitConfig(offset="all"))
+    with prepared(llama, INT8), pytest.raises(ValueError, match="computes in 8 bits for now, until the scope"):
+        handle.merge()
+    handle.merge()
+
+
+def test_saving_and_exporting_inside_take_the_weights_themselves(llama, tmp_path):
+    handle = lf.patch(llama, lf.LofitConfig(offset=[(1, 2)]))
+    randomize(handle)
+    handle.save(tmp_path / "outside")
+    with prepared(llama, INT8):
+        handle.save(tmp_path / "inside")
+        llama.save_pretrained(tmp_path / "base")
+        inside = llama.state_dict()
+    files = [tmp_path / where / "adapter.safetensors" for where in ("outside", "inside")]
+    assert len({next(f.parent.glob("*.safetensors")).read_bytes() for f in files}) == 1
+    assert all(value.equal(llama.state_dict()[name]) for name, value in inside.items())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda model: model.double(), "for models in 16 or 32 bits, got torch.float64"),
+        (lambda model: model.requires_grad_(True), "take plain frozen linears .*got none .21 not frozen"),
+        (lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}), "reentrant checkpoints"),
+        (lambda model: [listened(m) for m in linears(model)], "got none .21 not plain"),
+    ],
+)
+def test_a_model_that_cannot_be_quantized_is_refused_as_it_was(llama, break_it, message):
+    llama.requires_grad_(False)
+    break_it(llama)
+    before = belongings(llama)
+    with pytest.raises(ValueError, match=message):
+        prepared(llama, INT8).__enter__()
+    assert belongings(llama) == before
+
+
+def linears(model):
+    return [m for layer in decoder_layers(model) for m in layer.modules() if type(m) is torch.nn.Linear]
+
+
+def listened(linear):
+    return linear.register_forward_hook(lambda *of: None)
+
+
+def test_fp8_is_refused_on_a_cpu(llama):
+    with pytest.raises(ValueError, match="fp8 products are for GPUs"):
+        prepared(llama, Engine(frozen_products="fp8")).__enter__()
+
+
+def test_what_is_left_in_full_is_counted(llama):
+    llama.requires_grad_(False)
+    listened(linears(llama)[0])
+    linears(llama)[1].weight.requires_grad_(True)
+    counted = pytest.warns(
+        UserWarning, match="int8 products: of 21 linears 1 not plain .*, 1 not frozen: computed in full"
+    )
+    with counted, prepared(llama, INT8):
+        assert sum(products_of(m) is not None for m in linears(llama)) == 19
+
+
+def test_linears_under_lora_compute_in_full(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"]))
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    counted = pytest.warns(UserWarning, match=rf"of {LAYERS * LINEARS + 2 * LAYERS} linears {3 * LAYERS} under LoRA")
+    with counted, prepared(model, INT8):
+        assert not any(products_of(m.base_layer) for m in model.modules() if hasattr(m, "base_layer"))
+        gradients(model)
+    handle.unpatch()
+
+
+def test_auto_is_int8_for_float32_on_a_fast_cpu_alone(llama, monkeypatch):
+    llama.requires_grad_(False)
+    monkeypatch.setattr(frozen_products, "is_fast_on_cpu", lambda: True)
+    assert settled_products(llama, "auto") == "int8"
+    assert settled_products(llama, "full") == "full"
+    assert settled_products(tiny_model("llama", torch.bfloat16).requires_grad_(False), "auto") == "full"
+    assert settled_products(tiny_model("llama"), "auto") == "full"
+    monkeypatch.setattr(frozen_products, "is_fast_on_cpu", lambda: False)
+    assert settled_products(llama, "auto") == "full"
+
+
+def test_engine_refuses_other_words():
+    with pytest.raises(ValueError, match="frozen_products to be one of 'full', 'int8', 'fp8', 'auto', got 'int4'"):
+        Engine(frozen_products="int4")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_changes_nothing(checkpointing, llama):
+    randomize(lf.patch(llama, lf.LofitConfig(scale="all", offset="all")), 0.1)
+    with prepared(llama, INT8):
+        expected = gradients(llama)
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+        llama.train()
+        got = gradients(llama)
+    assert got[0] == expected[0]
+    assert all(a.equal(b) for a, b in zip(got[1], expected[1], strict=True))
+
+
+def test_a_run_trains_in_8_bits_evaluates_in_full_and_keeps_its_engine(llama, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(
+        "lofit_fast.patching.frozen_linear.quantized_linear",
+        lambda *of: modes.append(torch.is_grad_enabled()) or quantized_linear(*of),
+    )
+    result = fit(llama, tmp_path, engine=Engine(frozen_products="int8"), eval_data=HELD_OUT, heads=[(1, 2)])
+    assert modes and all(modes)
+    assert json.loads((tmp_path / "state.json").read_text())["engine"]["tune"]["frozen_products"] == "int8"
+    rows = [encode(tiny_tokenizer(), row, None) for row in HELD_OUT]
+    batch = CompletionCollator(0, logits="all")(rows)
+    with torch.no_grad():
+        loss = llama(**batch, use_cache=False).loss.item()
+    assert result.history[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    result.handle.unpatch()
+    with pytest.raises(ValueError, match="begun with frozen_products=int8, got full"):
+        begin_again(tmp_path, llama)
+
+
+def begin_again(folder, model):
+    """Go on with the last stage as one of another engine."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "stage": "tune"}))
+    fit(model, folder, engine=Engine(frozen_products="full"), eval_data=HELD_OUT, heads=[(1, 2)])
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_in_full(llama, tmp_path):
+    fit(llama, tmp_path, eval_data=HELD_OUT, heads=[(1, 2)]).handle.unpatch()
+    path = tmp_path / "state.json"
+    state = json.loads(path.read_text())
+    del state["engine"]["tune"]["frozen_products"]
+    path.write_text(json.dumps({**state, "stage": "tune"}))
+    begin_again(tmp_path, llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", ["scale", "offset"])
+def test_compiled_layers_compute_the_same(component, quick_compiler):
+    model = patched(**{component: "all"})
+    full = gradients(model)
+    with prepared(model, INT8):
+        expected = gradients(model)
+    with prepared(model, Engine(frozen_products="int8", compile=True, narrow=False)):
+        for length in (9, 5, 31):
+            got = gradients(model, length)
+        got = gradients(model)
+        # the first layer's input needs no gradient, the others' does
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert not torch._dynamo.utils.counters["graph_break"]
+        with torch.no_grad():
+            assert model(input_ids=tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.item() == pytest.approx(
+                full[0], rel=1e-6
+            )
+    assert got[0] == pytest.approx(expected[0], rel=1e-5)
+    for one, other in zip(got[1], expected[1], strict=True):
+        assert (one - other).abs().max() <= 2e-3 * other.abs().max()
+    with prepared(model, Engine(compile=True, narrow=False)):
+        assert gradients(model)[0] == pytest.approx(full[0], rel=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.peers.peer import AS_RUN, SAME_ENGINE
-from benchmarks.speed.step import losses, peak_memory, prefix_speed, step_profile, whole_run
+from benchmarks.speed.step import answer_speed, losses, peak_memory, prefix_speed, step_profile, whole_run
 from benchmarks.speed.step.rows import Row
 from benchmarks.speed.step.workload import task, workload
 from lofit_fast.cpu.attention import GROUPED
@@ -114,3 +114,12 @@ def test_the_profile_adds_up(work):
     assert sum(report["kinds"].values()) == pytest.approx(report["seconds_per_step"], rel=0.05)
     assert 0 < report["kinds"]["GEMM"] < report["seconds_per_step"]
     assert report["row"] == "ours, step 1, same engine"
+
+
+def test_answers_alone_are_timed_against_every_position(work):
+    report = answer_speed.answer_speedup(tiny(), work, rounds=1, examples=8, engine=ENGINE, say=lambda text: None)
+    assert list(report["steps"]) == ["step 1", "step 2"]
+    for one in report["steps"].values():
+        assert {name: len(seconds) for name, seconds in one["seconds"].items()} == {"all": 1, "answer": 1}
+        assert 0 < one["speedup_with_filling"] < one["speedup"]["median"]
+        assert one["tokens"]["answer"] < one["tokens"]["all"] / 4

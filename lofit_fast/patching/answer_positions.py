@@ -253,11 +253,11 @@ def _by_cache(given: Mapping[str, Any], cache: Any) -> Mask:
         )
     if tokens.shape[1] == 1:
         return EVERYWHERE
-    if _length(cache) != 0 or step == "assisted":
+    if _length(cache) != 0 or step in ("assisted", "decoding"):
         raise ValueError(
-            f"the vectors act on answers alone (positions='answer'), and {tokens.shape[1]} tokens per row behind a "
-            "cache may be prompt or answer (a chat that goes on, assisted decoding, a prompt in parts): "
-            f"{SAY_IT}"
+            f"the vectors act on answers alone (positions='answer'), and {tokens.shape[1]} tokens per row with a cache "
+            "may be prompt or answer (a chat that goes on, assisted decoding, a prompt in parts, a model that keeps "
+            f"nothing in its cache): {SAY_IT}"
         )
     if given.get("use_cache") is False:
         raise ValueError(UNKNOWN)
@@ -299,14 +299,18 @@ def _ends_with_tokens(mask: Any, width: int) -> bool:
 
 
 def _step_of_generate() -> str | None:
-    """What transformers' generate is at, where a forward alone looks like another: "chunks", "assisted", or None."""
+    """What transformers' generate is at: "prompt", "chunks" of one, "assisted" or "decoding"; None outside of it.
+
+    Of some forwards nothing else tells: the first chunk of a prompt looks like a prompt.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_name
         if name in _GENERATING and frame.f_globals.get("__name__") == _GENERATION:
+            if name != "_prefill":
+                return "assisted" if name == "_assisted_decoding" else "decoding"
             config = frame.f_locals.get("generation_config")
-            chunked = name == "_prefill" and getattr(config, "prefill_chunk_size", None) is not None
-            return "chunks" if chunked else "assisted" if name == "_assisted_decoding" else None
+            return "prompt" if getattr(config, "prefill_chunk_size", None) is None else "chunks"
         frame = frame.f_back
     return None
 

@@ -39,27 +39,44 @@ class Slots:
         """Numbers of each of the shapes."""
         return [heads * width for heads, width in self.shapes]
 
-    def cache(self, states: Tensor) -> DynamicCache:
-        """states: (B, P, W). A cache whose P tokens every forward pass finds and none changes: no copy is made."""
+    def cache(self, states: Tensor, *, grows: bool = False) -> DynamicCache:
+        """states: (B, P, W). A cache of P tokens, which every forward pass finds and none changes: no copy is made.
+
+        grows: whether passes add to it, as transformers' own do.
+        """
         parts = states.split(self.widths, -1)
         pairs = zip(parts, self.shapes, strict=True)
         views = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in pairs]
-        cache = DynamicCache()
-        cache.layers = [_Kept(*views[i : i + 2]) for i in range(0, len(views), 2)]
+        cache, kind = DynamicCache(), _Given if grows else _Kept
+        cache.layers = [kind(*views[i : i + 2]) for i in range(0, len(views), 2)]
         return cache
 
+    def laid(self, prompts: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
+        """Prompts (P_i, W) padded on the left: (B, P, W). pinned: in memory that a device copies from by itself."""
+        width = max(map(len, prompts))
+        laid = prompts[0].new_empty((len(prompts), width, sum(self.widths)), pin_memory=pinned)
+        for place, states in zip(laid, prompts, strict=True):
+            place[width - len(states) :] = states
+            # hidden, but a number: nothing times what is none would be none
+            place[: width - len(states)] = 0
+        return laid
 
-class _Kept(DynamicLayer):
-    """Keys and values (B, G, P, D) of one layer, in front of those of every forward pass, and never added to.
 
-    What comes after is a function of the vectors, and lives no longer than the pass.
-    """
+class _Given(DynamicLayer):
+    """A layer of transformers' cache that begins with keys and values (B, G, P, D)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
+
+
+class _Kept(_Given):
+    """Keys and values in front of those of every forward pass, and never added to.
+
+    What comes after is a function of the vectors, and lives no longer than the pass.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """What the layer attends to: (B, G, P + A, D) each."""

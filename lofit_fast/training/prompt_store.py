@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import base_modules, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
@@ -96,12 +97,12 @@ def prompts_kept(
     if not gb:
         yield collator
         return
-    found = None
+    answers = None
     with eval_mode(handle.model), torch.no_grad():
         try:
             base = _Base.of(handle)
             made = {"collator": collator, "pad_token_id": pad_token_id, "logits": logits}
-            found = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
+            answers = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             known = isinstance(error, NotPlain | OSError)
@@ -110,16 +111,15 @@ def prompts_kept(
                 f"prompts are not kept: {reason}. Every step takes them through the model again, with the same result",
                 stacklevel=3,
             )
-    if found is None:
+    if answers is None:
         yield collator
         return
-    answers, slots = found
-    with going_on(handle.model, slots, lambda: handle.acting_on(EVERYWHERE)):
+    with going_on(handle.model, answers.slots, lambda: handle.acting_on(EVERYWHERE)):
         yield answers
 
 
-def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool):
-    """(AnswerCollator, Slots): over a store that is filled if need be, and proved on this very model."""
+def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool) -> AnswerCollator:
+    """What makes batches over a store that is filled if need be, and proved on this very model."""
     _check_steady(base)
     prompts = prompts_of(sequences)
     if not prompts:
@@ -132,13 +132,13 @@ def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress
     store = PrefixStore.open(folder)
 
     def proved(store: PrefixStore) -> AnswerCollator | str:
-        answers = AnswerCollator(store=store, pinned=pins(base.device), **made)
-        return _disagreement(base, slots, answers, sequences) or answers
+        answers = AnswerCollator(store=store, slots=slots, pinned=pins(base.device), **made)
+        return _disagreement(base, answers, sequences) or answers
 
     usable = store is not None and len(store) >= len(kept) and store.states.nbytes <= allowed
     # the key cannot see everything, such as what a hook does: what disagrees is made anew, and judged again
     if usable and not isinstance(answers := proved(store), str):
-        return answers, slots
+        return answers
     PrefixStore.discard(folder)
     PrefixStore.write(folder, _filled(base, kept, progress))
     store = PrefixStore.open(folder)
@@ -150,11 +150,13 @@ def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress
     except Exception:
         PrefixStore.discard(folder)
         raise
-    return answers, slots
+    return answers
 
 
 def _check_steady(base: _Base) -> None:
     """Refuse, from what can be read off the model, a base that changes or is not all there."""
+    if reason := length_refusal(base.model):
+        raise NotPlain(reason)
     for module in base_modules(base.decoder):
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             raise NotPlain("the base is trained too")
@@ -170,14 +172,18 @@ def _check_steady(base: _Base) -> None:
             raise NotPlain(f"{kind} has {positive[0]}, so no two passes are the same")
 
 
-def _disagreement(base: _Base, slots: Slots, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
+def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
     """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
     ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
     expected, loss = _labelled(model, plain)
     # what is random in training must not move the generators that training draws from
-    with torch.random.fork_rng(), eval_mode(model), going_on(model, slots, lambda: base.handle.acting_on(EVERYWHERE)):
+    with (
+        torch.random.fork_rng(),
+        eval_mode(model),
+        going_on(model, answers.slots, lambda: base.handle.acting_on(EVERYWHERE)),
+    ):
         model.train()
         got, short_loss = _labelled(model, batch)
     allowed = rounding(model)

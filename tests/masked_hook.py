@@ -16,7 +16,8 @@ class MaskedHook:
     """z -> (1 + a) z + v before each adapted projection, on the tokens where `mask` is true, and z elsewhere.
 
     place: a regex of the projections' names, N for the layer. vectors: as of `oracle.vectors_of`.
-    mask: (B, S) bool of the next forward, a function z -> mask, or None for every token. parameters: by (layer, component).
+    mask: (B, S) bool of the next forward, a function z -> mask, or None for every token.
+    parameters: by (layer, component).
     """
 
     def __init__(self, model: nn.Module, place: str, vectors) -> None:

@@ -78,6 +78,10 @@ def train(
     prefix_cache_gb: Annotated[
         float, typer.Option(help="Disk for activations below the lowest tuned layer, kept between epochs and runs.")
     ] = 0.0,
+    prompt_cache_gb: Annotated[
+        float | None,
+        typer.Option(help="With --positions answer: disk for prompts' keys and values. Default: 16; 0 keeps none."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -107,7 +111,7 @@ def train(
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
     recipe = recipe_of(name, seed, top, accumulation_steps=accumulation_steps, positions=positions, **numbers)
-    knobs = {"compile": compile, "packing": packing}
+    knobs = {"compile": compile, "packing": packing, "prompt_cache_gb": prompt_cache_gb}
     knobs = {key: "auto" if value is None else value for key, value in knobs.items()}
     engine = Engine(attention=attention, group_by_length=group_by_length, prefix_cache_gb=prefix_cache_gb, **knobs)
     reading = reading_of(split, subset, columns, train_on)

@@ -42,7 +42,7 @@ class SharedPrompts:
         self._unfit = False
 
     def cache(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> DynamicCache | None:
-        """A cache to generate on from: of prompts without their last tokens, padded on the left. None where it cannot be.
+        """A cache to generate on from: of prompts without their last tokens, padded on the left; None if it cannot be.
 
         model: patched with vectors that act on answers alone, or not at all; in eval mode, without gradients.
         rows: token ids of the prompts, whole. A model that keeps more of a token than keys and values, or whose logits

@@ -88,17 +88,28 @@ class _Kept(_Given):
         return self.keys.shape[-2]
 
 
-def prompt_states(decoder: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Slots]:
+def prompt_states(
+    decoder: nn.Module,
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    beginning: tuple[Tensor, Slots] | None = None,
+) -> tuple[Tensor, Slots]:
     """The keys and values of rows of tokens, (B, S, W), those of shorter rows at their beginning.
 
-    decoder: what makes hidden states of tokens, in the state in which it is to be recorded. Raises NotPlain for a model
-    that keeps anything but keys and values of every token.
+    decoder: what makes hidden states of tokens, in the state in which it is to be recorded. beginning: what this gave
+    of tokens (1, n, W) that all rows begin with, each with more of its own: those are not run again. Raises NotPlain
+    for a model that keeps anything but keys and values of every token.
     """
+    known = 0 if beginning is None else beginning[0].shape[1]
     # nothing sees what stands on its right, so that padding needs no mask, and is a token like any other
-    ids = rectangle(rows, 0).to(device)
+    ids = rectangle([row[known:] for row in rows], 0).to(device)
     cache = DynamicCache()
+    if beginning is not None:
+        states, slots = beginning
+        cache = slots.cache(states.expand(len(rows), -1, -1), grows=True)
     decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-    tensors = [tensor for layer in cache.layers for tensor in _plain(layer, ids.shape)]
+    shape = (len(rows), known + ids.shape[1])
+    tensors = [tensor for layer in cache.layers for tensor in _plain(layer, shape)]
     if not tensors:
         raise NotPlain(f"{type(decoder).__name__} keeps no keys and values")
     slots = Slots(tuple((tensor.shape[1], tensor.shape[3]) for tensor in tensors))
@@ -141,12 +152,12 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
             hook.remove()
 
 
-def _plain(layer: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _plain(layer: object, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A cache layer's keys and values. Raises NotPlain for any other state."""
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in (DynamicLayer, _Given):
         raise NotPlain(f"it has a cache of another kind, a {type(layer).__name__}")
     for tensor in (layer.keys, layer.values):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != tuple(shape):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
-            raise NotPlain(f"it has a cache of another shape, {got} for {tuple(shape)} tokens")
+            raise NotPlain(f"it has a cache of another shape, {got} for {shape} tokens")
     return layer.keys, layer.values

@@ -41,6 +41,8 @@ from lofit_kernels.answers import cache_folder
 FILL_TOKENS = 2048
 # bytes of the disk that a fill leaves free
 _LEFT_FREE = 10**9
+# tokens that all prompts begin with, from which on it pays to run them once
+_LEAST_SHARED = 8
 # what the files mean; another number is another key
 _FORMAT = 1
 
@@ -58,10 +60,10 @@ class _Base:
     def of(cls, handle: LofitHandle) -> _Base:
         return cls(handle, handle.model, handle.model_fold.decoder, device_of(handle.model))
 
-    def run(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Slots]:
+    def run(self, rows: Sequence[Sequence[int]], beginning: tuple[Tensor, Slots] | None = None):
         """`prompt_states` of rows, and where they lie."""
         with self.handle.disabled(), self.uncompiled(), torch.no_grad():
-            return prompt_states(self.decoder, rows, self.device)
+            return prompt_states(self.decoder, rows, self.device, beginning)
 
     def uncompiled(self):
         """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
@@ -248,13 +250,21 @@ def _bytes(rows: Sequence[Sequence[int]], sample: Tensor) -> int:
 def _filled(base: _Base, prompts: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Every prompt with its keys and values, in batches of like length. prompts: ascending by length."""
     with tqdm(total=sum(map(len, prompts)), desc="prompts", unit="tok", disable=not progress, leave=False) as bar:
+        shared = _common(prompts)
+        beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
         start = 0
         while start < len(prompts):
             end = start + 1
             while end < len(prompts) and (end + 1 - start) * len(prompts[end]) <= FILL_TOKENS:
                 end += 1
-            states, _ = base.run(prompts[start:end])
+            states, _ = base.run(prompts[start:end], beginning)
             for row, of_row in zip(prompts[start:end], states, strict=True):
                 yield row, of_row[: len(row)]
                 bar.update(len(row))
             start = end
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, each with one more of its own at least."""
+    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)

@@ -191,6 +191,24 @@ def _checkpointed(model):
     return model
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_what_all_prompts_begin_with_runs_once(name, tmp_path):
+    make, _ = MODELS[name]
+    begin = tokens(1, 9, 99)[0].tolist()
+    rows = [{"input_ids": begin + one["input_ids"], "labels": [IGNORED] * 9 + one["labels"]} for one in ROWS]
+    handle, seen = patched(make()), []
+    expected = results(handle.model, CompletionCollator(0)(rows), list(handle.parameters()))
+    embedding = handle.model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    with kept(handle, tmp_path, rows) as collator:
+        filled = [shape for shape in seen if shape != (1, len(prompts_of(rows)[0]))]
+        # the beginning, and the prompts' own tokens; then the trial
+        assert filled[:2] == [(1, 8), (len(prompts_of(rows)), 18)]
+        got = results(handle.model, collator(rows), list(handle.parameters()))
+    for mine, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_store_that_lies_is_made_anew(tmp_path):
     handle = patched(tiny_model("llama"))
     with kept(handle, tmp_path):

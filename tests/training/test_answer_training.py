@@ -23,7 +23,6 @@ from tests.oracle import randomize, vectors_of
 from tests.tiny_models import LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES as SHORT
-from tests.training.tiny_runs import HELD_OUT
 from tests.training.tiny_runs import fit as quick_fit
 
 PLACE = r"model\.layers\.N\.self_attn\.o_proj"
@@ -81,7 +80,10 @@ def losses_of(result, stage):
     return [row["loss"] for row in result.history if row["stage"] == stage]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("padded", "causal") else ()) for kind in ENGINES],
+)
 def test_both_steps_are_those_of_a_masked_hook(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
     family = "gemma3" if kind == "left to the rules" else "llama"
@@ -114,13 +116,14 @@ def test_both_steps_are_those_of_a_masked_hook(kind, tmp_path, monkeypatch):
         assert (rows - hook.parameters[key].detach()).abs().max() <= 1e-3 * rows.abs().max()
 
 
+# every graph takes seconds to trace; tests/patching/test_answer_layer.py compiles a projection in the ordinary run
+@pytest.mark.slow
 def test_compiled_layers(tmp_path, quick_compiler):
     recipe = lf.Recipe(top=3, select_epochs=1, tune_epochs=1, batch_size=6, positions="answer")
-    how = {"heads": [(0, 1), (2, 3)], "eval_data": HELD_OUT}
+    how = {"heads": [(0, 1), (2, 3)]}
     plain = quick_fit(tiny_model("llama"), tmp_path / "a", recipe, engine=lf.Engine(compile=False), **how)
     compiled = quick_fit(tiny_model("llama"), tmp_path / "b", recipe, engine=lf.Engine(compile=True), **how)
-    for name in ("loss", "eval_loss"):
-        assert compiled.history[-1][name] == pytest.approx(plain.history[-1][name], rel=1e-5)
+    assert compiled.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-5)
 
 
 PREFERENCES = [Preference(f"Q: {name}? A:", f" {name}.", (f" {name[::-1]}x!",)) for name in ("ab", "cde", "f", "ghij")]

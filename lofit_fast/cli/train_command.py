@@ -97,6 +97,10 @@ def train(
             "than full is faster, and changes results a little (docs/frozen_products.md). Default: full."
         ),
     ] = None,
+    prompt_cache_gb: Annotated[
+        float | None,
+        typer.Option(help="With --positions answer: disk for prompts' keys and values. Default: 16; 0 keeps none."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -131,7 +135,8 @@ def train(
         raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
     recipe = recipe_of(name, seed, top, fast, **numbers)
     disk = None if prefix_cache_gb is None else parse_gb(prefix_cache_gb)
-    knobs = {"compile": compile, "packing": packing, "prefix_cache_gb": disk, "frozen_products": frozen_products}
+    knobs = {"compile": compile, "packing": packing, "frozen_products": frozen_products}
+    knobs |= {"prefix_cache_gb": disk, "prompt_cache_gb": prompt_cache_gb}
     knobs = {key: value for key, value in knobs.items() if value is not None}
     engine = (Engine.fast if fast else Engine)(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)

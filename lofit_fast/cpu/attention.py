@@ -77,7 +77,9 @@ def grouped_attention(
     arguments = query, key, value, attention_mask, scaling, dropout, softcap, s_aux
     learned = [each for each in (query, key, value, s_aux) if each is not None]
     if torch.is_grad_enabled() and any(each.requires_grad for each in learned):
-        mixed = _attend_again(*arguments)
+        # weights of a few tokens behind a long prompt are fewer numbers than its keys: cheaper kept than made again
+        few = query.shape[2] < key.shape[2] and query.shape[1] * query.shape[2] <= key.shape[1] * key.shape[3]
+        mixed = (_attend if few else _attend_again)(*arguments)
     elif query.shape[2] < _FUSED_FROM or softcap is not None or s_aux is not None:
         mixed = _attend(*arguments)
     else:

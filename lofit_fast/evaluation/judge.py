@@ -11,6 +11,7 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
+from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
@@ -32,11 +33,21 @@ class Judgement:
     hits: list[float]
 
 
-def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, progress: bool = False) -> Judgement:
+def judge(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    shared: SharedPrompts | None = None,
+) -> Judgement:
     """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
     share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
+    shared: of several adapters of one base that act on answers alone, judged one after the other: prompts to be
+    continued are then computed once for all of them. Choices are scored without it.
     Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and
     `score_choices` raise.
     """
@@ -51,6 +62,7 @@ def judge(model: nn.Module, tokenizer, task: Task, *, batch_size: int = 32, prog
         max_new_tokens=answer_length(tokenizer, task.validation),
         batch_size=batch_size,
         progress=progress,
+        shared=shared,
     )
     return Judgement({"exact_match": sum(hits) / len(hits)}, hits)
 
@@ -63,14 +75,16 @@ def generate_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: bool = False,
+    shared: SharedPrompts | None = None,
 ) -> list[str]:
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, and for a batch_size
-    or max_new_tokens below 1.
+    shared: see `judge`.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for a batch_size or
+    max_new_tokens below 1, and for shared prompts under vectors that act on them.
     """
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
     rows = _generated(model, tokenizer, prompts, **options)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
@@ -156,6 +170,7 @@ def _generated(
     batch_size: int = 32,
     progress: bool = False,
     ends: Set[int] = frozenset(),
+    shared: SharedPrompts | None = None,
 ) -> list[list[int]]:
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
     _check_count("batch_size", batch_size)
@@ -168,7 +183,9 @@ def _generated(
         for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
             ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
             ids, mask = ids.to(device), mask.to(device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
+            past = {} if given is None else {"past_key_values": given}
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, **past)
             for i, answer in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = answer
     return answers

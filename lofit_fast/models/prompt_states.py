@@ -39,27 +39,44 @@ class Slots:
         """Numbers of each of the shapes."""
         return [heads * width for heads, width in self.shapes]
 
-    def cache(self, states: Tensor) -> DynamicCache:
-        """states: (B, P, W). A cache whose P tokens every forward pass finds and none changes: no copy is made."""
+    def cache(self, states: Tensor, *, grows: bool = False) -> DynamicCache:
+        """states: (B, P, W). A cache of P tokens, which every forward pass finds and none changes: no copy is made.
+
+        grows: whether passes add to it, as transformers' own do.
+        """
         parts = states.split(self.widths, -1)
         pairs = zip(parts, self.shapes, strict=True)
         views = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in pairs]
-        cache = DynamicCache()
-        cache.layers = [_Kept(*views[i : i + 2]) for i in range(0, len(views), 2)]
+        cache, kind = DynamicCache(), _Given if grows else _Kept
+        cache.layers = [kind(*views[i : i + 2]) for i in range(0, len(views), 2)]
         return cache
 
+    def laid(self, prompts: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
+        """Prompts (P_i, W) padded on the left: (B, P, W). pinned: in memory that a device copies from by itself."""
+        width = max(map(len, prompts))
+        laid = prompts[0].new_empty((len(prompts), width, sum(self.widths)), pin_memory=pinned)
+        for place, states in zip(laid, prompts, strict=True):
+            place[width - len(states) :] = states
+            # hidden, but a number: nothing times what is none would be none
+            place[: width - len(states)] = 0
+        return laid
 
-class _Kept(DynamicLayer):
-    """Keys and values (B, G, P, D) of one layer, in front of those of every forward pass, and never added to.
 
-    What comes after is a function of the vectors, and lives no longer than the pass.
-    """
+class _Given(DynamicLayer):
+    """A layer of transformers' cache that begins with keys and values (B, G, P, D)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
+
+
+class _Kept(_Given):
+    """Keys and values in front of those of every forward pass, and never added to.
+
+    What comes after is a function of the vectors, and lives no longer than the pass.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """What the layer attends to: (B, G, P + A, D) each."""
@@ -71,17 +88,28 @@ class _Kept(DynamicLayer):
         return self.keys.shape[-2]
 
 
-def prompt_states(decoder: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Slots]:
+def prompt_states(
+    decoder: nn.Module,
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    beginning: tuple[Tensor, Slots] | None = None,
+) -> tuple[Tensor, Slots]:
     """The keys and values of rows of tokens, (B, S, W), those of shorter rows at their beginning.
 
-    decoder: what makes hidden states of tokens, in the state in which it is to be recorded. Raises NotPlain for a model
-    that keeps anything but keys and values of every token.
+    decoder: what makes hidden states of tokens, in the state in which it is to be recorded. beginning: what this gave
+    of tokens (1, n, W) that all rows begin with, each with more of its own: those are not run again. Raises NotPlain
+    for a model that keeps anything but keys and values of every token.
     """
+    known = 0 if beginning is None else beginning[0].shape[1]
     # nothing sees what stands on its right, so that padding needs no mask, and is a token like any other
-    ids = rectangle(rows, 0).to(device)
+    ids = rectangle([row[known:] for row in rows], 0).to(device)
     cache = DynamicCache()
+    if beginning is not None:
+        states, slots = beginning
+        cache = slots.cache(states.expand(len(rows), -1, -1), grows=True)
     decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-    tensors = [tensor for layer in cache.layers for tensor in _plain(layer, ids.shape)]
+    shape = (len(rows), known + ids.shape[1])
+    tensors = [tensor for layer in cache.layers for tensor in _plain(layer, shape)]
     if not tensors:
         raise NotPlain(f"{type(decoder).__name__} keeps no keys and values")
     slots = Slots(tuple((tensor.shape[1], tensor.shape[3]) for tensor in tensors))
@@ -124,12 +152,12 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
             hook.remove()
 
 
-def _plain(layer: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _plain(layer: object, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A cache layer's keys and values. Raises NotPlain for any other state."""
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in (DynamicLayer, _Given):
         raise NotPlain(f"it has a cache of another kind, a {type(layer).__name__}")
     for tensor in (layer.keys, layer.values):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != tuple(shape):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
-            raise NotPlain(f"it has a cache of another shape, {got} for {tuple(shape)} tokens")
+            raise NotPlain(f"it has a cache of another shape, {got} for {shape} tokens")
     return layer.keys, layer.values

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lofit_fast.data.collate import Batch, Logits, kept
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.data.padding import rectangle
-from lofit_fast.models.prompt_states import PROMPTS
+from lofit_fast.models.prompt_states import PROMPTS, Slots
 from lofit_fast.training.prefix_cache.store import PrefixStore
 
 Collator = Callable[[Sequence[Encoded]], Batch]
@@ -24,12 +25,14 @@ class AnswerCollator:
     token; attention_mask (B, P + A), prompts padded on the left; PROMPTS (B, P, W) in the model's dtype; and what
     CompletionCollator emits for logits of labelled tokens alone. Only what the labels need goes through the model: the
     tokens from the last one before the first label to the last one before the last label.
+    slots: where the layers' parts lie in what the store has of a token.
     collator: makes the batch, of whole examples, where a prompt is not in the store.
     pinned: lay the prompts in memory that a device copies from by itself, beside a step.
     """
 
     collator: Collator
     store: PrefixStore
+    slots: Slots
     pad_token_id: int
     logits: Logits
     pinned: bool = False
@@ -42,12 +45,8 @@ class AnswerCollator:
         found = [self._prompt(row["input_ids"][:start]) for row, (start, _) in zip(rows, spans, strict=True)]
         if any(states is None for states in found):
             return self.collator(rows)
-        width = max(start for start, _ in spans)
-        prompts = found[0].new_empty((len(rows), width, found[0].shape[1]), pin_memory=self.pinned)
-        for place, states in zip(prompts, found, strict=True):
-            place[width - len(states) :] = states
-            # hidden, but a number: nothing times what is none would be none
-            place[: width - len(states)] = 0
+        prompts = self.slots.laid(found, pinned=self.pinned)
+        width = prompts.shape[1]
         pairs = list(zip(rows, spans, strict=True))
         ids = rectangle([row["input_ids"][start:end] for row, (start, end) in pairs], self.pad_token_id)
         following = rectangle([row["labels"][start + 1 : end + 1] for row, (start, end) in pairs], IGNORED)
@@ -63,7 +62,7 @@ class AnswerCollator:
             PROMPTS: prompts,
         }
 
-    def _prompt(self, ids: Sequence[int]):
+    def _prompt(self, ids: Sequence[int]) -> Tensor | None:
         """(len(ids), W), or None where it is not in the store."""
         return self.store.find(ids) if ids else self.store.states[:0]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import base_modules, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
@@ -40,6 +41,8 @@ from lofit_kernels.answers import cache_folder
 FILL_TOKENS = 2048
 # bytes of the disk that a fill leaves free
 _LEFT_FREE = 10**9
+# tokens that all prompts begin with, from which on it pays to run them once
+_LEAST_SHARED = 8
 # what the files mean; another number is another key
 _FORMAT = 1
 
@@ -57,10 +60,10 @@ class _Base:
     def of(cls, handle: LofitHandle) -> _Base:
         return cls(handle, handle.model, handle.model_fold.decoder, device_of(handle.model))
 
-    def run(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Slots]:
+    def run(self, rows: Sequence[Sequence[int]], beginning: tuple[Tensor, Slots] | None = None):
         """`prompt_states` of rows, and where they lie."""
         with self.handle.disabled(), self.uncompiled(), torch.no_grad():
-            return prompt_states(self.decoder, rows, self.device)
+            return prompt_states(self.decoder, rows, self.device, beginning)
 
     def uncompiled(self):
         """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
@@ -96,12 +99,12 @@ def prompts_kept(
     if not gb:
         yield collator
         return
-    found = None
+    answers = None
     with eval_mode(handle.model), torch.no_grad():
         try:
             base = _Base.of(handle)
             made = {"collator": collator, "pad_token_id": pad_token_id, "logits": logits}
-            found = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
+            answers = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             known = isinstance(error, NotPlain | OSError)
@@ -110,16 +113,15 @@ def prompts_kept(
                 f"prompts are not kept: {reason}. Every step takes them through the model again, with the same result",
                 stacklevel=3,
             )
-    if found is None:
+    if answers is None:
         yield collator
         return
-    answers, slots = found
-    with going_on(handle.model, slots, lambda: handle.acting_on(EVERYWHERE)):
+    with going_on(handle.model, answers.slots, lambda: handle.acting_on(EVERYWHERE)):
         yield answers
 
 
-def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool):
-    """(AnswerCollator, Slots): over a store that is filled if need be, and proved on this very model."""
+def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress: bool) -> AnswerCollator:
+    """What makes batches over a store that is filled if need be, and proved on this very model."""
     _check_steady(base)
     prompts = prompts_of(sequences)
     if not prompts:
@@ -132,13 +134,13 @@ def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress
     store = PrefixStore.open(folder)
 
     def proved(store: PrefixStore) -> AnswerCollator | str:
-        answers = AnswerCollator(store=store, pinned=pins(base.device), **made)
-        return _disagreement(base, slots, answers, sequences) or answers
+        answers = AnswerCollator(store=store, slots=slots, pinned=pins(base.device), **made)
+        return _disagreement(base, answers, sequences) or answers
 
     usable = store is not None and len(store) >= len(kept) and store.states.nbytes <= allowed
     # the key cannot see everything, such as what a hook does: what disagrees is made anew, and judged again
     if usable and not isinstance(answers := proved(store), str):
-        return answers, slots
+        return answers
     PrefixStore.discard(folder)
     PrefixStore.write(folder, _filled(base, kept, progress))
     store = PrefixStore.open(folder)
@@ -150,11 +152,13 @@ def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress
     except Exception:
         PrefixStore.discard(folder)
         raise
-    return answers, slots
+    return answers
 
 
 def _check_steady(base: _Base) -> None:
     """Refuse, from what can be read off the model, a base that changes or is not all there."""
+    if reason := length_refusal(base.model):
+        raise NotPlain(reason)
     for module in base_modules(base.decoder):
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             raise NotPlain("the base is trained too")
@@ -170,14 +174,18 @@ def _check_steady(base: _Base) -> None:
             raise NotPlain(f"{kind} has {positive[0]}, so no two passes are the same")
 
 
-def _disagreement(base: _Base, slots: Slots, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
+def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
     """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
     ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
     expected, loss = _labelled(model, plain)
     # what is random in training must not move the generators that training draws from
-    with torch.random.fork_rng(), eval_mode(model), going_on(model, slots, lambda: base.handle.acting_on(EVERYWHERE)):
+    with (
+        torch.random.fork_rng(),
+        eval_mode(model),
+        going_on(model, answers.slots, lambda: base.handle.acting_on(EVERYWHERE)),
+    ):
         model.train()
         got, short_loss = _labelled(model, batch)
     allowed = rounding(model)
@@ -242,13 +250,21 @@ def _bytes(rows: Sequence[Sequence[int]], sample: Tensor) -> int:
 def _filled(base: _Base, prompts: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Every prompt with its keys and values, in batches of like length. prompts: ascending by length."""
     with tqdm(total=sum(map(len, prompts)), desc="prompts", unit="tok", disable=not progress, leave=False) as bar:
+        shared = _common(prompts)
+        beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
         start = 0
         while start < len(prompts):
             end = start + 1
             while end < len(prompts) and (end + 1 - start) * len(prompts[end]) <= FILL_TOKENS:
                 end += 1
-            states, _ = base.run(prompts[start:end])
+            states, _ = base.run(prompts[start:end], beginning)
             for row, of_row in zip(prompts[start:end], states, strict=True):
                 yield row, of_row[: len(row)]
                 bar.update(len(row))
             start = end
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, each with one more of its own at least."""
+    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)

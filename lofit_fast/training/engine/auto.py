@@ -94,7 +94,7 @@ def settle(
 def with_prompts(attachment: Attachment, engine: Engine) -> Engine:
     """The engine with what is kept of prompts settled. Raises ValueError where none of it could be used, but was asked.
 
-    Layers that go on from prompts are not compiled unless that is asked for: a few tokens per row are too little work.
+    Layers that go on from kept prompts are not compiled: each reads its own cache, and would be a graph.
     """
     alone = getattr(getattr(attachment, "config", None), "positions", "all") == "answer"
     if not alone:
@@ -105,7 +105,12 @@ def with_prompts(attachment: Attachment, engine: Engine) -> Engine:
             )
         return replace(engine, prompt_cache_gb=0.0)
     engine = replace(engine, prompt_cache_gb=_one(engine.prompt_cache_gb, PROMPT_CACHE_GB))
-    return replace(engine, compile=_one(engine.compile, False)) if engine.prompt_cache_gb else engine
+    if engine.prompt_cache_gb and engine.compile is True:
+        raise ValueError(
+            "compile=True was asked for, but layers that go on from kept prompts are not compiled: use compile=False, "
+            "or prompt_cache_gb=0 to take whole sequences through compiled layers"
+        )
+    return replace(engine, compile=False) if engine.prompt_cache_gb else engine
 
 
 def with_attention(model: nn.Module, engine: Engine, device: torch.device, batch: Callable[[Engine], Batch]) -> Engine:

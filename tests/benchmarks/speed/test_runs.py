@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, TUNED_STOCK
-from benchmarks.speed.step import fast_run, losses, peak_memory, prefix_speed, settings, step_profile, whole_run
+from benchmarks.speed.step import (
+    answer_speed,
+    fast_run,
+    losses,
+    peak_memory,
+    prefix_speed,
+    settings,
+    step_profile,
+    whole_run,
+)
 from benchmarks.speed.step.rows import Row, live
 from benchmarks.speed.step.workload import task, workload
 from lofit_fast.cpu.attention import GROUPED
@@ -148,3 +157,12 @@ def test_autocast_is_for_who_would_use_it(work, monkeypatch, fast):
             one.loss(one.batches(work.rows[:2], work.pad)[0])
             hook.remove()
     assert seen == {AS_RUN: torch.float32, TUNED_STOCK: torch.bfloat16 if fast else torch.float32}
+
+
+def test_answers_alone_are_timed_against_every_position(work):
+    report = answer_speed.answer_speedup(tiny(), work, rounds=1, examples=8, engine=ENGINE, say=lambda text: None)
+    assert list(report["steps"]) == ["step 1", "step 2"]
+    for one in report["steps"].values():
+        assert {name: len(seconds) for name, seconds in one["seconds"].items()} == {"all": 1, "answer": 1}
+        assert 0 < one["speedup_with_filling"] < one["speedup"]["median"]
+        assert one["tokens"]["answer"] < one["tokens"]["all"] / 4

@@ -144,13 +144,16 @@ class _Losses(threading.local):
 def mean_loss(hidden: Tensor, head: FrozenHead, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
     """The cross-entropy of a causal model, a scalar. hidden: (..., N), as many rows as targets.
 
-    targets: int64, IGNORED where there is no label. count: what the sum is divided by; None means the labels.
+    targets: int64; (rows,) of kept rows, all with a label, or of other shapes, IGNORED where there is none.
+    count: what the sum is divided by; None means the labels. Raises ValueError for another number of rows.
     """
+    # counting labels would make the host wait for a device
+    all_labelled = targets.dim() == 1
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     if len(hidden) != len(targets):
         raise ValueError(f"expected {len(targets)} rows at the output head, got {len(hidden)}")
-    keep = (targets != IGNORED).nonzero().flatten()
-    if len(keep) < len(targets):
+    if not all_labelled:
+        keep = (targets != IGNORED).nonzero().flatten()
         hidden, targets = hidden.index_select(0, keep), targets[keep]
     total = -token_log_probs(hidden, head, targets)[0].sum()
     count = len(targets) if count is None else count

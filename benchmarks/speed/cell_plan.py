@@ -156,7 +156,7 @@ def _careful(model: str, options: Options) -> dict:
 
 def _answers(model: str, options: Options) -> dict:
     base, _, work = loaded(model, options.data)
-    return answer_speed.answer_speedup(base, work, rounds=options.rounds or ANSWER_ROUNDS)
+    return answer_speed.answer_speedup(base, work, rounds=options.rounds or ANSWER_ROUNDS, examples=options.examples)
 
 
 def _fast_run(model: str, options: Options) -> dict:

@@ -24,7 +24,20 @@ READING_KEYS = ("split", "subset", "columns", "train_on")
 COMMON_KEYS = ("model", "task", "data", "data_seed", "dtype", "device", *READING_KEYS, *ENGINE_KEYS)
 RUN_KEYS = ("train_size", "heads", *RECIPE_KEYS)
 _TABLES = ("base", "grid", "runs")
-_WORDS = ("model", "task", "data", "split", "subset", "train_on", "dtype", "device", "heads", "name", "select", "positions")
+_WORDS = (
+    "model",
+    "task",
+    "data",
+    "split",
+    "subset",
+    "train_on",
+    "dtype",
+    "device",
+    "heads",
+    "name",
+    "select",
+    "positions",
+)
 # whole numbers -> the least
 _COUNTS = {"train_size": 1, "data_seed": 0, "select_examples": 1}
 # combinations of a grid; more are a slip

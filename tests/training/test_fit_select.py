@@ -218,3 +218,18 @@ def test_fast_is_what_its_tables_say_and_gives_way():
     assert lf.Engine.fast(attention="eager").attention == "eager"
     with pytest.raises(ValueError, match="expected None with select='lofit'"):
         lf.Recipe.fast(select="lofit", select_examples=9)
+
+
+def test_a_look_acts_on_answers_alone_where_the_vectors_do():
+    how = {"select": "saliency", "l1": 0.0}
+    scores = {}
+    for name, positions, engine in (
+        ("all", "all", lf.Engine()),
+        ("answers", "answer", lf.Engine()),
+        ("padded", "answer", lf.Engine(attention="eager", packing=False, narrow=False)),
+    ):
+        recipe = replace(RECIPE, positions=positions, **how)
+        args = (tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES), recipe)
+        scores[name] = select_untrained(*args, engine=engine, progress=False)[0]
+    assert not scores["all"].allclose(scores["answers"], rtol=1e-2)
+    torch.testing.assert_close(scores["answers"], scores["padded"], rtol=1e-3, atol=1e-3)

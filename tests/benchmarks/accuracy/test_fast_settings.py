@@ -62,6 +62,7 @@ def test_the_answers_setting_is_tuned_on_what_is_set_aside(tmp_path, monkeypatch
     assert tuning.settled(replace(cell, setting=FULL)) == replace(cell, setting=FULL)
 
 
+@pytest.mark.slow
 def test_cells_run_as_a_user_would_and_share_step_1(tmp_path, monkeypatch):
     monkeypatch.setattr(
         execute, "load_model", lambda *_, **__: (tiny_model("llama", max_position_embeddings=512), word_tokenizer())
@@ -85,7 +86,7 @@ def quick(cell):
 
 
 def test_the_page_compares_in_pairs(tmp_path):
-    slots = slots_of(("smollm2",), SIZES, seeds=(42, 43))
+    slots = slots_of(("smollm2",), SIZES, seeds=(42, 43), settings=(FULL, "saliency-64"))
     folder, tuning = CellFolder(tmp_path / "fast" / "cells"), FastTuning(CellFolder(tmp_path / "fast" / "cells"))
     summary = {"summary": tmp_path / "summary.json", "progress": False}
     done = run_cells(slots, folder, tuning, made_up, estimate=FastEstimate(), **summary)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lofit_fast.training.engine.attachment import Attachment
 
-# how a peer is run, see `benchmarks.speed.step.settings`
+# how a peer is run, see `benchmarks.speed.step.row_settings`
 AS_RUN, TUNED_STOCK, SAME_ENGINE, INT8 = "as run", "tuned stock", "same engine", "int8"
 
 # (layer, component) -> (heads, rows (h, D)); component is "scale" or "offset"

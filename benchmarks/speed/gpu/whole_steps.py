@@ -20,8 +20,8 @@ from torch import nn
 from benchmarks.peers.peer import AS_RUN, SAME_ENGINE, Absent
 from benchmarks.speed.gpu import whole_models
 from benchmarks.speed.step.loss_check import Checks, Reference, references
+from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.rows import Live, Row, live
-from benchmarks.speed.step.settings import STOCK
 from benchmarks.speed.step.workload import BATCH, Workload, real_tokens
 from benchmarks.speed.timing import ratio
 from lofit_fast.training.engine import Engine

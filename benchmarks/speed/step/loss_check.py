@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.peers.hook import HookLofit, Vectors
+from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.rows import Live
-from benchmarks.speed.step.settings import STOCK
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import Workload, stock_batches
 from lofit_fast.data.encode import IGNORED, Encoded

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lofit_fast as lf
 from benchmarks.peers.hook import HookLofit, HookStep, train_hook, vectors_of
-from benchmarks.speed.step.settings import STOCK
+from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.whole_run import RECIPE as SHORT
 from lofit_fast.config import LofitConfig
 from lofit_fast.data.encode import IGNORED

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.peer import Attached
 from benchmarks.peers.table import TIMED
-from benchmarks.speed.step.settings import SETTINGS, STOCK, Setting
+from benchmarks.speed.step.row_settings import SETTINGS, STOCK, Setting
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Collate, Workload, grouped_batches, stock_batches
 from lofit_fast.data.collate import Logits, on_device

@@ -13,7 +13,7 @@ import lofit_fast as lf
 from benchmarks.peers.hook import HookLofit, HookStep, train_hook
 from benchmarks.peers.peer import AS_RUN
 from benchmarks.peers.table import TIMED
-from benchmarks.speed.step.settings import STOCK
+from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.step.workload import BATCH, Workload, stock_batches
 from lofit_fast.config import RECIPES, Recipe

@@ -18,8 +18,8 @@ from benchmarks.speed.gpu.gpu_session import CANNOT_RUN, SOME_RED, TIMED
 from benchmarks.speed.gpu.hour_parts import PARTS, Part, Turn
 from benchmarks.speed.gpu.hour_predictions import Compared
 from benchmarks.speed.gpu.whole_steps import rows_of_step, time_steps
+from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.rows import Row, live
-from benchmarks.speed.step.settings import STOCK
 from benchmarks.speed.step.steps import vectors
 from lofit_kernels.roofline import DEVICES
 from lofit_kernels.shapes import SHAPES

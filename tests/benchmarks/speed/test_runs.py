@@ -12,7 +12,7 @@ from benchmarks.speed.step import (
     losses,
     peak_memory,
     prefix_speed,
-    settings,
+    row_settings,
     step_profile,
     whole_run,
 )
@@ -148,7 +148,7 @@ def test_what_a_careful_user_switches_on_changes_no_batch(work):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_autocast_is_for_who_would_use_it(work, monkeypatch, fast):
-    monkeypatch.setattr(settings, "best_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
+    monkeypatch.setattr(row_settings, "best_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
     seen = {}
     for setting in (AS_RUN, TUNED_STOCK):
         with live(tiny(), Row("hook", setting, "step 2"), ENGINE) as one:

@@ -163,11 +163,11 @@ class LofitLinear(nn.Module):
         if self._heads["scale"] is not None:
             vectors["scale"], vectors["scale_heads"] = self._vectors("scale")
         if self._heads["offset"] is not None:
-            folded = self._folded_offset(weight, *self._vectors("offset"))
+            offset, heads = self._vectors("offset")
+            folded = self._folded_offset(weight, offset, heads)
             if folded is None:
-                vectors["offset"], vectors["offset_heads"] = self._vectors("offset")
-            else:
-                shift = folded if bias is None else folded + bias
+                folded = fold_offsets([weight], [offset], [heads])[0]
+            shift = folded if bias is None else folded + bias
         return quantized_linear(head_affine(z, **vectors), products, shift)
 
     @property

@@ -104,6 +104,8 @@ def test_shapes_of_any_rank_and_few_rows(frozen):
     assert quantized_linear(x[0, 0, 0], frozen).equal(y[0, 0, 0])
     assert quantized_linear(x[:0], frozen).shape == (0, 3, 5, N)
     assert quantized_linear(x.transpose(0, 1), frozen).equal(y.transpose(0, 1))
+    by_column = x[0, 0].t().contiguous().t()
+    assert quantized_linear(by_column, frozen).equal(y[0, 0])
 
 
 def test_a_row_depends_on_no_other(frozen):

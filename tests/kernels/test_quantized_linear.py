@@ -197,3 +197,27 @@ def test_the_kinds_of_a_gpu_have_shapes_and_dtypes_without_one(name):
         assert rows.dtype == kind.rows and scales.shape == (T, 1)
         y = torch.ops.lofit.frozen_product(rows, torch.empty((), dtype=torch.int64), N, False, name)
         assert y.shape == (T, N) and y.dtype == kind.accumulators and y.device.type == "cuda"
+
+
+@pytest.mark.slow
+def test_a_compiler_rounds_what_two_products_share_once():
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    kind, counts = kind_for("int8", CPU), []
+
+    def count(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes]
+        counts.append([sum(word in name for name in names) for word in ("amax", "frozen_product")])
+        return make_boxed_func(graph.forward)
+
+    pair = [FrozenWeight(torch.nn.Parameter(draw(N, K, seed=s), requires_grad=False), kind) for s in (1, 2)]
+    compiled = torch.compile(
+        lambda x: sum(quantized_linear(2 * x, weight) for weight in pair),
+        backend=aot_autograd(fw_compiler=count, bw_compiler=count),
+        fullgraph=True,
+    )
+    compiled(draw(T, K).requires_grad_()).sum().backward()
+    torch._dynamo.reset()
+    # forward and backward
+    assert counts == [[1, 2], [1, 2]]

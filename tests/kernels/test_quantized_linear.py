@@ -201,7 +201,7 @@ def test_the_kinds_of_a_gpu_have_shapes_and_dtypes_without_one(name):
 
 @pytest.mark.slow
 def test_a_compiler_rounds_what_two_products_share_once():
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
     kind, counts = kind_for("int8", CPU), []
@@ -211,10 +211,12 @@ def test_a_compiler_rounds_what_two_products_share_once():
         counts.append([sum(word in name for name in names) for word in ("amax", "frozen_product")])
         return make_boxed_func(graph.forward)
 
+    # as Inductor does
+    by = {"fw_compiler": count, "bw_compiler": count}
     pair = [FrozenWeight(torch.nn.Parameter(draw(N, K, seed=s), requires_grad=False), kind) for s in (1, 2)]
     compiled = torch.compile(
         lambda x: sum(quantized_linear(2 * x, weight) for weight in pair),
-        backend=aot_autograd(fw_compiler=count, bw_compiler=count),
+        backend=aot_autograd(**by, partition_fn=min_cut_rematerialization_partition),
         fullgraph=True,
     )
     compiled(draw(T, K).requires_grad_()).sum().backward()

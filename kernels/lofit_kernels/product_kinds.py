@@ -160,8 +160,9 @@ def trial_error(kind: ProductKind, device: torch.device) -> str | None:
         got = kind.run(rows.to(device), *packed).double().cpu()
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"{kind.name} failed: {str(error).splitlines()[0]}"
-    # one rounding of a float32 result
-    if (got - exact).abs().max() <= exact.abs().max() * 2**-23:
+    # one rounding of a float32 result; tensor cores add products of fp8 with fewer bits than float32 has
+    allowed = 2**-10 if kind.rows.is_floating_point else 2**-23
+    if (got - exact).abs().max() <= exact.abs().max() * allowed:
         return None
     return (
         f"{kind.name} computes a wrong product: the largest error is {(got - exact).abs().max():.3g} where the largest "

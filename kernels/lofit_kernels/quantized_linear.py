@@ -126,7 +126,7 @@ def _frozen_product(rows: Tensor, key: Tensor, outputs: int, backward: bool, kin
         raise RuntimeError("a product with a quantized weight was asked for after its scope had ended")
     if not len(rows):
         return rows.new_empty(0, outputs, dtype=KINDS[kind].accumulators)
-    return as_written(rows, KINDS[kind].run, rows, *found.packed(backward))
+    return as_written(rows, KINDS[kind].run, rows.contiguous(), *found.packed(backward))
 
 
 def _frozen_product_fake(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:

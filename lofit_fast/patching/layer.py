@@ -203,9 +203,10 @@ class LofitLinear(nn.Module):
         if self._heads["scale"] is not None:
             vectors["scale"], vectors["scale_heads"] = self._vectors("scale")
         if self._heads["offset"] is not None:
-            shift = self._folded_offset(weight, *self._vectors("offset"))
+            offset, heads = self._vectors("offset")
+            shift = self._folded_offset(weight, offset, heads)
             if shift is None:
-                vectors["offset"], vectors["offset_heads"] = self._vectors("offset")
+                shift = fold_offsets([weight], [offset], [heads])[0]
         affine = head_affine(z, **vectors)
         if mask is None:
             both = shift if bias is None or shift is None else shift + bias

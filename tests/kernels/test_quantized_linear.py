@@ -104,6 +104,8 @@ def test_shapes_of_any_rank_and_few_rows(frozen):
     assert quantized_linear(x[0, 0, 0], frozen).equal(y[0, 0, 0])
     assert quantized_linear(x[:0], frozen).shape == (0, 3, 5, N)
     assert quantized_linear(x.transpose(0, 1), frozen).equal(y.transpose(0, 1))
+    by_column = x[0, 0].t().contiguous().t()
+    assert quantized_linear(by_column, frozen).equal(y[0, 0])
 
 
 def test_a_row_depends_on_no_other(frozen):
@@ -195,3 +197,29 @@ def test_the_kinds_of_a_gpu_have_shapes_and_dtypes_without_one(name):
         assert rows.dtype == kind.rows and scales.shape == (T, 1)
         y = torch.ops.lofit.frozen_product(rows, torch.empty((), dtype=torch.int64), N, False, name)
         assert y.shape == (T, N) and y.dtype == kind.accumulators and y.device.type == "cuda"
+
+
+@pytest.mark.slow
+def test_a_compiler_rounds_what_two_products_share_once():
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    kind, counts = kind_for("int8", CPU), []
+
+    def count(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes]
+        counts.append([sum(word in name for name in names) for word in ("amax", "frozen_product")])
+        return make_boxed_func(graph.forward)
+
+    # as Inductor does
+    by = {"fw_compiler": count, "bw_compiler": count}
+    pair = [FrozenWeight(torch.nn.Parameter(draw(N, K, seed=s), requires_grad=False), kind) for s in (1, 2)]
+    compiled = torch.compile(
+        lambda x: sum(quantized_linear(2 * x, weight) for weight in pair),
+        backend=aot_autograd(**by, partition_fn=min_cut_rematerialization_partition),
+        fullgraph=True,
+    )
+    compiled(draw(T, K).requires_grad_()).sum().backward()
+    torch._dynamo.reset()
+    # forward and backward
+    assert counts == [[1, 2], [1, 2]]

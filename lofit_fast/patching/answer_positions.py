@@ -86,7 +86,7 @@ class AnswerWatch:
         acting = self.acting
         # one that was interrupted may have left something
         going_on = [entry for entry in acting.forwards if entry[0] is not module]
-        acting.forwards = (*going_on, (module, acting.mask))
+        acting.forwards = (*going_on, (module, acting.mask if going_on else None))
         acting.mask = mask
         if module.training and torch.is_grad_enabled():
             self._keep_in_checkpoints()

@@ -65,6 +65,14 @@ def test_folders_without_the_field_act_everywhere(tmp_path):
         lf.load(tiny_model("llama"), tmp_path)
 
 
+def test_a_folder_for_answers_must_say_so(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "positions"}))
+    with pytest.raises(ValueError, match="lacks positions"):
+        read_adapter(tmp_path)
+
+
 def test_vectors_of_other_positions_are_not_taken(tmp_path):
     _, answers = saved(tmp_path)
     everywhere = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))

@@ -137,6 +137,9 @@ def _read_description(path: Path) -> dict:
         kind = description.get("peft_type") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{path} is not a LoFiT adapter: expected peft_type 'LOFIT', got {kind!r}")
     expected = {"format_version", "fingerprint", "scale", "offset", "init_std", "seed"}
+    if description.get("format_version") == ANSWER_VERSION:
+        # else its vectors would act everywhere
+        expected.add("positions")
     if absent := sorted(expected - description.keys()):
         raise ValueError(f"{path} lacks {', '.join(absent)}")
     if description["format_version"] not in READ_VERSIONS:

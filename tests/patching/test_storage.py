@@ -187,8 +187,8 @@ def test_adapter_of_another_kind(folder, content, kind):
 
 
 def test_adapter_of_a_newer_format(folder):
-    rewrite(folder, format_version=3)
-    refuses(tiny_model("llama"), folder, ValueError, "format version 3", "reads up to 2")
+    rewrite(folder, format_version=4)
+    refuses(tiny_model("llama"), folder, ValueError, "format version 4", "reads up to 3")
 
 
 def test_adapter_of_the_first_format(folder):

@@ -26,13 +26,11 @@ class Acting(threading.local):
 
     mask: (B, S) bool, or EVERYWHERE; None outside of a forward, and in one of the base. One value per thread, which
     compiled layers read as eager ones do. forwards: the modules whose forwards are going on, the outermost first, each
-    with the mask that was there before. said: what the innermost scope of the thread says, for compilers, which
-    cannot follow context variables.
+    with the mask that was there before.
     """
 
     mask: Mask | None = None
     forwards: tuple = ()
-    said: Mask | None = None
 
     def __reduce__(self) -> tuple:
         # a copied model has forwards of its own
@@ -56,12 +54,10 @@ _SAID: ContextVar[tuple[tuple[Acting, Mask], ...]] = ContextVar("lofit_acting_on
 def said(acting: Acting, mask: Mask) -> Iterator[None]:
     """A scope in which forwards of the handle with this `Acting` take the mask. Raises as `checked`."""
     token = _SAID.set((*_SAID.get(), (acting, checked(mask))))
-    before, acting.said = acting.said, mask
     try:
         yield
     finally:
         _SAID.reset(token)
-        acting.said = before
 
 
 def said_for(acting: Acting) -> Mask | None:

@@ -66,27 +66,22 @@ class AnswerWatch:
                 setattr(module, _CHECKPOINT, given.given)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = self._said()
+        mask = said_for(self.acting)
         if mask is None:
-            if not torch.compiler.is_compiling():
-                self.peft_watch.look()
+            self.peft_watch.look()
             if any(layer.active for layer in self.layers):
                 mask = where_it_acts(named_inputs(module, args, kwargs))
         self._enter(module, mask)
 
     def _begin_within(self, module: nn.Module, args: tuple) -> None:
         # of a forward of the whole model it is known already
-        self._enter(module, self.acting.mask if self.acting.forwards else self._said())
-
-    def _said(self) -> Mask | None:
-        # a compiler cannot follow context variables
-        return self.acting.said if torch.compiler.is_compiling() else said_for(self.acting)
+        self._enter(module, self.acting.mask if self.acting.forwards else said_for(self.acting))
 
     def _enter(self, module: nn.Module, mask: Mask | None) -> None:
         acting = self.acting
         # one that was interrupted may have left something
         going_on = [entry for entry in acting.forwards if entry[0] is not module]
-        acting.forwards = (*going_on, (module, acting.mask))
+        acting.forwards = (*going_on, (module, acting.mask if going_on else None))
         acting.mask = mask
         if module.training and torch.is_grad_enabled():
             self._keep_in_checkpoints()
@@ -244,7 +239,7 @@ def _starts(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
 
 def _by_cache(given: Mapping[str, Any], cache: Any) -> Mask:
     tokens = _tokens(given)
-    step = None if torch.compiler.is_compiling() else _step_of_generate()
+    step = _step_of_generate()
     if step == "chunks":
         raise ValueError(
             "the vectors act on answers alone (positions='answer'), and a prompt in chunks (prefill_chunk_size) does "

@@ -153,9 +153,15 @@ class LofitHandle:
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle.
 
-        Raises ValueError where a tensor does not fit, and inside `folded`, which would go on with the old vectors.
+        Raises ValueError where a tensor does not fit, for vectors that act on other positions, and inside `folded`,
+        which would go on with the old vectors.
         """
         self.check_vectors("load")
+        if adapter.config.positions != self.config.positions:
+            raise ValueError(
+                f"cannot load vectors with positions={adapter.config.positions!r} into a handle with "
+                f"positions={self.config.positions!r}: lofit_fast.load patches as the folder says"
+            )
         if any(layer.folded is not None for layer in self.layers.values()):
             raise ValueError(
                 "cannot load vectors inside handle.folded(), which computes with the old ones: leave it first"

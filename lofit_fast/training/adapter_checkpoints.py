@@ -119,7 +119,9 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
     def _restore(self, state: dict, where: str) -> None:
         got, expected = state["heads"], _heads(self.handle)
         if got != expected:
-            raise ValueError(f"{where} has vectors of other heads: got {got}, expected {expected}; patch as it was")
+            raise ValueError(
+                f"{where} has vectors of other heads or positions: got {got}, expected {expected}; patch as it was"
+            )
         tensors = {}
         for name, vector in state["vectors"].items():
             layer, component = name.split(".")
@@ -129,8 +131,9 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
 
 
 def _heads(handle: LofitHandle) -> dict:
-    """The adapted heads, as JSON gives them back."""
-    return json.loads(json.dumps({component: getattr(handle.config, component) for component in COMPONENTS}))
+    """The adapted heads, as JSON gives them back, and the positions where these are not all."""
+    heads = json.loads(json.dumps({component: getattr(handle.config, component) for component in COMPONENTS}))
+    return heads if handle.acting is None else {**heads, "positions": handle.config.positions}
 
 
 def _drop_frozen(model: nn.Module, checkpoint: Path) -> None:

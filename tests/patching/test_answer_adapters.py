@@ -65,6 +65,19 @@ def test_folders_without_the_field_act_everywhere(tmp_path):
         lf.load(tiny_model("llama"), tmp_path)
 
 
+def test_vectors_of_other_positions_are_not_taken(tmp_path):
+    _, answers = saved(tmp_path)
+    everywhere = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
+    before = [parameter.clone() for parameter in everywhere.parameters()]
+    with pytest.raises(ValueError, match="positions='answer' into a handle with positions='all'"):
+        everywhere.take(read_adapter(tmp_path))
+    states = [lf.AdapterCheckpoints(handle).state_dict() for handle in (answers, everywhere)]
+    for handle, state in ((everywhere, states[0]), (answers, states[1])):
+        with pytest.raises(ValueError, match="other heads or positions"):
+            lf.AdapterCheckpoints(handle).load_state_dict(state)
+    assert all(a.equal(b) for a, b in zip(before, everywhere.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("make", ["merge", "export", "check_export", "verify_export"])
 def test_no_plain_model_is_made_of_it(tmp_path, make):
     model, handle = saved(tmp_path / "adapter")

@@ -34,3 +34,11 @@ def run_folder(model, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     call("train", "--model", model, "--data", data, "--output", folder, *QUICK, "--json")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="package")
+def prompts_of_commands(tmp_path_factory):
+    """What trainings keep of prompts stays among the tests' files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOFIT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

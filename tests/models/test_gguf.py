@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from lofit_fast.models import file_digest, load
+from lofit_fast.models import gguf as conversion
 from tests.tiny_models import tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 

@@ -1,12 +1,12 @@
 """GGUF files, converted once: a folder that stock `from_pretrained` loads, kept under the file's checksum."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 
 from lofit_fast.files import whole_folder, write_json
+from lofit_fast.models.file_digest import digest_of
 from lofit_kernels.answers import cache_folder
 
 _CONVERSION = "conversion.json"
@@ -14,7 +14,7 @@ _CONVERSION = "conversion.json"
 
 def converted(gguf: Path) -> Path:
     """The folder of the converted GGUF file, made on first use. Named after the file and its SHA-256."""
-    checksum = sha256_of(gguf)
+    checksum = digest_of(gguf)
     folder = cache_folder() / f"{gguf.stem}-{checksum[:12]}"
     if _is_whole(folder, checksum):
         return folder
@@ -42,9 +42,3 @@ def _is_whole(folder: Path, checksum: str) -> bool:
         return whole and marker["sha256"] == checksum
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from torch import nn
 from lofit_fast.data.collate import CompletionCollator, Logits, on_device
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.models.row_index import selecting_rows
-from lofit_fast.models.trials import difference, rounding, trial_examples, trying
+from lofit_fast.models.trials import difference, rounding, trial_examples, tried_once, trying
 from lofit_fast.patching.placement import device_of
 
 # all but the way of last resort, the best first; an index needs a scope of `row_index.selecting_rows`
@@ -25,6 +25,10 @@ def logit_rows(model: nn.Module, ways: Sequence[Logits] = SCOPED[1:]) -> Logits:
     label, which Liger's take. "all": not at all. What works gives the logits and the loss that the model gives when it
     computes them all. A model that cannot do even that gets "rows", and says by itself what is wrong.
     """
+    return tried_once(model, ("logits", tuple(ways)), lambda: _tried(model, ways))
+
+
+def _tried(model: nn.Module, ways: Sequence[Logits]) -> Logits:
     rows = trial_examples(model)
     # what a mask keeps of each row differs
     rows[0]["labels"][-2:] = [IGNORED] * 2

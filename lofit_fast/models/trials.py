@@ -5,8 +5,10 @@ No weight, mode or random number changes. Families differ in ways that no list k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from lofit_fast.patching.placement import device_of
 
 # tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded
 OWN, SHARED = (7, 5, 3), 4
+_Answer = TypeVar("_Answer")
+# what has been found out in a scope of `remembering`
+_ANSWERS: ContextVar[dict | None] = ContextVar("answers", default=None)
 _TARGETS = ("labels", "shift_labels", "logits_to_keep", KEPT_ROWS)
 
 
@@ -33,6 +38,36 @@ def trial_examples(model: nn.Module, *, other: bool = False) -> list[Encoded]:
     if other:
         rows[0] = shared + list(ids)
     return [{"input_ids": row, "labels": [IGNORED] * SHARED + row[SHARED:]} for row in rows]
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """A scope in which each question about a model is tried once, see `tried_once`.
+
+    For a training of several stages: between them the model's code and weights stay what they are. Scopes may be
+    nested; what is known goes with the outermost.
+    """
+    if _ANSWERS.get() is not None:
+        yield
+        return
+    token = _ANSWERS.set({})
+    try:
+        yield
+    finally:
+        _ANSWERS.reset(token)
+
+
+def tried_once(model: nn.Module, question: Hashable, ask: Callable[[], _Answer]) -> _Answer:
+    """What `ask` finds out about a model, or has found out in this scope of `remembering`. An error is no answer.
+
+    question: all that the answer depends on but the model.
+    """
+    answers, key = _ANSWERS.get(), (id(model), question)
+    if answers is None:
+        return ask()
+    if key not in answers:
+        answers[key] = ask()
+    return answers[key]
 
 
 @contextmanager

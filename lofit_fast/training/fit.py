@@ -17,6 +17,7 @@ from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
+from lofit_fast.models.trials import remembering
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.placement import dtype_of
@@ -155,13 +156,15 @@ def fit_objective(
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
     run = RunFolder.open(output_dir, steps.identity(heads), resume)
-    if run.heads is None and heads is not None:
-        run.write_heads(heads, None)
-    elif run.heads is None and step1_dir is not None:
-        steps.adopt(run, Path(step1_dir))
-    elif run.heads is None:
-        steps.select(run, resume)
-    return steps.tune(run, resume)
+    # what step 1 has tried, step 2 knows
+    with remembering():
+        if run.heads is None and heads is not None:
+            run.write_heads(heads, None)
+        elif run.heads is None and step1_dir is not None:
+            steps.adopt(run, Path(step1_dir))
+        elif run.heads is None:
+            steps.select(run, resume)
+        return steps.tune(run, resume)
 
 
 def rehearse(
@@ -184,7 +187,8 @@ def rehearse(
     _check_unpatched(model)
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
     steps.check_heads(heads)
-    return steps.data, *steps.engines(heads)
+    with remembering():
+        return steps.data, *steps.engines(heads)
 
 
 def select_by_training(

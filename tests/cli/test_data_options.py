@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lofit_fast.cli.options import parse_columns
+from lofit_fast.cli.options import parse_columns, parse_gb
 from tests.cli.calling import QUICK, as_json, call, error_of
 
 LETTERS = "abcdefghijklmnopqrst"
@@ -117,6 +117,12 @@ def test_bad_options(model, table, tmp_path, options, message):
     for dry in ((), ("--dry-run",)):
         assert message in error_of("train", "--model", model, "--data", table, *output, *QUICK, *options, *dry)
     assert not (tmp_path / "run").exists()
+
+
+def test_parse_gb():
+    assert (parse_gb("auto"), parse_gb("0.5")) == ("auto", 0.5)
+    with pytest.raises(ValueError, match="--prefix-cache-gb to be a number or 'auto', got 'much'"):
+        parse_gb("much")
 
 
 def test_parse_columns():

@@ -12,7 +12,7 @@ from torch import nn
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.data.padding import padded_on_the_right
-from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
+from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.placement import dtype_of
@@ -127,8 +127,11 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
 
     Where its own does not run, the other one has to run and give numbers.
     """
-    if name == text_config(model)._attn_implementation:
-        return None
+    own = text_config(model)._attn_implementation
+    return None if name == own else tried_once(model, ("attention", name, own), lambda: _refusal(model, name))
+
+
+def _refusal(model: nn.Module, name: str) -> str | None:
     # its code hands what it picks to the attentions that it knows; a trial's rows are too short to tell
     if name in OURS and (picks := picks_in_rows(model)):
         return (

@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lofit_fast.data.collate import KEPT_ROWS, CompletionCollator, on_device
 from lofit_fast.data.encode import IGNORED
-from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import n_tokens, selecting_rows
-from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, trying
+from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
 from lofit_fast.patching.placement import device_of
 
@@ -52,6 +52,10 @@ def narrowing_refusal(model: nn.Module) -> str | None:
 
     What it notices: something after the last MLP that mixes tokens, or that reads its output in other rows.
     """
+    return tried_once(model, "narrowing", lambda: _refusal(model))
+
+
+def _refusal(model: nn.Module) -> str | None:
     layer, mlp = _found(model)
     if mlp is None:
         return None
@@ -59,8 +63,9 @@ def narrowing_refusal(model: nn.Module) -> str | None:
     # rows without a label between rows with one: what they lack must not be missed
     for row in rows:
         row["labels"][-3:] = [IGNORED, row["labels"][-2], IGNORED]
-    way = logit_rows(model, ("index", "rows"))
-    batch = on_device(CompletionCollator(0, logits="rows" if way == "all" else way)(rows), device_of(model))
+    # as training will ask
+    way = "index" if logit_rows(model, SCOPED) == "index" else "rows"
+    batch = on_device(CompletionCollator(0, logits=way)(rows), device_of(model))
     hooks: list[RemovableHandle] = []
     try:
         with trying(model):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import GROUPED
-from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, trying
+from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine.attention_scope import attending
 
@@ -27,6 +27,10 @@ def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool],
     attention: what it will run with. collator_of: the collator of packed batches (True), and of padded ones.
     Raises ValueError for an attention that the model does not have.
     """
+    return tried_once(model, ("packing", attention), lambda: _leak(model, attention, collator_of))
+
+
+def _leak(model: nn.Module, attention: str, collator_of: Callable[[bool], Callable]) -> str | None:
     if picks := picks_in_rows(model):
         return (
             f"{type(model).__name__} picks what it attends to in the whole row ({picks} of its config), "

@@ -1,0 +1,51 @@
+"""A question about a model is tried once in a scope, and each time outside of one."""
+
+import pytest
+
+import lofit_fast as lf
+from lofit_fast.models.trials import remembering, tried_once
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.tiny_runs import EXAMPLES, QUICK
+
+
+def test_a_question_is_asked_once_in_a_scope():
+    asked, (one, other) = [], (tiny_model("llama"), tiny_model("llama"))
+
+    def ask():
+        asked.append(1)
+        return len(asked)
+
+    assert [tried_once(one, "q", ask) for _ in range(2)] == [1, 2]
+    with remembering():
+        assert [tried_once(one, "q", ask) for _ in range(2)] == [3, 3]
+        with remembering():
+            assert (tried_once(one, "q", ask), tried_once(other, "q", ask), tried_once(one, "r", ask)) == (3, 4, 5)
+        assert tried_once(one, "r", ask) == 5
+    assert tried_once(one, "q", ask) == 6
+
+
+def test_no_answer_is_an_answer_and_an_error_is_none():
+    asked = []
+
+    def nothing():
+        asked.append(1)
+
+    def failing():
+        raise ValueError("no")
+
+    with remembering():
+        assert tried_once(None, "q", nothing) is tried_once(None, "q", nothing) is None
+        assert len(asked) == 1
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                tried_once(None, "r", failing)
+        assert tried_once(None, "r", lambda: 1) == 1
+
+
+def test_a_run_tries_its_model_once(tmp_path):
+    model, passes = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
+    lf.fit(model, tiny_tokenizer(), EXAMPLES, QUICK, output_dir=tmp_path, progress=False).handle.unpatch()
+    # attention twice, all logits and those of an index, narrowing twice. both steps used to try, 16 passes in all
+    assert passes.count(False) == 6

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lofit_fast.data.padding import padded
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.models.prompt_states import NotPlain, Slots, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.architectures import find_projections
@@ -39,14 +40,15 @@ class SharedPrompts:
         self._held: dict[tuple[int, ...], Tensor] = {}
         self._slots: Slots | None = None
         self._decoder: nn.Module | None = None
-        self._unfit = False
+        # whether the model has shown that it can go on from them, or that it cannot
+        self._proved = self._unfit = False
 
     def cache(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> DynamicCache | None:
         """A cache to generate on from: of prompts without their last tokens, padded on the left; None if it cannot be.
 
         model: patched with vectors that act on answers alone, or not at all; in eval mode, without gradients.
-        rows: token ids of the prompts, whole. A model that keeps more of a token than keys and values, or whose logits
-        are others so, gets None, and a warning says why.
+        rows: token ids of the prompts, whole. A model that keeps more of a token than keys and values, whose keys
+        depend on the length of a whole sequence, or whose logits are others so, gets None, and a warning says why.
         Raises ValueError for vectors that act on prompts too, and for another model than before.
         """
         handle = handle_of(model)
@@ -56,16 +58,19 @@ class SharedPrompts:
                 "positions='answer'"
             )
         decoder = decoder_of(model, [projection.name for projection in find_projections(model)])
-        first = self._decoder is None
-        if not first and decoder is not self._decoder:
+        if self._decoder is not None and decoder is not self._decoder:
             raise ValueError("these prompts are of another model: expected one SharedPrompts per base model")
         self._decoder = decoder
         if self._unfit or max(map(len, rows)) < 2:
             return None
         try:
-            cache = self._laid(model, rows)
-            if first and (reason := self._disagreement(model, rows)):
+            # a batch may show nothing of it, and the next one be of another length
+            if not self._proved and (reason := length_refusal(model)):
                 raise NotPlain(reason)
+            cache = self._laid(model, rows)
+            if not self._proved and (reason := self._disagreement(model, rows)):
+                raise NotPlain(reason)
+            self._proved = True
         # generation goes on without it, whatever a model may raise
         except Exception as error:
             reason = str(error) if isinstance(error, NotPlain) else said_of(error)

@@ -29,8 +29,10 @@ class Acting(threading.local):
     with the mask that was there before.
     """
 
-    mask: Mask | None = None
-    forwards: tuple = ()
+    def __init__(self) -> None:
+        # of each thread anew, and there before a compiler looks: what appears while it does ends its graph
+        self.mask: Mask | None = None
+        self.forwards: tuple = ()
 
     def __reduce__(self) -> tuple:
         # a copied model has forwards of its own

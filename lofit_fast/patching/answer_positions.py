@@ -74,8 +74,11 @@ class AnswerWatch:
         self._enter(module, mask)
 
     def _begin_within(self, module: nn.Module, args: tuple) -> None:
+        acting = self.acting
+        # what a keyboard's interrupt has ended runs no hooks
+        acting.forwards = tuple(entry for entry in acting.forwards if entry[0] is not module and _is_running(entry[0]))
         # of a forward of the whole model it is known already
-        self._enter(module, self.acting.mask if self.acting.forwards else said_for(self.acting))
+        self._enter(module, acting.mask if acting.forwards else said_for(acting))
 
     def _enter(self, module: nn.Module, mask: Mask | None) -> None:
         acting = self.acting
@@ -291,6 +294,19 @@ def _ends_with_tokens(mask: Any, width: int) -> bool:
     # a token that is no padding sees itself
     itself = mask[:, :, -1, width - 1]
     return bool((itself if itself.dtype == torch.bool else itself == 0).all())
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether a module is being called in this thread. In code that a compiler has taken apart: that is assumed."""
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name.startswith("torch_dynamo_resume") or (name == "_call_impl" and frame.f_locals.get("self") is module):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _step_of_generate() -> str | None:

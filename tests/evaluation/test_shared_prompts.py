@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 
 import lofit_fast as lf
 from lofit_fast.evaluation.judge import generate_answers, judge
@@ -82,3 +83,21 @@ def test_what_cannot_be_shared_is_refused_or_said():
     with pytest.warns(UserWarning, match="prompts are not shared"):
         found = generate_answers(linear, tiny_tokenizer(), PROMPTS, max_new_tokens=3, shared=SharedPrompts())
     assert found == generate_answers(linear, tiny_tokenizer(), PROMPTS, max_new_tokens=3)
+
+
+def test_keys_that_depend_on_the_length_of_a_sequence_are_not_shared():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope)
+    with pytest.warns(UserWarning, match="depends on the length of the whole sequence"):
+        found = generate_answers(model, tiny_tokenizer(), PROMPTS, max_new_tokens=3, shared=SharedPrompts())
+    assert found == generate_answers(model, tiny_tokenizer(), PROMPTS, max_new_tokens=3)
+
+
+def test_a_model_is_tried_on_the_first_prompts_that_there_is_something_to_keep_of(monkeypatch):
+    model, shared, tried = tiny_model("llama"), SharedPrompts(), []
+    monkeypatch.setattr(SharedPrompts, "_disagreement", lambda *_: tried.append(None))
+    with torch.no_grad():
+        assert shared.cache(model, [[5], [6]]) is None
+        assert shared.cache(model, [[5], [6, 7]]) is not None
+        assert shared.cache(model, [[8, 9]]) is not None
+    assert len(tried) == 1

@@ -244,6 +244,23 @@ def test_a_forward_that_does_not_say_it_is_refused_before_anything_runs(call):
     assert handle.acting.forwards == ()
 
 
+def test_an_interrupted_forward_leaves_nothing_that_the_decoder_takes_for_its_own():
+    model, handle = answering()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model(tokens(2, 1), past_key_values=DynamicCache())
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(2, 1), past_key_values=DynamicCache())
+    hook.remove()
+    with pytest.raises(ValueError, match="does not say where"):
+        model.model(tokens())
+    assert handle.acting.forwards == ()
+    assert handle.acting.mask is None
+
+
 def test_several_tokens_behind_a_cache_need_a_scope():
     model, handle = answering()
     plain, hook = hooked(model, handle)

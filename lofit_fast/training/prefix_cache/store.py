@@ -41,7 +41,7 @@ class PrefixStore:
 
     @classmethod
     def open(cls, folder: Path) -> PrefixStore | None:
-        """The store in a folder, marked as used just now; None unless it is there and whole."""
+        """The store in a folder, marked as used just now; None unless it is there and whole, every number of it."""
         try:
             index = json.loads((folder / _INDEX).read_text())
             lengths, width, dtype = index["lengths"], index["width"], getattr(torch, index["dtype"])
@@ -51,6 +51,8 @@ class PrefixStore:
                 return None
             # private: nothing that happens to the tensor reaches the file
             states = torch.from_file(str(folder / _STATES), shared=False, size=shape[0] * shape[1], dtype=dtype)
+            if _hex(_sum_of_bits(states)) != index["sum"]:
+                return None
             places = dict(zip(names, _places(lengths), strict=True))
             os.utime(folder / _INDEX)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
@@ -64,11 +66,13 @@ class PrefixStore:
         folder: without a store. filled: sequences of token ids with their states (len(ids), N), at least one.
         Raises OSError when it cannot be written, and leaves nothing of it then.
         """
-        names, lengths = [], []
+        names, lengths, total = [], [], 0
         with whole_folder(folder) as scratch, (scratch / _STATES).open("wb") as file:
             for ids, states in filled:
                 # bytes: numpy has no bfloat16
-                file.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
+                states = states.cpu().contiguous()
+                file.write(states.view(torch.uint8).numpy().data)
+                total += _sum_of_bits(states)
                 names.append(digest(ids).hex())
                 lengths.append(len(ids))
             # a page that a power cut loses would read as zeros in a file of the right size
@@ -76,6 +80,7 @@ class PrefixStore:
             os.fsync(file.fileno())
         dtype = str(states.dtype).removeprefix("torch.")
         index = {"width": states.shape[-1], "dtype": dtype, "lengths": lengths, "sequences": names}
+        index["sum"] = _hex(total)
         write_json(folder / _INDEX, index)
 
     @staticmethod
@@ -125,6 +130,20 @@ def make_room(root: Path, keep: str, allowed: int) -> None:
             break
         shutil.rmtree(path, ignore_errors=True)
         del others[path]
+
+
+def _sum_of_bits(states: Tensor) -> int:
+    """The numbers' bits, as whole numbers, added up in 64 bits: as fast as they are read, which training does anyway.
+
+    What a disk loses or changes in the middle of a file no trial of a few sequences would find.
+    """
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[states.dtype.itemsize]
+    return int(states.view(whole).sum(dtype=torch.int64))
+
+
+def _hex(total: int) -> str:
+    """A sum as 64 bits hold it: 16 digits."""
+    return f"{total % 2**64:016x}"
 
 
 def _places(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -77,7 +77,21 @@ def lose_a_name(folder):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("harm", [cut_short, drop_index, drop_states, halve_index, lose_a_name])
+def change_a_bit_in_the_middle(folder):
+    content = bytearray((folder / "states.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "states.bin").write_bytes(content)
+
+
+def lose_a_page(folder):
+    content = (folder / "states.bin").read_bytes()
+    (folder / "states.bin").write_bytes(content[:32] + bytes(32) + content[64:])
+
+
+HARMS = [cut_short, drop_index, drop_states, halve_index, lose_a_name, change_a_bit_in_the_middle, lose_a_page]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_store_that_is_not_whole_is_none(tmp_path, harm):
     write(tmp_path)
     assert PrefixStore.open(tmp_path) is not None

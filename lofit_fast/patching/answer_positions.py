@@ -70,7 +70,9 @@ class AnswerWatch:
         if mask is None:
             self.peft_watch.look()
             if any(layer.active for layer in self.layers):
-                mask = where_it_acts(named_inputs(module, args, kwargs))
+                given = named_inputs(module, args, kwargs)
+                _check_labels(module, given)
+                mask = where_it_acts(given)
         self._enter(module, mask)
 
     def _begin_within(self, module: nn.Module, args: tuple) -> None:
@@ -130,6 +132,16 @@ def named_inputs(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
     names = list(inspect.signature(module.forward).parameters) if args else []
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_labels(module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for labels of a model that does not predict next tokens, such as a classifier of tokens."""
+    generates = getattr(module, "can_generate", None)
+    if "labels" in given and generates is not None and not generates():
+        raise ValueError(
+            f"the labels of a {type(module).__name__} are not tokens that follow, and do not say where an answer "
+            f"begins: {SAY_IT}"
+        )
 
 
 def where_it_acts(given: Mapping[str, Any]) -> Mask:

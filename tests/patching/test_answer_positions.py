@@ -415,3 +415,23 @@ def test_beside_lora(tmp_path):
         model(input_ids=inputs["input_ids"])
     with model.disable_adapter():
         model(input_ids=inputs["input_ids"])
+
+
+def test_labels_that_are_no_next_tokens_are_refused():
+    from transformers import LlamaForTokenClassification
+
+    model = LlamaForTokenClassification(tiny_model("llama").config)
+    handle = lf.patch(model, lf.LofitConfig(offset="all", positions="answer"))
+    ids = tokens(2, 5)
+    with pytest.raises(ValueError, match="labels of a LlamaForTokenClassification are not tokens that follow"):
+        model(ids, labels=torch.zeros_like(ids))
+    with handle.acting_on("all"):
+        assert model(ids, labels=torch.zeros_like(ids)).loss.isfinite()
+
+
+def test_a_masked_language_model_says_nothing_by_its_labels():
+    model = tiny_other("bert")
+    lf.patch(model, lf.LofitConfig(offset="all", positions="answer"))
+    ids = tokens(2, 5)
+    with pytest.raises(ValueError, match="are not tokens that follow"):
+        model(ids, labels=ids)

@@ -26,7 +26,7 @@ from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
-from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine import ON_DISK, Engine
 from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
@@ -34,8 +34,6 @@ from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
-# knobs of the engine that say how much disk it may take
-_OF_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 # the one that changes results beyond rounding
 _RESULTS = "frozen_products"
 
@@ -482,6 +480,6 @@ class _TwoSteps:
             run.keep_engine(stage, asdict(engine))
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
-        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in _OF_DISK))
-        asked = {name: getattr(usable, name) for name in _OF_DISK}
+        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in ON_DISK))
+        asked = {name: getattr(usable, name) for name in ON_DISK}
         return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))

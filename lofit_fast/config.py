@@ -74,8 +74,6 @@ def _pair(component: str, item: object) -> Head:
     return layer, head
 
 
-# settings that runs of earlier releases lack, and what these did
-_LATER = {"select": "lofit", "select_examples": None}
 # which heads are kept of the scores, step 2, and what only a training of step 1 has
 _KEPT, _TUNING = ("top", "min_layer"), ("tune_lr", "tune_epochs")
 _TRAINING = ("select_lr", "select_epochs", "max_grad_norm", "init_std")

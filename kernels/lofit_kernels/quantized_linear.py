@@ -9,6 +9,7 @@ which a compiler fuses with their neighbours; the product is one op that finds t
 
 from __future__ import annotations
 
+import copy
 from itertools import count
 
 import torch
@@ -22,7 +23,7 @@ _held: dict[int, FrozenWeight] = {}
 
 
 class FrozenWeight:
-    """A weight (N, K), quantized for both directions, until `close`. It must not change meanwhile.
+    """A weight (N, K), quantized for both directions, until `close`. It must not change once it has been used.
 
     key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None
     where the product itself multiplies by them. All are parameters, whose shapes a compiler takes for constants.
@@ -37,12 +38,23 @@ class FrozenWeight:
                 for w in (weight.detach(), weight.detach().t())
             )
         self._packed: dict[bool, tuple[Tensor, ...]] = {}
+        self._version, self._copies = _version_of(weight), []
         number = next(_numbers)
         self.key = torch.tensor(number)
         _held[number] = self
 
     def packed(self, backward: bool) -> tuple[Tensor, ...]:
-        """What the kind's `run` multiplies by: W for y, W^T for dz."""
+        """What the kind's `run` multiplies by: W for y, W^T for dz.
+
+        Raises RuntimeError where the weight is seen to have changed since it was quantized; a write through `.data` is
+        not seen.
+        """
+        version = _version_of(self.weight)
+        if version != self._version and (self._packed or self.y_scales is not None):
+            raise RuntimeError(
+                "a weight has changed after it was quantized: load weights before the scope of frozen_products"
+            )
+        self._version = version
         if backward not in self._packed:
             kind, weight = KINDS[self.kind], self.weight.detach()
             weight = weight.t() if backward else weight
@@ -51,8 +63,28 @@ class FrozenWeight:
         return self._packed[backward]
 
     def close(self) -> None:
-        """Forget the packed weights: what computes with them afterwards is refused."""
+        """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
         _held.pop(int(self.key), None)
+        for copied in self._copies:
+            copied.close()
+
+    def __deepcopy__(self, memo: dict) -> FrozenWeight:
+        # a copied model has weights of its own, which may be given other numbers
+        copied = FrozenWeight(copy.deepcopy(self.weight, memo), KINDS[self.kind])
+        self._copies.append(copied)
+        return copied
+
+    def __reduce__(self) -> tuple:
+        # its number means nothing in another process, or another weight
+        raise TypeError(
+            "expected to pickle a model that computes in full, got one whose products are in 8 bits: save it after the "
+            "scope of frozen_products, or save its state_dict"
+        )
+
+
+def _version_of(weight: Tensor) -> int:
+    """How often a tensor has been written to; 0 where torch does not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def weight_scales(weight: Tensor, kind: ProductKind) -> Tensor:

@@ -50,6 +50,7 @@ def reference_logprobs(
     batch_size: int = 16,
     progress: bool = False,
     add: Add | None = None,
+    as_trained: bool = False,
 ) -> Dataset:
     """The data set with what the base model under an attachment makes of it, for TRL's DPO.
 
@@ -60,8 +61,8 @@ def reference_logprobs(
     its tokens, of the model as it is with the attachment disabled. TRL's collator reads exactly these. TRL's own
     trainer would tokenize again and compute a reference from the active model;
     `preference_trainer.ReferencedDPOTrainer` does not.
-    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward. add: as
-    in `log_probs`.
+    An answer that occurs more than once with the same prompt is computed once. batch_size: answers per forward. add,
+    as_trained: as in `log_probs`.
     Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
     a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
@@ -82,7 +83,7 @@ def reference_logprobs(
     # one forward for what occurs more than once
     rows = {_key(row): row for side in sides.values() for row in side}
     with attachment.disabled():
-        how = {"batch_size": batch_size, "progress": progress, "add": add}
+        how = {"batch_size": batch_size, "progress": progress, "add": add, "as_trained": as_trained}
         values = log_probs(attachment.model, list(rows.values()), pad_token_id(tokenizer), **how)
     scores = dict(zip(rows, values, strict=True))
     columns = {"prompt_ids": [_split(row)[0] for row in sides.get("chosen", ())]}
@@ -94,7 +95,6 @@ def reference_logprobs(
     return dataset
 
 
-@torch.no_grad()
 def log_probs(
     model: nn.Module,
     rows: Sequence[Encoded],
@@ -102,14 +102,16 @@ def log_probs(
     batch_size: int = 16,
     progress: bool = False,
     add: Add | None = None,
+    as_trained: bool = False,
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only.
 
     add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
+    as_trained: whether the model computes as in a training step, which matters where such a step rounds otherwise.
     """
     values = [0.0] * len(rows)
     device, logits, head = device_of(model), logit_rows(model), longest_head(model, rows, batch_size)
-    with eval_mode(model), padded_on_the_right():
+    with torch.set_grad_enabled(as_trained), eval_mode(model), padded_on_the_right():
         for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
@@ -123,7 +125,7 @@ def log_probs(
                 else:
                     output = model(**on_device(batch, device), **keeping(labels, logits))
                     logp = labelled_log_probs(output, labels, logits)
-            for i, value in zip(chosen, logp.sum(1).tolist(), strict=True):
+            for i, value in zip(chosen, logp.detach().sum(1).tolist(), strict=True):
                 values[i] = value
     return values
 

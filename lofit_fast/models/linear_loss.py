@@ -90,8 +90,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         slope = torch.empty_like(hidden) if wants else None
         parts = []
-        for rows in torch.arange(len(hidden)).split(head.chunk()):
-            at = slice(int(rows[0]), int(rows[-1]) + 1)
+        # no rows are a chunk too
+        for start in range(0, max(1, len(hidden)), head.chunk()):
+            at = slice(start, start + head.chunk())
             part = _chunk(hidden[at], head, targets[at], watch, None if slope is None else slope[at])
             parts.append(part)
         ctx.save_for_backward(slope)

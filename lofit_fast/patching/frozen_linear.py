@@ -32,11 +32,13 @@ def compute_in_8_bits(linear: nn.Linear, kind: ProductKind) -> None:
 
 
 def compute_in_full(linear: nn.Linear) -> None:
-    """Undo `compute_in_8_bits`."""
+    """Undo `compute_in_8_bits`, if it was done."""
     own = vars(linear)
     if products_of(linear) is not None:
         del own["forward"]
-    own.pop(PRODUCTS).close()
+    products = own.pop(PRODUCTS, None)
+    if products is not None:
+        products.close()
 
 
 def products_of(linear: nn.Module) -> FrozenWeight | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
-from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine import ON_DISK, Engine
 from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
@@ -34,8 +34,8 @@ from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
-# knobs of the engine that say how much disk it may take
-_OF_DISK = ("prefix_cache_gb", "prompt_cache_gb")
+# the one that changes results beyond rounding
+_RESULTS = "frozen_products"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def fit_objective(
     _check_unpatched(model)
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
-    run = RunFolder.open(output_dir, steps.identity(heads), resume)
+    run = steps.opened(output_dir, heads, resume)
     # what step 1 has tried, step 2 knows
     with remembering():
         if run.heads is None and heads is not None:
@@ -209,7 +209,7 @@ def select_by_training(
     """
     steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(None)
-    run = RunFolder.open(output_dir, steps.identity(None), resume)
+    run = steps.opened(output_dir, None, resume)
     if run.heads is None:
         steps.select(run, resume)
     return run
@@ -315,6 +315,25 @@ class _TwoSteps:
             "group_by_length": self.engine.group_by_length,
         }
 
+    def opened(self, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> RunFolder:
+        """The run folder; raises ValueError as `RunFolder.open`, and where a stage of it has other products."""
+        run = RunFolder.open(output_dir, self.identity(heads), resume)
+        # the one knob of the engine that changes results: a finished stage counts too
+        for kept in filter(None, map(run.engine, ("select", "tune"))):
+            self._check_begun(run, kept, (_RESULTS,))
+        return run
+
+    def _check_begun(self, run: RunFolder, kept: Mapping[str, object], names: Iterable[str]) -> None:
+        """Raise ValueError for a knob that is asked for otherwise than a stage was begun with."""
+        # a run of an earlier release lacks later knobs, and did what they do by default
+        kept = {**asdict(Engine()), **kept}
+        for name in names:
+            if (value := getattr(self.asked, name)) not in ("auto", kept[name]):
+                raise ValueError(
+                    f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
+                    "folder, or start over with resume=False (--no-resume)"
+                )
+
     def select(self, run: RunFolder, resume: bool) -> None:
         """Step 1: leaves the heads and their scores in the run, and the model as it was."""
         recipe, way = self.recipe, self.way
@@ -359,6 +378,9 @@ class _TwoSteps:
     def adopt(self, run: RunFolder, folder: Path) -> None:
         """Step 1 from the one that runs of the same settings share, trained there first if none has."""
         identity = self.identity(None) | {"recipe": self.recipe.of_step1()}
+        # scores in 8 bits are others; a way that runs nothing has none
+        if (products := getattr(self.asked, _RESULTS)) != "full" and getattr(self.way, "looks", True):
+            identity[_RESULTS] = products
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         shared = RunFolder.open(folder / digest, identity, resume=True)
         if shared.heads is None:
@@ -457,14 +479,7 @@ class _TwoSteps:
             engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine))
             return engine
-        # a run of an earlier release lacks later knobs, and did what they do by default
-        kept = {**asdict(Engine()), **kept}
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
-        for name, value in asdict(self.asked).items():
-            if name not in _OF_DISK and value not in ("auto", kept[name]):
-                raise ValueError(
-                    f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
-                    "folder, or start over with resume=False (--no-resume)"
-                )
-        asked = {name: getattr(usable, name) for name in _OF_DISK}
+        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in ON_DISK))
+        asked = {name: getattr(usable, name) for name in ON_DISK}
         return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))

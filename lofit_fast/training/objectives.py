@@ -396,6 +396,8 @@ class EncodedPreferences:
         }
         texts |= {mark: [isinstance(text, Rendered) for text in texts[name]] for name, mark in RENDERED.items()}
         how = {"max_length": self.limit, "batch_size": 2 * schedule.batch_size, "progress": progress}
+        # rounded as the policy is, so that the loss begins at log 2
+        how["as_trained"] = engine.frozen_products != "full"
         # said of all answers already
         with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
             pairs = reference_logprobs(attachment, Dataset.from_dict(texts), self.tokenizer, add=add, **how)

@@ -1,5 +1,8 @@
 """Products in 8 bits: against float64 on the quantized numbers, and within the bound of rounding on the exact ones."""
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -223,3 +226,35 @@ def test_a_compiler_rounds_what_two_products_share_once():
     torch._dynamo.reset()
     # forward and backward
     assert counts == [[1, 2], [1, 2]]
+
+
+def test_a_weight_that_changes_after_it_was_used_is_refused(frozen):
+    x = draw(T, K)
+    quantized_linear(x, frozen)
+    with torch.no_grad():
+        frozen.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="a weight has changed after it was quantized"):
+        quantized_linear(x, frozen)
+
+
+def test_a_copy_has_products_of_its_own_weight_until_the_scope_is_over(frozen, kind):
+    x = draw(T, K)
+    before = quantized_linear(x, frozen)
+    copied = copy.deepcopy(frozen)
+    with torch.no_grad():
+        # a power of two: the same integers
+        copied.weight.mul_(2)
+    if kind.scales_weights:
+        assert quantized_linear(x, copied).equal(2 * before)
+    else:
+        with pytest.raises(RuntimeError, match="has changed"):
+            quantized_linear(x, copied)
+    assert quantized_linear(x, frozen).equal(before)
+    frozen.close()
+    with pytest.raises(RuntimeError, match="after its scope had ended"):
+        quantized_linear(x, copied)
+
+
+def test_pickling_is_refused(frozen):
+    with pytest.raises(TypeError, match="products are in 8 bits: save it after"):
+        torch.save(frozen, io.BytesIO())

@@ -72,6 +72,16 @@ def test_chunked_loss_of_every_way_to_ask(logits, count):
     assert output[0] is output.loss
 
 
+def test_a_loss_that_ignores_the_number_of_labels_is_the_models():
+    model = spread(tiny_model("llama"))
+    own = model.loss_function
+    assert frozen_head(model) is not None
+    model.loss_function = lambda *args, num_items_in_batch=None, **options: own(*args, **options)
+    assert frozen_head(model) is None
+    # as this one does by itself
+    assert frozen_head(tiny_family("granite_speech").requires_grad_(False)) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunked_loss_of_families(family):
     model = spread(tiny_model(family))

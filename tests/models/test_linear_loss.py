@@ -116,3 +116,11 @@ def test_linear_loss_is_chunked_from_a_count_on():
     head = FrozenHead(None, torch.empty(262_144, 1, device="meta"))
     assert linear_loss.LONG == 2**30
     assert not head.is_long(1024) and head.is_long(1025)
+
+
+def test_no_rows_have_no_log_probs():
+    hidden, head, targets, _ = drawn(torch.float32, True)
+    none = hidden[:0]
+    got, watched = token_log_probs(none, head, targets[:0], watch=True)
+    assert got.shape == (0,) and all(len(numbers) == 0 for numbers in watched)
+    assert torch.autograd.grad(got.sum(), hidden)[0].count_nonzero() == 0

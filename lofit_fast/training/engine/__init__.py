@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ FrozenProducts = Literal["full", "int8", "fp8", "auto"]
 FAST_ENGINE: dict[str, object] = {"prefix_cache_gb": "auto", "frozen_products": "auto"}
 # the knobs that are True, False or "auto"
 SWITCHES = ("compile", "packing", "narrow", "large_pages")
+# those that say how much disk a run may take, in 10^9 bytes
+ON_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,14 @@ class Engine:
         if self.frozen_products not in get_args(FrozenProducts):
             known = ", ".join(map(repr, get_args(FrozenProducts)))
             raise ValueError(f"expected frozen_products to be one of {known}, got {self.frozen_products!r}")
-        gb = self.prefix_cache_gb
-        if gb != "auto" and (isinstance(gb, bool) or not isinstance(gb, int | float)):
-            raise TypeError(f"expected prefix_cache_gb to be a number or 'auto', got {gb!r}")
-        if gb != "auto" and not gb >= 0:
-            raise ValueError(f"expected prefix_cache_gb >= 0, got {gb}")
-        if self.prompt_cache_gb != "auto" and not self.prompt_cache_gb >= 0:
-            raise ValueError(f"expected prompt_cache_gb to be 'auto' or >= 0, got {self.prompt_cache_gb}")
+        for name in ON_DISK:
+            gb = getattr(self, name)
+            if gb == "auto":
+                continue
+            if isinstance(gb, bool) or not isinstance(gb, int | float):
+                raise TypeError(f"expected {name} to be a number or 'auto', got {gb!r}")
+            if not 0 <= gb < math.inf:
+                raise ValueError(f"expected 'auto' or a finite {name} >= 0, got {gb}")
 
     @classmethod
     def fast(cls, **knobs) -> Engine:

@@ -25,7 +25,7 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
     """A scope in which the frozen linears of the decoder layers compute y and dz in 8 bits.
 
     model: patched or not. precision: "int8" or "fp8". Only passes that build a graph compute so: whatever runs without
-    gradients (evaluation, references, generation, the prefix cache) computes in full. The weights are quantized when
+    gradients (evaluation, generation, the prefix cache) computes in full. The weights are quantized when
     they are first used, once for each direction, and must not change inside the scope. Afterwards every module is as
     it was. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take, computes in
     full; a warning says how many there are.

@@ -104,7 +104,8 @@ def prefix_cached(
     """A scope in which batches of the given sequences skip the layers below the lowest tuned one.
 
     Yields the collator to train with: one that adds the cached states, or `collator` itself where nothing is cached.
-    Losses and gradients are what they are without, up to rounding; batches with other sequences run as ever.
+    Losses and gradients are what they are without, up to rounding (where frozen products are in 8 bits, theirs: states
+    are kept in full); batches with other sequences run as ever.
     sequences: all that training and evaluation will see; when they do not all fit, the shortest are kept.
     gb: bound on all stores in `folder` together, in 10^9 bytes; 0 caches nothing. folder: default "prefix" in
     the cache folder of lofit-fast.

@@ -32,6 +32,10 @@ def gradients(model, length=9):
         ({"narrow": 1}, TypeError, "narrow .* got 1"),
         ({"large_pages": "yes"}, TypeError, "large_pages .* got 'yes'"),
         ({"prefix_cache_gb": -1.0}, ValueError, "prefix_cache_gb >= 0, got -1.0"),
+        ({"prefix_cache_gb": float("inf")}, ValueError, "finite prefix_cache_gb >= 0, got inf"),
+        ({"prompt_cache_gb": "much"}, TypeError, "prompt_cache_gb .* got 'much'"),
+        ({"prompt_cache_gb": True}, TypeError, "prompt_cache_gb .* got True"),
+        ({"prompt_cache_gb": float("nan")}, ValueError, "finite prompt_cache_gb >= 0, got nan"),
     ],
 )
 def test_engine_refuses(options, error, message):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import encode
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.frozen_linear import products_of
+from lofit_fast.tasks.task import Preference
 from lofit_fast.training.engine import Engine, frozen_products, prepared
 from lofit_fast.training.engine.frozen_products import settled_products
-from lofit_kernels.quantized_linear import quantized_linear
+from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 from tests.oracle import Hook, randomize, vectors_of
 from tests.tiny_models import LAYERS, tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -121,6 +123,22 @@ def test_everything_is_put_back_after_an_error(family):
         assert belongings(model) != before
         raise KeyError
     assert belongings(model) == before
+
+
+def test_an_error_while_weights_are_taken_is_the_error_and_leaves_nothing(llama, monkeypatch):
+    llama.requires_grad_(False)
+    before, taken = belongings(llama), []
+
+    def full(weight, kind):
+        if len(taken) == 5:
+            raise MemoryError("no room for the scales")
+        taken.append(FrozenWeight(weight, kind))
+        return taken[-1]
+
+    monkeypatch.setattr("lofit_fast.patching.frozen_linear.FrozenWeight", full)
+    with pytest.raises(MemoryError, match="no room"):
+        prepared(llama, INT8).__enter__()
+    assert belongings(llama) == before
 
 
 def test_names_state_and_hooks_are_the_models_own(llama):
@@ -261,6 +279,9 @@ def test_a_run_trains_in_8_bits_evaluates_in_full_and_keeps_its_engine(llama, tm
         loss = llama(**batch, use_cache=False).loss.item()
     assert result.history[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
     result.handle.unpatch()
+    # finished or not, it is another run
+    with pytest.raises(ValueError, match="begun with frozen_products=int8, got full"):
+        fit(llama, tmp_path, eval_data=HELD_OUT, heads=[(1, 2)])
     with pytest.raises(ValueError, match="begun with frozen_products=int8, got full"):
         begin_again(tmp_path, llama)
 
@@ -279,6 +300,33 @@ def test_a_run_from_before_there_was_a_choice_goes_on_in_full(llama, tmp_path):
     del state["engine"]["tune"]["frozen_products"]
     path.write_text(json.dumps({**state, "stage": "tune"}))
     begin_again(tmp_path, llama)
+
+
+def test_step_1_in_8_bits_is_not_shared_with_runs_in_full(llama, tmp_path):
+    recipe, scores = lf.Recipe(top=2, select="saliency", tune_epochs=0), []
+    for number, products in enumerate(("int8", "full", "int8")):
+        how = {"engine": Engine(frozen_products=products), "step1_dir": tmp_path / "shared"}
+        result = fit(llama, tmp_path / str(number), recipe, **how)
+        result.handle.unpatch()
+        scores.append(result.scores)
+    alone = fit(llama, tmp_path / "alone", recipe)
+    alone.handle.unpatch()
+    assert scores[1].equal(alone.scores) and scores[2].equal(scores[0]) and not scores[0].equal(scores[1])
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+
+
+def test_the_policy_of_dpo_begins_at_its_reference(llama, tmp_path):
+    pytest.importorskip("trl")
+    pairs = [Preference(f"{a}+b=", (a + "b") * 6, (("b" + a) * 6,)) for a in "cdefgh"]
+    losses = []
+    for products in ("full", "int8"):
+        # offsets of zero, one step
+        recipe = lf.Recipe(init_std=0.0, tune_epochs=1, batch_size=6)
+        how = {"heads": [(1, 1)], "engine": Engine(frozen_products=products), "progress": False}
+        result = lf.fit_preferences(llama, tiny_tokenizer(), pairs, recipe, output_dir=tmp_path / products, **how)
+        losses.append(result.history[-1]["loss"])
+        result.handle.unpatch()
+    assert losses == pytest.approx([math.log(2)] * 2, abs=1e-5)
 
 
 @pytest.mark.slow

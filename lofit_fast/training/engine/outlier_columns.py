@@ -25,7 +25,7 @@ TOKENS = 64
 
 
 def outlier_columns(model: nn.Module, linears: Iterable[nn.Linear], precision: str) -> dict[nn.Linear, FullColumns]:
-    """The columns of each linear's inputs that have the largest share of their row's largest magnitude, in any row.
+    """The columns of each linear's inputs that have the largest magnitudes.
 
     model: runs once as the base, on fixed tokens, in eval mode and without gradients. Modes, random numbers and hooks
     are afterwards as they were. Linears that are given one tensor share their columns; one that the forward does not
@@ -63,11 +63,11 @@ def outlier_columns(model: nn.Module, linears: Iterable[nn.Linear], precision: s
 def _largest(x: Tensor) -> FullColumns | None:
     """Of the rows (..., K)."""
     K = x.shape[-1]
-    rows = x.detach().abs().flatten(0, -2).float()
-    # rows count alike: a first token's massive activations would hide what the others have
-    shares = (rows / rows.amax(1, keepdim=True).clamp_min(1e-30)).amax(0).nan_to_num(0.0)
     number = min(COLUMNS, K // INPUTS_PER_COLUMN)
-    return FullColumns(shares.topk(number).indices.sort().values, K) if number else None
+    if not number:
+        return None
+    largest = x.detach().flatten(0, -2).abs().amax(0).nan_to_num(0.0)
+    return FullColumns(largest.topk(number).indices.sort().values, K)
 
 
 @contextmanager

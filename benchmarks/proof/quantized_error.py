@@ -4,8 +4,9 @@
 
 One batch of a real task goes through the frozen model forward and backward. Of every linear of the decoder layers the
 inputs and output gradients are taken, rounded in several ways (`WAYS`, and `BUILT`, which is the engine's on a CPU
-without VNNI), and multiplied in float32: the error of y and of dz, relative to what full precision gives. Then the engine's own int8 products: the cosine of the scales' and the
-offsets' gradients with those of full precision, and the overlap of heads chosen by saliency and by a short step 1.
+without VNNI), and multiplied in float32: the error of y and of dz, relative to what full precision gives. Then the
+engine's own int8 products: the cosine of the scales' and the offsets' gradients with those of full precision, and the
+overlap of heads chosen by saliency and by a short step 1.
 """
 
 from __future__ import annotations

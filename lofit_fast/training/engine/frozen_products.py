@@ -29,8 +29,8 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
     gradients (evaluation, references, generation, the prefix cache) computes in full. The weights are quantized when
     they are first used, once for each direction, and must not change inside the scope. Afterwards every module is as
     it was. On entering, one forward without gradients finds the columns of inputs that y takes in full, see
-    `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take, computes in
-    full; a warning says how many there are.
+    `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take,
+    computes in full; a warning says how many there are.
 
     Raises:
         ValueError: before anything is changed, where the device, the model or its dtype does not allow it.

@@ -5,6 +5,8 @@
 
 The weight is quantized once for each direction, when it is first asked for. Rounding and scaling are plain operations,
 which a compiler fuses with their neighbours; the product is one op that finds the packed weight by a number.
+
+A few columns of x can be left out of y's product in 8 bits and multiplied in float32: those whose magnitudes set s_t.
 """
 
 from __future__ import annotations
@@ -22,20 +24,35 @@ _numbers = count()
 _held: dict[int, FrozenWeight] = {}
 
 
+class FullColumns:
+    """Columns of x (T, K) that are multiplied in full. Linears that read one x share it: x is then rounded once.
+
+    kept: (C,) int64, which. rest: (K,) float32, 0 in these columns and 1 in all others.
+    """
+
+    def __init__(self, kept: Tensor, width: int) -> None:
+        self.kept = nn.Parameter(kept, requires_grad=False)
+        self.rest = nn.Parameter(torch.ones(width, device=kept.device).index_fill_(0, kept, 0), requires_grad=False)
+
+
 class FrozenWeight:
     """A weight (N, K), quantized for both directions, until `close`. It must not change once it has been used.
 
+    columns: those of x that y takes in full, by `thin`, (C, N) float32; None for none.
     key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None
     where the product itself multiplies by them. All are parameters, whose shapes a compiler takes for constants.
     """
 
-    def __init__(self, weight: nn.Parameter, kind: ProductKind) -> None:
-        self.kind, self.weight = kind.name, weight
-        self.y_scales = self.z_scales = None
+    def __init__(self, weight: nn.Parameter, kind: ProductKind, columns: FullColumns | None = None) -> None:
+        self.kind, self.weight, self.columns = kind.name, weight, columns
+        self.y_scales = self.z_scales = self.thin = None
+        if columns is not None:
+            thin = weight.detach()[:, columns.kept].t().float().contiguous()
+            self.thin = nn.Parameter(thin, requires_grad=False)
         if not kind.scales_weights:
             self.y_scales, self.z_scales = (
-                nn.Parameter(weight_scales(w, kind), requires_grad=False)
-                for w in (weight.detach(), weight.detach().t())
+                nn.Parameter(weight_scales(self._multiplied(backward), kind), requires_grad=False)
+                for backward in (False, True)
             )
         self._packed: dict[bool, tuple[Tensor, ...]] = {}
         self._version, self._copies = _version_of(weight), []
@@ -56,11 +73,17 @@ class FrozenWeight:
             )
         self._version = version
         if backward not in self._packed:
-            kind, weight = KINDS[self.kind], self.weight.detach()
-            weight = weight.t() if backward else weight
+            kind, weight = KINDS[self.kind], self._multiplied(backward)
             scales = weight_scales(weight, kind)
             self._packed[backward] = kind.pack(quantized_weight(weight, scales, kind), scales)
         return self._packed[backward]
+
+    def _multiplied(self, backward: bool) -> Tensor:
+        """What a direction multiplies by in 8 bits, a row per output: W without its columns in full, or W^T."""
+        weight = self.weight.detach()
+        if backward:
+            return weight.t()
+        return weight if self.columns is None else weight.index_fill(1, self.columns.kept, 0)
 
     def close(self) -> None:
         """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
@@ -107,7 +130,9 @@ def quantized_linear(x: Tensor, weight: FrozenWeight, shift: Tensor | None = Non
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
     N, K = weight.weight.shape
     about = (weight.kind, N, K, dtype)
-    y = _Product.apply(x.reshape(-1, K), shift, weight.key, weight.y_scales, weight.z_scales, about)
+    columns = weight.columns
+    full = (None, None, None) if columns is None else (columns.kept, columns.rest, weight.thin)
+    y = _Product.apply(x.reshape(-1, K), shift, weight.key, weight.y_scales, weight.z_scales, *full, about)
     return y.view(*x.shape[:-1], N)
 
 
@@ -115,12 +140,12 @@ class _Product(torch.autograd.Function):
     """`quantized_linear` of x (T, K), with the tensors of its weight. about: (kind, N, K, dtype of y)."""
 
     @staticmethod
-    def forward(ctx, x, shift, key, y_scales, z_scales, about):
+    def forward(ctx, x, shift, key, y_scales, z_scales, kept, rest, thin, about):
         """y (T, N)."""
         kind, N, _, dtype = about
         ctx.save_for_backward(key, z_scales)
         ctx.about, ctx.x_dtype, ctx.shift_dtype = about, x.dtype, None if shift is None else shift.dtype
-        y = _product(x, key, y_scales, (kind, N, False))
+        y = _product(x, key, y_scales, (kind, N, False), None if kept is None else (kept, rest, thin))
         y = y if shift is None else y + shift
         return y.to(dtype)
 
@@ -135,17 +160,31 @@ class _Product(torch.autograd.Function):
             dx = _product(grad, key, z_scales, (kind, K, True)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             d_shift = grad.sum(0, dtype=torch.float32).to(ctx.shift_dtype)
-        return dx, d_shift, None, None, None, None
+        return dx, d_shift, *[None] * 7
 
 
-def _product(x: Tensor, key: Tensor, scales: Tensor | None, about: tuple[str, int, bool]) -> Tensor:
-    """x (T, K) times the weight behind the key: (T, N) float32. about: (kind, N, backward)."""
+def _product(
+    x: Tensor,
+    key: Tensor,
+    scales: Tensor | None,
+    about: tuple[str, int, bool],
+    full: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x (T, K) times the weight behind the key: (T, N) float32. about: (kind, N, backward).
+
+    full: the columns in full, (kept, rest, thin), of a `FullColumns` and a `FrozenWeight`; None for none.
+    """
     kind, (name, outputs, backward) = KINDS[about[0]], about
     # dynamo loses track of a tensor that a cast returns as it is
-    rows, row_scales = kind.quantize(x if x.dtype == torch.float32 else x.float())
+    x = x if x.dtype == torch.float32 else x.float()
+    rows, row_scales = kind.quantize(x if full is None else x * full[1])
     y = torch.ops.lofit.frozen_product(rows, key, outputs, backward, name)
     # in place, since nobody else has it
-    return (y if kind.scales_weights else y * scales).mul_(row_scales)
+    y = (y if kind.scales_weights else y * scales).mul_(row_scales)
+    if full is None:
+        return y
+    kept, _, thin = full
+    return as_written(x, torch.addmm, y, x.index_select(1, kept), thin)
 
 
 _library = torch.library.Library("lofit", "FRAGMENT")

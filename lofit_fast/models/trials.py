@@ -32,12 +32,24 @@ def trial_examples(model: nn.Module, *, other: bool = False) -> list[Encoded]:
 
     other: whether the first has other tokens, as many, while the rest is as it was.
     """
-    ids = iter(_ordinary_tokens(model, SHARED + sum(OWN) + OWN[0]))
+    ids = iter(ordinary_tokens(model, SHARED + sum(OWN) + OWN[0]))
     shared = [next(ids) for _ in range(SHARED)]
     rows = [shared + [next(ids) for _ in range(own)] for own in OWN]
     if other:
         rows[0] = shared + list(ids)
     return [{"input_ids": row, "labels": [IGNORED] * SHARED + row[SHARED:]} for row in rows]
+
+
+def ordinary_tokens(model: nn.Module, count: int) -> list[int]:
+    """Distinct ids, spread over the vocabulary, none of which a config names for a purpose of its own."""
+    configs = {id(config): config for config in (model.config, text_config(model))}.values()
+    values = (value for config in configs for name, value in vars(config).items() if "token_i" in name)
+    special = {one for value in values for one in (value if isinstance(value, list | tuple) else [value])}
+    size = text_config(model).vocab_size
+    step = max(1, size // (count + len(special)))
+    ordinary = [token for token in range(step // 2, size, step) if token not in special] or [0]
+    # a vocabulary of few tokens repeats them
+    return (ordinary * -(-count // len(ordinary)))[:count]
 
 
 @contextmanager
@@ -104,15 +116,3 @@ def rounding(model: nn.Module) -> float:
 def said_of(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _ordinary_tokens(model: nn.Module, count: int) -> list[int]:
-    """Distinct ids, spread over the vocabulary, none of which a config names for a purpose of its own."""
-    configs = {id(config): config for config in (model.config, text_config(model))}.values()
-    values = (value for config in configs for name, value in vars(config).items() if "token_i" in name)
-    special = {one for value in values for one in (value if isinstance(value, list | tuple) else [value])}
-    size = text_config(model).vocab_size
-    step = max(1, size // (count + len(special)))
-    ordinary = [token for token in range(step // 2, size, step) if token not in special] or [0]
-    # a vocabulary of few tokens repeats them
-    return (ordinary * -(-count // len(ordinary)))[:count]

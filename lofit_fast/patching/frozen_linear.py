@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as full_linear
 
 from lofit_kernels.product_kinds import ProductKind
-from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
+from lofit_kernels.quantized_linear import FrozenWeight, FullColumns, quantized_linear
 
 PRODUCTS = "lofit_products"
 
@@ -25,9 +25,12 @@ def forward_in_8_bits(linear: nn.Linear, x: Tensor) -> Tensor:
     return quantized_linear(x, linear.lofit_products, linear.bias)
 
 
-def compute_in_8_bits(linear: nn.Linear, kind: ProductKind) -> None:
-    """Give a plain linear products of a kind. Its weight must not change until `compute_in_full`."""
-    vars(linear)[PRODUCTS] = FrozenWeight(linear.weight, kind)
+def compute_in_8_bits(linear: nn.Linear, kind: ProductKind, columns: FullColumns | None = None) -> None:
+    """Give a plain linear products of a kind. Its weight must not change until `compute_in_full`.
+
+    columns: those of its inputs that are multiplied in full.
+    """
+    vars(linear)[PRODUCTS] = FrozenWeight(linear.weight, kind, columns)
     vars(linear)["forward"] = MethodType(forward_in_8_bits, linear)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lofit_kernels import product_kinds
 from lofit_kernels.product_kinds import KINDS, kind_for, trial_error
-from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
+from lofit_kernels.quantized_linear import FrozenWeight, FullColumns, quantized_linear
 
 CPU = torch.device("cpu")
 HERE = [name for name, kind in KINDS.items() if trial_error(kind, CPU) is None]
@@ -87,6 +87,50 @@ def test_rounding_the_operands_is_the_only_error(kind, frozen):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     back = dequantized(frozen.weight.t(), kind, kind.weight_top)
     torch.testing.assert_close(dx.double(), dequantized(grad, kind, kind.row_top) @ back.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def mixed(kind):
+    """A weight that takes three columns of x in full, of which two are outliers in `with_outliers`."""
+    weight = torch.nn.Parameter(draw(N, K, seed=1), requires_grad=False)
+    held = FrozenWeight(weight, kind, FullColumns(torch.tensor([3, 17, 40]), K))
+    yield held
+    held.close()
+
+
+def with_outliers():
+    x = draw(T, K)
+    x[:, 3] *= 50
+    x[:, 40] -= 30
+    return x
+
+
+def test_columns_in_full_are_not_rounded_and_the_others_within_their_own_bound(kind, mixed):
+    x, shift, grad = with_outliers(), draw(N, seed=2), draw(T, N, seed=3)
+    y, dx, d_shift = gradients(x, shift, mixed, grad)
+    w, rest = mixed.weight.double(), mixed.columns.rest.double()
+    assert rest.sum() == K - 3
+    allowed = 1.001 * bound(x.double() * rest, w * rest, kind) + 1e-5 * (x.double().abs() @ w.abs().t())
+    assert ((y - x.double() @ w.t() - shift).abs() <= allowed).all()
+    in_8_bits = dequantized(x * rest.float(), kind, kind.row_top) @ dequantized(w * rest, kind, kind.weight_top).t()
+    expected = in_8_bits + x.double()[:, [3, 17, 40]] @ w[:, [3, 17, 40]].t() + shift
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    # dz is as it would be without
+    plain = FrozenWeight(mixed.weight, kind)
+    plain_y, plain_dx, plain_shift = gradients(x, shift, plain, grad)
+    assert dx.equal(plain_dx) and d_shift.equal(plain_shift)
+    exact = x.double() @ w.t() + shift
+    assert (y - exact).norm() < 0.2 * (plain_y - exact).norm()
+    plain.close()
+
+
+def test_columns_in_full_take_16_bits_and_autocast(kind, mixed):
+    x = with_outliers()
+    low, y = x.bfloat16(), quantized_linear(x, mixed)
+    assert quantized_linear(low, mixed).equal(quantized_linear(low.float(), mixed).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantized_linear(x, mixed).equal(y.bfloat16())
+    assert quantized_linear(x[:0], mixed).shape == (0, N)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,7 +260,8 @@ def test_a_compiler_rounds_what_two_products_share_once():
 
     # as Inductor does
     by = {"fw_compiler": count, "bw_compiler": count}
-    pair = [FrozenWeight(torch.nn.Parameter(draw(N, K, seed=s), requires_grad=False), kind) for s in (1, 2)]
+    columns = FullColumns(torch.tensor([3, 17]), K)
+    pair = [FrozenWeight(torch.nn.Parameter(draw(N, K, seed=s), requires_grad=False), kind, columns) for s in (1, 2)]
     compiled = torch.compile(
         lambda x: sum(quantized_linear(2 * x, weight) for weight in pair),
         backend=aot_autograd(**by, partition_fn=min_cut_rematerialization_partition),

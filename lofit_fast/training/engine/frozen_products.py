@@ -15,6 +15,7 @@ from lofit_fast.patching.frozen_linear import compute_in_8_bits, compute_in_full
 from lofit_fast.patching.layer import plain_tensors
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of
+from lofit_fast.training.engine.outlier_columns import outlier_columns
 from lofit_kernels.product_kinds import ProductKind, is_fast_on_cpu, kind_for
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +28,9 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
     model: patched or not. precision: "int8" or "fp8". Only passes that build a graph compute so: whatever runs without
     gradients (evaluation, generation, the prefix cache) computes in full. The weights are quantized when
     they are first used, once for each direction, and must not change inside the scope. Afterwards every module is as
-    it was. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take, computes in
-    full; a warning says how many there are.
+    it was. On entering, one forward without gradients finds the columns of inputs that y takes in full, see
+    `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take,
+    computes in full; a warning says how many there are.
 
     Raises:
         ValueError: before anything is changed, where the device, the model or its dtype does not allow it.
@@ -39,12 +41,15 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in left.items())
         total = len(taken) + sum(left.values())
         warnings.warn(f"{precision} products: of {total} linears {reasons}: computed in full", stacklevel=4)
+    columns = outlier_columns(model, taken, precision)
+    done: list[nn.Linear] = []
     try:
         for linear in taken:
-            compute_in_8_bits(linear, kind)
+            compute_in_8_bits(linear, kind, columns.get(linear))
+            done.append(linear)
         yield
     finally:
-        for linear in taken:
+        for linear in done:
             compute_in_full(linear)
 
 

@@ -12,9 +12,11 @@ from lofit_fast.data.encode import IGNORED, Encoded, encode
 from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.preview import Part, preview
 from lofit_fast.tasks.task import Example
+from lofit_fast.training.encoded_preferences import preferences_of
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.fit import rehearse
-from lofit_fast.training.objectives import Objective, Preferences, preferences_of, token_limit
+from lofit_fast.training.model_limits import token_limit
+from lofit_fast.training.objectives import Objective, Preferences
 
 
 @dataclass(frozen=True)

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.data.encode import IGNORED, Encoded
-from lofit_fast.extras import check_training
-from lofit_fast.heads import select_heads
+from lofit_fast.config import Head, Recipe
 from lofit_fast.models.trials import remembering
-from lofit_fast.patching.architectures import find_projections, fingerprint
-from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
-from lofit_fast.patching.placement import dtype_of
-from lofit_fast.patching.sharding import check_unsharded
+from lofit_fast.patching.handle import handle_of
 from lofit_fast.tasks.task import Preference
-from lofit_fast.training.arguments import Schedule
-from lofit_fast.training.choice.look import look
-from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
-from lofit_fast.training.engine import ON_DISK, Engine
-from lofit_fast.training.engine.auto import said, with_prompts
-from lofit_fast.training.frozen_base import check_passes_gradients
+from lofit_fast.training.choice.ways import WAYS, Untrained
+from lofit_fast.training.engine import Engine
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
-from lofit_fast.training.prefix_cache.worth import Worth, worth_of
-from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
-from lofit_fast.training.stage import cost_of, settle_for, train
-
-# the one that changes results beyond rounding
-_RESULTS = "frozen_products"
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a run has produced.
-
-    handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
-    what they were chosen by (by default the scale norms of step 1), or None when the heads were given.
-    history: a dict per epoch and stage; of a choice without training one that has seconds and no loss.
-    metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
-    peak_memory_bytes (above what was held before the stage; see `cost.peak_memory`), exact_match (of what was trained).
-    """
-
-    handle: LofitHandle
-    heads: list[Head]
-    scores: Tensor | None
-    history: list[dict]
-    metrics: dict[str, dict[str, float]]
+from lofit_fast.training.prefix_cache.worth import Worth
+from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.two_steps import FitResult, TwoSteps
 
 
 def fit(
@@ -153,7 +117,7 @@ def fit_objective(
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
     _check_unpatched(model)
-    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
     run = steps.opened(output_dir, heads, resume)
     # what step 1 has tried, step 2 knows
@@ -185,7 +149,7 @@ def rehearse(
     written; the engines are settled, as a new run's would be. Arguments and errors are those of `fit`.
     """
     _check_unpatched(model)
-    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
+    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
     steps.check_heads(heads)
     with remembering():
         return steps.data, *steps.engines(heads)
@@ -207,7 +171,7 @@ def select_by_training(
 
     Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
-    steps = _TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(None)
     run = steps.opened(output_dir, None, resume)
     if run.heads is None:
@@ -231,7 +195,7 @@ def select_untrained(
     way = WAYS[recipe.select]
     if not isinstance(way, Untrained):
         raise ValueError(f"select={recipe.select!r} is trained in a folder: use select_by_training")
-    steps = _TwoSteps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
+    steps = TwoSteps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
     steps.check_heads(None)
     return steps.look(way, None)
 
@@ -239,247 +203,3 @@ def select_untrained(
 def _check_unpatched(model: nn.Module) -> None:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() its handle before fit")
-
-
-def check_one_answer(rows: Sequence[Encoded]) -> None:
-    """Raise ValueError for an example that goes on with prompt after an answer, which vectors for answers leave alone.
-
-    Of several answers each has a prompt of its own, the answers before included: one row has room for one of them.
-    """
-    for number, row in enumerate(rows, start=1):
-        learned = [label != IGNORED for label in row["labels"]]
-        begins = sum(here and not before for before, here in pairwise([False, *learned]))
-        if begins > 1:
-            raise ValueError(
-                f"example {number} has {begins} answers, expected 1 for vectors that act on answers alone "
-                "(positions='answer'): learn the last turn of each conversation (train_on='last', --train-on last)"
-            )
-
-
-class _TwoSteps:
-    """Everything the two steps share: the encoded data, the recipe, the way a step is trained and measured."""
-
-    def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
-        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
-        self.callbacks, self.progress = callbacks, progress
-        check_training()
-        check_unsharded(model)
-        check_passes_gradients(model)
-        self.projections = find_projections(model)
-        self.objective = objective
-        self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
-        if recipe.positions == "answer":
-            check_one_answer(self.data.rows)
-        self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
-        self.way = WAYS[recipe.select]
-        trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
-        if min(trained) < self.data.least_epochs:
-            raise ValueError(
-                f"training on {objective.name} takes at least {self.data.least_epochs} epoch in each step, got "
-                f"select_epochs={recipe.select_epochs} and tune_epochs={recipe.tune_epochs}"
-            )
-
-    def check_heads(self, heads: Sequence[Head] | None) -> None:
-        """Fail before training, not after it, on heads that cannot be chosen."""
-        top, lowest = self.recipe.top, self.recipe.min_layer
-        total = sum(p.n_heads for p in self.projections if p.layer >= lowest)
-        if not total:
-            raise ValueError(f"min_layer is {lowest}, but the model's last layer is {self.projections[-1].layer}")
-        if heads is None:
-            if isinstance(top, int) and top > total:
-                at = f" in layers from {lowest}" if lowest else ""
-                raise ValueError(f"asked for the top {top} heads, but the model has {total}{at}")
-        else:
-            below = [tuple(pair) for pair in LofitConfig(offset=heads).offset if pair[0] < lowest]
-            if below:
-                raise ValueError(f"min_layer is {lowest}, but the given heads are in layers below: {below}")
-            LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
-
-    def identity(self, heads: Sequence[Head] | None) -> dict:
-        """What makes two runs the same one."""
-        # what few runs have is named by those alone
-        special = {}
-        for callback in self.callbacks:
-            special |= getattr(callback, "identity", {})
-        return special | {
-            "objective": self.objective.name,
-            "recipe": self.recipe.identity(),
-            "model": {
-                **fingerprint(self.model, self.projections).as_dict(),
-                "weights": weights_digest(p.module for p in self.projections),
-            },
-            "dtype": str(dtype_of(self.model)).removeprefix("torch."),
-            **self.data.identity(),
-            "heads": None if heads is None else [list(pair) for pair in heads],
-            # of the engine's knobs the one that says which examples share a batch
-            "group_by_length": self.engine.group_by_length,
-        }
-
-    def opened(self, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> RunFolder:
-        """The run folder; raises ValueError as `RunFolder.open`, and where a stage of it has other products."""
-        run = RunFolder.open(output_dir, self.identity(heads), resume)
-        # the one knob of the engine that changes results: a finished stage counts too
-        for kept in filter(None, map(run.engine, ("select", "tune"))):
-            self._check_begun(run, kept, (_RESULTS,))
-        return run
-
-    def _check_begun(self, run: RunFolder, kept: Mapping[str, object], names: Iterable[str]) -> None:
-        """Raise ValueError for a knob that is asked for otherwise than a stage was begun with."""
-        # a run of an earlier release lacks later knobs, and did what they do by default
-        kept = {**asdict(Engine()), **kept}
-        for name in names:
-            if (value := getattr(self.asked, name)) not in ("auto", kept[name]):
-                raise ValueError(
-                    f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
-                    "folder, or start over with resume=False (--no-resume)"
-                )
-
-    def select(self, run: RunFolder, resume: bool) -> None:
-        """Step 1: leaves the heads and their scores in the run, and the model as it was."""
-        recipe, way = self.recipe, self.way
-        if isinstance(way, Trained):
-            scores, metrics = self._trained(way, run, resume)
-        else:
-            scores, metrics = self.look(way, run)
-            run.append_history({"stage": "select", "epoch": 1, **metrics})
-        run.record("select", metrics)
-        run.write_heads(select_heads(scores, recipe.top, recipe.min_layer), scores, recipe.select)
-
-    def _trained(self, way: Trained, run: RunFolder, resume: bool) -> tuple[Tensor, dict]:
-        """The scores of vectors trained on every head, and what they took."""
-        recipe = self.recipe
-        handle = patch(self.model, self._config(**{way.component: "all"}))
-        try:
-            schedule, ends = self._schedule(recipe.select_lr, recipe.select_epochs), way.callbacks(recipe)
-            metrics = self._train(handle, run, "select", schedule, resume, ends)
-            handle.save(run.path / "select" / "adapter")
-            return way.score(handle), metrics
-        finally:
-            handle.unpatch()
-
-    def look(self, way: Untrained, run: RunFolder | None) -> tuple[Tensor, dict]:
-        """The scores of a look without training, and what it took. run: keeps the engine; None keeps nothing."""
-        handle = patch(self.model, LofitConfig(scale="all", init_std=0.0, positions=self.recipe.positions))
-        try:
-            engine = self._look_engine(way, handle, run)
-            return look(way, handle, self.data, self.recipe, engine, self.progress)
-        finally:
-            handle.unpatch()
-
-    def _look_engine(self, way: Untrained, handle: LofitHandle, run: RunFolder | None) -> Engine:
-        """The settled engine of a look; one that changes nothing where nothing is looked at."""
-        if not way.looks:
-            return Engine()
-        engine = self._settled(handle, "select") if run is None else self._engine(handle, run, "select")
-        if self.progress:
-            print(said(engine), file=sys.stderr)
-        return engine
-
-    def adopt(self, run: RunFolder, folder: Path) -> None:
-        """Step 1 from the one that runs of the same settings share, trained there first if none has."""
-        identity = self.identity(None) | {"recipe": self.recipe.of_step1()}
-        # scores in 8 bits are others; a way that runs nothing has none
-        if (products := getattr(self.asked, _RESULTS)) != "full" and getattr(self.way, "looks", True):
-            identity[_RESULTS] = products
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        shared = RunFolder.open(folder / digest, identity, resume=True)
-        if shared.heads is None:
-            self.select(shared, resume=True)
-        run.adopt(shared, select_heads(shared.scores, self.recipe.top, self.recipe.min_layer))
-
-    def tune(self, run: RunFolder, resume: bool) -> FitResult:
-        """Step 2, from the base model; or its saved result when the run is done."""
-        if run.stage == "done":
-            handle = load(self.model, run.path / "adapter")
-        else:
-            handle = patch(self.model, self._config(offset=run.heads))
-            try:
-                schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
-                metrics = self._train(handle, run, "tune", schedule, resume)
-                handle.save(run.path / "adapter")
-                run.record("tune", metrics)
-            except BaseException:
-                handle.unpatch()
-                raise
-        return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
-
-    def _config(self, **heads) -> LofitConfig:
-        shared = ("init_std", "seed", "positions")
-        return LofitConfig(**{name: getattr(self.recipe, name) for name in shared}, **heads)
-
-    def _schedule(self, lr: float, epochs: int) -> Schedule:
-        shared = ("batch_size", "accumulation_steps", "l1", "max_grad_norm", "seed", "max_length", "eval_batch_size")
-        return Schedule(lr, epochs, **{name: getattr(self.recipe, name) for name in shared})
-
-    def _train(
-        self,
-        handle: LofitHandle,
-        run: RunFolder,
-        stage: str,
-        schedule: Schedule,
-        resume: bool,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> dict:
-        engine = self._engine(handle, run, stage)
-        if self.progress:
-            print(said(engine), file=sys.stderr)
-        folder = run.path / stage
-        before, peak = train(
-            handle,
-            self.data,
-            schedule,
-            engine,
-            folder=folder,
-            on_epoch=lambda row: run.append_history({"stage": stage, **row}),
-            callbacks=[*self.callbacks, *callbacks],
-            progress=self.progress,
-            keep=True,
-            checkpoint=last_checkpoint(folder) if resume else None,
-        )
-        # the epochs from the history, so that an interrupted run counts whole
-        rows = [row for row in run.history if row["stage"] == stage]
-        metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
-        return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
-
-    def engines(self, heads: Sequence[Head] | None) -> tuple[dict[str, Engine], Worth]:
-        """The engine that each stage of a new run would have, and what a prefix cache would save in step 2."""
-        stages = ["tune"]
-        if heads is None:
-            # a way that does not look at the data runs nothing
-            stages = ["select"] * getattr(self.way, "looks", True) + stages
-            above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
-            heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
-        # the rules try a patched model
-        handle = patch(self.model, self._config(offset=heads))
-        try:
-            settled = {stage: self._settled(handle, stage) for stage in stages}
-            tune = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
-            return settled, worth_of(handle, *self.data.reads(tune))
-        finally:
-            handle.unpatch()
-
-    def _settled(self, handle: LofitHandle, stage: str) -> Engine:
-        """The engine that the rules give a stage for the work that it is."""
-        recipe, rows = self.recipe, None
-        epochs = {"select": recipe.select_epochs, "tune": recipe.tune_epochs}[stage]
-        if stage == "select" and not isinstance(self.way, Trained):
-            epochs, rows = 1, self.data.looked_at(recipe)
-        schedule = self._schedule(recipe.tune_lr, epochs)
-        return settle_for(handle, self._usable(stage), self.data, self.tokenizer, schedule, rows)[0]
-
-    def _usable(self, stage: str) -> Engine:
-        """Step 1 scales every layer, and leaves nothing below to keep."""
-        return replace(self.engine, prefix_cache_gb=0.0) if stage == "select" else self.engine
-
-    def _engine(self, handle: LofitHandle, run: RunFolder, stage: str) -> Engine:
-        """The settled engine: of the interrupted run where one has begun the stage, settled and kept otherwise."""
-        usable = self._usable(stage)
-        kept = run.engine(stage)
-        if kept is None:
-            engine = self._settled(handle, stage)
-            run.keep_engine(stage, asdict(engine))
-            return engine
-        # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
-        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in ON_DISK))
-        asked = {name: getattr(usable, name) for name in ON_DISK}
-        return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))

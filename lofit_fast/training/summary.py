@@ -13,7 +13,7 @@ from lofit_fast.extras import can_draw
 from lofit_fast.files import write_json
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.plots import heads_map, loss_curves
-from lofit_fast.training.fit import FitResult
+from lofit_fast.training.two_steps import FitResult
 
 
 def write_summary(

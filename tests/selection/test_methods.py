@@ -166,7 +166,7 @@ def test_preferences_are_trained_with_dpo(name, component, stops, tmp_path, monk
         getattr(handle.layers[2], component).data[1] = 7.0
         return 1.5, None
 
-    monkeypatch.setattr("lofit_fast.training.fit.train", train)
+    monkeypatch.setattr("lofit_fast.training.two_steps.train", train)
     model = tiny_model("llama")
     found = select(name, tmp_path, PREFERENCES, model=model, seed=5)
     assert (found.heads[0], found.seconds) == ((2, 1), 1.5)

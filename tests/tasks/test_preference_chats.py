@@ -69,15 +69,15 @@ def test_training_gives_trl_the_templates_ending(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     tokenizer, task = _task("gemma", tmp_path)
     seen = []
-    from lofit_fast.training import objectives
+    from lofit_fast.training import encoded_preferences
 
-    references = objectives.reference_logprobs
+    references = encoded_preferences.reference_logprobs
 
     def watched(*args, **options):
         seen.append(references(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(objectives, "reference_logprobs", watched)
+    monkeypatch.setattr(encoded_preferences, "reference_logprobs", watched)
     model = tiny_model("llama", vocab_size=len(tokenizer))
     recipe = lf.Recipe(select_epochs=1, tune_epochs=1, top=2, batch_size=1)
     lf.fit_preferences(model, tokenizer, task.preferences, recipe, output_dir=tmp_path / "run")

@@ -13,10 +13,11 @@ from lofit_fast.data.encode import IGNORED, encode
 from lofit_fast.heads import jaccard
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.encoded_preferences import draw_rejected
 from lofit_fast.training.engine.attention_scope import attending
-from lofit_fast.training.fit import check_one_answer
-from lofit_fast.training.objectives import Preferences, draw_rejected
+from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.stage import train_attachment
+from lofit_fast.training.two_steps import check_one_answer
 from tests.evaluation.test_logprobs import spread
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of

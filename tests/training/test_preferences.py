@@ -12,8 +12,9 @@ import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED, encode
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.encoded_preferences import draw_rejected
 from lofit_fast.training.fit import fit_preferences
-from lofit_fast.training.objectives import Preferences, draw_rejected
+from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.profiling import ProfileSteps
 from lofit_fast.training.stage import train_attachment
 from tests.evaluation.test_logprobs import spread
@@ -204,7 +205,7 @@ def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
             )
     assert sum(margins[0]) > sum(margins[1])
     # a finished run is only loaded
-    monkeypatch.setattr("lofit_fast.training.fit.train", None)
+    monkeypatch.setattr("lofit_fast.training.two_steps.train", None)
     tuned = [parameter.clone() for parameter in result.handle.parameters()]
     result.handle.unpatch()
     again = fit_preferences(model, TOKENIZER, PREFERENCES, RECIPE, output_dir=tmp_path, progress=False)

@@ -11,8 +11,7 @@ import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.tasks.task import Preference
-from lofit_fast.training import fit as fit_module
-from lofit_fast.training import objectives
+from lofit_fast.training import objectives, two_steps
 from lofit_fast.training import summary as report_module
 from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.sweep import one_run as run_module
@@ -45,13 +44,13 @@ def data(tmp_path):
 def trainings(monkeypatch):
     """The stages that were really trained, as (stage, learning rate)."""
     done = []
-    train = fit_module.train
+    train = two_steps.train
 
     def noting(handle, data, schedule, engine, *, folder, **how):
         done.append((folder.name, schedule.lr))
         return train(handle, data, schedule, engine, folder=folder, **how)
 
-    monkeypatch.setattr(fit_module, "train", noting)
+    monkeypatch.setattr(two_steps, "train", noting)
     return done
 
 

@@ -45,8 +45,11 @@ def layers_of(name: str) -> list[Layer]:
         return [Layer(layer, shape.H, shape.D, shape.N) for layer in range(shape.layers)]
     from transformers import AutoConfig
 
+    with naming_broken_files(name):
+        # a conversion makes weights
+        folder = resolve(name)
     with naming_broken_files(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(resolve(name))
+        config = AutoConfig.from_pretrained(folder)
         model = auto_classes(config)[0].from_config(config)
     return [Layer(p.layer, p.n_heads, p.head_dim, outputs_of(p.module)) for p in find_projections(model)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,8 +33,8 @@ class Setting:
 
     def computing(self, device: torch.device) -> AbstractContextManager:
         """The scope of a forward pass."""
-        fast = best_dtype(device) == torch.bfloat16
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast and fast)
+        wanted = self.autocast and best_dtype(device) == torch.bfloat16
+        return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 # no two are ever mixed in one row

@@ -10,7 +10,7 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
-from lofit_fast.patching.frozen_linear import products_of
+from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
@@ -114,9 +114,9 @@ class LofitLinear(nn.Module):
         mask = None if self.acting is None else self._mask(z)
         plain = plain_tensors(inner)
         if plain is not None:
-            products = products_of(inner) if torch.is_grad_enabled() else None
-            if products is not None:
-                return self._in_8_bits(z, plain, products, mask)
+            # looked up without a call: this is asked in every forward
+            if PRODUCTS in inner.__dict__ and torch.is_grad_enabled():
+                return self._in_8_bits(z, plain, inner.__dict__[PRODUCTS], mask)
             return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:

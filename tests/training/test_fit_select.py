@@ -147,6 +147,7 @@ def test_another_selection_is_another_run(tmp_path):
     assert (again.heads, again.metrics, again.history) == (first.heads, first.metrics, first.history)
 
 
+@pytest.mark.slow
 def test_a_look_that_was_interrupted_is_looked_again(tmp_path, monkeypatch):
     model = tiny_model("llama")
     whole = fit(model, tmp_path / "whole", chosen_by("saliency"))

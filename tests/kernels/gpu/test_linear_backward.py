@@ -83,7 +83,9 @@ CASES = [
     pytest.param(
         dtype,
         *shape,
-        marks=[pytest.mark.slow] if dtype == DTYPES[1 + number % 2] or (shape[0] == 300 and dtype in DTYPES[1:]) else [],
+        marks=[pytest.mark.slow]
+        if dtype == DTYPES[1 + number % 2] or (shape[0] == 300 and dtype in DTYPES[1:])
+        else [],
     )
     for number, shape in enumerate(SHAPES)
     for dtype in DTYPES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,7 +14,7 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import LofitLinear
 
 # differ between equal models
-_INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 
 
 def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
@@ -27,9 +27,9 @@ def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     return {
         "versions": [torch.__version__, transformers.__version__],
         "attention": getattr(config, "_attn_implementation", None),
-        "config": {name: value for name, value in config.to_dict().items() if name not in _INCIDENTAL},
+        "config": {name: value for name, value in config.to_dict().items() if name not in INCIDENTAL},
         "modules": [f"{type(module).__module__}.{type(module).__name__}({module.extra_repr()})" for module in modules],
-        "weights": _digests([t for m in modules for of in (m.parameters, m.buffers) for t in of(recurse=False)]),
+        "weights": weights_of(modules),
     }
 
 
@@ -38,8 +38,9 @@ def base_modules(decoder: nn.Module) -> Iterator[nn.Module]:
     return (module for module in decoder.modules() if not isinstance(module, LofitLinear))
 
 
-def _digests(tensors: list[Tensor]) -> list[str]:
-    """SHA-256 of each, all of its bytes."""
+def weights_of(modules: Iterable[nn.Module]) -> list[str]:
+    """SHA-256 of every parameter and buffer that the modules have themselves, all of its bytes."""
+    tensors = [t for m in modules for of in (m.parameters, m.buffers) for t in of(recurse=False)]
 
     def one(tensor: Tensor) -> str:
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

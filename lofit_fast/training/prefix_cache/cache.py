@@ -13,7 +13,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.files import writable_folder
+from lofit_fast.models.base_digest import INCIDENTAL, weights_of
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
@@ -38,8 +38,6 @@ from lofit_fast.training.prefix_cache.store import RESERVE, PrefixStore, digest,
 FILL_TOKENS = 2048
 # what the files mean; another number is another key
 _FORMAT = 1
-# differ between equal models
-_INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 
 Collator = Callable[[Sequence[Encoded]], Batch]
 
@@ -209,26 +207,12 @@ def _key(prefix: Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:
         "device": sample.device.type,
         "versions": [torch.__version__, transformers.__version__],
         "attention": getattr(config, "_attn_implementation", None),
-        "config": {name: value for name, value in config.to_dict().items() if name not in _INCIDENTAL},
+        "config": {name: value for name, value in config.to_dict().items() if name not in INCIDENTAL},
         "layers": [f"{type(layer).__module__}.{layer!r}" for layer in prefix.layers[: prefix.until]],
-        "weights": _weights_digest(prefix),
+        "weights": weights_of(prefix.modules()),
         "data": [digest(row).hex() for row in ids],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _weights_digest(prefix: Prefix) -> list[str]:
-    """SHA-256 of every parameter and buffer of the prefix, all of its bytes."""
-    modules = list(prefix.modules())
-    tensors = [t for m in modules for of in (m.parameters, m.buffers) for t in of(recurse=False)]
-
-    def one(tensor: Tensor) -> str:
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw.data).hexdigest()}"
-
-    # hashing leaves the interpreter's lock
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return list(pool.map(one, tensors))
 
 
 def _allowed_bytes(root: Path, gb: float) -> int:

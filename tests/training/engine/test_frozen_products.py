@@ -296,7 +296,7 @@ def begin_again(folder, model):
     """Go on with the last stage as one of another engine."""
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "stage": "tune"}))
-    fit(model, folder, engine=Engine(frozen_products="full"), eval_data=HELD_OUT, heads=[(1, 2)])
+    return fit(model, folder, engine=Engine(frozen_products="full"), eval_data=HELD_OUT, heads=[(1, 2)])
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_in_full(llama, tmp_path):
@@ -305,7 +305,8 @@ def test_a_run_from_before_there_was_a_choice_goes_on_in_full(llama, tmp_path):
     state = json.loads(path.read_text())
     del state["engine"]["tune"]["frozen_products"]
     path.write_text(json.dumps({**state, "stage": "tune"}))
-    begin_again(tmp_path, llama)
+    again = begin_again(tmp_path, llama)
+    assert again.heads == [(1, 2)] and again.handle.model is llama
 
 
 def test_step_1_in_8_bits_is_not_shared_with_runs_in_full(llama, tmp_path):

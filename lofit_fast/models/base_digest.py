@@ -1,4 +1,4 @@
-"""What tells two base models apart: digests of all that their results depend on, vectors not among it."""
+"""What tells two base models apart, and what tells two passes of one: all that their results depend on."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def weights_of(modules: Iterable[nn.Module]) -> list[str]:
     # hashing leaves the interpreter's lock
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         return list(pool.map(one, tensors))
+
+
+def dropout_of(module: nn.Module) -> str | None:
+    """Why two passes through a module differ in training mode; None where it drops nothing."""
+    kind = type(module).__name__
+    rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
+    floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
+    positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
+    return f"{kind} has {positive[0]}, so no two passes are the same" if positive else None

@@ -23,7 +23,7 @@ from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.files import writable_folder
-from lofit_fast.models.base_digest import base_modules, identity_of
+from lofit_fast.models.base_digest import base_modules, dropout_of, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.acting import EVERYWHERE
@@ -166,12 +166,8 @@ def _check_steady(base: _Base) -> None:
             raise NotPlain("the model is offloaded")
         if getattr(module, "gradient_checkpointing", False):
             raise NotPlain("gradient checkpointing runs layers without their prompts")
-        kind = type(module).__name__
-        rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
-        floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
-        positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
-        if positive:
-            raise NotPlain(f"{kind} has {positive[0]}, so no two passes are the same")
+        if reason := dropout_of(module):
+            raise NotPlain(reason)
 
 
 def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.padding import padded
+from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
@@ -74,9 +75,5 @@ def check_fit(prefix: Prefix) -> None:
             raise Unfit("the layers below the lowest tuned one are trained too")
         if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
             raise Unfit("the model is offloaded")
-        kind = type(module).__name__
-        rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
-        floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
-        positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
-        if positive:
-            raise Unfit(f"{kind} has {positive[0]}, so no two passes are the same")
+        if reason := dropout_of(module):
+            raise Unfit(reason)

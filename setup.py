@@ -37,6 +37,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
         "safetensors>=0.8",
+        "filelock>=3.20",
     ],
     extras_require={
         "train": TRAIN,

@@ -27,6 +27,8 @@ WHOLE = 2**16
 ROUNDINGS = (torch.bfloat16, torch.float16)
 # children by which wrappers of PEFT, FSDP and torch hold what they wrap, under its own name
 _HELD = ("original_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# a tensor's name in the base, the tensor, and whether it is plain numbers
+Named = tuple[str, Tensor, bool]
 # stands in a digest for tensors whose numbers are not here or not plain
 _UNSEEN = "?"
 
@@ -133,7 +135,7 @@ def _floats(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor, bool]], quantized: bool) -> str:
+def _digest(tensors: Iterable[Named], quantized: bool) -> str:
     """The digest of a part of a model, in each of ROUNDINGS; "" for no tensors."""
     sums = [hashlib.sha256() for _ in ROUNDINGS]
     tensors = sorted(tensors, key=lambda named: named[0])

@@ -64,7 +64,7 @@ def same_base(first: str, second: str) -> bool | None:
     if all(parts):
         return True
     both_16 = {"bfloat16", "float16"} <= {*dtypes.split("+"), *others.split("+")}
-    return None if None in parts or both_16 else False
+    return False if False in parts and not both_16 else None
 
 
 def _same_part(first: str, second: str) -> bool | None:
@@ -84,10 +84,8 @@ def _decoder_in(model: nn.Module) -> nn.Module:
     return found if any(found is module for module in model.modules()) else model
 
 
-def _tensors(
-    module: nn.Module, path: str, seen: set[int], skip: nn.Module | None
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name in the base, tensor, whether it is plain numbers) of every weight, each once, but for those of `skip`."""
+def _tensors(module: nn.Module, path: str, seen: set[int], skip: nn.Module | None) -> Iterator[Named]:
+    """Every weight, each once, but for those of `skip`."""
     if module is skip:
         return
     inside = _wrapped(module)

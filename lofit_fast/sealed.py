@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lofit_fast.files import write_json
+from lofit_fast.files import read_json, write_json
 
 SEAL = "sha256"
 
@@ -27,11 +27,7 @@ def read_sealed(path: Path | str) -> dict[str, object]:
     Raises OSError when it cannot be read, and ValueError, naming the file, when it is not whole JSON, is no object, or
     is not what was written.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     if SEAL in content and content.pop(SEAL) != seal_of(content):

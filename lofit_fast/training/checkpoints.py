@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers.trainer_pt_utils import safe_globals
 
-from lofit_fast.files import writable_folder
+from lofit_fast.files import file_errors, read_json, writable_folder
 from lofit_fast.models.file_digest import sha256_of
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.scratch import scratch_folder
 from lofit_fast.sealed import read_sealed, write_sealed
 
 # written last, with the size and the SHA-256 of every other file
@@ -43,12 +41,10 @@ class Checkpoint:
 def written_whole(folder: Path | str, step: int, epoch: float, over: bool) -> Iterator[Path]:
     """A scratch folder for a block that writes checkpoint-<step> into it; `folder` then has it, whole or not at all.
 
-    Raises OSError, naming the checkpoint, where a file cannot be written, whatever a library makes of that.
+    Raises OSError, naming the folder, where a file cannot be written, whatever a library makes of that.
     """
-    folder = writable_folder(folder)
-    name = f"checkpoint-{step}"
-    scratch = Path(tempfile.mkdtemp(prefix=".lofit-", dir=folder))
-    try:
+    folder, name = writable_folder(folder), f"checkpoint-{step}"
+    with file_errors(folder), scratch_folder(folder) as scratch:
         yield scratch
         files = {p.name: p for p in sorted((scratch / name).iterdir()) if p.is_file()}
         listed = {name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for name, p in files.items()}
@@ -56,10 +52,6 @@ def written_whole(folder: Path | str, step: int, epoch: float, over: bool) -> It
         # one of this step that was damaged, or that a step trained again replaces
         remove(folder / name)
         os.replace(scratch / name, folder / name)
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {folder / name}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def keep_newest(folder: Path | str, kept: Iterable[int]) -> None:
@@ -136,9 +128,9 @@ def _as_sealed(path: Path, step: int) -> Checkpoint:
 def _as_loaded(path: Path, step: int) -> Checkpoint:
     """By reading all of it: those of earlier releases have no list."""
     try:
-        state = json.loads((path / _STATE).read_bytes())
+        state = read_json(path / _STATE)
         told, epoch = state["global_step"], float(state["epoch"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{_STATE} is missing or damaged ({error})") from error
     if told != step:
         raise ValueError(f"{_STATE} is of step {told}, expected {step}")

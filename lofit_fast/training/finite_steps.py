@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# examples that are told by number, and by text
-_NUMBERED, _QUOTED = 16, 3
+# examples that are told by number, and by text, and how much of it
+_NUMBERED, _QUOTED, SHOWN = 16, 3, 40
 Shown = Callable[[int], str]
 
 

@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from lofit_fast.scratch import remove_abandoned
 from lofit_fast.training.checkpoints import OURS, remove
 
 STATE = "state.json"
@@ -60,10 +61,8 @@ def clear(folder: Path) -> None:
 def clear_scratch(folder: Path) -> None:
     """Take away the scratch folders that killed writes have left in a run folder and in the run's own folders."""
     for place in (folder, *(folder / name for name in FOLDERS)):
-        if place.is_dir() and (place == folder or not place.is_symlink()):
-            for path in list(place.glob(".lofit-*")):
-                if path.is_dir() and not path.is_symlink():
-                    remove(path)
+        if place == folder or not place.is_symlink():
+            remove_abandoned(place)
 
 
 def _is_there(path: Path) -> bool:

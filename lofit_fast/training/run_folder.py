@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import writable_folder, write_text
+from lofit_fast.files import read_json, writable_folder, write_text
 from lofit_fast.locks import alone
 from lofit_fast.patching.placement import is_dense, plain_attributes
 from lofit_fast.sealed import read_sealed, write_sealed
@@ -62,6 +62,7 @@ class RunFolder:
         resume: bool,
         *,
         wait: bool = False,
+        mend: bool = False,
         as_now: Callable[[dict], dict] = dict,
     ) -> Iterator[RunFolder]:
         """A scope in which a folder is this run's: begun, or gone on with. One process, and thread, is in it at a time.
@@ -71,6 +72,7 @@ class RunFolder:
             identity: what makes two runs the same one (recipe, model, data, heads).
             resume: whether to go on with the run in the folder; else what it has left is taken away.
             wait: whether to wait for a process that trains there.
+            mend: whether a run with a damaged state is begun anew, which is said, rather than refused.
             as_now: turns the identity that an earlier release has kept into what this one would have.
 
         After a training that diverged another learning rate of that step is no other run.
@@ -87,13 +89,15 @@ class RunFolder:
         with held(run.path, wait=wait):
             clear_scratch(run.path)
             # as JSON would return it: tuples become lists
-            run._begin(json.loads(json.dumps(identity)), resume, as_now)
+            run._begin(json.loads(json.dumps(identity)), resume, mend, as_now)
             yield run
 
-    def _begin(self, identity: dict, resume: bool, as_now: Callable[[dict], dict]) -> None:
+    def _begin(self, identity: dict, resume: bool, mend: bool, as_now: Callable[[dict], dict]) -> None:
         state, damage = self._look()
         if resume and damage is not None:
-            raise ValueError(f"{damage}: {_START_OVER}")
+            if not mend:
+                raise ValueError(f"{damage}: {_START_OVER}")
+            print(f"warning: {damage}; the run begins anew", file=sys.stderr)
         if resume and state is not None and state["stage"] != _CLEARING:
             check_no_links(self.path)
             self._go_on(state, identity, as_now(state["identity"]))
@@ -322,8 +326,8 @@ def _not_ours(path: Path) -> ValueError:
 def _is_other_json(path: Path) -> bool:
     """Whether it is whole JSON that is no object: no damaged state of a run, but something else's file."""
     try:
-        return not isinstance(json.loads(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
+        return not isinstance(read_json(path), dict)
+    except ValueError:
         return False
 
 

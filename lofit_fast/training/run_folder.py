@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
 from lofit_fast.files import writable_folder, write_json, write_text
+from lofit_fast.heads import heads_of, with_digest
 from lofit_fast.patching.placement import is_dense, plain_attributes
 
 _NEXT = {"select": "tune", "tune": "done"}
@@ -105,7 +106,7 @@ class RunFolder:
     def heads(self) -> list[Head] | None:
         """The chosen heads, best first; None before step 1 has ended."""
         content = self._read("heads.json")
-        return None if content is None else [tuple(pair) for pair in content["heads"]]
+        return None if content is None else heads_of(content, self.path / "heads.json")
 
     @property
     def scores(self) -> Tensor | None:
@@ -122,7 +123,7 @@ class RunFolder:
     def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
         """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
         content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
-        write_json(self.path / "heads.json", content | ({} if select is None else {"select": select}))
+        write_json(self.path / "heads.json", with_digest(content | ({} if select is None else {"select": select})))
 
     @property
     def history(self) -> list[dict]:

@@ -222,6 +222,18 @@ def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
         )
 
 
+def check_heads(adapter: Adapter, config: LofitConfig) -> None:
+    """Raise ValueError for an adapter of other heads than a config has: its tensors may fit all the same."""
+    for component in COMPONENTS:
+        theirs, ours = getattr(adapter.config, component), getattr(config, component)
+        # "all" may be said in a list too: the shapes of the tensors tell these apart
+        if "all" not in (theirs, ours) and set(theirs or ()) != set(ours or ()):
+            raise ValueError(
+                f"cannot load {component}s of other heads than the handle has: got {shown(theirs)}, expected "
+                f"{shown(ours)}; lofit_fast.load patches as the folder says"
+            )
+
+
 @torch.no_grad()
 def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
     """Copy the adapter's tensors into those of a model, all or none.

@@ -11,12 +11,13 @@ second digest of the numbers rounded to float16 does the same for those. Two mod
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.architectures import inputs_of
+from lofit_fast.patching.architectures import inputs_of, text_config
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import is_dense
@@ -65,6 +66,30 @@ def same_base(first: str, second: str) -> bool | None:
         return True
     both_16 = {"bfloat16", "float16"} <= {*dtypes.split("+"), *others.split("+")}
     return False if False in parts and not both_16 else None
+
+
+def check_base(model: nn.Module, digest: str, what: str, made_for: str, strict: bool) -> None:
+    """Warn, or with strict raise ValueError, where an adapter was trained on other weights than the model has.
+
+    digest: of the base that it was trained on, "" where no file says it. what: the adapter, in words. made_for: its
+    base's name.
+    """
+    if not digest or same_base(digest, found := base_digest(model)) is not False:
+        return
+    message = (
+        f"{what} was trained on other weights than this model has: on those of {made_for or 'a model'} ({digest}); "
+        f"this is {base_name(model) or 'a model'} ({found})"
+    )
+    if strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def base_name(model: nn.Module) -> str:
+    """Where a model was loaded from, "" for one that does not say it."""
+    # a wrapper's text part has no name of its own
+    names = (getattr(config, "_name_or_path", "") for config in (model.config, text_config(model)))
+    return next(filter(None, names), "")
 
 
 def _same_part(first: str, second: str) -> bool | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
 from lofit_fast.files import read_json, writable_folder, write_text
+from lofit_fast.heads import heads_of, with_digest
 from lofit_fast.locks import alone
 from lofit_fast.patching.placement import is_dense, plain_attributes
 from lofit_fast.sealed import read_sealed, write_sealed
@@ -210,7 +211,7 @@ class RunFolder:
     def heads(self) -> list[Head] | None:
         """The chosen heads, best first; None before step 1 has ended. Raises ValueError for a damaged file."""
         content = self._heads_file()
-        return None if content is None else [tuple(pair) for pair in content["heads"]]
+        return None if content is None else heads_of(content, self.path / "heads.json")
 
     @property
     def scores(self) -> Tensor | None:
@@ -227,16 +228,14 @@ class RunFolder:
     def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
         """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
         content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
-        write_sealed(self.path / "heads.json", content | ({} if select is None else {"select": select}))
+        write_sealed(self.path / "heads.json", with_digest(content | ({} if select is None else {"select": select})))
 
     def _heads_file(self) -> dict | None:
         path = self.path / "heads.json"
         if not path.is_file():
             return None
         content = read_sealed(path)
-        pairs, scores = content.get("heads"), content.get("scores")
-        if not isinstance(pairs, list) or not pairs or not all(map(_is_pair, pairs)):
-            raise ValueError(f"{path} holds no heads of a run: expected pairs of layer and head, got {str(pairs)[:80]}")
+        scores = content.get("scores")
         if scores is not None and not _is_table(scores):
             raise ValueError(f"{path} holds no scores of a run: expected numbers by layer and head")
         return content
@@ -353,10 +352,6 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     if not whole:
         raise ValueError(f"line {number} of {path} is damaged: {problem}; {_START_OVER}")
     return row
-
-
-def _is_pair(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(type(x) is int and x >= 0 for x in pair)
 
 
 def _is_table(scores: object) -> bool:

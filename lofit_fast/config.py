@@ -143,9 +143,15 @@ class Recipe:
         whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
         for name in (*whole, "eval_batch_size"):
             if type(getattr(self, name)) is not int:
-                raise TypeError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
+                raise TypeError(f"expected {name} to be an integer, got {shown(getattr(self, name))}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed in [0, 2**32), got {self.seed}")
+        for name in ("select_lr", "tune_lr", "l1", "max_grad_norm", "init_std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"expected {name} to be a number, got {shown(value)}")
+        if self.max_length is not None and type(self.max_length) is not int:
+            raise TypeError(f"expected max_length to be an integer or None, got {shown(self.max_length)}")
         positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
         for name in positive:
             if not getattr(self, name) > 0:

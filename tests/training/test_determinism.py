@@ -25,6 +25,7 @@ KNOBS = {
     "prompt cache": ({"prompt_cache_gb": 0.1}, ANSWER),
     "no prompt cache": ({"prompt_cache_gb": 0.0}, ANSWER),
     "accumulation": ({}, {"accumulation_steps": 2}),
+    "verified": ({"verify": True}, {}),
 }
 QUICK = {"top": 2, "select_epochs": 1, "tune_epochs": 2, "batch_size": 4}
 # what the fewest others run through

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lofit_fast as lf
 from lofit_fast.sealed import write_sealed
-from lofit_fast.training.checkpoints import WHOLE, keep_newest, last_whole, written_whole
+from lofit_fast.training.stage_checkpoints import WHOLE, keep_newest, last_whole, written_whole
 from tests.training.tiny_runs import RECIPE, assert_equal_vectors, fit, vectors
 
 FILES = (

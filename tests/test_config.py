@@ -117,3 +117,12 @@ def test_check_top_takes(top):
 def test_check_top_refuses(top):
     with pytest.raises(ValueError, match="top"):
         check_top(top)
+
+
+@pytest.mark.parametrize("name", ["select_lr", "tune_lr", "l1", "max_grad_norm", "init_std", "max_length", "seed"])
+@pytest.mark.parametrize("value", [None, "3", True, [1.0]])
+def test_recipe_names_what_is_no_number(name, value):
+    if name == "max_length" and value is None:
+        return
+    with pytest.raises(TypeError, match=rf"expected {name} to be .*got "):
+        Recipe(**{name: value})

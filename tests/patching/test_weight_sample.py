@@ -99,7 +99,7 @@ def test_adapters_of_peft_do_not_matter(model):
     for config in (lora, bridge.LofitPeftConfig(offset="all")):
         assert base_digest(peft.get_peft_model(copy.deepcopy(model), config)) == before
     lf.patch(model, lf.LofitConfig(offset="all"))
-    assert base_digest(peft.get_peft_model(model, lora)) == before
+    assert base_digest(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

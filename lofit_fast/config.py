@@ -161,8 +161,8 @@ class Recipe:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         # max_grad_norm may be infinite: nothing is clipped then
         for name in ("select_lr", "tune_lr", "l1", "init_std"):
-            if getattr(self, name) == math.inf:
-                raise ValueError(f"expected a finite {name}, got inf")
+            if getattr(self, name) > sys.float_info.max:
+                raise ValueError(f"expected a finite {name}, got {shown(getattr(self, name))}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:

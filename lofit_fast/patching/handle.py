@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
+from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
+from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
 
@@ -34,8 +37,8 @@ class LofitHandle:
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
-    warns where a state_dict is loaded. answer_watch: with positions="answer", what finds where answers begin. All of
-    them are None until the model is patched.
+    warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
+    with positions="answer", what finds where answers begin. All of them are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -48,6 +51,7 @@ class LofitHandle:
         self.peft_watch: PeftWatch | None = None
         self.load_watch: LoadWatch | None = None
         self.answer_watch: AnswerWatch | None = None
+        self.checkpoint_watch: CheckpointWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -75,27 +79,25 @@ class LofitHandle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A scope in which the model computes what the base computes."""
+        """A scope in which the model computes what the base computes, for the thread, or task, that has entered it.
+
+        Threads that are started inside begin outside of it, as context variables have it: run their work in
+        `contextvars.copy_context()`, as `asyncio.to_thread` does by itself. A forward that checkpoints its layers keeps
+        its scopes for their second run. Scopes may be nested, and left in any order.
+        """
         self.check_live()
-        before = {layer: layer.enabled for layer in self.layers.values()}
-        for layer in before:
-            layer.enabled = False
-        try:
+        with self.scopes.disabled():
             yield
-        finally:
-            for layer, enabled in before.items():
-                layer.enabled = enabled
 
     @contextmanager
     def folded(self) -> Iterator[None]:
         """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused.
 
-        The vectors must not change inside it.
+        The vectors must not change inside it. It holds where `disabled` would; that gradients are off is torch's part,
+        which knows threads alone: a task that waits inside leaves them off for the others of its thread.
         """
         self.check_live()
-        with torch.no_grad(), ExitStack() as scopes:
-            for layer in self.layers.values():
-                scopes.enter_context(layer.fold())
+        with torch.no_grad(), self.scopes.folded(list(self.layers.values())):
             yield
 
     @contextmanager
@@ -113,6 +115,11 @@ class LofitHandle:
             )
         with said(self.acting, mask):
             yield
+
+    @property
+    def scopes(self) -> Scopes:
+        """What the layers share of who is in which scope."""
+        return next(iter(self.layers.values())).scopes
 
     @property
     def acting(self) -> Acting | None:
@@ -153,8 +160,8 @@ class LofitHandle:
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same config into the handle.
 
-        Raises ValueError where a tensor does not fit, for vectors that act on other positions, and inside `folded`,
-        which would go on with the old vectors.
+        Raises ValueError where a tensor does not fit, for vectors that act on other positions, and while any thread is
+        inside `folded`, which would go on with the old vectors.
         """
         self.check_vectors("load")
         if adapter.config.positions != self.config.positions:
@@ -162,9 +169,10 @@ class LofitHandle:
                 f"cannot load vectors with positions={adapter.config.positions!r} into a handle with "
                 f"positions={self.config.positions!r}: lofit_fast.load patches as the folder says"
             )
-        if any(layer.folded is not None for layer in self.layers.values()):
+        if self.scopes.folding():
             raise ValueError(
-                "cannot load vectors inside handle.folded(), which computes with the old ones: leave it first"
+                "cannot load vectors inside handle.folded(), of this thread or another, which computes with the old "
+                "ones: leave it first"
             )
         check_writable(self.model, "load the adapter of")
         fill(self.vectors(), adapter)
@@ -179,9 +187,10 @@ class LofitHandle:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
         A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
-        before anything is changed, when something else has wrapped ours.
+        before anything is changed, when something else has wrapped ours, or another thread or task is inside a scope.
         """
         self.check_live()
+        self.scopes.check_alone("unpatch")
         adapted = [p for p in self.projections if p.layer in self.layers]
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
@@ -197,6 +206,8 @@ class LofitHandle:
         self.model_fold.remove()
         self.peft_watch.remove()
         self.load_watch.remove()
+        self.checkpoint_watch.remove()
+        self.scopes.remove()
         if self.answer_watch is not None:
             self.answer_watch.remove()
         if self._head is not None:
@@ -210,10 +221,11 @@ class LofitHandle:
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
-        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, and for
-        vectors that act on answers alone.
+        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, for vectors
+        that act on answers alone, and while another thread or task is inside a scope.
         """
         self.check_live()
+        self.scopes.check_alone("merge")
         self.check_everywhere("merge")
         check_whole(self.model, "merge")
         check_writable(self.model, "merge")
@@ -238,6 +250,9 @@ class LofitHandle:
         if self.acting is not None:
             self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
         self.load_watch = LoadWatch(layers[0], decoder)
+        self.checkpoint_watch = CheckpointWatch(language_model(ancestors), decoder, self.scopes, self.acting)
+        # the first to be called
+        self.scopes.watch(decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
 
@@ -273,6 +288,15 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
+    with _PATCHING:
+        return _patched(model, config)
+
+
+# two threads at once would both find a model unpatched
+_PATCHING = threading.Lock()
+
+
+def _patched(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     check_unsharded(model)
@@ -295,7 +319,7 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if trained:
         warnings.warn(
             "patching has frozen PEFT's adapters too: model.set_adapter(name) makes them trainable again",
-            stacklevel=2,
+            stacklevel=3,
         )
     return handle
 
@@ -365,6 +389,9 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
             vectors.data.copy_(draw)
         layers[p.layer] = layer
+    scopes = Scopes([layer.here for layer in layers.values()])
+    for layer in layers.values():
+        layer.scopes = scopes
     return layers
 
 

@@ -53,7 +53,7 @@ def verify_export(
     the scales or the offsets; and inside `handle.disabled()` or `folded()`, where the model computes something else.
     """
     handle.check_live()
-    if any(layer.folded is not None or not layer.enabled for layer in handle.layers.values()):
+    if not handle.scopes.plain:
         raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype

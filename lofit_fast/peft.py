@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from lofit_fast.config import HeadSet, LofitConfig
 from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
-from lofit_fast.patching.handle import build_layers, handle_of
+from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
+from lofit_fast.patching.wrapping import build_layers
 
 with needing("peft", "peft", "lofit_fast.peft"):
     from peft import PeftConfig

@@ -19,7 +19,7 @@ from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.answer_positions import answers_of
 from lofit_fast.patching.handle import acting_on
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.config import LofitConfig
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
-from lofit_fast.patching.layer import LofitLinear, eval_mode
+from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
+from lofit_fast.patching.wrapping import build_layers
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -369,49 +371,3 @@ def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     """The modules on the way from the model to its decoder, both included."""
     path = next(name for name, module in model.named_modules() if module is decoder).split(".")
     return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
-
-
-def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
-    """The wrappers, filled from the config's seed, attached to nothing yet."""
-    scale = _heads_by_layer("scale", config.scale, projections)
-    offset = _heads_by_layer("offset", config.offset, projections)
-    # drawn on the CPU, so that a seed means the same on every device
-    generator = torch.Generator().manual_seed(config.seed)
-    acting = None if config.positions == "all" else Acting()
-    layers = {}
-    for p in projections:
-        heads = (scale.get(p.layer), offset.get(p.layer))
-        if heads == (None, None):
-            continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
-        layer.acting = acting
-        for vectors in layer.parameters(recurse=False):
-            draw = torch.randn(vectors.shape, generator=generator) * config.init_std
-            vectors.data.copy_(draw)
-        layers[p.layer] = layer
-    scopes = Scopes([layer.here for layer in layers.values()])
-    for layer in layers.values():
-        layer.scopes = scopes
-    return layers
-
-
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules that hold the one of that name, the nearest first, the model last."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield model.get_submodule(name)
-
-
-def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:
-    if heads is None:
-        return {}
-    if heads == "all":
-        return {p.layer: list(range(p.n_heads)) for p in projections}
-    sizes = {p.layer: p.n_heads for p in projections}
-    wrong = [(layer, head) for layer, head in heads if head >= sizes.get(layer, 0)]
-    if wrong:
-        raise ValueError(
-            f"{component} names heads the model does not have: {wrong}; expected layers up to {max(sizes)} and heads "
-            f"below {max(sizes.values())}"
-        )
-    return {layer: sorted(h for at, h in heads if at == layer) for layer in sorted({at for at, _ in heads})}

@@ -1,9 +1,7 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -350,39 +348,6 @@ def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tenso
     weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
-
-
-# what each scope of `eval_mode` found, of all threads, the first entered first
-_FOUND: list[dict[nn.Module, bool]] = []
-_FOUND_LOCK = threading.Lock()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """A scope in eval mode, after which every module has the mode it had.
-
-    Modes are the model's, and every thread sees them. Of scopes that overlap, in several threads or in any order, the
-    last to be left puts back what the first has found.
-    """
-    with _FOUND_LOCK:
-        modes = {module: module.training for module in model.modules()}
-        _FOUND.append(modes)
-    try:
-        with _FOUND_LOCK:
-            model.eval()
-        yield
-    finally:
-        with _FOUND_LOCK:
-            at = next(i for i, found in enumerate(_FOUND) if found is modes)
-            later = _FOUND[at + 1 :]
-            del _FOUND[at]
-            for module, training in modes.items():
-                # who entered since, and is still inside, has what this one has found to put back
-                heir = next((found for found in later if module in found), None)
-                if heir is None:
-                    module.training = training
-                else:
-                    heir[module] = training
 
 
 def _through(base: nn.Module, affine: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
 

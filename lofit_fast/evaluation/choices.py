@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import branches, noted
+from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.patching.architectures import text_config
@@ -71,8 +72,7 @@ def score_choices(
     """
     if len(questions) != len(choices):
         raise ValueError(f"expected a list of choices per question, got {len(choices)} for {len(questions)} questions")
-    if max_tokens < 1:
-        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
+    check_count("max_tokens", max_tokens)
     if end and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
     for question, options in zip(questions, choices, strict=True):

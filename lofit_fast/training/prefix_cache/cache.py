@@ -115,12 +115,11 @@ def prefix_cached(
         yield collator
         return
     prefix = store = None
-    folder = folder or root_folder()
     with eval_mode(handle.model), torch.no_grad():
         try:
             prefix = Prefix(handle)
             with prefix.uncompiled():
-                store = _checked_store(prefix, sequences, collator, gb, folder, progress)
+                store = _checked_store(prefix, sequences, collator, gb, folder or root_folder(), progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             reason = str(error) if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
@@ -81,8 +82,9 @@ def generate_answers(
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
     shared: see `judge`.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for a batch_size or
-    max_new_tokens below 1, and for shared prompts under vectors that act on them.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
+    model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
+    act on them.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
     rows = _generated(model, tokenizer, prompts, **options)
@@ -176,6 +178,8 @@ def _generated(
     check_count("batch_size", batch_size)
     check_count("max_new_tokens", max_new_tokens)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, encoded, "prompt")
+    check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)

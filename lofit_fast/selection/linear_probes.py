@@ -17,6 +17,7 @@ from lofit_fast.data.encode import encode_pair, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
@@ -47,6 +48,8 @@ def head_activations(
     if len(sizes) > 1:
         raise ValueError(f"expected heads of one size in all layers, got head_dim {sorted(sizes)}")
     encoded = [encode_pair(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    check_ids(model, encoded, "answer")
+    check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, 0)
     shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
     activations = torch.full(shape, math.nan)

@@ -109,7 +109,7 @@ def test_a_patched_model(llama, folded_before):
     assert answers == texts
     assert (scores - expected).abs().max() <= 1e-4
     # no stale fold is left behind
-    assert all(layer.folded is None for layer in handle.layers.values())
+    assert all(layer.here.kept is None for layer in handle.layers.values())
     with torch.no_grad():
         handle.layers[0].offset.mul_(3.0)
     assert (naive_scores(llama) - expected).abs().max() > 1e-3

@@ -8,7 +8,8 @@ import torch
 
 from lofit_kernels import answers
 from lofit_kernels.answers import Key, Path, answers_content, answers_file, key, read_answers, tokens_bucket
-from lofit_kernels.dispatch import answers_for, plan
+from lofit_kernels.dispatch import answers_for, forget_plans, plan
+from lofit_kernels.functional import head_affine_linear
 
 CASE = key(torch.bfloat16, 2048, 2048, 128, 16, 5000)
 ANSWER = Path("delta", "triton", "fused")
@@ -189,6 +190,23 @@ def test_without_a_home_directory_nothing_is_kept(monkeypatch):
     assert [row["path"] for row in answers_content("A", {CASE: (ANSWER, {})})["answers"]] == [ANSWER._asdict()]
     with pytest.raises(FileNotFoundError, match="no home directory .* LOFIT_FAST_CACHE"):
         answers.cache_folder()
+
+
+def test_without_a_home_directory_a_forward_takes_the_default(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(answers.File, "home", nowhere)
+    monkeypatch.setitem(answers_for.__globals__, "_ANSWERS", {})
+    forget_plans()
+    try:
+        z, weight, scale = torch.randn(3, 8), torch.randn(5, 8), torch.randn(1, 4)
+        y = head_affine_linear(z, weight, scale=scale, scale_heads=torch.tensor([1]))
+    finally:
+        forget_plans()
+    assert torch.allclose(y, torch.cat((z[:, :4], z[:, 4:] * (1 + scale)), 1) @ weight.T, atol=1e-5)
 
 
 def test_a_cache_below_a_file_is_no_cache(monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ class CheckpointWatch:
                 setattr(module, _CHECKPOINT, given.given)
 
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        if not module.training or not torch.is_grad_enabled():
+        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for one in self.checkpointed:
             given = one.__dict__.get(_CHECKPOINT)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,21 @@ from lofit_fast.patching.wrapping import build_layers
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+
+# two threads at once would both find a model unpatched, or a handle live
+_CHANGING = threading.RLock()
+
+
+def _one_at_a_time(change: Callable) -> Callable:
+    """A function that puts projections into a model or takes them out: one thread does at a time."""
+
+    @wraps(change)
+    def run(*args, **options):
+        with _CHANGING:
+            return change(*args, **options)
+
+    return run
 
 
 class LofitHandle:
@@ -185,6 +201,7 @@ class LofitHandle:
         """Write the adapter folder; see `storage.save_adapter`."""
         return save_adapter(self.adapter(), folder)
 
+    @_one_at_a_time
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
@@ -217,6 +234,7 @@ class LofitHandle:
         self._live = False
         return self.model
 
+    @_one_at_a_time
     def merge(self) -> nn.Module:
         """Write the adapter into the base weights and return the plain model. Ends the handle.
 
@@ -274,6 +292,7 @@ class LofitHandle:
             raise ValueError("this handle has ended: its model was unpatched or merged")
 
 
+@_one_at_a_time
 def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
 
@@ -290,15 +309,6 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
-    with _PATCHING:
-        return _patched(model, config)
-
-
-# two threads at once would both find a model unpatched
-_PATCHING = threading.Lock()
-
-
-def _patched(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     check_unsharded(model)

@@ -6,6 +6,7 @@ All probes of a kind are fitted at once, as a batch of small Newton problems in 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -176,17 +177,23 @@ def split_of(n_questions: int, splits: int, seed: int) -> Tensor:
 
 
 class _LastInputs(ExitStack):
-    """A scope in which every projection leaves its input at the row's last token in `taken`, (B, K) per layer."""
+    """A scope in which every projection leaves its input at the row's last token in `taken`, (B, K) per layer.
+
+    Of forwards of the thread that has entered it.
+    """
 
     def __init__(self, projections: dict[int, nn.Module]) -> None:
         super().__init__()
         self.taken: dict[int, Tensor] = {}
         self.last: Tensor | None = None
+        self.thread = threading.get_ident()
         for layer, module in projections.items():
             self.callback(module.register_forward_pre_hook(self._taker(layer)).remove)
 
     def _taker(self, layer: int):
         def take(_, inputs) -> None:
+            if threading.get_ident() != self.thread:
+                return
             z = inputs[0]
             last = self.last.to(z.device)
             self.taken[layer] = z[torch.arange(len(last), device=z.device), last]

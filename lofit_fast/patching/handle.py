@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -34,15 +34,16 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+P, T = ParamSpec("P"), TypeVar("T")
 # two threads at once would both find a model unpatched, or a handle live
 _CHANGING = threading.RLock()
 
 
-def _one_at_a_time(change: Callable) -> Callable:
+def _one_at_a_time(change: Callable[P, T]) -> Callable[P, T]:
     """A function that puts projections into a model or takes them out: one thread does at a time."""
 
     @wraps(change)
-    def run(*args, **options):
+    def run(*args: P.args, **options: P.kwargs) -> T:
         with _CHANGING:
             return change(*args, **options)
 

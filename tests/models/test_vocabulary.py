@@ -111,7 +111,7 @@ def test_the_command_says_it(tmp_path, tokenizer):
 
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a@@", "completion": "b"}) + "\n")
+    (tmp_path / "data.jsonl").write_text(10 * (json.dumps({"prompt": "a@@", "completion": "b"}) + "\n"))
     for command in (("generate", "-p", "a@@"), ("eval", "--data", tmp_path / "data.jsonl")):
         message = error_of(*command, "--model", tmp_path / "model", "--device", "cpu")
         assert f"has the id {VOCAB}" in message and "prompt 1" in message

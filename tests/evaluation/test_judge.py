@@ -256,7 +256,7 @@ def test_many_threads_judge_as_one_does(llama):
 
     alone = [judged(number) for number in range(8)]
     assert len({tuple(one.hits) for one in alone}) > 1
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         assert list(pool.map(judged, range(8))) == alone
     assert all(module.training for module in llama.modules())
     assert handle.scopes.plain and not handle.scopes.folding()

@@ -31,13 +31,15 @@ class Seen:
         randomize(self.handle)
         with torch.no_grad():
             self.adapted = logits(self.model)
-        assert not torch.equal(self.base, self.adapted)
+        assert not torch.allclose(self.base, self.adapted, atol=1e-3)
 
     def state(self) -> str:
         """What this thread's model is now."""
         with torch.no_grad():
             got = logits(self.model)
-        return {True: "base"}.get(torch.equal(got, self.base)) or ("adapted" if torch.equal(got, self.adapted) else "?")
+        # a thread may have other numbers of threads of its own
+        near = {"base": self.base, "adapted": self.adapted}.items()
+        return next((name for name, expected in near if torch.allclose(got, expected, atol=1e-5)), "neither")
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def seen():
 @pytest.fixture
 def other():
     """other(call): what the call returns in another thread, the same one each time."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield lambda call, *given: pool.submit(call, *given).result(60)
 
 
@@ -331,7 +333,7 @@ def test_two_threads_that_train_have_graphs_of_their_own(other):
             assert go.wait(30)
 
     hook = seen.model.model.layers[1].register_forward_pre_hook(wait)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         theirs = pool.submit(gradients)
         assert held.wait(30)
         # a whole step while the other thread is in the midst of its forward

@@ -267,10 +267,10 @@ class Scopes:
         shown = self._shown
         shown.before, shown.inside = None, True
         if self._open or shown.now != (False, None):
-            now = shown.now
+            now, out_of_date = shown.now, threading.get_ident() in self._stale
             self.look()
             # a context that was made elsewhere, as of a task: what runs here outside of it is not in its scopes
-            shown.before = None if shown.now is now else now
+            shown.before = None if out_of_date or shown.now is now else now
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling():

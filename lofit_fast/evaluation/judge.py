@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
-from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
@@ -51,7 +52,7 @@ def judge(
     Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and
     `score_choices` raise.
     """
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     if task.choices:
         return _judge_choices(model, tokenizer, task, progress)
     _check_any(task.validation)
@@ -81,8 +82,9 @@ def generate_answers(
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
     shared: see `judge`.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for a batch_size or
-    max_new_tokens below 1, and for shared prompts under vectors that act on them.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
+    model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
+    act on them.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
     rows = _generated(model, tokenizer, prompts, **options)
@@ -173,9 +175,11 @@ def _generated(
     shared: SharedPrompts | None = None,
 ) -> list[list[int]]:
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
-    _check_count("batch_size", batch_size)
-    _check_count("max_new_tokens", max_new_tokens)
+    check_count("batch_size", batch_size)
+    check_count("max_new_tokens", max_new_tokens)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, encoded, "prompt")
+    check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
@@ -194,11 +198,6 @@ def _generated(
 def _check_any(examples: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("accuracy needs at least one example, got none")
-
-
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: got {count!r}, expected a whole number from 1")
 
 
 def _greedy(model: nn.Module, tokenizer, max_new_tokens: int, more_ends: Set[int]):

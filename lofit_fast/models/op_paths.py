@@ -166,6 +166,9 @@ def measure_paths(
     tell: called with each answer as it comes. Returns the answers and the file they were written to, together with
     those it already held. Raises what `autotune` raises, and OSError where the cache folder cannot be written.
     """
+    name = answers.device_name(device)
+    # where nothing can be kept, nothing is measured
+    file = answers.answers_file(name)
     shapes: dict[answers.Key, Shape] = {}
     for layer in {(row.H, row.D, row.N): row for row in layers}.values():
         for top, T in product(tops, tokens):
@@ -176,9 +179,7 @@ def measure_paths(
     for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
         tell(answer)
         found.append(answer)
-    name = answers.device_name(device)
     kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
-    file = answers.answers_file(name)
     write_json(file, answers.answers_content(name, kept))
     use_answers(name, answers.read_answers(name))
     return found, file

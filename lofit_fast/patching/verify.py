@@ -15,7 +15,7 @@ from lofit_fast.checksums import check_sums
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
 
@@ -54,7 +54,7 @@ def verify_export(
     the scales or the offsets; and inside `handle.disabled()` or `folded()`, where the model computes something else.
     """
     handle.check_live()
-    if any(layer.folded is not None or not layer.enabled for layer in handle.layers.values()):
+    if not handle.scopes.plain:
         raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -145,8 +145,10 @@ class Recipe:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         # max_grad_norm may be infinite: nothing is clipped then
         for name in ("select_lr", "tune_lr", "l1", "init_std"):
-            if getattr(self, name) == math.inf:
-                raise ValueError(f"expected a finite {name}, got inf")
+            if getattr(self, name) > sys.float_info.max:
+                raise ValueError(f"expected a finite {name}, got inf or a number beyond floating point")
+        if self.max_length is not None and type(self.max_length) is not int:
+            raise TypeError(f"expected max_length to be an integer or None, got {self.max_length!r}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:

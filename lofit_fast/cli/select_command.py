@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from lofit_fast.cli.command import out
 from lofit_fast.cli.options import (
     L1,
     BatchSize,
@@ -114,7 +114,7 @@ def select(
     if as_json:
         print(json.dumps({"model": model, "task": examples.name, "top": recipe.top, "methods": rows}))
         return
-    Console().print(_table(rows, f"heads for {examples.name} on {model}"))
+    out.print(_table(rows, f"heads for {examples.name} on {model}"))
 
 
 def _methods(asked: list[str] | None) -> list[str]:

@@ -6,6 +6,7 @@ An objective holds the data. `encoded` turns it into what one model and tokenize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -258,6 +259,10 @@ class Preferences:
     beta: float = BETA
 
     name = "preferences"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"expected a finite beta > 0, got {self.beta!r}")
 
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False

@@ -102,6 +102,8 @@ def read_grid(path: Path | str, fast: bool = False) -> Grid:
 
 def parse_grid(content: Mapping[str, object], where: str = "grid", fast: bool = False) -> Grid:
     """The same from a mapping. where: what errors call it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected tables, got {content!r}")
     _check_known(content, _TABLES, where, "table")
     base, axes, listed = content.get("base", {}), content.get("grid", {}), content.get("runs", [])
     if not isinstance(base, Mapping) or not isinstance(axes, Mapping):

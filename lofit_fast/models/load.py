@@ -173,6 +173,8 @@ def _without_bar() -> Iterator[None]:
 
 def resolve(name: str) -> str:
     """What to hand to `from_pretrained`: aliases and GGUF files become a converted folder, the rest stays as it is."""
+    if not name.strip():
+        raise ValueError(f"expected the name of a model, got {name!r}")
     if name in ALIASES:
         path = ALIASES[name].locate()
         if path is None or not path.is_file():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lofit_fast.heads import read_heads
-from tests.cli.calling import as_json, call
+from tests.cli.calling import as_json, call, error_of
 
 QUICK = ("--top", "2", "--select-epochs", "1", "--dtype", "float32", "--device", "cpu")
 

@@ -45,8 +45,10 @@ def alone(path: Path | str, what: str, *, wait: bool = False) -> Iterator[None]:
         write_json(owner, {"process": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+        try:
+            owner.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def _said(owner: Path) -> str:

@@ -143,10 +143,12 @@ def _file(output: Path | None, method: str, methods: int) -> Path | None:
 
 def _write(path: Path, selection, about: dict[str, str]) -> None:
     from lofit_fast.files import write_json
+    from lofit_fast.heads import with_digest
 
     # JSON has no infinity
     scores = [[value if math.isfinite(value) else None for value in row] for row in selection.scores.tolist()]
-    write_json(path, {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about})
+    content = {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about}
+    write_json(path, with_digest(content))
 
 
 def _table(rows: list[dict], title: str) -> Table:

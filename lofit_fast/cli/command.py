@@ -57,6 +57,7 @@ def command(
                 sys.stdout.flush()
                 return result
             except _ENDS:
+                _drop_unwritable()
                 raise
             except KeyboardInterrupt as error:
                 again = ": the same command goes on where it was" if goes_on else ""

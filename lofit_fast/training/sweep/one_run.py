@@ -9,11 +9,14 @@ from pathlib import Path
 
 from torch import nn
 
+from lofit_fast.files import read_json
 from lofit_fast.models.load import load_model
 from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.training.fit import fit_objective
 from lofit_fast.training.objectives import objective_of
+from lofit_fast.training.run_folder import held
 from lofit_fast.training.summary import write_summary
 from lofit_fast.training.sweep.grid import Grid, Run
 from lofit_fast.training.sweep.sweep_folder import RUNS, STEP1
@@ -85,34 +88,29 @@ class Runner:
         losses = {key: last[key] for key in ("loss", "eval_loss") if key in last}
         path = folder / "summary.json"
         if path.is_file():
-            kept = _read_summary(path, {**losses, "heads": [list(pair) for pair in result.heads]})
+            digest = tensors_digest(result.handle.vectors())
+            known = {**losses, "heads": [list(pair) for pair in result.heads], "adapter_digest": digest}
+            kept = _read_summary(path, known)
             if kept is not None:
                 return kept
             warnings.warn(f"{path} is not what this run has left: written anew", stacklevel=2)
         grid = self.grid
-        return write_summary(
-            folder,
-            result,
-            model=grid.model,
-            task=grid.task,
-            recipe=run.recipe,
-            data_seed=grid.data_seed,
-            wall_seconds=seconds,
-            **losses,
-        )
+        about = {"model": grid.model, "task": grid.task, "recipe": run.recipe, "data_seed": grid.data_seed}
+        with held(folder, wait=True):
+            return write_summary(folder, result, **about, wall_seconds=seconds, **losses)
 
 
 def _read_summary(path: Path, known: dict[str, object]) -> dict[str, object] | None:
     """A summary that says of a run what is known of it, with numbers where a row shows some; None for any other."""
     try:
-        summary = json.loads(path.read_text())
+        summary = read_json(path)
         # an older one may lack a key; as text, in which what is not a number is like itself
         agrees = "heads" in summary and all(
             json.dumps(summary.get(key, value)) == json.dumps(value) for key, value in known.items()
         )
         numbers = all(isinstance(summary.get(key), int | float | None) for key in SHOWN)
         return summary if agrees and numbers else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -120,6 +118,6 @@ def _has_ended(folder: Path) -> bool:
     """Whether a run folder holds a run that is done, or one that cannot be read."""
     path = folder / "state.json"
     try:
-        return path.exists() and json.loads(path.read_text())["stage"] == "done"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return path.exists() and read_json(path)["stage"] == "done"
+    except (OSError, ValueError, KeyError, TypeError):
         return True

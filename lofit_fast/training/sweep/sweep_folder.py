@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lofit_fast.files import writable_folder
+from lofit_fast.files import read_json, writable_folder
 from lofit_fast.locks import alone
 from lofit_fast.models.device import DTYPES, as_device, best_device, best_dtype
 from lofit_fast.training.run_folder import dtype_of_run
@@ -70,6 +69,6 @@ def shared_dtype(folder: Path, grid: Grid, resume: bool) -> str:
 def _of_table(path: Path) -> object:
     """What a sweep's table says of its dtype; None where there is none, or it says nothing."""
     try:
-        return json.loads(path.read_text())["dtype"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(path)["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None

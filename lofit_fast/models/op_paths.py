@@ -168,14 +168,15 @@ def measure_paths(
     tell: called with each answer as it comes. Returns the answers and the file they were written to, together with
     those it already held. Raises what `autotune` raises, and OSError where the cache folder cannot be written.
     """
+    name = answers.device_name(device)
+    # where nothing can be kept, nothing is measured
+    file = answers.answers_file(name)
     shapes: dict[answers.Key, Shape] = {}
     for layer in {(row.H, row.D, row.N): row for row in layers}.values():
         for top, T in product(tops, tokens):
             n_scale = max(1, *spread_heads(top, [layer]))
             shape = Shape(T, layer.N, layer.H, layer.D, n_scale, itemsize=dtype.itemsize)
             shapes[answers.key(dtype, shape.N, shape.K, shape.D, n_scale, T)] = shape
-    name = answers.device_name(device)
-    file = answers.answers_file(name)
     with alone(writable_folder(file.parent) / f"{file.name}.lock", f"measure on {name}", wait=True):
         found = []
         for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):

@@ -63,7 +63,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     the config, and `read_adapter` checks them.
     Raises ValueError for vectors that are not finite, OSError when the folder cannot be written: it is as it was then.
     """
-    _check_finite(adapter.tensors, "cannot save the adapter")
+    check_finite(adapter.tensors, "cannot save the adapter")
     config, tensors = adapter.config, {key: t.detach().cpu().contiguous() for key, t in adapter.tensors.items()}
     description = {
         "peft_type": PEFT_TYPE,
@@ -78,7 +78,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "seed": config.seed,
         "positions": config.positions,
     }
-    description = sealed(description, tensors)
+    description = sealed(description, tensors_digest(tensors))
     named = {
         f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors
         for (component, number), vectors in tensors.items()
@@ -99,15 +99,29 @@ def read_adapter(folder: Path | str) -> Adapter:
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
-    description = _read_description(folder / CONFIG_FILE)
-    tensors, modules, note = _read_tensors(folder / TENSOR_FILE)
+    description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    named, note = _opened(folder / TENSOR_FILE)
+    tensors, modules = _by_place(folder / TENSOR_FILE, named)
     description = _described(folder, description, note, tensors)
     adapter = _made(folder, description, tensors, modules)
     _check_described(folder, adapter)
     if is_sealed(description):
         _check_seal(folder, description, tensors)
-    _check_finite(tensors, str(folder / TENSOR_FILE))
+    check_finite(tensors, str(folder / TENSOR_FILE))
     return adapter
+
+
+def description_in(folder: Path) -> dict:
+    """What `read_adapter` would take for the folder's description, unchecked. The tensors may come later, from a hub.
+
+    Raises ValueError for a config that is none of an adapter, or a file of tensors that cannot be read.
+    """
+    description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    if not (folder / TENSOR_FILE).is_file():
+        return description
+    named, note = _opened(folder / TENSOR_FILE)
+    # PEFT writes no note, and tensors of other modules beside ours
+    return description if note is None else _described(folder, description, note, _by_place(folder, named)[0])
 
 
 def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
@@ -207,7 +221,7 @@ def _check_seal(folder: Path, description: dict, tensors: dict) -> None:
         )
 
 
-def _check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+def check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
     for (component, layer), tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")
@@ -245,13 +259,9 @@ def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
     shapes = {key: tuple(vectors.shape) for key, vectors in wanted.items()}
     _check_shapes("", shapes, {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()})
     rounded = {key: adapter.tensors[key].to(vectors.dtype) for key, vectors in wanted.items()}
-    _check_finite(rounded, "the adapter cannot be loaded")
+    check_finite(rounded, "the adapter cannot be loaded")
     for key, vectors in wanted.items():
         vectors.copy_(rounded[key])
-
-
-def _read_description(path: Path) -> dict:
-    return _checked_description(path, read_json(path))
 
 
 def _checked_description(path: Path, description: object) -> dict:
@@ -294,9 +304,8 @@ _NUMBERED = "|".join(re.escape(path) for path in PROJECTIONS if re.search(r"\.\d
 _TENSOR_NAMES = (_tensor_names(_NUMBERED), _tensor_names(r"[^.\d][^.]*(?:\.[^.\d][^.]*)*"))
 
 
-def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str], object]:
-    """(tensors, modules) of an `Adapter`, and what the file's header says of it, None in files of earlier releases."""
-    named, note = _opened(path)
+def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
+    """(tensors, modules) of an `Adapter`. Raises ValueError for a name or a kind of numbers that is none of ours."""
     tensors, modules = {}, {}
     for name, tensor in named.items():
         if (key := parse_tensor_name(name)) is None:
@@ -311,7 +320,7 @@ def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, 
         if modules.setdefault(key[1], module) != module:
             raise ValueError(f"{path} has two projections of layer {key[1]}: {modules[key[1]]} and {module}")
         tensors[key] = tensor
-    return tensors, modules, note
+    return tensors, modules
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], object]:

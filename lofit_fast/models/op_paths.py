@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lofit_fast.config import HeadSet
-from lofit_fast.files import write_json
+from lofit_fast.files import writable_folder, write_json
+from lofit_fast.locks import alone
 from lofit_fast.models.device import best_device
 from lofit_fast.models.load import auto_classes, naming_broken_files, resolve
 from lofit_fast.patching.architectures import find_projections, outputs_of
@@ -163,6 +164,7 @@ def measure_paths(
 ) -> tuple[list[Answer], Path]:
     """Measure the paths for every shape in `layers`, share of heads and number of tokens; write and use the answers.
 
+    One process measures on a device at a time; others wait, since each would slow the other down.
     tell: called with each answer as it comes. Returns the answers and the file they were written to, together with
     those it already held. Raises what `autotune` raises, and OSError where the cache folder cannot be written.
     """
@@ -175,11 +177,12 @@ def measure_paths(
             n_scale = max(1, *spread_heads(top, [layer]))
             shape = Shape(T, layer.N, layer.H, layer.D, n_scale, itemsize=dtype.itemsize)
             shapes[answers.key(dtype, shape.N, shape.K, shape.D, n_scale, T)] = shape
-    found = []
-    for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
-        tell(answer)
-        found.append(answer)
-    kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
-    write_json(file, answers.answers_content(name, kept))
+    with alone(writable_folder(file.parent) / f"{file.name}.lock", f"measure on {name}", wait=True):
+        found = []
+        for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
+            tell(answer)
+            found.append(answer)
+        kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
+        write_json(file, answers.answers_content(name, kept))
     use_answers(name, answers.read_answers(name))
     return found, file

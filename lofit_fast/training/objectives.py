@@ -277,6 +277,10 @@ class Preferences:
 
     name = "preferences"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"expected a finite beta > 0, got {self.beta!r}")
+
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
     ) -> EncodedPreferences:

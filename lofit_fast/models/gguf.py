@@ -21,14 +21,14 @@ def converted(gguf: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
     # the weights are dequantized now: what says otherwise would refuse to save them
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(scratch)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     write_json(folder / _CONVERSION, {"source": gguf.name, "sha256": checksum, "sizes": sizes})
     return folder

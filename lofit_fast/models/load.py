@@ -72,6 +72,8 @@ def load_model(
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
     A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
+    Weights are read from safetensors files, and code that comes with a model is not run: a model that needs it can be
+    loaded by transformers and given to `patch`.
     Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
     not have, a config of something else than a language model, weights that are not there, or files that are broken,
     FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to quantize with,
@@ -87,7 +89,7 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
     from transformers import AutoConfig, AutoTokenizer
 
     asked = {} if attention == "auto" else {"attn_implementation": attention}
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kinds, packed = auto_classes(config), getattr(config, "quantization_config", None) is not None
     if packed and quantization is not None:
         raise ValueError(f"{name} is quantized already: expected quantization=None, got {quantization!r}")
@@ -105,7 +107,7 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
@@ -119,9 +121,7 @@ def auto_classes(config) -> list:
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
-    # code from a hub has its own names for both
-    own = getattr(config, "auto_map", None) or {}
-    found = [kind for kind in kinds if type(config) in kind._model_mapping or kind.__name__ in own]
+    found = [kind for kind in kinds if type(config) in kind._model_mapping]
     if not found:
         raise ValueError(
             f"a model of type {config.model_type!r} is no language model that transformers knows: expected one that "
@@ -133,7 +133,9 @@ def auto_classes(config) -> list:
 def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
     """The model of the first class that finds all of its weights: transformers draws the others at random."""
     for kind in kinds:
-        model, info = kind.from_pretrained(source, output_loading_info=True, **how)
+        model, info = kind.from_pretrained(
+            source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **how
+        )
         missing = sorted(info["missing_keys"])
         if not missing:
             return model

@@ -145,15 +145,33 @@ def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
     )
 
 
+# words of transformers, which advises to let it execute what was refused -> what is said instead
+_NOT_EXECUTED: dict[str, tuple[type[Exception], str]] = {
+    "trust_remote_code=True": (
+        ValueError,
+        "comes with code of its own, which is not run here: expected a model that transformers has code for; another "
+        "can be loaded by transformers and given to lofit_fast.patch",
+    ),
+    "file named model.safetensors": (
+        OSError,
+        "has no weights in safetensors files, and pickled ones are not read: expected model.safetensors, which "
+        "transformers' save_pretrained writes",
+    ),
+}
+
+
 @contextmanager
 def naming_broken_files(name: str) -> Iterator[None]:
     """A scope in which what the libraries raise at broken files is a ValueError that names the model."""
     try:
         yield
-    except (OSError, ImportError, TypeError, torch.OutOfMemoryError):
-        raise
     # each reader has errors of its own: of safetensors, of configs, of GGUF
     except Exception as error:
+        for words, (kind, reason) in _NOT_EXECUTED.items():
+            if words in str(error):
+                raise kind(f"{name} {reason}") from error
+        if isinstance(error, OSError | ImportError | TypeError | torch.OutOfMemoryError):
+            raise
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error

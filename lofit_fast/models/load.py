@@ -1,5 +1,7 @@
 """Loading base models: a hub id, a local folder, a GGUF file, or the alias of a real model that ships as a package."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -7,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +18,9 @@ from lofit_fast.models.device import as_device, as_dtype, best_device, best_dtyp
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
 from lofit_kernels.answers import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def _installed(package: str) -> Path | None:
@@ -62,7 +68,7 @@ def load_model(
     device: str | torch.device = "auto",
     attention: str = "auto",
     quantization: str | None = None,
-) -> tuple[nn.Module, object]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode.
 
     name: an alias of `ALIASES`, a .gguf file, a folder, or a hub id. GGUF files are converted once, to float32, and
@@ -85,10 +91,12 @@ def load_model(
         return _loaded(name, resolve(name), dtype, device, attention, quantization)
 
 
-def _loaded(name: str, source: str, dtype, device, attention: str, quantization: str | None):
+def _loaded(
+    name: str, source: str, dtype: torch.dtype, device: torch.device, attention: str, quantization: str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
-    asked = {} if attention == "auto" else {"attn_implementation": attention}
+    asked: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kinds, packed = auto_classes(config), getattr(config, "quantization_config", None) is not None
     if packed and quantization is not None:
@@ -113,7 +121,7 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
     return (model if quantized else model.to(device)).eval(), tokenizer
 
 
-def auto_classes(config) -> list:
+def auto_classes(config: Any) -> list[Any]:
     """The classes of transformers that make the language model of a config, alone or with its towers, in this order.
 
     Raises ValueError for a config that has none.
@@ -130,7 +138,7 @@ def auto_classes(config) -> list:
     return found
 
 
-def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
+def _with_all_weights(kinds: list[Any], source: str, how: dict[str, Any]) -> nn.Module:
     """The model of the first class that finds all of its weights: transformers draws the others at random."""
     for kind in kinds:
         model, info = kind.from_pretrained(

@@ -8,6 +8,7 @@ import torch
 
 from lofit_fast.models.load import load_model
 from lofit_fast.models.op_paths import layers_of
+from tests.planted_pickle import Planted
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -55,16 +56,6 @@ def test_a_model_that_is_code_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match="comes with code of its own, which is not run here.*lofit_fast.patch"):
             read(str(folder))
     assert not (tmp_path / "ran").exists()
-
-
-class Planted:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
 
 
 @pytest.mark.parametrize("planted", [True, False])

@@ -4,12 +4,12 @@ import contextlib
 import pickle
 import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 import lofit_fast as lf
+from tests.planted_pickle import Planted
 from tests.tiny_models import tiny_model, tokens
 from tests.training.test_adapter_checkpoints import patched, stock, told, vectors
 
@@ -47,14 +47,9 @@ def test_accelerate_saves_and_loads_the_vectors(how, tmp_path):
     assert torch.equal(vectors(handle), before)
 
 
-class Planted:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+def test_a_planted_pickle_shows_that_it_was_run(tmp_path):
+    pickle.loads(pickle.dumps(Planted(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_state_with_a_planted_pickle_runs_nothing(tmp_path):

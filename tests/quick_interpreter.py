@@ -1,12 +1,15 @@
-"""Triton's interpreter without its repeated work, for tests: the same operations on the same numbers, in less time.
+"""Triton's interpreter without work that comes to nothing, for tests: the same results, bit for bit, in less time.
 
-It replaces triton.language's functions by its own before a launch, and again before every call of a jit function inside
-a kernel, tl.sum and tl.zeros among them, although nothing puts the old ones back in between. To find them it lists the
-members of four namespaces each time, which takes longer than what the kernel does. Here this is done once for a launch.
+* Before a launch it replaces triton.language's functions by its own, and again before every call of a jit function in a
+  kernel, tl.sum and tl.zeros among them, although nothing puts the old ones back in between. Here this is done once.
+* It computes whether sums and products of integers overflow, in 64 bits, and drops the answer unless it runs with
+  `debug`, which nothing sets. Here this is left out. (64-bit addresses have a test of the IR.)
+* It makes the table of numpy's types anew each time that it looks into it. Here it remembers what it found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +49,29 @@ def once_for_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return quick
 
 
+def remembering(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter's `_get_np_dtype`, looking once for each type of numbers."""
+    found: dict[str, Any] = {}
+
+    def quick(kind: Any) -> Any:
+        scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        # pointers have no name of their own
+        if isinstance(scalar, tl.pointer_type):
+            return find(kind)
+        if scalar.name not in found:
+            found[scalar.name] = find(kind)
+        return found[scalar.name]
+
+    return quick
+
+
 def install() -> None:
-    """Make every kernel of this process run so, once. Interpreters without such a function are left alone."""
+    """Make every kernel of this process run so, once. What an interpreter does not have is left alone."""
     patch = getattr(interpreter, "_patch_lang", None)
-    if patch is not None and not hasattr(patch, "original"):
-        interpreter._patch_lang = once_for_a_launch(patch)
+    if patch is None or hasattr(patch, "original"):
+        return
+    interpreter._patch_lang = once_for_a_launch(patch)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._get_np_dtype = remembering(interpreter._get_np_dtype)

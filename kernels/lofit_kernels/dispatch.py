@@ -29,7 +29,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -275,7 +275,7 @@ def path_for(
     return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
-def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple[int, int, int, torch.Size | None]:
     """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
     return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
 
@@ -355,7 +355,19 @@ _ANSWERS: dict[str, Mapping[Key, Path]] = {}
 
 
 @lru_cache(maxsize=4096)
-def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_offset, crowded) -> Plan:
+def _remembered(
+    tokens: int,
+    N: int,
+    K: int,
+    vectors: torch.Size | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: str,
+    backend: str,
+    gemm: str,
+    has_offset: bool,
+    crowded: bool,
+) -> Plan:
     answer = None
     if vectors is not None and "auto" in (form, backend, gemm):
         key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
@@ -367,7 +379,7 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_o
 
 
 @lru_cache(maxsize=4096)
-def _remembered_path(*of) -> Path:
+def _remembered_path(*of: Any) -> Path:
     return _remembered(*of).path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lofit_fast.tasks.chat import Rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 Add = Callable[[Batch, Sequence[Encoded]], Batch]
 TEXTS = ("prompt", "chosen", "rejected")
@@ -45,7 +46,7 @@ class Switchable(Protocol):
 def reference_logprobs(
     attachment: Switchable,
     dataset: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
     batch_size: int = 16,
@@ -147,7 +148,7 @@ def keeping(labels: Tensor, logits: Logits = "rows") -> dict[str, Tensor | bool]
     return {"logits_to_keep": keep if logits == "rows" else keep.any(0).nonzero().flatten(), "use_cache": False}
 
 
-def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tensor:
+def labelled_log_probs(output: Any, labels: Tensor, logits: Logits = "rows") -> Tensor:
     """(B, S - 1): log p of every next token that has a label, 0 elsewhere. output: of a model called with `keeping`."""
     following = labels[:, 1:]
     rows = labelled_rows(output.logits, labels, logits)
@@ -157,7 +158,12 @@ def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tenso
 
 
 def long_log_probs(
-    given: Callable, batch: dict, labels: Tensor, logits: Logits, head: FrozenHead, watch: bool = False
+    given: Callable[..., Any],
+    batch: dict[str, Any],
+    labels: Tensor,
+    logits: Logits,
+    head: FrozenHead,
+    watch: bool = False,
 ) -> tuple[Tensor, Watched | None, ModelOutput]:
     """`labelled_log_probs` of many labels, without logits of all of them at once; what is watched; the output.
 

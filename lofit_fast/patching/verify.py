@@ -115,14 +115,16 @@ def _reloaded(model: nn.Module, folder: Path | str) -> tuple[nn.Module, dict]:
     """(model, loading info) of what stock code makes of a folder."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     (name,) = config.architectures
     # code that came with a checkpoint is not transformers' own
     kind = getattr(transformers, name, None) or type(model)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     attention = _attention(model)
     asked = {} if attention is None else {"attn_implementation": attention}
-    exported, info = kind.from_pretrained(folder, dtype=wide, output_loading_info=True, **asked)
+    exported, info = kind.from_pretrained(
+        folder, dtype=wide, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **asked
+    )
     return exported.to(device_of(model)).eval(), info
 
 

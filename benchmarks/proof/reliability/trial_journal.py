@@ -144,9 +144,7 @@ def parser_of(proof: Proof, count: int) -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    proof: Proof, trials: Callable[[argparse.Namespace, Path], Iterable[Trial]], count: int, arguments=None
-) -> int:
+def main(proof: Proof, trials: Source, count: int, arguments: Sequence[str] | None = None) -> int:
     """The command of a proof. Returns 1 where a trial failed."""
     options = parser_of(proof, count).parse_args(arguments)
     journal = Journal(JOURNALS / f"{proof.name}.jsonl", options.fresh)

@@ -101,9 +101,16 @@ class Child:
             return b""
 
 
-def forked(call: Callable[[], object], *, kill_at: float | None = None, late: float = 0.0, **environment: str) -> Ended:
-    """`Child(call).ended(kill_at)`. environment: variables of the child."""
-    return Child(call, environment).ended(kill_at, late=late)
+def forked(
+    call: Callable[[], object],
+    *,
+    kill_at: float | None = None,
+    late: float = 0.0,
+    deadline: float = DEADLINE,
+    **environment: str,
+) -> Ended:
+    """`Child(call).ended(kill_at, ...)`. environment: variables of the child."""
+    return Child(call, environment).ended(kill_at, deadline, late)
 
 
 def _make(call: Callable[[], object], writes: int) -> None:

@@ -73,9 +73,8 @@ def call_in(folder: Path, work: Work, before: Callable[[], object] = lambda: Non
     return forked(call, LOFIT_FAST_CACHE=str(folder / "cache"), **kill)
 
 
-def whole_run(name: str, root: Path, works: dict[str, Work] = WORKS) -> Whole:
-    """The run that the others are compared with; what it imports is imported here too, so that no later one waits."""
-    work, folder = works[name], root / "expected" / name.replace(" ", "-")
+def import_what_it_needs(work: Work, folder: Path) -> None:
+    """Import here all that a work imports in a process of its own, so that no later child waits for it."""
     noted = folder.with_suffix(".modules")
 
     def imports() -> None:
@@ -84,13 +83,18 @@ def whole_run(name: str, root: Path, works: dict[str, Work] = WORKS) -> Whole:
         noted.write_text(json.dumps([module for module in sys.modules if module not in before]))
 
     begin_in(folder, work)
-    _demand(name, forked(imports, LOFIT_FAST_CACHE=str(folder / "cache")))
+    _demand(forked(imports, LOFIT_FAST_CACHE=str(folder / "cache")))
     for module in json.loads(noted.read_text()):
         if not module.startswith("__"):
             _imported(module)
+
+
+def whole_run(name: str, root: Path, works: dict[str, Work] = WORKS) -> Whole:
+    """The run that the others are compared with."""
+    work, folder, counted = works[name], root / "expected" / name.replace(" ", "-"), root / "counted"
+    import_what_it_needs(work, folder)
     begin_in(folder, work)
-    ended = _demand(name, call_in(folder, work))
-    counted = root / "counted"
+    ended = _demand(call_in(folder, work))
     begin_in(counted, work)
 
     def counts() -> int:
@@ -98,16 +102,16 @@ def whole_run(name: str, root: Path, works: dict[str, Work] = WORKS) -> Whole:
         work.run(counted)
         return faults.count
 
-    operations = _demand(name, forked(counts, LOFIT_FAST_CACHE=str(counted / "cache"))).value
+    operations = _demand(forked(counts, LOFIT_FAST_CACHE=str(counted / "cache"))).value
     if wrong := difference(folder, counted):
         raise RuntimeError(f"{name}: two runs that nothing stopped differ: {wrong}")
     sizes = [path.stat().st_size for path in results(folder).values()]
     return Whole(name, work, folder, ended.cpu, operations, max(sizes, default=1))
 
 
-def _demand(name: str, ended: Ended) -> Ended:
+def _demand(ended: Ended) -> Ended:
     if not ended.done:
-        raise RuntimeError(f"{name} does not even run undisturbed: {ended}")
+        raise RuntimeError(f"it does not even run undisturbed: {ended}")
     return ended
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -21,17 +22,23 @@ from lofit_fast.files import write_json
 
 RESULTS = Path("docs") / "results" / "reliability"
 JOURNALS = Path("runs") / "reliability"
+# what a proof notes beside its trials, in its own folder
+FIGURES = "figures.json"
 # of what failed, so many kinds are named
 MOST_NAMED = 12
 
 
 @dataclass(frozen=True)
 class Trial:
-    """key: another in every trial of a proof. kind: what it counts among. run: None, or what went wrong."""
+    """key: another in every trial of a proof. kind: what it counts among. run: None, or what went wrong.
+
+    tried: how many times it tries something.
+    """
 
     key: str
     kind: str
     run: Callable[[], str | None]
+    tried: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,11 @@ Source = Callable[[argparse.Namespace, Path], Iterable[Trial]]
 
 
 class Journal:
-    """The trials of a proof so far, by key: (kind, what went wrong or None)."""
+    """The trials of a proof so far, by key: (kind, what went wrong or None, how many times something was tried)."""
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path, self.seconds = path, 0.0
-        self.ended: dict[str, tuple[str, str | None]] = {}
+        self.ended: dict[str, tuple[str, str | None, int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)
@@ -67,13 +74,14 @@ class Journal:
 
     def add(self, trial: Trial, failed: str | None, seconds: float) -> None:
         """Note a trial that has ended."""
-        row = {"key": trial.key, "kind": trial.kind, "failed": failed, "seconds": round(seconds, 3)}
+        row = {"key": trial.key, "kind": trial.kind, "failed": failed, "tried": trial.tried}
+        row["seconds"] = round(seconds, 3)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._note(row)
 
     def _note(self, row: dict) -> None:
-        self.ended[row["key"]] = row["kind"], row["failed"]
+        self.ended[row["key"]] = row["kind"], row["failed"], row["tried"]
         self.seconds += row["seconds"]
 
 
@@ -90,7 +98,7 @@ def carried_out(trials: Iterable[Trial], journal: Journal, *, until: float | Non
         if failed is not None:
             tell(f"{trial.key}: {failed}")
         if number % 100 == 0:
-            tell(f"{number} trials, {sum(said is not None for _, said in journal.ended.values())} failed")
+            tell(f"{number} trials, {sum(said is not None for _, said, _ in journal.ended.values())} failed")
     return True
 
 
@@ -103,33 +111,45 @@ def _outcome(trial: Trial) -> str | None:
         return f"the proof itself ended with {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
 
 
-def record(proof: Proof, journal: Journal) -> dict[str, object]:
-    """The row as plain data. Open ones are named by their words, with how often each came."""
-    failures = Counter(f"{kind}: {said}" for kind, said in journal.ended.values() if said is not None)
+def record(proof: Proof, journal: Journal, figures: dict | None = None) -> dict[str, object]:
+    """The row as plain data. Open ones are named by their words, with how often each came.
+
+    figures: what else was measured, by name.
+    """
+    ends = journal.ended.values()
+    failures = Counter(f"{kind}: {said}" for kind, said, _ in ends if said is not None)
     named = [f"{words} ({count} times)" if count > 1 else words for words, count in failures.most_common(MOST_NAMED)]
     if len(failures) > MOST_NAMED:
         named.append(f"and {len(failures) - MOST_NAMED} more")
-    kinds = sorted({kind for kind, _ in journal.ended.values()})
+    kinds = sorted({kind for kind, _, _ in ends})
     counts = {
         kind: {
-            "tried": sum(own == kind for own, _ in journal.ended.values()),
-            "failed": sum(own == kind and said is not None for own, said in journal.ended.values()),
+            "tried": sum(times for own, _, times in ends if own == kind),
+            "failed": sum(own == kind and said is not None for own, said, _ in ends),
         }
         for kind in kinds
     }
-    found = machine()
     return {
         "item": proof.item,
         "what": proof.what,
-        "tried": len(journal.ended),
+        "tried": sum(times for _, _, times in ends),
         "failed": sum(failures.values()),
         "named": named,
         "command": proof.command,
         "seconds": round(journal.seconds),
-        "processor": found["processor"],
-        "commit": str(found["commit"])[:12] + ("-dirty" if found["dirty"] else ""),
+        "processor": machine()["processor"],
+        "commit": _commit(),
         "counts": counts,
+        **({"figures": figures} if figures else {}),
     }
+
+
+def _commit() -> str:
+    """Of the code that was tried: what lies in docs, such as the rows themselves, does not count as changed."""
+    here = Path(__file__).parent
+    asked = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)docs"])
+    said = [subprocess.run(["git", *one], cwd=here, capture_output=True, text=True).stdout.strip() for one in asked]
+    return said[0] + ("-dirty" if said[1] else "")
 
 
 def parser_of(proof: Proof, count: int) -> argparse.ArgumentParser:
@@ -153,7 +173,8 @@ def main(proof: Proof, trials: Source, count: int, arguments: Sequence[str] | No
     try:
         whole = carried_out(wanted, journal, until=until, tell=lambda text: print(text, flush=True))
     finally:
-        row = record(proof, journal)
+        noted = JOURNALS / proof.name / FIGURES
+        row = record(proof, journal, json.loads(noted.read_text()) if noted.is_file() else None)
         write_json(options.output / f"{proof.name}.json", row)
     print(summary(row) + ("" if whole else "; time was over"), flush=True)
     return 1 if row["failed"] else 0

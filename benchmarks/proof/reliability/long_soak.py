@@ -244,7 +244,7 @@ KINDS: dict[str, Callable[[int, Memory, Path], nn.Module]] = {
 
 
 def soaked(kind: str, iterations: int, folder: Path) -> dict[str, object]:
-    """{"slope": bytes per 1,000 iterations, "left": what is there now and was not before}. Raises what the kind does."""
+    """{"slope": bytes per 1,000 iterations, "left": what is there and was not before}. Raises what the kind does."""
     shutil.rmtree(folder, ignore_errors=True)
     # what the first use of a library leaves open is none of ours
     for name in ("first", "rest"):

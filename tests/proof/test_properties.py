@@ -1,4 +1,4 @@
-"""Random models, random operations: a patched model is always the hook's or the base's. `make properties` tries more."""
+"""Random models and operations: a patched model is the hook's or the base's. `make properties` tries thousands."""
 
 import pytest
 import torch

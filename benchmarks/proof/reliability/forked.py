@@ -53,7 +53,8 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.reads)
-            os.environ.update(environment or {})
+            # its threads are not forked
+            os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
             _make(call, writes)
         os.close(writes)
         os.set_blocking(self.reads, False)

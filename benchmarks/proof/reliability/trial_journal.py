@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.proof.reliability.reliability_page import RESULTS
 from benchmarks.speed.timing import machine
 from lofit_fast.files import write_json
 
-RESULTS = Path("docs") / "results" / "reliability"
 JOURNALS = Path("runs") / "reliability"
 # what a proof notes beside its trials, in its own folder
 FIGURES = "figures.json"
@@ -64,8 +64,11 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            # the last one may have been cut short
+        text = path.read_text() if path.is_file() else ""
+        if text and not text.endswith("\n"):
+            # a kill has cut the last line short
+            path.write_text(f"{text}\n")
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
@@ -137,14 +140,19 @@ def record(proof: Proof, journal: Journal, figures: dict | None = None) -> dict[
         "named": named,
         "command": proof.command,
         "seconds": round(journal.seconds),
-        "processor": machine()["processor"],
-        "commit": _commit(),
+        "processor": processor(),
+        "commit": commit(),
         "counts": counts,
         **({"figures": figures} if figures else {}),
     }
 
 
-def _commit() -> str:
+def processor() -> str:
+    """This machine's."""
+    return machine()["processor"]
+
+
+def commit() -> str:
     """Of the code that was tried: what lies in docs, such as the rows themselves, does not count as changed."""
     here = Path(__file__).parent
     asked = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)docs"])

@@ -170,8 +170,8 @@ def with_fault(whole: Whole, folder: Path, fault: Callable[[], object]) -> str |
             return wrong
     elif not ended.done and (wrong := _after_kill(ended, whole, folder)):
         return wrong
-    # one that went on without its cache computes what it computes, to rounding
-    near = whole.work.optional
+    # one that was refused its cache went on without, and computes the same to rounding
+    near = whole.work.optional and ended.status in (0, 1)
     again = call_in(folder, whole.work)
     if not again.done:
         return f"the restart ends with {_said(again)}"

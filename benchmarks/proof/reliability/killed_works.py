@@ -86,6 +86,10 @@ _QUICK = (
 )
 
 
+# as which a run of a sweep reports what the system refuses
+_SYSTEMS_ERRORS = ("OSError", "WriteError", "PermissionError")
+
+
 def sweep_runs(folder: Path) -> None:
     """Three runs, of which two share their step 1."""
     from lofit_fast.training.sweep.grid import parse_grid
@@ -98,7 +102,7 @@ def sweep_runs(folder: Path) -> None:
     for row in rows:
         if row["status"] != "done":
             kind, _, message = row["error"].partition(": ")
-            raise OSError(message) if kind in ("OSError", "PermissionError") else RuntimeError(row["error"])
+            raise OSError(message) if kind in _SYSTEMS_ERRORS else RuntimeError(row["error"])
 
 
 def export_plain(folder: Path) -> None:

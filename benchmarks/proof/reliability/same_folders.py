@@ -47,7 +47,7 @@ def _same(first_of: tuple[Path, str], second_of: tuple[Path, str], near: bool) -
     if one.suffix in _SHOWN:
         return True
     if one.suffix == ".json":
-        first, second = (_timeless(json.loads(path.read_text().replace(at, ""))) for path, at in (first_of, second_of))
+        first, second = (_content(*of) for of in (first_of, second_of))
         return first == second or (near and one.name in ("state.json", "summary.json"))
     if one.suffix == ".jsonl":
         first, second = ([_timeless(json.loads(line)) for line in p.read_text().splitlines()] for p in (one, other))
@@ -55,6 +55,14 @@ def _same(first_of: tuple[Path, str], second_of: tuple[Path, str], near: bool) -
     if one.suffix == ".safetensors" and near:
         return _near(one, other)
     return _digest(one) == _digest(other)
+
+
+def _content(path: Path, folder: str) -> object:
+    content = _timeless(json.loads(path.read_text().replace(folder, "")))
+    if path.name == "state.json":
+        # of the file with its seconds
+        content.pop("sha256", None)
+    return content
 
 
 def _timeless(content: object) -> object:

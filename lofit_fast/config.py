@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -36,41 +37,49 @@ class LofitConfig:
             object.__setattr__(self, component, _head_set(component, getattr(self, component)))
         if self.scale is None and self.offset is None:
             raise ValueError("nothing to adapt: expected scale and/or offset to be 'all' or a list of (layer, head)")
-        if not isinstance(self.init_std, numbers.Real) or not self.init_std >= 0:
-            raise ValueError(f"expected a number init_std >= 0, got {self.init_std!r}")
+        if not isinstance(self.init_std, numbers.Real) or not 0 <= self.init_std <= sys.float_info.max:
+            raise ValueError(f"expected a finite number init_std >= 0, got {self.init_std!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"expected seed in [-2**63, 2**64), which torch's generators take, got {shown(self.seed)}")
         check_positions(self.positions)
 
 
 def check_positions(positions: object) -> None:
     """Raise ValueError for what is none of POSITIONS."""
     if positions not in POSITIONS:
-        raise ValueError(f"expected positions to be 'all' or 'answer', got {positions!r}")
+        raise ValueError(f"expected positions to be 'all' or 'answer', got {shown(positions)}")
 
 
 def _head_set(component: str, heads: object) -> HeadSet:
     if heads is None or (isinstance(heads, str) and heads == "all"):
         return heads
     if isinstance(heads, str) or not isinstance(heads, Iterable):
-        raise TypeError(f"expected {component} to be 'all', None or a list of (layer, head), got {heads!r}")
+        raise TypeError(f"expected {component} to be 'all', None or a list of (layer, head), got {shown(heads)}")
     pairs = tuple(_pair(component, item) for item in heads)
     if not pairs:
         raise ValueError(f"{component} is an empty list of heads: expected at least one, or None to leave it out")
-    twice = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+    twice = sorted(pair for pair, count in Counter(pairs).items() if count > 1)
     if twice:
-        raise ValueError(f"{component} lists heads more than once: {twice}")
+        raise ValueError(f"{component} lists heads more than once: {shown(twice)}")
     return pairs
+
+
+def shown(value: object) -> str:
+    """A value in an error message, which must not be as long as the file that it comes from."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _pair(component: str, item: object) -> Head:
     try:
         # numpy's and torch's integers are integers too; a bool is not
-        layer, head = (operator.index(x) for x in item if not isinstance(x, bool))
+        layer, head = (-1 if isinstance(x, bool) else operator.index(x) for x in item)
     except (TypeError, ValueError):
         layer, head = -1, -1
     if layer < 0 or head < 0:
-        raise TypeError(f"expected {component} to hold (layer, head) pairs of non-negative integers, got {item!r}")
+        raise TypeError(f"expected {component} to hold (layer, head) pairs of non-negative integers, got {shown(item)}")
     return layer, head
 
 
@@ -145,8 +154,10 @@ class Recipe:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         # max_grad_norm may be infinite: nothing is clipped then
         for name in ("select_lr", "tune_lr", "l1", "init_std"):
-            if getattr(self, name) == math.inf:
-                raise ValueError(f"expected a finite {name}, got inf")
+            if getattr(self, name) > sys.float_info.max:
+                raise ValueError(f"expected a finite {name}, got inf or a number beyond floating point")
+        if self.max_length is not None and type(self.max_length) is not int:
+            raise TypeError(f"expected max_length to be an integer or None, got {self.max_length!r}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from lofit_fast.files import write_json
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def alone(path: Path | str, what: str, *, wait: bool = False) -> Iterator[None]:
@@ -21,7 +24,8 @@ def alone(path: Path | str, what: str, *, wait: bool = False) -> Iterator[None]:
     Args:
         path: the lock's file, in a folder that is there. It stays behind, and says nothing by being there.
         what: what the lock is for, as in "train in runs/mine".
-        wait: whether to wait for the one that is inside, however long it takes, or to be refused.
+        wait: whether to wait for the one that is inside, however long it takes, or to be refused. A line on standard
+            error (of this module's logger) says for whom it waits.
 
     Raises:
         BlockingIOError (an OSError): with wait=False, naming the process and the host that are inside.
@@ -31,15 +35,20 @@ def alone(path: Path | str, what: str, *, wait: bool = False) -> Iterator[None]:
     owner = path.with_name(f"{path.name}.owner.json")
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"cannot {what}: {_said(owner)} does so now; wait until it has ended") from None
+        if not wait:
+            raise BlockingIOError(f"cannot {what}: {_said(owner)} does so now; wait until it has ended") from None
+        _log.warning("waiting to %s: %s does so now", what, _said(owner))
+        lock.acquire()
     try:
         write_json(owner, {"process": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+        try:
+            owner.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def _said(owner: Path) -> str:

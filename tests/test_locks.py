@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -51,3 +52,26 @@ def test_one_thread_of_a_process_too(tmp_path):
     refused = pytest.raises(BlockingIOError, match=f"process {os.getpid()}")
     with alone(tmp_path / ".lock", "train"), refused, alone(tmp_path / ".lock", "train again"):
         pytest.fail("two were inside")
+
+
+def test_one_that_waits_says_for_whom_and_goes_in_after_it(tmp_path, caplog):
+    process = holder(tmp_path / ".lock")
+    order = []
+
+    def kill():
+        order.append("killed")
+        process.kill()
+
+    timer = threading.Timer(0.3, kill)
+    timer.start()
+    with alone(tmp_path / ".lock", "fill it", wait=True):
+        order.append("inside")
+    process.communicate()
+    assert order == ["killed", "inside"]
+    assert caplog.messages == [f"waiting to fill it: process {process.pid} on host {socket.gethostname()} does so now"]
+
+
+def test_one_that_need_not_wait_says_nothing(tmp_path, caplog):
+    with alone(tmp_path / ".lock", "fill it", wait=True):
+        pass
+    assert caplog.messages == []

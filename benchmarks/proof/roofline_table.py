@@ -149,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page there instead of printing it")
     chosen = parser.parse_args(arguments)
     if chosen.markdown:
-        write_text(chosen.markdown, markdown())
+        try:
+            write_text(chosen.markdown, markdown())
+        except OSError as error:
+            parser.error(str(error))
     else:
         print(markdown())
     return int(any(c.behind for device in DEVICES.values() for row in table(device) for c in row))

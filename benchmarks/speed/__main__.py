@@ -22,6 +22,7 @@ from benchmarks.speed.cell_plan import plan
 from benchmarks.speed.cells import PER_ROUND, RESULTS, ROOT, Cell, Options, Store
 from benchmarks.speed.ratios import write_summary
 from benchmarks.speed.step.packaged_models import MODELS
+from lofit_fast.cli.command import command
 from lofit_fast.files import write_json
 
 BUDGET = 75.0
@@ -41,6 +42,11 @@ def main(
     into: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure on this machine. Exits with 1 when a cell failed."""
+    if (rounds is not None and rounds < 1) or examples < 1 or not budget >= 0:
+        got = f"--rounds {rounds}, --examples {examples}, --budget {budget}"
+        raise typer.BadParameter(f"expected rounds and examples from 1 and a budget of minutes from 0, got {got}")
+    if data is not None and not Path(data).is_dir():
+        raise typer.BadParameter(f"--data {data} is no folder: expected the one that holds CLUTRR")
     if unknown := sorted(set(models or ()) - set(MODELS)):
         raise typer.BadParameter(f"unknown --model {', '.join(unknown)}: expected of {', '.join(MODELS)}")
     options = Options(data and str(Path(data).resolve()), rounds, examples)
@@ -125,4 +131,6 @@ def measured_cell(cell: Cell, options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    command(app, "--model smollm2 --budget 20", program="python -m benchmarks.speed", goes_on=True)(main)
+    app()

@@ -22,6 +22,8 @@ SWEEP, VENDOR, TRITON = "sweep", "vendor", "triton"
 ONE_STAGE_ROWS = 2048
 # rows that Inductor sums in one stage: of more it makes parts, 32 numbers of 4 rows each, and adds them in a second
 INDUCTOR_ROWS = 128
+# of a size: products of three are counted, and divided as floating-point numbers
+MOST = 2**40
 # bytes of one number of a hook's vectors, and of what it computes with them
 WIDE = 4
 
@@ -93,8 +95,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         sizes = (self.T, self.N, self.H, self.D, self.layers)
-        if min(sizes) < 1:
-            raise ValueError(f"expected T, N, H, D and layers of at least 1, got {sizes}")
+        if not all(type(size) is int and 1 <= size < MOST for size in sizes):
+            raise ValueError(f"expected T, N, H, D and layers to be whole numbers from 1 below 2**40, got {sizes}")
         if not (0 <= self.n_scale <= self.H and 0 <= self.n_offset <= self.H):
             raise ValueError(f"expected at most {self.H} heads, got {self.n_scale} scaled and {self.n_offset} shifted")
         if self.itemsize not in (2, WIDE):

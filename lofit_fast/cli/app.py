@@ -28,12 +28,14 @@ command(
     "train --model smollm2 --data my.csv --columns prompt=question,completion=answer --dry-run",
     "train --model smollm2 --data preferences.jsonl --top 0.1 --output runs/preferred",
     "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
+    goes_on=True,
 )(train_command.train)
 command(
     app,
     "sweep grid.toml --output sweeps/mine",
     "sweep grid.toml --output sweeps/mine --jobs 2",
     "sweep grid.toml --dry-run",
+    goes_on=True,
 )(sweep_command.sweep)
 command(
     app,

@@ -1,10 +1,17 @@
-"""What makes a function a command: its examples in --help, one line for what goes wrong, and tables or JSON."""
+"""What makes a function a command: its examples in --help, one line for what goes wrong, and tables or JSON.
+
+Exit codes: 0 done; 1 refused or failed, for a reason that the line gives; 2 no such option or value (typer's); 70 a
+fault of ours; 130 interrupted; 141 nobody reads the output any more.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 
 import typer
@@ -12,31 +19,121 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-out, err = Console(), Console(stderr=True)
-_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RecursionError)
+FAILED, FAULT, INTERRUPTED, UNREAD = 1, 70, 130, 141
+_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RecursionError, MemoryError)
+# typer's own ways to end a command
+_ENDS = (typer.Exit, typer.Abort, typer.BadParameter)
+# what torch says of a CPU's memory, in a RuntimeError like any other; of a GPU's it has a class
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+# signs of a message: a value that it quotes may be a whole file
+_ROOM = 2000
 
 
-def command(app: typer.Typer, *examples: str, program: str = "lofit-fast", name: str | None = None) -> Callable:
-    """Register a command: its examples go into --help, expected errors become one line and exit code 1."""
+class _Piped(Console):
+    """A console that leaves it to the command what to do when nobody reads."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("nobody reads the output")
+
+
+out, err = _Piped(), Console(stderr=True)
+
+
+def command(
+    app: typer.Typer, *examples: str, program: str = "lofit-fast", name: str | None = None, goes_on: bool = False
+) -> Callable:
+    """Register a command: its examples go into --help, expected errors become one line and exit code 1.
+
+    goes_on: whether the command, when it is interrupted and called again, goes on where it was.
+    """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args, **options):
             _quiet_libraries()
             try:
-                return function(*args, **options)
-            except _EXPECTED as error:
-                message = " ".join(str(error).split())
-                if options.get("as_json"):
-                    print(json.dumps({"error": message}))
-                else:
-                    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-                raise typer.Exit(1) from error
+                result = function(*args, **options)
+                # what cannot be written is known only now
+                sys.stdout.flush()
+                return result
+            except _ENDS:
+                _drop_unwritable()
+                raise
+            except KeyboardInterrupt as error:
+                again = ": the same command goes on where it was" if goes_on else ""
+                say_error(f"interrupted{again}", options.get("as_json"))
+                raise typer.Exit(INTERRUPTED) from error
+            except Exception as error:
+                raise typer.Exit(_failed(error, options)) from error
 
         run.__doc__ = "\n\n".join([function.__doc__, "Examples:", *(f"  {program} {line}" for line in examples)])
         return app.command(name)(run)
 
     return register
+
+
+def say_error(message: str, as_json: bool | None = False) -> None:
+    """One line about what went wrong, on standard error, or one JSON object."""
+    message = _in_a_line(message)
+    if as_json:
+        print(json.dumps({"error": message}))
+    else:
+        err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def _failed(error: Exception, options: dict) -> int:
+    """Say what went wrong; returns the exit code."""
+    unwritable = _drop_unwritable()
+    if unwritable and isinstance(error, BrokenPipeError):
+        return UNREAD
+    said, code = str(error) or type(error).__name__, FAILED
+    if _is_out_of_memory(error):
+        said = f"out of memory: {said}"
+    elif not isinstance(error, _EXPECTED):
+        where, code = _kept_traceback(), FAULT
+        said = f"a fault in lofit-fast, please report it with {where}: {type(error).__name__}: {said}"
+    # JSON would go where the output has gone
+    say_error(said, options.get("as_json") and not unwritable)
+    return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _in_a_line(message: str) -> str:
+    """A message in a line that any terminal takes, and of a length that one reads."""
+    said = " ".join(message.split())
+    if len(said) > _ROOM:
+        said = f"{said[: _ROOM // 2]} ... {said[-_ROOM // 2 :]} ({len(said)} signs)"
+    # escape sequences, and halves of characters that no stream can write
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in said)
+
+
+def _drop_unwritable() -> bool:
+    """Whether standard output takes no more. What it still holds then goes nowhere: it would fail again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _kept_traceback() -> str:
+    """The file that holds the traceback of the error that is being handled; where none can be written, a word on it."""
+    text = traceback.format_exc()
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="lofit-fast-", suffix=".txt", delete=False
+        ) as file:
+            file.write(text)
+        return file.name
+    except OSError:
+        print(text, file=sys.stderr)
+        return "the traceback above"
 
 
 def show(report: dict, as_json: bool, title: str, footer: str = "") -> None:

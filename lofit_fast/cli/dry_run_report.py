@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from lofit_fast.cli.command import err, out
+from lofit_fast.cli.command import out, say_error
 
 # characters of a part of an example, and refused texts, that a terminal shows; JSON has all
 _ROOM = 600
@@ -31,7 +31,7 @@ def show_dry_run(base, tokenizer, examples, objective, recipe, engine, heads, as
         _print(found, title)
     if found.refused:
         if not as_json:
-            err.print(Text(f"error: {_refusal(found)}", "bold red"), soft_wrap=True)
+            say_error(_refusal(found))
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lofit_fast.cli.command import out
 from lofit_fast.cli.options import Device, Dtype, Json, parse_heads
 
 # heavy imports happen inside the commands: --help must be instant
@@ -20,12 +21,16 @@ ModelName = Annotated[
         metavar="NAME",
     ),
 ]
+# per forward pass; what is planned for does not depend on more
+MOST_TOKENS = 10**9
 HEADS_HELP = "all, a count (32) or a fraction (0.1) of the model's heads, taken as spread evenly over its layers."
 
 
 def plan(
     model: ModelName,
-    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", min=1)],
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", min=1, max=MOST_TOKENS)
+    ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", "-a", help="Plan for this adapter's heads.", metavar="DIR")
     ] = None,
@@ -108,7 +113,7 @@ def autotune(
 
 
 def _show_plan(report: dict) -> None:
-    console, rows = Console(), report["layers"]
+    rows = report["layers"]
     title = f"{report['model']}, {report['tokens']} tokens, {report['dtype']}, {report['device']} device"
     table = Table("layers", "heads", "forward", "backward", "backend", "to the floor", title=title)
     reasons = dict.fromkeys((row["why"], row.get("small_scales")) for row in rows)
@@ -118,13 +123,13 @@ def _show_plan(report: dict) -> None:
         heads = f"{row['H']} x {row['D']}: {row['scaled']} scaled, {row['shifted']} shifted"
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
         table.add_row(numbers, heads, row["forward"], row["backward"], row.get("backend", "-"), ratio)
-    console.print(table)
+    out.print(table)
     for why, small_scales in reasons:
-        console.print(f"{why}{f'; {small_scales}' if small_scales else ''}", highlight=False, markup=False)
+        out.print(f"{why}{f'; {small_scales}' if small_scales else ''}", highlight=False, markup=False)
     predicted = next(
         (row["evidence"] for row in rows if "evidence" in row), "no roofline for this device: no prediction"
     )
-    console.print(f"floor: the frozen projection, forward and backward. Ratio: {predicted}", highlight=False)
+    out.print(f"floor: the frozen projection, forward and backward. Ratio: {predicted}", highlight=False)
 
 
 def _runs(rows: list[dict]) -> list[tuple[int, int]]:
@@ -139,7 +144,6 @@ def _runs(rows: list[dict]) -> list[tuple[int, int]]:
 
 
 def _show_answers(report: dict) -> None:
-    console = Console()
     table = Table("case", "path", "ms", "to the default", "", title=f"measured on {report['device']}")
     for row in report["answers"]:
         case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
@@ -149,5 +153,5 @@ def _show_answers(report: dict) -> None:
             case = ""
         for path, reason in row["refused"].items():
             table.add_row(case, path, "-", "-", f"refused: {reason}")
-    console.print(table)
-    console.print(f"answers: {report['file']}", highlight=False, soft_wrap=True)
+    out.print(table)
+    out.print(f"answers: {report['file']}", highlight=False, soft_wrap=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from lofit_fast.cli.command import out
 from lofit_fast.cli.options import (
     L1,
     BatchSize,
@@ -85,6 +85,7 @@ def select(
     from lofit_fast.tasks import load_task
 
     names = _methods(method)
+    _check_output(output, len(names))
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     given["positions"] = positions
@@ -114,7 +115,7 @@ def select(
     if as_json:
         print(json.dumps({"model": model, "task": examples.name, "top": recipe.top, "methods": rows}))
         return
-    Console().print(_table(rows, f"heads for {examples.name} on {model}"))
+    out.print(_table(rows, f"heads for {examples.name} on {model}"))
 
 
 def _methods(asked: list[str] | None) -> list[str]:
@@ -122,6 +123,16 @@ def _methods(asked: list[str] | None) -> list[str]:
     if unknown := sorted(set(asked) - {"all", *METHODS}):
         raise ValueError(f"unknown method {', '.join(unknown)}: expected all or some of {', '.join(METHODS)}")
     return list(METHODS) if "all" in asked else list(dict.fromkeys(asked))
+
+
+def _check_output(output: Path | None, methods: int) -> None:
+    """Raise ValueError, before hours of work, for a place that the heads cannot be written to."""
+    if output is None or not output.exists():
+        return
+    if methods == 1 and not output.is_file():
+        raise ValueError(f"--output {output} is no file: expected the heads.json to write")
+    if methods > 1 and not output.is_dir():
+        raise ValueError(f"--output {output} is no folder: expected one for the heads of {methods} methods")
 
 
 def _file(output: Path | None, method: str, methods: int) -> Path | None:
@@ -132,10 +143,12 @@ def _file(output: Path | None, method: str, methods: int) -> Path | None:
 
 def _write(path: Path, selection, about: dict[str, str]) -> None:
     from lofit_fast.files import write_json
+    from lofit_fast.heads import with_digest
 
     # JSON has no infinity
     scores = [[value if math.isfinite(value) else None for value in row] for row in selection.scores.tolist()]
-    write_json(path, {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about})
+    content = {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about}
+    write_json(path, with_digest(content))
 
 
 def _table(rows: list[dict], title: str) -> Table:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from lofit_fast.cli.command import err, out
+from lofit_fast.cli.command import out, say_error
 from lofit_fast.cli.options import Fast, Json, check_output
 
 # heavy imports happen inside the command: --help must be instant
@@ -50,5 +49,5 @@ def sweep(
         out.print(as_table(rows, f"{plan.task} on {plan.model}"))
     if failed := failures(rows):
         if not as_json:
-            err.print(Text(f"error: {failed}", "bold red"), soft_wrap=True)
+            say_error(failed)
         raise typer.Exit(1)

@@ -122,8 +122,8 @@ def train(
     from lofit_fast.training.fit import fit_objective
     from lofit_fast.training.objectives import Preferences, objective_of
     from lofit_fast.training.profiling import ProfileSteps
-    from lofit_fast.training.run_folder import dtype_of_run
-    from lofit_fast.training.summary import write_summary
+    from lofit_fast.training.run_folder import dtype_of_run, held
+    from lofit_fast.training.summary import short_digest, write_summary
 
     check_output(output, dry_run)
     name = task_name(task, data)
@@ -160,5 +160,9 @@ def train(
     how["callbacks"] = [ProfileSteps(output)] if profile else ()
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
-    summary = write_summary(output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged)
-    show(summary, as_json, f"{examples.name} on {model}", footer=f"adapter: {output / 'adapter'}")
+    with held(output):
+        summary = write_summary(
+            output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged
+        )
+    footer = f"adapter: {output / 'adapter'}, digest {short_digest(summary)}"
+    show(summary, as_json, f"{examples.name} on {model}", footer=footer)

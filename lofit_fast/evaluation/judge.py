@@ -48,9 +48,11 @@ def judge(
     share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
     shared: of several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
-    Raises ValueError for a task with nothing to be judged by, a batch_size below 1, and what `generate_answers` and
-    `score_choices` raise.
+    Raises TypeError for what is no task, ValueError for a task with nothing to be judged by, a batch_size below 1, and
+    what `generate_answers` and `score_choices` raise.
     """
+    if not isinstance(task, Task):
+        raise TypeError(f"expected a Task, as load_task makes one of a file, got {type(task).__name__}")
     _check_count("batch_size", batch_size)
     if task.choices:
         return _judge_choices(model, tokenizer, task, progress)

@@ -1,4 +1,7 @@
-"""What tells two base models apart, and what tells two passes of one: all that their results depend on."""
+"""What tells two base models apart, and what tells two passes of one: all that their results depend on.
+
+`base_digest` names a model by a sample of its weights, in no time; `identity_of` takes all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.weight_sample import base_digest, same_base
+
+__all__ = ["INCIDENTAL", "base_digest", "base_modules", "dropout_of", "identity_of", "same_base", "weights_of"]
 
 # differ between equal models
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")

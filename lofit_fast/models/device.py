@@ -82,12 +82,20 @@ def vendor() -> str:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A torch device from its name. Raises ValueError for a name torch does not know, or a device that is not here."""
+    """A torch device from its name.
+
+    Raises ValueError for a name torch does not know, a device that is not here, or one that keeps no numbers (meta).
+    """
+    name = str(device)
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    # each kind of device has errors of its own, of libraries that are not installed too
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot use device {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise ValueError(f"cannot use device {name!r}: it keeps no numbers, expected one that computes")
     return device
 
 

@@ -173,6 +173,8 @@ def _without_bar() -> Iterator[None]:
 
 def resolve(name: str) -> str:
     """What to hand to `from_pretrained`: aliases and GGUF files become a converted folder, the rest stays as it is."""
+    if not name.strip():
+        raise ValueError(f"expected the name of a model, got {name!r}")
     if name in ALIASES:
         path = ALIASES[name].locate()
         if path is None or not path.is_file():
@@ -182,7 +184,16 @@ def resolve(name: str) -> str:
         if not Path(name).is_file():
             raise FileNotFoundError(f"no such GGUF file: {name}")
         return str(converted(Path(name)))
+    if (folder := Path(name).expanduser()).is_dir():
+        _check_files(folder)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not (Path(name).expanduser() / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no model folder: config.json not found")
     return str(Path(name).expanduser()) if looks_local else name
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for a pipe or a device in the place of a file: reading it would wait for ever, or never end."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device, expected a file")

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lofit_fast.config import HeadSet
-from lofit_fast.files import write_json
+from lofit_fast.files import writable_folder, write_json
+from lofit_fast.locks import alone
 from lofit_fast.models.device import best_device
 from lofit_fast.models.load import auto_classes, naming_broken_files, resolve
 from lofit_fast.patching.architectures import find_projections, outputs_of
@@ -163,22 +164,25 @@ def measure_paths(
 ) -> tuple[list[Answer], Path]:
     """Measure the paths for every shape in `layers`, share of heads and number of tokens; write and use the answers.
 
+    One process measures on a device at a time; others wait, since each would slow the other down.
     tell: called with each answer as it comes. Returns the answers and the file they were written to, together with
     those it already held. Raises what `autotune` raises, and OSError where the cache folder cannot be written.
     """
+    name = answers.device_name(device)
+    # where nothing can be kept, nothing is measured
+    file = answers.answers_file(name)
     shapes: dict[answers.Key, Shape] = {}
     for layer in {(row.H, row.D, row.N): row for row in layers}.values():
         for top, T in product(tops, tokens):
             n_scale = max(1, *spread_heads(top, [layer]))
             shape = Shape(T, layer.N, layer.H, layer.D, n_scale, itemsize=dtype.itemsize)
             shapes[answers.key(dtype, shape.N, shape.K, shape.D, n_scale, T)] = shape
-    found = []
-    for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
-        tell(answer)
-        found.append(answer)
-    name = answers.device_name(device)
-    kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
-    file = answers.answers_file(name)
-    write_json(file, answers.answers_content(name, kept))
+    with alone(writable_folder(file.parent) / f"{file.name}.lock", f"measure on {name}", wait=True):
+        found = []
+        for answer in autotune(list(shapes.values()), dtype, device, backends=backends, rounds=rounds):
+            tell(answer)
+            found.append(answer)
+        kept = {answer.case: (answer.chosen, answer.evidence()) for answer in found}
+        write_json(file, answers.answers_content(name, kept))
     use_answers(name, answers.read_answers(name))
     return found, file

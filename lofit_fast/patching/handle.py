@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.config import HeadSet, LofitConfig, shown
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
@@ -22,7 +22,8 @@ from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
-from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, fill, read_adapter, save_adapter
+from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
+from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -141,22 +142,21 @@ class LofitHandle:
         self.check_vectors("save")
         if self.load_watch is not None:
             self.load_watch.remind()
-        # a wrapper's text part has no name of its own
-        names = (getattr(config, "_name_or_path", "") for config in (self.model.config, text_config(self.model)))
-        base = next(filter(None, names), "")
+        base = base_name(self.model)
         # a PeftModel's own level is none of the base model
         modules = {
             p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
         }
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules)
+        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules, base_digest(self.model))
 
     def take(self, adapter: Adapter) -> None:
-        """Copy an adapter of the same config into the handle.
+        """Copy an adapter of the same heads into the handle.
 
-        Raises ValueError where a tensor does not fit, for vectors that act on other positions, and inside `folded`,
-        which would go on with the old vectors.
+        Raises ValueError where a tensor does not fit or is not finite, for vectors of other heads or that act on other
+        positions, and inside `folded`, which would go on with the old vectors. The handle keeps its vectors then.
         """
         self.check_vectors("load")
+        check_heads(adapter, self.config)
         if adapter.config.positions != self.config.positions:
             raise ValueError(
                 f"cannot load vectors with positions={adapter.config.positions!r} into a handle with "
@@ -300,19 +300,24 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     return handle
 
 
-def load(model: nn.Module, folder: Path | str) -> LofitHandle:
+def load(model: nn.Module, folder: Path | str, *, strict: bool = False) -> LofitHandle:
     """Patch a model with an adapter folder.
 
+    An adapter that was trained on a base model with other weights is loaded with a warning that names both; with
+    strict=True it is refused. Nothing is said where that cannot be told: of quantized or offloaded weights, and of
+    folders of earlier releases.
+
     Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
-    shape (both shapes are named). A refused model is as it was.
+    shape (both shapes are named), and OSError for files that cannot be read. A refused model is as it was.
     """
     adapter = read_adapter(folder)
     check_unsharded(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))
+    check_base(model, adapter.base_digest, f"the adapter in {folder}", adapter.base_model, strict)
     handle = patch(model, adapter.config)
     try:
         handle.take(adapter)
-    except ValueError:
+    except BaseException:
         handle.unpatch()
         raise
     return handle
@@ -384,7 +389,10 @@ def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection
     wrong = [(layer, head) for layer, head in heads if head >= sizes.get(layer, 0)]
     if wrong:
         raise ValueError(
-            f"{component} names heads the model does not have: {wrong}; expected layers up to {max(sizes)} and heads "
-            f"below {max(sizes.values())}"
+            f"{component} names heads the model does not have: {shown(wrong)}; expected layers up to {max(sizes)} and "
+            f"heads below {max(sizes.values())}"
         )
-    return {layer: sorted(h for at, h in heads if at == layer) for layer in sorted({at for at, _ in heads})}
+    listed: dict[int, list[int]] = {}
+    for layer, head in sorted(heads):
+        listed.setdefault(layer, []).append(head)
+    return listed

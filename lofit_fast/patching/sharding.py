@@ -52,7 +52,7 @@ def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, i
     vectors: (name, tensor, the shape it was made with) each. action: what they are for.
     """
     for name, tensor, shape in vectors:
-        found = "which is not there" if tensor is None else _kind_of(tensor)
+        found = "which is not there" if tensor is None else kind_of_part(tensor)
         if found is None and (tuple(tensor.shape) != shape or tensor.untyped_storage().nbytes() == 0):
             found = f"which has the shape {tuple(tensor.shape)}, expected {shape} with all its numbers here"
         if found is not None:
@@ -81,7 +81,7 @@ def _gathered(model: nn.Module) -> str | None:
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if (kind := _kind_of(tensor)) is not None:
+        if (kind := kind_of_part(tensor)) is not None:
             yield name, kind
     for name, module in model.named_modules():
         expected = (getattr(module, "out_features", None), getattr(module, "in_features", None))
@@ -90,7 +90,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"{name}.weight", f"which has the shape {tuple(weight.shape)} here, expected {expected}"
 
 
-def _kind_of(tensor: Tensor) -> str | None:
+def kind_of_part(tensor: Tensor) -> str | None:
     """What kind of part a tensor is, in words; None for a whole one."""
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         places = tuple(map(str, tensor.placements))

@@ -1,21 +1,28 @@
-"""The adapter on disk: adapter_config.json and adapter_model.safetensors, holding the selected heads only."""
+"""The adapter on disk: adapter_config.json and adapter_model.safetensors, holding the selected heads only.
+
+The file of tensors says in its header what the config says. So one rename decides: an adapter that is saved over
+another replaces it when its tensors are in place, and a process that is killed before its config is leaves it whole.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from lofit_fast.config import LofitConfig
-from lofit_fast.files import whole_folder, write_json
+from lofit_fast.config import LofitConfig, shown
+from lofit_fast.files import read_json, whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
 from lofit_fast.patching.families import PROJECTIONS
+from lofit_fast.patching.placement import COMPUTED_IN
+from lofit_fast.patching.seal import TENSOR_DIGEST, is_sealed, is_unchanged, sealed, tensors_digest
 
 # version 1 named tensors "layers.<n>.<projection>.<component>"; version 3 is of vectors that act on answers alone:
 # releases that do not know of these must not apply them everywhere
@@ -27,13 +34,17 @@ PEFT_TYPE = (
 )
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
+# the entry of the tensor file's header that repeats the config
+_NOTE = "lofit"
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter as it is on disk: its config, its tensors by (component, layer), and the base model it is for.
 
-    modules: the projections' names in the base model, by layer.
+    modules: the projections' names in the base model, by layer. base_digest: of the base's weights, see
+    `weight_sample.base_digest`; "" in folders of earlier releases.
     """
 
     config: LofitConfig
@@ -41,21 +52,25 @@ class Adapter:
     fingerprint: Fingerprint
     base_model: str
     modules: dict[int, str]
+    base_digest: str = ""
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """Write an adapter folder, whole or not at all. Returns the folder.
 
     Tensors are named as PEFT would name them, "base_model.model.<projection>.lofit_<component>": (heads in that layer,
-    D) in their own dtype, float32 or float64, rows by ascending head.
-    Raises OSError when the folder cannot be written.
+    D) in their own dtype, float32 or float64, rows by ascending head. Digests of the tensors and of the config are in
+    the config, and `read_adapter` checks them.
+    Raises ValueError for vectors that are not finite, OSError when the folder cannot be written: it is as it was then.
     """
-    config = adapter.config
+    _check_finite(adapter.tensors, "cannot save the adapter")
+    config, tensors = adapter.config, {key: t.detach().cpu().contiguous() for key, t in adapter.tensors.items()}
     description = {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "format_version": FORMAT_VERSION if config.positions == "all" else ANSWER_VERSION,
         "base_model_name_or_path": adapter.base_model,
+        "base_digest": adapter.base_digest,
         "fingerprint": adapter.fingerprint.as_dict(),
         "scale": config.scale,
         "offset": config.offset,
@@ -63,12 +78,13 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "seed": config.seed,
         "positions": config.positions,
     }
-    tensors = {
-        f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors.detach().cpu().contiguous()
-        for (component, number), vectors in adapter.tensors.items()
+    description = sealed(description, tensors)
+    named = {
+        f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors
+        for (component, number), vectors in tensors.items()
     }
-    with whole_folder(folder) as scratch:
-        save_file(tensors, scratch / TENSOR_FILE, metadata={"format": "pt"})
+    with whole_folder(folder, last=CONFIG_FILE) as scratch:
+        (scratch / TENSOR_FILE).write_bytes(_with_note(save(named), description))
         write_json(scratch / CONFIG_FILE, description)
     return Path(folder)
 
@@ -76,27 +92,125 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
 def read_adapter(folder: Path | str) -> Adapter:
     """Read an adapter folder.
 
-    Raises FileNotFoundError when a file is missing, ValueError when one is truncated, of another kind, or of a newer
-    format.
+    Raises FileNotFoundError when a file is missing, ValueError when one is truncated, damaged, of another kind, or of a
+    newer format. Folders of earlier releases have no digests: their numbers must be finite, and no more can be told.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
     description = _read_description(folder / CONFIG_FILE)
+    tensors, modules, note = _read_tensors(folder / TENSOR_FILE)
+    description = _described(folder, description, note, tensors)
+    adapter = _made(folder, description, tensors, modules)
+    _check_described(folder, adapter)
+    if is_sealed(description):
+        _check_seal(folder, description, tensors)
+    _check_finite(tensors, str(folder / TENSOR_FILE))
+    return adapter
+
+
+def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
+    """The config's description; that of the tensors' own header where the config is of an adapter that was here before.
+
+    So it is when the process that saved the adapter was killed between its two files.
+    """
+    if not is_sealed(note) or description.get(TENSOR_DIGEST) == note.get(TENSOR_DIGEST):
+        return description
+    whole = is_unchanged(note) and note[TENSOR_DIGEST] == tensors_digest(tensors)
+    # a config that was changed by hand is none of an earlier adapter
+    earlier = not is_sealed(description) or is_unchanged(description)
+    return _checked_description(folder / TENSOR_FILE, note) if whole and earlier else description
+
+
+def _made(folder: Path, description: dict, tensors: dict, modules: dict) -> Adapter:
+    """The adapter of a description. Raises ValueError for values of the wrong kind."""
+    path = folder / CONFIG_FILE
     try:
         settings = {key: description[key] for key in ("scale", "offset", "init_std", "seed")}
         # folders of earlier releases know no other
         config = LofitConfig(**settings, positions=description.get("positions", "all"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} does not describe an adapter: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} does not describe an adapter: {error}") from error
     made_for = description["fingerprint"]
     expected = {field.name for field in fields(Fingerprint)}
-    if not isinstance(made_for, dict) or made_for.keys() != expected:
-        raise ValueError(f"{folder / CONFIG_FILE} has the fingerprint {made_for}, expected {sorted(expected)}")
-    base = description.get("base_model_name_or_path") or ""
-    tensors, modules = _read_tensors(folder / TENSOR_FILE)
-    return Adapter(config, tensors, Fingerprint(**made_for), base, modules)
+    if not isinstance(made_for, dict) or made_for.keys() != expected or not _is_shape(made_for):
+        raise ValueError(f"{path} has the fingerprint {shown(made_for)}, expected {sorted(expected)}")
+    names = [description.get(key) or "" for key in ("base_model_name_or_path", "base_digest")]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} names its base model by {shown(names)}, expected text")
+    base, digest = names
+    return Adapter(config, tensors, Fingerprint(**made_for), base, modules, digest)
+
+
+def _is_shape(made_for: dict) -> bool:
+    """Whether the values of a fingerprint are of their kinds."""
+
+    def whole(value: object) -> bool:
+        return type(value) is int and value > 0
+
+    sizes = [made_for[name] for name in ("heads", "head_dim", "hidden")]
+    listed = all(size and all(map(whole, size)) if isinstance(size, list) else whole(size) for size in sizes)
+    return isinstance(made_for["model_type"], str) and whole(made_for["layers"]) and listed
+
+
+def _check_described(folder: Path, adapter: Adapter) -> None:
+    """Raise ValueError unless the heads are those of the model's shape, and the tensors have a row for each of them."""
+    widths = _numbers(adapter.fingerprint.head_dim)
+    most = max(_numbers(adapter.fingerprint.heads))
+    expected = {}
+    for component in COMPONENTS:
+        heads = getattr(adapter.config, component)
+        if heads == "all":
+            # which layers have a projection is for the model to say
+            expected |= {key: tuple(t.shape) for key, t in adapter.tensors.items() if key[0] == component}
+            continue
+        if beyond := [head for head in heads or () if head[1] >= most]:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} names heads that its model does not have: {shown(beyond)}; expected heads "
+                f"below {most}"
+            )
+        rows = Counter(layer for layer, _ in heads or ())
+        expected |= {(component, layer): (count, widths[0]) for layer, count in rows.items()}
+    got = {key: tuple(t.shape) for key, t in adapter.tensors.items()}
+    # of layers with different widths the model knows which has which
+    if len(set(widths)) > 1:
+        expected = {key: (count, (got.get(key) or (0,))[-1]) for key, (count, *_) in expected.items()}
+    _check_shapes(f"{folder}: ", expected, got)
+
+
+def _numbers(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (size,) if isinstance(size, int) else size
+
+
+def _check_shapes(where: str, expected: dict[tuple[str, int], tuple], got: dict[tuple[str, int], tuple]) -> None:
+    """Raise ValueError unless tensors, by (component, layer), are there and have their shapes."""
+    if expected == got:
+        return
+    wrong = sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key))
+    first = wrong[0]
+    raise ValueError(
+        f"{where}adapter tensors do not match {CONFIG_FILE} in {len(wrong)} places: {first[0]} of layer {first[1]} "
+        f"is {got.get(first)}, expected {expected.get(first)}"
+    )
+
+
+def _check_seal(folder: Path, description: dict, tensors: dict) -> None:
+    """Raise ValueError, naming the file, unless both files are as they were saved."""
+    if not is_unchanged(description):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its digest is not that of its entries"
+        )
+    if description.get(TENSOR_DIGEST) != tensors_digest(tensors):
+        raise ValueError(
+            f"{folder / TENSOR_FILE} is damaged: its tensors are not those whose digest is in {CONFIG_FILE}"
+        )
+
+
+def _check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+    for (component, layer), tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")
 
 
 def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
@@ -108,44 +222,52 @@ def check_fits(adapter: Adapter, handle_fingerprint: Fingerprint) -> None:
         )
 
 
+def check_heads(adapter: Adapter, config: LofitConfig) -> None:
+    """Raise ValueError for an adapter of other heads than a config has: its tensors may fit all the same."""
+    for component in COMPONENTS:
+        theirs, ours = getattr(adapter.config, component), getattr(config, component)
+        # "all" may be said in a list too: the shapes of the tensors tell these apart
+        if "all" not in (theirs, ours) and set(theirs or ()) != set(ours or ()):
+            raise ValueError(
+                f"cannot load {component}s of other heads than the handle has: got {shown(theirs)}, expected "
+                f"{shown(ours)}; lofit_fast.load patches as the folder says"
+            )
+
+
 @torch.no_grad()
 def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
     """Copy the adapter's tensors into those of a model, all or none.
 
     wanted: the model's, by (component, layer).
-    Raises ValueError, before anything is written, when a tensor is missing, unknown or of another shape.
+    Raises ValueError, before anything is written, when a tensor is missing, unknown, of another shape, or not finite in
+    the model's dtype.
     """
     shapes = {key: tuple(vectors.shape) for key, vectors in wanted.items()}
-    got = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    if shapes != got:
-        wrong = sorted(key for key in shapes.keys() | got.keys() if shapes.get(key) != got.get(key))
-        first = wrong[0]
-        raise ValueError(
-            f"adapter tensors do not match adapter_config.json in {len(wrong)} places: {first[0]} of layer {first[1]} "
-            f"is {got.get(first)}, expected {shapes.get(first)}"
-        )
+    _check_shapes("", shapes, {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()})
+    rounded = {key: adapter.tensors[key].to(vectors.dtype) for key, vectors in wanted.items()}
+    _check_finite(rounded, "the adapter cannot be loaded")
     for key, vectors in wanted.items():
-        vectors.copy_(adapter.tensors[key])
+        vectors.copy_(rounded[key])
 
 
 def _read_description(path: Path) -> dict:
-    try:
-        description = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
+    return _checked_description(path, read_json(path))
+
+
+def _checked_description(path: Path, description: object) -> dict:
+    """The description, if it is one of an adapter, in a format that is read here."""
     if not isinstance(description, dict) or str(description.get("peft_type")).split(":")[0] != "LOFIT":
         kind = description.get("peft_type") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{path} is not a LoFiT adapter: expected peft_type 'LOFIT', got {kind!r}")
+        raise ValueError(f"{path} is not a LoFiT adapter: expected peft_type 'LOFIT', got {shown(kind)}")
     expected = {"format_version", "fingerprint", "scale", "offset", "init_std", "seed"}
     if description.get("format_version") == ANSWER_VERSION:
         # else its vectors would act everywhere
         expected.add("positions")
     if absent := sorted(expected - description.keys()):
         raise ValueError(f"{path} lacks {', '.join(absent)}")
-    if description["format_version"] not in READ_VERSIONS:
-        raise ValueError(
-            f"{path} has format version {description['format_version']}, this release reads up to {max(READ_VERSIONS)}"
-        )
+    version = description["format_version"]
+    if type(version) is not int or version not in READ_VERSIONS:
+        raise ValueError(f"{path} has format version {shown(version)}, this release reads up to {max(READ_VERSIONS)}")
     return description
 
 
@@ -156,11 +278,15 @@ def parse_tensor_name(name: str) -> tuple[str, int] | None:
 
 
 def _parsed(name: str) -> re.Match | None:
+    # no projection's name is so long, and matching takes longer than that
+    if len(name) > _LONGEST_NAME:
+        return None
     return next(filter(None, (pattern.fullmatch(name) for pattern in _TENSOR_NAMES)), None)
 
 
 def _tensor_names(projection: str) -> re.Pattern:
-    return re.compile(rf"(?P<module>(?:.+\.)?(?P<layer>\d+)\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
+    layer = r"(?P<layer>0|[1-9][0-9]{0,8})"
+    return re.compile(rf"(?P<module>(?:.+\.)?{layer}\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
 
 
 # the layer is the last number, and what follows it is the projection; some projections have a number in their own path
@@ -168,19 +294,48 @@ _NUMBERED = "|".join(re.escape(path) for path in PROJECTIONS if re.search(r"\.\d
 _TENSOR_NAMES = (_tensor_names(_NUMBERED), _tensor_names(r"[^.\d][^.]*(?:\.[^.\d][^.]*)*"))
 
 
-def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
-    """(tensors, modules) of an `Adapter`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            named = {name: file.get_tensor(name) for name in list(file.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str], object]:
+    """(tensors, modules) of an `Adapter`, and what the file's header says of it, None in files of earlier releases."""
+    named, note = _opened(path)
     tensors, modules = {}, {}
     for name, tensor in named.items():
         if (key := parse_tensor_name(name)) is None:
             raise ValueError(
-                f"{path} holds a foreign tensor {name!r}: expected base_model.model.<projection>.lofit_<component>"
+                f"{path} holds a foreign tensor {shown(name)}: expected base_model.model.<projection>.lofit_<component>"
             )
+        if key in tensors:
+            raise ValueError(f"{path} holds {key[0]} of layer {key[1]} twice, under two names")
+        if tensor.dtype not in COMPUTED_IN:
+            raise ValueError(f"{path} holds {key[0]} of layer {key[1]} in {tensor.dtype}: expected floating numbers")
+        module = _parsed(name)["module"].removeprefix("base_model.model.")
+        if modules.setdefault(key[1], module) != module:
+            raise ValueError(f"{path} has two projections of layer {key[1]}: {modules[key[1]]} and {module}")
         tensors[key] = tensor
-        modules[key[1]] = _parsed(name)["module"].removeprefix("base_model.model.")
-    return tensors, modules
+    return tensors, modules, note
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], object]:
+    """(tensors by name, note in the header). Raises ValueError for a file that is not one of safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = (file.metadata() or {}).get(_NOTE)
+            named = {name: file.get_tensor(name) for name in list(file.keys())}
+        return named, None if note is None else json.loads(note)
+    except (OSError, MemoryError):
+        raise
+    # safetensors' own error, and others for kinds of numbers that torch does not know
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def _with_note(file: bytes, description: dict) -> bytes:
+    """A safetensors file with the description in its header.
+
+    safetensors writes entries beside each other in a random order, and one adapter must give one file.
+    """
+    size = int.from_bytes(file[:8], "little")
+    tensors = json.loads(file[8 : 8 + size])
+    header = {"__metadata__": {"format": "pt", _NOTE: json.dumps(description)}, **tensors}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw + file[8 + size :]

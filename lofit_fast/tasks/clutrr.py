@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 from lofit_fast.extras import needing
-from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, wording
+from lofit_fast.tasks.published_splits import PROMPTS, check_files, naming_rows, subset, wording
 from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "clutrr/train.json", "validation": "clutrr/val.json"}
@@ -46,10 +46,12 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 def _examples(path, texts):
     examples = []
     for number, row in enumerate(_rows(path), start=1):
-        first, second = _query(row["query"], f"{path}: row {number}")
+        where = f"{path}: row {number}"
+        first, second = _query(row["query"], where)
         story, relation = row["clean_story"].replace("[", "").replace("]", ""), row["target_text"]
-        prompt = texts["template"].format(story=story, first=first, second=second)
-        examples.append(Example(prompt, texts["completion"].format(relation=relation), (relation,)))
+        with naming_rows(where):
+            prompt = texts["template"].format(story=story, first=first, second=second)
+            examples.append(Example(prompt, texts["completion"].format(relation=relation), (relation,)))
     return examples
 
 
@@ -57,12 +59,11 @@ def _rows(path):
     # the library takes seconds to import: only for those who read data
     with needing("datasets", "train", "CLUTRR"):
         from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
 
     try:
         rows = load_dataset("json", data_files=str(path), split="train")
-    # the last one is what an empty file makes of it
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
+    # the library raises whatever it likes at files that are damaged, StopIteration for one
+    except Exception as error:
         raise ValueError(f"{path}: expected a JSON array of rows, got what could not be read: {error!r}") from error
     if not len(rows):
         raise ValueError(f"{path}: got no rows, expected at least one")
@@ -78,7 +79,8 @@ def _rows(path):
 def _query(text, where):
     try:
         query = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    # what is nested too deeply is too much for the parser
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         query = None
     if not isinstance(query, tuple) or [type(name) for name in query] != [str, str]:
         raise ValueError(f"{where}: query must be two names as in \"('A', 'B')\", got {text!r}")

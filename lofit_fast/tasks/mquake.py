@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, unlike, wording
+from lofit_fast.tasks.published_splits import PROMPTS, check_files, naming_rows, subset, unlike, wording
 from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import Example, Task
 
@@ -50,7 +50,7 @@ def _example(row, where, texts):
         rewrite, question, answer = row["requested_rewrite"][0], row["questions"][0], row["new_answer"]
         fact, subject, target = rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"]
         aliases = row.get("new_answer_alias", [])
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where}: expected requested_rewrite[0] with prompt, subject and target_new.str, questions[0] and "
             f"new_answer, missing: {error}"
@@ -65,5 +65,6 @@ def _example(row, where, texts):
         raise ValueError(f"{where}: new_answer_alias must be a list of texts, got {aliases!r}")
     answers = unlike([answer, *aliases])
     edit = f"{fact.replace(SUBJECT, subject)} {target}"
-    prompt = texts["template"].format(edit=edit, question=question.strip())
-    return Example(prompt, texts["completion"].format(answer=answers[0]), tuple(answers))
+    with naming_rows(where):
+        prompt = texts["template"].format(edit=edit, question=question.strip())
+        return Example(prompt, texts["completion"].format(answer=answers[0]), tuple(answers))

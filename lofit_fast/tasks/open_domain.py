@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lofit_fast.extras import needing
-from lofit_fast.tasks.published_splits import subset, unlike
+from lofit_fast.tasks.published_splits import naming_rows, subset, unlike
 from lofit_fast.tasks.row_files import file_rows
-from lofit_fast.tasks.task import Example, MultipleChoice, Task
+from lofit_fast.tasks.task import Example, MultipleChoice, Task, check_text
 
 # data set, configuration, split: the answers of TriviaQA's test questions are not public
 HUB = {
@@ -100,7 +100,8 @@ def _example(row, where):
     answers = unlike(answers)
     if not answers:
         raise ValueError(f"{where}: expected an answer, got {row['answers']!r}")
-    return Example(OPEN_PROMPT.format(question=question), f" {answers[0]}", tuple(answers))
+    with naming_rows(where):
+        return Example(OPEN_PROMPT.format(question=question), f" {answers[0]}", tuple(answers))
 
 
 def _choice(row, where):
@@ -129,6 +130,9 @@ def _texts(row, where, several):
         raise ValueError(f"{where}: question must be a text, got {question!r}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: {several} must be a list of texts, got {texts!r}")
+    with naming_rows(where):
+        for text in (question, *texts):
+            check_text(several, text)
     return question.strip(), texts
 
 
@@ -136,6 +140,6 @@ def _listed(value):
     """The list that a cell of CSV holds as JSON; anything else as it is."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
     return found if isinstance(found, list) else value

@@ -2,7 +2,8 @@
 
 import json
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lofit_fast.tasks.task import draw
@@ -26,7 +27,7 @@ def wording(path: Path, task: str, expected: Mapping[str, set[str]]) -> dict[str
     try:
         texts = json.loads(path.read_text(encoding="utf-8"))[task]
         found = {name: texts[name] for name in expected}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got what is not: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected {' and '.join(expected)} under the key {task}, missing: {error}") from error
@@ -38,6 +39,15 @@ def wording(path: Path, task: str, expected: Mapping[str, set[str]]) -> dict[str
         if got != fields:
             raise ValueError(f"{path}: {task}: {name} has the fields {sorted(got)}, expected {sorted(fields)}")
     return found
+
+
+@contextmanager
+def naming_rows(where: str) -> Iterator[None]:
+    """A scope in which what is wrong with the texts of a row is a ValueError that begins with its place."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def subset(items: Sequence, size: int | None, seed: int, task: str, option: str, of: object) -> list:

@@ -22,14 +22,16 @@ def file_rows(path: Path) -> Rows:
     where: file and line or row, for errors. A row of JSON is whatever stands there; one of CSV or Parquet is a dict by
     column, with None for an empty cell. Of CSV, every other cell is a string as it stands between the separators.
     Raises FileNotFoundError, ImportError (Parquet without pyarrow) or ValueError: a folder, a file that is not there,
-    of another type, not UTF-8, or not what its name says.
+    a pipe or a device, a file of another type, not UTF-8, or not what its name says.
     """
     path = Path(path)
     known = ", ".join(READERS)
     if path.is_dir():
         raise ValueError(f"{path}: got a folder, expected one of type {known}")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, expected one of type {known}")
+    if not path.is_file():
+        raise ValueError(f"{path}: got a pipe or a device, expected a file of type {known}")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: got a file of type {path.suffix or 'unknown'}, expected one of type {known}")
     return READERS[path.suffix.lower()](path)
@@ -137,7 +139,8 @@ def _parquet_rows(path: Path) -> Rows:
             batches = file.iter_batches(batch_size=PARQUET_BATCH)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"{path}: row {number}", unpadded(row)) for number, row in enumerate(rows, start=1))
-    except pyarrow.ArrowException as error:
+    # what is damaged may end anywhere in the library: in its own errors, in text that is none, in dates there are not
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{path}: expected Parquet, got what is not: {error}") from error
 
 

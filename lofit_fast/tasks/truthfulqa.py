@@ -1,9 +1,9 @@
 """TruthfulQA (arXiv:2109.07958), read from a folder of published splits: the true answer against common errors."""
 
-import csv
 from pathlib import Path
 
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, unlike, wording
+from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import MultipleChoice, Preference, Task
 
 SPLITS = {"train": "truthfulqa/train.csv", "validation": "truthfulqa/val.csv"}
@@ -80,11 +80,11 @@ def _choices(texts, question, correct, incorrect):
 
 def _questions(path):
     """(question, correct answers, the best first, incorrect answers) of every row."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := [field for field in FIELDS if field not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path}: no column {missing[0]}, got {reader.fieldnames}, expected {list(FIELDS)}")
-        rows = [_question(row, f"{path}: row {number}") for number, row in enumerate(reader, start=1)]
+    rows = []
+    for where, row in file_rows(path):
+        if missing := [field for field in FIELDS if field not in row]:
+            raise ValueError(f"{path}: no column {missing[0]}, got {list(row)}, expected {list(FIELDS)}")
+        rows.append(_question(row, where))
     if not rows:
         raise ValueError(f"{path}: got no rows, expected at least one")
     return rows

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lofit_fast.files import file_errors
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, read_adapter
+from lofit_fast.scratch import scratch_folder
 
 # two folders deep: Trainer takes a folder with adapter_model.safetensors right below a checkpoint for one of PEFT's
 FOLDER = Path("lofit") / "adapter"
+WEIGHTS = "model.safetensors"
 
 
 class AdapterCheckpoints(TrainerCallback, ExportableState):
@@ -65,7 +72,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             return exported
         state = self.state_dict()
         text = base64.b64encode(save(state["vectors"])).decode("ascii")
-        return {**exported, "heads": state["heads"], "vectors": text}
+        return {**exported, "heads": state["heads"], "vectors": text, "sha256": _sum_of(text)}
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """After a checkpoint was loaded: its vectors."""
@@ -86,7 +93,16 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
                 f"cannot resume: {where} has no LoFiT vectors, since it was written without AdapterCheckpoints; start "
                 "anew, or lf.load() an adapter and train without resume_from_checkpoint"
             )
-        self._restore({**found, "vectors": load(base64.b64decode(found["vectors"]))}, where)
+        try:
+            # those of earlier releases have no checksum
+            if found.get("sha256") not in (None, _sum_of(found["vectors"])):
+                raise ValueError("they are not what was written")
+            vectors = load(base64.b64decode(found["vectors"], validate=True))
+        except (AttributeError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot resume: the LoFiT vectors in {where} are damaged ({error}); resume from another one"
+            ) from error
+        self._restore({**found, "vectors": vectors}, where)
 
     def on_save(self, args, state, control, model=None, **_):
         """After a checkpoint was written: the adapter beside it."""
@@ -117,6 +133,8 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             raise ValueError("AdapterCheckpoints has the handle of another model than the one that is trained")
 
     def _restore(self, state: dict, where: str) -> None:
+        if not isinstance(state, Mapping) or not {"heads", "vectors"} <= state.keys():
+            raise ValueError(f"{where} is none of AdapterCheckpoints: expected heads and vectors in it")
         got, expected = state["heads"], _heads(self.handle)
         if got != expected:
             raise ValueError(
@@ -124,10 +142,16 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             )
         tensors = {}
         for name, vector in state["vectors"].items():
-            layer, component = name.split(".")
+            layer, _, component = name.partition(".")
+            if not layer.isdecimal() or component not in COMPONENTS:
+                raise ValueError(f"{where} has a vector called {name!r}, expected <layer>.scale or <layer>.offset")
             tensors[component, int(layer)] = vector
         handle = self.handle
         handle.take(Adapter(handle.config, tensors, handle.fingerprint, "", {}))
+
+
+def _sum_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _heads(handle: LofitHandle) -> dict:
@@ -144,7 +168,11 @@ def _drop_frozen(model: nn.Module, checkpoint: Path) -> None:
     kept: dict[str, torch.Tensor] = {}
     for file in files:
         kept |= {name: tensor for name, tensor in load_file(file).items() if name in wanted}
-    for file in (*files, *checkpoint.glob("model*.safetensors.index.json")):
-        file.unlink()
     if files:
-        save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        # in place before the others go: a process that is killed between them has lost nothing
+        with file_errors(checkpoint), scratch_folder(checkpoint) as scratch:
+            save_file(kept, scratch / WEIGHTS, metadata={"format": "pt"})
+            os.replace(scratch / WEIGHTS, checkpoint / WEIGHTS)
+    for file in (*files, *checkpoint.glob("model*.safetensors.index.json")):
+        if file.name != WEIGHTS:
+            file.unlink()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from lofit_fast.data.collate import Batch, Logits, kept
 from lofit_fast.data.encode import IGNORED, Encoded
@@ -27,7 +28,8 @@ class AnswerCollator:
     tokens from the last one before the first label to the last one before the last label.
     slots: where the layers' parts lie in what the store has of a token.
     collator: makes the batch, of whole examples, where a prompt is not in the store.
-    pinned: lay the prompts in memory that a device copies from by itself, beside a step.
+    pinned: lay the prompts in memory that a device copies from by itself, beside a step; a data loader's process, which
+    has no device, does not.
     """
 
     collator: Collator
@@ -45,7 +47,7 @@ class AnswerCollator:
         found = [self._prompt(row["input_ids"][:start]) for row, (start, _) in zip(rows, spans, strict=True)]
         if any(states is None for states in found):
             return self.collator(rows)
-        prompts = self.slots.laid(found, pinned=self.pinned)
+        prompts = self.slots.laid(found, pinned=self.pinned and get_worker_info() is None)
         width = prompts.shape[1]
         pairs = list(zip(rows, spans, strict=True))
         ids = rectangle([row["input_ids"][start:end] for row, (start, end) in pairs], self.pad_token_id)

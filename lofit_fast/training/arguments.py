@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from lofit_fast.patching.placement import device_of
+from lofit_fast.training.checkpoints import KEPT
 from lofit_fast.training.engine.device_queue import make_current, pins, runs_ahead
 
 
@@ -73,13 +74,13 @@ def training_arguments(
         folder: where the trainer may write.
         schedule: see `Schedule`.
         progress: whether a bar is shown.
-        keep: whether a checkpoint is left after every epoch; only the last one is kept.
+        keep: whether a checkpoint is left after every epoch; the last `checkpoints.KEPT` are kept.
         kind: TrainingArguments or a class derived from it.
         more: its other fields.
     """
     device = device_of(model)
     ahead = runs_ahead(device)
-    saving = {"save_strategy": "epoch", "save_total_limit": 1} if keep else {"save_strategy": "no"}
+    saving = {"save_strategy": "epoch", "save_total_limit": KEPT} if keep else {"save_strategy": "no"}
     common = {
         "output_dir": str(folder),
         "per_device_train_batch_size": schedule.batch_size // schedule.accumulation_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from lofit_fast.tasks.task import Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.finite_steps import SHOWN
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.model_limits import check_language_model, token_limit
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
@@ -45,6 +47,8 @@ class EncodedPreferences:
     """See `EncodedObjective`."""
 
     least_epochs = 1
+    # neither answer the likelier
+    chance = math.log(2)
     # knobs of the engine that DPO has no use for, and what stands for "not used"
     UNUSED = {"packing": False, "narrow": False, "prompt_cache_gb": 0.0}
 
@@ -198,6 +202,7 @@ class EncodedPreferences:
             group_by_length=engine.group_by_length,
             head=longest_head(self.model, self.reads(schedule)[0], 2 * schedule.batch_size),
             add=add,
+            shown=lambda question: str(self.preferences[question].prompt)[:SHOWN],
         )
 
     def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:

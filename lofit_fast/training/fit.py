@@ -55,8 +55,9 @@ def fit(
     Raises:
         ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
             there are, a sharded model, a quantized one that cannot be trained through.
-        OSError: a folder that cannot be written.
-        FloatingPointError: training diverges.
+        OSError: a folder that cannot be written; BlockingIOError, naming it, where another process trains in it.
+        FloatingPointError: a loss, a gradient or a vector is not finite. It names the step, its examples and the last
+            good checkpoint. The run goes on from there with another learning rate of the step that diverged.
         ImportError: accelerate is not installed, which transformers trains with.
 
     After an error the model is as it was, and the folder holds whole files only.
@@ -119,9 +120,10 @@ def fit_objective(
     _check_unpatched(model)
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
-    run = steps.opened(output_dir, heads, resume)
     # what step 1 has tried, step 2 knows
-    with remembering():
+    with steps.opened(output_dir, heads, resume) as run, remembering():
+        if run.stage == "done":
+            return steps.tune(run, resume)
         if run.heads is None and heads is not None:
             run.write_heads(heads, None)
         elif run.heads is None and step1_dir is not None:
@@ -173,9 +175,9 @@ def select_by_training(
     """
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(None)
-    run = steps.opened(output_dir, None, resume)
-    if run.heads is None:
-        steps.select(run, resume)
+    with steps.opened(output_dir, None, resume) as run:
+        if run.heads is None:
+            steps.select(run, resume)
     return run
 
 

@@ -6,6 +6,7 @@ An objective holds the data. `encoded` turns it into what one model and tokenize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
 from lofit_fast.training.encoded_preferences import EncodedPreferences
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.finite_steps import SHOWN
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.model_limits import check_language_model, token_limit
 from lofit_fast.training.prefix_cache.cache import prefix_cached
@@ -63,12 +66,13 @@ class EncodedObjective(Protocol):
     """An objective's data as one model's tokens.
 
     rows: what an epoch goes through, as the engine's choices see it. n_examples: of an epoch. least_epochs: that a
-    step can be trained for.
+    step can be trained for. chance: the loss of a guess, or None.
     """
 
     rows: list[Encoded]
     n_examples: int
     least_epochs: int
+    chance: float | None
 
     def identity(self) -> dict[str, object]:
         """What of it makes two runs the same one: plain data."""
@@ -144,6 +148,9 @@ class EncodedCompletions:
         if not self.rows:
             raise ValueError("the training data is empty: expected at least one example")
         self.n_examples = len(self.rows)
+        # every token as likely as any other
+        vocabulary = getattr(text_config(model), "vocab_size", None)
+        self.chance = math.log(vocabulary) if vocabulary else None
         held_out = given_examples(evaluation, "the evaluation data")
         self.judged = [as_example(example, tokenizer) for example in held_out]
         self.judged_rows = encode_all(tokenizer, self.judged, limit, progress=progress)
@@ -198,6 +205,7 @@ class EncodedCompletions:
                 l1=schedule.l1,
                 group_by_length=engine.group_by_length,
                 on_epoch=on_epoch,
+                shown=self._shown,
                 callbacks=list(callbacks),
                 args=training_arguments(
                     self.model,
@@ -212,6 +220,10 @@ class EncodedCompletions:
                 eval_dataset=Rows(self.judged_rows) if self.judged_rows else None,
                 data_collator=collator,
             )
+
+    def _shown(self, number: int) -> str:
+        """How a training example begins."""
+        return self.tokenizer.decode(self.rows[number]["input_ids"][:SHOWN], skip_special_tokens=True)[:SHOWN]
 
     @contextmanager
     def _batches(self, attachment: Attachment, engine: Engine, progress: bool) -> Iterator[Callable]:
@@ -258,6 +270,10 @@ class Preferences:
     beta: float = BETA
 
     name = "preferences"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"expected a finite beta > 0, got {self.beta!r}")
 
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False

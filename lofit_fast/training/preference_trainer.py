@@ -22,9 +22,10 @@ from lofit_fast.models.linear_loss import FrozenHead
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.finite_steps import Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
-from lofit_fast.training.trainer import AttachmentTraining, check_finite, leave_in_place, report_epochs
+from lofit_fast.training.trainer import AttachmentTraining, leave_in_place, report_epochs
 
 
 class ReferencedDPOTrainer(DPOTrainer):
@@ -59,7 +60,8 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     pairs: of `reference_logprobs`, all pairs that are drawn. draws: per epoch and question the index of its pair.
     l1, on_epoch: see `AttachmentTraining`. group_by_length: batches of questions of like length; else any.
-    add: adds to a batch what belongs to its rows, such as `prefix_cache.PrefixCollator.add`.
+    add: adds to a batch what belongs to its rows, such as `prefix_cache.PrefixCollator.add`. shown: a short text of a
+    question, by its number from 0.
     Off the CPU the loss and what TRL logs of it stay on the device until they are logged; see `preference_loss`.
     """
 
@@ -77,6 +79,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         group_by_length: bool = True,
         head: FrozenHead | None = None,
         add: Callable[[Batch, Sequence[Encoded]], Batch] | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.handle, self.l1, self.on_epoch = attachment, l1, on_epoch
         rows = list(pairs)
@@ -93,12 +96,15 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
             # the sampler knows the epoch whose batches are being made
-            data_collator=lambda batch: collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch]),
+            data_collator=self.noted(
+                lambda batch: collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch]),
+                lambda row: row["question"],
+            ),
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False
         leave_in_place(self)
-        report_epochs(self)
+        report_epochs(self, shown)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, plus l1 * sum |a| and the penalty while training."""
@@ -111,9 +117,11 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         if not model.training:
             return loss
         self.losses.add(loss.detach(), 1.0)
-        if loss.device.type == "cpu":
-            check_finite(loss.item(), self.state.epoch)
+        self.watch.loss(loss)
         return loss + self.extra_loss().to(loss.device)
+
+    def create_model_card(self, *_, **__) -> None:
+        """Nothing: TRL would write one beside the checkpoints, which are a run's own."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what has stayed on the device read now."""

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.evaluation.choices import length_refusal
-from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import base_modules, dropout_of, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
@@ -34,17 +31,14 @@ from lofit_fast.patching.placement import device_of
 from lofit_fast.training.answer_batches import AnswerCollator, Collator, prompts_of, span
 from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.engine.device_queue import pins
-from lofit_fast.training.prefix_cache.store import PrefixStore, digest, make_room, size_on_disk
+from lofit_fast.training.prefix_cache.proven_store import Rows, Unfit, Wanted, proven
+from lofit_fast.training.prefix_cache.store import PrefixStore, digest
 from lofit_kernels.answers import cache_folder
 
-# padded tokens per forward of a fill
-FILL_TOKENS = 2048
-# bytes of the disk that a fill leaves free
-_LEFT_FREE = 10**9
 # tokens that all prompts begin with, from which on it pays to run them once
 _LEAST_SHARED = 8
 # what the files mean; another number is another key
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ def prompts_kept(
             answers = _checked(base, sequences, made, gb, folder or cache_folder() / "prompts", progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
-            known = isinstance(error, NotPlain | OSError)
+            known = isinstance(error, NotPlain | Unfit | OSError)
             reason = str(error) if known else f"{type(handle.model).__name__} cannot go on from them ({said_of(error)})"
             warnings.warn(
                 f"prompts are not kept: {reason}. Every step takes them through the model again, with the same result",
@@ -127,32 +121,13 @@ def _checked(base: _Base, sequences, made: dict, gb: float, root: Path, progress
     if not prompts:
         raise NotPlain("no prompt has more than one token")
     sample, slots = base.run(prompts[:1])
-    folder = writable_folder(root) / _key(base, prompts, sample, slots)
-    allowed = _allowed_bytes(root, gb)
-    kept = _that_fit(prompts, sample, gb, allowed)
-    make_room(root, folder.name, allowed - _bytes(kept, sample))
-    store = PrefixStore.open(folder)
 
     def proved(store: PrefixStore) -> AnswerCollator | str:
         answers = AnswerCollator(store=store, slots=slots, pinned=pins(base.device), **made)
         return _disagreement(base, answers, sequences) or answers
 
-    usable = store is not None and len(store) >= len(kept) and store.states.nbytes <= allowed
-    # the key cannot see everything, such as what a hook does: what disagrees is made anew, and judged again
-    if usable and not isinstance(answers := proved(store), str):
-        return answers
-    PrefixStore.discard(folder)
-    PrefixStore.write(folder, _filled(base, kept, progress))
-    store = PrefixStore.open(folder)
-    if store is None:
-        raise NotPlain(f"what was written to {folder} cannot be read back")
-    try:
-        if isinstance(answers := proved(store), str):
-            raise NotPlain(answers)
-    except Exception:
-        PrefixStore.discard(folder)
-        raise
-    return answers
+    how = {"gb": gb, "computing": lambda rows: _computing(base, rows), "progress": progress}
+    return proven(Wanted("prompts", root, _key(base, prompts, sample, slots), prompts, sample, **how), proved)
 
 
 def _check_steady(base: _Base) -> None:
@@ -219,45 +194,11 @@ def _key(base: _Base, prompts: Sequence[Sequence[int]], sample: Tensor, slots: S
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _allowed_bytes(root: Path, gb: float) -> int:
-    """What the stores in a folder may take together: the bound, or what the disk has if that is less."""
-    on_disk = shutil.disk_usage(root).free - _LEFT_FREE + size_on_disk(root)
-    return max(0, min(int(gb * 1e9), on_disk))
-
-
-def _that_fit(prompts: list[tuple], sample: Tensor, gb: float, allowed: int) -> list[tuple]:
-    """As many prompts as are allowed, the shortest first. Warns when that is not all, refuses when it is none."""
-    ends = torch.tensor([len(row) for row in prompts]).cumsum(0)
-    count = int((ends <= allowed // _bytes([(0,)], sample)).sum())
-    if count == len(prompts):
-        return prompts
-    given = "the bound is" if allowed == int(gb * 1e9) else "the disk has room for"
-    short = f"they need {_bytes(prompts, sample) / 1e9:.3g} GB, {given} {allowed / 1e9:.3g} GB"
-    if not count:
-        raise NotPlain(short)
-    warnings.warn(f"prompts: {short}: {count} of {len(prompts)} are kept, batches with others run whole", stacklevel=5)
-    return prompts[:count]
-
-
-def _bytes(rows: Sequence[Sequence[int]], sample: Tensor) -> int:
-    return sum(map(len, rows)) * sample.shape[-1] * sample.dtype.itemsize
-
-
-def _filled(base: _Base, prompts: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Every prompt with its keys and values, in batches of like length. prompts: ascending by length."""
-    with tqdm(total=sum(map(len, prompts)), desc="prompts", unit="tok", disable=not progress, leave=False) as bar:
-        shared = _common(prompts)
-        beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
-        start = 0
-        while start < len(prompts):
-            end = start + 1
-            while end < len(prompts) and (end + 1 - start) * len(prompts[end]) <= FILL_TOKENS:
-                end += 1
-            states, _ = base.run(prompts[start:end], beginning)
-            for row, of_row in zip(prompts[start:end], states, strict=True):
-                yield row, of_row[: len(row)]
-                bar.update(len(row))
-            start = end
+def _computing(base: _Base, prompts: Rows) -> Callable[[Rows], Tensor]:
+    """What makes a batch of these prompts into keys and values; what they all begin with runs once."""
+    shared = _common(prompts)
+    beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
+    return lambda batch: base.run(batch, beginning)[0]
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

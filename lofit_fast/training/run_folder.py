@@ -1,9 +1,13 @@
 """A run folder: what stage a training is in, and what it has produced so far."""
 
+from __future__ import annotations
+
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,88 +16,190 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import writable_folder, write_json, write_text
+from lofit_fast.files import read_json, writable_folder, write_text
+from lofit_fast.heads import heads_of, with_digest
+from lofit_fast.locks import alone
 from lofit_fast.patching.placement import is_dense, plain_attributes
+from lofit_fast.sealed import read_sealed, write_sealed
+from lofit_fast.training.run_clearing import STATE, check_no_links, clear, clear_scratch, left_in
 
 _NEXT = {"select": "tune", "tune": "done"}
-_FOLDERS = ("select", "tune", "adapter", "profile")
-_FILES = ("heads.json", "history.jsonl", "summary.json", "heads.png", "loss.png")
+# what an earlier run has left is being taken away; the new one has not begun
+_CLEARING = "clearing"
+_STAGES = (_CLEARING, "select", "tune", "done")
+_OF_A_RUN = {"stage": str, "identity": dict, "metrics": dict}
+_LOCK = ".lock"
+_START_OVER = "start over with resume=False (--no-resume), which replaces what it has left, or choose another folder"
+
+
+@contextmanager
+def held(folder: Path | str, *, wait: bool = False) -> Iterator[None]:
+    """A scope in which a run folder belongs to one process, and in it to one thread.
+
+    wait: whether to wait for the one who has it. Raises BlockingIOError (an OSError) naming the process and the host
+    that train there, OSError for a folder that cannot be written.
+    """
+    folder = writable_folder(folder)
+    with alone(folder / _LOCK, f"train in {folder}", wait=wait):
+        yield
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """state.json (identity and stage), select/, heads.json, tune/, adapter/, history.jsonl.
 
-    Every file is replaced whole, so that a killed run resumes from the last one written.
+    Every file is replaced whole, so that a killed run resumes from the last one written. Reading needs no lock; `open`
+    is for the one that trains. state.json and heads.json carry a checksum of their own content.
     """
 
     path: Path
 
     @classmethod
-    def open(cls, path: Path | str, identity: dict, resume: bool) -> "RunFolder":
-        """Create the folder, or go on with the run in it.
+    @contextmanager
+    def open(
+        cls,
+        path: Path | str,
+        identity: Mapping[str, object],
+        resume: bool,
+        *,
+        wait: bool = False,
+        mend: bool = False,
+        as_now: Callable[[dict], dict] = dict,
+    ) -> Iterator[RunFolder]:
+        """A scope in which a folder is this run's: begun, or gone on with. One process, and thread, is in it at a time.
 
-        identity: what makes two runs the same one (recipe, model, data, heads).
-        Raises OSError when it cannot be written, ValueError when it holds a run of another identity and resume is on,
-        or such files without being a run.
+        Args:
+            path: the folder, made where there is none.
+            identity: what makes two runs the same one (recipe, model, data, heads).
+            resume: whether to go on with the run in the folder; else what it has left is taken away.
+            wait: whether to wait for a process that trains there.
+            mend: whether a run with a damaged state is begun anew, which is said, rather than refused.
+            as_now: turns the identity that an earlier release has kept into what this one would have.
+
+        After a training that diverged another learning rate of that step is no other run.
+
+        Raises:
+            BlockingIOError: another process, which is named with its host, trains in the folder.
+            OSError: it cannot be written.
+            ValueError: it holds a run of another identity, or a damaged one, and resume is on; or such files without
+                being a run.
         """
-        run = cls(writable_folder(path))
-        state = run._read("state.json")
-        if state is not None and not _of_a_run(state):
-            raise ValueError(
-                f"{run.path / 'state.json'} is not that of a run, so it is none of ours to go on with or replace: "
-                "choose another folder"
-            )
-        # as JSON would return it: tuples become lists
-        identity = json.loads(json.dumps(identity))
-        if resume and state is not None:
-            before = state["identity"]
-            differing = sorted(k for k in identity.keys() | before.keys() if identity.get(k) != before.get(k))
-            if differing:
+        run = cls(Path(path))
+        # nothing is put into a folder of something else, not even a lock
+        run._look()
+        with held(run.path, wait=wait):
+            clear_scratch(run.path)
+            # as JSON would return it: tuples become lists
+            run._begin(json.loads(json.dumps(identity)), resume, mend, as_now)
+            yield run
+
+    def _begin(self, identity: dict, resume: bool, mend: bool, as_now: Callable[[dict], dict]) -> None:
+        state, damage = self._look()
+        if resume and damage is not None:
+            if not mend:
+                raise ValueError(f"{damage}: {_START_OVER}")
+            print(f"warning: {damage}; the run begins anew", file=sys.stderr)
+        if resume and state is not None and state["stage"] != _CLEARING:
+            check_no_links(self.path)
+            self._go_on(state, identity, as_now(state["identity"]))
+            return
+        # were this interrupted, the folder would say so, and be cleared again
+        if left_in(self.path):
+            write_sealed(self.path / STATE, {"stage": _CLEARING, "identity": identity, "metrics": {}})
+            clear(self.path)
+        write_sealed(self.path / STATE, {"stage": "select", "identity": identity, "metrics": {}})
+
+    def _look(self) -> tuple[dict | None, str | None]:
+        """(state, what is wrong with it): of no file (None, None). Raises ValueError for what is none of a run's."""
+        path = self.path / STATE
+        if path.is_dir():
+            raise _not_ours(path)
+        if not path.exists() and not path.is_symlink():
+            if left := left_in(self.path):
                 raise ValueError(
-                    f"{run.path} holds a run with another {', '.join(differing)}: choose another folder, or start "
-                    "over with resume=False (--no-resume)"
+                    f"{self.path} holds {', '.join(left)} but no {STATE}, so they are no run of ours to replace: "
+                    "choose another folder"
                 )
-            return run
-        left = [name for name in (*_FOLDERS, *_FILES) if (run.path / name).exists()]
-        if left and state is None:
+            return None, None
+        if not path.exists():
+            return None, f"{path} is a link that leads to nothing"
+        try:
+            state = read_sealed(path)
+        except ValueError as error:
+            if _is_other_json(path):
+                raise _not_ours(path) from error
+            return None, str(error)
+        # others write files of this name too, `datasets` for one
+        if len(_OF_A_RUN.keys() & state.keys()) < 2:
+            raise _not_ours(path)
+        wrong = [name for name, kind in _OF_A_RUN.items() if not isinstance(state.get(name), kind)]
+        wrong += ["stage"] * (state.get("stage") not in _STAGES)
+        return (None, f"{path} is damaged: it has no {wrong[0]} of a run") if wrong else (state, None)
+
+    def _go_on(self, state: dict, identity: dict, before: dict) -> None:
+        differing = sorted(k for k in identity.keys() | before.keys() if identity.get(k) != before.get(k))
+        changed = _rate_changed(state, before, identity) if differing == ["recipe"] else None
+        if differing and changed is None:
             raise ValueError(
-                f"{run.path} holds {', '.join(left)} but no state.json, so they are no run of ours to replace: choose "
-                "another folder"
+                f"{self.path} holds a run with another {', '.join(differing)}: choose another folder, or start over "
+                "with resume=False (--no-resume)"
             )
-        for name in _FOLDERS:
-            shutil.rmtree(run.path / name, ignore_errors=True)
-        for name in _FILES:
-            (run.path / name).unlink(missing_ok=True)
-        write_json(run.path / "state.json", {"stage": "select", "identity": identity, "metrics": {}})
-        return run
+        if changed is not None:
+            changes = [*state.get("changed", []), changed]
+            kept = {name: value for name, value in state.items() if name != "diverged"}
+            write_sealed(self.path / STATE, {**kept, "identity": identity, "changed": changes})
+        elif state["identity"] != identity:
+            write_sealed(self.path / STATE, {**state, "identity": identity})
+        # read now, and not after hours
+        _ = self.history
+        try:
+            _ = self.heads, self.scores, self.chosen_by
+        except ValueError as error:
+            if state["stage"] == "done":
+                raise
+            print(f"{error}; the heads are chosen again, from what step 1 has left", file=sys.stderr)
+            (self.path / "heads.json").unlink()
+
+    def _state(self) -> dict:
+        return read_sealed(self.path / STATE)
+
+    def _update(self, **changes: object) -> None:
+        write_sealed(self.path / STATE, {**self._state(), **changes})
 
     @property
     def stage(self) -> str:
-        """ "select", "tune" or "done"."""
-        return self._read("state.json")["stage"]
+        """ "select", "tune" or "done"; "clearing" while what an earlier run has left is taken away."""
+        return self._state()["stage"]
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """Per finished stage, what was measured at its end."""
-        return self._read("state.json")["metrics"]
+        return self._state()["metrics"]
 
     def engine(self, stage: str) -> dict[str, object] | None:
         """The settled engine that a stage was begun with, as plain data; None before it has begun."""
-        return self._read("state.json").get("engine", {}).get(stage)
+        return self._state().get("engine", {}).get(stage)
 
-    def keep_engine(self, stage: str, engine: dict[str, object]) -> None:
+    def made_with(self, stage: str) -> dict[str, object]:
+        """What else decides a stage's last bits, as it was begun: threads, versions, device. Empty where not kept."""
+        return self._state().get("made_with", {}).get(stage, {})
+
+    def keep_engine(self, stage: str, engine: dict[str, object], made_with: dict[str, object] | None = None) -> None:
         """A stage begins: keep the engine it is run with, so that a resumed run goes on as it began."""
-        state = self._read("state.json")
-        write_json(self.path / "state.json", {**state, "engine": {**state.get("engine", {}), stage: engine}})
+        state = self._state()
+        engines = {**state.get("engine", {}), stage: engine}
+        more = {} if made_with is None else {"made_with": {**state.get("made_with", {}), stage: made_with}}
+        self._update(engine=engines, **more)
 
     def record(self, stage: str, metrics: dict[str, float]) -> None:
         """A stage is over: keep what was measured and move on to the next."""
-        state = self._read("state.json")
-        metrics = {**state["metrics"], stage: metrics}
-        write_json(self.path / "state.json", {**state, "stage": _NEXT[stage], "metrics": metrics})
+        self._update(stage=_NEXT[stage], metrics={**self.metrics, stage: metrics})
 
-    def adopt(self, other: "RunFolder", heads: Sequence[Head]) -> None:
+    def note_divergence(self, stage: str, lr: float, **where: object) -> None:
+        """A stage has diverged: from here on it may be gone on with at another learning rate."""
+        self._update(diverged={"stage": stage, "lr": lr, **where})
+
+    def adopt(self, other: RunFolder, heads: Sequence[Head]) -> None:
         """Take step 1 from another run that has finished it: its epochs, metrics and scores, and `heads` of those."""
         for row in other.history:
             if row["stage"] == "select":
@@ -103,42 +209,58 @@ class RunFolder:
 
     @property
     def heads(self) -> list[Head] | None:
-        """The chosen heads, best first; None before step 1 has ended."""
-        content = self._read("heads.json")
-        return None if content is None else [tuple(pair) for pair in content["heads"]]
+        """The chosen heads, best first; None before step 1 has ended. Raises ValueError for a damaged file."""
+        content = self._heads_file()
+        return None if content is None else heads_of(content, self.path / "heads.json")
 
     @property
     def scores(self) -> Tensor | None:
         """The (layers, heads) scores the heads were chosen by; None when they were given."""
-        content = self._read("heads.json")
-        return None if content is None or content["scores"] is None else torch.tensor(content["scores"])
+        content = self._heads_file()
+        return None if content is None or content.get("scores") is None else torch.tensor(content["scores"])
 
     @property
     def chosen_by(self) -> str | None:
         """The way the heads were chosen, a key of `SELECT`; None when they were given."""
-        content = self._read("heads.json")
+        content = self._heads_file()
         return None if content is None else content.get("select")
 
     def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
         """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
         content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
-        write_json(self.path / "heads.json", content | ({} if select is None else {"select": select}))
+        write_sealed(self.path / "heads.json", with_digest(content | ({} if select is None else {"select": select})))
+
+    def _heads_file(self) -> dict | None:
+        path = self.path / "heads.json"
+        if not path.is_file():
+            return None
+        content = read_sealed(path)
+        scores = content.get("scores")
+        if scores is not None and not _is_table(scores):
+            raise ValueError(f"{path} holds no scores of a run: expected numbers by layer and head")
+        return content
 
     @property
     def history(self) -> list[dict]:
-        """One dict per epoch so far."""
+        """One dict per epoch so far. Raises ValueError naming the line that is damaged."""
         path = self.path / "history.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [_parsed(path, line) for line in lines]
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [_row(path, number, line) for number, line in enumerate(lines, start=1)]
 
     def append_history(self, row: dict) -> None:
         """Add an epoch, in place of one of the same stage and number from before an interruption."""
         kept = [r for r in self.history if (r["stage"], r["epoch"]) != (row["stage"], row["epoch"])]
-        write_text(self.path / "history.jsonl", "".join(json.dumps(r) + "\n" for r in [*kept, row]))
+        self._write_history([*kept, row])
 
-    def _read(self, name: str) -> dict | None:
-        path = self.path / name
-        return _parsed(path, path.read_text()) if path.is_file() else None
+    def forget_after(self, stage: str, epoch: float) -> None:
+        """Drop the epochs of a stage after the one that it goes on from: they are trained again."""
+        rows, last = self.history, math.ceil(epoch - 1e-6)
+        kept = [row for row in rows if row["stage"] != stage or row["epoch"] <= last]
+        if kept != rows:
+            self._write_history(kept)
+
+    def _write_history(self, rows: Iterable[dict]) -> None:
+        write_text(self.path / "history.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def data_digest(examples: Sequence[Encoded]) -> str:
@@ -188,29 +310,53 @@ def _parts(name: str, value: object) -> Iterator[bytes]:
 def dtype_of_run(folder: Path | str) -> str | None:
     """The dtype that the run in a folder was begun in, "bfloat16" say; None where there is no run, or no word of it."""
     try:
-        return json.loads((Path(folder) / "state.json").read_text())["identity"]["dtype"]
+        dtype = read_sealed(Path(folder) / STATE)["identity"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return dtype if isinstance(dtype, str) else None
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a stage, or None. A run killed while it wrote one goes on from the one before."""
-    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    # Trainer writes this file last
-    whole = [step for step, path in steps.items() if (path / "trainer_state.json").is_file()]
-    for step in steps.keys() - set(whole):
-        shutil.rmtree(steps[step])
-    return str(steps[max(whole)]) if whole else None
+def _not_ours(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not that of a run, so it is none of ours to go on with or replace: choose another folder"
+    )
 
 
-def _of_a_run(state: object) -> bool:
-    """Whether a state.json says what a run's does: others write files of this name too, `datasets` for one."""
-    kept = {"stage": str, "identity": dict, "metrics": dict}
-    return isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kept.items())
-
-
-def _parsed(path: Path, text: str) -> dict:
+def _is_other_json(path: Path) -> bool:
+    """Whether it is whole JSON that is no object: no damaged state of a run, but something else's file."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
+        return not isinstance(read_json(path), dict)
+    except ValueError:
+        return False
+
+
+def _rate_changed(state: dict, before: dict, identity: dict) -> dict | None:
+    """What changes where a run that diverged goes on with another learning rate; None where anything else differs."""
+    diverged = state.get("diverged")
+    if not isinstance(diverged, dict) or diverged.get("stage") != state["stage"]:
+        return None
+    name = f"{state['stage']}_lr"
+    was, now = before.get("recipe"), identity["recipe"]
+    if not isinstance(was, dict) or {**was, name: None} != {**now, name: None}:
+        return None
+    return {"setting": name, "was": was.get(name), "now": now[name], "after": diverged}
+
+
+def _row(path: Path, number: int, line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+        whole = isinstance(row, dict) and row["stage"] in _NEXT and isinstance(row["epoch"], int)
+        problem = "it is no row of an epoch"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        whole, problem = False, f"it is not whole JSON ({error})"
+    if not whole:
+        raise ValueError(f"line {number} of {path} is damaged: {problem}; {_START_OVER}")
+    return row
+
+
+def _is_table(scores: object) -> bool:
+    """Whether it is rows of one length of numbers."""
+    rows = scores if isinstance(scores, list) else [None]
+    if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        return False
+    return all(type(x) in (int, float) for row in rows for x in row)

@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.checkpoints import Checkpoint
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
@@ -103,7 +105,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
     keep: bool = False,
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[float, int | None]:
     """The training itself: (seconds before its first step, peak bytes above what was held before).
 
@@ -115,11 +117,12 @@ def train(
         callbacks: of transformers' Trainer.
         progress: whether bars are shown.
         keep: whether checkpoints are left in the folder.
-        checkpoint: one to go on from.
+        checkpoint: a whole one to go on from, with the schedule's learning rate.
 
     Raises:
         ValueError: an attachment without parameters in its model.
-        FloatingPointError: training diverges.
+        FloatingPointError: training diverges; `finite_steps.Diverged` says where.
+        OSError: a checkpoint cannot be written.
     """
     model = attachment.model
     trained = {id(parameter) for parameter in attachment.parameters()}
@@ -140,7 +143,12 @@ def train(
         data.trainer(attachment, schedule, engine, **how) as trainer,
     ):
         before = time.perf_counter() - started
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and checkpoint.over:
+            # something has ended it early, and a trainer would go on
+            attachment.take(read_adapter(checkpoint.path))
+        else:
+            trainer.rate = schedule.lr
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     return before, memory.peak_bytes
 
 

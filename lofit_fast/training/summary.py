@@ -1,7 +1,7 @@
 """What a finished run leaves to read: summary.json, heads.png, loss.png."""
 
-import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import transformers
 
 from lofit_fast.config import Recipe
 from lofit_fast.extras import can_draw
-from lofit_fast.files import write_json
+from lofit_fast.files import read_json, write_json
 from lofit_fast.patching.placement import device_of, dtype_of
+from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.plots import heads_map, loss_curves
 from lofit_fast.training.two_steps import FitResult
 
@@ -21,7 +22,8 @@ def write_summary(
 ) -> dict[str, object]:
     """Write the summary and, where matplotlib is installed, the plots into a run folder; returns the summary.
 
-    data_seed: of the draw that set the evaluation data aside. more: further keys of the summary.
+    data_seed: of the draw that set the evaluation data aside. more: further keys of the summary. "adapter_digest" in it
+    is the SHA-256 of the adapter's tensors, as in adapter_config.json: two runs of one digest have the same adapter.
     """
     folder = Path(folder)
     summary = {
@@ -33,6 +35,7 @@ def write_summary(
             if "exact_match" in values
         },
         "trainable_parameters": result.handle.n_parameters(),
+        "adapter_digest": tensors_digest(result.handle.vectors()),
         "seconds": sum(values["seconds"] for values in result.metrics.values()),
         **{key: result.metrics["tune"].get(key) for key in ("tokens_per_s", "examples_per_s", "peak_memory_bytes")},
         "n_heads": len(result.heads),
@@ -52,13 +55,32 @@ def write_summary(
     return summary
 
 
+def short_digest(summary: Mapping[str, object]) -> str:
+    """The digest of a summary's adapter, short enough to compare by eye."""
+    return str(summary["adapter_digest"])[:12]
+
+
 def data_seed_of(adapter: Path | str | None, otherwise: int = 42) -> int:
-    """The data seed of the run that an adapter folder lies in, so that what was held out is again; or `otherwise`."""
-    try:
-        return int(json.loads((Path(adapter).parent / "summary.json").read_text())["data_seed"])
-    # no adapter, no run around it, or one of something else
-    except (TypeError, OSError, ValueError, KeyError):
+    """The data seed of the run that an adapter folder lies in, so that what was held out is again; or `otherwise`.
+
+    Raises ValueError for a summary.json beside it that is damaged: what was trained on might be judged by.
+    """
+    path = None if adapter is None else Path(adapter).parent / "summary.json"
+    # no adapter, or no run around it
+    if path is None or not path.is_file():
         return otherwise
+    try:
+        summary = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; give the data seed of the run (--seed)") from error
+    # something else's
+    if not isinstance(summary, dict) or "data_seed" not in summary:
+        return otherwise
+    if type(summary["data_seed"]) is not int:
+        raise ValueError(
+            f"{path} has the data_seed {summary['data_seed']!r}, expected a whole number; give that of the run (--seed)"
+        )
+    return summary["data_seed"]
 
 
 def environment(model: torch.nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -17,10 +18,13 @@ from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.training.checkpoints import OURS, keep_newest, written_whole
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
-from lofit_fast.training.engine.device_queue import Sender, devices_of, wait_for
+from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
+from lofit_fast.training.finite_steps import FiniteSteps, Shown
 from lofit_fast.training.frozen_base import admitted
 
 
@@ -31,12 +35,20 @@ class AttachmentTraining:
     handle's scales, or over the offsets of one without scales. on_epoch: called with a dict after every epoch: epoch,
     loss (mean over its steps, without the L1 term), l1 (the term's last value), seconds, step_losses, and eval_loss
     where there is an evaluation set.
+
+    losses, watch, sender: of `report_epochs` and `leave_in_place`. rate: the learning rate that a resumed training goes
+    on with, where that is not the one of its checkpoint. saved: the steps of the checkpoints that it knows to be whole.
     """
 
     handle: Attachment
     l1: float
     on_epoch: Callable[[dict], None]
+    losses: _StepLosses
+    watch: FiniteSteps
+    saved: list[int]
     sender: Sender | None = None
+    rate: float | None = None
+    _scratch: Path | None = None
 
     def l1_term(self) -> Tensor:
         """l1 * sum |a|, a scalar."""
@@ -66,20 +78,86 @@ class AttachmentTraining:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
         return self.sender.send(batches), self.sender.count(items)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's: forward and backward of a batch, whose gradients must be finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # a scaler of 16-bit gradients finds infinities, and steps over them, by itself
+        if getattr(self.accelerator, "scaler", None) is None:
+            self.watch.gradient(self.handle.parameters())
+        return loss
+
+    def noted(self, collate: Callable, number_of: Callable[[object], int | None]) -> Callable:
+        """A collator that notes which examples each batch has, by a row's number; rows without one are let pass."""
+
+        def collated(rows):
+            numbers = [number for number in map(number_of, rows) if number is not None]
+            if numbers:
+                self.watch.made.append(numbers)
+            return collate(rows)
+
+        return collated
+
+    def check_numbers(self) -> None:
+        """Raise FloatingPointError where the vectors, or what the optimizer keeps of them, are not finite."""
+        kept = getattr(self.optimizer, "state", None) or {}
+        moments = [value for state in kept.values() for value in state.values() if torch.is_tensor(value)]
+        self.watch.check_numbers({"vectors": self.handle.parameters(), "optimizer's moments": moments})
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that this training has written, or gone on from."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.saved[-1]}" if self.saved else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the frozen base is in the cache already: a checkpoint is the adapter
         self.handle.save(Path(output_dir or self.args.output_dir))
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's, but whole or not at all, and of finite numbers alone. What else is in the folder stays there."""
+        self.watch.check()
+        self.check_numbers()
+        args, step = self.args, self.state.global_step
+        # these know a checkpoint by the place where it is written
+        if args.world_size > 1 or args.push_to_hub or args.metric_for_best_model is not None:
+            super()._save_checkpoint(model, trial)
+            return
+        try:
+            ends = self.control.should_training_stop
+            with written_whole(args.output_dir, step, self.state.epoch or 0.0, ends) as self._scratch:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._scratch = None
+        self.saved = [*(before for before in self.saved if before != step), step]
+        if args.save_total_limit is not None and args.save_total_limit > 0:
+            keep_newest(args.output_dir, self.saved[-args.save_total_limit :])
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.handle.take(read_adapter(resume_from_checkpoint))
+        match = OURS.fullmatch(Path(resume_from_checkpoint).name)
+        self.saved = [int(match[1])] if match else []
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is None or self.rate is None or not isinstance(scheduler, LambdaLR):
+            return
+        # a checkpoint brings its own rate, and this run may have been told to go on with another
+        scheduler.base_lrs = [self.rate] * len(scheduler.base_lrs)
+        rates = [self.rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = self.rate, rate
 
 
 class LofitTrainer(AttachmentTraining, Trainer):
     """Trains a handle's vectors, or any attachment's parameters, on completions; the rest of it is Trainer's.
 
     handle, l1, on_epoch: see `AttachmentTraining`. group_by_length: draw batches of examples of like length, see
-    `GroupedByLength`.
-    Raises FloatingPointError at the first epoch (on a CPU: step) whose loss is not finite.
+    `GroupedByLength`. shown: a short text of a training example, by its number from 0.
+    Raises FloatingPointError at the first epoch (on a CPU: step) whose loss or gradient is not finite, see
+    `finite_steps`; nothing of that epoch is saved.
     """
 
     def __init__(
@@ -89,15 +167,19 @@ class LofitTrainer(AttachmentTraining, Trainer):
         l1: float = 0.0,
         on_epoch: Callable[[dict], None],
         group_by_length: bool = False,
+        shown: Shown | None = None,
         **options,
     ) -> None:
+        numbers = _numbers(options.get("train_dataset"))
+        if (collate := options.get("data_collator")) is not None:
+            options["data_collator"] = self.noted(collate, lambda row: numbers.get(id(row)))
         with admitted(handle.model):
             super().__init__(model=handle.model, **options)
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
         # the model's loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
         leave_in_place(self)
-        report_epochs(self)
+        report_epochs(self, shown)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         """The model's loss, plus l1 * sum |a| and the penalty while training."""
@@ -106,8 +188,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
             return result
         loss = result[0] if return_outputs else result
         self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
-        if loss.device.type == "cpu":
-            check_finite(loss.item(), self.state.epoch)
+        self.watch.loss(loss)
         total = loss + self.extra_loss().to(loss.device) / self.current_gradient_accumulation_steps
         return (total, result[1]) if return_outputs else total
 
@@ -188,6 +269,7 @@ class _EpochReport(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **_):
         if args.device.type == "cpu":
             release_free_memory()
+        self.trainer.watch.begin(state.global_step, math.ceil(state.max_steps / state.num_train_epochs))
         wait_for(self.devices)
         self.started = time.perf_counter()
 
@@ -195,13 +277,13 @@ class _EpochReport(TrainerCallback):
         trainer = self.trainer
         wait_for(self.devices)
         seconds = time.perf_counter() - self.started
+        trainer.watch.check()
+        trainer.check_numbers()
         steps = trainer.losses.take()
-        loss = sum(steps) / len(steps)
-        check_finite(loss, state.epoch)
         self.report = {
             # the last may have been cut short
             "epoch": math.ceil(state.epoch - 1e-6),
-            "loss": loss,
+            "loss": sum(steps) / len(steps),
             "l1": trainer.l1_term().item(),
             "seconds": seconds,
             "step_losses": [round(value, 5) for value in steps],
@@ -211,7 +293,10 @@ class _EpochReport(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
         if self.report is not None:
-            self.report["eval_loss"] = metrics["eval_loss"]
+            loss = metrics["eval_loss"]
+            if not math.isfinite(loss):
+                raise self.trainer.watch.failed("loss of the evaluation data", loss)
+            self.report["eval_loss"] = loss
             self._send()
 
     def _send(self) -> None:
@@ -238,9 +323,15 @@ def leave_in_place(trainer: AttachmentTraining) -> None:
         trainer.accelerator.device_placement = False
 
 
-def report_epochs(trainer: AttachmentTraining) -> None:
-    """Give a trainer `losses` for every step's loss, a report to its `on_epoch`, and a quiet progress bar."""
-    trainer.losses = _StepLosses()
+def report_epochs(trainer: AttachmentTraining, shown: Shown | None = None) -> None:
+    """Give a trainer `losses` for every step's loss, a `watch`, a report to its `on_epoch`, and a quiet progress bar.
+
+    shown: a short text of an example, by its number from 0.
+    """
+    at_once = not runs_ahead(device_of(trainer.handle.model))
+    steps = trainer.args.gradient_accumulation_steps
+    trainer.losses, trainer.saved = _StepLosses(), []
+    trainer.watch = FiniteSteps(at_once, steps, shown, trainer.last_good)
     trainer.remove_callback(PrinterCallback)
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
@@ -248,9 +339,7 @@ def report_epochs(trainer: AttachmentTraining) -> None:
     trainer.add_callback(_EpochReport(trainer))
 
 
-def check_finite(loss: float, epoch: float | None) -> None:
-    """Raise FloatingPointError for a loss that is not a number to go on with."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} in epoch {epoch or 0:.2f}: training diverged; try a lower learning rate or float32"
-        )
+def _numbers(dataset: Rows | list | None) -> dict[int, int]:
+    """id of a row -> its number, for data whose rows are the same objects whenever they are asked for."""
+    rows = dataset.rows if isinstance(dataset, Rows) else dataset
+    return {id(row): number for number, row in enumerate(rows)} if isinstance(rows, list) else {}

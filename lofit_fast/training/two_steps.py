@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,19 +18,24 @@ from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
+from lofit_fast.models.base_digest import base_digest, same_base
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_unsharded
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.begun_with import as_begun, begun_with
+from lofit_fast.training.checkpoints import Checkpoint, last_whole
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.engine import ON_DISK, Engine
 from lofit_fast.training.engine.auto import said, with_prompts
+from lofit_fast.training.finite_steps import Diverged
 from lofit_fast.training.frozen_base import check_passes_gradients
+from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
-from lofit_fast.training.run_folder import RunFolder, last_checkpoint, weights_digest
+from lofit_fast.training.run_folder import RunFolder, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
 
 # the one that changes results beyond rounding
@@ -84,6 +90,7 @@ class TwoSteps:
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
+        self._base = base_digest(model)
         self.way = WAYS[recipe.select]
         trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
         if min(trained) < self.data.least_epochs:
@@ -119,7 +126,9 @@ class TwoSteps:
             "recipe": self.recipe.identity(),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
+                # all that earlier releases knew of the weights
                 "weights": weights_digest(p.module for p in self.projections),
+                "base": self._base,
             },
             "dtype": str(dtype_of(self.model)).removeprefix("torch."),
             **self.data.identity(),
@@ -128,13 +137,30 @@ class TwoSteps:
             "group_by_length": self.engine.group_by_length,
         }
 
-    def opened(self, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> RunFolder:
-        """The run folder; raises ValueError as `RunFolder.open`, and where a stage of it has other products."""
-        run = RunFolder.open(output_dir, self.identity(heads), resume)
-        # the one knob of the engine that changes results: a finished stage counts too
-        for kept in filter(None, map(run.engine, ("select", "tune"))):
-            self._check_begun(run, kept, (_RESULTS,))
-        return run
+    @contextmanager
+    def opened(self, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
+        """A scope with the run folder; raises as `RunFolder.open`, and ValueError for a stage with other products."""
+        identity = self.identity(heads)
+        with RunFolder.open(output_dir, identity, resume, as_now=self._as_now(identity)) as run:
+            # the one knob of the engine that changes results: a finished stage counts too
+            for kept in filter(None, map(run.engine, ("select", "tune"))):
+                self._check_begun(run, kept, (_RESULTS,))
+            yield run
+
+    @staticmethod
+    def _as_now(identity: dict):
+        """What turns the identity that a run has kept into this one, where it is of the same base model."""
+        now = identity["model"]["base"]
+
+        def as_now(before: dict) -> dict:
+            model = before.get("model")
+            kept = model.get("base", "") if isinstance(model, dict) else None
+            # an earlier release knew the first rows of the projections alone; of packed weights digests cannot tell
+            if kept == "" or (isinstance(kept, str) and same_base(kept, now) is not False):
+                return {**before, "model": {**model, "base": now}}
+            return before
+
+        return as_now
 
     def _check_begun(self, run: RunFolder, kept: Mapping[str, object], names: Iterable[str]) -> None:
         """Raise ValueError for a knob that is asked for otherwise than a stage was begun with."""
@@ -175,9 +201,17 @@ class TwoSteps:
         handle = patch(self.model, LofitConfig(scale="all", init_std=0.0, positions=self.recipe.positions))
         try:
             engine = self._look_engine(way, handle, run)
-            return look(way, handle, self.data, self.recipe, engine, self.progress)
+            begun = {} if run is None else run.made_with("select")
+            with as_begun(begun, self.model, "select"):
+                scores, metrics = look(way, handle, self.data, self.recipe, engine, self.progress)
         finally:
             handle.unpatch()
+        if scores.isnan().any():
+            raise FloatingPointError(
+                "the gradients of step 1 are not finite, so no head can be chosen by them: look at the data and the "
+                "base model, or try float32"
+            )
+        return scores, metrics
 
     def _look_engine(self, way: Untrained, handle: LofitHandle, run: RunFolder | None) -> Engine:
         """The settled engine of a look; one that changes nothing where nothing is looked at."""
@@ -195,26 +229,47 @@ class TwoSteps:
         if (products := getattr(self.asked, _RESULTS)) != "full" and getattr(self.way, "looks", True):
             identity[_RESULTS] = products
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        shared = RunFolder.open(folder / digest, identity, resume=True)
-        if shared.heads is None:
-            self.select(shared, resume=True)
-        run.adopt(shared, select_heads(shared.scores, self.recipe.top, self.recipe.min_layer))
+        # of several processes one trains it, and the others wait and read
+        with RunFolder.open(folder / digest, identity, resume=True, wait=True, mend=True) as shared:
+            if shared.heads is None:
+                self.select(shared, resume=True)
+            run.adopt(shared, select_heads(shared.scores, self.recipe.top, self.recipe.min_layer))
 
     def tune(self, run: RunFolder, resume: bool) -> FitResult:
         """Step 2, from the base model; or its saved result when the run is done."""
         if run.stage == "done":
+            # all is read before the model is touched
+            kept = run.heads, run.scores, run.history, run.metrics
+            return FitResult(self._finished(run), *kept)
+        handle = patch(self.model, self._config(offset=run.heads))
+        try:
+            schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
+            metrics = self._train(handle, run, "tune", schedule, resume)
+            if not all(vectors.isfinite().all() for vectors in handle.parameters()):
+                raise FloatingPointError("the tuned vectors are not finite: no adapter is saved")
+            handle.save(run.path / "adapter")
+            run.record("tune", metrics)
+            return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
+        except BaseException:
+            handle.unpatch()
+            raise
+
+    def _finished(self, run: RunFolder) -> LofitHandle:
+        """The model with a finished run's adapter. Raises ValueError, the model as it was, for a damaged one."""
+        try:
             handle = load(self.model, run.path / "adapter")
-        else:
-            handle = patch(self.model, self._config(offset=run.heads))
-            try:
-                schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
-                metrics = self._train(handle, run, "tune", schedule, resume)
-                handle.save(run.path / "adapter")
-                run.record("tune", metrics)
-            except BaseException:
-                handle.unpatch()
-                raise
-        return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"the run in {run.path} is done, but its adapter is not whole: {error}. Start over with resume=False "
+                "(--no-resume), or choose another folder"
+            ) from error
+        if sorted(handle.config.offset or ()) != sorted(run.heads or ()) or handle.config.scale is not None:
+            handle.unpatch()
+            raise ValueError(
+                f"the run in {run.path} is done, but its adapter is not of the heads that {run.path / 'heads.json'} "
+                "names: start over with resume=False (--no-resume), or choose another folder"
+            )
+        return handle
 
     def _config(self, **heads) -> LofitConfig:
         shared = ("init_std", "seed", "positions")
@@ -236,23 +291,44 @@ class TwoSteps:
         engine = self._engine(handle, run, stage)
         if self.progress:
             print(said(engine), file=sys.stderr)
-        folder = run.path / stage
-        before, peak = train(
-            handle,
-            self.data,
-            schedule,
-            engine,
-            folder=folder,
-            on_epoch=lambda row: run.append_history({"stage": stage, **row}),
-            callbacks=[*self.callbacks, *callbacks],
-            progress=self.progress,
-            keep=True,
-            checkpoint=last_checkpoint(folder) if resume else None,
-        )
+        sense = LossSense(stage, self.data.chance, schedule.epochs)
+
+        def report(row: dict) -> None:
+            run.append_history({"stage": stage, **row})
+            sense.saw(row, min((r for r in run.history if r["stage"] == stage), key=lambda r: r["epoch"]))
+
+        try:
+            with as_begun(run.made_with(stage), self.model, stage):
+                before, peak = train(
+                    handle,
+                    self.data,
+                    schedule,
+                    engine,
+                    folder=run.path / stage,
+                    on_epoch=report,
+                    callbacks=[*self.callbacks, *callbacks],
+                    progress=self.progress,
+                    keep=True,
+                    checkpoint=self._checkpoint(run, stage) if resume else None,
+                )
+        except Diverged as error:
+            where = {"step": error.step, "epoch": error.epoch, "examples": error.examples}
+            with suppress(OSError):
+                run.note_divergence(stage, schedule.lr, **where)
+            raise Diverged(f"{error}. Run it again with a lower {stage}_lr to go on from there", **where) from error
         # the epochs from the history, so that an interrupted run counts whole
         rows = [row for row in run.history if row["stage"] == stage]
         metrics = {**cost_of(rows, self.data, schedule, before), "peak_memory_bytes": peak}
         return metrics | self.data.metrics(self.recipe.eval_batch_size, self.progress)
+
+    def _checkpoint(self, run: RunFolder, stage: str) -> Checkpoint | None:
+        """The whole checkpoint that a stage goes on from; damaged ones are passed over, and that is said."""
+        found, passed = last_whole(run.path / stage)
+        if passed:
+            then = "begins anew" if found is None else f"goes on from {found.path.name}"
+            print(f"warning: {'; '.join(passed)}; the step {stage!r} {then}", file=sys.stderr)
+        run.forget_after(stage, 0.0 if found is None else found.epoch)
+        return found
 
     def engines(self, heads: Sequence[Head] | None) -> tuple[dict[str, Engine], Worth]:
         """The engine that each stage of a new run would have, and what a prefix cache would save in step 2."""
@@ -290,9 +366,16 @@ class TwoSteps:
         kept = run.engine(stage)
         if kept is None:
             engine = self._settled(handle, stage)
-            run.keep_engine(stage, asdict(engine))
+            run.keep_engine(stage, asdict(engine), begun_with(self.model))
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
         self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in ON_DISK))
         asked = {name: getattr(usable, name) for name in ON_DISK}
-        return with_prompts(handle, Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"}))
+        try:
+            engine = Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"})
+        except TypeError as error:
+            raise ValueError(
+                f"{run.path} holds a run whose engine this release does not know ({error}): go on with the release "
+                "that began it, choose another folder, or start over with resume=False (--no-resume)"
+            ) from error
+        return with_prompts(handle, engine)

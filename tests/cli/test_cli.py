@@ -64,6 +64,7 @@ def test_train_in_a_process_of_its_own(model, data, tmp_path):
 def test_train_writes_the_run_folder(run_folder, model):
     names = {path.name for path in run_folder.iterdir()}
     assert names == {
+        ".lock",
         "state.json",
         "select",
         "tune",
@@ -81,12 +82,16 @@ def test_train_writes_the_run_folder(run_folder, model):
     assert len(summary["heads"]) == 2
     assert {"accuracy_after_select", "accuracy_after_tune", "seconds", "tokens_per_s"} <= summary.keys()
     assert summary["environment"]["dtype"] == "float32"
+    config = json.loads((run_folder / "adapter" / "adapter_config.json").read_text())
+    assert summary["adapter_digest"] == config["tensor_digest"]
 
 
 def test_train_prints_a_table(model, data, tmp_path):
     result = call("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
     assert "trainable_parameters" in result.stdout
     assert "32" in result.stdout
+    digest = json.loads((tmp_path / "run" / "summary.json").read_text())["adapter_digest"]
+    assert f"digest {digest[:12]}" in " ".join(result.stdout.split())
     assert "adapter" in result.stdout.splitlines()[-1] or str(tmp_path) in result.stdout.replace("\n", "")
 
 

@@ -1,11 +1,15 @@
 """`plan` and `autotune`: what they say of models, devices and adapters, and what they leave behind."""
 
+import os
+import threading
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 import lofit_fast as lf
 from lofit_fast.cli.options import parse_heads
+from lofit_fast.locks import alone
 from lofit_fast.models import op_paths
 from lofit_fast.models.load import ALIASES
 from lofit_fast.models.op_paths import Layer, adapter_heads, layers_of, plan_layers, spread_heads
@@ -200,6 +204,26 @@ def test_autotune_command_prints_a_table(folder, cache):
     ).stdout
     assert "chosen" in text
     assert "cpu.json" in text.replace("\n", "")
+
+
+def test_a_second_autotune_waits_and_adds_its_answers(folder, cache, caplog):
+    arguments = ("autotune", "--model", folder, "--device", "cpu", "--dtype", "float32", "--rounds", 1, "--tokens")
+    as_json(*arguments, 20)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with alone(cache / "autotune" / "cpu.json.lock", "measure"):
+            inside.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(30)
+    threading.Timer(0.2, leave.set).start()
+    as_json(*arguments, 100)
+    thread.join()
+    assert f"waiting to measure on cpu: process {os.getpid()} on host" in caplog.text
+    assert {case.tokens for case in answers.read_answers("cpu")} == {16, 64}
 
 
 def test_autotune_command_refuses(folder, cache):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lofit_fast.heads import read_heads
-from tests.cli.calling import as_json, call
+from tests.cli.calling import as_json, call, error_of
 
 QUICK = ("--top", "2", "--select-epochs", "1", "--dtype", "float32", "--device", "cpu")
 
@@ -65,3 +65,14 @@ def test_select_refuses(where):
     result = call("select", *where, "--method", "magic", code=1)
     assert "unknown method magic" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"), [(("random",), "is no file"), (("random", "saliency"), "is no folder")]
+)
+def test_a_place_that_heads_cannot_be_written_to_is_known_before_the_work(model, data, tmp_path, methods, expected):
+    output = tmp_path / "there"
+    output.mkdir() if len(methods) == 1 else output.write_text("")
+    named = [word for method in methods for word in ("--method", method)]
+    message = error_of("select", "--model", tmp_path / "nowhere", "--data", data, *named, "--output", output)
+    assert expected in message

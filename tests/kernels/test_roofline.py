@@ -248,11 +248,14 @@ def test_every_plan_has_a_prediction():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"T": 0}, "at least 1"),
+        ({"T": 0}, "whole numbers from 1"),
+        ({"T": 2**40}, r"below 2\*\*40"),
+        ({"T": 8.0}, "whole numbers"),
+        ({"T": float("nan")}, "whole numbers"),
         ({"n_scale": 5}, "at most 4 heads, got 5 scaled"),
         ({"n_offset": -1}, "at most 4 heads"),
         ({"itemsize": 8}, "2 or 4 bytes, got 8"),
-        ({"layers": 0}, "layers of at least 1"),
+        ({"layers": 0}, "layers to be whole numbers from 1"),
     ],
 )
 def test_shape_refuses(arguments, message):

@@ -85,8 +85,8 @@ def test_truthfulqa_sizes(tmp_path):
     [
         ({"fields": FIELDS[:3]}, r"train\.csv: no column Incorrect Answers, got \["),
         ({"train": []}, r"train\.csv: got no rows"),
-        ({"validation": [TRAIN[0], TRAIN[1] | {"Best Answer": " "}]}, r"val\.csv: row 2: Best Answer must be a text"),
-        ({"train": [row("Q?", "Yes", "Yes; Indeed", "yes.; Indeed")]}, r"row 1: Incorrect Answers holds no answer"),
+        ({"validation": [TRAIN[0], TRAIN[1] | {"Best Answer": " "}]}, r"row 2, line 3: Best Answer must be a text"),
+        ({"train": [row("Q?", "Yes", "Yes; Indeed", "yes.; Indeed")]}, r"line 2: Incorrect Answers holds no answer"),
         ({"train": [row("Q?", ".", "Yes", "No")], "validation": [row("Q?", "No", "No", ".; ;")]}, r"val\.csv: row 1"),
         ({"prompts": {"truthfulqa": WORDING | {"template": "{q}"}}}, r"template has the fields \['q'\]"),
         (

@@ -57,6 +57,7 @@ def test_fit_fills_the_run_folder(llama, tmp_path):
     assert state["stage"] == "done"
     assert state["metrics"] == result.metrics
     assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
         "state.json",
         "select",
         "tune",

@@ -22,7 +22,11 @@ STEPS, BATCH = 40, 8
 LEAST_SHARE = 0.8
 # phase -> (module, function) whose calls are it; a class's by its name and a dot
 PHASES = {
-    "digest": (("lofit_fast.models.gguf", "digest_of"), ("lofit_fast.training.two_steps", "weights_digest")),
+    "digest": (
+        ("lofit_fast.models.gguf", "digest_of"),
+        ("lofit_fast.training.two_steps", "weights_digest"),
+        ("lofit_fast.training.two_steps", "base_digest"),
+    ),
     "encode": (("lofit_fast.training.objectives", "encode_all"),),
     "patch": (("lofit_fast.training.two_steps", "patch"),),
     "settle and try": (

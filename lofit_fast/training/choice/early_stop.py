@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lofit_fast.config import Head, check_top
 from lofit_fast.heads import jaccard, select_heads
@@ -13,14 +14,14 @@ from lofit_fast.patching.head_norms import head_scores
 
 
 @dataclass
-class SettledHeads(TrainerCallback):
+class SettledHeads(TrainerCallback, ExportableState):
     """Stops step 1 when the top heads have settled; leaves step 2, and any training without scales, alone.
 
     top, min_layer: as in the recipe. every: optimizer steps between two looks; None means half an epoch. threshold,
     patience: stop after this many looks in a row that share at least this much (Jaccard) with the look before.
     The learning rate still falls as for all epochs, so that a run cut short is the beginning of the whole one.
-    A resumed run looks anew: at worst it trains a little longer. Afterwards `overlaps` has every look's overlap with
-    the one before, and `stopped_at` the step it stopped after, or None.
+    A checkpoint keeps what it has seen, so that a resumed run stops where it would have. Afterwards `overlaps` has
+    every look's overlap with the one before, and `stopped_at` the step it stopped after, or None.
     """
 
     top: int | float
@@ -30,6 +31,7 @@ class SettledHeads(TrainerCallback):
     patience: int = 2
     overlaps: list[float] = field(default_factory=list, init=False)
     stopped_at: int | None = field(default=None, init=False)
+    _before: list[Head] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_top(self.top)
@@ -44,14 +46,24 @@ class SettledHeads(TrainerCallback):
         settings = ("top", "min_layer", "every", "threshold", "patience")
         return {"early_stop": {name: getattr(self, name) for name in settings}}
 
+    def state(self) -> dict:
+        """What Trainer writes into a checkpoint's trainer_state.json."""
+        settings = self.identity["early_stop"]
+        seen = {"overlaps": list(self.overlaps), "before": self._before}
+        # transformers builds a new callback from "args" and "attributes", where it is asked to
+        return {"args": settings, "attributes": {}, "seen": seen}
+
     def on_train_begin(self, args, state, control, model=None, **_):
         """A training begins: is it one of scales?"""
         handle = handle_of(model)
         self._handle: LofitHandle | None = None if handle is None or handle.config.scale is None else handle
+        # a checkpoint of an earlier release has nothing of it
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self._handle is not None:
-            self.overlaps, self.stopped_at = [], None
-            self._before: list[Head] | None = None
+            self.overlaps, self.stopped_at, self._before = [], None, None
             self._steps = self.every or max(1, round(state.max_steps / state.num_train_epochs / 2))
+            if state.global_step > 0:
+                self._go_on(state.stateful_callbacks[type(self).__name__])
 
     def on_step_end(self, args, state, control, **_):
         """Look, and stop if nothing has changed for long enough."""
@@ -69,3 +81,12 @@ class SettledHeads(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         """Let go of the model."""
         self._handle = None
+
+    def _go_on(self, written: dict | list) -> None:
+        """What a checkpoint kept; of several callbacks of this name that of the same settings."""
+        candidates = written if isinstance(written, list) else [written]
+        ours = [one for one in candidates if one.get("args") == self.identity["early_stop"] and "seen" in one]
+        if ours:
+            seen = ours[-1]["seen"]
+            self.overlaps = list(seen["overlaps"])
+            self._before = None if seen["before"] is None else [tuple(pair) for pair in seen["before"]]

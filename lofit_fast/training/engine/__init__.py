@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Engine:
                 continue
             if isinstance(gb, bool) or not isinstance(gb, int | float):
                 raise TypeError(f"expected {name} to be a number or 'auto', got {gb!r}")
-            if not 0 <= gb < math.inf:
+            if not 0 <= gb <= sys.float_info.max:
                 raise ValueError(f"expected 'auto' or a finite {name} >= 0, got {gb}")
 
     @classmethod

@@ -14,14 +14,11 @@ from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.compiled_layers import any_compiled
+from lofit_fast.training.prefix_cache.proven_store import Unfit
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 
 # the hidden states of a batch, in a batch
 STATES = "prefix_states"
-
-
-class Unfit(Exception):
-    """Why nothing is cached."""
 
 
 class Prefix:

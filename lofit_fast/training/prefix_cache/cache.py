@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,23 +20,21 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.utils.data import get_worker_info
 
 from lofit_fast.data.collate import Batch, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
-from lofit_fast.files import writable_folder
 from lofit_fast.models.base_digest import INCIDENTAL, weights_of
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.training.engine.device_queue import pins
-from lofit_fast.training.prefix_cache.below import STATES, Prefix, Unfit, check_fit
-from lofit_fast.training.prefix_cache.store import RESERVE, PrefixStore, digest, make_room, root_folder, size_on_disk
+from lofit_fast.training.prefix_cache.below import STATES, Prefix, check_fit
+from lofit_fast.training.prefix_cache.proven_store import Unfit, Wanted, proven
+from lofit_fast.training.prefix_cache.store import PrefixStore, digest, root_folder
 
-# padded tokens per forward of a fill
-FILL_TOKENS = 2048
 # what the files mean; another number is another key
-_FORMAT = 1
+_FORMAT = 2
 
 Collator = Callable[[Sequence[Encoded]], Batch]
 
@@ -65,7 +62,8 @@ class PrefixCollator:
         if any(states is None for states in found):
             return batch
         ids = batch["input_ids"]
-        laid = found[0].new_zeros((*ids.shape, found[0].shape[-1]), pin_memory=self.pinned)
+        pinned = self.pinned and get_worker_info() is None
+        laid = found[0].new_zeros((*ids.shape, found[0].shape[-1]), pin_memory=pinned)
         for row, states, place in zip(rows, found, _places(batch, rows), strict=True):
             tokens = ids[place]
             if tokens.tolist() != list(row["input_ids"][: len(tokens)]):
@@ -138,27 +136,9 @@ def _checked_store(prefix: Prefix, sequences, collator, gb: float, root: Path, p
     # in an order of their own: the same data shuffled is the same data
     ids = sorted({tuple(row["input_ids"]) for row in sequences}, key=lambda row: (len(row), row))
     sample = _steady_states(prefix, ids[0])
-    folder = writable_folder(root) / _key(prefix, ids, sample)
-    allowed = _allowed_bytes(root, gb)
-    kept = _that_fit(ids, sample, gb, allowed)
-    make_room(root, folder.name, allowed - _bytes(kept, sample))
-    store = PrefixStore.open(folder)
-    usable = store is not None and len(store) >= len(kept) and store.states.nbytes <= allowed
-    # the key cannot see everything, such as what a hook does: what disagrees is made anew, and judged again
-    if usable and _disagreement(prefix, store, sequences, collator) is None:
-        return store
-    PrefixStore.discard(folder)
-    PrefixStore.write(folder, _filled(prefix, kept, progress))
-    store = PrefixStore.open(folder)
-    if store is None:
-        raise Unfit(f"what was written to {folder} cannot be read back")
-    try:
-        if reason := _disagreement(prefix, store, sequences, collator):
-            raise Unfit(reason)
-    except Exception:
-        PrefixStore.discard(folder)
-        raise
-    return store
+    how = {"gb": gb, "computing": lambda rows: prefix.run, "progress": progress}
+    wanted = Wanted("prefix cache", root, _key(prefix, ids, sample), ids, sample, **how)
+    return proven(wanted, lambda store: _disagreement(prefix, store, sequences, collator) or store)
 
 
 def _steady_states(prefix: Prefix, ids: Sequence[int]) -> Tensor:
@@ -213,47 +193,6 @@ def _key(prefix: Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:
         "data": [digest(row).hex() for row in ids],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _allowed_bytes(root: Path, gb: float) -> int:
-    """What the stores in a folder may take together: the bound, or what the disk has if that is less."""
-    on_disk = shutil.disk_usage(root).free - RESERVE + size_on_disk(root)
-    return max(0, min(int(gb * 1e9), on_disk))
-
-
-def _that_fit(ids: list[tuple], sample: Tensor, gb: float, allowed: int) -> list[tuple]:
-    """As many sequences as are allowed, the shortest first. Warns when that is not all, refuses when it is none."""
-    room = allowed // _bytes([(0,)], sample)
-    ends = torch.tensor([len(row) for row in ids]).cumsum(0)
-    count = int((ends <= room).sum())
-    if count == len(ids):
-        return ids
-    given = "the bound is" if allowed == int(gb * 1e9) else "the disk has room for"
-    short = f"it needs {_bytes(ids, sample) / 1e9:.3g} GB, {given} {allowed / 1e9:.3g} GB"
-    if not count:
-        raise Unfit(short)
-    message = f"prefix cache: {short}: {count} of {len(ids)} sequences are kept, batches with others run in full"
-    warnings.warn(message, stacklevel=5)
-    return ids[:count]
-
-
-def _bytes(ids: Sequence[Sequence[int]], sample: Tensor) -> int:
-    return sum(map(len, ids)) * sample.shape[-1] * sample.dtype.itemsize
-
-
-def _filled(prefix: Prefix, ids: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Every sequence with its states, in batches of like length. ids: ascending by length."""
-    with tqdm(total=sum(map(len, ids)), desc="prefix cache", unit="tok", disable=not progress, leave=False) as bar:
-        start = 0
-        while start < len(ids):
-            end = start + 1
-            while end < len(ids) and (end + 1 - start) * len(ids[end]) <= FILL_TOKENS:
-                end += 1
-            states = prefix.run(ids[start:end])
-            for row, of_row in zip(ids[start:end], states, strict=True):
-                yield row, of_row[: len(row)]
-                bar.update(len(row))
-            start = end
 
 
 def _length(row: Encoded) -> int:

@@ -18,7 +18,8 @@ from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.prefix_cache.below import Prefix, Unfit, check_fit
+from lofit_fast.training.prefix_cache.below import Prefix, check_fit
+from lofit_fast.training.prefix_cache.proven_store import Unfit
 from lofit_fast.training.prefix_cache.store import RESERVE, digest, root_folder, size_on_disk
 
 # share of the disk's room, stores that are there included, that "auto" takes
@@ -73,7 +74,8 @@ def worth_of(attachment: Attachment, sequences: Sequence[Encoded], read: int, ro
 
     The count. W weights take 2 W operations per token forward, and 2 W more for the input gradient, which stops at the
     lowest tuned layer. Without a cache `read` tokens pass the layers below; with one each different sequence does
-    once. Against that: the bytes written once and read in every pass, and the weights below, all of which are hashed.
+    once. Against that: the bytes written once, hashed then and when the store is opened, and read in every pass, and
+    the weights below, all of which are hashed.
     """
     root = root or root_folder()
     unique = {digest(row["input_ids"]): len(row["input_ids"]) for row in sequences}
@@ -100,7 +102,7 @@ def _saved(model: nn.Module, below: int, tokens: int, read: int, size: int, labe
     config = text_config(model)
     whole = read * (2 * under + 4 * over) + 4 * labels * config.vocab_size * config.hidden_size
     hashed = sum(p.numel() * p.element_size() for layer in layers[:below] for p in layer.parameters())
-    moved = hashed + size + (size * read // tokens if tokens else 0)
+    moved = hashed + 3 * size + (size * read // tokens if tokens else 0)
     per_byte = _PER_BYTE.get(device_of(model).type, _PER_BYTE_ELSEWHERE)
     return (2 * under * (read - tokens) - per_byte * moved) / max(1, whole)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from lofit_fast.config import RECIPES, Head, Recipe
 from lofit_fast.heads import read_heads
 from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.sweep.run_names import given_name, name_of, same_folder
 
 RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
 # what all runs have in common, since they share one loaded base, and what each may have of its own
@@ -84,20 +84,26 @@ def read_grid(path: Path | str, fast: bool = False) -> Grid:
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
     A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
     working folder. fast: whether what the file leaves open is the fast preset's.
-    Raises FileNotFoundError for no such file, ValueError naming the table, the key and what is expected there.
+    Raises FileNotFoundError for no such file, ValueError naming the table, the key and what is expected there, and for
+    what is no file of UTF-8 text.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no such sweep file: {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, expected one of TOML")
     try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    # a number of thousands of digits is no TOMLDecodeError
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     return parse_grid(content, str(path), fast)
 
 
 def parse_grid(content: Mapping[str, object], where: str = "grid", fast: bool = False) -> Grid:
     """The same from a mapping. where: what errors call it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected tables, got {content!r}")
     _check_known(content, _TABLES, where, "table")
     base, axes, listed = content.get("base", {}), content.get("grid", {}), content.get("runs", [])
     if not isinstance(base, Mapping) or not isinstance(axes, Mapping):
@@ -112,8 +118,7 @@ def parse_grid(content: Mapping[str, object], where: str = "grid", fast: bool = 
         raise ValueError(f"{where}: no runs: expected a table [grid] of lists, or tables [[runs]]")
     task = base.get("task") or ("kinship" if base.get("data") is None else "completion")
     runs = tuple(_run(name, own, base, task, where, fast) for name, own in varied)
-    names = [run.name.casefold() for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := same_folder(run.name for run in runs):
         raise ValueError(f"{where}: several runs are called {', '.join(twice)}: give each its own name")
     common = {"data": None, "data_seed": 42, "dtype": "auto", "device": "auto"}
     common = {key: base.get(key, default) for key, default in common.items()}
@@ -140,14 +145,18 @@ def _product(axes: Mapping[str, object], where: str) -> Iterable[tuple[str, dict
         raise ValueError(f"{where}: got {combinations} combinations, expected {MOST_RUNS} at most: list the [[runs]]")
     for values in itertools.product(*axes.values()) if axes else ():
         own = dict(zip(axes, values, strict=True))
-        yield _name_of(own), own
+        yield name_of(own), own
 
 
 def _listed(rows: list[Mapping[str, object]], where: str) -> Iterable[tuple[str, dict]]:
     for number, row in enumerate(rows, start=1):
         _check_values(row, ("name", *RUN_KEYS), f"{where}: [[runs]] {number}")
         own = {key: value for key, value in row.items() if key != "name"}
-        yield _safe(row["name"]) if "name" in row else _name_of(own), own
+        try:
+            name = given_name(row["name"]) if "name" in row else name_of(own)
+        except ValueError as error:
+            raise ValueError(f"{where}: [[runs]] {number} name: {error}") from error
+        yield name, own
 
 
 def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str, fast: bool) -> Run:
@@ -190,12 +199,3 @@ def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: st
             right, expected = type(value) in (int, float), "a number"
         if not right:
             raise ValueError(f"{where} {key}: expected {expected}, got {value!r}")
-
-
-def _name_of(own: Mapping[str, object]) -> str:
-    """A folder's name from what varies: tune_lr=0.01,seed=1; a file of heads stands for itself by its path."""
-    return _safe(",".join(f"{key}={value}" for key, value in own.items())) or "run"
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.=,+-]+", "_", name).strip("._")[:150]

@@ -7,13 +7,14 @@ thread per process does. Step 1 of runs that share it is trained by one of them,
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from multiprocessing import get_context
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,7 +27,7 @@ Row = dict[str, object]
 
 
 def rows_of_processes(grid: Grid, folder: Path, jobs: int, resume: bool) -> Iterator[tuple[int, Row]]:
-    """(index of a run, its row), as they end, from `jobs` processes, which end with this one.
+    """(index of a run, its row), as they end, from `jobs` processes, which end with this one, however it ends.
 
     The calling program must have the guard that spawning asks for, `if __name__ == "__main__":`. Raises what loading
     the model or the data raises, and ChildProcessError when a process dies; runs that have ended are kept, and what
@@ -37,6 +38,8 @@ def rows_of_processes(grid: Grid, folder: Path, jobs: int, resume: bool) -> Iter
     # nothing is ever sent: the workers wait for its end, which comes even if this process is killed
     watched, held = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
+    # begun with the first process otherwise, and would let it hear of interrupts
+    resource_tracker.ensure_running()
     pool = ProcessPoolExecutor(jobs, context, _begin, (grid, folder, threads, resume, watched))
     try:
         yield from in_order_of_need(grid.runs, pool, row_of_run, jobs)
@@ -69,7 +72,9 @@ def in_order_of_need(
     while ready or running:
         while ready and len(running) < jobs:
             index, waiting = ready.popleft()
-            running[pool.submit(work, index)] = index, waiting
+            with _interrupts_held():
+                future = pool.submit(work, index)
+            running[future] = index, waiting
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             index, waiting = running.pop(future)
             row = future.result()
@@ -78,6 +83,22 @@ def in_order_of_need(
             while waiting and row["status"] != "failed":
                 ready.append((waiting.popleft(), deque()))
             yield index, row
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A scope whose processes never hear of Ctrl-C, not even while they begin; this one does, at its end.
+
+    A terminal tells all of them at once. This one then ends the others, without a word from each.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _step1_of(index: int, run: Run) -> object:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from lofit_fast.extras import can_draw, needing
-from lofit_fast.files import writable_folder, write_json, write_text
+from lofit_fast.files import write_json, write_text
+from lofit_fast.patching.placement import dtype_of
 from lofit_fast.plots import sweep_chart
 from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.one_run import SHOWN, Runner
 from lofit_fast.training.sweep.processes import rows_of_processes
+from lofit_fast.training.sweep.sweep_folder import TABLE, opened, shared_dtype
 
 # what the plot shows: the first that the runs have
 _BEST = ("accuracy_after_tune", "eval_loss", "loss")
@@ -42,20 +44,30 @@ def sweep(
     (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
     a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
     a run folder `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on. A run
-    that fails is recorded with its error, and the others go on. Writes sweep.json, sweep.csv and sweep.md after every
-    run, so that a killed sweep has them too, and sweep.png.
+    that fails, or is done and damaged, is recorded with its error, and the others go on. Writes sweep.json, sweep.csv
+    and sweep.md after every run, so that a killed sweep has them too, and sweep.png. A dtype that is left to the
+    machine is chosen once, and kept in sweep.json.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
-    Raises ValueError or OSError for a folder, a model or data that cannot be used, ChildProcessError (an OSError) when
-    one of several processes dies.
+    Raises ValueError or OSError for a folder, a model or data that cannot be used, BlockingIOError (an OSError) for a
+    folder that another sweep is in, ChildProcessError (an OSError) when one of several processes dies.
     """
     if jobs < 1:
         raise ValueError(f"expected at least one job, got {jobs}")
     if jobs > 1 and base is not None:
         raise ValueError(f"a loaded base serves one process, got {jobs} jobs: leave it out, and each loads its own")
-    folder = writable_folder(output_dir)
-    if not resume:
-        shutil.rmtree(folder / "step1", ignore_errors=True)
+    with opened(output_dir, grid, resume) as folder:
+        dtype = shared_dtype(folder, grid, resume) if base is None else str(dtype_of(base[0])).removeprefix("torch.")
+        grid = replace(grid, dtype=dtype)
+        rows = _run_all(grid, folder, base, jobs, resume, progress)
+        metric = next((name for name in _BEST if any(name in row for row in rows)), None)
+        if metric is not None and can_draw():
+            sweep_chart(rows, metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
+        return rows
+
+
+def _run_all(grid: Grid, folder: Path, base, jobs: int, resume: bool, progress: bool) -> list[dict[str, object]]:
+    """Every run of a grid, in processes where there are several jobs; the tables are written after each."""
     rows: dict[int, dict[str, object]] = {}
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
         if jobs == 1:
@@ -63,15 +75,15 @@ def sweep(
             ended = ((index, runner(run)) for index, run in enumerate(grid.runs))
         else:
             ended = rows_of_processes(grid, folder, min(jobs, len(grid.runs)), resume)
+        # so that it goes on in this dtype, should it be stopped before a run has ended
+        if not resume or not (folder / TABLE).is_file():
+            write_json(folder / TABLE, _content(grid, []))
         with closing(ended):
             for index, row in ended:
                 rows[index] = row
                 bar.set_postfix_str(f"{row['status']}: {row['name']}")
                 bar.update()
                 _write_tables(folder, grid, _in_order(rows))
-    metric = next((name for name in _BEST if any(name in row for row in rows.values())), None)
-    if metric is not None and can_draw():
-        sweep_chart(_in_order(rows), metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
     return _in_order(rows)
 
 
@@ -80,7 +92,7 @@ def _in_order(rows: dict[int, dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _write_tables(folder: Path, grid: Grid, rows: list[dict[str, object]]) -> None:
-    write_json(folder / "sweep.json", {"model": grid.model, "task": grid.task, "data": grid.data, "runs": rows})
+    write_json(folder / TABLE, _content(grid, rows))
     columns = _columns(rows)
     text = io.StringIO()
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -88,6 +100,10 @@ def _write_tables(folder: Path, grid: Grid, rows: list[dict[str, object]]) -> No
     table.writerows(rows)
     write_text(folder / "sweep.csv", text.getvalue())
     write_text(folder / "sweep.md", as_markdown(rows))
+
+
+def _content(grid: Grid, rows: list[dict[str, object]]) -> dict[str, object]:
+    return {"model": grid.model, "task": grid.task, "data": grid.data, "dtype": grid.dtype, "runs": rows}
 
 
 def as_markdown(rows: list[dict[str, object]]) -> str:

@@ -12,6 +12,7 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import encode
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.frozen_linear import products_of
+from lofit_fast.sealed import read_sealed, write_sealed
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.engine import Engine, frozen_products, prepared
 from lofit_fast.training.engine.frozen_products import settled_products
@@ -294,17 +295,16 @@ def test_a_run_trains_in_8_bits_evaluates_in_full_and_keeps_its_engine(llama, tm
 
 def begin_again(folder, model):
     """Go on with the last stage as one of another engine."""
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "stage": "tune"}))
+    write_sealed(folder / "state.json", {**read_sealed(folder / "state.json"), "stage": "tune"})
     return fit(model, folder, engine=Engine(frozen_products="full"), eval_data=HELD_OUT, heads=[(1, 2)])
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_in_full(llama, tmp_path):
     fit(llama, tmp_path, eval_data=HELD_OUT, heads=[(1, 2)]).handle.unpatch()
     path = tmp_path / "state.json"
-    state = json.loads(path.read_text())
+    state = read_sealed(path)
     del state["engine"]["tune"]["frozen_products"]
-    path.write_text(json.dumps({**state, "stage": "tune"}))
+    write_sealed(path, {**state, "stage": "tune"})
     again = begin_again(tmp_path, llama)
     assert again.heads == [(1, 2)] and again.handle.model is llama
 

@@ -1,15 +1,16 @@
 """When the prefix cache is another one, when it holds a part of the data, and when there is none."""
 
+import pickle
 import shutil
 import warnings
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 
-from lofit_fast.training.prefix_cache import below
-from lofit_fast.training.prefix_cache import cache as prefix_module
-from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from lofit_fast.training.prefix_cache import below, proven_store
+from lofit_fast.training.prefix_cache.cache import STATES, PrefixCollator, prefix_cached
 from tests.tiny_models import HIDDEN
 from tests.training.prefix_cache.prefixed import COLLATE, HEADS, ROWS, TOKENS, cached, deep, results, stores, tuned
 
@@ -201,7 +202,7 @@ def test_prefix_keeps_what_the_bound_allows(tmp_path):
     handle = tuned(deep())
     half = TOKENS * PER_TOKEN / 2
     with (
-        pytest.warns(UserWarning, match=r"needs 1.\d+e-05 GB, the bound is .* of 12 sequences are kept"),
+        pytest.warns(UserWarning, match=r"need 1.\d+e-05 GB, the bound is .* of 12 sequences are kept"),
         prefix_cached(handle, ROWS, COLLATE, gb=half / 1e9, folder=tmp_path) as collate,
     ):
         kept = [collate.store.find(row["input_ids"]) is not None for row in ROWS]
@@ -218,14 +219,14 @@ def test_prefix_keeps_what_the_bound_allows(tmp_path):
 
 
 def test_prefix_off_where_nothing_fits(tmp_path):
-    with uncached(tuned(deep()), tmp_path, "needs .* GB, the bound is 1e-08 GB", gb=1e-8):
+    with uncached(tuned(deep()), tmp_path, "need .* GB, the bound is 1e-08 GB", gb=1e-8):
         pass
 
 
 def test_prefix_minds_a_full_disk(tmp_path, monkeypatch):
     total, used, _ = shutil.disk_usage(tmp_path)
-    usage = type(shutil.disk_usage(tmp_path))(total, used, prefix_module.RESERVE + 10 * PER_TOKEN)
-    monkeypatch.setattr(prefix_module.shutil, "disk_usage", lambda path: usage)
+    usage = type(shutil.disk_usage(tmp_path))(total, used, proven_store.RESERVE + 10 * PER_TOKEN)
+    monkeypatch.setattr(proven_store.shutil, "disk_usage", lambda path: usage)
     handle = tuned(deep())
     with (
         pytest.warns(UserWarning, match="the disk has room for .* 1 of 12 sequences"),
@@ -250,7 +251,7 @@ def test_prefix_interrupted_while_filling(tmp_path, monkeypatch, error):
     model = deep()
     handle = tuned(model)
     modules = [id(m) for m in model.modules()]
-    monkeypatch.setattr(prefix_module, "FILL_TOKENS", 40)
+    monkeypatch.setattr(proven_store, "FILL_TOKENS", 40)
     run, calls = below.Prefix.run, []
 
     def failing(self, batch):
@@ -269,6 +270,45 @@ def test_prefix_interrupted_while_filling(tmp_path, monkeypatch, error):
                 pass
     assert [id(m) for m in model.modules()] == modules
     assert stores(tmp_path) == []
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    # a lock stays, and says nothing
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
     with cached(handle, tmp_path) as collate:
         assert len(collate.store) == 12
+
+
+def test_prefix_damaged_in_the_middle_is_said_and_made_anew(tmp_path):
+    handle = tuned(deep())
+    with cached(handle, tmp_path):
+        (path,) = tmp_path.rglob("states.bin")
+    content = path.read_bytes()
+    # two tokens of one sequence, in each other's place: every number is still there
+    at = len(content) // 2 // PER_TOKEN * PER_TOKEN
+    swapped = content[at + PER_TOKEN : at + 2 * PER_TOKEN] + content[at : at + PER_TOKEN]
+    path.write_bytes(content[:at] + swapped + content[at + 2 * PER_TOKEN :])
+    with (
+        pytest.warns(UserWarning, match=f"prefix cache: {path} is not what was written: .* made anew"),
+        prefix_cached(handle, ROWS, COLLATE, gb=1, folder=tmp_path) as collate,
+    ):
+        assert isinstance(collate, PrefixCollator)
+    assert path.read_bytes() == content
+
+
+def in_a_process(loader, collate):
+    """The states of a data loader's batches are those of this process."""
+    for batch, first in zip(loader, range(0, len(ROWS), 4), strict=True):
+        assert batch[STATES].equal(collate(ROWS[first : first + 4])[STATES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["spawn", "fork"])
+def test_prefix_in_a_data_loaders_process(tmp_path, way):
+    with cached(tuned(deep()), tmp_path) as collate:
+        how = {"collate_fn": collate, "num_workers": 1, "multiprocessing_context": way}
+        in_a_process(torch.utils.data.DataLoader(ROWS, batch_size=4, **how), collate)
+
+
+def test_prefix_is_handed_to_a_process_as_the_name_of_its_files(tmp_path):
+    with cached(tuned(deep()), tmp_path) as collate:
+        handed = ForkingPickler.dumps(collate)
+        assert len(handed) < 2000
+        in_a_process((pickle.loads(handed)(ROWS[i : i + 4]) for i in range(0, len(ROWS), 4)), collate)

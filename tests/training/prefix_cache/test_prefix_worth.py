@@ -14,7 +14,7 @@ from lofit_fast.training.dry_run import dry_run
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said
 from lofit_fast.training.objectives import Completions
-from lofit_fast.training.prefix_cache import worth
+from lofit_fast.training.prefix_cache import proven_store, worth
 from lofit_fast.training.prefix_cache.worth import settled_prefix, worth_of
 from tests.tiny_models import HIDDEN
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -40,7 +40,7 @@ def test_worth_is_the_count_by_hand(tmp_path, free):
     below, above = sum(weights[:2]), sum(weights[2:])
     size, labels = TOKENS * HIDDEN * 4, epochs * 2 * len(ROWS)
     head = 4 * labels * handle.model.config.vocab_size * HIDDEN
-    saved = 2 * below * (epochs - 1) * TOKENS - 0.01 * (4 * below + (1 + epochs) * size)
+    saved = 2 * below * (epochs - 1) * TOKENS - 0.01 * (4 * below + (3 + epochs) * size)
     assert found.saved == pytest.approx(saved / (epochs * TOKENS * (2 * below + 4 * above) + head))
     assert (found.layers, found.tokens, found.passes, found.bytes) == (2, TOKENS, epochs, size)
     assert (found.room, found.gb, found.refusal) == (10 * 10**9, 10.0, None)
@@ -130,9 +130,7 @@ def test_a_run_goes_on_with_what_auto_was(cache, tmp_path, free, monkeypatch):
     # a rule would say no by now
     free.free = 0
     shutil.rmtree(cache / "prefix")
-    monkeypatch.setattr(
-        "lofit_fast.training.prefix_cache.cache.shutil.disk_usage", lambda p: SimpleNamespace(free=10**12)
-    )
+    monkeypatch.setattr(proven_store.shutil, "disk_usage", lambda p: SimpleNamespace(free=10**12))
     fit(model, tmp_path / "run", gb="auto", heads=[(2, 1)])
     assert len(stores(cache / "prefix")) == 1
 

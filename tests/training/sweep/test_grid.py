@@ -1,10 +1,12 @@
 """What a sweep's file says: the runs, their names and recipes, and one clear error for each way to get it wrong."""
 
 import json
+import os
 
 import pytest
 
-from lofit_fast.training.sweep.grid import parse_grid, read_grid
+from lofit_fast.training.sweep.grid import Grid, parse_grid, read_grid
+from tests.damaging import VALUES, damaged, revalued
 
 BASE = {"model": "smollm2"}
 
@@ -105,3 +107,55 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "grid.toml").write_text("[base\n")
     with pytest.raises(ValueError, match="is not TOML"):
         read_grid(tmp_path / "grid.toml")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "grid.toml")
+    with pytest.raises(ValueError, match="grid.toml is no file"):
+        read_grid(tmp_path / "grid.toml")
+
+
+def test_a_mark_before_the_text_is_no_matter(tmp_path):
+    (tmp_path / "grid.toml").write_text('[base]\nmodel = "é"\n[grid]\nseed = [1]', encoding="utf-8-sig")
+    assert read_grid(tmp_path / "grid.toml").model == "é"
+
+
+GRID = """
+[base]
+model = "smollm2"
+data = "a.jsonl"
+top = 0.1
+columns = {prompt = "question"}
+[grid]
+seed = [1, 2]
+tune_lr = [1e-2, 2e-2]
+[[runs]]
+name = "many heads"
+max_length = 64
+"""
+
+
+def read_or_refused(path, content):
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_grid(path), Grid)
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error), error
+        assert not isinstance(error, UnicodeError | RecursionError)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_read_or_refused(tmp_path, count):
+    for content in damaged(GRID.encode(), count, seed=count):
+        read_or_refused(tmp_path / "grid.toml", content)
+
+
+def test_another_value_anywhere_is_read_or_refused():
+    runs = [{"name": "a", "seed": 3, "heads": "x"}, {"top": 4}]
+    content = {"base": {**BASE, "data": "a", "columns": {"prompt": "b"}}, "grid": {"l1": [1, 2]}, "runs": runs}
+    for one in [*revalued(content, 200), *VALUES]:
+        try:
+            parse_grid(one)
+        except ValueError as error:
+            assert "grid" in str(error)

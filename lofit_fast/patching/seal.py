@@ -1,0 +1,52 @@
+"""Two digests in an adapter's config: of its tensors, and of the entries that say what these are.
+
+A flipped bit in either file is noticed. Both follow from what an adapter is, whoever writes it and however its tensors
+are named: by `handle.save` or by PEFT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+TENSOR_DIGEST, CONFIG_DIGEST = "tensor_digest", "config_digest"
+# the entries that the second digest is of; a name of a base model may be changed by hand
+SEALED = ("fingerprint", "base_digest", "scale", "offset", "init_std", "seed", "positions", TENSOR_DIGEST)
+# what a folder of an earlier release means by leaving an entry out
+_ABSENT = {"positions": "all"}
+
+
+def tensors_digest(tensors: Mapping[tuple[str, int], Tensor]) -> str:
+    """SHA-256 over places, dtypes, shapes and bytes of tensors by (component, layer), in whatever order they come."""
+    total = hashlib.sha256()
+    for component, layer in sorted(tensors):
+        tensor = tensors[component, layer].detach().cpu().contiguous()
+        total.update(f"{component} {layer} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def sealed(description: Mapping[str, object], tensors: Mapping[tuple[str, int], Tensor]) -> dict[str, object]:
+    """The description of an adapter with the two digests in it."""
+    whole = {**description, TENSOR_DIGEST: tensors_digest(tensors)}
+    return {**whole, CONFIG_DIGEST: _entries_digest(whole)}
+
+
+def is_sealed(description: object) -> bool:
+    """Whether something read from a file is a description with digests, rightly or not."""
+    return isinstance(description, Mapping) and (TENSOR_DIGEST in description or CONFIG_DIGEST in description)
+
+
+def is_unchanged(description: Mapping[str, object]) -> bool:
+    """Whether a description with digests is as it was sealed."""
+    return description.get(CONFIG_DIGEST) == _entries_digest(description)
+
+
+def _entries_digest(description: Mapping[str, object]) -> str:
+    entries = [description.get(name, _ABSENT.get(name)) for name in SEALED]
+    # as JSON gives it back: tuples are lists
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,275 @@
+"""Damage in a sweep's folder is a row that says so, or is mended; the other runs are what they are without."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+import lofit_fast as lf
+from lofit_fast.locks import alone
+from lofit_fast.training.sweep import one_run, sweep_folder
+from lofit_fast.training.sweep.grid import read_grid
+from lofit_fast.training.sweep.run import sweep
+from tests.damaging import VALUES, damaged
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.sweep.test_sweep import bare, data, grid_of, run, trainings
+
+assert bare and data and trainings  # fixtures
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """(grid, a finished sweep of two runs, its rows)."""
+    folder = tmp_path_factory.mktemp("sound")
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a}=", "completion": a * 2}) + "\n" for a in "abcdefghij"))
+    grid = grid_of(str(path), tune_lr=[1e-2, 2e-2])
+    return grid, folder / "sweep", run(grid, folder / "sweep")
+
+
+@pytest.fixture
+def again(sound, tmp_path):
+    """(a copy of the finished sweep's folder, the first run's in it, what runs the sweep again on a bare base)."""
+    grid, folder, rows = sound
+    shutil.copytree(folder, tmp_path / "sweep")
+    model = tiny_model("llama")
+
+    def rerun():
+        found = run(grid, tmp_path / "sweep", model)
+        assert lf.handle_of(model) is None
+        # whatever is wrong with the first, the second is what it was
+        assert found[1] == rows[1]
+        return found[0]
+
+    return tmp_path / "sweep", tmp_path / "sweep" / "runs" / rows[0]["name"], rerun
+
+
+def _without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _as(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+# what befalls the files of a finished run that its result is read from
+HARMS = {
+    "no weights": _without("adapter/adapter_model.safetensors"),
+    "no adapter": lambda folder: shutil.rmtree(folder / "adapter"),
+    "cut weights": lambda folder: os.truncate(folder / "adapter" / "adapter_model.safetensors", 20),
+    "an adapter of another kind": _as("adapter/adapter_config.json", '{"peft_type": "LORA"}'),
+    "cut heads": _as("heads.json", '{"heads": [[0'),
+    "heads of another kind": _as("heads.json", '{"heads": [1], "scores": null}'),
+    "a cut history": _as("history.jsonl", '{"stage": "tune"'),
+    "a state in depth": _as("state.json", "[" * 10**5),
+    "half a state": _as("state.json", '{"stage": "done", "identity"'),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_finished_run_is_a_failed_row(again, harm):
+    _, folder, rerun = again
+    HARMS[harm](folder)
+    row = rerun()
+    assert row["status"] == "failed"
+    assert row["error"].endswith(f"(without {folder} it is run again)")
+    shutil.rmtree(folder)
+    assert rerun()["status"] == "done"
+
+
+def test_a_damaged_summary_is_written_anew(again, sound):
+    _, folder, rerun = again
+    expected = {key: value for key, value in sound[2][0].items() if key != "wall_seconds"}
+    path = folder / "summary.json"
+    content = path.read_bytes()
+    for text in (
+        b"{",
+        b"[]",
+        b'{"heads": [[0, 0]]}',
+        content.replace(b'"loss": ', b'"loss": 1'),
+        b"\xff",
+        b"[" * 10**5,
+    ):
+        path.write_bytes(text)
+        with pytest.warns(UserWarning, match="summary.json is not what this run has left: written anew"):
+            row = rerun()
+        assert {key: value for key, value in row.items() if key != "wall_seconds"} == expected
+        assert json.loads(path.read_text())["heads"] == expected["chosen_heads"]
+
+
+def test_damaged_tables_are_written_anew(again, sound):
+    folder, _, rerun = again
+    for content in [*damaged((folder / "sweep.json").read_bytes(), 5), *(json.dumps(v).encode() for v in VALUES[:3])]:
+        for name in ("sweep.json", "sweep.csv"):
+            (folder / name).write_bytes(content)
+        assert rerun() == sound[2][0]
+        assert json.loads((folder / "sweep.json").read_text())["runs"] == sound[2]
+
+
+@pytest.mark.parametrize("place", ["runs", "step1", "runs/tune_lr=0.01"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_link_out_of_the_folder_is_refused(data, tmp_path, place, resume):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("")
+    link = tmp_path / "sweep" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{link} is a link"):
+        run(grid_of(data, tune_lr=[1e-2]), tmp_path / "sweep", resume=resume)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_a_second_sweep_in_the_folder_is_refused(data, tmp_path):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    with (
+        alone(folder / "sweep.lock", "sweep"),
+        pytest.raises(BlockingIOError, match=f"cannot sweep in {folder}: process {os.getpid()} on host"),
+    ):
+        run(grid_of(data, tune_lr=[1e-2]), folder)
+    assert not (folder / "runs").exists()
+
+
+def test_a_sweep_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        run(grid_of(str(tmp_path / "nowhere.jsonl"), tune_lr=[1e-2]), tmp_path / "sweep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_is_leaving_is_waited_for(data, tmp_path, monkeypatch):
+    fit, refusals = one_run.fit_objective, iter([BlockingIOError("process 7 does so now")] * 2)
+
+    def refused(*args, **options):
+        for error in refusals:
+            raise error
+        return fit(*args, **options)
+
+    monkeypatch.setattr(one_run, "fit_objective", refused)
+    (row,) = run(grid_of(data, tune_lr=[1e-2]), tmp_path)
+    assert row["status"] == "done"
+    monkeypatch.setattr(one_run, "_ENDING_SECONDS", 0.0)
+    refusals = iter([BlockingIOError("process 7 does so now")] * 2)
+    (row,) = run(grid_of(data, tune_lr=[1e-2]), tmp_path)
+    assert (row["status"], row["error"][:30]) == ("failed", "BlockingIOError: process 7 doe")
+
+
+@pytest.mark.parametrize("found", ["float32", "bfloat16"])
+def test_the_dtype_is_chosen_once(data, tmp_path, monkeypatch, found):
+    grid = grid_of(data, tune_lr=[1e-2])
+    monkeypatch.setattr(sweep_folder, "best_dtype", lambda device: getattr(torch, found))
+    assert sweep_folder.shared_dtype(tmp_path, grid, True) == found
+    monkeypatch.setattr(sweep_folder, "best_dtype", lambda device: pytest.fail("asked again"))
+    (tmp_path / "sweep.json").write_text(json.dumps({"dtype": found}))
+    assert sweep_folder.shared_dtype(tmp_path, grid, True) == found
+    # damaged, or of an earlier release: the runs know
+    (tmp_path / "sweep.json").write_text('{"dtype": "load"}')
+    (tmp_path / "runs" / "tune_lr=0.01").mkdir(parents=True)
+    (tmp_path / "runs" / "tune_lr=0.01" / "state.json").write_text(json.dumps({"identity": {"dtype": found}}))
+    assert sweep_folder.shared_dtype(tmp_path, grid, True) == found
+    asked = grid_of(data, {"dtype": "float16"}, tune_lr=[1e-2])
+    assert sweep_folder.shared_dtype(tmp_path, asked, True) == "float16"
+
+
+# a sweep in a process of its own, of which the test kills this process or a worker
+SWEEP = """
+import sys
+from lofit_fast.training.sweep.grid import read_grid
+from lofit_fast.training.sweep.run import sweep
+if __name__ == "__main__":
+    sweep(read_grid(sys.argv[1]), sys.argv[2], jobs=int(sys.argv[3]), progress=False)
+"""
+
+
+def children_of(process):
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def begun(folder, grid, jobs):
+    """A sweep in a process of its own."""
+    (folder / "sweep.py").write_text(SWEEP)
+    command = [sys.executable, folder / "sweep.py", grid, folder / "killed", str(jobs)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def grid_file(tmp_path):
+    """A sweep of four runs, each long enough to be killed in."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghij"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        f"""
+        [base]
+        model = "{tmp_path}/model"
+        data = "{tmp_path}/data.jsonl"
+        top = 2
+        batch_size = 4
+        select_epochs = 2
+        tune_epochs = 20
+        [grid]
+        seed = [1, 2]
+        tune_lr = [1e-2, 2e-2]
+        """
+    )
+    return path
+
+
+def wait_for(what, seconds=120.0):
+    for _ in range(int(seconds / 0.02)):
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
+def results(rows):
+    return [{key: value for key, value in row.items() if key != "wall_seconds"} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["parent", "worker", "interrupted"])
+def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, victim):
+    grid = read_grid(grid_file)
+    whole = sweep(grid, tmp_path / "whole", jobs=2, progress=False)
+    process = begun(tmp_path, grid_file, 2)
+    wait_for(lambda: list((tmp_path / "killed").glob("runs/*/tune/checkpoint-*")))
+    workers = children_of(process.pid)
+    target = {"parent": process.pid, "worker": workers[-1], "interrupted": process.pid}[victim]
+    os.kill(target, signal.SIGINT if victim == "interrupted" else signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    # nobody goes on, and nobody holds the folder
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), 20)
+    with alone(tmp_path / "killed" / "sweep.lock", "look"):
+        pass
+    if victim == "worker":
+        assert "ChildProcessError: one of 2 processes died" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = sweep(grid, tmp_path / "killed", jobs=2, progress=False)
+    assert results(rows) == results(whole)
+
+
+@pytest.mark.slow
+def test_two_sweeps_in_one_folder(grid_file, tmp_path):
+    first = begun(tmp_path, grid_file, 1)
+    wait_for((tmp_path / "killed" / "sweep.lock.owner.json").exists)
+    second = begun(tmp_path, grid_file, 1)
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert f"process {first.pid} on host" in said
+    assert first.wait(300) == 0
+    rows = json.loads((tmp_path / "killed" / "sweep.json").read_text())["runs"]
+    assert [row["status"] for row in rows] == ["done"] * 4

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,7 +38,7 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
 # the entry of the tensor file's header that repeats the config
 _NOTE = "lofit"
-_LONGEST_NAME = 500
+_LONGEST_NAME, _MOST_TENSORS = 500, 10_000
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,16 @@ def description_in(folder: Path) -> dict:
     Raises ValueError for a config that is none of an adapter, or a file of tensors that cannot be read.
     """
     description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
-    if not (folder / TENSOR_FILE).is_file():
+    path = folder / TENSOR_FILE
+    if not path.is_file():
         return description
-    named, note = _opened(folder / TENSOR_FILE)
+    with _reading(path) as file:
+        note = _note_in(file)
     # PEFT writes no note, and tensors of other modules beside ours
-    return description if note is None else _described(folder, description, note, _by_place(folder, named)[0])
+    if note is None or not is_sealed(note):
+        return description
+    named, note = _opened(path)
+    return _described(folder, description, note, _by_place(path, named)[0])
 
 
 def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
@@ -324,12 +331,30 @@ def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], object]:
-    """(tensors by name, note in the header). Raises ValueError for a file that is not one of safetensors."""
+    """(tensors by name, note in the header), of one moment. Raises ValueError for what is no file of safetensors."""
+    with _reading(path) as file:
+        note, names = _note_in(file), list(file.keys())
+        named = {name: file.get_tensor(name) for name in names[:_MOST_TENSORS]}
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors: expected at most two for a layer")
+    return named, note
+
+
+def _note_in(file) -> object:
+    """The description in the header of an open file; None in files of earlier releases and of PEFT."""
+    note = (file.metadata() or {}).get(_NOTE)
+    return None if note is None else json.loads(note)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator:
+    """A scope with the file of safetensors open, in which what is wrong with it is a ValueError that names it."""
+    # safetensors reports as damage what may not be read
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(_NOTE)
-            named = {name: file.get_tensor(name) for name in list(file.keys())}
-        return named, None if note is None else json.loads(note)
+            yield file
     except (OSError, MemoryError):
         raise
     # safetensors' own error, and others for kinds of numbers that torch does not know

@@ -114,21 +114,25 @@ def read_adapter(folder: Path | str) -> Adapter:
 
 
 def description_in(folder: Path) -> dict:
-    """What `read_adapter` would take for the folder's description, unchecked. The tensors may come later, from a hub.
+    """What `read_adapter` would take for the folder's description; the tensors may come later, as they do from a hub.
 
-    Raises ValueError for a config that is none of an adapter, or a file of tensors that cannot be read.
+    Raises ValueError for a config that is none of an adapter, or damaged, or a file of tensors that cannot be read.
     """
     description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     path = folder / TENSOR_FILE
-    if not path.is_file():
-        return description
-    with _reading(path) as file:
-        note = _note_in(file)
-    # PEFT writes no note, and tensors of other modules beside ours
-    if note is None or not is_sealed(note):
-        return description
-    named, note = _opened(path)
-    return _described(folder, description, note, _by_place(path, named)[0])
+    if path.is_file():
+        with _reading(path) as file:
+            note = _note_in(file)
+        # PEFT writes no note, and tensors of other modules beside ours
+        if is_sealed(note):
+            named, note = _opened(path)
+            description = _described(folder, description, note, _by_place(path, named)[0])
+    # a config of PEFT that has met no model has no fingerprint
+    if description["fingerprint"] is not None:
+        _made(folder, description, {}, {})
+    if is_sealed(description):
+        _check_entries(folder, description)
+    return description
 
 
 def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
@@ -218,13 +222,17 @@ def _check_shapes(where: str, expected: dict[tuple[str, int], tuple], got: dict[
 
 def _check_seal(folder: Path, description: dict, tensors: dict) -> None:
     """Raise ValueError, naming the file, unless both files are as they were saved."""
-    if not is_unchanged(description):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its digest is not that of its entries"
-        )
+    _check_entries(folder, description)
     if description.get(TENSOR_DIGEST) != tensors_digest(tensors):
         raise ValueError(
             f"{folder / TENSOR_FILE} is damaged: its tensors are not those whose digest is in {CONFIG_FILE}"
+        )
+
+
+def _check_entries(folder: Path, description: dict) -> None:
+    if not is_unchanged(description):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its entries are not those whose digest it has"
         )
 
 

@@ -12,18 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.config import HeadSet, LofitConfig
+from lofit_fast.config import HeadSet, LofitConfig, shown
 from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
 from lofit_fast.patching.handle import build_layers, handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
-from lofit_fast.patching.storage import COMPONENTS, FORMAT_VERSION, PEFT_TYPE, parse_tensor_name
+from lofit_fast.patching.seal import CONFIG_DIGEST, TENSOR_DIGEST, sealed, tensors_digest
+from lofit_fast.patching.sharding import kind_of_part
+from lofit_fast.patching.storage import (
+    COMPONENTS,
+    FORMAT_VERSION,
+    PEFT_TYPE,
+    check_finite,
+    description_in,
+    parse_tensor_name,
+)
+from lofit_fast.patching.weight_sample import base_digest, check_base
 
 with needing("peft", "peft", "lofit_fast.peft"):
     from peft import PeftConfig
@@ -37,8 +48,9 @@ class LofitPeftConfig(PeftConfig):
     """`LofitConfig` as a config of PEFT.
 
     scale, offset, init_std, seed: as of `LofitConfig`. modules_to_save: as of every PEFT method. The projections are
-    found in the model: `target_modules` is filled in, not asked for. fingerprint: the shape of the model that the
-    adapter is for, once there is one. positions: "all", the only one that PEFT's models do.
+    found in the model: `target_modules` is filled in, not asked for. fingerprint, base_digest: shape and weights of the
+    model that the adapter is for, once there is one. positions: "all", the only one that PEFT's models do.
+    tensor_digest, config_digest: of the folder that the config was read from, until its tensors are loaded.
     Raises what `LofitConfig` raises, and ValueError for vectors that act on answers alone.
     """
 
@@ -50,7 +62,10 @@ class LofitPeftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     target_modules: set[str] | None = field(default=None, repr=False)
     fingerprint: dict | None = field(default=None, repr=False)
+    base_digest: str = field(default="", repr=False)
     format_version: int = field(default=FORMAT_VERSION, repr=False)
+    tensor_digest: str | None = field(default=None, repr=False)
+    config_digest: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,14 +77,43 @@ class LofitPeftConfig(PeftConfig):
                 "where an answer begins: use lofit_fast.load or lofit_fast.patch"
             )
         self.scale, self.offset = config.scale, config.offset
+        if not isinstance(self.base_digest, str):
+            raise ValueError(f"expected base_digest to be text, got {shown(self.base_digest)}")
 
     def heads(self) -> LofitConfig:
         """What is adapted, for `lofit_fast`."""
         return LofitConfig(self.scale, self.offset, self.init_std, self.seed, self.positions)
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict:
+        """The entries of a folder's config, or of the adapter that was last saved there, see `storage`.
+
+        Raises ValueError for a folder that is damaged.
+        """
+        return description_in(Path(path_json_file).parent)
+
     def to_dict(self) -> dict:
         """What `adapter_config.json` holds: what `handle.save` writes, and PEFT's own entries."""
-        return super().to_dict() | {"peft_type": PEFT_TYPE, "target_modules": None, "format_version": FORMAT_VERSION}
+        ours = {"peft_type": PEFT_TYPE, "target_modules": None, "format_version": FORMAT_VERSION}
+        entries = super().to_dict() | ours | {TENSOR_DIGEST: None, CONFIG_DIGEST: None}
+        # once: the vectors may be others the next time
+        digest = vars(self).pop("_to_be_written", None)
+        return entries if digest is None else sealed(entries, digest)
+
+    def expect_to_write(self, tensors: dict[tuple[str, int], Tensor]) -> None:
+        """Take note of the tensors, by (component, layer), that PEFT writes beside what `to_dict` gives next."""
+        whole = tensors and all(t.device.type != "meta" and kind_of_part(t) is None for t in tensors.values())
+        self._to_be_written = tensors_digest(tensors) if whole else None
+
+    def check_loaded(self, tensors: dict[tuple[str, int], Tensor]) -> None:
+        """Raise ValueError unless tensors, by (component, layer), are finite, and those that the config came with."""
+        check_finite(tensors, "cannot load the adapter")
+        if self.tensor_digest is not None and self.tensor_digest != tensors_digest(tensors):
+            raise ValueError(
+                "cannot load the adapter: its tensors are damaged, or not those that its config was written with. If "
+                "they are right, set tensor_digest of the LofitPeftConfig to None"
+            )
+        self.tensor_digest = self.config_digest = None
 
 
 class LofitPeftLayer(nn.Module, BaseTunerLayer):
@@ -214,7 +258,9 @@ class LofitModel(BaseTuner):
         if peft_config.fingerprint is not None and Fingerprint(**peft_config.fingerprint) != found:
             made_for = Fingerprint(**peft_config.fingerprint)
             raise ValueError(f"the adapter is for another model: it was made for {made_for}, this model is {found}")
-        peft_config.fingerprint = found.as_dict()
+        made_for = peft_config.base_model_name_or_path
+        check_base(model, peft_config.base_digest, "the adapter", made_for, strict=False)
+        peft_config.fingerprint, peft_config.base_digest = found.as_dict(), base_digest(model)
         peft_config.target_modules = {p.name for p in adapted}
         self._drawn = {p.name: (p, layers[p.layer]) for p in adapted}
 
@@ -296,6 +342,16 @@ class LofitModel(BaseTuner):
         yield
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model, config, adapter_name, state_dict, unwanted_adapter_names
+    ) -> dict[str, Tensor]:
+        """The vectors by PEFT's names, of which the config that is written beside them has a digest."""
+        got = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        parsed = {parse_tensor_name(cls._remove_adapter_name_from_key(key, adapter_name)): t for key, t in got.items()}
+        config.expect_to_write({key: tensor for key, tensor in parsed.items() if key is not None})
+        return got
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict[str, Tensor]:
         """By (component, layer), so that a folder of `handle.save` loads into any model around the same decoder.
 
@@ -319,6 +375,7 @@ class LofitModel(BaseTuner):
                 f"{component} of layer {layer} is {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}. Load it "
                 "under another name, or make the adapter with the heads that the folder has"
             )
+        config.check_loaded({parsed: state_dict[key] for key, parsed in ours.items()})
         return {wanted[ours[key]][0] if key in ours else key: tensor for key, tensor in state_dict.items()}
 
 

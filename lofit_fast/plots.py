@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lofit_fast.config import Head
 from lofit_fast.extras import needing
+from lofit_fast.files import whole_folder
 
 # what a head is scored by -> what the map of heads calls it
 SCORE_NAMES = {
@@ -81,8 +82,11 @@ def new_figure(size: tuple[float, float], columns: int = 1):
 
 
 def save_figure(figure, path: Path | str) -> Path:
-    """Write a figure as PNG, its folder made if need be. Returns the path."""
+    """Write a figure as PNG, whole or not at all, its folder made if need be. Returns the path.
+
+    A link of that name is replaced, not written through. Raises OSError naming the folder and the reason.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with whole_folder(path.parent) as scratch:
+        figure.savefig(scratch / path.name, dpi=150)
     return path

@@ -117,3 +117,28 @@ def test_check_top_takes(top):
 def test_check_top_refuses(top):
     with pytest.raises(ValueError, match="top"):
         check_top(top)
+
+
+@pytest.mark.parametrize("pair", [(True, 0, 1), (0, True), (0, 1, 2), "01"])
+def test_config_takes_no_pair_with_more_in_it(pair):
+    with pytest.raises(TypeError, match="pairs of non-negative integers"):
+        LofitConfig(offset=[pair])
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+def test_config_seed_is_one_that_generators_take(seed):
+    with pytest.raises(ValueError, match="expected seed in "):
+        LofitConfig(offset="all", seed=seed)
+
+
+@pytest.mark.parametrize("init_std", [float("inf"), float("nan"), 10**400])
+def test_config_init_std_is_finite(init_std):
+    with pytest.raises(ValueError, match="expected a finite number init_std >= 0"):
+        LofitConfig(offset="all", init_std=init_std)
+
+
+def test_config_messages_are_no_longer_than_they_need_be():
+    twice = [(0, n) for n in range(10_000)] * 2
+    with pytest.raises(ValueError, match="lists heads more than once") as raised:
+        LofitConfig(offset=twice)
+    assert len(str(raised.value)) < 400

@@ -1,12 +1,17 @@
 """The best heads by their scores."""
 
+import json
 import math
+import time
+from random import Random
 
 import pytest
 import torch
 
 from lofit_fast import LofitConfig, select_heads
-from lofit_fast.heads import jaccard
+from lofit_fast.files import write_json
+from lofit_fast.heads import jaccard, read_heads, with_digest
+from tests.mutations import BYTES, JSON
 
 SCORES = torch.tensor([[0.1, 0.9, 0.3], [0.9, 0.2, 0.8]])
 BEST_FIRST = [(0, 1), (1, 0), (1, 2), (0, 2), (1, 1), (0, 0)]
@@ -79,3 +84,80 @@ def test_select_heads_refuses(scores, top, message):
 )
 def test_jaccard(first, second, expected):
     assert jaccard(first, second) == expected
+
+
+HEADS = [(3, 1), (0, 2), (1, 1)]
+
+
+@pytest.fixture
+def heads_file(tmp_path):
+    write_json(tmp_path / "heads.json", with_digest({"heads": HEADS, "scores": None, "select": "lofit"}))
+    return tmp_path / "heads.json"
+
+
+def test_heads_are_read_back_in_their_order(heads_file, tmp_path):
+    assert read_heads(heads_file) == HEADS
+    # what earlier releases wrote, and what a user writes
+    for content in ({"heads": HEADS}, HEADS):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        assert read_heads(str(tmp_path / "other.json")) == HEADS
+
+
+@pytest.mark.parametrize("kind", [*BYTES, *JSON])
+def test_a_damaged_file_of_heads_is_an_error_or_the_same_heads(kind, heads_file):
+    raw = heads_file.read_bytes()
+    for seed in range(2 if kind in ("deep", "40,000 heads") else 25):
+        heads_file.write_bytes({**BYTES, **JSON}[kind](raw, Random(f"{kind} {seed}")))
+        try:
+            assert read_heads(heads_file) == HEADS
+        except ValueError as error:
+            assert str(heads_file) in str(error) and len(str(error)) < 1000
+
+
+WRONG = {
+    "floats": [[0, 1.0]],
+    "text": ["01", "02"],
+    "true": [[0, True]],
+    "negative": [[0, -1]],
+    "three": [[0, 1, 2]],
+    "huge": [[0, 10**40]],
+    "none": [],
+    "null": None,
+    "keys": {"0": 1},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_list_of_heads_says_what_was_got(case, tmp_path):
+    path = tmp_path / "heads.json"
+    for content in ({"heads": WRONG[case]}, WRONG[case]):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{path} holds no heads: expected .* of non-negative integers, got "):
+            read_heads(path)
+
+
+def test_heads_that_are_listed_twice(tmp_path):
+    (tmp_path / "heads.json").write_text("[[0, 1], [1, 1], [0, 1]]")
+    with pytest.raises(ValueError, match=r"lists heads more than once: \[\(0, 1\)\]"):
+        read_heads(tmp_path / "heads.json")
+
+
+def test_heads_that_were_changed_by_hand_say_how_to_keep_them(heads_file):
+    content = json.loads(heads_file.read_text())
+    content["heads"][0] = [2, 2]
+    heads_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="If they are right, take the entry 'heads_digest' out of it"):
+        read_heads(heads_file)
+    del content["heads_digest"]
+    heads_file.write_text(json.dumps(content))
+    assert read_heads(heads_file) == [(2, 2), *HEADS[1:]]
+
+
+@pytest.mark.parametrize("layers", [1, 40_000])
+def test_40_000_heads_take_no_time(layers, tmp_path):
+    heads = [(n % layers, n) for n in range(40_000)]
+    (tmp_path / "heads.json").write_text(json.dumps(heads))
+    started = time.thread_time()
+    assert LofitConfig(offset=read_heads(tmp_path / "heads.json")).offset == tuple(heads)
+    # it was minutes
+    assert time.thread_time() - started < 5

@@ -79,3 +79,19 @@ def test_plots_leave_pyplot_alone(tmp_path, monkeypatch):
     loss_curves(HISTORY, tmp_path / "loss.png")
     assert "matplotlib.pyplot" not in sys.modules
     assert matplotlib.rcParams.copy() == before
+
+
+def test_plots_replace_a_link_and_leave_what_it_leads_to(tmp_path):
+    (tmp_path / "theirs.png").write_text("theirs")
+    (tmp_path / "heads.png").symlink_to(tmp_path / "theirs.png")
+    heads_map(torch.rand(3, 4), [(0, 0)], tmp_path / "heads.png")
+    assert (tmp_path / "theirs.png").read_text() == "theirs"
+    assert not (tmp_path / "heads.png").is_symlink()
+    assert size_of(tmp_path / "heads.png")
+
+
+def test_plots_that_cannot_be_written_leave_nothing(tmp_path):
+    (tmp_path / "heads.png").mkdir()
+    with pytest.raises(OSError, match=f"cannot write to output folder {tmp_path}: heads.png is there"):
+        heads_map(torch.rand(3, 4), [(0, 0)], tmp_path / "heads.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.png"]

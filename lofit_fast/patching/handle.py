@@ -14,7 +14,7 @@ from torch import nn
 from lofit_fast.config import HeadSet, LofitConfig, shown
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
-from lofit_fast.patching.architectures import Projection, find_projections, fingerprint, text_config
+from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.fold import ModelFold, decoder_of
 from lofit_fast.patching.layer import LofitLinear, eval_mode
 from lofit_fast.patching.load_watch import LoadWatch

@@ -30,15 +30,16 @@ def tensors_digest(tensors: Mapping[tuple[str, int], Tensor]) -> str:
     return total.hexdigest()
 
 
-def sealed(description: Mapping[str, object], tensors: Mapping[tuple[str, int], Tensor]) -> dict[str, object]:
-    """The description of an adapter with the two digests in it."""
-    whole = {**description, TENSOR_DIGEST: tensors_digest(tensors)}
+def sealed(description: Mapping[str, object], digest: str) -> dict[str, object]:
+    """The description of an adapter with the two digests in it. digest: of its tensors."""
+    whole = {**description, TENSOR_DIGEST: digest}
     return {**whole, CONFIG_DIGEST: _entries_digest(whole)}
 
 
 def is_sealed(description: object) -> bool:
     """Whether something read from a file is a description with digests, rightly or not."""
-    return isinstance(description, Mapping) and (TENSOR_DIGEST in description or CONFIG_DIGEST in description)
+    digests = (TENSOR_DIGEST, CONFIG_DIGEST)
+    return isinstance(description, Mapping) and any(description.get(name) is not None for name in digests)
 
 
 def is_unchanged(description: Mapping[str, object]) -> bool:

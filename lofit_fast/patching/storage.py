@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,7 +38,7 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
 # the entry of the tensor file's header that repeats the config
 _NOTE = "lofit"
-_LONGEST_NAME = 500
+_LONGEST_NAME, _MOST_TENSORS = 500, 10_000
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     the config, and `read_adapter` checks them.
     Raises ValueError for vectors that are not finite, OSError when the folder cannot be written: it is as it was then.
     """
-    _check_finite(adapter.tensors, "cannot save the adapter")
+    check_finite(adapter.tensors, "cannot save the adapter")
     config, tensors = adapter.config, {key: t.detach().cpu().contiguous() for key, t in adapter.tensors.items()}
     description = {
         "peft_type": PEFT_TYPE,
@@ -78,7 +80,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "seed": config.seed,
         "positions": config.positions,
     }
-    description = sealed(description, tensors)
+    description = sealed(description, tensors_digest(tensors))
     named = {
         f"base_model.model.{adapter.modules[number]}.lofit_{component}": vectors
         for (component, number), vectors in tensors.items()
@@ -99,15 +101,38 @@ def read_adapter(folder: Path | str) -> Adapter:
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no adapter folder: {', '.join(missing)} not found")
-    description = _read_description(folder / CONFIG_FILE)
-    tensors, modules, note = _read_tensors(folder / TENSOR_FILE)
+    description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    named, note = _opened(folder / TENSOR_FILE)
+    tensors, modules = _by_place(folder / TENSOR_FILE, named)
     description = _described(folder, description, note, tensors)
     adapter = _made(folder, description, tensors, modules)
     _check_described(folder, adapter)
     if is_sealed(description):
         _check_seal(folder, description, tensors)
-    _check_finite(tensors, str(folder / TENSOR_FILE))
+    check_finite(tensors, str(folder / TENSOR_FILE))
     return adapter
+
+
+def description_in(folder: Path) -> dict:
+    """What `read_adapter` would take for the folder's description; the tensors may come later, as they do from a hub.
+
+    Raises ValueError for a config that is none of an adapter, or damaged, or a file of tensors that cannot be read.
+    """
+    description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    path = folder / TENSOR_FILE
+    if path.is_file():
+        with _reading(path) as file:
+            note = _note_in(file)
+        # PEFT writes no note, and tensors of other modules beside ours
+        if is_sealed(note):
+            named, note = _opened(path)
+            description = _described(folder, description, note, _by_place(path, named)[0])
+    # a config of PEFT that has met no model has no fingerprint
+    if description["fingerprint"] is not None:
+        _made(folder, description, {}, {})
+    if is_sealed(description):
+        _check_entries(folder, description)
+    return description
 
 
 def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
@@ -197,17 +222,21 @@ def _check_shapes(where: str, expected: dict[tuple[str, int], tuple], got: dict[
 
 def _check_seal(folder: Path, description: dict, tensors: dict) -> None:
     """Raise ValueError, naming the file, unless both files are as they were saved."""
-    if not is_unchanged(description):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its digest is not that of its entries"
-        )
+    _check_entries(folder, description)
     if description.get(TENSOR_DIGEST) != tensors_digest(tensors):
         raise ValueError(
             f"{folder / TENSOR_FILE} is damaged: its tensors are not those whose digest is in {CONFIG_FILE}"
         )
 
 
-def _check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+def _check_entries(folder: Path, description: dict) -> None:
+    if not is_unchanged(description):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its entries are not those whose digest it has"
+        )
+
+
+def check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
     for (component, layer), tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")
@@ -245,13 +274,9 @@ def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
     shapes = {key: tuple(vectors.shape) for key, vectors in wanted.items()}
     _check_shapes("", shapes, {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()})
     rounded = {key: adapter.tensors[key].to(vectors.dtype) for key, vectors in wanted.items()}
-    _check_finite(rounded, "the adapter cannot be loaded")
+    check_finite(rounded, "the adapter cannot be loaded")
     for key, vectors in wanted.items():
         vectors.copy_(rounded[key])
-
-
-def _read_description(path: Path) -> dict:
-    return _checked_description(path, read_json(path))
 
 
 def _checked_description(path: Path, description: object) -> dict:
@@ -294,9 +319,8 @@ _NUMBERED = "|".join(re.escape(path) for path in PROJECTIONS if re.search(r"\.\d
 _TENSOR_NAMES = (_tensor_names(_NUMBERED), _tensor_names(r"[^.\d][^.]*(?:\.[^.\d][^.]*)*"))
 
 
-def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, str], object]:
-    """(tensors, modules) of an `Adapter`, and what the file's header says of it, None in files of earlier releases."""
-    named, note = _opened(path)
+def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
+    """(tensors, modules) of an `Adapter`. Raises ValueError for a name or a kind of numbers that is none of ours."""
     tensors, modules = {}, {}
     for name, tensor in named.items():
         if (key := parse_tensor_name(name)) is None:
@@ -311,16 +335,34 @@ def _read_tensors(path: Path) -> tuple[dict[tuple[str, int], Tensor], dict[int, 
         if modules.setdefault(key[1], module) != module:
             raise ValueError(f"{path} has two projections of layer {key[1]}: {modules[key[1]]} and {module}")
         tensors[key] = tensor
-    return tensors, modules, note
+    return tensors, modules
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], object]:
-    """(tensors by name, note in the header). Raises ValueError for a file that is not one of safetensors."""
+    """(tensors by name, note in the header), of one moment. Raises ValueError for what is no file of safetensors."""
+    with _reading(path) as file:
+        note, names = _note_in(file), list(file.keys())
+        named = {name: file.get_tensor(name) for name in names[:_MOST_TENSORS]}
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors: expected at most two for a layer")
+    return named, note
+
+
+def _note_in(file) -> object:
+    """The description in the header of an open file; None in files of earlier releases and of PEFT."""
+    note = (file.metadata() or {}).get(_NOTE)
+    return None if note is None else json.loads(note)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator:
+    """A scope with the file of safetensors open, in which what is wrong with it is a ValueError that names it."""
+    # safetensors reports as damage what may not be read
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(_NOTE)
-            named = {name: file.get_tensor(name) for name in list(file.keys())}
-        return named, None if note is None else json.loads(note)
+            yield file
     except (OSError, MemoryError):
         raise
     # safetensors' own error, and others for kinds of numbers that torch does not know

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lofit_fast.checksums import check_sums
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
@@ -86,7 +87,7 @@ def check_export(handle: LofitHandle, folder: Path | str) -> nn.Module:
     """Reload an exported folder with stock code and compare every tensor with the merged one. No forward runs.
 
     Returns the reloaded model in eval mode, in float32 or wider. Raises ValueError naming the tensors that stock code
-    has dropped, has made up, or has in another form.
+    has dropped, has made up, or has in another form, or the file whose bytes are not those that were written.
     """
     handle.check_live()
     handle.check_everywhere("verify an export")
@@ -105,6 +106,8 @@ def check_export(handle: LofitHandle, folder: Path | str) -> nn.Module:
                 f"the exported model in {folder} does not compute what the patched one does: its {name} is not the "
                 "merged one"
             )
+    # what is within rounding above is damage all the same
+    check_sums(Path(folder), "*.safetensors")
     return exported
 
 

@@ -109,3 +109,65 @@ def test_a_cache_that_cannot_be_written(gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="cannot write"):
         conversion.converted(gguf[0])
+
+
+def test_a_changed_byte_in_a_converted_folder_is_converted_again(cache, gguf):
+    path, read = gguf
+    folder = conversion.converted(path)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= whole.keys()
+    for name, raw in whole.items():
+        for at in (0, len(raw) // 2, len(raw) - 1):
+            times = len(read)
+            (folder / name).write_bytes(raw[:at] + bytes([raw[at] ^ 2]) + raw[at + 1 :])
+            assert conversion.converted(path) == folder
+            # of the notes, what nobody reads may change
+            assert len(read) == times + 1 or name == "conversion.json"
+            assert {n: (folder / n).read_bytes() for n in whole if n != "conversion.json"} == {
+                n: raw for n, raw in whole.items() if n != "conversion.json"
+            }
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "more/model.safetensors"])
+def test_what_somebody_has_put_into_a_converted_folder_goes(name, cache, gguf):
+    path, read = gguf
+    folder = conversion.converted(path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    conversion.converted(path)
+    assert len(read) == 2
+    assert not (folder / name).exists()
+
+
+def test_a_conversion_of_an_earlier_release_is_made_again(cache, gguf):
+    path, read = gguf
+    note = conversion.converted(path) / "conversion.json"
+    content = json.loads(note.read_text())
+    del content["files"]
+    note.write_text(json.dumps(content))
+    conversion.converted(path)
+    conversion.converted(path)
+    assert len(read) == 2
+
+
+def test_who_waits_for_a_conversion_finds_it(cache, gguf, monkeypatch):
+    path, read = gguf
+    convert, seen = conversion._convert, []
+
+    def meanwhile(*args):
+        # another process holds the lock; this one looks again once it has it
+        seen.append(args)
+        convert(*args)
+
+    def whole_at_the_second_look(folder, checksum):
+        looks.append(folder)
+        if len(looks) == 1:
+            convert(path, folder, checksum)
+            return False
+        return is_whole(folder, checksum)
+
+    looks, is_whole = [], conversion._is_whole
+    monkeypatch.setattr(conversion, "_convert", meanwhile)
+    monkeypatch.setattr(conversion, "_is_whole", whole_at_the_second_look)
+    conversion.converted(path)
+    assert (len(read), seen) == (1, [])

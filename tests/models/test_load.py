@@ -1,5 +1,6 @@
 """Loading base models: names that lead somewhere, names that do not, and GGUF files converted once."""
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,54 @@ def test_a_folder_without_some_of_the_weights(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 tensors of a LlamaForCausalLM, model\.layers\.1\.mlp\.up_proj"):
         load.load_model(str(folder), device="cpu")
+
+
+def cut(folder, name):
+    raw = (folder / name).read_bytes()
+    (folder / name).write_bytes(raw[: len(raw) // 2])
+
+
+BROKEN = {
+    "cut weights": lambda folder: cut(folder, "model.safetensors"),
+    "cut config": lambda folder: cut(folder, "config.json"),
+    "cut tokenizer": lambda folder: cut(folder, "tokenizer.json"),
+    "deep config": lambda folder: (folder / "config.json").write_text("[" * 100_000 + "]" * 100_000),
+    "a list": lambda folder: (folder / "config.json").write_text("[1]"),
+    "Latin": lambda folder: (folder / "config.json").write_bytes(b'{"model_type": "\xe4"}'),
+    "text for a size": lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": "x"')
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_names_itself(case, folder):
+    BROKEN[case](folder)
+    with pytest.raises((ValueError, OSError), match=str(folder)):
+        load.load_model(str(folder), device="cpu")
+
+
+def test_a_packaged_model_that_was_put_together_by_halves(tmp_path, monkeypatch):
+    whole = b"GGUF and the rest"
+
+    class Package:
+        EXPECTED_SHA256 = hashlib.sha256(whole).hexdigest()
+
+        @staticmethod
+        def assemble(path):
+            # as the package does
+            if path.exists():
+                raise FileExistsError(path)
+            path.write_bytes(whole)
+
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(load, "_installed", lambda package: tmp_path)
+    monkeypatch.setattr(load, "import_module", lambda name: Package)
+    for left in (None, b"GGUF and"):
+        if left is not None:
+            (tmp_path / "gemma-3-270m-q4_k_m.gguf").write_bytes(left)
+        assert load.gemma3_file().read_bytes() == whole
+    assert load.gemma3_file() == tmp_path / "gemma-3-270m-q4_k_m.gguf"
 
 
 def test_a_config_of_no_language_model(tmp_path):

@@ -106,7 +106,11 @@ def test_adapter_folder_says_what_it_is(folder):
         "hidden": 32,
     }
     with safe_open(folder / TENSOR_FILE, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    # the header repeats the config
+    assert metadata.keys() == {"format", "lofit"}
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["lofit"]) == description
 
 
 def test_adapter_names_its_base_model(tmp_path):
@@ -255,7 +259,7 @@ def test_adapter_naming_heads_beyond_the_model(folder):
     refuses(tiny_model("llama"), folder, ValueError, "(0, 9)")
 
 
-@pytest.mark.parametrize("fails", ["save_file", "write_json"])
+@pytest.mark.parametrize("fails", ["save", "write_json"])
 def test_adapter_that_fails_to_write_leaves_nothing(folder, tmp_path, monkeypatch, fails):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")

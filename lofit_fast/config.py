@@ -142,9 +142,15 @@ class Recipe:
         whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
         for name in (*whole, "eval_batch_size"):
             if type(getattr(self, name)) is not int:
-                raise TypeError(f"expected {name} to be an integer, got {getattr(self, name)!r}")
+                raise TypeError(f"expected {name} to be an integer, got {shown(getattr(self, name))}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed in [0, 2**32), got {self.seed}")
+        for name in ("select_lr", "tune_lr", "l1", "max_grad_norm", "init_std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"expected {name} to be a number, got {shown(value)}")
+        if self.max_length is not None and type(self.max_length) is not int:
+            raise TypeError(f"expected max_length to be an integer or None, got {shown(self.max_length)}")
         positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -155,7 +161,7 @@ class Recipe:
         # max_grad_norm may be infinite: nothing is clipped then
         for name in ("select_lr", "tune_lr", "l1", "init_std"):
             if getattr(self, name) > sys.float_info.max:
-                raise ValueError(f"expected a finite {name}, got inf or a number beyond floating point")
+                raise ValueError(f"expected a finite {name}, got {shown(getattr(self, name))}")
         if self.max_length is not None and type(self.max_length) is not int:
             raise TypeError(f"expected max_length to be an integer or None, got {self.max_length!r}")
         if self.max_length is not None and not self.max_length > 0:

@@ -119,6 +119,15 @@ def test_check_top_refuses(top):
         check_top(top)
 
 
+@pytest.mark.parametrize("name", ["select_lr", "tune_lr", "l1", "max_grad_norm", "init_std", "max_length", "seed"])
+@pytest.mark.parametrize("value", [None, "3", True, [1.0]])
+def test_recipe_names_what_is_no_number(name, value):
+    if name == "max_length" and value is None:
+        return
+    with pytest.raises(TypeError, match=rf"expected {name} to be .*got "):
+        Recipe(**{name: value})
+
+
 @pytest.mark.parametrize("pair", [(True, 0, 1), (0, True), (0, 1, 2), "01"])
 def test_config_takes_no_pair_with_more_in_it(pair):
     with pytest.raises(TypeError, match="pairs of non-negative integers"):

@@ -101,6 +101,14 @@ def train(
         float | None,
         typer.Option(help="With --positions answer: disk for prompts' keys and values. Default: 16; 0 keeps none."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare LoFiT's fused layers with plain products on the first batch of every shape. Where they "
+            "differ by more than rounding, go on with plain ones and say so.",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --output.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each stage: OUTPUT/profile.")
@@ -136,7 +144,7 @@ def train(
     recipe = recipe_of(name, seed, top, fast, **numbers)
     disk = None if prefix_cache_gb is None else parse_gb(prefix_cache_gb)
     knobs = {"compile": compile, "packing": packing, "frozen_products": frozen_products}
-    knobs |= {"prefix_cache_gb": disk, "prompt_cache_gb": prompt_cache_gb}
+    knobs |= {"prefix_cache_gb": disk, "prompt_cache_gb": prompt_cache_gb, "verify": verify or None}
     knobs = {key: value for key, value in knobs.items() if value is not None}
     engine = (Engine.fast if fast else Engine)(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from lofit_fast.patching.placement import device_of
-from lofit_fast.training.checkpoints import KEPT
 from lofit_fast.training.engine.device_queue import make_current, pins, runs_ahead
+from lofit_fast.training.stage_checkpoints import KEPT
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def training_arguments(
         folder: where the trainer may write.
         schedule: see `Schedule`.
         progress: whether a bar is shown.
-        keep: whether a checkpoint is left after every epoch; the last `checkpoints.KEPT` are kept.
+        keep: whether a checkpoint is left after every epoch; the last `stage_checkpoints.KEPT` are kept.
         kind: TrainingArguments or a class derived from it.
         more: its other fields.
     """

@@ -50,7 +50,7 @@ class EncodedPreferences:
     # neither answer the likelier
     chance = math.log(2)
     # knobs of the engine that DPO has no use for, and what stands for "not used"
-    UNUSED = {"packing": False, "narrow": False, "prompt_cache_gb": 0.0}
+    UNUSED = {"packing": False, "narrow": False, "prompt_cache_gb": 0.0, "verify": False}
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lofit_fast.scratch import remove_abandoned
-from lofit_fast.training.checkpoints import OURS, remove
+from lofit_fast.training.stage_checkpoints import OURS, remove
 
 STATE = "state.json"
 FILES = ("heads.json", "history.jsonl", "summary.json", "heads.png", "loss.png")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -15,7 +16,6 @@ from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.arguments import Schedule
-from lofit_fast.training.checkpoints import Checkpoint
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
@@ -23,6 +23,8 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
+from lofit_fast.training.stage_checkpoints import Checkpoint
+from lofit_fast.training.verify_steps import StepCheck
 
 
 def train_attachment(
@@ -148,8 +150,24 @@ def train(
             attachment.take(read_adapter(checkpoint.path))
         else:
             trainer.rate = schedule.lr
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+            with _verified(trainer, attachment, engine):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     return before, memory.peak_bytes
+
+
+@contextmanager
+def _verified(trainer, attachment: Attachment, engine: Engine) -> Iterator[None]:
+    """A scope in which a trainer looks at its steps, where the engine says so. Raises ValueError for a peer."""
+    if not engine.verify:
+        yield
+        return
+    if not isinstance(attachment, LofitHandle):
+        raise ValueError(f"verify=True looks at LoFiT's own layers: expected False for a {type(attachment).__name__}")
+    trainer.verify = StepCheck(attachment)
+    try:
+        yield
+    finally:
+        trainer.verify.close()
 
 
 def cost_of(rows: Sequence[dict], data: EncodedObjective, schedule: Schedule, before: float) -> dict[str, float]:

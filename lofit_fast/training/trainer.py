@@ -20,12 +20,13 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.training.checkpoints import OURS, keep_newest, written_whole
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
 from lofit_fast.training.finite_steps import FiniteSteps, Shown
 from lofit_fast.training.frozen_base import admitted
+from lofit_fast.training.stage_checkpoints import OURS, keep_newest, written_whole
+from lofit_fast.training.verify_steps import StepCheck
 
 
 class AttachmentTraining:
@@ -38,6 +39,7 @@ class AttachmentTraining:
 
     losses, watch, sender: of `report_epochs` and `leave_in_place`. rate: the learning rate that a resumed training goes
     on with, where that is not the one of its checkpoint. saved: the steps of the checkpoints that it knows to be whole.
+    verify: what looks at batches of new shapes first.
     """
 
     handle: Attachment
@@ -47,6 +49,7 @@ class AttachmentTraining:
     watch: FiniteSteps
     saved: list[int]
     sender: Sender | None = None
+    verify: StepCheck | None = None
     rate: float | None = None
     _scratch: Path | None = None
 
@@ -180,6 +183,14 @@ class LofitTrainer(AttachmentTraining, Trainer):
         self.loss_is_scaled_for_ga = True
         leave_in_place(self)
         report_epochs(self, shown)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's, after a look at a batch of a new shape where that is asked for."""
+        if self.verify is not None:
+            inputs, compute = self._prepare_inputs(inputs), super().compute_loss
+            model.train()
+            self.verify.look(inputs, lambda: compute(model, dict(inputs), num_items_in_batch=num_items_in_batch))
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         """The model's loss, plus l1 * sum |a| and the penalty while training."""

@@ -25,10 +25,9 @@ from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_unsharded
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.begun_with import as_begun, begun_with
-from lofit_fast.training.checkpoints import Checkpoint, last_whole
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
-from lofit_fast.training.engine import ON_DISK, Engine
+from lofit_fast.training.engine import CHANGEABLE, Engine
 from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.finite_steps import Diverged
 from lofit_fast.training.frozen_base import check_passes_gradients
@@ -37,6 +36,7 @@ from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, weights_digest
 from lofit_fast.training.stage import cost_of, settle_for, train
+from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
 
 # the one that changes results beyond rounding
 _RESULTS = "frozen_products"
@@ -369,10 +369,10 @@ class TwoSteps:
             run.keep_engine(stage, asdict(engine), begun_with(self.model))
             return engine
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
-        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in ON_DISK))
-        asked = {name: getattr(usable, name) for name in ON_DISK}
+        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in CHANGEABLE))
+        asked = {name: getattr(usable, name) for name in CHANGEABLE}
         try:
-            engine = Engine(**kept | {name: gb for name, gb in asked.items() if gb != "auto"})
+            engine = Engine(**kept | {name: value for name, value in asked.items() if value != "auto"})
         except TypeError as error:
             raise ValueError(
                 f"{run.path} holds a run whose engine this release does not know ({error}): go on with the release "

@@ -6,6 +6,7 @@ import torch
 import lofit_fast as lf
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.training import Engine
+from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.run_folder import RunFolder
 from tests.tiny_models import tiny_model
 from tests.training.tiny_runs import EXAMPLES, fit, vectors
@@ -25,6 +26,7 @@ KNOBS = {
     "prompt cache": ({"prompt_cache_gb": 0.1}, ANSWER),
     "no prompt cache": ({"prompt_cache_gb": 0.0}, ANSWER),
     "accumulation": ({}, {"accumulation_steps": 2}),
+    "verified": ({"verify": True}, {}),
 }
 QUICK = {"top": 2, "select_epochs": 1, "tune_epochs": 2, "batch_size": 4}
 # what the fewest others run through
@@ -93,3 +95,17 @@ def test_a_run_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch, cap
         torch.set_num_threads(threads)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "threads" in line]
     assert said == "the step 'tune' was begun with threads 3, now 2 (taken again)"
+
+
+def test_what_cannot_be_taken_again_is_said(capsys):
+    model = tiny_model("llama")
+    now = begun_with(model)
+    assert now["device"].startswith("CPU") and now["threads"] == torch.get_num_threads()
+    for kept in (now, {}):
+        with as_begun(kept, model, "tune"):
+            assert torch.get_num_threads() == now["threads"]
+    assert capsys.readouterr().err == ""
+    with as_begun({**now, "torch": "2.0", "autotune": "abc", "threads": "many"}, model, "tune"):
+        assert torch.get_num_threads() == now["threads"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"torch 2.0, now {torch.__version__}" in said and "autotune abc, now None" in said and "last bits" in said

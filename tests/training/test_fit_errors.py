@@ -1,10 +1,13 @@
 """Everything lf.fit refuses or fails at, and that nothing is lost by it."""
 
+import json
+import os
+
 import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.run_folder import RunFolder, held
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import (
@@ -129,6 +132,63 @@ def test_fit_refuses_a_folder_with_a_run_of_other_weights(llama, tmp_path):
     fit(llama, tmp_path).handle.unpatch()
     with pytest.raises(ValueError, match="another model"):
         fit(tiny_model("llama", seed=5), tmp_path)
+
+
+OTHER_WEIGHTS = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.2.self_attn.v_proj.weight",
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+)
+
+
+def test_fit_refuses_a_base_with_any_other_weight_and_shares_no_step_1_with_it(llama, tmp_path):
+    shared = tmp_path / "step1"
+    fit(llama, tmp_path / "run", step1_dir=shared).handle.unpatch()
+    assert len(list(shared.iterdir())) == 1
+    for name in OTHER_WEIGHTS:
+        weight = llama.get_parameter(name)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight[-1] += 0.25
+        with pytest.raises(ValueError, match="another model"):
+            fit(llama, tmp_path / "run")
+        if name == OTHER_WEIGHTS[0]:
+            fit(llama, tmp_path / "other", step1_dir=shared).handle.unpatch()
+            assert len(list(shared.iterdir())) == 2
+        with torch.no_grad():
+            weight.copy_(before)
+    fit(llama, tmp_path / "run").handle.unpatch()
+
+
+def test_fit_goes_on_with_a_run_of_an_earlier_release(llama, tmp_path):
+    first = fit(llama, tmp_path)
+    expected = [p.detach().clone() for p in first.handle.parameters()]
+    first.handle.unpatch()
+    # which knew the first rows of the projections, and kept no checksums, versions or lists of files
+    path = tmp_path / "state.json"
+    state = json.loads(path.read_text())
+    base = state["identity"]["model"].pop("base")
+    for key in ("sha256", "made_with"):
+        del state[key]
+    path.write_text(json.dumps({**state, "stage": "tune"}))
+    for file in [*tmp_path.glob("*/checkpoint-*/whole.json")]:
+        file.unlink()
+    again = fit(llama, tmp_path)
+    assert all(a.equal(b) for a, b in zip(again.handle.parameters(), expected, strict=True))
+    assert json.loads(path.read_text())["identity"]["model"]["base"] == base
+
+
+def test_fit_is_refused_where_another_trains(llama, tmp_path):
+    before = state_of(llama)
+    with held(tmp_path), pytest.raises(BlockingIOError, match=rf"cannot train in {tmp_path}: process {os.getpid()} on"):
+        fit(llama, tmp_path)
+    assert_same_state(llama, before)
+    fit(llama, tmp_path).handle.unpatch()
 
 
 @pytest.mark.parametrize("stage", ["select", "tune"])

@@ -6,7 +6,6 @@ import pytest
 
 from lofit_fast.training.loss_sense import LossSense
 
-
 GUESS = math.log(100)
 
 

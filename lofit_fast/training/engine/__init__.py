@@ -29,6 +29,8 @@ FAST_ENGINE: dict[str, object] = {"prefix_cache_gb": "auto", "frozen_products": 
 SWITCHES = ("compile", "packing", "narrow", "large_pages")
 # those that say how much disk a run may take, in 10^9 bytes
 ON_DISK = ("prefix_cache_gb", "prompt_cache_gb")
+# those that a run may be gone on with otherwise than it began
+CHANGEABLE = (*ON_DISK, "verify")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Engine:
             "fp8", see `frozen_products.quantized`; "auto" is int8 where a float32 model is on a CPU that is known to
             be faster so. Other than "full" changes results beyond rounding.
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".
+        verify: compute the first batch of every shape twice more, by the fused layers and by plain products; where the
+            two differ by more than rounding, go on with plain ones, and say so. See `verify_steps`.
 
     "auto" is settled before a run by rules on the device, the model and the amount of work, see `auto.settle`.
 
@@ -69,6 +73,7 @@ class Engine:
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
     frozen_products: FrozenProducts = "full"
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, str) or not self.attention:
@@ -77,8 +82,9 @@ class Engine:
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise TypeError(f"expected {name} to be True, False or 'auto', got {value!r}")
-        if not isinstance(self.group_by_length, bool):
-            raise TypeError(f"expected group_by_length to be True or False, got {self.group_by_length!r}")
+        for name in ("group_by_length", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
         if self.frozen_products not in get_args(FrozenProducts):
             known = ", ".join(map(repr, get_args(FrozenProducts)))
             raise ValueError(f"expected frozen_products to be one of {known}, got {self.frozen_products!r}")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lofit_fast as lf
 from lofit_fast.sealed import write_sealed
-from lofit_fast.training.checkpoints import WHOLE, keep_newest, last_whole, written_whole
+from lofit_fast.training.stage_checkpoints import WHOLE, keep_newest, last_whole, written_whole
 from tests.training.tiny_runs import RECIPE, assert_equal_vectors, fit, vectors
 
 FILES = (
@@ -166,6 +166,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, error):
         (scratch / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def written(folder, step, text):
+    with written_whole(folder, step, 1.0, False) as scratch:
+        (scratch / f"checkpoint-{step}").mkdir()
+        (scratch / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+
+
+def test_a_step_trained_again_replaces_its_checkpoint_and_nobody_elses_folder(tmp_path):
+    for text in ("first", "second"):
+        written(tmp_path, 3, text)
+        assert (tmp_path / "checkpoint-3" / "trainer_state.json").read_text() == text
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="checkpoint-4 is there, as something else"):
+        written(tmp_path, 4, "ours")
+    assert (tmp_path / "checkpoint-4" / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
 def damaged_run(made, folder, *damaged, as_earlier=False):

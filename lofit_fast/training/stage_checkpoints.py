@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from lofit_fast.files import file_errors, read_json, writable_folder
+from lofit_fast.files import WriteError, file_errors, read_json, writable_folder
 from lofit_fast.models.file_digest import sha256_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.scratch import scratch_folder
@@ -49,9 +49,12 @@ def written_whole(folder: Path | str, step: int, epoch: float, over: bool) -> It
         files = {p.name: p for p in sorted((scratch / name).iterdir()) if p.is_file()}
         listed = {name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for name, p in files.items()}
         write_sealed(scratch / name / WHOLE, {"step": step, "epoch": epoch, "over": over, "files": listed})
+        target = folder / name
+        if target.is_dir() and not target.is_symlink() and not _is_ours(target):
+            raise WriteError(folder, f"{name} is there, as something else")
         # one of this step that was damaged, or that a step trained again replaces
-        remove(folder / name)
-        os.replace(scratch / name, folder / name)
+        remove(target)
+        os.replace(scratch / name, target)
 
 
 def keep_newest(folder: Path | str, kept: Iterable[int]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 CLOCKED = {"seconds", "tokens_per_s", "examples_per_s", "wall_seconds", "peak_memory_bytes", "process", "host"}
 # pictures and tables of what stands in the JSON, with its seconds; answers of a clock
 _SHOWN = (".png", ".csv", ".md", ".gguf")
+# folders of what a clock has measured, and of when files were changed; and of locks
+_BY_CLOCK = ("autotune", "digests", "locks")
 # relative difference of vectors where one of two runs went on without its cache
 _NEAR = 1e-3
 
@@ -23,7 +25,7 @@ def results(folder: Path) -> dict[str, Path]:
 
 
 def _counts(place: Path) -> bool:
-    left_out = any(part.startswith(("checkpoint-", ".")) or part == "autotune" for part in place.parts)
+    left_out = any(part.startswith(("checkpoint-", ".")) or part in _BY_CLOCK for part in place.parts)
     return not left_out and not place.name.endswith((".lock", ".owner.json"))
 
 

@@ -9,6 +9,7 @@ and ends.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -52,6 +53,7 @@ class Subject:
         self.whole.mkdir(parents=True)
         # some files name the folder that they are in
         self.trial.mkdir()
+        os.environ["LOFIT_FAST_CACHE"] = str(self.trial / "cache")
         damaged.make(self.trial)
         shutil.copytree(self.trial, self.whole, dirs_exist_ok=True)
         files = {path for pattern in damaged.names for path in self.whole.rglob(pattern) if path.is_file()}
@@ -89,6 +91,7 @@ class Subject:
         shutil.copytree(self.whole, self.trial)
 
     def _read(self) -> object:
+        os.environ["LOFIT_FAST_CACHE"] = str(self.trial / "cache")
         with _in_time():
             return self.damaged.read(self.trial)
 

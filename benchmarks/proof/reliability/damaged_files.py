@@ -126,12 +126,10 @@ def _make_cut_run(folder: Path) -> None:
 
 
 def _fit_with_prefix(folder: Path) -> object:
-    os.environ["LOFIT_FAST_CACHE"] = str(folder / "cache")
     return _near(_fit(folder, heads=LAST_HEADS, resume=False, engine=lf.Engine(prefix_cache_gb=0.1)))
 
 
 def _fit_with_prompts(folder: Path) -> object:
-    os.environ["LOFIT_FAST_CACHE"] = str(folder / "cache")
     recipe = lf.Recipe(tune_epochs=1, batch_size=4, positions="answer")
     engine = lf.Engine(prompt_cache_gb=0.1)
     return _near(_fit(folder, heads=LAST_HEADS, resume=False, recipe=recipe, engine=engine))
@@ -165,14 +163,14 @@ def _make_heads(folder: Path) -> None:
 
 def _read_heads(folder: Path) -> None:
     heads = lf.LofitConfig(offset=read_heads(folder / "heads.json")).offset
-    stands = json.loads((folder / "heads.json").read_text())
+    # editors on Windows put a mark before UTF-8
+    stands = json.loads((folder / "heads.json").read_text(encoding="utf-8-sig"))
     stands = stands["heads"] if isinstance(stands, dict) else stands
     if [list(pair) for pair in heads] != stands:
         raise AssertionError(f"other heads are read than stand there: {heads}")
 
 
 def _make_answers(folder: Path) -> None:
-    os.environ["LOFIT_FAST_CACHE"] = str(folder / "cache")
     autotune_paths(folder)
 
 
@@ -181,7 +179,6 @@ def _use_answers(folder: Path) -> object:
     from lofit_kernels.answers import read_answers
     from lofit_kernels.dispatch import use_answers
 
-    os.environ["LOFIT_FAST_CACHE"] = str(folder / "cache")
     draw = torch.Generator().manual_seed(0)
     z, weight, scale = (torch.randn(size, generator=draw) for size in ((16, 64), (32, 64), (4, 16)))
     try:
@@ -233,7 +230,6 @@ def _read_data(folder: Path) -> None:
 
 
 def _load_converted(folder: Path) -> object:
-    os.environ["LOFIT_FAST_CACHE"] = str(folder / "cache")
     return convert_gguf(folder)(token_batch()).logits.detach()
 
 

@@ -12,7 +12,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -103,6 +103,36 @@ $(SANITIZER): $(STAMP)
 sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bounds accesses and races
 	env -u TRITON_INTERPRET PYTHONPATH=$(SANITIZER) $(BIN)/python -m tests.proof.sanitize
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/proof/test_watch.py -q -m 'slow or not slow'
+
+# what is tried to lose a run, to make a model silently wrong, and so on: docs/reliability.md
+PROOFS := kill corrupt threads processes determinism soak properties
+RELIABILITY := benchmarks.proof.reliability
+PROVE = env -u TRITON_INTERPRET OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=kernels:. $(BIN)/python -m
+
+reliability: $(STAMP) ## all proofs of reliability in full, and their page: hours; goes on if interrupted
+	-$(MAKE) --keep-going $(PROOFS)
+	PYTHONPATH=kernels:. $(BIN)/python -m $(RELIABILITY).reliability_page
+
+kill: $(STAMP) ## kill trainings, saves, sweeps at any moment, fail their writes, restart (ARGS='--count 200 --fresh')
+	$(PROVE) $(RELIABILITY).kill_anywhere $(ARGS)
+
+corrupt: $(STAMP) ## damage adapters, runs, caches and data in 10,000 ways, read them again
+	$(PROVE) $(RELIABILITY).corrupt_anything $(ARGS)
+
+threads: $(STAMP) ## eight threads on one patched model, in scopes of their own, for ten minutes
+	$(PROVE) benchmarks.proof.thread_soak $(ARGS)
+
+processes: $(STAMP) ## two processes in one run folder, one cache, one model
+	$(PROVE) $(RELIABILITY).rival_processes $(ARGS)
+
+determinism: $(STAMP) ## one seed twice, and killed and resumed, for every setting of the engine
+	$(PROVE) $(RELIABILITY).same_seed $(ARGS)
+
+soak: $(STAMP) ## thousands of steps, patches, swaps and saves: memory, what is left, drift
+	$(PROVE) $(RELIABILITY).long_soak $(ARGS)
+
+properties: $(STAMP) ## thousands of random operations on random models, each compared with a plain hook
+	$(PROVE) tests.proof.properties $(ARGS)
 
 # without the second model its cells are absent, and the others are measured all the same
 SECOND_MODEL = @$(MAKE) --no-print-directory $(GEMMA) || echo "Gemma could not be installed: its cells will be absent"

@@ -112,8 +112,9 @@ def _is_elsewhere(file: object, folder: Path) -> bool:
     """Whether an error names a file, and one outside of the folder."""
     if not isinstance(file, str | bytes | os.PathLike):
         return False
-    place = Path(os.fsdecode(file)).resolve()
-    return folder.resolve() not in (place, *place.parents)
+    # unlike `Path.resolve`, at peace with links that lead to themselves
+    place = Path(os.path.realpath(os.fsdecode(file)))
+    return Path(os.path.realpath(folder)) not in (place, *place.parents)
 
 
 def _torch_error(folder: Path, error: RuntimeError) -> WriteError:

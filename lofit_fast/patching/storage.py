@@ -237,6 +237,7 @@ def _check_entries(folder: Path, description: dict) -> None:
 
 
 def check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for tensors by (component, layer) with numbers that are not finite."""
     for (component, layer), tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")

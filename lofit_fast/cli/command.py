@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lofit_fast.cli.options import check_counts
+
 out, err = Console(), Console(stderr=True)
 _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RecursionError)
 
@@ -24,6 +26,7 @@ def command(app: typer.Typer, *examples: str, program: str = "lofit-fast", name:
         def run(*args, **options):
             _quiet_libraries()
             try:
+                check_counts(function, options)
                 return function(*args, **options)
             except _EXPECTED as error:
                 message = " ".join(str(error).split())

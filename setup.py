@@ -8,7 +8,16 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
 
-TRAIN = ["accelerate>=1.15", "datasets>=5.2", "gguf>=0.19", "matplotlib>=3.10", "rich>=14", "typer>=0.27"]
+# accelerate and gguf are transformers' needs: of its Trainer, and of reading GGUF files
+TRAIN = [
+    "accelerate>=1.15",
+    "datasets>=5.2",
+    "gguf>=0.19",
+    "matplotlib>=3.10",
+    "pyarrow>=24",
+    "rich>=14",
+    "typer>=0.27",
+]
 PEFT = ["accelerate>=1.15", "peft>=0.21"]
 BENCH = [*TRAIN, *PEFT, "psutil", "pytest-benchmark>=5.3"]
 PREFERENCES = [*TRAIN, "trl>=1.16"]
@@ -16,7 +25,7 @@ QUANTIZED = [*TRAIN, "bitsandbytes>=0.50", "torchao>=0.18"]
 TEST = [*BENCH, *PREFERENCES, *QUANTIZED, "hypothesis>=6.170"]
 TEST += ["pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
-DEV = [*TEST, "import-linter>=2.17", "pre-commit>=4", "ruff==0.17.6"]
+DEV = [*TEST, "import-linter>=2.17", "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.6"]
 
 setup(
     name="lofit-fast",
@@ -32,13 +41,17 @@ setup(
         *find_packages("kernels"),
         *find_packages(include=["lofit_fast", "lofit_fast.*"]),
     ],
-    # `make test-oldest` runs these very versions
+    # type checkers read the annotations of a package that has this file
+    package_data={"lofit_kernels": ["py.typed"], "lofit_fast": ["py.typed"]},
+    include_package_data=False,
+    # `make test-oldest` runs these very versions; tests/test_dependencies.py holds the list to what is imported
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
         "safetensors>=0.8",
         "filelock>=3.20",
+        "tqdm>=4.67",
     ],
     extras_require={
         "train": TRAIN,

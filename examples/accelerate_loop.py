@@ -1,4 +1,4 @@
-"""A loop with accelerate: its saved states hold the vectors once they are registered."""
+"""A loop with accelerate: its saved states hold the vectors once AdapterCheckpoints follows it."""
 
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -22,7 +22,7 @@ def train_accelerated(model, tokenizer, stories, steps: int, output: Path) -> li
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
     optimizer = torch.optim.AdamW(handle.parameters(), lr=3e-3, weight_decay=0.0)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
+    lf.AdapterCheckpoints(handle).follow(accelerator)
     if (output / "state").exists():
         accelerator.load_state(output / "state")
     model.train()

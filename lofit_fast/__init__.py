@@ -1,6 +1,7 @@
 """lofit-fast: LoFiT, localized fine-tuning of attention heads, fast and whole (arXiv:2406.01563)."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.heads import select_heads
@@ -8,6 +9,14 @@ from lofit_fast.patching.export import export
 from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
 from lofit_fast.patching.head_norms import head_scores
 from lofit_fast.patching.verify import verify_export
+
+if TYPE_CHECKING:
+    from lofit_fast.evaluation.judge import judge
+    from lofit_fast.evaluation.logprobs import reference_logprobs
+    from lofit_fast.models.load import load_model
+    from lofit_fast.training.adapter_checkpoints import AdapterCheckpoints
+    from lofit_fast.training.engine import Engine
+    from lofit_fast.training.fit import fit, fit_preferences
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +52,7 @@ _LATER = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Head = tuple[int, int]
 HeadSet = Literal["all"] | tuple[Head, ...] | None
@@ -175,7 +175,7 @@ class Recipe:
         _check_select(self.select, self.select_examples)
 
     @classmethod
-    def fast(cls, **settings) -> Recipe:
+    def fast(cls, **settings: Any) -> Recipe:
         """The preset of fast runs, FAST_RECIPE, with `settings` instead; see docs/guide.md for what it costs.
 
         The heads are chosen by one pass of gradients over few examples. The rest is as ever. `Engine.fast()` is its

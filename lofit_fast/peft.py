@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lofit_fast.config import HeadSet, LofitConfig, shown
 from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
-from lofit_fast.patching.handle import build_layers, handle_of
+from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
@@ -35,6 +35,7 @@ from lofit_fast.patching.storage import (
     parse_tensor_name,
 )
 from lofit_fast.patching.weight_sample import base_digest, check_base
+from lofit_fast.patching.wrapping import build_layers
 
 with needing("peft", "peft", "lofit_fast.peft"):
     from peft import PeftConfig

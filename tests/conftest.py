@@ -24,6 +24,11 @@ from tests.tiny_models import FAMILIES, tiny_model  # noqa: E402
 
 def pytest_collection_finish(session):
     """Leave what was imported out of every later garbage collection, of which training makes several a run."""
+    # only where kernels are interpreted is it imported
+    if "triton.runtime.interpreter" in sys.modules:
+        from tests import quick_interpreter
+
+        quick_interpreter.install()
     gc.collect()
     gc.freeze()
 

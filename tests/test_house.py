@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what importing costs, what things are called."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -85,64 +86,80 @@ def test_everything_public_is_documented(module):
     assert ast.get_docstring(tree)
 
 
-def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
-    """Run code in a fresh interpreter with `path` on sys.path, in that order. Returns what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in path)
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+# what each of the tests below needs to know of a fresh interpreter, in one, since each takes seconds to import torch:
+# light imports first. the path has the checkout, then its kernels/, and at last a package of that name
+FRESH = """
+    import importlib.metadata, json, os, sys
+    seen, before = {}, dict(os.environ)
+
+    import lofit_fast, lofit_kernels, torch
+    heavy = {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
+    seen["heavy"] = sorted(heavy & set(sys.modules))
+    seen["cuda"] = torch.cuda.is_initialized()
+    seen["environment"] = dict(os.environ) == before
+
+    # the tile table is read where there is no Triton
+    sys.modules["triton"] = None
+    import lofit_kernels.gpu.tiles
+    del sys.modules["triton"]
+    seen["tiles"] = torch.cuda.is_initialized()
+
+    modules = (lofit_fast, lofit_kernels)
+    seen["absent"] = [name for module in modules for name in module.__all__ if not hasattr(module, name)]
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import is_kernels_available
+    seen["installed"] = any(found.name == "kernels" for found in importlib.metadata.distributions())
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    assert LlamaForCausalLM(config) is not None
+    seen["available"] = is_kernels_available()
+
+    sys.path.append(STAND_IN)
+    sys.modules.pop("kernels", None)
+    import kernels
+    seen["kernels"] = [getattr(kernels, "__file__", None), importlib.metadata.version("kernels")]
+    print(json.dumps(seen))
+"""
 
 
-def test_importing_loads_neither_triton_nor_transformers():
-    code = """
-        import os, sys
-        before = dict(os.environ)
-        import lofit_fast, lofit_kernels
-        import torch
-        heavy = {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
-        print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized(), dict(os.environ) == before)
-    """
-    assert python(code, ROOT / "kernels", ROOT) == "[] False True"
-
-
-def test_every_public_name_is_there():
-    code = """
-        import lofit_fast, lofit_kernels
-        print([n for m in (lofit_fast, lofit_kernels) for n in m.__all__ if not hasattr(m, n)])
-    """
-    assert python(code, ROOT / "kernels", ROOT) == "[]"
-
-
-def test_checkout_does_not_pose_as_kernels():
-    code = """
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from transformers.utils import is_kernels_available
-        import importlib.metadata
-        installed = any(d.name == "kernels" for d in importlib.metadata.distributions())
-        config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                             num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
-        assert LlamaForCausalLM(config) is not None
-        print(installed, is_kernels_available())
-    """
-    installed, available = python(code, ROOT, ROOT / "kernels").split()
-    if installed == "True":
-        pytest.skip("Hugging Face's kernels is installed here")
-    assert available == "False"
-
-
-def test_checkout_does_not_shadow_kernels(tmp_path):
-    stand_in = tmp_path / "kernels"
-    stand_in.mkdir()
-    (stand_in / "__init__.py").write_text("__version__ = '0.16.0'\n")
-    metadata = tmp_path / "kernels-0.16.0.dist-info"
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What a fresh interpreter saw, and the folder of a package called kernels that it met last."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text("__version__ = '0.16.0'\n")
+    metadata = folder / "kernels-0.16.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.16.0\n")
-    code = """
-        import importlib.metadata, kernels
-        import lofit_fast, lofit_kernels
-        print(kernels.__file__, importlib.metadata.version("kernels"))
-    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     # the checkout comes first
-    assert python(code, ROOT, ROOT / "kernels", tmp_path) == f"{stand_in / '__init__.py'} 0.16.0"
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-c", f"STAND_IN = {str(folder)!r}\n" + textwrap.dedent(FRESH)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "folder": folder}
+
+
+def test_importing_loads_neither_triton_nor_transformers(fresh):
+    assert (fresh["heavy"], fresh["cuda"], fresh["environment"]) == ([], False, True)
+
+
+def test_the_tile_table_needs_no_triton(fresh):
+    assert fresh["tiles"] is False
+
+
+def test_every_public_name_is_there(fresh):
+    assert fresh["absent"] == []
+
+
+def test_checkout_does_not_pose_as_kernels(fresh):
+    if fresh["installed"]:
+        pytest.skip("Hugging Face's kernels is installed here")
+    assert fresh["available"] is False
+
+
+def test_checkout_does_not_shadow_kernels(fresh):
+    if fresh["installed"]:
+        pytest.skip("Hugging Face's kernels is installed here")
+    assert fresh["kernels"] == [str(fresh["folder"] / "kernels" / "__init__.py"), "0.16.0"]

@@ -5,14 +5,19 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from lofit_fast import locks
 from lofit_fast.locks import alone
 
 # takes the lock, says so, and waits to be killed
 HOLDER = """
-import sys, time
+import sys, time, types
+# the package around it is stood in for: it takes seconds to import
+package = sys.modules["lofit_fast"] = types.ModuleType("lofit_fast")
+package.__path__ = [sys.argv[2]]
 from lofit_fast.locks import alone
 with alone(sys.argv[1], "hold"):
     print("inside", flush=True)
@@ -21,7 +26,8 @@ with alone(sys.argv[1], "hold"):
 
 
 def holder(path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLDER, str(path), str(Path(locks.__file__).parent)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "inside\n"
     return process
 

@@ -124,13 +124,18 @@ def assert_equals_the_hook(model, batch, config, std, dtype, tolerance):
 # offsets of 0.5 on every head of every layer drown the model: there a hook itself is 3e-5 from float64
 @pytest.mark.parametrize(
     ("config", "std"),
-    [(CONFIG, 0.5), (lf.LofitConfig(scale="all"), 0.5), (lf.LofitConfig(offset="all"), 0.1)],
+    [
+        (CONFIG, 0.5),
+        pytest.param(lf.LofitConfig(scale="all"), 0.5, marks=pytest.mark.slow),
+        pytest.param(lf.LofitConfig(offset="all"), 0.1, marks=pytest.mark.slow),
+    ],
     ids=["mixed", "scale", "offset"],
 )
 def test_real_equals_the_hook(model, batch, config, std):
     assert_equals_the_hook(model, batch, config, std, torch.float32, 1e-5)
 
 
+@pytest.mark.slow
 def test_real_equals_the_hook_in_float64(model, batch):
     # one row: half the time, and the padding has had its test
     batch = {key: value[1:] for key, value in batch.items()}
@@ -141,6 +146,7 @@ def test_real_equals_the_hook_in_float64(model, batch):
         model.float()
 
 
+@pytest.mark.slow
 def test_the_reference_of_dpo_is_an_untouched_copy(loaded, model):
     datasets = pytest.importorskip("datasets")
     tokenizer, copy = loaded[1], load_model("smollm2", dtype="float32", device="cpu")[0]

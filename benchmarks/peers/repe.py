@@ -20,7 +20,7 @@ from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.patching.architectures import decoder_layers
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.tasks.contrast import Contrast
 
 _BATCH = 16

@@ -1,7 +1,7 @@
 """Answers measured on a device: which path was fastest for a shape. Kept in the user's cache folder, a file per device.
 
 Nothing is read at import. A file made with another torch or Triton, or one that cannot be read, is ignored: the safe
-default then stands.
+default then stands. Nothing here is needed: a damaged file counts as none, with one warning, and is written anew.
 """
 
 import json
@@ -12,11 +12,26 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as File
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 FORMAT_VERSION = 1
+_HELD = "measured answers"
+# the words of a path; `dispatch.py` says what they mean
+BACKENDS = ("aten", "triton")
+FORMS = ("fold", "pass", "delta", "dither")
+# which of the two products is a Triton kernel with the scale inside: gemm -> (forward, backward); the others are the
+# vendor's
+GEMMS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
+    {
+        "vendor": (False, False),
+        "fused_forward": (True, False),
+        "fused_backward": (False, True),
+        "fused": (True, True),
+    }
+)
 # a share of scaled heads is rounded up to the next of these
 SHARES = (0.125, 0.25, 0.5, 1.0)
 
@@ -67,10 +82,43 @@ def versions() -> dict[str, str | None]:
 
 
 def cache_folder() -> File:
-    """Where lofit-fast keeps files of its own: $LOFIT_FAST_CACHE, or lofit-fast in the user's cache folder."""
+    """Where lofit-fast keeps files of its own: $LOFIT_FAST_CACHE, or lofit-fast in the user's cache folder.
+
+    Raises FileNotFoundError where neither is known: no variable is set and the user has no home directory.
+    """
     if override := os.environ.get("LOFIT_FAST_CACHE"):
         return File(override)
-    return File(os.environ.get("XDG_CACHE_HOME") or File.home() / ".cache") / "lofit-fast"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return File(caches) / "lofit-fast"
+    try:
+        return File.home() / ".cache" / "lofit-fast"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            "there is no home directory to keep files in: set LOFIT_FAST_CACHE to a folder"
+        ) from error
+
+
+def kept_json(file: File, what: str) -> object:
+    """The content of a JSON file that may be missing: None where it is, and with a warning where it cannot be read.
+
+    what: what the file should hold.
+    """
+    try:
+        # a pipe would be waited for
+        if file.exists() and not file.is_file():
+            raise OSError("it is no file")
+        return json.loads(file.read_bytes())
+    # a folder on the way is missing, or there is a file in its place
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        ignore(file, what, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        return None
+
+
+def ignore(file: File, what: str, why: str) -> None:
+    """Warn that a damaged file counts as none."""
+    warnings.warn(f"ignoring {file}, which holds no {what}: {why}", stacklevel=3)
 
 
 def answers_file(name: str) -> File:
@@ -99,20 +147,44 @@ def _valid_for(name: str) -> dict[str, object]:
 
 
 def _read_rows(name: str) -> dict[Key, dict]:
-    file = answers_file(name)
     try:
-        content = json.loads(file.read_text())
-        if any(content[field] != value for field, value in _valid_for(name).items()):
-            return {}
-        rows = {Key(**row["case"]): row for row in content["answers"]}
-        for row in rows.values():
-            Path(**row["path"])
-        return rows
+        file = answers_file(name)
+    # nothing was kept where nothing can be
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"ignoring {file}, which holds no measured answers: {error!r}", stacklevel=3)
+    content = kept_json(file, _HELD)
+    if content is None:
         return {}
+    if not isinstance(content, dict) or not isinstance(content.get("answers"), list):
+        ignore(file, _HELD, "expected an object with a list of answers")
+        return {}
+    if any(content.get(field) != value for field, value in _valid_for(name).items()):
+        return {}
+    rows: dict[Key, dict] = {}
+    for number, row in enumerate(content["answers"], start=1):
+        if (wrong := _damage(row)) is not None:
+            # of a file that was changed by something else nothing is to be trusted
+            ignore(file, _HELD, f"answer {number} has {wrong}")
+            return {}
+        rows[Key(**row["case"])] = row
+    return rows
+
+
+def _damage(row: object) -> str | None:
+    """What is wrong with an answer as it was read, or None."""
+    for part, kind in (("case", Key), ("path", Path)):
+        given = row.get(part) if isinstance(row, dict) else None
+        if not isinstance(given, dict) or set(given) != set(kind._fields):
+            return f"no {part} of {', '.join(kind._fields)}"
+    case, path = row["case"], row["path"]
+    if not all(isinstance(value, str) for value in (case["dtype"], *path.values())):
+        return "names that are no text"
+    sizes = [case[name] for name in ("N", "K", "D", "tokens")]
+    if not all(type(size) is int and size > 0 for size in sizes) or case["share"] not in SHARES:
+        return f"sizes that no projection has: {sizes}, share {case['share']}"
+    if path["form"] not in FORMS or path["backend"] not in BACKENDS or path["gemm"] not in GEMMS:
+        return f"a path that is not known: {'/'.join(path.values())}"
+    return None
 
 
 def _version(package: str) -> str | None:

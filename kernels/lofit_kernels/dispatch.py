@@ -29,31 +29,19 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lofit_kernels import answers
-from lofit_kernels.answers import Key, Path
+from lofit_kernels.answers import BACKENDS, FORMS, GEMMS, Key, Path
 from lofit_kernels.devices import unserved
 
-BACKENDS = ("aten", "triton")
 # looked up, not imported
 HAS_TRITON = find_spec("triton") is not None
-FORMS = ("fold", "pass", "delta", "dither")
 # lose no small scale, whatever the dtype
 KEEP_SMALL = ("delta", "dither")
-# which of the two products is a Triton kernel with the scale inside: gemm -> (forward, backward); the others are the
-# vendor's
-GEMMS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
-    {
-        "vendor": (False, False),
-        "fused_forward": (True, False),
-        "fused_backward": (False, True),
-        "fused": (True, True),
-    }
-)
 # (form, whether the forward product is fused) -> what the forward is called; the fused pass is a prologue
 FORWARD: Mapping[tuple[str, bool], str] = MappingProxyType(
     {
@@ -237,7 +225,7 @@ def _choose(
     has_scale = case.has_scale
     default_form, default_gemm, reason = _default(case)
     default = Path(default_form, known[0], default_gemm)
-    if has_scale and answer is not None and _applies(answer, asked, default, known):
+    if has_scale and answer is not None and _applies(answer, asked, default, known, dtype):
         return Plan(*answer, "measured fastest here of what keeps the default's precision")
     chosen = Path(*(part if wish == "auto" else wish for wish, part in zip(asked, default, strict=True)))
     refusal = _unknown(chosen)
@@ -287,7 +275,7 @@ def path_for(
     return _remembered_path(*sizes, weight.dtype, weight.device, form, backend, gemm, has_offset, crowded)
 
 
-def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple:
+def _sizes(T: int, weight: Tensor, scale: Tensor | None) -> tuple[int, int, int, torch.Size | None]:
     """(tokens, N, K, shape of the scale) as far as a choice depends on them; nothing is measured for a fold."""
     return (0, 0, 0, None) if scale is None else (answers.tokens_bucket(T), *weight.shape, scale.shape)
 
@@ -367,7 +355,19 @@ _ANSWERS: dict[str, Mapping[Key, Path]] = {}
 
 
 @lru_cache(maxsize=4096)
-def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_offset, crowded) -> Plan:
+def _remembered(
+    tokens: int,
+    N: int,
+    K: int,
+    vectors: torch.Size | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: str,
+    backend: str,
+    gemm: str,
+    has_offset: bool,
+    crowded: bool,
+) -> Plan:
     answer = None
     if vectors is not None and "auto" in (form, backend, gemm):
         key = answers.key(dtype, N, K, vectors[1], vectors[0], tokens)
@@ -379,7 +379,7 @@ def _remembered(tokens, N, K, vectors, dtype, device, form, backend, gemm, has_o
 
 
 @lru_cache(maxsize=4096)
-def _remembered_path(*of) -> Path:
+def _remembered_path(*of: Any) -> Path:
     return _remembered(*of).path
 
 
@@ -393,9 +393,10 @@ def _as_safe(form: str, default: str) -> bool:
     return form in (default, *KEEP_SMALL)
 
 
-def _applies(answer: Path, asked: Path, default: Path, backends: tuple[str, ...]) -> bool:
+def _applies(answer: Path, asked: Path, default: Path, backends: tuple[str, ...], dtype: torch.dtype) -> bool:
     agrees = all(wish in ("auto", part) for wish, part in zip(asked, answer, strict=True))
-    return agrees and _as_safe(answer.form, default.form) and answer.backend in backends
+    runs = _unknown(answer) is None and _refusal(answer, True, dtype) is None
+    return agrees and runs and _as_safe(answer.form, default.form) and answer.backend in backends
 
 
 def _unknown(path: Path) -> str | None:

@@ -77,7 +77,16 @@ def head_affine_linear(
         return ops.eager_affine_linear(arguments)
 
 
-def _fits(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> bool:
+def _fits(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Heads,
+    offset: Tensor | None,
+    offset_heads: Heads,
+    folded: Tensor | None,
+) -> bool:
     """Whether these are all that `_checked` asks for, and its result: only what is usual, and cheap to see."""
     shape, dtype, device = weight.shape, z.dtype, z.device
     if len(shape) != 2 or dtype != weight.dtype or dtype not in _WIDE or device != weight.device:
@@ -108,7 +117,16 @@ def _fit(vectors: Tensor, heads: Heads, K: int, dtype: torch.dtype, device: torc
     return vectors.device == device and heads.device == device
 
 
-def _checked(z, weight, bias, scale, scale_heads, offset, offset_heads, folded) -> tuple[Tensor | None, Tensor | None]:
+def _checked(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_heads: Heads,
+    offset: Tensor | None,
+    offset_heads: Heads,
+    folded: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """The heads of both components as tensors. Raises TypeError or ValueError for anything that does not fit."""
     _check_projection(z, weight, bias)
     heads = _check_both(z, scale, scale_heads, offset, offset_heads)
@@ -266,7 +284,9 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
         )
 
 
-def _check_both(z, scale, scale_heads, offset, offset_heads) -> tuple[Tensor | None, Tensor | None]:
+def _check_both(
+    z: Tensor, scale: Tensor | None, scale_heads: Heads, offset: Tensor | None, offset_heads: Heads
+) -> tuple[Tensor | None, Tensor | None]:
     """The heads of both components as int64 tensors; None for an absent one."""
     heads = (_check_vectors("scale", scale, scale_heads, z), _check_vectors("offset", offset, offset_heads, z))
     if scale is not None and offset is not None and scale.shape[1] != offset.shape[1]:

@@ -15,7 +15,9 @@ from lofit_fast.cli.options import (
     Dtype,
     Json,
     Model,
+    NewTokens,
     OptionalAdapter,
+    PromptsPerBatch,
     Split,
     Subset,
     TaskName,
@@ -39,7 +41,7 @@ def eval(
     seed: Annotated[
         int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 32,
+    batch_size: PromptsPerBatch = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -66,7 +68,7 @@ def generate(
     model: Model,
     adapter: OptionalAdapter = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be repeated. Default: stdin.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    max_new_tokens: NewTokens = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,

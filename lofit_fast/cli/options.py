@@ -48,13 +48,21 @@ TrainOn = Annotated[
     str | None,
     typer.Option(help="Of messages, learn 'all' turns of the assistant (the default) or the 'last'.", metavar="TURNS"),
 ]
-TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.")]
+TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.", min=1)]
 Top = Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")]
-MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.")]
+MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.", min=0)]
 SelectLr = Annotated[float | None, typer.Option(help="Learning rate of step 1, and of the methods that train.")]
 L1 = Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")]
-SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step.")]
+SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train.", min=0)]
+TuneEpochs = Annotated[int | None, typer.Option(help="Epochs of step 2.", min=0)]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step.", min=1)]
+PromptsPerBatch = Annotated[int, typer.Option(help="Prompts per batch.", min=1)]
+NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)]
+AccumulationSteps = Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.", min=1)]
+MaxLength = Annotated[int | None, typer.Option(help="Longest example in tokens.", min=1)]
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.", min=1)
+]
 Positions = Annotated[
     str | None,
     typer.Option(help="Tokens to act on: 'all' (default) or 'answer', from the last of the prompt on."),
@@ -68,7 +76,7 @@ Select = Annotated[
         metavar="WAY",
     ),
 ]
-SelectExamples = Annotated[int | None, typer.Option(help="Examples that saliency looks at. Default: all.")]
+SelectExamples = Annotated[int | None, typer.Option(help="Examples that saliency looks at. Default: all.", min=1)]
 Fast = Annotated[
     bool,
     typer.Option(

@@ -65,7 +65,9 @@ def plan(
 
 def autotune(
     model: ModelName = "SmolLM2-135M",
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024.", min=1)
+    ] = None,
     heads: Annotated[
         list[str] | None,
         typer.Option(help="Scaled heads of a layer: all, a count, a fraction. May be repeated. Default: all."),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import out, say_error
-from lofit_fast.cli.options import Fast, Json, check_output
+from lofit_fast.cli.options import Fast, Jobs, Json, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
@@ -19,9 +19,7 @@ def sweep(
         Path | None,
         typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
     ] = None,
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.")
-    ] = 1,
+    jobs: Jobs = 1,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,

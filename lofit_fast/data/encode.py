@@ -348,8 +348,11 @@ def _slow(tokenizer, text: str, special: bool) -> list[int]:
     """The same of a tokenizer that does not say which tokens it added."""
     begun = not special or (bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))
     ids = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
-    # some tokenizers close every text with an end token, after which nothing can be continued
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not begun else ids
+    if begun or len(ids) < 2 or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    # some tokenizers close every text with an end token, after which nothing can be continued; a text's own is its own
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[:-1] if ids[-1 - len(own) : -1] == own else ids
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

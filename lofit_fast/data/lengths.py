@@ -22,8 +22,7 @@ class GroupedByLength(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         self.lengths = torch.tensor(lengths, dtype=torch.float64)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
@@ -58,13 +57,22 @@ def longest_first(lengths: Sequence[int], batch_size: int, label: str, progress:
         label, progress: of the bar that counts rows, and whether it is shown.
 
     Raises:
-        ValueError: a batch size below 1, with which no row would be seen.
+        ValueError: a batch_size that is no whole number from 1, with which no row would be seen.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    check_count("batch_size", batch_size)
+    return _longest_first(lengths, batch_size, label, progress)
+
+
+def _longest_first(lengths: Sequence[int], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     with tqdm(total=len(order), desc=label, disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             yield batch
             bar.update(len(batch))
+
+
+def check_count(name: str, count: object) -> None:
+    """Raise ValueError for what is no whole number from 1. name: what the caller calls it."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: got {count!r}, expected a whole number from 1")

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import branches, noted
+from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
+from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import acting_on, evaluating
@@ -66,20 +68,21 @@ def score_choices(
     longer than max_tokens runs alone.
     Where `packing_refusal` gives a reason, it is logged and each choice takes a forward of its own: slow, exact too.
     A model with a module whose `depends_on_prompt` is true runs every prompt whole, and by itself, before its choices.
-    Raises ValueError for a question without choices, a choice without tokens, or a prompt and choice that do not fit
-    the model's context.
+    Raises ValueError for a question without choices, a choice without tokens, tokens that the model has no embedding
+    for, or a prompt and choice that do not fit the model's context.
     """
     if len(questions) != len(choices):
         raise ValueError(f"expected a list of choices per question, got {len(choices)} for {len(questions)} questions")
-    if max_tokens < 1:
-        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
+    check_count("max_tokens", max_tokens)
     if end and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
     for question, options in zip(questions, choices, strict=True):
         if isinstance(options, str) or not len(options):
             raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {options!r}")
     prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, end)
-    for prompt, rows in zip(prompts, endings, strict=True):
+    check_ids(model, prompts, "question")
+    for number, (prompt, rows) in enumerate(zip(prompts, endings, strict=True), start=1):
+        check_ids(model, rows, f"question {number}, choice")
         check_room(model, [prompt], max(map(len, rows)))
     scores = [torch.zeros(len(rows)) for rows in endings]
     reason = packing_refusal(model)

@@ -1,21 +1,28 @@
 """Judging a model on a task: greedy answers and exact match, and the best-scoring of a closed set of answers."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
-from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
 from lofit_fast.tasks.task import Example, Task, exact_match
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 # the paper's
 MAX_NEW_TOKENS = 16
@@ -35,7 +42,7 @@ class Judgement:
 
 def judge(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
     batch_size: int = 32,
@@ -53,7 +60,7 @@ def judge(
     """
     if not isinstance(task, Task):
         raise TypeError(f"expected a Task, as load_task makes one of a file, got {type(task).__name__}")
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     if task.choices:
         return _judge_choices(model, tokenizer, task, progress)
     _check_any(task.validation)
@@ -71,7 +78,7 @@ def judge(
 
 def generate_answers(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -83,28 +90,35 @@ def generate_answers(
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded.
     shared: see `judge`.
-    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for a batch_size or
-    max_new_tokens below 1, and for shared prompts under vectors that act on them.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
+    model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
+    act on them.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
     rows = _generated(model, tokenizer, prompts, **options)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
-def exact_match_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> float:
+def exact_match_accuracy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
+) -> float:
     """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
     _check_any(examples)
     hits = _hits(model, tokenizer, examples, **options)
     return sum(hits) / len(hits)
 
 
-def answer_length(tokenizer, examples: Sequence[Example]) -> int:
+def answer_length(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
     """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
     return max([MAX_NEW_TOKENS, *(answer_tokens(tokenizer, example) for example in examples)])
 
 
 def score_candidates(
-    model: nn.Module, tokenizer, prompts: Sequence[str], candidates: Sequence[str], **options
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    **options: Any,
 ) -> Tensor:
     """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
 
@@ -117,7 +131,13 @@ def score_candidates(
     return torch.stack(rows) if rows else torch.zeros(0, len(candidates))
 
 
-def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example], candidates, **options) -> float:
+def constrained_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    candidates: Sequence[str],
+    **options: Any,
+) -> float:
     """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
     _check_any(examples)
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
@@ -125,7 +145,7 @@ def constrained_accuracy(model: nn.Module, tokenizer, examples: Sequence[Example
     return sum(exact_match(text, e.answers) for text, e in zip(best, examples, strict=True)) / len(examples)
 
 
-def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> Judgement:
+def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, progress: bool) -> Judgement:
     prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
     scores = score_choices(model, tokenizer, prompts, choices, shared_prefix=task.shared_prefix, progress=progress)
     # of MC1's choices one is correct: the best answer
@@ -138,7 +158,9 @@ def _judge_choices(model: nn.Module, tokenizer, task: Task, progress: bool) -> J
     return Judgement(metrics, hits)
 
 
-def _hits(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -> list[float]:
+def _hits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
+) -> list[float]:
     """Per example whether the greedy answer is one of the correct ones, 1.0 or 0.0."""
     ends = {_last_token(tokenizer, e.ending) for e in examples if isinstance(e, Conversation)} - {None}
     rows = _generated(model, tokenizer, [example.prompt for example in examples], ends=ends, **options)
@@ -146,7 +168,7 @@ def _hits(model: nn.Module, tokenizer, examples: Sequence[Example], **options) -
     return [float(exact_match(text, e.answers)) for text, e in zip(texts, examples, strict=True)]
 
 
-def _said(tokenizer, example: Example, row: list[int]) -> str:
+def _said(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int]) -> str:
     """What was written, without special tokens; of a conversation's turn the content."""
     if not isinstance(example, Conversation):
         return tokenizer.decode(row, skip_special_tokens=True)
@@ -156,7 +178,7 @@ def _said(tokenizer, example: Example, row: list[int]) -> str:
     return content
 
 
-def _last_token(tokenizer, ending: str) -> int | None:
+def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
     """The token that a chat template's ending closes with, where it is a token of its own."""
     ids = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
     return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
@@ -165,7 +187,7 @@ def _last_token(tokenizer, ending: str) -> int | None:
 @torch.no_grad()
 def _generated(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -175,9 +197,11 @@ def _generated(
     shared: SharedPrompts | None = None,
 ) -> list[list[int]]:
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
-    _check_count("batch_size", batch_size)
-    _check_count("max_new_tokens", max_new_tokens)
+    check_count("batch_size", batch_size)
+    check_count("max_new_tokens", max_new_tokens)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, encoded, "prompt")
+    check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
@@ -198,12 +222,9 @@ def _check_any(examples: Sequence[Example]) -> None:
         raise ValueError("accuracy needs at least one example, got none")
 
 
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: got {count!r}, expected a whole number from 1")
-
-
-def _greedy(model: nn.Module, tokenizer, max_new_tokens: int, more_ends: Set[int]):
+def _greedy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, more_ends: Set[int]
+) -> GenerationConfig:
     """Greedy decoding and nothing else, whatever sampling and penalties the model was published with."""
     from transformers import GenerationConfig
 

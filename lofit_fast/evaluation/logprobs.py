@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,21 @@ from transformers.utils import ModelOutput
 
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
-from lofit_fast.data.lengths import longest_first
+from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.models.head_trial import longest_head, withheld
 from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.answer_positions import answers_of
 from lofit_fast.patching.handle import acting_on
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 Add = Callable[[Batch, Sequence[Encoded]], Batch]
 TEXTS = ("prompt", "chosen", "rejected")
@@ -44,7 +46,7 @@ class Switchable(Protocol):
 def reference_logprobs(
     attachment: Switchable,
     dataset: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
     batch_size: int = 16,
@@ -65,9 +67,10 @@ def reference_logprobs(
     as_trained: as in `log_probs`.
     Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
     a chat template has made: no special tokens and no end token are added to those.
-    Raises ValueError for a column that is missing or not of texts, an answer without tokens, or a prompt and answer of
-    more than max_length tokens.
+    Raises ValueError for a column that is missing or not of texts, an answer without tokens or with some that the model
+    has no embedding for, a prompt and answer of more than max_length tokens, or a batch_size below 1.
     """
+    check_count("batch_size", batch_size)
     texts = {name: _column(dataset, name) for name in TEXTS}
     for name, mark in RENDERED.items():
         if mark in dataset.column_names:
@@ -80,6 +83,9 @@ def reference_logprobs(
     ]
     pairs = encode_answers(tokenizer, zip(texts["prompt"], zip(*answers, strict=True), strict=True), max_length)
     sides = dict(zip(TEXTS[1:], zip(*pairs, strict=True), strict=True)) if pairs else {}
+    for name, side in sides.items():
+        check_ids(attachment.model, [row["input_ids"] for row in side], name)
+    check_padding(attachment.model, pad_token_id(tokenizer), pairs)
     # one forward for what occurs more than once
     rows = {_key(row): row for side in sides.values() for row in side}
     with attachment.disabled():
@@ -142,7 +148,7 @@ def keeping(labels: Tensor, logits: Logits = "rows") -> dict[str, Tensor | bool]
     return {"logits_to_keep": keep if logits == "rows" else keep.any(0).nonzero().flatten(), "use_cache": False}
 
 
-def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tensor:
+def labelled_log_probs(output: Any, labels: Tensor, logits: Logits = "rows") -> Tensor:
     """(B, S - 1): log p of every next token that has a label, 0 elsewhere. output: of a model called with `keeping`."""
     following = labels[:, 1:]
     rows = labelled_rows(output.logits, labels, logits)
@@ -152,7 +158,12 @@ def labelled_log_probs(output, labels: Tensor, logits: Logits = "rows") -> Tenso
 
 
 def long_log_probs(
-    given: Callable, batch: dict, labels: Tensor, logits: Logits, head: FrozenHead, watch: bool = False
+    given: Callable[..., Any],
+    batch: dict[str, Any],
+    labels: Tensor,
+    logits: Logits,
+    head: FrozenHead,
+    watch: bool = False,
 ) -> tuple[Tensor, Watched | None, ModelOutput]:
     """`labelled_log_probs` of many labels, without logits of all of them at once; what is watched; the output.
 

@@ -6,6 +6,7 @@ of them.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,8 @@ class SharedPrompts:
     """What the base of one model makes of prompts, for all evaluations that are given this object.
 
     gb: bound on what is held, in 10^9 bytes; prompts beyond it are computed anew each time. The model's weights must
-    stay as they are meanwhile; adapters come and go by `lofit_fast.load` and `unpatch`.
+    stay as they are meanwhile; adapters come and go by `lofit_fast.load` and `unpatch`. Several threads may be given
+    it: one of them at a time computes prompts.
     Raises ValueError for a bound below 0.
     """
 
@@ -42,6 +44,7 @@ class SharedPrompts:
         self._decoder: nn.Module | None = None
         # whether the model has shown that it can go on from them, or that it cannot
         self._proved = self._unfit = False
+        self._lock = threading.RLock()
 
     def cache(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> DynamicCache | None:
         """A cache to generate on from: of prompts without their last tokens, padded on the left; None if it cannot be.
@@ -57,6 +60,10 @@ class SharedPrompts:
                 "prompts cannot be shared by adapters whose vectors act on them (positions='all'): expected "
                 "positions='answer'"
             )
+        with self._lock:
+            return self._cache(model, rows)
+
+    def _cache(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> DynamicCache | None:
         decoder = decoder_of(model, [projection.name for projection in find_projections(model)])
         if self._decoder is not None and decoder is not self._decoder:
             raise ValueError("these prompts are of another model: expected one SharedPrompts per base model")
@@ -74,7 +81,7 @@ class SharedPrompts:
         # generation goes on without it, whatever a model may raise
         except Exception as error:
             reason = str(error) if isinstance(error, NotPlain) else said_of(error)
-            warnings.warn(f"prompts are not shared: {reason}. Each evaluation computes its own", stacklevel=2)
+            warnings.warn(f"prompts are not shared: {reason}. Each evaluation computes its own", stacklevel=3)
             self._unfit = True
             self._held.clear()
             return None

@@ -35,7 +35,7 @@ def _convert(gguf: Path, folder: Path, checksum: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
     # the weights are dequantized now: what says otherwise would refuse to save them
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -44,7 +44,7 @@ def _convert(gguf: Path, folder: Path, checksum: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder, last=_CONVERSION) as scratch:
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(scratch)
         sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
         sums = sums_of(scratch, _CONVERSION)
         write_json(scratch / _CONVERSION, {"source": gguf.name, "sha256": checksum, "sizes": sizes, "files": sums})

@@ -1,11 +1,14 @@
 """Loading base models: a hub id, a local folder, a GGUF file, or the alias of a real model that ships as a package."""
 
+from __future__ import annotations
+
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +20,9 @@ from lofit_fast.models.file_digest import digest_of
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
 from lofit_kernels.answers import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def _installed(package: str) -> Path | None:
@@ -69,7 +75,7 @@ def load_model(
     device: str | torch.device = "auto",
     attention: str = "auto",
     quantization: str | None = None,
-) -> tuple[nn.Module, object]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode.
 
     name: an alias of `ALIASES`, a .gguf file, a folder, or a hub id. GGUF files are converted once, to float32, and
@@ -79,6 +85,8 @@ def load_model(
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
     A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
+    Weights are read from safetensors files, and code that comes with a model is not run: a model that needs it can be
+    loaded by transformers and given to `patch`.
     Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
     not have, a config of something else than a language model, weights that are not there, or files that are broken
     (of an export of ours: of which a byte has changed),
@@ -93,11 +101,13 @@ def load_model(
         return _loaded(name, source, dtype, device, attention, quantization)
 
 
-def _loaded(name: str, source: str, dtype, device, attention: str, quantization: str | None):
+def _loaded(
+    name: str, source: str, dtype: torch.dtype, device: torch.device, attention: str, quantization: str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
-    asked = {} if attention == "auto" else {"attn_implementation": attention}
-    config = AutoConfig.from_pretrained(source)
+    asked: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kinds, packed = auto_classes(config), getattr(config, "quantization_config", None) is not None
     if packed and quantization is not None:
         raise ValueError(f"{name} is quantized already: expected quantization=None, got {quantization!r}")
@@ -115,13 +125,13 @@ def _loaded(name: str, source: str, dtype, device, attention: str, quantization:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
 
 
-def auto_classes(config) -> list:
+def auto_classes(config: Any) -> list[Any]:
     """The classes of transformers that make the language model of a config, alone or with its towers, in this order.
 
     Raises ValueError for a config that has none.
@@ -129,9 +139,7 @@ def auto_classes(config) -> list:
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
-    # code from a hub has its own names for both
-    own = getattr(config, "auto_map", None) or {}
-    found = [kind for kind in kinds if type(config) in kind._model_mapping or kind.__name__ in own]
+    found = [kind for kind in kinds if type(config) in kind._model_mapping]
     if not found:
         raise ValueError(
             f"a model of type {config.model_type!r} is no language model that transformers knows: expected one that "
@@ -140,10 +148,12 @@ def auto_classes(config) -> list:
     return found
 
 
-def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
+def _with_all_weights(kinds: list[Any], source: str, how: dict[str, Any]) -> nn.Module:
     """The model of the first class that finds all of its weights: transformers draws the others at random."""
     for kind in kinds:
-        model, info = kind.from_pretrained(source, output_loading_info=True, **how)
+        model, info = kind.from_pretrained(
+            source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **how
+        )
         missing = sorted(info["missing_keys"])
         if not missing:
             return model
@@ -153,15 +163,33 @@ def _with_all_weights(kinds: list, source: str, how: dict) -> nn.Module:
     )
 
 
+# words of transformers, which advises to let it execute what was refused -> what is said instead
+_NOT_EXECUTED: dict[str, tuple[type[Exception], str]] = {
+    "trust_remote_code=True": (
+        ValueError,
+        "comes with code of its own, which is not run here: expected a model that transformers has code for; another "
+        "can be loaded by transformers and given to lofit_fast.patch",
+    ),
+    "file named model.safetensors": (
+        OSError,
+        "has no weights in safetensors files, and pickled ones are not read: expected model.safetensors, which "
+        "transformers' save_pretrained writes",
+    ),
+}
+
+
 @contextmanager
 def naming_broken_files(name: str) -> Iterator[None]:
     """A scope in which what the libraries raise at broken files is a ValueError that names the model."""
     try:
         yield
-    except (OSError, ImportError, torch.OutOfMemoryError):
-        raise
     # each reader has errors of its own: of safetensors, of configs, of GGUF
     except Exception as error:
+        for words, (kind, reason) in _NOT_EXECUTED.items():
+            if words in str(error):
+                raise kind(f"{name} {reason}") from error
+        if isinstance(error, OSError | ImportError | torch.OutOfMemoryError):
+            raise
         if isinstance(error, ValueError) and str(name) in str(error):
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

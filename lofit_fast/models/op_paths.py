@@ -50,7 +50,7 @@ def layers_of(name: str) -> list[Layer]:
         # a conversion makes weights
         folder = resolve(name)
     with naming_broken_files(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = auto_classes(config)[0].from_config(config)
     return [Layer(p.layer, p.n_heads, p.head_dim, outputs_of(p.module)) for p in find_projections(model)]
 

@@ -6,6 +6,7 @@ keys and values of those tokens once, and then only the last prompt token and th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -125,20 +126,20 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
     model: what is called with the batches. Such a batch brings position_ids (B, A) of its A tokens a row, and an
     attention_mask (B, P + A). acting: the scope that such a forward runs in. A batch without runs as ever.
     """
-    scopes: list[ExitStack] = []
+    going = _Going()
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if PROMPTS not in kwargs:
             return None
         scope = ExitStack()
         scope.enter_context(acting())
-        scopes.append(scope)
+        going.scopes.append(scope)
         given = {name: value for name, value in kwargs.items() if name != PROMPTS}
         return args, {**given, "past_key_values": slots.cache(kwargs[PROMPTS]), "use_cache": False}
 
     def drop(module: nn.Module, args: tuple, output: object) -> None:
-        while scopes:
-            scopes.pop().close()
+        while going.scopes:
+            going.scopes.pop().close()
 
     hooks = [
         # before all that reads what a batch brings
@@ -150,6 +151,13 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Going(threading.local):
+    """The scopes of the forwards that go on in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.scopes: list[ExitStack] = []
 
 
 def _plain(layer: object, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

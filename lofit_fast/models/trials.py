@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import KEPT_ROWS, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.patching.architectures import text_config
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 
 # tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lofit_fast.patching.scopes import around, enter, leave
 
 # every token of the call
 EVERYWHERE = "all"
@@ -48,23 +49,19 @@ class Acting(threading.local):
             self.mask = before
 
 
-# what callers have said, the innermost scope last, by the handle's `Acting`
-_SAID: ContextVar[tuple[tuple[Acting, Mask], ...]] = ContextVar("lofit_acting_on", default=())
-
-
 @contextmanager
 def said(acting: Acting, mask: Mask) -> Iterator[None]:
     """A scope in which forwards of the handle with this `Acting` take the mask. Raises as `checked`."""
-    token = _SAID.set((*_SAID.get(), (acting, checked(mask))))
+    entered = enter(acting, checked(mask))
     try:
         yield
     finally:
-        _SAID.reset(token)
+        leave(entered)
 
 
 def said_for(acting: Acting) -> Mask | None:
     """What the innermost scope around says for this handle; None where there is none."""
-    return next((mask for one, mask in reversed(_SAID.get()) if one is acting), None)
+    return next(reversed(around(acting)), None)
 
 
 def checked(mask: Mask) -> Mask:

@@ -32,7 +32,7 @@ class AnswerWatch:
     """Finds out before each forward of a patched model where its vectors act, and leaves that to the layers.
 
     Hooks on the model that is called with labels or a cache, and on its decoder, which may be called by itself in a
-    scope of `handle.acting_on`. Layers that transformers checkpoints find the same mask when they run a second time.
+    scope of `handle.acting_on`. A layer that runs a second time finds the same mask: `checkpoints.ScopedCheckpoint`.
 
     model: the language model. decoder: the part of it that holds the layers. layers: ours, which share `acting`.
     """
@@ -46,7 +46,6 @@ class AnswerWatch:
         peft_watch: PeftWatch,
     ) -> None:
         self.layers, self.acting, self.peft_watch = layers, acting, peft_watch
-        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -58,12 +57,9 @@ class AnswerWatch:
             ]
 
     def remove(self) -> None:
-        """Take the hooks off, and give back the functions that checkpoint."""
+        """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-        for module in self.checkpointed:
-            if isinstance(given := vars(module).get(_CHECKPOINT), _MaskedCheckpoint):
-                setattr(module, _CHECKPOINT, given.given)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = said_for(self.acting)
@@ -88,43 +84,12 @@ class AnswerWatch:
         going_on = [entry for entry in acting.forwards if entry[0] is not module]
         acting.forwards = (*going_on, (module, acting.mask if going_on else None))
         acting.mask = mask
-        if module.training and torch.is_grad_enabled():
-            self._keep_in_checkpoints()
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         acting = self.acting
         if acting.forwards and acting.forwards[-1][0] is module:
             acting.mask = acting.forwards[-1][1]
             acting.forwards = acting.forwards[:-1]
-
-    def _keep_in_checkpoints(self) -> None:
-        for module in self.checkpointed:
-            given = vars(module).get(_CHECKPOINT)
-            if module.gradient_checkpointing and given is not None and not isinstance(given, _MaskedCheckpoint):
-                setattr(module, _CHECKPOINT, _MaskedCheckpoint(given, self.acting))
-
-
-# transformers' name for the function that a module checkpoints with
-_CHECKPOINT = "_gradient_checkpointing_func"
-
-
-class _MaskedCheckpoint:
-    """A checkpointing function whose second run, in whatever thread, has the mask of the first."""
-
-    def __init__(self, given: Any, acting: Acting) -> None:
-        self.given, self.acting = given, acting
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = self.acting.mask
-        # in a compiled graph the mask is one of its inputs
-        if mask is None or torch.compiler.is_compiling():
-            return self.given(function, *args, **kwargs)
-
-        def run(*inputs: Any, **named: Any) -> Any:
-            with self.acting.during(mask):
-                return function(*inputs, **named)
-
-        return self.given(run, *args, **kwargs)
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
 from lofit_fast.patching.weight_sample import base_name
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # files of weights that stock code would rather load than those written beside them
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
 @torch.no_grad()
-def export(handle: LofitHandle, folder: Path | str, tokenizer=None) -> Path:
+def export(handle: LofitHandle, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Write the merged model as a folder that stock `from_pretrained` loads; the handle lives on.
 
     The folder is for the model's own class, with a bias switched on in its config where the offsets need one. Families
@@ -135,7 +139,7 @@ def _as_family(stock: Stock, kin: str) -> Stock:
     return stock.changed(lambda config: setattr(config, part, target))
 
 
-def _class_for(stock: Stock, config) -> type:
+def _class_for(stock: Stock, config: Any) -> type:
     """The class that is to the config's family what the model's is to its own: with the same head."""
     import transformers
 
@@ -194,7 +198,7 @@ def _write_generation_config(model: nn.Module, folder: Path) -> None:
         model.generation_config.to_json_file(path)
 
 
-def _forget_quantization(config) -> None:
+def _forget_quantization(config: Any) -> None:
     # what was quantized once is plain numbers now, or is refused
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

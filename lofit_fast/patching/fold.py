@@ -54,7 +54,7 @@ class ModelFold:
         for layer in self.layers:
             found = layer.foldable()
             # one that was interrupted may have left something
-            layer.early.folded = layer.early.ready = None
+            layer.here.folded = layer.here.ready = None
             if found is not None and _is_there(found[0], found[1], compiling):
                 members.append(layer)
                 tensors.append(found)
@@ -62,11 +62,11 @@ class ModelFold:
             return
         if compiling:
             for layer, folded in zip(members, fold_offsets(*zip(*tensors, strict=True)), strict=True):
-                layer.early.folded = folded
+                layer.here.folded = folded
             return
         for layer, ready in zip(members, self._fold(tensors), strict=True):
-            early = layer.early
-            early.folded, early.ready = ready.exact, ready
+            here = layer.here
+            here.folded, here.ready = ready.exact, ready
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.decoder:
@@ -74,7 +74,7 @@ class ModelFold:
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.early.folded = layer.early.ready = None
+            layer.here.folded = layer.here.ready = None
 
 
 def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from lofit_fast.config import HeadSet, LofitConfig, shown
+from lofit_fast.config import LofitConfig
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
+from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
-from lofit_fast.patching.layer import LofitLinear, eval_mode
+from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
+from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
+from lofit_fast.patching.wrapping import build_layers
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+
+P, T = ParamSpec("P"), TypeVar("T")
+# two threads at once would both find a model unpatched, or a handle live
+_CHANGING = threading.RLock()
+
+
+def _one_at_a_time(change: Callable[P, T]) -> Callable[P, T]:
+    """A function that puts projections into a model or takes them out: one thread does at a time."""
+
+    @wraps(change)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        with _CHANGING:
+            return change(*args, **options)
+
+    return run
 
 
 class LofitHandle:
@@ -35,8 +57,8 @@ class LofitHandle:
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
-    warns where a state_dict is loaded. answer_watch: with positions="answer", what finds where answers begin. All of
-    them are None until the model is patched.
+    warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
+    with positions="answer", what finds where answers begin. All of them are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -49,6 +71,7 @@ class LofitHandle:
         self.peft_watch: PeftWatch | None = None
         self.load_watch: LoadWatch | None = None
         self.answer_watch: AnswerWatch | None = None
+        self.checkpoint_watch: CheckpointWatch | None = None
         self._head: RemovableHandle | None = None
         self._live = False
 
@@ -76,27 +99,25 @@ class LofitHandle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A scope in which the model computes what the base computes."""
+        """A scope in which the model computes what the base computes, for the thread, or task, that has entered it.
+
+        Threads that are started inside begin outside of it, as context variables have it: run their work in
+        `contextvars.copy_context()`, as `asyncio.to_thread` does by itself. A forward that checkpoints its layers keeps
+        its scopes for their second run. Scopes may be nested, and left in any order.
+        """
         self.check_live()
-        before = {layer: layer.enabled for layer in self.layers.values()}
-        for layer in before:
-            layer.enabled = False
-        try:
+        with self.scopes.disabled():
             yield
-        finally:
-            for layer, enabled in before.items():
-                layer.enabled = enabled
 
     @contextmanager
     def folded(self) -> Iterator[None]:
         """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused.
 
-        The vectors must not change inside it.
+        The vectors must not change inside it. It holds where `disabled` would; that gradients are off is torch's part,
+        which knows threads alone: a task that waits inside leaves them off for the others of its thread.
         """
         self.check_live()
-        with torch.no_grad(), ExitStack() as scopes:
-            for layer in self.layers.values():
-                scopes.enter_context(layer.fold())
+        with torch.no_grad(), self.scopes.folded(list(self.layers.values())):
             yield
 
     @contextmanager
@@ -114,6 +135,11 @@ class LofitHandle:
             )
         with said(self.acting, mask):
             yield
+
+    @property
+    def scopes(self) -> Scopes:
+        """What the layers share of who is in which scope."""
+        return next(iter(self.layers.values())).scopes
 
     @property
     def acting(self) -> Acting | None:
@@ -153,7 +179,8 @@ class LofitHandle:
         """Copy an adapter of the same heads into the handle.
 
         Raises ValueError where a tensor does not fit or is not finite, for vectors of other heads or that act on other
-        positions, and inside `folded`, which would go on with the old vectors. The handle keeps its vectors then.
+        positions, and while any thread is inside `folded`, which would go on with the old vectors. The handle keeps its
+        vectors then.
         """
         self.check_vectors("load")
         check_heads(adapter, self.config)
@@ -162,9 +189,10 @@ class LofitHandle:
                 f"cannot load vectors with positions={adapter.config.positions!r} into a handle with "
                 f"positions={self.config.positions!r}: lofit_fast.load patches as the folder says"
             )
-        if any(layer.folded is not None for layer in self.layers.values()):
+        if self.scopes.folding():
             raise ValueError(
-                "cannot load vectors inside handle.folded(), which computes with the old ones: leave it first"
+                "cannot load vectors inside handle.folded(), of this thread or another, which computes with the old "
+                "ones: leave it first"
             )
         check_writable(self.model, "load the adapter of")
         fill(self.vectors(), adapter)
@@ -175,13 +203,15 @@ class LofitHandle:
         """Write the adapter folder; see `storage.save_adapter`."""
         return save_adapter(self.adapter(), folder)
 
+    @_one_at_a_time
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
         A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
-        before anything is changed, when something else has wrapped ours.
+        before anything is changed, when something else has wrapped ours, or another thread or task is inside a scope.
         """
         self.check_live()
+        self.scopes.check_alone("unpatch")
         adapted = [p for p in self.projections if p.layer in self.layers]
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
@@ -197,6 +227,8 @@ class LofitHandle:
         self.model_fold.remove()
         self.peft_watch.remove()
         self.load_watch.remove()
+        self.checkpoint_watch.remove()
+        self.scopes.remove()
         if self.answer_watch is not None:
             self.answer_watch.remove()
         if self._head is not None:
@@ -204,16 +236,18 @@ class LofitHandle:
         self._live = False
         return self.model
 
+    @_one_at_a_time
     def merge(self) -> nn.Module:
         """Write the adapter into the base weights and return the plain model. Ends the handle.
 
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
         and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
-        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, and for
-        vectors that act on answers alone.
+        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, for vectors
+        that act on answers alone, and while another thread or task is inside a scope.
         """
         self.check_live()
+        self.scopes.check_alone("merge")
         self.check_everywhere("merge")
         check_whole(self.model, "merge")
         check_writable(self.model, "merge")
@@ -238,6 +272,9 @@ class LofitHandle:
         if self.acting is not None:
             self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
         self.load_watch = LoadWatch(layers[0], decoder)
+        self.checkpoint_watch = CheckpointWatch(language_model(ancestors), decoder, self.scopes, self.acting)
+        # the first to be called
+        self.scopes.watch(decoder)
         self._head = keep_head_input_whole(self.model)
         self._live = True
 
@@ -257,6 +294,7 @@ class LofitHandle:
             raise ValueError("this handle has ended: its model was unpatched or merged")
 
 
+@_one_at_a_time
 def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
 
@@ -295,7 +333,7 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     if trained:
         warnings.warn(
             "patching has frozen PEFT's adapters too: model.set_adapter(name) makes them trainable again",
-            stacklevel=2,
+            stacklevel=3,
         )
     return handle
 
@@ -350,49 +388,3 @@ def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     """The modules on the way from the model to its decoder, both included."""
     path = next(name for name, module in model.named_modules() if module is decoder).split(".")
     return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
-
-
-def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
-    """The wrappers, filled from the config's seed, attached to nothing yet."""
-    scale = _heads_by_layer("scale", config.scale, projections)
-    offset = _heads_by_layer("offset", config.offset, projections)
-    # drawn on the CPU, so that a seed means the same on every device
-    generator = torch.Generator().manual_seed(config.seed)
-    acting = None if config.positions == "all" else Acting()
-    layers = {}
-    for p in projections:
-        heads = (scale.get(p.layer), offset.get(p.layer))
-        if heads == (None, None):
-            continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
-        layer.acting = acting
-        for vectors in layer.parameters(recurse=False):
-            draw = torch.randn(vectors.shape, generator=generator) * config.init_std
-            vectors.data.copy_(draw)
-        layers[p.layer] = layer
-    return layers
-
-
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules that hold the one of that name, the nearest first, the model last."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield model.get_submodule(name)
-
-
-def _heads_by_layer(component: str, heads: HeadSet, projections: list[Projection]) -> dict[int, list[int]]:
-    if heads is None:
-        return {}
-    if heads == "all":
-        return {p.layer: list(range(p.n_heads)) for p in projections}
-    sizes = {p.layer: p.n_heads for p in projections}
-    wrong = [(layer, head) for layer, head in heads if head >= sizes.get(layer, 0)]
-    if wrong:
-        raise ValueError(
-            f"{component} names heads the model does not have: {shown(wrong)}; expected layers up to {max(sizes)} and "
-            f"heads below {max(sizes.values())}"
-        )
-    listed: dict[int, list[int]] = {}
-    for layer, head in sorted(heads):
-        listed.setdefault(layer, []).append(head)
-    return listed

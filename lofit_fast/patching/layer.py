@@ -1,8 +1,7 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.scopes import Fixed, Here, Scopes
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand
-from lofit_kernels.layer_fold import Folded, folded_linear
+from lofit_kernels.layer_fold import folded_linear
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
 _HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
@@ -23,22 +23,6 @@ CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
     "be trained through (bitsandbytes, weight-only torchao), or run it under torch.no_grad()"
 )
-
-
-class EarlyFold:
-    """What a fold of the whole model leaves a layer for one forward: W v, (N,), and the same ready for its projection.
-
-    An object of its own, since a module takes longer to be given an attribute than an autograd node is to be made.
-    """
-
-    def __init__(self) -> None:
-        self.folded: Tensor | None = None
-        # not where a forward is compiled
-        self.ready: Folded | None = None
-
-    def __reduce__(self) -> tuple:
-        # of one forward of one model: a copy made in its midst, or after it was interrupted, folds for itself
-        return EarlyFold, ()
 
 
 class LofitLinear(nn.Module):
@@ -66,14 +50,13 @@ class LofitLinear(nn.Module):
         super().__init__()
         self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
-        self.enabled = True
+        # what scopes and forwards of the model say, to each thread by itself; a handle's layers share its scopes
+        self.here = Here()
+        self.scopes = Scopes((self.here,))
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
-        # W v for no-grad forwards, inside `fold`; W v for this forward of the model, from `fold.ModelFold`
-        self.folded: Tensor | None = None
-        self.early = EarlyFold()
         # of vectors that act on answers alone: where that is in the forward that goes on
         self.acting: Acting | None = None
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
@@ -109,7 +92,9 @@ class LofitLinear(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         inner = self._modules["inner"]
-        if not self.enabled or (self.peft and not self.active):
+        if self.scopes.asks:
+            self.scopes.look()
+        if self.here.off or (self.peft and not self.active):
             return inner(z)
         mask = None if self.acting is None else self._mask(z)
         plain = plain_tensors(inner)
@@ -151,18 +136,19 @@ class LofitLinear(nn.Module):
             return torch.where(mask, self._fused(z, plain), y)
         offset, heads = self._vectors("offset")
         if torch.is_grad_enabled() and offset.requires_grad:
-            early, ready = self.early.folded, self.early.ready
+            early, ready = self.here.folded, self.here.ready
             fits = early is not None and (ready is None or ready.weight is weight)
             folded = early if fits else fold_offsets([weight], [offset], [heads])[0]
         else:
-            folded = self.folded if self.folded is not None else fold_offset(weight, offset, heads)
+            kept = self.here.kept
+            folded = fold_offset(weight, offset, heads) if kept is None else kept
         # in float32 at least, and rounded once more
         return (y + mask * folded).to(y.dtype)
 
     def _fused(self, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
         """y (..., N) beside the weight and the bias of a plain linear."""
         weight, bias = plain
-        listed, ready = self._heads, self.early.ready
+        listed, ready = self._heads, self.here.ready
         if (
             ready is not None
             and listed["scale"] is None
@@ -216,24 +202,26 @@ class LofitLinear(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the vectors are applied: neither our handle nor PEFT, for the whole model, has switched them off."""
-        return self.enabled and not (self.peft and any(layer.disable_adapters for layer in self.peft))
+        """Whether the vectors are applied: neither a scope here nor PEFT, for everybody, has switched them off."""
+        if self.scopes.asks or not torch.compiler.is_compiling():
+            self.scopes.look()
+        return not (self.here.off or (self.peft and any(layer.disable_adapters for layer in self.peft)))
 
     def foldable(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
-        if not self.enabled or (self.peft and not self.active):
+        if self.here.off or (self.peft and not self.active):
             return None
         if self._heads["offset"] is None:
             return None
         offset, heads = self._vectors("offset")
-        plain = self._here() if offset.requires_grad else None
+        plain = self._readable() if offset.requires_grad else None
         if plain is None or plain[0].requires_grad:
             return None
         # an offset by itself always does
         alone = plain[1] is None and self._heads["scale"] is None and self.form == "auto"
         return (plain[0], offset, heads) if alone or self._takes_folded(*plain) else None
 
-    def _here(self) -> tuple[Tensor, Tensor | None] | None:
+    def _readable(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) of a projection that is plain, but for a hook that moves tensors; None of any other."""
         inner = self._modules["inner"]
         plain = plain_tensors(inner)
@@ -256,27 +244,22 @@ class LofitLinear(nn.Module):
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""
         if not torch.is_grad_enabled():
-            return self.folded
+            return self.here.kept
         if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
-        folded, ready = self.early.folded, self.early.ready
+        folded, ready = self.here.folded, self.here.ready
         # the weight may have come after the model's fold, as one that a hook of the layer puts there does
         if folded is None or (ready is not None and ready.weight is not weight):
             return fold_offsets([weight], [offset], [heads])[0]
         return folded
 
-    @contextmanager
-    def fold(self) -> Iterator[None]:
-        """W v computed once and reused by every no-grad forward inside the scope."""
-        outer = self.folded
-        plain = self._here() if outer is None and self.offset is not None else None
+    def fold(self) -> Tensor | None:
+        """W v as it is now, (N,), for forwards without gradients; None where they take the offset itself."""
+        plain = self._readable() if self.offset is not None else None
         # one that is offloaded comes with its forward
-        if plain is not None and not plain[0].is_meta and self._takes_folded(*plain):
-            self.folded = fold_offset(plain[0], *self._vectors("offset"))
-        try:
-            yield
-        finally:
-            self.folded = outer
+        if plain is None or plain[0].is_meta or not self._takes_folded(*plain):
+            return None
+        return fold_offset(plain[0], *self._vectors("offset"))
 
     def heads(self, component: str) -> list[int]:
         """The heads that carry a component ("scale" or "offset"), ascending; empty if it is absent."""
@@ -301,6 +284,12 @@ class LofitLinear(nn.Module):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(vars(self), memo))
         return copied
+
+    def _replicate_for_data_parallel(self) -> "LofitLinear":
+        # threads of its own run a replica, and are in none of our scopes
+        replica = super()._replicate_for_data_parallel()
+        replica.here, replica.scopes = Fixed(self.here.off), Scopes()
+        return replica
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # the children are filled after this call, from keys below theirs
@@ -359,18 +348,6 @@ def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tenso
     weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
     bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
     return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """A scope in eval mode, after which every module has the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _through(base: nn.Module, affine: Tensor) -> Tensor:

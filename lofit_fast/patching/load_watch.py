@@ -11,9 +11,8 @@ from torch import nn
 MESSAGE = (
     "a state_dict was loaded into a model patched by LoFiT: the rest of the model was filled, the LoFiT vectors stay "
     "what they were, since no state_dict holds them. To resume or restore a checkpoint, give the trainer "
-    "callbacks=[lofit_fast.AdapterCheckpoints(handle)], call accelerator.register_for_checkpointing(lofit_fast."
-    "AdapterCheckpoints(handle)), or save and load the adapter beside it: handle.save(folder), lofit_fast.load(model, "
-    "folder)"
+    "callbacks=[lofit_fast.AdapterCheckpoints(handle)], call lofit_fast.AdapterCheckpoints(handle).follow("
+    "accelerator), or save and load the adapter beside it: handle.save(folder), lofit_fast.load(model, folder)"
 )
 
 
@@ -29,11 +28,16 @@ class LoadWatch:
         self.decoder = decoder
         self._restorers: weakref.WeakSet = weakref.WeakSet()
         self._owed: Any = None
+        self._vectors_came_first = False
         self._hook = layer.register_load_state_dict_post_hook(self._loaded)
 
     def expect(self, restorer: object) -> None:
         """Trust an object, for as long as it lives, to restore the vectors after a load."""
         self._restorers.add(restorer)
+
+    def expect_base(self) -> None:
+        """The vectors have been restored already: the next load is that of the base beside them."""
+        self._vectors_came_first = True
 
     def settled(self) -> None:
         """The vectors have been restored."""
@@ -53,7 +57,9 @@ class LoadWatch:
         self._hook.remove()
 
     def _loaded(self, module: nn.Module, incompatible_keys: object) -> None:
-        if not self._restorers:
+        if self._vectors_came_first:
+            self._vectors_came_first = False
+        elif not self._restorers:
             warnings.warn(MESSAGE, stacklevel=2)
         elif self._owed is None:
             self._owed = self.decoder.register_forward_pre_hook(self._complain)

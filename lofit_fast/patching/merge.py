@@ -150,7 +150,7 @@ def merge_into_base(model: nn.Module, layers: Layers, projections: Sequence[Proj
             "the merged model is right in memory, but loses its offsets when it is saved and reloaded: no switch known "
             f"here gives the code of {text_config(model).model_type!r} a bias on its output projection. Keep the "
             "adapter folder, or try lofit_fast.export before you merge",
-            stacklevel=3,
+            stacklevel=4,
         )
     if plan.tied is False:
         untie(part.config)

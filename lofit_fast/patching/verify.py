@@ -15,7 +15,7 @@ from lofit_fast.checksums import check_sums
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
 
@@ -54,7 +54,7 @@ def verify_export(
     the scales or the offsets; and inside `handle.disabled()` or `folded()`, where the model computes something else.
     """
     handle.check_live()
-    if any(layer.folded is not None or not layer.enabled for layer in handle.layers.values()):
+    if not handle.scopes.plain:
         raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype
@@ -115,14 +115,16 @@ def _reloaded(model: nn.Module, folder: Path | str) -> tuple[nn.Module, dict]:
     """(model, loading info) of what stock code makes of a folder."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     (name,) = config.architectures
     # code that came with a checkpoint is not transformers' own
     kind = getattr(transformers, name, None) or type(model)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     attention = _attention(model)
     asked = {} if attention is None else {"attn_implementation": attention}
-    exported, info = kind.from_pretrained(folder, dtype=wide, output_loading_info=True, **asked)
+    exported, info = kind.from_pretrained(
+        folder, dtype=wide, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **asked
+    )
     return exported.to(device_of(model)).eval(), info
 
 

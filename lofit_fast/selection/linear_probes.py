@@ -6,6 +6,7 @@ All probes of a kind are fitted at once, as a batch of small Newton problems in 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -17,6 +18,7 @@ from lofit_fast.data.encode import encode_pair, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
@@ -47,6 +49,8 @@ def head_activations(
     if len(sizes) > 1:
         raise ValueError(f"expected heads of one size in all layers, got head_dim {sorted(sizes)}")
     encoded = [encode_pair(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    check_ids(model, encoded, "answer")
+    check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, 0)
     shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
     activations = torch.full(shape, math.nan)
@@ -173,17 +177,23 @@ def split_of(n_questions: int, splits: int, seed: int) -> Tensor:
 
 
 class _LastInputs(ExitStack):
-    """A scope in which every projection leaves its input at the row's last token in `taken`, (B, K) per layer."""
+    """A scope in which every projection leaves its input at the row's last token in `taken`, (B, K) per layer.
+
+    Of forwards of the thread that has entered it.
+    """
 
     def __init__(self, projections: dict[int, nn.Module]) -> None:
         super().__init__()
         self.taken: dict[int, Tensor] = {}
         self.last: Tensor | None = None
+        self.thread = threading.get_ident()
         for layer, module in projections.items():
             self.callback(module.register_forward_pre_hook(self._taker(layer)).remove)
 
     def _taker(self, layer: int):
         def take(_, inputs) -> None:
+            if threading.get_ident() != self.thread:
+                return
             z = inputs[0]
             last = self.last.to(z.device)
             self.taken[layer] = z[torch.arange(len(last), device=z.device), last]

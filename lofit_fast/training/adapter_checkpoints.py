@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lofit_fast.config import LofitConfig
 from lofit_fast.files import file_errors
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, read_adapter
@@ -33,7 +34,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
     every checkpoint has them, a resumed run goes on from them, and load_best_model_at_end takes the best ones back:
 
         Trainer(handle.model, args, ..., callbacks=[lf.AdapterCheckpoints(handle)])
-        accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
+        lf.AdapterCheckpoints(handle).follow(accelerator)
 
     Each checkpoint gets the folder lofit/adapter, which `lf.load` reads; so does the output folder when training ends.
     What a run resumes from is in trainer_state.json, wherever the checkpoint has been moved to.
@@ -55,10 +56,36 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             handle.check_live()
             handle.load_watch.expect(self)
 
+    def follow(self, accelerator) -> AdapterCheckpoints:
+        """Keep the vectors with the states of an accelerate.Accelerator: save_state writes them, load_state fills them.
+
+        Each state gets the folder lofit/adapter. What accelerator.register_for_checkpointing keeps, accelerate
+        unpickles without a check; this is read as safetensors and JSON, before anything else of the state is.
+        load_state raises FileNotFoundError for a state without that folder, and ValueError for other heads.
+        Raises ValueError without a handle.
+        """
+        if self.handle is None:
+            raise ValueError("follow() needs to know the model: expected AdapterCheckpoints(handle), got no handle")
+
+        def write(models: list, weights: list, folder: str) -> None:
+            if accelerator.is_main_process:
+                self.handle.save(Path(folder) / FOLDER)
+
+        def read(models: list, folder: str) -> None:
+            adapter = read_adapter(Path(folder) / FOLDER)
+            check_fits(adapter, self.handle.fingerprint)
+            self._check_heads(_heads(adapter.config), f"the state in {folder}")
+            self.handle.take(adapter)
+            self.handle.load_watch.expect_base()
+
+        accelerator.register_save_state_pre_hook(write)
+        accelerator.register_load_state_pre_hook(read)
+        return self
+
     def state_dict(self) -> dict:
-        """The adapted heads, and the vectors by "<layer>.<component>": what accelerate and a loop of one's own save."""
+        """The adapted heads, and the vectors by "<layer>.<component>": what a loop of one's own saves."""
         vectors = {name: vector.detach().clone().cpu() for name, vector in self.handle.named_parameters()}
-        return {"heads": _heads(self.handle), "vectors": vectors}
+        return {"heads": _heads(self.handle.config), "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
         """Take the vectors of a `state_dict`. Raises ValueError, changing nothing, for those of other heads."""
@@ -85,7 +112,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         written = state.stateful_callbacks.get(type(self).__name__)
         # with several callbacks of one name, each is the one of its own heads
         candidates = written if isinstance(written, list) else [written] if written else []
-        ours = [one for one in candidates if one.get("heads") == _heads(self.handle)]
+        ours = [one for one in candidates if one.get("heads") == _heads(self.handle.config)]
         found = (ours or candidates or [{}])[-1]
         where = f"the checkpoint of step {state.global_step}"
         if "vectors" not in found:
@@ -132,14 +159,17 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         if model is not None and handle_of(model) is not self.handle:
             raise ValueError("AdapterCheckpoints has the handle of another model than the one that is trained")
 
-    def _restore(self, state: dict, where: str) -> None:
-        if not isinstance(state, Mapping) or not {"heads", "vectors"} <= state.keys():
-            raise ValueError(f"{where} is none of AdapterCheckpoints: expected heads and vectors in it")
-        got, expected = state["heads"], _heads(self.handle)
+    def _check_heads(self, got: dict, where: str) -> None:
+        expected = _heads(self.handle.config)
         if got != expected:
             raise ValueError(
                 f"{where} has vectors of other heads or positions: got {got}, expected {expected}; patch as it was"
             )
+
+    def _restore(self, state: dict, where: str) -> None:
+        if not isinstance(state, Mapping) or not {"heads", "vectors"} <= state.keys():
+            raise ValueError(f"{where} is none of AdapterCheckpoints: expected heads and vectors in it")
+        self._check_heads(state["heads"], where)
         tensors = {}
         for name, vector in state["vectors"].items():
             layer, _, component = name.partition(".")
@@ -154,10 +184,10 @@ def _sum_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _heads(handle: LofitHandle) -> dict:
+def _heads(config: LofitConfig) -> dict:
     """The adapted heads, as JSON gives them back, and the positions where these are not all."""
-    heads = json.loads(json.dumps({component: getattr(handle.config, component) for component in COMPONENTS}))
-    return heads if handle.acting is None else {**heads, "positions": handle.config.positions}
+    heads = json.loads(json.dumps({component: getattr(config, component) for component in COMPONENTS}))
+    return heads if config.positions == "all" else {**heads, "positions": config.positions}
 
 
 def _drop_frozen(model: nn.Module, checkpoint: Path) -> None:

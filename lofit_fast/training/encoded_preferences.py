@@ -26,6 +26,7 @@ from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.extras import needing
 from lofit_fast.models.head_trial import longest_head
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
@@ -70,6 +71,9 @@ class EncodedPreferences:
         self.limit = token_limit(model, max_length)
         questions = [(p.prompt, (p.chosen, *p.rejected)) for p in preferences]
         answers = encode_answers(tokenizer, questions, self.limit, progress=progress)
+        for number, rows in enumerate(answers, start=1):
+            check_ids(model, (row["input_ids"] for row in rows), f"preference {number}, answer")
+        check_padding(model, pad_token_id(tokenizer), answers)
         self._digest = data_digest([row for rows in answers for row in rows])
         # what an epoch reads: of every preference the chosen answer and one rejected
         self.rows = [row for rows in answers for row in rows[:2]]

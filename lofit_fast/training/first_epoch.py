@@ -16,7 +16,7 @@ from lofit_fast.evaluation.choices import check_room
 from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.task import draw
 from lofit_fast.training.engine import Engine, collator_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lofit_fast.config import Head, Recipe
 from lofit_fast.models.trials import remembering
@@ -22,7 +22,7 @@ from lofit_fast.training.two_steps import FitResult, TwoSteps
 
 def fit(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     train: Examples,
     recipe: Recipe | None = None,
     *,
@@ -71,7 +71,7 @@ def fit(
 
 def fit_preferences(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     preferences: Sequence[Preference | Mapping[str, object]],
     recipe: Recipe | None = None,
     *,
@@ -104,7 +104,7 @@ def fit_preferences(
 
 def fit_objective(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     recipe: Recipe | None = None,
     *,
@@ -135,7 +135,7 @@ def fit_objective(
 
 def rehearse(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     recipe: Recipe | None = None,
     *,
@@ -159,7 +159,7 @@ def rehearse(
 
 def select_by_training(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     recipe: Recipe | None = None,
     *,
@@ -183,7 +183,7 @@ def select_by_training(
 
 def select_untrained(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     recipe: Recipe,
     *,

@@ -31,6 +31,7 @@ from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
+from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.arguments import Schedule, training_arguments
@@ -155,7 +156,12 @@ class EncodedCompletions:
         self.judged = [as_example(example, tokenizer) for example in held_out]
         self.judged_rows = encode_all(tokenizer, self.judged, limit, progress=progress)
         self.answer_length = answer_length(tokenizer, self.judged)
-        check_room(model, [encode_prompt(tokenizer, e.prompt) for e in self.judged], self.answer_length)
+        prompts = [encode_prompt(tokenizer, e.prompt) for e in self.judged]
+        check_room(model, prompts, self.answer_length)
+        check_ids(model, (row["input_ids"] for row in self.rows))
+        check_ids(model, (row["input_ids"] for row in self.judged_rows), "evaluation example")
+        check_ids(model, prompts, "prompt of evaluation example")
+        check_padding(model, pad_token_id(tokenizer), self.rows + self.judged_rows)
 
     def identity(self) -> dict[str, object]:
         """Digests of the examples."""

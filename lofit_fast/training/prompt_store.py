@@ -26,7 +26,7 @@ from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.acting import EVERYWHERE
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.answer_batches import AnswerCollator, Collator, prompts_of, span
 from lofit_fast.training.engine.compiled_layers import any_compiled

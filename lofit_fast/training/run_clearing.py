@@ -30,7 +30,7 @@ def left_in(folder: Path) -> list[str]:
 
 def check_no_links(folder: Path) -> None:
     """Raise ValueError where one of a run's files or folders is a link: what it leads to is none of the run's."""
-    for name in (STATE, *FOLDERS, *FILES):
+    for name in (STATE, *FOLDERS, "select/adapter", *FILES):
         if (folder / name).is_symlink():
             raise ValueError(
                 f"{folder / name} is a link, and a run reads and writes in its own folder alone: put there what it "

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment

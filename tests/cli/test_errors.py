@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import lofit_fast as lf
+from lofit_fast.cli.app import app
 from tests.cli.calling import QUICK, call, error_of
 from tests.tiny_models import tiny_model
 
@@ -100,16 +101,44 @@ def test_an_output_below_a_file(model, data, tmp_path):
     assert "cannot write to output folder" in error_of(*arguments, tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("size", ["0", "-1"])
-def test_a_batch_size_that_sees_no_example(model, data, size):
-    message = error_of("eval", "--model", model, "--data", data, "--batch-size", size)
-    assert f"batch_size: got {size}, expected a whole number from 1" in message
+# every option that counts something -> the least it takes
+COUNTS = {
+    "eval": {"--batch-size": 1},
+    "generate": {"--max-new-tokens": 1},
+    "train": {
+        **{f"--{name}": 1 for name in ("train-size", "batch-size", "accumulation-steps", "max-length")},
+        **{f"--{name}": 0 for name in ("select-epochs", "tune-epochs", "min-layer")},
+        "--select-examples": 1,
+    },
+    "select": {
+        **{f"--{name}": 1 for name in ("train-size", "batch-size", "select-examples")},
+        **{f"--{name}": 0 for name in ("select-epochs", "min-layer")},
+    },
+    "sweep": {"--jobs": 1},
+    "plan": {"--tokens": 1},
+    "autotune": {"--tokens": 1, "--rounds": 1},
+}
+NEEDED = {"sweep": ("grid.toml",), "autotune": (), "plan": ("--model", "Llama-3-8B")}
 
 
-@pytest.mark.parametrize("count", ["0", "-1"])
-def test_an_answer_without_tokens(model, count):
-    message = error_of("generate", "--model", model, "-p", "a", "--max-new-tokens", count)
-    assert f"max_new_tokens: got {count}, expected" in message
+@pytest.mark.parametrize("command", COUNTS)
+def test_a_count_below_the_least_is_refused_before_anything_is_read(command):
+    for option, least in COUNTS[command].items():
+        # of a model that is not there, which nobody gets to see
+        needed = NEEDED.get(command, ("--model", "no-such-model"))
+        result = call(command, *needed, f"{option}={least - 1}", code=2)
+        said = " ".join(result.stderr.replace("│", " ").split())
+        assert f"Invalid value for '{option}'" in said and f"{least - 1} is not in the range x>={least}" in said
+        assert not result.stdout
+
+
+def test_every_option_that_takes_a_whole_number_has_a_least():
+    import typer
+
+    free = {"seed"}
+    for name, command in typer.main.get_command(app).commands.items():
+        # one with a least is an "integer range"
+        assert {option.name for option in command.params if option.type.name == "integer"} <= free, name
 
 
 def _with(config, **changes):

@@ -11,7 +11,6 @@ import lofit_fast as lf
 from lofit_fast.cli.options import parse_heads
 from lofit_fast.locks import alone
 from lofit_fast.models import op_paths
-from lofit_fast.models.load import ALIASES
 from lofit_fast.models.op_paths import Layer, adapter_heads, layers_of, plan_layers, spread_heads
 from lofit_kernels import answers, roofline
 from lofit_kernels.dispatch import SMALL_SCALES, answers_for, plan, plan_for, use_answers
@@ -69,14 +68,6 @@ def test_an_adapter_of_any_family_fits_its_own_layers(family, tmp_path):
 def test_layers_of_reads_no_weights(folder):
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert layers_of(str(folder)) == LLAMA
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(("alias", "row"), [("smollm2", "SmolLM2-135M"), ("gemma3-270m", "Gemma-3-270M")])
-def test_the_table_of_models_agrees_with_a_real_one(alias, row):
-    if ALIASES[alias].locate() is None:
-        pytest.skip(f"not installed: {ALIASES[alias].install}")
-    assert layers_of(alias) == layers_of(row)
 
 
 def test_layers_of_a_model_without_projections(tmp_path):

@@ -97,3 +97,29 @@ def test_a_tokenizer_without_an_end_token():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-sequence|eos"):
         encode(tokenizer, Example("a", "b"), None)
+
+
+class Slow:
+    """A tokenizer without offsets, as slow ones are, that puts an end token after every text, or does not."""
+
+    is_fast, bos_token, eos_token, eos_token_id, all_special_ids = False, BOS, "</s>", 2, (1, 2)
+
+    def __init__(self, closes: bool) -> None:
+        self.closes, self.fast = closes, tiny_tokenizer(bos=False)
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = self.fast(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [1, *ids, *[2] * self.closes] if add_special_tokens else ids}
+
+    def decode(self, row):
+        return self.fast.decode(row)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+@pytest.mark.parametrize("text", ["ab", "ab</s>", "</s>", "ab</s></s>", "</s>ab</s>"])
+def test_a_prompts_own_end_token_stays(closes, text):
+    own = tiny_tokenizer(bos=False)(text, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(Slow(closes), text) == [1, *own]
+    assert encode_prompt(tiny_tokenizer(eos=closes), text) == [1, *own]
+    encoded = encode(Slow(closes), Example(text, "c"), None)
+    assert encoded["input_ids"] == [1, *own, *ids("c"), 2]

@@ -91,6 +91,7 @@ def test_joined_equals_the_text_or_is_warned_of(kind):
     assert 0 < warned < PAIRS / 2
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_joined_equals_the_text_of_real_tokenizers(name):

@@ -104,7 +104,7 @@ def test_a_patched_model_scores_with_its_adapter():
     expected = naive_scores(model)
     assert abs(expected[0][0] - base[0][0]) > 1e-2
     assert worst(score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX), expected) <= 2e-7
-    assert all(layer.folded is None for layer in handle.layers.values())
+    assert all(layer.here.kept is None for layer in handle.layers.values())
 
 
 def test_every_distinct_token_runs_once(monkeypatch):

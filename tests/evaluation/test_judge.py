@@ -1,5 +1,8 @@
 """Greedy answers and scored candidates against one sequence at a time, without padding, batches or a cache."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -109,7 +112,7 @@ def test_a_patched_model(llama, folded_before):
     assert answers == texts
     assert (scores - expected).abs().max() <= 1e-4
     # no stale fold is left behind
-    assert all(layer.folded is None for layer in handle.layers.values())
+    assert all(layer.here.kept is None for layer in handle.layers.values())
     with torch.no_grad():
         handle.layers[0].offset.mul_(3.0)
     assert (naive_scores(llama) - expected).abs().max() > 1e-3
@@ -238,3 +241,23 @@ def test_judge_by_choices(llama):
     assert judged.hits == [1.0, 1.0, 0.0]
     share = sum(row.softmax(0)[list(c.correct)].sum() for row, c in zip(rows, choices, strict=True)) / 3
     assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}
+
+
+def test_many_threads_judge_as_one_does(llama):
+    _spread(llama)
+    handle = lf.patch(llama, lf.LofitConfig(offset=[(0, 1), (2, 3)], scale=[(1, 0)]))
+    randomize(handle, std=1.0)
+    tasks = [Task("mine", [], [Example(prompt, greedy(llama, prompt, 4)) for prompt in PROMPTS[i:]]) for i in range(3)]
+    llama.train()
+
+    def judged(number):
+        with handle.disabled() if number % 2 else nullcontext():
+            return judge(llama, TOKENIZER, tasks[number % 3], batch_size=1 + number % 2)
+
+    alone = [judged(number) for number in range(8)]
+    assert len({tuple(one.hits) for one in alone}) > 1
+    with ThreadPoolExecutor(8, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        assert list(pool.map(judged, range(8))) == alone
+    assert all(module.training for module in llama.modules())
+    assert handle.scopes.plain and not handle.scopes.folding()
+    assert all(layer.here.kept is None for layer in handle.layers.values())

@@ -53,7 +53,7 @@ def test_reference_equals_an_untouched_copy(family, batch_size):
         got = torch.tensor(done[f"ref_{side}_logps"], dtype=torch.float64)
         assert (got - torch.tensor(active, dtype=torch.float64)).abs().min() > 1e-2
         assert (got - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 1e-4
-    assert all(layer.enabled for layer in handle.layers.values())
+    assert handle.scopes.plain and not any(layer.here.off for layer in handle.layers.values())
 
 
 def test_reference_columns(llama):

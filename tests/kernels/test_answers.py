@@ -1,13 +1,15 @@
 """Answers on disk: read back as written, ignored where they do not hold, never read at import."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from lofit_kernels import answers
 from lofit_kernels.answers import Key, Path, answers_content, answers_file, key, read_answers, tokens_bucket
-from lofit_kernels.dispatch import answers_for
+from lofit_kernels.dispatch import answers_for, forget_plans, plan
+from lofit_kernels.functional import head_affine_linear
 
 CASE = key(torch.bfloat16, 2048, 2048, 128, 16, 5000)
 ANSWER = Path("delta", "triton", "fused")
@@ -91,6 +93,141 @@ def test_a_cut_off_file_is_ignored_aloud(written):
     file.write_text(file.read_text()[:50])
     with pytest.warns(UserWarning, match="ignoring"):
         assert read_answers("A GPU (80 GB)") == {}
+
+
+def one_answer(**changes):
+    """The answers of a file, with some fields of its only one changed; None takes a field away."""
+    row = {"case": CASE._asdict(), "path": ANSWER._asdict()}
+    for place, value in changes.items():
+        part, _, field = place.partition("_")
+        row[part] = (
+            {**row[part], field: value} if value is not None else {k: v for k, v in row[part].items() if k != field}
+        )
+    return [row]
+
+
+DAMAGED = {
+    "rows of another kind": [3, "x"],
+    "an unknown gemm": one_answer(path_gemm="banana"),
+    "an unknown form": one_answer(path_form="banana"),
+    "a form that is no text": one_answer(path_form=3),
+    "a form that is a list": one_answer(path_form=["pass"]),
+    "no backend": one_answer(path_backend=None),
+    "a field too many": one_answer(path_more="x"),
+    "a share that is no number": one_answer(case_share=float("nan")),
+    "a share of another size": one_answer(case_share=0.3),
+    "a negative size": one_answer(case_N=-1),
+    "a size in words": one_answer(case_K="many"),
+    "a size that is true": one_answer(case_D=True),
+    "a dtype that is a list": one_answer(case_dtype=[]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_answers_are_none(written, damage):
+    written(answers=DAMAGED[damage])
+    with pytest.warns(UserWarning, match="ignoring .*a-gpu-80-gb.json, which holds no measured answers") as seen:
+        assert read_answers("A GPU (80 GB)") == {}
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+
+
+CONTENTS = {
+    "empty": b"",
+    "cut": b'{"format_version": 1, "answ',
+    "a list": b"[]",
+    "a number": b"7",
+    "binary": bytes(range(256)),
+    "deep": b"[" * 100_000,
+    "deep and closed": b"[" * 100_000 + b"]" * 100_000,
+    "not a number": b"NaN",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_damaged_file_is_written_anew(content):
+    file = answers_file("A GPU (80 GB)")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(CONTENTS[content])
+    with pytest.warns(UserWarning, match="ignoring") as seen:
+        written_anew = answers_content("A GPU (80 GB)", {CASE: (ANSWER, {})})
+    assert len(seen) == 1
+    file.write_text(json.dumps(written_anew))
+    assert read_answers("A GPU (80 GB)") == {CASE: ANSWER}
+
+
+def test_what_is_no_file_holds_nothing():
+    file = answers_file("A GPU (80 GB)")
+    file.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="ignoring .*it is no file"):
+        assert read_answers("A GPU (80 GB)") == {}
+    file.rmdir()
+    # it would be waited for
+    os.mkfifo(file)
+    with pytest.warns(UserWarning, match="ignoring .*it is no file"):
+        assert read_answers("A GPU (80 GB)") == {}
+
+
+def test_a_file_that_may_not_be_read_holds_nothing(written, monkeypatch):
+    written()
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    # root may read everything
+    monkeypatch.setattr(type(answers_file("x")), "read_bytes", refuse)
+    with pytest.warns(UserWarning, match="ignoring .*PermissionError"):
+        assert read_answers("A GPU (80 GB)") == {}
+
+
+def test_without_a_home_directory_nothing_is_kept(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(answers.File, "home", nowhere)
+    assert read_answers("A GPU (80 GB)") == {}
+    assert [row["path"] for row in answers_content("A", {CASE: (ANSWER, {})})["answers"]] == [ANSWER._asdict()]
+    with pytest.raises(FileNotFoundError, match="no home directory .* LOFIT_FAST_CACHE"):
+        answers.cache_folder()
+
+
+def test_without_a_home_directory_a_forward_takes_the_default(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(answers.File, "home", nowhere)
+    monkeypatch.setitem(answers_for.__globals__, "_ANSWERS", {})
+    forget_plans()
+    try:
+        z, weight, scale = torch.randn(3, 8), torch.randn(5, 8), torch.randn(1, 4)
+        y = head_affine_linear(z, weight, scale=scale, scale_heads=torch.tensor([1]))
+    finally:
+        forget_plans()
+    assert torch.allclose(y, torch.cat((z[:, :4], z[:, 4:] * (1 + scale)), 1) @ weight.T, atol=1e-5)
+
+
+def test_a_cache_below_a_file_is_no_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "file" / "below"))
+    assert read_answers("A GPU (80 GB)") == {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Path("pass", "aten", "fused"),
+        Path("fold", "aten", "vendor"),
+        Path("dither", "aten", "vendor"),
+        Path("banana", "aten", "vendor"),
+        Path("pass", "aten", "banana"),
+    ],
+)
+def test_an_answer_that_nothing_computes_is_not_taken(answer):
+    case = {"has_scale": True, "dtype": torch.float32, "device_type": "cpu"}
+    assert plan(**case, answer=answer) == plan(**case)
 
 
 def test_answers_are_read_once(written, monkeypatch):

@@ -1,12 +1,14 @@
 """A digest is kept for a file that is the same, and for no other."""
 
 import hashlib
+import json
 import os
 
 import pytest
 
 from lofit_fast.models import file_digest
 from lofit_fast.models.file_digest import digest_of
+from lofit_kernels import answers
 
 
 @pytest.fixture
@@ -58,12 +60,37 @@ def test_a_file_that_has_just_changed_is_not_trusted(file, read, monkeypatch):
     assert len(read) == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"file": 1}', "[]", '{"file": null, "sha256": "x"}'])
-def test_a_broken_note_is_no_answer(file, content, tmp_path):
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "[" * 100_000, "\udcff", '{"sha256": "x"}', "SAME"])
+def test_a_broken_note_is_said_and_made_anew(file, read, content, tmp_path):
     expected = digest_of(file)
     [note] = (tmp_path / "cache" / "digests").iterdir()
-    note.write_text(content)
+    if content == "SAME":
+        # a list of as many letters
+        content = json.dumps({**json.loads(note.read_text()), "sha256": list(expected)})
+    note.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.warns(UserWarning, match="ignoring .*, which holds no checksum") as seen:
+        assert digest_of(file) == expected
+    assert len(seen) == 1
     assert digest_of(file) == expected
+    assert len(read) == 2
+
+
+def test_a_note_of_the_file_as_it_was_is_out_of_date_and_no_damage(file, read, recwarn):
+    digest_of(file)
+    file.write_bytes(b"other")
+    digest_of(file)
+    assert len(read) == 2 and not recwarn
+
+
+def test_without_a_home_directory_nothing_is_kept(file, read, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(answers.File, "home", nowhere)
+    assert digest_of(file) == digest_of(file)
+    assert len(read) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(file, read, tmp_path):

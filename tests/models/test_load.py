@@ -207,6 +207,8 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert load.cache_folder() == tmp_path / "mine"
 
 
+# tests/test_real.py loads it too
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2(monkeypatch):
     model, tokenizer = load.load_model("smollm2", dtype="float32", device="cpu")

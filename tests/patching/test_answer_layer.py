@@ -128,7 +128,7 @@ def test_without_gradients_and_folded_it_is_the_same(components):
     expected, _ = natural(layer, z, mask, torch.float64)
     with torch.no_grad(), layer.acting.during(mask):
         assert torch.allclose(layer(z), expected, atol=1e-12)
-        with layer.fold():
+        with layer.scopes.folded([layer]):
             assert torch.allclose(layer(z), expected, atol=1e-12)
 
 
@@ -144,8 +144,8 @@ def test_a_mask_of_other_tokens_is_refused_and_so_is_none():
         layer(z)
     with pytest.raises(ValueError, match="does not say where the answer begins"):
         layer(z)
-    layer.enabled = False
-    assert torch.equal(layer(z), layer.inner(z))
+    with layer.scopes.disabled():
+        assert torch.equal(layer(z), layer.inner(z))
 
 
 def test_autocast_gives_what_the_projection_gives():

@@ -168,7 +168,7 @@ def test_folding_inside_a_folded_scope_is_fresh_where_gradients_are(calls):
     model, handle = build()
     with handle.folded(), torch.enable_grad():
         loss(model).backward()
-        assert all(at.folded is not None for at in handle.layers.values() if at.offset is not None)
+        assert all(at.here.kept is not None for at in handle.layers.values() if at.offset is not None)
     assert calls["fold"] == [2]
     assert same(gradients(handle), by_layer())
 
@@ -176,7 +176,6 @@ def test_folding_inside_a_folded_scope_is_fresh_where_gradients_are(calls):
 def test_folding_skips_what_it_may_not_touch(calls):
     model, handle = build()
     handle.layers[0].inner.register_forward_hook(lambda *_: None)
-    handle.layers[2].enabled = False
     loss(model).backward()
     assert calls["fold"] == [1]
     handle.layers[1].inner.weight.requires_grad_(True)
@@ -207,7 +206,7 @@ def test_folding_waits_for_weights_that_come_later(calls):
 
 
 def left_over(handle) -> list:
-    return [layer for layer in handle.layers.values() if layer.early.folded is not None]
+    return [layer for layer in handle.layers.values() if layer.here.folded is not None]
 
 
 def test_folding_ends_with_an_exception():

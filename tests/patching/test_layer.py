@@ -83,8 +83,8 @@ def test_layer_insists_on_a_form(form):
 @pytest.mark.parametrize("base", [nn.Linear, Doubling])
 def test_layer_disabled_is_the_base(base, z):
     layer = wrap(base(K, N))
-    layer.enabled = False
-    assert torch.equal(layer(z), layer.inner(z))
+    with layer.scopes.disabled():
+        assert torch.equal(layer(z), layer.inner(z))
 
 
 def plain() -> nn.Linear:
@@ -200,15 +200,15 @@ def test_parametrization_of_the_base_is_obeyed(z):
 def test_fold_computes_the_same(components, bias, z):
     layer = wrap(nn.Linear(K, N, bias=bias), components)
     expected = layer(z)
-    with torch.no_grad(), layer.fold():
-        assert (layer.folded is None) == (components == "scale")
+    with torch.no_grad(), layer.scopes.folded([layer]):
+        assert (layer.here.kept is None) == (components == "scale")
         torch.testing.assert_close(layer(z), expected, rtol=1e-13, atol=1e-13)
-    assert layer.folded is None
+    assert layer.here.kept is None
 
 
 def test_fold_is_not_used_where_gradients_are(z):
     layer = wrap()
-    with layer.fold(), torch.enable_grad():
+    with layer.scopes.folded([layer]), torch.enable_grad():
         layer.offset.data.add_(1)
         y = layer(z)
         torch.testing.assert_close(y, reference.affine_linear(z, layer.weight, layer.bias, **inputs(layer)))
@@ -217,16 +217,16 @@ def test_fold_is_not_used_where_gradients_are(z):
 
 def test_fold_ends_with_an_exception():
     layer = wrap()
-    with pytest.raises(RuntimeError, match="inside"), layer.fold():
+    with pytest.raises(RuntimeError, match="inside"), layer.scopes.folded([layer]):
         raise RuntimeError("inside")
-    assert layer.folded is None
+    assert layer.here.kept is None
 
 
 def test_fold_of_what_is_not_plain_folds_nothing(z):
     layer = wrap(Doubling(K, N))
     expected = layer(z)
-    with torch.no_grad(), layer.fold():
-        assert layer.folded is None
+    with torch.no_grad(), layer.scopes.folded([layer]):
+        assert layer.here.kept is None
         assert torch.equal(layer(z), expected)
 
 

@@ -121,9 +121,9 @@ def test_nested_folds_compute_once(llama, monkeypatch):
     with handle.folded():
         with handle.folded():
             pass
-        assert all(at.folded is not None for at in handle.layers.values() if at.offset is not None)
+        assert all(at.here.kept is not None for at in handle.layers.values() if at.offset is not None)
     assert len(folds) == 2
-    assert all(at.folded is None for at in handle.layers.values())
+    assert all(at.here.kept is None for at in handle.layers.values())
 
 
 def test_export_into_an_adapter_folder_is_refused(llama, tmp_path):

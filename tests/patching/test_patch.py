@@ -234,7 +234,7 @@ def test_switches_end_with_an_exception(llama):
             raise RuntimeError("inside")
         assert torch.equal(logits(llama), patched)
         assert torch.is_grad_enabled()
-        assert all(layer.folded is None for layer in handle.layers.values())
+        assert all(layer.here.kept is None for layer in handle.layers.values())
 
 
 @pytest.mark.parametrize(

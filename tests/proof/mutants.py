@@ -168,7 +168,7 @@ def _prepare() -> None:
 
     # threads do not survive a fork
     torch.set_num_threads(1)
-    importlib.import_module("triton.runtime.interpreter")
+    importlib.import_module("tests.quick_interpreter").install()
     if not triton.knobs.runtime.interpret or "lofit_kernels" in sys.modules:
         raise RuntimeError("mutants need a process of their own, that interprets Triton from the start")
 

@@ -43,7 +43,7 @@ def device():
     return torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_our_kernels_are_clean(case):
     case.run()
 

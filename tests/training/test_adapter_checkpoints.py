@@ -324,23 +324,3 @@ def test_lora_beside_lofit_resumes_too(tmp_path):
     stock(again, tmp_path, [lf.AdapterCheckpoints(again)]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(trained(whole)) == 4 + 6
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
-
-
-def test_accelerate_saves_and_loads_the_vectors(tmp_path):
-    pytest.importorskip("accelerate")
-    from accelerate import Accelerator
-
-    handle, accelerator = patched(), Accelerator(cpu=True)
-    model, _ = accelerator.prepare(handle.model, torch.optim.AdamW(handle.parameters(), lr=0.1))
-    accelerator.register_for_checkpointing(lf.AdapterCheckpoints(handle))
-    before = vectors(handle)
-    accelerator.save_state(tmp_path)
-    with torch.no_grad():
-        for parameter in handle.parameters():
-            parameter.zero_()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        accelerator.load_state(tmp_path)
-        model(tokens())
-    assert told(caught) == []
-    assert torch.equal(vectors(handle), before)

@@ -251,17 +251,18 @@ def test_starting_over_takes_away_what_is_a_runs_own_and_nothing_else(tmp_path):
     assert files_of(tmp_path) == USERS | {"state.json"}
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *FILES, "state.json"])
+@pytest.mark.parametrize("name", [*FOLDERS, "select/adapter", *FILES, "state.json"])
 def test_links_are_refused_or_taken_away_and_never_followed(tmp_path, name):
     outside, folder = tmp_path / "outside", tmp_path / "run"
     opened(folder)
-    if name in FOLDERS:
+    if name not in FILES and name != "state.json":
         (outside / "checkpoint-4").mkdir(parents=True)
         (outside / "checkpoint-4" / "trainer_state.json").write_text("{}")
         (outside / "adapter_config.json").write_text("{}")
     else:
         outside.write_bytes((folder / "state.json").read_bytes())
     (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(outside)
     before = files_of(outside) if outside.is_dir() else outside.read_bytes()
     with pytest.raises(ValueError, match=rf"{name} is a link"):

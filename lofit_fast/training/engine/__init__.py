@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -98,7 +98,7 @@ class Engine:
                 raise ValueError(f"expected 'auto' or a finite {name} >= 0, got {gb}")
 
     @classmethod
-    def fast(cls, **knobs) -> Engine:
+    def fast(cls, **knobs: Any) -> Engine:
         """The preset of fast runs, FAST_ENGINE, with `knobs` instead: the engine's half of `Recipe.fast()`.
 
         Raises what `Engine` raises.

@@ -8,14 +8,14 @@ finds those that it had.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lofit_fast.models.trials import all_logits, ordinary_tokens, said_of, trying
-from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.placement import device_of
 from lofit_kernels.quantized_linear import FullColumns
 
@@ -70,14 +70,7 @@ def _largest(x: Tensor) -> FullColumns | None:
     return FullColumns(largest.topk(number).indices.sort().values, K)
 
 
-@contextmanager
-def _as_the_base(model: nn.Module) -> Iterator[None]:
+def _as_the_base(model: nn.Module) -> AbstractContextManager[None]:
     """A scope in which no LoFiT vector acts: they change in training, and columns must not."""
-    enabled = {layer: layer.enabled for layer in model.modules() if isinstance(layer, LofitLinear)}
-    try:
-        for layer in enabled:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, before in enabled.items():
-            layer.enabled = before
+    handle = handle_of(model)
+    return nullcontext() if handle is None else handle.disabled()

@@ -27,7 +27,7 @@ from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.models.base_digest import INCIDENTAL, weights_of
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
-from lofit_fast.patching.layer import eval_mode
+from lofit_fast.patching.modes import eval_mode
 from lofit_fast.training.engine.device_queue import pins
 from lofit_fast.training.prefix_cache.below import STATES, Prefix, check_fit
 from lofit_fast.training.prefix_cache.proven_store import Unfit, Wanted, proven
@@ -113,12 +113,11 @@ def prefix_cached(
         yield collator
         return
     prefix = store = None
-    folder = folder or root_folder()
     with eval_mode(handle.model), torch.no_grad():
         try:
             prefix = Prefix(handle)
             with prefix.uncompiled():
-                store = _checked_store(prefix, sequences, collator, gb, folder, progress)
+                store = _checked_store(prefix, sequences, collator, gb, folder or root_folder(), progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
             reason = str(error) if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: {error}"

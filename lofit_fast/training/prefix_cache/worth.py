@@ -77,14 +77,18 @@ def worth_of(attachment: Attachment, sequences: Sequence[Encoded], read: int, ro
     once. Against that: the bytes written once, hashed then and when the store is opened, and read in every pass, and
     the weights below, all of which are hashed.
     """
-    root = root or root_folder()
     unique = {digest(row["input_ids"]): len(row["input_ids"]) for row in sequences}
     tokens, model = sum(unique.values()), attachment.model
-    room = int(SHARE * max(0, _free(root) + size_on_disk(root) - RESERVE))
+    room, nowhere = 0, None
+    try:
+        root = root or root_folder()
+        room = int(SHARE * max(0, _free(root) + size_on_disk(root) - RESERVE))
+    except FileNotFoundError as error:
+        nowhere = str(error)
     passes = read / tokens if tokens else 0.0
     below, refusal = 0, f"only LoFiT's vectors leave the layers below alone, not a {type(attachment).__name__}"
     if isinstance(attachment, LofitHandle):
-        below, refusal = min(attachment.layers), _unfit(attachment)
+        below, refusal = min(attachment.layers), _unfit(attachment) or nowhere
     size = tokens * text_config(model).hidden_size * dtype_of(model).itemsize
     saved = 0.0 if refusal else _saved(model, below, tokens, read, size, _labels(sequences) * passes)
     if not refusal and saved < LEAST_SAVED:

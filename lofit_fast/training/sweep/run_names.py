@@ -48,4 +48,5 @@ def same_folder(names: Iterable[str]) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.=,+-]+", "_", name).strip("._")
+    # a letter and its accent are one sign, as most people type them
+    return re.sub(r"[^\w.=,+-]+", "_", unicodedata.normalize("NFC", name)).strip("._")

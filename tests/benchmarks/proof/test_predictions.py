@@ -64,6 +64,7 @@ def test_rows_refuse_what_the_command_refuses():
         roofline_rows(["A100"], tokens=1, top=0)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("row", packaged_models.MODELS)
 def test_the_shapes_agree_with_the_packaged_models(row):

@@ -67,6 +67,16 @@ def test_auto_keeps_nothing_where_it_does_not_pay(tmp_path, free, heads, passes,
         raise AssertionError(found.refusal)
 
 
+def test_without_a_home_directory_nothing_is_kept(free, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError("there is no home directory to keep files in")
+
+    monkeypatch.setattr(worth, "root_folder", nowhere)
+    found = worth_of(tuned(deep()), ROWS, 5 * TOKENS)
+    assert (found.gb, found.room) == (0, 0)
+    assert found.refusal == "there is no home directory to keep files in"
+
+
 def test_bytes_count_against_it(tmp_path, free, monkeypatch):
     monkeypatch.setattr(worth, "_PER_BYTE", {"cpu": 10**6})
     assert worth_of(tuned(deep()), ROWS, 5 * TOKENS, tmp_path).saved < 0

@@ -94,7 +94,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def partial(folder: Path) -> str | None:
+def partly_there(folder: Path) -> str | None:
     """A file that is there but not whole, after a kill. Checkpoints, which are whole by a mark, do not count."""
     from safetensors import SafetensorError, safe_open
 

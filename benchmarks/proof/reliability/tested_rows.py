@@ -46,7 +46,7 @@ ROWS: dict[str, Tested] = {
     ),
     "supply_chain": Tested(
         9,
-        "tests: a wheel built twice is the same bytes, what is imported is declared, nothing of a base, an adapter or a "
+        "tests: a wheel built twice is the same bytes, what is imported is declared, nothing of a base, adapter or "
         "checkpoint is executed",
         ("tests/test_wheel.py", "tests/test_dependencies.py", "tests/models/test_nothing_runs.py")
         + ("tests/training/test_planted_pickles.py",),

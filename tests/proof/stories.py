@@ -31,6 +31,8 @@ OTHERS = ("gpt2", "gpt_neox", "falcon", "opt", "bloom", "gptj", "phi", "deepseek
 LLAMA = r"model\.layers\.N\.self_attn\.o_proj"
 # largest difference of logits, relative to the largest logit: products in another order, in bfloat16 through layers
 NEAR = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2**-5}
+# families compute norms and positions in float32 whatever they are in, and a reloaded model makes its own anew
+NEAR_RELOADED = 1e-6
 NEAR_GRADIENT = {torch.float64: 1e-9, torch.float32: 5e-4}
 WRAPPERS = ("plain", "plain", "lora", "packed", "checkpointing")
 
@@ -126,15 +128,15 @@ class Story:
             for hook in hooks:
                 hook.remove()
 
-    def check(self, got: Tensor | None = None, *, without: bool = False) -> None:
-        """Compare with the twin; the model as it is, or what some form of it gave."""
+    def check(self, got: Tensor | None = None, *, without: bool = False, least: float = 0.0) -> None:
+        """Compare with the twin; the model as it is, or what some form of it gave. least: what is near in any case."""
         got = self.logits(self.model) if got is None else got
         if self.handle is None and not self.merged:
             assert torch.equal(got, self.untouched), f"not the base, after {self.told}"
             return
         expected = self.expected(without=without)
         away = ((got - expected).abs().max() / expected.abs().max()).item()
-        assert away <= NEAR[self.setting.dtype], f"{away:.1e} from the hook, after {self.told}"
+        assert away <= max(least, NEAR[self.setting.dtype]), f"{away:.1e} from the hook, after {self.told}"
 
 
 def patch(story: Story, scale, offset, seed: int) -> None:
@@ -274,7 +276,7 @@ def export(story: Story) -> None:
         return
     with _quiet():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=story.setting.dtype).eval()
-    story.check(story.logits(plain))
+    story.check(story.logits(plain), least=NEAR_RELOADED)
 
 
 def generate(story: Story) -> None:

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ import torch
 from benchmarks.proof.reliability.file_faults import DIE, KILLED_HERE, FileFaults, limit_files
 from benchmarks.proof.reliability.forked import Ended, forked
 from benchmarks.proof.reliability.killed_works import WORKS, Work
-from benchmarks.proof.reliability.same_folders import difference, partial, results, scratch
+from benchmarks.proof.reliability.same_folders import difference, partly_there, results, scratch
 from benchmarks.proof.reliability.trial_journal import Proof, Trial, run
 
 PROOF = Proof(
@@ -73,36 +73,31 @@ def call_in(folder: Path, work: Work, before: Callable[[], object] = lambda: Non
     return forked(call, LOFIT_FAST_CACHE=str(folder / "cache"), **kill)
 
 
-def import_what_it_needs(work: Work, folder: Path) -> None:
-    """Import here all that a work imports in a process of its own, so that no later child waits for it."""
+def import_what_it_needs(work: Work, folder: Path) -> int:
+    """Run a work once; import here all that it imports, so that no later child waits for it. Returns its operations."""
     noted = folder.with_suffix(".modules")
 
-    def imports() -> None:
-        before = set(sys.modules)
+    def imports() -> int:
+        before, faults = set(sys.modules), FileFaults(folder)
         work.run(folder)
         noted.write_text(json.dumps([module for module in sys.modules if module not in before]))
+        return faults.count
 
     begin_in(folder, work)
-    _demand(forked(imports, LOFIT_FAST_CACHE=str(folder / "cache")))
+    operations = _demand(forked(imports, LOFIT_FAST_CACHE=str(folder / "cache"))).value
     for module in json.loads(noted.read_text()):
         if not module.startswith("__"):
             _imported(module)
+    return operations
 
 
-def whole_run(name: str, root: Path, works: dict[str, Work] = WORKS) -> Whole:
+@cache
+def whole_run(name: str, root: Path) -> Whole:
     """The run that the others are compared with."""
-    work, folder, counted = works[name], root / "expected" / name.replace(" ", "-"), root / "counted"
-    import_what_it_needs(work, folder)
+    work, folder, counted = WORKS[name], root / "expected" / name.replace(" ", "-"), root / "counted"
+    operations = import_what_it_needs(work, counted)
     begin_in(folder, work)
     ended = _demand(call_in(folder, work))
-    begin_in(counted, work)
-
-    def counts() -> int:
-        faults = FileFaults(counted)
-        work.run(counted)
-        return faults.count
-
-    operations = _demand(forked(counts, LOFIT_FAST_CACHE=str(counted / "cache"))).value
     if wrong := difference(folder, counted):
         raise RuntimeError(f"{name}: two runs that nothing stopped differ: {wrong}")
     sizes = [path.stat().st_size for path in results(folder).values()]
@@ -147,7 +142,7 @@ def _after_kill(ended: Ended, whole: Whole, folder: Path) -> str | None:
         return "does not end"
     if not ended.killed and ended.status not in (KILLED_HERE, -25):
         return f"the restart ends with {_said(ended)}"
-    return partial(folder) or whole.work.check(folder)
+    return partly_there(folder) or whole.work.check(folder)
 
 
 def _at_the_end(whole: Whole, folder: Path, near: bool = False) -> str | None:
@@ -166,7 +161,7 @@ def with_fault(whole: Whole, folder: Path, fault: Callable[[], object]) -> str |
             return f"a refused write ends with {_said(ended)}"
         if str(folder) not in ended.message:
             return f"a refused write does not name its file: {_said(ended)}"
-        if wrong := partial(folder) or whole.work.check(folder):
+        if wrong := partly_there(folder) or whole.work.check(folder):
             return wrong
     elif not ended.done and (wrong := _after_kill(ended, whole, folder)):
         return wrong
@@ -184,43 +179,46 @@ def _said(ended: Ended) -> str:
     return f"{ended.raised[0]}: {' '.join(ended.message.split())[:160]}"
 
 
-def faults_of(whole: Whole, folder: Path, count: int, draw: random.Random) -> Iterator[tuple[str, str, Callable]]:
-    """(way, key, fault) of `count` deaths at operations, and half as many refusals and limits each."""
-    numbers, half = list(range(1, whole.operations + 1)), -(-count // 2)
-    for at in draw.sample(numbers, min(count, len(numbers))):
-        yield "operation", f"{at}", lambda at=at: FileFaults(folder, at, DIE)
-    for at in draw.sample(numbers, min(half, len(numbers))):
-        what, lasting = draw.choice(REFUSALS)
-        key = f"{at} {errno.errorcode[what]}"
-        yield "refused", key, lambda a=at, w=what, s=lasting: FileFaults(folder, a, w, lasting=s)
-    for number in range(half):
-        # most files are small: even over the sizes' logarithm
-        size, deadly = int(whole.largest ** draw.random()), bool(number % 2)
-        key = f"{number} of {size} bytes"
-        yield "torn" if deadly else "full", key, lambda s=size, d=deadly: limit_files(s, deadly=d)
+def fault_of(way: str, whole: Whole, folder: Path, number: int, draw: random.Random) -> Callable[[], object]:
+    """What strikes in a run: the number-th of its operations in an order of their own, or a drawn limit."""
+    order = random.Random(whole.name).sample(range(1, whole.operations + 1), whole.operations)
+    at = order[number % len(order)]
+    what, lasting = draw.choice(REFUSALS)
+    # most files are small: even over the sizes' logarithm
+    size = int(whole.largest ** draw.random())
+    return {
+        "operation": lambda: FileFaults(folder, at, DIE),
+        "refused": lambda: FileFaults(folder, at, what, lasting=lasting),
+        "torn": lambda: limit_files(size, deadly=True),
+        "full": lambda: limit_files(size, deadly=False),
+    }[way]
 
 
-def trials(options, root: Path, works: dict[str, Work] = WORKS) -> Iterator[Trial]:
+def tried(way: str, name: str, number: int, seed: int, root: Path) -> str | None:
+    """One trial: a way to stop a work. Returns what went wrong."""
+    whole, folder = whole_run(name, root), root / "trial"
+    draw = random.Random(f"{seed}/{way}/{name}/{number}")
+    if way == "moment":
+        return at_moments(whole, draw, folder)
+    return with_fault(whole, folder, fault_of(way, whole, folder, number, draw))
+
+
+# way to stop a work -> its share of the moments' number
+WAYS = {"moment": 1.0, "operation": 1.0, "refused": 0.5, "torn": 0.25, "full": 0.25}
+
+
+def trials(options, root: Path) -> Iterator[Trial]:
     """`count` moments, as many operations, and half as many refusals and limits, of all works in turn."""
     torch.set_num_threads(1)
     root = root.absolute()
-    share = max(1, round(options.count / len(works)))
-    wanted = [name for name in works if any(f"{way} {name}".startswith(options.only) for way in _WAYS)]
-    of_works = [_trials_of(whole_run(name, root, works), root / "trial", share, options.seed) for name in wanted]
-    return (trial for turn in zip_longest(*of_works) for trial in turn if trial is not None)
-
-
-def _trials_of(whole: Whole, folder: Path, share: int, seed: int) -> Iterator[Trial]:
-    name = whole.name
-    for number in range(share):
-        draw = random.Random(f"{seed}/{name}/{number}")
-        yield Trial(f"moment {name} {number}", f"moment {name}", lambda d=draw: at_moments(whole, d, folder))
-    for way, key, fault in faults_of(whole, folder, share, random.Random(f"{seed}/{name}")):
-        kind = f"{way} {name}"
-        yield Trial(f"{kind} {key}", kind, lambda f=fault: with_fault(whole, folder, f))
-
-
-_WAYS = ("moment", "operation", "refused", "torn", "full")
+    for number in range(-(-options.count // len(WORKS))):
+        for way, share in WAYS.items():
+            # every second, or fourth
+            if number % round(1 / share):
+                continue
+            for name in WORKS:
+                call = partial(tried, way, name, number, options.seed, root)
+                yield Trial(f"{way} {name} {options.seed} {number}", f"{way} {name}", call)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ def _same(first_of: tuple[Path, str], second_of: tuple[Path, str], near: bool) -
     if one.suffix == ".jsonl":
         first, second = ([_timeless(json.loads(line)) for line in p.read_text().splitlines()] for p in (one, other))
         return first == second or (near and _epochs(first) == _epochs(second))
-    if one.suffix == ".safetensors" and near:
-        return _near(one, other)
+    if one.suffix == ".safetensors":
+        # what stands beside the tensors may name a folder, and stands in a JSON file too
+        return _near(one, other, _NEAR if near else 0.0)
     return _digest(one) == _digest(other)
 
 
@@ -78,13 +79,13 @@ def _epochs(rows: list) -> list[tuple]:
     return [(row.get("stage"), row.get("epoch")) for row in rows]
 
 
-def _near(one: Path, other: Path) -> bool:
+def _near(one: Path, other: Path, tolerance: float) -> bool:
     from safetensors.numpy import load_file
 
     first, second = load_file(one), load_file(other)
     return first.keys() == second.keys() and all(
-        first[name].shape == second[name].shape
-        and abs(first[name] - second[name]).max() <= _NEAR * abs(first[name]).max()
+        (first[name].shape, first[name].dtype) == (second[name].shape, second[name].dtype)
+        and abs(first[name] - second[name]).max() <= tolerance * abs(first[name]).max()
         for name in first
     )
 
@@ -93,7 +94,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def partial(folder: Path) -> str | None:
+def partly_there(folder: Path) -> str | None:
     """A file that is there but not whole, after a kill. Checkpoints, which are whole by a mark, do not count."""
     from safetensors import SafetensorError, safe_open
 

@@ -69,6 +69,7 @@ SETTINGS: dict[str, Setting] = {
     "large_pages yes": _engine(large_pages=True),
     "frozen_products full": _engine(frozen_products="full"),
     "frozen_products int8": _engine(frozen_products="int8"),
+    "verify yes": _engine(verify=True),
     "2 threads": Setting({}, {}, threads=2),
     **{f"select {way}": Setting({}, {"select": way}) for way in SELECT},
 }

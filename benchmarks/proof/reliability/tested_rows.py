@@ -30,7 +30,28 @@ class Tested:
     command: str | None = None
 
 
-ROWS: dict[str, Tested] = {}
+ROWS: dict[str, Tested] = {
+    "wrong_numbers": Tested(
+        5,
+        "tests: a loss, gradient or vector that is not finite stops a run, which names the step and its examples and "
+        "goes on at another rate; `--verify` finds a wrong product; a loss at chance is said",
+        ("tests/training/test_finite_steps.py", "tests/training/test_loss_sense.py")
+        + ("tests/training/test_verify_steps.py",),
+    ),
+    "old_and_new": Tested(
+        8,
+        "tests: adapters of every released format version load, floors are the oldest versions that are run, our own "
+        "deprecated calls are errors; `make test-oldest` and `make test-newest` run the whole suite",
+        ("tests/patching/test_older_adapters.py", "tests/test_floors.py", "tests/test_deprecations.py"),
+    ),
+    "supply_chain": Tested(
+        9,
+        "tests: a wheel built twice is the same bytes, what is imported is declared, nothing of a base, adapter or "
+        "checkpoint is executed",
+        ("tests/test_wheel.py", "tests/test_dependencies.py", "tests/models/test_nothing_runs.py")
+        + ("tests/training/test_planted_pickles.py",),
+    ),
+}
 
 
 def row_of(name: str, python: str = sys.executable) -> dict[str, object]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.proof.reliability.reliability_page import ITEMS, NEEDED, PAGE, RESULTS, page, records
+from benchmarks.proof.reliability.tested_rows import ROWS
 from tests.test_readme import cells_of
 
 ROOT = Path(__file__).parents[3]
@@ -37,6 +38,12 @@ def test_every_item_has_its_rows_and_every_number_its_file():
         assert [int(cell.replace(",", "")) for cell in cells[2:4]] == [row["tried"], row["failed"]]
         # what failed is said
         assert bool(row["named"]) == bool(row["failed"])
+
+
+def test_rows_of_tests_are_of_tests_that_are_there():
+    files = [file for row in ROWS.values() for file in row.tests]
+    assert files and [file for file in files if not (ROOT / file).is_file()] == []
+    assert {row.item for row in ROWS.values()} <= ITEMS.keys()
 
 
 def test_a_row_that_lacks_something_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lofit_fast.config import LofitConfig, shown
@@ -38,7 +38,7 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
 # the entry of the tensor file's header that repeats the config
 _NOTE = "lofit"
-_LONGEST_NAME, _MOST_TENSORS = 500, 10_000
+_LONGEST_NAME, _MOST_BYTES = 500, 2**31
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,10 @@ def description_in(folder: Path) -> dict:
     description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     path = folder / TENSOR_FILE
     if path.is_file():
-        with _reading(path) as file:
-            note = _note_in(file)
-        # PEFT writes no note, and tensors of other modules beside ours
+        # which maps the file and reads the header alone
+        with _damage_named(path), safe_open(path, framework="pt") as file:
+            note = _note_in(file.metadata())
+        # PEFT writes no note, and tensors of other modules beside ours, which may be large
         if is_sealed(note):
             named, note = _opened(path)
             description = _described(folder, description, note, _by_place(path, named)[0])
@@ -342,30 +343,31 @@ def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], object]:
-    """(tensors by name, note in the header), of one moment. Raises ValueError for what is no file of safetensors."""
-    with _reading(path) as file:
-        note, names = _note_in(file), list(file.keys())
-        named = {name: file.get_tensor(name) for name in names[:_MOST_TENSORS]}
-    if len(names) > _MOST_TENSORS:
-        raise ValueError(f"{path} holds {len(names)} tensors: expected at most two for a layer")
+    """(tensors by name, note in the header), of one moment. Raises ValueError for what is no file of safetensors.
+
+    The file is opened once: `safe_open` opens it again for the numbers, when it may have been replaced.
+    """
+    with path.open("rb") as file:
+        raw = file.read(_MOST_BYTES + 1)
+    if len(raw) > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes: expected the vectors of an adapter")
+    with _damage_named(path):
+        named = load(raw)
+        note = _note_in(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__"))
     return named, note
 
 
-def _note_in(file) -> object:
-    """The description in the header of an open file; None in files of earlier releases and of PEFT."""
-    note = (file.metadata() or {}).get(_NOTE)
+def _note_in(metadata: dict[str, str] | None) -> object:
+    """The description in a file's header; None in files of earlier releases and of PEFT."""
+    note = (metadata or {}).get(_NOTE)
     return None if note is None else json.loads(note)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator:
-    """A scope with the file of safetensors open, in which what is wrong with it is a ValueError that names it."""
-    # safetensors reports as damage what may not be read
-    with path.open("rb"):
-        pass
+def _damage_named(path: Path) -> Iterator[None]:
+    """A scope in which what is wrong with a file of safetensors is a ValueError that names it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (OSError, MemoryError):
         raise
     # safetensors' own error, and others for kinds of numbers that torch does not know

@@ -1,6 +1,7 @@
 """An adapter saved over another, and stopped at every file operation: the folder holds one of the two, whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,24 @@ def test_a_save_that_is_stopped_anywhere_leaves_the_old_adapter_or_the_new_one(b
     assert set(ends[:-1]) == {DEAD if how == "killed" else REFUSED} and ends[-1] == WHOLE
     assert len(ends) > 5
     assert seen == {"none" if before == "nothing" else "old", "new"}
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE])
+def test_a_reader_between_two_saves_gets_one_of_them(name, tmp_path, monkeypatch):
+    old, new = adapter_of(OLD, 1), adapter_of(NEW, 2)
+    save_adapter(old, tmp_path)
+    opened, plain = [], Path.open
+
+    def then_replaced(path, *args, **options):
+        file = plain(path, *args, **options)
+        if path == tmp_path / name and not opened:
+            opened.append(path)
+            save_adapter(new, tmp_path)
+        return file
+
+    monkeypatch.setattr(Path, "open", then_replaced)
+    got = read_adapter(tmp_path)
+    assert opened
+    # the old config was read already: the file of tensors decides
+    assert is_same(got, new if name == CONFIG_FILE else old)
+    assert is_same(read_adapter(tmp_path), new)

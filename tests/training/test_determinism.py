@@ -30,7 +30,7 @@ KNOBS = {
 }
 QUICK = {"top": 2, "select_epochs": 1, "tune_epochs": 2, "batch_size": 4}
 # what the fewest others run through
-SAMPLE = ("defaults", "grouped", "in no order of length", "prompt cache")
+SAMPLE = ("defaults", "prompt cache")
 
 
 def adapter(folder, knobs, changes):

@@ -267,7 +267,8 @@ class Scopes:
         shown = self._shown
         shown.before, shown.inside = None, True
         if self._open or shown.now != (False, None):
-            now, out_of_date = shown.now, threading.get_ident() in self._stale
+            # with no scope anywhere, or one that another thread has left, what was shown is no more
+            now, out_of_date = shown.now, not self._open or threading.get_ident() in self._stale
             self.look()
             # a context that was made elsewhere, as of a task: what runs here outside of it is not in its scopes
             shown.before = None if out_of_date or shown.now is now else now

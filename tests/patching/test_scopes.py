@@ -171,6 +171,20 @@ def test_a_copied_context_leaves_nothing_in_the_thread_that_ran_it(seen, other):
         assert not torch.equal(other(layer, z), layer.inner(z))
 
 
+def test_a_scope_inside_a_copied_context_is_over_with_the_scopes(seen, other):
+    layer, z = seen.handle.layers[0], torch.randn(1, 3, 64)
+
+    def job():
+        with seen.handle.folded():
+            return seen.state()
+
+    with seen.handle.disabled():
+        assert other(contextvars.copy_context().run, job) == "base"
+        assert other(seen.state) == "adapted"
+    assert other(seen.state) == "adapted"
+    assert not torch.equal(other(layer, z), layer.inner(z))
+
+
 def test_tasks_that_take_turns_obey_their_own_scopes(seen):
     layer, z = seen.handle.layers[0], torch.randn(1, 3, 64)
     with torch.no_grad():

@@ -19,7 +19,9 @@ JSON_BYTES = 2**26
 # how libraries that are written in Rust report what the system told them, safetensors and tokenizers among them
 _RUST = re.compile(r"\(os error (\d+)\)")
 # how torch does, which keeps the reason to itself
-_TORCH = re.compile(r"inline_container|PytorchStreamWriter|iostream error|cannot be opened|Parent directory")
+_TORCH = re.compile(
+    r"inline_container|PytorchStreamWriter|iostream error|cannot be opened|Parent directory|write\(\): fd \d+ failed"
+)
 _PROBE = bytes(2**16)
 
 
@@ -112,8 +114,9 @@ def _is_elsewhere(file: object, folder: Path) -> bool:
     """Whether an error names a file, and one outside of the folder."""
     if not isinstance(file, str | bytes | os.PathLike):
         return False
-    place = Path(os.fsdecode(file)).resolve()
-    return folder.resolve() not in (place, *place.parents)
+    # unlike `Path.resolve`, at peace with links that lead to themselves
+    place = Path(os.path.realpath(os.fsdecode(file)))
+    return Path(os.path.realpath(folder)) not in (place, *place.parents)
 
 
 def _torch_error(folder: Path, error: RuntimeError) -> WriteError:

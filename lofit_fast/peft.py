@@ -24,7 +24,7 @@ from lofit_fast.patching.handle import build_layers, handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
-from lofit_fast.patching.seal import CONFIG_DIGEST, TENSOR_DIGEST, is_sealed, is_unchanged, sealed, tensors_digest
+from lofit_fast.patching.seal import CONFIG_DIGEST, TENSOR_DIGEST, sealed, tensors_digest
 from lofit_fast.patching.sharding import kind_of_part
 from lofit_fast.patching.storage import (
     COMPONENTS,
@@ -90,10 +90,7 @@ class LofitPeftConfig(PeftConfig):
 
         Raises ValueError for a folder that is damaged.
         """
-        entries = description_in(Path(path_json_file).parent)
-        if is_sealed(entries) and not is_unchanged(entries):
-            raise ValueError(f"{path_json_file} is damaged, or was changed by hand: its digest is not of its entries")
-        return entries
+        return description_in(Path(path_json_file).parent)
 
     def to_dict(self) -> dict:
         """What `adapter_config.json` holds: what `handle.save` writes, and PEFT's own entries."""
@@ -111,7 +108,7 @@ class LofitPeftConfig(PeftConfig):
     def check_loaded(self, tensors: dict[tuple[str, int], Tensor]) -> None:
         """Raise ValueError unless tensors, by (component, layer), are finite, and those that the config came with."""
         check_finite(tensors, "cannot load the adapter")
-        if self.tensor_digest not in (None, tensors_digest(tensors)):
+        if self.tensor_digest is not None and self.tensor_digest != tensors_digest(tensors):
             raise ValueError(
                 "cannot load the adapter: its tensors are damaged, or not those that its config was written with. If "
                 "they are right, set tensor_digest of the LofitPeftConfig to None"

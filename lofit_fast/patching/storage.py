@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,7 +38,7 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("scale", "offset")
 # the entry of the tensor file's header that repeats the config
 _NOTE = "lofit"
-_LONGEST_NAME = 500
+_LONGEST_NAME, _MOST_TENSORS = 500, 10_000
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,25 @@ def read_adapter(folder: Path | str) -> Adapter:
 
 
 def description_in(folder: Path) -> dict:
-    """What `read_adapter` would take for the folder's description, unchecked. The tensors may come later, from a hub.
+    """What `read_adapter` would take for the folder's description; the tensors may come later, as they do from a hub.
 
-    Raises ValueError for a config that is none of an adapter, or a file of tensors that cannot be read.
+    Raises ValueError for a config that is none of an adapter, or damaged, or a file of tensors that cannot be read.
     """
     description = _checked_description(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
-    if not (folder / TENSOR_FILE).is_file():
-        return description
-    named, note = _opened(folder / TENSOR_FILE)
-    # PEFT writes no note, and tensors of other modules beside ours
-    return description if note is None else _described(folder, description, note, _by_place(folder, named)[0])
+    path = folder / TENSOR_FILE
+    if path.is_file():
+        with _reading(path) as file:
+            note = _note_in(file)
+        # PEFT writes no note, and tensors of other modules beside ours
+        if is_sealed(note):
+            named, note = _opened(path)
+            description = _described(folder, description, note, _by_place(path, named)[0])
+    # a config of PEFT that has met no model has no fingerprint
+    if description["fingerprint"] is not None:
+        _made(folder, description, {}, {})
+    if is_sealed(description):
+        _check_entries(folder, description)
+    return description
 
 
 def _described(folder: Path, description: dict, note: object, tensors: dict) -> dict:
@@ -211,17 +222,22 @@ def _check_shapes(where: str, expected: dict[tuple[str, int], tuple], got: dict[
 
 def _check_seal(folder: Path, description: dict, tensors: dict) -> None:
     """Raise ValueError, naming the file, unless both files are as they were saved."""
-    if not is_unchanged(description):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its digest is not that of its entries"
-        )
+    _check_entries(folder, description)
     if description.get(TENSOR_DIGEST) != tensors_digest(tensors):
         raise ValueError(
             f"{folder / TENSOR_FILE} is damaged: its tensors are not those whose digest is in {CONFIG_FILE}"
         )
 
 
+def _check_entries(folder: Path, description: dict) -> None:
+    if not is_unchanged(description):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is damaged, or was changed by hand: its entries are not those whose digest it has"
+        )
+
+
 def check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for tensors by (component, layer) with numbers that are not finite."""
     for (component, layer), tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")
@@ -296,7 +312,8 @@ def _parsed(name: str) -> re.Match | None:
 
 def _tensor_names(projection: str) -> re.Pattern:
     layer = r"(?P<layer>0|[1-9][0-9]{0,8})"
-    return re.compile(rf"(?P<module>(?:.+\.)?{layer}\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
+    module = rf"(?P<module>(?:.+\.)?{layer}\.(?P<projection>{projection}))"
+    return re.compile(rf"{module}\.(?:lofit_)?(?P<component>scale|offset)")
 
 
 # the layer is the last number, and what follows it is the projection; some projections have a number in their own path
@@ -316,20 +333,39 @@ def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int
             raise ValueError(f"{path} holds {key[0]} of layer {key[1]} twice, under two names")
         if tensor.dtype not in COMPUTED_IN:
             raise ValueError(f"{path} holds {key[0]} of layer {key[1]} in {tensor.dtype}: expected floating numbers")
-        module = _parsed(name)["module"].removeprefix("base_model.model.")
-        if modules.setdefault(key[1], module) != module:
-            raise ValueError(f"{path} has two projections of layer {key[1]}: {modules[key[1]]} and {module}")
+        match = _parsed(name)
+        module = modules.setdefault(key[1], match["module"].removeprefix("base_model.model."))
+        if not f".{module}".endswith(f".{key[1]}.{match['projection']}"):
+            raise ValueError(f"{path} has two projections of layer {key[1]}: {module} and {match['module']}")
         tensors[key] = tensor
     return tensors, modules
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], object]:
-    """(tensors by name, note in the header). Raises ValueError for a file that is not one of safetensors."""
+    """(tensors by name, note in the header), of one moment. Raises ValueError for what is no file of safetensors."""
+    with _reading(path) as file:
+        note, names = _note_in(file), list(file.keys())
+        named = {name: file.get_tensor(name) for name in names[:_MOST_TENSORS]}
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors: expected at most two for a layer")
+    return named, note
+
+
+def _note_in(file) -> object:
+    """The description in the header of an open file; None in files of earlier releases and of PEFT."""
+    note = (file.metadata() or {}).get(_NOTE)
+    return None if note is None else json.loads(note)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator:
+    """A scope with the file of safetensors open, in which what is wrong with it is a ValueError that names it."""
+    # safetensors reports as damage what may not be read
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(_NOTE)
-            named = {name: file.get_tensor(name) for name in list(file.keys())}
-        return named, None if note is None else json.loads(note)
+            yield file
     except (OSError, MemoryError):
         raise
     # safetensors' own error, and others for kinds of numbers that torch does not know

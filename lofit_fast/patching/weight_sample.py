@@ -23,8 +23,8 @@ from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import is_dense
 from lofit_fast.patching.sharding import kind_of_part
 
-# a tensor of at most so many numbers is taken whole
-WHOLE = 2**16
+# a tensor of at most so many numbers is taken whole, and of no tensor are more taken than MOST
+WHOLE, MOST = 2**16, 2**19
 ROUNDINGS = (torch.bfloat16, torch.float16)
 # children by which wrappers of PEFT, FSDP and torch hold what they wrap, under its own name
 _HELD = ("original_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -181,11 +181,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Iterator[bytes]:
 
 def _sample(tensor: Tensor) -> Tensor:
     """(n,) numbers of a tensor: all, or of a large one a diagonal over all rows and columns."""
-    if tensor.numel() <= WHOLE or tensor.dim() < 2:
+    if tensor.numel() <= WHOLE:
         return tensor.reshape(-1)
     matrix = tensor.reshape(-1, tensor.shape[-1])
     rows, columns = matrix.shape
-    steps = torch.arange(max(rows, columns), device=tensor.device)
+    longer = max(rows, columns)
+    # of what is packed into one column, or is one flat row, not all
+    steps = torch.arange(0, longer, -(-longer // MOST), device=tensor.device)
     return matrix[steps % rows, steps % columns]
 
 
@@ -204,4 +206,5 @@ def _stored(tensor: Tensor) -> Iterator[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    # a copy: numpy takes hold of a tensor's memory, which FSDP could not free then
+    return tensor.cpu().contiguous().clone().view(torch.uint8).numpy().tobytes()

@@ -81,7 +81,11 @@ def timeless(history):
     return [{key: value for key, value in row.items() if key not in CLOCKED} for row in history]
 
 
-@pytest.fixture(params=RUNS)
+# the ordinary run has one death of each of these
+SAMPLE = ("completions", "early stop", "preferences")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in RUNS])
 def world(request, tmp_path):
     if request.param == "preferences":
         pytest.importorskip("trl")

@@ -70,7 +70,7 @@ VALUES = {
         "--select-examples": (*COUNTS, "3"),
         "--beta": (*RATES, "1"),
         "--select": WORDS,
-        "--attention": WORDS,
+        "--attention": ("flex_attention", *WORDS),
         "--frozen-products": (*WORDS, "fp8"),
         "--prefix-cache-gb": (*NO_NUMBER, "inf", "-1", "1e400"),
         "--prompt-cache-gb": (*NO_NUMBER, "inf", "-1", "1"),

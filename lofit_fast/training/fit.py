@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lofit_fast.training.choice.ways import WAYS, Untrained
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.prefix_cache.worth import Worth
+from lofit_fast.training.run_clearing import STATE
 from lofit_fast.training.run_folder import RunFolder
 from lofit_fast.training.two_steps import FitResult, TwoSteps
 
@@ -121,7 +123,7 @@ def fit_objective(
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
     # what step 1 has tried, step 2 knows
-    with steps.opened(output_dir, heads, resume) as run, remembering():
+    with remembering(), _opened(steps, output_dir, heads, resume) as run:
         if run.stage == "done":
             return steps.tune(run, resume)
         if run.heads is None and heads is not None:
@@ -131,6 +133,15 @@ def fit_objective(
         elif run.heads is None:
             steps.select(run, resume)
         return steps.tune(run, resume)
+
+
+@contextmanager
+def _opened(steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
+    """The scope of `TwoSteps.opened`. What a new run is asked for and cannot have is refused before it has a folder."""
+    if not (resume and (Path(output_dir) / STATE).exists()):
+        steps.check_asked(heads)
+    with steps.opened(output_dir, heads, resume) as run:
+        yield run
 
 
 def rehearse(

@@ -40,6 +40,8 @@ from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
 
 # the one that changes results beyond rounding
 _RESULTS = "frozen_products"
+# knobs that any model takes
+_FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
 
 
 @dataclass(frozen=True)
@@ -332,18 +334,31 @@ class TwoSteps:
 
     def engines(self, heads: Sequence[Head] | None) -> tuple[dict[str, Engine], Worth]:
         """The engine that each stage of a new run would have, and what a prefix cache would save in step 2."""
+        with self._tried(heads) as (handle, stages):
+            settled = {stage: self._settled(handle, stage) for stage in stages}
+            tune = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
+            return settled, worth_of(handle, *self.data.reads(tune))
+
+    def check_asked(self, heads: Sequence[Head] | None) -> None:
+        """Raise ValueError for a knob of the engine that was asked for and is not to be had here: "auto" always is."""
+        asked = asdict(self.asked)
+        if any(value not in ("auto", asdict(Engine())[name]) for name, value in asked.items() if name not in _FREE):
+            with self._tried(heads) as (handle, stages):
+                for stage in stages:
+                    self._settled(handle, stage)
+
+    @contextmanager
+    def _tried(self, heads: Sequence[Head] | None) -> Iterator[tuple[LofitHandle, list[str]]]:
+        """A scope with a patched model for the rules to try, and the stages that run something."""
         stages = ["tune"]
         if heads is None:
             # a way that does not look at the data runs nothing
             stages = ["select"] * getattr(self.way, "looks", True) + stages
             above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
             heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
-        # the rules try a patched model
         handle = patch(self.model, self._config(offset=heads))
         try:
-            settled = {stage: self._settled(handle, stage) for stage in stages}
-            tune = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
-            return settled, worth_of(handle, *self.data.reads(tune))
+            yield handle, stages
         finally:
             handle.unpatch()
 

@@ -70,7 +70,7 @@ VALUES = {
         "--select-examples": (*COUNTS, "3"),
         "--beta": (*RATES, "1"),
         "--select": WORDS,
-        "--attention": WORDS,
+        "--attention": ("flex_attention", *WORDS),
         "--frozen-products": (*WORDS, "fp8"),
         "--prefix-cache-gb": (*NO_NUMBER, "inf", "-1", "1e400"),
         "--prompt-cache-gb": (*NO_NUMBER, "inf", "-1", "1"),
@@ -269,8 +269,8 @@ BASES = {
     **{f"{key}={value!r}": _json("config.json", **{key: value}) for key, value in
        [("hidden_size", None), ("hidden_size", -1), ("hidden_size", 0), ("hidden_size", 1e400), ("vocab_size", 7),
         ("num_attention_heads", 0), ("num_attention_heads", None), ("num_hidden_layers", None), ("model_type", None),
-        ("model_type", "nonsense"), ("model_type", []), ("architectures", 3), ("rms_norm_eps", "x"),
-        ("torch_dtype", "x"), ("dtype", "x"), ("rope_parameters", 3), ("hidden_act", "x"), ("head_dim", 7)]},
+        ("model_type", "nonsense"), ("model_type", []), ("rms_norm_eps", "x"),
+        ("dtype", "x"), ("rope_parameters", 3), ("hidden_act", "x"), ("head_dim", 7)]},
 }  # fmt: skip
 FEW_BASES = ("model.safetensors cut to 0.3", "config.json deep", "a pipe for weights", "hidden_size=None")
 

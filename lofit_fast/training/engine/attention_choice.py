@@ -15,13 +15,15 @@ from lofit_fast.data.padding import padded_on_the_right
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
-from lofit_fast.patching.placement import dtype_of
+from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.training.engine.attention_scope import OURS, UnusableAttention, attending
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
 from lofit_fast.training.engine.packing_trial import picks_in_rows
 
 FLASH = "flash_attention_2"
+# attentions that torch has no gradients of on a kind of device; compiling one forward takes minutes
+_NO_GRADIENTS = {("flex_attention", "cpu")}
 # the largest head of flash-attn's kernels
 _WIDEST_FLASH = 256
 
@@ -132,6 +134,8 @@ def attention_refusal(model: nn.Module, name: str) -> str | None:
 
 
 def _refusal(model: nn.Module, name: str) -> str | None:
+    if (name, kind := device_of(model).type) in _NO_GRADIENTS:
+        return f"attention {name!r} cannot be used here: torch has no gradients of it on a device of type {kind}"
     # its code hands what it picks to the attentions that it knows; a trial's rows are too short to tell
     if name in OURS and (picks := picks_in_rows(model)):
         return (

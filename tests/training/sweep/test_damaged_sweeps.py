@@ -217,7 +217,7 @@ def grid_file(tmp_path):
         top = 2
         batch_size = 4
         select_epochs = 2
-        tune_epochs = 20
+        tune_epochs = 8
         [grid]
         seed = [1, 2]
         tune_lr = [1e-2, 2e-2]
@@ -242,7 +242,8 @@ def results(rows):
 @pytest.mark.parametrize("victim", ["parent", "worker", "interrupted"])
 def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, victim):
     grid = read_grid(grid_file)
-    whole = sweep(grid, tmp_path / "whole", jobs=2, progress=False)
+    # in this process, since each of its own takes seconds to begin
+    whole = sweep(grid, tmp_path / "whole", progress=False)
     process = begun(tmp_path, grid_file, 2)
     wait_for(lambda: list((tmp_path / "killed").glob("runs/*/tune/checkpoint-*")))
     workers = children_of(process.pid)
@@ -258,8 +259,10 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, vi
         assert "ChildProcessError: one of 2 processes died" in said
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = sweep(grid, tmp_path / "killed", jobs=2, progress=False)
-    assert results(rows) == results(whole)
+        rows = sweep(grid, tmp_path / "killed", progress=False)
+    for row, expected in zip(results(rows), results(whole), strict=True):
+        # the number of threads may change the order of sums
+        assert row == {key: pytest.approx(x, rel=1e-5) if isinstance(x, float) else x for key, x in expected.items()}
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ def declared() -> dict[str, set[str]]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
             names[node.targets[0].id] = value(node.value)
+        elif isinstance(node, ast.AugAssign):
+            names[node.target.id] = [*names[node.target.id], *value(node.value)]
     (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     extras = given["extras_require"]

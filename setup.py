@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
@@ -27,7 +28,19 @@ TEST += ["pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8
 FLASH = ["flash-attn>=2.8"]
 DEV = [*TEST, "import-linter>=2.17", "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.6"]
 
+
+class SameBytes(bdist_wheel):
+    """A wheel whose files have one mode, whoever builds it: with SOURCE_DATE_EPOCH it is the same bytes each time."""
+
+    def write_wheelfile(self, *args, **options):
+        # the last that is done before the files are packed
+        super().write_wheelfile(*args, **options)
+        for path in Path(self.bdist_dir).rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 setup(
+    cmdclass={"bdist_wheel": SameBytes},
     name="lofit-fast",
     version=VERSION,
     description="LoFiT, localized fine-tuning of attention heads: Triton kernels, a reversible patcher, fast training",

@@ -8,10 +8,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 Head = tuple[int, int]
 HeadSet = Literal["all"] | tuple[Head, ...] | None
+# what may be given for it
+GivenHeads = Literal["all"] | Iterable[Head] | None
 # on which tokens the vectors act
 POSITIONS = ("all", "answer")
 
@@ -31,6 +33,17 @@ class LofitConfig:
     init_std: float = 1e-3
     seed: int = 42
     positions: Literal["all", "answer"] = "all"
+
+    if TYPE_CHECKING:
+        # a dataclass's own would ask for what is kept
+        def __init__(
+            self,
+            scale: GivenHeads = None,
+            offset: GivenHeads = None,
+            init_std: float = 1e-3,
+            seed: int = 42,
+            positions: Literal["all", "answer"] = "all",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for component in ("scale", "offset"):
@@ -53,8 +66,10 @@ def check_positions(positions: object) -> None:
 
 
 def _head_set(component: str, heads: object) -> HeadSet:
-    if heads is None or (isinstance(heads, str) and heads == "all"):
-        return heads
+    if heads is None:
+        return None
+    if isinstance(heads, str) and heads == "all":
+        return "all"
     if isinstance(heads, str) or not isinstance(heads, Iterable):
         raise TypeError(f"expected {component} to be 'all', None or a list of (layer, head), got {shown(heads)}")
     pairs = tuple(_pair(component, item) for item in heads)
@@ -72,7 +87,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _pair(component: str, item: object) -> Head:
+def _pair(component: str, item: Any) -> Head:
     try:
         # numpy's and torch's integers are integers too; a bool is not
         layer, head = (-1 if isinstance(x, bool) else operator.index(x) for x in item)
@@ -190,7 +205,7 @@ class Recipe:
         return {name: value for name, value in self.identity().items() if name not in SELECT[self.select]}
 
 
-def fast_settings(settings: Mapping[str, object]) -> dict[str, object]:
+def fast_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """FAST_RECIPE with `settings` instead: what is said explicitly wins, and takes along what it has no use for."""
     chosen = {**FAST_RECIPE, **settings}
     if chosen["select"] not in LOOKING_ONCE and "select_examples" not in settings:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lofit_fast.scratch import scratch_folder
 
@@ -79,7 +80,7 @@ class WriteError(OSError):
         super().__init__(f"cannot write to output folder {folder}: {reason}")
         self.folder, self.reason, self.errno = folder, reason, code
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # processes of a sweep hand it to each other
         return WriteError, (self.folder, self.reason, self.errno)
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +45,12 @@ def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[H
 _DIGEST = "heads_digest"
 
 
-def with_digest(content: Mapping[str, object]) -> dict[str, object]:
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a heads.json holds, {"heads": [[layer, head], ...], ...}, with a digest of its heads, for `read_heads`."""
     return {**content, _DIGEST: _digest([tuple(pair) for pair in content["heads"]])}
 
 
-def heads_of(content: object, path: Path | str) -> list[Head]:
+def heads_of(content: Any, path: Path | str) -> list[Head]:
     """The heads in what a heads.json, or a plain JSON list of pairs, holds. path: the file, for errors.
 
     Raises ValueError, naming the file, for anything but different pairs of non-negative integers, and for heads that

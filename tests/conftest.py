@@ -40,6 +40,13 @@ def pytest_runtest_setup(item):
         pytest.skip(f"the packaged model is not installed: {ALIASES['smollm2'].install}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported_by_others():
+    """What earlier files have imported and left counts in no later garbage collection either."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers whatever ran before."""

@@ -224,8 +224,8 @@ def fold_offsets(
     folded: list[Tensor | None] = [None] * len(weights)
     for (_, _, dtype, device), members in groups.items():
         chosen = plan_on(device, dtype, backend).backend
-        group = tuple([of[i] for i in members] for of in (weights, offsets, checked))
-        for number, bias in zip(members, _fold_group(*group, chosen), strict=True):
+        some_weights, some_offsets, some_heads = ([of[i] for i in members] for of in (weights, offsets, checked))
+        for number, bias in zip(members, _fold_group(some_weights, some_offsets, some_heads, chosen), strict=True):
             folded[number] = bias
     return folded
 

@@ -86,7 +86,7 @@ def merged_state(handle: LofitHandle) -> dict[str, Tensor]:
     """The whole model's state with W' and b' in place."""
     state = handle.model.state_dict()
     # a module may be known under several names
-    names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in handle.model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     for layer in handle.layers.values():

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 # two threads at once would both find a model unpatched, or a handle live
 _CHANGING = threading.RLock()
 

@@ -184,7 +184,7 @@ def _check_described(folder: Path, adapter: Adapter) -> None:
     """Raise ValueError unless the heads are those of the model's shape, and the tensors have a row for each of them."""
     widths = _numbers(adapter.fingerprint.head_dim)
     most = max(_numbers(adapter.fingerprint.heads))
-    expected = {}
+    expected: dict[tuple[str, int], tuple[int, ...]] = {}
     for component in COMPONENTS:
         heads = getattr(adapter.config, component)
         if heads == "all":
@@ -324,7 +324,8 @@ _TENSOR_NAMES = (_tensor_names(_NUMBERED), _tensor_names(r"[^.\d][^.]*(?:\.[^.\d
 
 def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], dict[int, str]]:
     """(tensors, modules) of an `Adapter`. Raises ValueError for a name or a kind of numbers that is none of ours."""
-    tensors, modules = {}, {}
+    tensors: dict[tuple[str, int], Tensor] = {}
+    modules: dict[int, str] = {}
     for name, tensor in named.items():
         if (key := parse_tensor_name(name)) is None:
             raise ValueError(

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,10 @@ from lofit_fast.files import file_errors
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, read_adapter
 from lofit_fast.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # two folders deep: Trainer takes a folder with adapter_model.safetensors right below a checkpoint for one of PEFT's
 FOLDER = Path("lofit") / "adapter"
@@ -56,7 +61,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             handle.check_live()
             handle.load_watch.expect(self)
 
-    def follow(self, accelerator) -> AdapterCheckpoints:
+    def follow(self, accelerator: Accelerator) -> AdapterCheckpoints:
         """Keep the vectors with the states of an accelerate.Accelerator: save_state writes them, load_state fills them.
 
         Each state gets the folder lofit/adapter. What accelerator.register_for_checkpointing keeps, accelerate
@@ -101,7 +106,14 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         text = base64.b64encode(save(state["vectors"])).decode("ascii")
         return {**exported, "heads": state["heads"], "vectors": text, "sha256": _sum_of(text)}
 
-    def on_train_begin(self, args, state, control, model=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         """After a checkpoint was loaded: its vectors."""
         self._find(model)
         if state.is_hyper_param_search:
@@ -131,7 +143,14 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             ) from error
         self._restore({**found, "vectors": vectors}, where)
 
-    def on_save(self, args, state, control, model=None, **_):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         """After a checkpoint was written: the adapter beside it."""
         if not args.should_save:
             return
@@ -140,7 +159,14 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         if not self.save_base:
             _drop_frozen(self.handle.model, checkpoint)
 
-    def on_train_end(self, args, state, control, model=None, **_):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         """The vectors of the best checkpoint, if Trainer has gone back to it; and the result in the output folder."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             adapter = read_adapter(Path(state.best_model_checkpoint) / FOLDER)

@@ -87,6 +87,7 @@ def test_train_writes_the_run_folder(run_folder, model):
     assert summary["adapter_digest"] == config["tensor_digest"]
 
 
+@pytest.mark.slow
 def test_train_prints_a_table(model, data, tmp_path):
     result = call("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
     assert "trainable_parameters" in result.stdout

@@ -1,10 +1,13 @@
 """The folder `lofit_fast/cpu` can be deleted: the library imports, patches, trains and judges without it."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +53,22 @@ except ValueError as error:
 """
 
 
+def imported(path: Path) -> set[str]:
+    """Names of modules that a file imports, in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        found |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+    return found
+
+
+def test_one_file_alone_knows_the_folder():
+    outside = [path for path in (ROOT / "lofit_fast").rglob("*.py") if path.parent.name != "cpu"]
+    users = [path.name for path in outside if any(name.startswith("lofit_fast.cpu") for name in imported(path))]
+    assert users == ["cpu_extras.py"]
+
+
+@pytest.mark.slow
 def test_everything_works_without_the_cpu_folder(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "cpu")
     shutil.copytree(ROOT / "lofit_fast", tmp_path / "lofit_fast", ignore=ignored)

@@ -70,6 +70,7 @@ def test_demo(model, tmp_path):
     assert "tokens/s" in shown
 
 
+@pytest.mark.slow
 def test_demo_is_silent_when_asked(model, tmp_path, capsys):
     demo.run_demo(tmp_path, "tiny", 56, 1, Console(quiet=True))
     assert capsys.readouterr().out == ""

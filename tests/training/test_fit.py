@@ -123,6 +123,8 @@ def test_fit_step_2_starts_from_the_base(llama, tmp_path):
     assert_equal_vectors(vectors(alone.handle), expected)
 
 
+# tests/training/test_determinism.py has one in the ordinary run
+@pytest.mark.slow
 def test_fit_is_deterministic(llama, tmp_path):
     results = []
     for name in ("first", "second"):
@@ -138,6 +140,7 @@ def test_fit_is_deterministic(llama, tmp_path):
     assert strip[0] == strip[1]
 
 
+@pytest.mark.slow
 def test_fit_depends_on_the_seed(llama, tmp_path):
     results = []
     for seed in (1, 2):

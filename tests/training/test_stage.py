@@ -37,6 +37,7 @@ def test_stage_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_stage_is_reproducible_from_its_seed(tmp_path):
     results = []
     for seed in (1, 1, 2):

@@ -79,6 +79,7 @@ def test_rehearsal_from_checks_to_report(tmp_path):
     assert "python -m pytest tests/kernels/gpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_wrong_costs_its_own_path(tmp_path):
     done, found = run(tmp_path, "--only", "pass aten", "delta aten", "--plant", "pass aten")
     assert done.returncode == SOME_RED == 3, done.stdout + done.stderr

@@ -306,6 +306,7 @@ def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
     assert len(stores(cache / "prefix")) == 1
 
 
+@pytest.mark.slow
 def test_prefix_with_compiled_layers(tmp_path, monkeypatch, dynamo):
     monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
     handle = tuned(deep())

@@ -162,8 +162,6 @@ class Recipe:
         for name in ("select_lr", "tune_lr", "l1", "init_std"):
             if getattr(self, name) > sys.float_info.max:
                 raise ValueError(f"expected a finite {name}, got {shown(getattr(self, name))}")
-        if self.max_length is not None and type(self.max_length) is not int:
-            raise TypeError(f"expected max_length to be an integer or None, got {self.max_length!r}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:

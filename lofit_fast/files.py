@@ -19,7 +19,9 @@ JSON_BYTES = 2**26
 # how libraries that are written in Rust report what the system told them, safetensors and tokenizers among them
 _RUST = re.compile(r"\(os error (\d+)\)")
 # how torch does, which keeps the reason to itself
-_TORCH = re.compile(r"inline_container|PytorchStreamWriter|iostream error|cannot be opened|Parent directory")
+_TORCH = re.compile(
+    r"inline_container|PytorchStreamWriter|iostream error|cannot be opened|Parent directory|write\(\): fd \d+ failed"
+)
 _PROBE = bytes(2**16)
 
 

@@ -209,6 +209,7 @@ def test_what_is_no_failing_write_passes_as_it_is(case, tmp_path):
     ],
 )
 def test_the_number_of_the_error_is_kept(error, code, reason, tmp_path):
+    (tmp_path / "inner").mkdir()
     with pytest.raises(WriteError, match=f"cannot write to output folder {tmp_path}: .*{reason}") as raised:  # noqa: SIM117
         with whole_folder(tmp_path), file_errors(tmp_path / "inner"):
             raise error

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lofit_fast.cli.options import check_counts
+
 FAILED, FAULT, INTERRUPTED, UNREAD = 1, 70, 130, 141
 _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RecursionError, MemoryError)
 # typer's own ways to end a command
@@ -52,6 +54,7 @@ def command(
         def run(*args, **options):
             _quiet_libraries()
             try:
+                check_counts(function, options)
                 result = function(*args, **options)
                 # what cannot be written is known only now
                 sys.stdout.flush()

@@ -1,11 +1,21 @@
 """The options that commands share, and how numbers of heads are read."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 
 from lofit_fast.tasks.row_source import check_columns
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Of an option that counts something: the least that it takes."""
+
+    least: int
+
 
 Model = Annotated[
     str,
@@ -48,20 +58,20 @@ TrainOn = Annotated[
     str | None,
     typer.Option(help="Of messages, learn 'all' turns of the assistant (the default) or the 'last'.", metavar="TURNS"),
 ]
-TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples.", min=1)]
+TrainSize = Annotated[int | None, typer.Option(help="Use this many training examples."), AtLeast(1)]
 Top = Annotated[str | None, typer.Option(help="Heads to keep: a count (32) or a fraction (0.1).")]
-MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only.", min=0)]
+MinLayer = Annotated[int | None, typer.Option(help="Keep heads of this layer and above only."), AtLeast(0)]
 SelectLr = Annotated[float | None, typer.Option(help="Learning rate of step 1, and of the methods that train.")]
 L1 = Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the scales.")]
-SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train.", min=0)]
-TuneEpochs = Annotated[int | None, typer.Option(help="Epochs of step 2.", min=0)]
-BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step.", min=1)]
-PromptsPerBatch = Annotated[int, typer.Option(help="Prompts per batch.", min=1)]
-NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)]
-AccumulationSteps = Annotated[int | None, typer.Option(help="Micro-batches per optimizer step.", min=1)]
-MaxLength = Annotated[int | None, typer.Option(help="Longest example in tokens.", min=1)]
+SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train."), AtLeast(0)]
+TuneEpochs = Annotated[int | None, typer.Option(help="Epochs of step 2."), AtLeast(0)]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step."), AtLeast(1)]
+PromptsPerBatch = Annotated[int, typer.Option(help="Prompts per batch."), AtLeast(1)]
+NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens."), AtLeast(1)]
+AccumulationSteps = Annotated[int | None, typer.Option(help="Micro-batches per optimizer step."), AtLeast(1)]
+MaxLength = Annotated[int | None, typer.Option(help="Longest example in tokens."), AtLeast(1)]
 Jobs = Annotated[
-    int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base.", min=1)
+    int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base."), AtLeast(1)
 ]
 Positions = Annotated[
     str | None,
@@ -76,7 +86,7 @@ Select = Annotated[
         metavar="WAY",
     ),
 ]
-SelectExamples = Annotated[int | None, typer.Option(help="Examples that saliency looks at. Default: all.", min=1)]
+SelectExamples = Annotated[int | None, typer.Option(help="Examples that saliency looks at. Default: all."), AtLeast(1)]
 Fast = Annotated[
     bool,
     typer.Option(
@@ -89,6 +99,17 @@ Fast = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def check_counts(function: Callable, given: Mapping[str, object]) -> None:
+    """Raise ValueError for a count below the least that a command's option takes. given: its options, by name."""
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        of = given.get(name)
+        for least in (mark.least for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, AtLeast)):
+            for count in of if isinstance(of, list) else [of]:
+                if count is not None and count < least:
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option}: got {count}, expected a whole number from {least}")
 
 
 def check_output(output: Path | None, dry_run: bool) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lofit_fast.cli.command import out
-from lofit_fast.cli.options import Device, Dtype, Json, parse_heads
+from lofit_fast.cli.options import AtLeast, Device, Dtype, Json, parse_heads
 
 # heavy imports happen inside the commands: --help must be instant
 ModelName = Annotated[
@@ -29,7 +29,9 @@ HEADS_HELP = "all, a count (32) or a fraction (0.1) of the model's heads, taken 
 def plan(
     model: ModelName,
     tokens: Annotated[
-        int, typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", min=1, max=MOST_TOKENS)
+        int,
+        typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", max=MOST_TOKENS),
+        AtLeast(1),
     ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", "-a", help="Plan for this adapter's heads.", metavar="DIR")
@@ -66,7 +68,7 @@ def plan(
 def autotune(
     model: ModelName = "SmolLM2-135M",
     tokens: Annotated[
-        list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024.", min=1)
+        list[int] | None, typer.Option("--tokens", "-T", help="May be repeated. Default: 1024."), AtLeast(1)
     ] = None,
     heads: Annotated[
         list[str] | None,
@@ -75,7 +77,7 @@ def autotune(
     backend: Annotated[
         list[str] | None, typer.Option(help="aten, triton; may be repeated. Default: what the device computes with.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds, of which the median counts.", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, of which the median counts."), AtLeast(1)] = 9,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

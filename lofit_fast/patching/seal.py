@@ -24,7 +24,8 @@ def tensors_digest(tensors: Mapping[tuple[str, int], Tensor]) -> str:
     """SHA-256 over places, dtypes, shapes and bytes of tensors by (component, layer), in whatever order they come."""
     total = hashlib.sha256()
     for component, layer in sorted(tensors):
-        tensor = tensors[component, layer].detach().cpu().contiguous()
+        # a copy: numpy takes hold of a tensor's memory, which FSDP could not free then
+        tensor = tensors[component, layer].detach().cpu().contiguous().clone()
         total.update(f"{component} {layer} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

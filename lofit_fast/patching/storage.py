@@ -237,6 +237,7 @@ def _check_entries(folder: Path, description: dict) -> None:
 
 
 def check_finite(tensors: dict[tuple[str, int], Tensor], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for tensors by (component, layer) with numbers that are not finite."""
     for (component, layer), tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: {component} of layer {layer} has numbers that are not finite")
@@ -311,7 +312,8 @@ def _parsed(name: str) -> re.Match | None:
 
 def _tensor_names(projection: str) -> re.Pattern:
     layer = r"(?P<layer>0|[1-9][0-9]{0,8})"
-    return re.compile(rf"(?P<module>(?:.+\.)?{layer}\.(?:{projection}))\.(?:lofit_)?(?P<component>scale|offset)")
+    module = rf"(?P<module>(?:.+\.)?{layer}\.(?P<projection>{projection}))"
+    return re.compile(rf"{module}\.(?:lofit_)?(?P<component>scale|offset)")
 
 
 # the layer is the last number, and what follows it is the projection; some projections have a number in their own path
@@ -331,9 +333,10 @@ def _by_place(path: Path, named: dict[str, Tensor]) -> tuple[dict[tuple[str, int
             raise ValueError(f"{path} holds {key[0]} of layer {key[1]} twice, under two names")
         if tensor.dtype not in COMPUTED_IN:
             raise ValueError(f"{path} holds {key[0]} of layer {key[1]} in {tensor.dtype}: expected floating numbers")
-        module = _parsed(name)["module"].removeprefix("base_model.model.")
-        if modules.setdefault(key[1], module) != module:
-            raise ValueError(f"{path} has two projections of layer {key[1]}: {modules[key[1]]} and {module}")
+        match = _parsed(name)
+        module = modules.setdefault(key[1], match["module"].removeprefix("base_model.model."))
+        if not f".{module}".endswith(f".{key[1]}.{match['projection']}"):
+            raise ValueError(f"{path} has two projections of layer {key[1]}: {module} and {match['module']}")
         tensors[key] = tensor
     return tensors, modules
 

@@ -206,4 +206,5 @@ def _stored(tensor: Tensor) -> Iterator[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    # a copy: numpy takes hold of a tensor's memory, which FSDP could not free then
+    return tensor.cpu().contiguous().clone().view(torch.uint8).numpy().tobytes()

@@ -333,9 +333,11 @@ def _is_other_json(path: Path) -> bool:
 def _rate_changed(state: dict, before: dict, identity: dict) -> dict | None:
     """What changes where a run that diverged goes on with another learning rate; None where anything else differs."""
     diverged = state.get("diverged")
-    if not isinstance(diverged, dict) or diverged.get("stage") != state["stage"]:
+    stage = diverged.get("stage") if isinstance(diverged, dict) else None
+    # one that has been finished since did not diverge after all
+    if stage not in ("select", "tune") or stage in state["metrics"]:
         return None
-    name = f"{state['stage']}_lr"
+    name = f"{stage}_lr"
     was, now = before.get("recipe"), identity["recipe"]
     if not isinstance(was, dict) or {**was, name: None} != {**now, name: None}:
         return None

@@ -117,15 +117,13 @@ def test_a_changed_byte_in_a_converted_folder_is_converted_again(cache, gguf):
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= whole.keys()
     for name, raw in whole.items():
-        for at in (0, len(raw) // 2, len(raw) - 1):
-            times = len(read)
-            (folder / name).write_bytes(raw[:at] + bytes([raw[at] ^ 2]) + raw[at + 1 :])
-            assert conversion.converted(path) == folder
-            # of the notes, what nobody reads may change
-            assert len(read) == times + 1 or name == "conversion.json"
-            assert {n: (folder / n).read_bytes() for n in whole if n != "conversion.json"} == {
-                n: raw for n, raw in whole.items() if n != "conversion.json"
-            }
+        times, at = len(read), len(raw) // 2
+        (folder / name).write_bytes(raw[:at] + bytes([raw[at] ^ 2]) + raw[at + 1 :])
+        assert conversion.converted(path) == folder
+        # of the notes, what nobody reads may change
+        assert len(read) == times + 1 or name == "conversion.json"
+        for other in whole.keys() - {"conversion.json"}:
+            assert (folder / other).read_bytes() == whole[other]
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "more/model.safetensors"])

@@ -15,7 +15,7 @@ from tests.oracle import randomize
 from tests.tiny_models import HEAD_DIM, tiny_model
 
 KINDS = [(CONFIG_FILE, kind) for kind in (*BYTES, *JSON)] + [(TENSOR_FILE, kind) for kind in (*BYTES, *TENSORS)]
-TIMES = {"deep": 2, "deep header": 2, "40,000 heads": 2}
+TIMES = {"deep": 2, "deep header": 2, "40,000 heads": 1}
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,10 @@ def is_same(got, expected) -> bool:
     return got.config == expected.config and got.tensors.keys() == expected.tensors.keys() and equal
 
 
-@pytest.mark.parametrize("how", ["killed", "full"])
-@pytest.mark.parametrize("before", ["this release", "an earlier release", "nothing"])
+CASES = [("this release", "killed"), ("this release", "full"), ("an earlier release", "killed"), ("nothing", "killed")]
+
+
+@pytest.mark.parametrize("before, how", CASES)
 def test_a_save_that_is_stopped_anywhere_leaves_the_old_adapter_or_the_new_one(before, how, tmp_path):
     old, new = adapter_of(OLD, 1), adapter_of(NEW, 2)
     seen, ends = set(), []

@@ -106,9 +106,10 @@ def test_adapters_of_peft_do_not_matter(model):
 def test_packed_bases_cannot_be_told_from_plain_ones(kind, model):
     digest = base_digest(packed_model(KINDS[kind]))
     assert base_digest(packed_model(KINDS[kind])) == digest
-    assert base_digest(packed_model(KINDS[kind], seed=1)) != digest
+    other = base_digest(packed_model(KINDS[kind], seed=1))
     assert same_base(digest, base_digest(model)) is None
-    assert same_base(digest, base_digest(packed_model(KINDS[kind], seed=1))) is None
+    # their heads are plain
+    assert same_base(digest, other) is False
 
 
 def test_weights_that_are_not_here_cannot_tell(model):

@@ -23,6 +23,8 @@ from lofit_fast.training.sweep.sweep_folder import RUNS, STEP1
 
 # of a run's summary, what a row shows, where it is there
 SHOWN = ("accuracy_after_select", "accuracy_after_tune", "loss", "eval_loss", "n_heads", "wall_seconds")
+# characters of an error in a row; some quote what they were given
+_LONGEST_ERROR = 1000
 # how long a process of a sweep that was killed may take to end, and let go of the run that it was in
 _ENDING_SECONDS = 30.0
 
@@ -61,8 +63,8 @@ class Runner:
         # one run's failure, of whatever kind, is no reason to lose the others
         except Exception as error:
             hint = f" (without {folder} it is run again)" if _has_ended(folder) else ""
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}{hint}"
-            return {**row, "status": "failed", "error": said}
+            said = " ".join(str(error).split())[:_LONGEST_ERROR]
+            return {**row, "status": "failed", "error": f"{type(error).__name__}: {said}{hint}"}
         finally:
             # a finished run that cannot be read may have got as far as its adapter
             if (handle := handle_of(self.model)) is not None:

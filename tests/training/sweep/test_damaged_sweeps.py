@@ -107,7 +107,7 @@ def test_a_damaged_summary_is_written_anew(again, sound):
 
 def test_damaged_tables_are_written_anew(again, sound):
     folder, _, rerun = again
-    for content in [*damaged((folder / "sweep.json").read_bytes(), 5), *(json.dumps(v).encode() for v in VALUES[:3])]:
+    for content in [*damaged((folder / "sweep.json").read_bytes(), 2), json.dumps(VALUES[0]).encode()]:
         for name in ("sweep.json", "sweep.csv"):
             (folder / name).write_bytes(content)
         assert rerun() == sound[2][0]

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ PROOF = Proof(
     "python -m benchmarks.proof.reliability.corrupt_anything",
 )
 _REFUSED = (ValueError, TypeError, OSError)
-_SECONDS = 30
+# of processor time; and of it, in as many seconds, what one that works takes at least
+_SECONDS, _IDLE = 30, 0.05
 
 
 class Hangs(BaseException):
@@ -142,17 +144,24 @@ def _unclear(error: Exception, name: str, folder: Path) -> str | None:
 def _in_time() -> Iterator[None]:
     """A scope that ends with Hangs when it takes too long."""
 
-    def late(*_) -> None:
-        raise Hangs
+    begun = before = time.process_time()
 
-    before = signal.signal(signal.SIGALRM, late)
+    def late(*_) -> None:
+        nonlocal before
+        now = time.process_time()
+        # on a busy machine one that works is slow; one that waits for ever does nothing
+        if now - before < _IDLE or now - begun > _SECONDS:
+            raise Hangs
+        before = now
+
+    handler = signal.signal(signal.SIGALRM, late)
     # a test may be timed too
-    left, _ = signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def trials(options, root: Path, damaged: dict[str, Damaged] = DAMAGED) -> Iterator[Trial]:

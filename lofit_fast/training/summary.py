@@ -45,13 +45,14 @@ def write_summary(
         "data_seed": data_seed,
         "environment": environment(result.handle.model),
     }
-    write_json(folder / "summary.json", summary)
     if can_draw():
         title = f"{model}, {task}"
         if result.scores is not None:
             heads_map(result.scores, result.heads, folder / "heads.png", title, recipe.select)
         if any("loss" in row for row in result.history):
             loss_curves(result.history, folder / "loss.png", title)
+    # last: a sweep takes a run with a summary for one that has left everything
+    write_json(folder / "summary.json", summary)
     return summary
 
 

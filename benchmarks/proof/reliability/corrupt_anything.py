@@ -13,10 +13,11 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -36,7 +37,8 @@ PROOF = Proof(
     "python -m benchmarks.proof.reliability.corrupt_anything",
 )
 _REFUSED = (ValueError, TypeError, OSError)
-_SECONDS = 30
+# of processor time; and of it, in as many seconds, what one that works takes at least
+_SECONDS, _IDLE = 30, 0.05
 
 
 class Hangs(BaseException):
@@ -142,37 +144,41 @@ def _unclear(error: Exception, name: str, folder: Path) -> str | None:
 def _in_time() -> Iterator[None]:
     """A scope that ends with Hangs when it takes too long."""
 
-    def late(*_) -> None:
-        raise Hangs
+    begun = before = time.process_time()
 
-    before = signal.signal(signal.SIGALRM, late)
+    def late(*_) -> None:
+        nonlocal before
+        now = time.process_time()
+        # on a busy machine one that works is slow; one that waits for ever does nothing
+        if now - before < _IDLE or now - begun > _SECONDS:
+            raise Hangs
+        before = now
+
+    handler = signal.signal(signal.SIGALRM, late)
     # a test may be timed too
-    left, _ = signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def trials(options, root: Path, damaged: dict[str, Damaged] = DAMAGED) -> Iterator[Trial]:
-    """Of `count` trials every kind of folder has its share, in turn."""
+    """Of `count` trials every kind of folder has its share."""
     torch.set_num_threads(1)
     # what is imported late is compiled, beside its source
     sys.dont_write_bytecode = True
     watch = OutsideWatch()
     parts = options.count / sum(one.share for one in damaged.values())
     wanted = {name: one for name, one in damaged.items() if name.startswith(options.only)}
-    of_kinds = [
-        _trials_of(Subject(name, one, root.absolute(), watch), max(1, round(one.share * parts)), options.seed)
-        for name, one in wanted.items()
-    ]
-    return (trial for turn in zip_longest(*of_kinds) for trial in turn if trial is not None)
-
-
-def _trials_of(subject: Subject, count: int, seed: int) -> Iterator[Trial]:
-    for number in range(count):
-        yield Trial(f"{subject.name} {seed} {number}", subject.name, lambda n=number: subject.tried(n, seed))
+    subjects = {name: Subject(name, one, root.absolute(), watch) for name, one in wanted.items()}
+    counts = {name: max(1, round(one.share * parts)) for name, one in wanted.items()}
+    # evenly over the time, so that one that stops early has tried some of each
+    drawn = sorted((number / counts[name], name, number) for name in wanted for number in range(counts[name]))
+    for _, name, number in drawn:
+        call = partial(subjects[name].tried, number, options.seed)
+        yield Trial(f"{name} {options.seed} {number}", name, call)
 
 
 if __name__ == "__main__":

@@ -240,17 +240,17 @@ def _load_base(folder: Path) -> None:
 
 
 DAMAGED: dict[str, Damaged] = {
-    "adapter": Damaged(_make_adapter, _read_adapter, ("adapter/*",), 5600),
+    "adapter": Damaged(_make_adapter, _read_adapter, ("adapter/*",), 6200),
     "heads": Damaged(_make_heads, _read_heads, ("heads.json",), 1000, free=True),
     "sweep file": Damaged(_make_sweep, _read_sweep, ("sweep.toml",), 800, free=True),
-    "data": Damaged(_make_data, _read_data, ("data.*", "preferences.jsonl"), 800, free=True),
+    "data": Damaged(_make_data, _read_data, ("data.*", "preferences.jsonl"), 700, free=True),
     "autotune": Damaged(_make_answers, _use_answers, ("cache/autotune/*",), 700),
-    "finished run": Damaged(_fit, _fit, ("run/**/*",), 500),
-    "stopped run": Damaged(_make_cut_run, _fit, ("run/**/*",), 250),
-    "prefix cache": Damaged(_fit_with_prefix, _fit_with_prefix, ("cache/**/*",), 120),
-    "prompt cache": Damaged(_fit_with_prompts, _fit_with_prompts, ("cache/**/*",), 80),
-    "converted model": Damaged(_load_converted, _load_converted, ("cache/**/*",), 100),
-    "base": Damaged(save_base, _load_base, ("base/*",), 50, free=True),
+    "finished run": Damaged(_fit, _fit, ("run/**/*",), 300),
+    "stopped run": Damaged(_make_cut_run, _fit, ("run/**/*",), 100),
+    "prefix cache": Damaged(_fit_with_prefix, _fit_with_prefix, ("cache/**/*",), 60),
+    "prompt cache": Damaged(_fit_with_prompts, _fit_with_prompts, ("cache/**/*",), 40),
+    "converted model": Damaged(_load_converted, _load_converted, ("cache/**/*",), 60),
+    "base": Damaged(save_base, _load_base, ("base/*",), 40, free=True),
 }
 
 

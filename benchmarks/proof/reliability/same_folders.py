@@ -14,6 +14,8 @@ CLOCKED = {"seconds", "tokens_per_s", "examples_per_s", "wall_seconds", "peak_me
 _SHOWN = (".png", ".csv", ".md", ".gguf")
 # folders of what a clock has measured, and of when files were changed; and of locks
 _BY_CLOCK = ("autotune", "digests", "locks")
+# what tells vectors apart to the last bit
+_OF_VECTORS = ("state.json", "summary.json", "adapter_config.json")
 # relative difference of vectors where one of two runs went on without its cache
 _NEAR = 1e-3
 
@@ -50,7 +52,7 @@ def _same(first_of: tuple[Path, str], second_of: tuple[Path, str], near: bool) -
         return True
     if one.suffix == ".json":
         first, second = (_content(*of) for of in (first_of, second_of))
-        return first == second or (near and one.name in ("state.json", "summary.json"))
+        return first == second or (near and one.name in _OF_VECTORS)
     if one.suffix == ".jsonl":
         first, second = ([_timeless(json.loads(line)) for line in p.read_text().splitlines()] for p in (one, other))
         return first == second or (near and _epochs(first) == _epochs(second))

@@ -57,11 +57,11 @@ def test_grouping_leaves_out_any_length_for_the_last_batch():
 
 
 def test_grouping_refuses_an_empty_batch():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: got 0, expected a whole number from 1"):
         GroupedByLength(LENGTHS, 0, 42)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_batches_of_no_row_are_refused(size):
-    with pytest.raises(ValueError, match=f"at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"batch_size: got {size}, expected a whole number from 1"):
         list(longest_first(LENGTHS, size, "x", False))

@@ -195,6 +195,12 @@ def children_of(process):
     return [int(line) for line in done.stdout.split()]
 
 
+def is_alive(process):
+    """Whether a process runs; one that has ended may stay listed until somebody asks for it."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
 @contextmanager
 def begun(folder, grid, jobs):
     """A sweep in a process of its own, which does not outlive the scope."""
@@ -205,7 +211,7 @@ def begun(folder, grid, jobs):
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.fixture
@@ -261,7 +267,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, vi
         _, said = process.communicate(timeout=300)
         assert process.returncode != 0
     # nobody goes on, and nobody holds the folder
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), 20)
+    wait_for(lambda: not any(map(is_alive, workers)), 60)
     with alone(tmp_path / "killed" / "sweep.lock", "look"):
         pass
     if victim == "worker":

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,7 +46,9 @@ def alone(path: Path | str, what: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         try:
-            owner.unlink(missing_ok=True)
+            # who was inside is no matter for what has been done there
+            with suppress(OSError):
+                owner.unlink()
         finally:
             lock.release()
 

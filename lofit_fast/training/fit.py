@@ -122,17 +122,31 @@ def fit_objective(
     _check_unpatched(model)
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
     steps.check_heads(heads)
-    # what step 1 has tried, step 2 knows
-    with remembering(), _opened(steps, output_dir, heads, resume) as run:
-        if run.stage == "done":
-            return steps.tune(run, resume)
-        if run.heads is None and heads is not None:
-            run.write_heads(heads, None)
-        elif run.heads is None and step1_dir is not None:
-            steps.adopt(run, Path(step1_dir))
-        elif run.heads is None:
-            steps.select(run, resume)
-        return steps.tune(run, resume)
+    result = None
+    try:
+        # what step 1 has tried, step 2 knows
+        with remembering(), _opened(steps, output_dir, heads, resume) as run:
+            if run.stage != "done":
+                _choose(steps, run, heads, step1_dir, resume)
+            result = steps.tune(run, resume)
+    except BaseException:
+        # letting go of the folder may fail too
+        if result is not None:
+            result.handle.unpatch()
+        raise
+    return result
+
+
+def _choose(
+    steps: TwoSteps, run: RunFolder, heads: Sequence[Head] | None, step1_dir: Path | str | None, resume: bool
+) -> None:
+    """Step 1, from wherever it comes: afterwards the run has its heads."""
+    if run.heads is None and heads is not None:
+        run.write_heads(heads, None)
+    elif run.heads is None and step1_dir is not None:
+        steps.adopt(run, Path(step1_dir))
+    elif run.heads is None:
+        steps.select(run, resume)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 
+import filelock
 import pytest
 import torch
 
@@ -236,3 +237,18 @@ def test_fit_failing_to_save_the_adapter(llama, tmp_path, monkeypatch):
         fit(llama, tmp_path)
     assert_same_state(llama, before, but=("modes", "config"))
     assert RunFolder(tmp_path).stage == "tune"
+
+
+def test_fit_failing_to_let_go_of_its_folder_leaves_the_model_as_it_was(llama, tmp_path, monkeypatch):
+    before = state_of(llama)
+    release = filelock.FileLock.release
+
+    def failing(self, *args, **options):
+        release(self, *args, **options)
+        raise OSError("the folder is gone")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="folder is gone"):
+        patched.setattr(filelock.FileLock, "release", failing)
+        fit(llama, tmp_path, heads=[(0, 1)])
+    assert_same_state(llama, before, but=("modes", "config"))
+    fit(llama, tmp_path, heads=[(0, 1)]).handle.unpatch()

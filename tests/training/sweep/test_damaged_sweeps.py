@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -194,11 +195,23 @@ def children_of(process):
     return [int(line) for line in done.stdout.split()]
 
 
+def is_alive(process):
+    """Whether a process runs; one that has ended may stay listed until somebody asks for it."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+@contextmanager
 def begun(folder, grid, jobs):
-    """A sweep in a process of its own."""
+    """A sweep in a process of its own, which does not outlive the scope."""
     (folder / "sweep.py").write_text(SWEEP)
     command = [sys.executable, folder / "sweep.py", grid, folder / "killed", str(jobs)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -226,7 +239,7 @@ def grid_file(tmp_path):
     return path
 
 
-def wait_for(what, seconds=120.0):
+def wait_for(what, seconds=600.0):
     for _ in range(int(seconds / 0.02)):
         if found := what():
             return found
@@ -238,21 +251,23 @@ def results(rows):
     return [{key: value for key, value in row.items() if key != "wall_seconds"} for row in rows]
 
 
+# several processes begin, each of which imports torch
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("victim", ["parent", "worker", "interrupted"])
 def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, victim):
     grid = read_grid(grid_file)
     # in this process, since each of its own takes seconds to begin
     whole = sweep(grid, tmp_path / "whole", progress=False)
-    process = begun(tmp_path, grid_file, 2)
-    wait_for(lambda: list((tmp_path / "killed").glob("runs/*/tune/checkpoint-*")))
-    workers = children_of(process.pid)
-    target = {"parent": process.pid, "worker": workers[-1], "interrupted": process.pid}[victim]
-    os.kill(target, signal.SIGINT if victim == "interrupted" else signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
+    with begun(tmp_path, grid_file, 2) as process:
+        wait_for(lambda: list((tmp_path / "killed").glob("runs/*/tune/checkpoint-*")))
+        workers = children_of(process.pid)
+        target = {"parent": process.pid, "worker": workers[-1], "interrupted": process.pid}[victim]
+        os.kill(target, signal.SIGINT if victim == "interrupted" else signal.SIGKILL)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode != 0
     # nobody goes on, and nobody holds the folder
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), 20)
+    wait_for(lambda: not any(map(is_alive, workers)), 60)
     with alone(tmp_path / "killed" / "sweep.lock", "look"):
         pass
     if victim == "worker":
@@ -266,13 +281,14 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, vi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_sweeps_in_one_folder(grid_file, tmp_path):
-    first = begun(tmp_path, grid_file, 1)
-    wait_for((tmp_path / "killed" / "sweep.lock.owner.json").exists)
-    second = begun(tmp_path, grid_file, 1)
-    _, said = second.communicate(timeout=120)
-    assert second.returncode == 1
-    assert f"process {first.pid} on host" in said
-    assert first.wait(300) == 0
+    with begun(tmp_path, grid_file, 1) as first:
+        wait_for((tmp_path / "killed" / "sweep.lock.owner.json").exists)
+        with begun(tmp_path, grid_file, 1) as second:
+            _, said = second.communicate(timeout=300)
+            assert second.returncode == 1
+        assert f"process {first.pid} on host" in said
+        assert first.wait(600) == 0
     rows = json.loads((tmp_path / "killed" / "sweep.json").read_text())["runs"]
     assert [row["status"] for row in rows] == ["done"] * 4

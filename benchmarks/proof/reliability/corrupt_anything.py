@@ -58,7 +58,7 @@ class Subject:
         os.environ["LOFIT_FAST_CACHE"] = str(self.trial / "cache")
         damaged.make(self.trial)
         shutil.copytree(self.trial, self.whole, dirs_exist_ok=True)
-        files = {path for pattern in damaged.names for path in self.whole.rglob(pattern) if path.is_file()}
+        files = {path for pattern in damaged.names for path in self.whole.rglob(pattern) if _holds_something(path)}
         self.files = [str(path.relative_to(self.whole)) for path in sorted(files) if not _is_lock(path)]
         self.expected = self._read()
         self.state = {name: tensor.clone() for name, tensor in base_model().state_dict().items()}
@@ -121,6 +121,10 @@ class Subject:
             model.load_state_dict(self.state)
             failed = "leaves the model changed"
         return failed
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _is_lock(path: Path) -> bool:

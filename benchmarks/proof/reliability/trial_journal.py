@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks.proof.reliability.reliability_page import RESULTS
@@ -60,6 +61,8 @@ class Journal:
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path, self.seconds = path, 0.0
+        # of the code that was tried: one that went on may have gone on with another
+        self.commits: dict[str, None] = {}
         self.ended: dict[str, tuple[str, str | None, int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -78,7 +81,7 @@ class Journal:
     def add(self, trial: Trial, failed: str | None, seconds: float) -> None:
         """Note a trial that has ended."""
         row = {"key": trial.key, "kind": trial.kind, "failed": failed, "tried": trial.tried}
-        row["seconds"] = round(seconds, 3)
+        row |= {"seconds": round(seconds, 3), "commit": commit()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._note(row)
@@ -86,6 +89,7 @@ class Journal:
     def _note(self, row: dict) -> None:
         self.ended[row["key"]] = row["kind"], row["failed"], row["tried"]
         self.seconds += row["seconds"]
+        self.commits[row["commit"]] = None
 
 
 def carried_out(trials: Iterable[Trial], journal: Journal, *, until: float | None = None, tell=print) -> bool:
@@ -141,7 +145,7 @@ def record(proof: Proof, journal: Journal, figures: dict | None = None) -> dict[
         "command": proof.command,
         "seconds": round(journal.seconds),
         "processor": processor(),
-        "commit": commit(),
+        "commit": ", ".join(journal.commits),
         "counts": counts,
         **({"figures": figures} if figures else {}),
     }
@@ -152,6 +156,7 @@ def processor() -> str:
     return machine()["processor"]
 
 
+@cache
 def commit() -> str:
     """Of the code that was tried: what lies in docs, such as the rows themselves, does not count as changed."""
     here = Path(__file__).parent

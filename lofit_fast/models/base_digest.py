@@ -31,6 +31,11 @@ __all__ = [
 
 # differ between equal models
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+# of a config, what is about outputs beside the logits, about labels, and about weights that are not loaded
+_BESIDE = (
+    *("output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
+    "initializer_range",
+)
 
 
 def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
@@ -55,8 +60,9 @@ def settings_of(model: nn.Module) -> dict[str, object]:
     Ids of special tokens are left out: a training sets them as the tokenizer has them.
     """
     entries = text_config(model).to_dict().items()
-    plain = {name: value for name, value in entries if name not in INCIDENTAL and not name.endswith("_token_id")}
-    return {name: json.loads(json.dumps(value)) for name, value in plain.items() if _is_json(value)}
+    asked = {name: value for name, value in entries if name not in (*INCIDENTAL, *_BESIDE)}
+    plain = {name: value for name, value in asked.items() if not name.endswith("_token_id") and _is_json(value)}
+    return {name: json.loads(json.dumps(value)) for name, value in plain.items()}
 
 
 def _is_json(value: object) -> bool:

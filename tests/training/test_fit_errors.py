@@ -197,7 +197,7 @@ def test_fit_refuses_a_base_of_the_same_weights_that_computes_otherwise(llama, t
         setattr(config, name, before)
     # what says nothing of the computation, and what one of two versions of transformers has no entry for
     config.pad_token_id, config.use_cache, config.later = 5, not config.use_cache, {"dtype": torch.float32}
-    config.later_still = 1
+    config.later_still, config.initializer_range = 1, 0.5
     fit(llama, tmp_path).handle.unpatch()
 
 

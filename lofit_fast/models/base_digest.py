@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +18,24 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.weight_sample import base_digest, same_base
 
-__all__ = ["INCIDENTAL", "base_digest", "base_modules", "dropout_of", "identity_of", "same_base", "weights_of"]
+__all__ = [
+    "INCIDENTAL",
+    "base_digest",
+    "base_modules",
+    "dropout_of",
+    "identity_of",
+    "same_base",
+    "settings_of",
+    "weights_of",
+]
 
 # differ between equal models
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+# of a config, what is about outputs beside the logits, about labels, and about weights that are not loaded
+_BESIDE = (
+    *("output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
+    "initializer_range",
+)
 
 
 def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
@@ -37,6 +52,25 @@ def identity_of(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
         "modules": [f"{type(module).__module__}.{type(module).__name__}({module.extra_repr()})" for module in modules],
         "weights": weights_of(modules),
     }
+
+
+def settings_of(model: nn.Module) -> dict[str, object]:
+    """The config's entries that decide what a model computes from its weights, rotary angles say, as JSON has them.
+
+    Ids of special tokens are left out: a training sets them as the tokenizer has them.
+    """
+    entries = text_config(model).to_dict().items()
+    asked = {name: value for name, value in entries if name not in (*INCIDENTAL, *_BESIDE)}
+    plain = {name: value for name, value in asked.items() if not name.endswith("_token_id") and _is_json(value)}
+    return {name: json.loads(json.dumps(value)) for name, value in plain.items()}
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def base_modules(decoder: nn.Module) -> Iterator[nn.Module]:

@@ -27,7 +27,7 @@ from lofit_fast.patching.sharding import kind_of_part
 WHOLE, MOST = 2**16, 2**19
 ROUNDINGS = (torch.bfloat16, torch.float16)
 # children by which wrappers of PEFT, FSDP and torch hold what they wrap, under its own name
-_HELD = ("original_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+_HELD = ("original_module", "token_adapter", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 # a tensor's name in the base, the tensor, and whether it is plain numbers
 Named = tuple[str, Tensor, bool]
 # stands in a digest for tensors whose numbers are not here or not plain

@@ -18,7 +18,7 @@ from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
-from lofit_fast.models.base_digest import base_digest, same_base
+from lofit_fast.models.base_digest import base_digest, same_base, settings_of
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
@@ -131,6 +131,7 @@ class TwoSteps:
                 # all that earlier releases knew of the weights
                 "weights": weights_digest(p.module for p in self.projections),
                 "base": self._base,
+                "settings": settings_of(self.model),
             },
             "dtype": str(dtype_of(self.model)).removeprefix("torch."),
             **self.data.identity(),
@@ -152,15 +153,20 @@ class TwoSteps:
     @staticmethod
     def _as_now(identity: dict):
         """What turns the identity that a run has kept into this one, where it is of the same base model."""
-        now = identity["model"]["base"]
+        now = identity["model"]
 
         def as_now(before: dict) -> dict:
             model = before.get("model")
-            kept = model.get("base", "") if isinstance(model, dict) else None
+            if not isinstance(model, dict):
+                return before
+            kept, settings = model.get("base", ""), model.get("settings")
             # an earlier release knew the first rows of the projections alone; of packed weights digests cannot tell
-            if kept == "" or (isinstance(kept, str) and same_base(kept, now) is not False):
-                return {**before, "model": {**model, "base": now}}
-            return before
+            if kept == "" or (isinstance(kept, str) and same_base(kept, now["base"]) is not False):
+                model = {**model, "base": now["base"]}
+            # what another version of transformers has no entry for, or an earlier release did not keep, tells nothing
+            known = settings if isinstance(settings, dict) else {}
+            settings = {name: known.get(name, value) for name, value in now["settings"].items()}
+            return {**before, "model": {**model, "settings": settings}}
 
         return as_now
 

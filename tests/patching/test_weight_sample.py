@@ -96,7 +96,8 @@ def test_adapters_of_peft_do_not_matter(model):
 
     before = base_digest(model)
     lora = peft.LoraConfig(target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"])
-    for config in (lora, bridge.LofitPeftConfig(offset="all")):
+    tokens = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    for config in (lora, tokens, bridge.LofitPeftConfig(offset="all")):
         assert base_digest(peft.get_peft_model(copy.deepcopy(model), config)) == before
     lf.patch(model, lf.LofitConfig(offset="all"))
     assert base_digest(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))) == before

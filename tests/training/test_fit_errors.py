@@ -174,6 +174,7 @@ def test_fit_goes_on_with_a_run_of_an_earlier_release(llama, tmp_path):
     path = tmp_path / "state.json"
     state = json.loads(path.read_text())
     base = state["identity"]["model"].pop("base")
+    settings = state["identity"]["model"].pop("settings")
     for key in ("sha256", "made_with"):
         del state[key]
     path.write_text(json.dumps({**state, "stage": "tune"}))
@@ -181,7 +182,23 @@ def test_fit_goes_on_with_a_run_of_an_earlier_release(llama, tmp_path):
         file.unlink()
     again = fit(llama, tmp_path)
     assert all(a.equal(b) for a, b in zip(again.handle.parameters(), expected, strict=True))
-    assert json.loads(path.read_text())["identity"]["model"]["base"] == base
+    model = json.loads(path.read_text())["identity"]["model"]
+    assert (model["base"], model["settings"]) == (base, settings)
+
+
+def test_fit_refuses_a_base_of_the_same_weights_that_computes_otherwise(llama, tmp_path):
+    fit(llama, tmp_path).handle.unpatch()
+    config = llama.config
+    for name, value in (("rope_parameters", {**config.rope_parameters, "rope_theta": 500.0}), ("rms_norm_eps", 0.1)):
+        before = getattr(config, name)
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match="another model"):
+            fit(llama, tmp_path)
+        setattr(config, name, before)
+    # what says nothing of the computation, and what one of two versions of transformers has no entry for
+    config.pad_token_id, config.use_cache, config.later = 5, not config.use_cache, {"dtype": torch.float32}
+    config.later_still, config.initializer_range = 1, 0.5
+    fit(llama, tmp_path).handle.unpatch()
 
 
 def test_fit_is_refused_where_another_trains(llama, tmp_path):

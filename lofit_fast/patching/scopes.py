@@ -130,7 +130,8 @@ class Scopes:
     def __init__(self, places: Sequence[Here] = ()) -> None:
         self.places = tuple(places)
         self.asks = False
-        self._lock = threading.Lock()
+        # the collector of garbage may leave a scope of a generator right here, while this thread holds the lock
+        self._lock = threading.RLock()
         # each with whether an event loop ran
         self._open: dict[Entered, bool] = {}
         # threads whose scope another thread has left
@@ -194,13 +195,13 @@ class Scopes:
     def folding(self) -> bool:
         """Whether anybody, in any thread, computes with what was folded."""
         with self._lock:
-            return any(says.folds is not None for one in self._open if (says := one.says) is not None)
+            return any(says.folds is not None for one in list(self._open) if (says := one.says) is not None)
 
     def check_alone(self, action: str) -> None:
         """Raise ValueError while another thread or task is inside a scope. action: what would change its answers."""
         mine = _ENTERED.get()
         with self._lock:
-            others = [one for one in self._open if one not in mine]
+            others = [one for one in list(self._open) if one not in mine]
         if others:
             raise ValueError(
                 f"cannot {action}: another thread or task is inside handle.disabled() or handle.folded(), and its "

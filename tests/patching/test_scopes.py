@@ -423,6 +423,30 @@ def test_outside_of_scopes_no_context_variable_is_asked(seen, monkeypatch):
     assert logits(seen.model).shape == seen.adapted.shape
 
 
+def test_a_generator_that_is_collected_while_a_scope_is_entered_leaves_its_own(monkeypatch):
+    scope = Scopes()
+
+    def paused():
+        with scope.disabled():
+            yield
+
+    def enter():
+        one = paused()
+        next(one)
+        # the collector runs at any moment, also while the lock is held, as it is here
+        monkeypatch.setattr(scopes, "_in_a_loop", lambda: bool(one.close()))
+        with scope.disabled():
+            found.append(scope.off)
+        found.append(scope.plain)
+
+    found = []
+    # it would wait for itself for ever
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [True, True]
+
+
 def test_scopes_of_nobody_are_plain():
     alone = Scopes()
     with alone.disabled():

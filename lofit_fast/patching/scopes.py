@@ -136,6 +136,8 @@ class Scopes:
         self._open: dict[Entered, bool] = {}
         # threads whose scope another thread has left
         self._stale: set[int] = set()
+        # threads that are shown a scope which another has entered, and which does not tell them that it is left
+        self._borrowing: set[int] = set()
         self._shown = _Shown()
         self._hooks: tuple[RemovableHandle, ...] = ()
 
@@ -213,7 +215,10 @@ class Scopes:
         # inside of a forward it was done; elsewhere the context variable ends the graph, which is slow and right
         if torch.compiler.is_compiling() and self._shown.inside:
             return
-        self._show(*self._said())
+        said = self._said()
+        self._show(*said)
+        if said != (False, None) and any(one.thread != threading.get_ident() for one in _ENTERED.get()):
+            self._borrowing.add(threading.get_ident())
         if self._stale:
             with self._lock:
                 self._stale.discard(threading.get_ident())
@@ -234,6 +239,8 @@ class Scopes:
                 self._open.pop(entered, None)
                 if entered.thread != threading.get_ident():
                     self._stale.add(entered.thread)
+                self._stale |= self._borrowing
+                self._borrowing.clear()
                 self._count()
             self.look()
 
@@ -267,7 +274,7 @@ class Scopes:
             return
         shown = self._shown
         shown.before, shown.inside = None, True
-        if self._open or shown.now != (False, None):
+        if self._open or self._stale or shown.now != (False, None):
             # with no scope anywhere, or one that another thread has left, what was shown is no more
             now, out_of_date = shown.now, not self._open or threading.get_ident() in self._stale
             self.look()
@@ -282,6 +289,8 @@ class Scopes:
         if shown.before is not None:
             self._show(*shown.before)
             shown.before = None
+            if shown.now == (False, None):
+                self._borrowing.discard(threading.get_ident())
 
 
 def _in_a_loop() -> bool:

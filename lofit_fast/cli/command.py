@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 import typer
 from rich.console import Console
@@ -63,6 +64,7 @@ def command(
                 _drop_unwritable()
                 raise
             except KeyboardInterrupt as error:
+                _end_bars()
                 again = ": the same command goes on where it was" if goes_on else ""
                 say_error(f"interrupted{again}", options.get("as_json"))
                 raise typer.Exit(INTERRUPTED) from error
@@ -86,6 +88,7 @@ def say_error(message: str, as_json: bool | None = False) -> None:
 
 def _failed(error: Exception, options: dict) -> int:
     """Say what went wrong; returns the exit code."""
+    _end_bars()
     unwritable = _drop_unwritable()
     if unwritable and isinstance(error, BrokenPipeError):
         return UNREAD
@@ -98,6 +101,15 @@ def _failed(error: Exception, options: dict) -> int:
     # JSON would go where the output has gone
     say_error(said, options.get("as_json") and not unwritable)
     return code
+
+
+def _end_bars() -> None:
+    """Close the progress bars that what went wrong has left open: each would write once more, after the line."""
+    # no bar without it
+    if (bars := sys.modules.get("tqdm")) is not None:
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            with suppress(OSError, ValueError):
+                bar.close()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -10,7 +10,8 @@ from torch import nn
 
 # what each scope found, of all threads, the first entered first
 _FOUND: list[dict[nn.Module, bool]] = []
-_FOUND_LOCK = threading.Lock()
+# the collector of garbage may leave a scope of a generator while its thread holds the lock
+_FOUND_LOCK = threading.RLock()
 
 
 @contextmanager

@@ -130,11 +130,14 @@ class Scopes:
     def __init__(self, places: Sequence[Here] = ()) -> None:
         self.places = tuple(places)
         self.asks = False
-        self._lock = threading.Lock()
+        # the collector of garbage may leave a scope of a generator right here, while this thread holds the lock
+        self._lock = threading.RLock()
         # each with whether an event loop ran
         self._open: dict[Entered, bool] = {}
         # threads whose scope another thread has left
         self._stale: set[int] = set()
+        # threads that are shown a scope which another has entered, and which does not tell them that it is left
+        self._borrowing: set[int] = set()
         self._shown = _Shown()
         self._hooks: tuple[RemovableHandle, ...] = ()
 
@@ -194,13 +197,13 @@ class Scopes:
     def folding(self) -> bool:
         """Whether anybody, in any thread, computes with what was folded."""
         with self._lock:
-            return any(says.folds is not None for one in self._open if (says := one.says) is not None)
+            return any(says.folds is not None for one in list(self._open) if (says := one.says) is not None)
 
     def check_alone(self, action: str) -> None:
         """Raise ValueError while another thread or task is inside a scope. action: what would change its answers."""
         mine = _ENTERED.get()
         with self._lock:
-            others = [one for one in self._open if one not in mine]
+            others = [one for one in list(self._open) if one not in mine]
         if others:
             raise ValueError(
                 f"cannot {action}: another thread or task is inside handle.disabled() or handle.folded(), and its "
@@ -212,7 +215,10 @@ class Scopes:
         # inside of a forward it was done; elsewhere the context variable ends the graph, which is slow and right
         if torch.compiler.is_compiling() and self._shown.inside:
             return
-        self._show(*self._said())
+        said = self._said()
+        self._show(*said)
+        if said != (False, None) and any(one.thread != threading.get_ident() for one in _ENTERED.get()):
+            self._borrowing.add(threading.get_ident())
         if self._stale:
             with self._lock:
                 self._stale.discard(threading.get_ident())
@@ -233,6 +239,8 @@ class Scopes:
                 self._open.pop(entered, None)
                 if entered.thread != threading.get_ident():
                     self._stale.add(entered.thread)
+                self._stale |= self._borrowing
+                self._borrowing.clear()
                 self._count()
             self.look()
 
@@ -266,7 +274,7 @@ class Scopes:
             return
         shown = self._shown
         shown.before, shown.inside = None, True
-        if self._open or shown.now != (False, None):
+        if self._open or self._stale or shown.now != (False, None):
             # with no scope anywhere, or one that another thread has left, what was shown is no more
             now, out_of_date = shown.now, not self._open or threading.get_ident() in self._stale
             self.look()
@@ -281,6 +289,8 @@ class Scopes:
         if shown.before is not None:
             self._show(*shown.before)
             shown.before = None
+            if shown.now == (False, None):
+                self._borrowing.discard(threading.get_ident())
 
 
 def _in_a_loop() -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
 from lofit_fast.cli import command as command_module
@@ -49,6 +50,19 @@ def test_an_interrupt_is_one_line():
     assert (code, said) == (130, "error: interrupted: the same command goes on where it was\n")
     code, said, _ = ending(raising(KeyboardInterrupt()), "--as-json")
     assert (code, json.loads(said)) == (130, {"error": "interrupted"})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("so"), KeyError("x")])
+def test_a_bar_that_is_left_open_is_closed_before_the_line(error):
+    bars = []
+
+    def action():
+        bars.append(tqdm(total=9))
+        raise error
+
+    _, _, said = ending(action)
+    assert bars[0].disable
+    assert said.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,36 @@ def test_a_copied_context_leaves_nothing_in_the_thread_that_ran_it(seen, other):
         assert not torch.equal(other(layer, z), layer.inner(z))
 
 
+def test_a_layer_by_itself_keeps_nothing_of_a_copied_context(seen, other):
+    layer = next(iter(seen.handle.layers.values()))
+    z = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    base = layer.inner(z)
+
+    def off():
+        with torch.no_grad():
+            return torch.allclose(layer(z), base, atol=1e-5)
+
+    def interrupted():
+        hook = layer.inner.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(seen.model)
+        hook.remove()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    async def in_a_loop():
+        with seen.handle.disabled():
+            return other(contextvars.copy_context().run, off)
+
+    assert asyncio.run(in_a_loop())
+    assert not other(off)
+    with seen.handle.disabled():
+        other(contextvars.copy_context().run, interrupted)
+    assert not other(off)
+    assert not seen.handle.scopes.asks and other(seen.state) == "adapted"
+
+
 def test_a_scope_inside_a_copied_context_is_over_with_the_scopes(seen, other):
     layer, z = seen.handle.layers[0], torch.randn(1, 3, 64)
 
@@ -421,6 +451,30 @@ def test_outside_of_scopes_no_context_variable_is_asked(seen, monkeypatch):
 
     monkeypatch.setattr(scopes, "_ENTERED", Never())
     assert logits(seen.model).shape == seen.adapted.shape
+
+
+def test_a_generator_that_is_collected_while_a_scope_is_entered_leaves_its_own(monkeypatch):
+    scope = Scopes()
+
+    def paused():
+        with scope.disabled():
+            yield
+
+    def enter():
+        one = paused()
+        next(one)
+        # the collector runs at any moment, also while the lock is held, as it is here
+        monkeypatch.setattr(scopes, "_in_a_loop", lambda: bool(one.close()))
+        with scope.disabled():
+            found.append(scope.off)
+        found.append(scope.plain)
+
+    found = []
+    # it would wait for itself for ever
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [True, True]
 
 
 def test_scopes_of_nobody_are_plain():

@@ -85,7 +85,7 @@ def select(
     from lofit_fast.tasks import load_task
 
     names = _methods(method)
-    _check_output(output, len(names))
+    _check_output(output, names)
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     given["positions"] = positions
@@ -125,14 +125,28 @@ def _methods(asked: list[str] | None) -> list[str]:
     return list(METHODS) if "all" in asked else list(dict.fromkeys(asked))
 
 
-def _check_output(output: Path | None, methods: int) -> None:
+def _check_output(output: Path | None, names: list[str]) -> None:
     """Raise ValueError, before hours of work, for a place that the heads cannot be written to."""
     if output is None or not output.exists():
         return
-    if methods == 1 and not output.is_file():
+    if len(names) == 1 and not output.is_file():
         raise ValueError(f"--output {output} is no file: expected the heads.json to write")
-    if methods > 1 and not output.is_dir():
-        raise ValueError(f"--output {output} is no folder: expected one for the heads of {methods} methods")
+    if len(names) > 1 and not output.is_dir():
+        raise ValueError(f"--output {output} is no folder: expected one for the heads of {len(names)} methods")
+    for path in (_file(output, name, len(names)) for name in names):
+        if path.exists() and not _may_be_replaced(path):
+            raise ValueError(f"--output {path} is there, as something else: expected a new file, or one of heads")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is empty or holds heads, and not a model's config, say."""
+    from lofit_fast.files import read_json
+
+    try:
+        content = read_json(path) if path.stat().st_size else {"heads": []}
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "heads" in content
 
 
 def _file(output: Path | None, method: str, methods: int) -> Path | None:

@@ -76,3 +76,11 @@ def test_a_place_that_heads_cannot_be_written_to_is_known_before_the_work(model,
     named = [word for method in methods for word in ("--method", method)]
     message = error_of("select", "--model", tmp_path / "nowhere", "--data", data, *named, "--output", output)
     assert expected in message
+
+
+def test_a_file_of_something_else_is_not_replaced(model, data, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "llama"}')
+    message = error_of("select", "--model", model, "--data", data, "--method", "random", "--output", config)
+    assert "is there, as something else" in message
+    assert config.read_text() == '{"model_type": "llama"}'

@@ -92,7 +92,7 @@ Fast = Annotated[
     typer.Option(
         "--fast",
         help="Heads by one pass of gradients over 128 examples instead of step 1, frozen products in int8 and a "
-        "prefix cache where rules say that they pay. Results differ; by how much is not measured yet. "
+        "prefix cache where rules say that they pay. Results differ; docs/results/fast.md has what is measured of it. "
         "Every option given beside it wins.",
     ),
 ]

@@ -11,13 +11,13 @@ from lofit_fast.files import read_json, write_json
 SUMS_FILE = "lofit_checksums.json"
 
 
-def sha256_of_file(path: Path) -> str:
-    """The checksum of a file's content, in hexadecimal digits."""
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits, computed now."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sums_of(folder: Path, but: str, digest: Callable[[Path], str] = sha256_of_file) -> dict[str, str]:
+def sums_of(folder: Path, but: str, digest: Callable[[Path], str] = sha256_of) -> dict[str, str]:
     """By its path in the folder, the checksum of every file except the one called `but`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): path for path in files}
@@ -44,7 +44,7 @@ def written_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(folder: Path, kind: str = "*", digest: Callable[[Path], str] = sha256_of_file) -> None:
+def check_sums(folder: Path, kind: str = "*", digest: Callable[[Path], str] = sha256_of) -> None:
     """Raise ValueError, naming the file, unless the files of a folder are as they were written with `write_sums`.
 
     kind: a pattern that the names of the files to look at fit. A folder without checksums passes; so do files that were

@@ -1,10 +1,7 @@
 """The best heads by their scores, (layers, heads), and files of heads."""
 
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from lofit_fast.config import Head, check_top, shown
 from lofit_fast.files import read_json
+from lofit_fast.sealed import unsealed
 
 # no model has as many layers, or heads
 _MOST = 2**31
@@ -41,20 +39,10 @@ def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[H
     return [divmod(int(i), scores.shape[1]) for i in best]
 
 
-# the entry of a heads.json that shows whether its heads are those that were written
-_DIGEST = "heads_digest"
-
-
-def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a heads.json holds, {"heads": [[layer, head], ...], ...}, with a digest of its heads, for `read_heads`."""
-    return {**content, _DIGEST: _digest([tuple(pair) for pair in content["heads"]])}
-
-
 def heads_of(content: Any, path: Path | str) -> list[Head]:
     """The heads in what a heads.json, or a plain JSON list of pairs, holds. path: the file, for errors.
 
-    Raises ValueError, naming the file, for anything but different pairs of non-negative integers, and for heads that
-    are not those of the digest that was written with them. Files of earlier releases have none.
+    Raises ValueError, naming the file, for anything but different pairs of non-negative integers.
     """
     listed = content.get("heads") if isinstance(content, dict) else content
     wrong = [item for item in listed if not _is_pair(item)] if isinstance(listed, list) else [listed]
@@ -66,11 +54,6 @@ def heads_of(content: Any, path: Path | str) -> list[Head]:
     heads = [(layer, head) for layer, head in listed]
     if twice := [pair for pair, count in Counter(heads).items() if count > 1]:
         raise ValueError(f"{path} lists heads more than once: {shown(twice)}")
-    if isinstance(content, dict) and content.get(_DIGEST, _digest(heads)) != _digest(heads):
-        raise ValueError(
-            f"{path} is damaged, or was changed by hand: its heads are not those that were written. If they are right, "
-            f"take the entry {_DIGEST!r} out of it"
-        )
     return heads
 
 
@@ -86,15 +69,11 @@ def read_heads(path: Path | str) -> list[Head]:
         content = read_json(path)
     except ValueError as error:
         raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}} ({error})') from error
-    return heads_of(content, path)
+    return heads_of(unsealed(content, path) if isinstance(content, dict) else content, path)
 
 
 def _is_pair(item: object) -> bool:
     return isinstance(item, list) and len(item) == 2 and all(type(x) is int and 0 <= x < _MOST for x in item)
-
-
-def _digest(heads: Sequence[Head]) -> str:
-    return hashlib.sha256(json.dumps(heads).encode()).hexdigest()
 
 
 def jaccard(first: list[Head], second: list[Head]) -> float:

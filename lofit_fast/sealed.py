@@ -30,6 +30,11 @@ def read_sealed(path: Path | str) -> dict[str, object]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return unsealed(content, path)
+
+
+def unsealed(content: dict[str, object], path: Path | str) -> dict[str, object]:
+    """What was read from a file, without its checksum. Raises ValueError, naming the file, where that is another's."""
     if SEAL in content and content.pop(SEAL) != seal_of(content):
         raise ValueError(
             f"{path} is not what was written: its content has another SHA-256 than it says. If you have changed it on "

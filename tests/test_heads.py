@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lofit_fast import LofitConfig, select_heads
-from lofit_fast.files import write_json
-from lofit_fast.heads import jaccard, read_heads, with_digest
+from lofit_fast.heads import jaccard, read_heads
+from lofit_fast.sealed import write_sealed
 from tests.mutations import BYTES, JSON
 
 SCORES = torch.tensor([[0.1, 0.9, 0.3], [0.9, 0.2, 0.8]])
@@ -91,7 +91,7 @@ HEADS = [(3, 1), (0, 2), (1, 1)]
 
 @pytest.fixture
 def heads_file(tmp_path):
-    write_json(tmp_path / "heads.json", with_digest({"heads": HEADS, "scores": None, "select": "lofit"}))
+    write_sealed(tmp_path / "heads.json", {"heads": HEADS, "scores": None, "select": "lofit"})
     return tmp_path / "heads.json"
 
 
@@ -146,9 +146,9 @@ def test_heads_that_were_changed_by_hand_say_how_to_keep_them(heads_file):
     content = json.loads(heads_file.read_text())
     content["heads"][0] = [2, 2]
     heads_file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="If they are right, take the entry 'heads_digest' out of it"):
+    with pytest.raises(ValueError, match='If you have changed it on purpose, take the line with "sha256" out'):
         read_heads(heads_file)
-    del content["heads_digest"]
+    del content["sha256"]
     heads_file.write_text(json.dumps(content))
     assert read_heads(heads_file) == [(2, 2), *HEADS[1:]]
 

@@ -156,13 +156,11 @@ def _file(output: Path | None, method: str, methods: int) -> Path | None:
 
 
 def _write(path: Path, selection, about: dict[str, str]) -> None:
-    from lofit_fast.files import write_json
-    from lofit_fast.heads import with_digest
+    from lofit_fast.sealed import write_sealed
 
     # JSON has no infinity
     scores = [[value if math.isfinite(value) else None for value in row] for row in selection.scores.tolist()]
-    content = {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about}
-    write_json(path, with_digest(content))
+    write_sealed(path, {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about})
 
 
 def _table(rows: list[dict], title: str) -> Table:

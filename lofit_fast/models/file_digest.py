@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from lofit_fast.checksums import sha256_of
 from lofit_fast.files import write_json
 from lofit_kernels.answers import cache_folder, ignore, kept_json
 
@@ -58,12 +59,6 @@ def _checked(digest: object) -> str:
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError("expected 64 hexadecimal digits")
     return digest
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(path: Path) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
 from lofit_fast.files import read_json, writable_folder, write_text
-from lofit_fast.heads import heads_of, with_digest
+from lofit_fast.heads import heads_of
 from lofit_fast.locks import alone
 from lofit_fast.patching.placement import is_dense, plain_attributes
 from lofit_fast.sealed import read_sealed, write_sealed
@@ -228,7 +228,7 @@ class RunFolder:
     def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
         """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
         content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
-        write_sealed(self.path / "heads.json", with_digest(content | ({} if select is None else {"select": select})))
+        write_sealed(self.path / "heads.json", content | ({} if select is None else {"select": select}))
 
     def _heads_file(self) -> dict | None:
         path = self.path / "heads.json"

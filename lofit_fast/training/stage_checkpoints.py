@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
+from lofit_fast.checksums import sha256_of
 from lofit_fast.files import WriteError, file_errors, read_json, writable_folder
-from lofit_fast.models.file_digest import sha256_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.scratch import scratch_folder
 from lofit_fast.sealed import read_sealed, write_sealed

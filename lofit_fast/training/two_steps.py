@@ -128,7 +128,7 @@ class TwoSteps:
             "recipe": self.recipe.identity(),
             "model": {
                 **fingerprint(self.model, self.projections).as_dict(),
-                # all that earlier releases knew of the weights
+                # of packed weights, which a base's digest cannot tell apart; and all that earlier releases knew
                 "weights": weights_digest(p.module for p in self.projections),
                 "base": self._base,
                 "settings": settings_of(self.model),

@@ -12,7 +12,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -105,7 +105,7 @@ sanitize: $(SANITIZER) ## run the kernels under two checkers that find out-of-bo
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/proof/test_watch.py -q -m 'slow or not slow'
 
 # what is tried to lose a run, to make a model silently wrong, and so on: docs/reliability.md
-PROOFS := kill corrupt threads processes determinism soak properties
+PROOFS := kill corrupt threads processes determinism soak properties tested-rows
 RELIABILITY := benchmarks.proof.reliability
 PROVE = env -u TRITON_INTERPRET OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=kernels:. $(BIN)/python -m
 
@@ -130,6 +130,11 @@ determinism: $(STAMP) ## one seed twice, and killed and resumed, for every setti
 
 soak: $(STAMP) ## thousands of steps, patches, swaps and saves: memory, what is left, drift
 	$(PROVE) $(RELIABILITY).long_soak $(ARGS)
+
+tested-rows: $(STAMP) ## the rows of docs/reliability.md that are tests: wrong numbers, old and new, supply chain
+	$(PROVE) $(RELIABILITY).tested_rows wrong_numbers
+	$(PROVE) $(RELIABILITY).tested_rows old_and_new
+	$(PROVE) $(RELIABILITY).tested_rows supply_chain
 
 properties: $(STAMP) ## thousands of random operations on random models, each compared with a plain hook
 	$(PROVE) tests.proof.properties $(ARGS)

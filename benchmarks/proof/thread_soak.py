@@ -26,19 +26,20 @@ import torch
 from torch import Tensor, nn
 
 import lofit_fast as lf
-from benchmarks.speed.timing import machine
+from benchmarks.proof.reliability.reliability_page import RESULTS
+from benchmarks.proof.reliability.tiny_base import VOCABULARY, character_tokenizer, tiny_base
+from benchmarks.proof.reliability.trial_journal import commit, processor
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.files import write_json
 
-RESULTS = Path("docs") / "results" / "reliability"
 COMMAND = "python -m benchmarks.proof.thread_soak"
 # of which all jobs are made; a round; how long one thread is left alone, where Python would leave it 5e-3
 INPUTS, ROUND_SECONDS, SWITCH_SECONDS = 4, 5.0, 1e-5
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-CHARACTERS = tuple(chr(code) for code in range(32, 125))
+# the tokens before it are special ones
+FIRST_CHARACTER = VOCABULARY.index(" ")
 HEADS = {"scale": [(0, 0), (1, 1), (2, 3)], "offset": [(0, 1), (1, 0), (1, 3), (2, 2)]}
 # failures whose words are kept
 MOST_NAMED = 12
@@ -60,14 +61,14 @@ class Rig:
             for vectors in self.handle.parameters():
                 vectors.copy_(0.5 * torch.randn(vectors.shape, generator=generator))
         self.model.train()
-        self.tokenizer = _tokenizer()
+        self.tokenizer = character_tokenizer()
         self.shared = SharedPrompts()
         self.parameters = list(self.handle.parameters())
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """(ids, labels), (2, S) each: an input of its own length, whose first tokens are the prompt."""
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(len(SPECIAL), _vocabulary(), (2, 9 + 3 * number), generator=generator)
+        ids = torch.randint(FIRST_CHARACTER, len(VOCABULARY), (2, 9 + 3 * number), generator=generator)
         labels = ids.clone()
         labels[:, : 4 + number] = IGNORED
         return ids, labels
@@ -239,29 +240,9 @@ def _switching_often() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _vocabulary() -> int:
-    return len(SPECIAL) + len(CHARACTERS)
-
-
 def _model() -> nn.Module:
-    """A random Llama of three layers and four heads, whose answers depend on their prompts."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=_vocabulary(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
+    """The proofs' base, with answers that depend on their prompts."""
+    model = tiny_base().train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -269,23 +250,8 @@ def _model() -> nn.Module:
     return model
 
 
-def _tokenizer():
-    """A token per character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
 def row(tally: Tally, threads: int, minutes: float, seconds: float) -> dict[str, object]:
     """What docs/reliability.md says of a soak, as plain data."""
-    about = machine()
-    commit = about["commit"] and f"{about['commit'][:12]}{'-dirty' * bool(about['dirty'])}"
     kinds = {kind: {"tried": count, "failed": _failed(tally, kind)} for kind, count in sorted(tally.tried.items())}
     return {
         "item": 3,
@@ -296,8 +262,8 @@ def row(tally: Tally, threads: int, minutes: float, seconds: float) -> dict[str,
         "named": [f"{words} ({count} times)" for words, count in tally.failed.most_common(MOST_NAMED)],
         "command": f"{COMMAND} --minutes {minutes:g}",
         "seconds": round(seconds),
-        "processor": about["processor"],
-        "commit": commit,
+        "processor": processor(),
+        "commit": commit(),
         "counts": kinds,
     }
 

@@ -14,7 +14,7 @@ from lofit_fast.plots import heads_map
 from lofit_fast.tasks.clutrr import SPLITS, clutrr
 from lofit_fast.tasks.open_domain import hub_rows
 from lofit_fast.training.summary import write_summary
-from lofit_fast.training.sweep.run import as_table
+from lofit_fast.training.sweep.sweep_tables import as_table
 from lofit_fast.training.two_steps import FitResult
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer

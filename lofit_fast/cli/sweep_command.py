@@ -20,6 +20,14 @@ def sweep(
         typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
     ] = None,
     jobs: Jobs = 1,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="0,1,2,3 or cuda:0,cuda:1 or cpu,cpu: a process for each, all taking runs from one queue. A device "
+            "named twice has two.",
+            metavar="LIST",
+        ),
+    ] = None,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
@@ -29,18 +37,20 @@ def sweep(
 
     A file such as: [base] model = "smollm2", top = 0.1 [grid] seed = [1, 2], tune_lr = [1e-2, 2e-2] (one key a line).
     Runs that differ only in what their scores of heads do not depend on (top, tune_lr, ...) share one step 1.
-    docs/guide.md has all keys.
+    The same command may run several times at once, on any machines that share the folder, by itself, under torchrun or
+    in a SLURM array: each run is trained once, and the run of a process that dies is taken up by another.
+    docs/guide.md has all keys, docs/scaling_out.md the clusters.
     """
     from lofit_fast.training.sweep.grid import read_grid
-    from lofit_fast.training.sweep.run import as_table, failures
     from lofit_fast.training.sweep.run import sweep as run_sweep
+    from lofit_fast.training.sweep.sweep_tables import as_table, failures
 
     check_output(output, dry_run)
     plan = read_grid(grid, fast)
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
     else:
-        rows = run_sweep(plan, output, jobs=jobs, resume=resume, progress=not as_json)
+        rows = run_sweep(plan, output, jobs=jobs, devices=devices, resume=resume, progress=not as_json)
     if as_json:
         print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
     else:

@@ -52,12 +52,15 @@ class Runner:
         how = {"train_size": size, "seed": grid.data_seed, "progress": self.options.get("progress", True)}
         return load_task(grid.task, grid.data, self.tokenizer, **how, **grid.reading)
 
-    def __call__(self, run: Run) -> dict[str, object]:
-        """Train one run, or take it as it is; a failure becomes a row too. The base comes back bare in any case."""
+    def __call__(self, run: Run, resume: bool = True) -> dict[str, object]:
+        """Train one run, or take it as it is; a failure becomes a row too. The base comes back bare in any case.
+
+        resume: whether to go on with what its folder holds.
+        """
         row = {"name": run.name, **run.varied}
         folder = self.folder / RUNS / run.name
         try:
-            summary = self._trained(run, folder)
+            summary = self._trained(run, folder, resume)
             row |= {"status": "done", **{key: summary[key] for key in SHOWN if summary.get(key) is not None}}
             return {**row, "chosen_heads": summary["heads"]}
         # one run's failure, of whatever kind, is no reason to lose the others
@@ -70,10 +73,10 @@ class Runner:
             if (handle := handle_of(self.model)) is not None:
                 handle.unpatch()
 
-    def _trained(self, run: Run, folder: Path) -> dict[str, object]:
+    def _trained(self, run: Run, folder: Path, resume: bool) -> dict[str, object]:
         """The summary of a run that is done now."""
         started = time.perf_counter()
-        how = {"output_dir": folder, "heads": run.heads, **self.options}
+        how = {"output_dir": folder, "heads": run.heads, "resume": resume, **self.options}
         while True:
             try:
                 objective = objective_of(self._tasks[run.train_size])

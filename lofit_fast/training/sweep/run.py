@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from lofit_fast.extras import can_draw, needing
-from lofit_fast.files import write_json, write_text
+from lofit_fast.extras import can_draw
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.plots import sweep_chart
 from lofit_fast.training.sweep.grid import Grid
-from lofit_fast.training.sweep.one_run import SHOWN, Runner
-from lofit_fast.training.sweep.processes import rows_of_processes
-from lofit_fast.training.sweep.sweep_folder import TABLE, opened, shared_dtype
+from lofit_fast.training.sweep.launched import Launch, launched
+from lofit_fast.training.sweep.membership import Session, sole
+from lofit_fast.training.sweep.one_run import Runner
+from lofit_fast.training.sweep.processes import work_in_processes
+from lofit_fast.training.sweep.run_queue import Row, RunQueue
+from lofit_fast.training.sweep.sweep_folder import RUNS, TABLE, opened, shared_dtype
+from lofit_fast.training.sweep.sweep_tables import write_tables
+from lofit_fast.training.sweep.worker_devices import launched_device, worker_devices
 
 # what the plot shows: the first that the runs have
 _BEST = ("accuracy_after_tune", "eval_loss", "loss")
-# too long for a cell
-_UNSHOWN = ("chosen_heads", "recipe")
+Base = tuple[nn.Module, object]
 
 
 def sweep(
     grid: Grid,
     output_dir: Path | str,
     *,
-    base: tuple[nn.Module, object] | None = None,
+    base: Base | None = None,
     jobs: int = 1,
+    devices: str | Sequence[str | int] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> list[dict[str, object]]:
@@ -39,7 +44,8 @@ def sweep(
 
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so. jobs: processes that train at the
     same time, each with a base of its own and its share of torch's threads; on a CPU several with one thread each train
-    more runs an hour than one with several.
+    more runs an hour than one with several. devices: "0,1,2" or ("cuda:0", "cpu"), say: such a process for each, which
+    sees that device alone; one that is named twice has two.
     Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
     (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
     a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
@@ -47,100 +53,126 @@ def sweep(
     that fails, or is done and damaged, is recorded with its error, and the others go on. Writes sweep.json, sweep.csv
     and sweep.md after every run, so that a killed sweep has them too, and sweep.png. A dtype that is left to the
     machine is chosen once, and kept in sweep.json.
+    The folder is the queue: several calls with one grid and folder, in processes on any hosts that share it, train each
+    run once among them, and each returns all rows. A run whose process dies is taken up by the next that is free, from
+    its checkpoint; one in which three have died is a failed row. Under torchrun or srun each process is one of these.
     A row: name, the varied settings, status "done" or "failed", what `write_summary` says, seconds of the run in this
     sweep (wall_seconds) or, of a failed one, the error.
-    Raises ValueError or OSError for a folder, a model or data that cannot be used, BlockingIOError (an OSError) for a
-    folder that another sweep is in, ChildProcessError (an OSError) when one of several processes dies.
+    Raises ValueError or OSError for a folder, a model or data that cannot be used, devices that are not here or more of
+    them than runs, BlockingIOError (an OSError) for a folder that a sweep of another grid is in, ChildProcessError (an
+    OSError) when all of several processes die.
     """
-    if jobs < 1:
-        raise ValueError(f"expected at least one job, got {jobs}")
-    if jobs > 1 and base is not None:
-        raise ValueError(f"a loaded base serves one process, got {jobs} jobs: leave it out, and each loads its own")
-    with opened(output_dir, grid, resume) as folder:
-        dtype = shared_dtype(folder, grid, resume) if base is None else str(dtype_of(base[0])).removeprefix("torch.")
-        grid = replace(grid, dtype=dtype)
-        rows = _run_all(grid, folder, base, jobs, resume, progress)
-        metric = next((name for name in _BEST if any(name in row for row in rows)), None)
-        if metric is not None and can_draw():
-            sweep_chart(rows, metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
+    launch = launched()
+    workers = workers_of(grid, base, jobs, devices, launch)
+    # the first stands for all: they are of one kind
+    asked = grid if workers is None or workers[0] is None else replace(grid, device=workers[0])
+    own = None if base is None else str(dtype_of(base[0])).removeprefix("torch.")
+    with opened(output_dir, grid, resume, launch, lambda folder: own or shared_dtype(folder, asked, resume)) as (
+        folder,
+        session,
+    ):
+        if own not in (None, session.dtype):
+            raise ValueError(f"the sweep in {folder} is in {session.dtype}: expected such a base, got one in {own}")
+        if session.others:
+            print(f"joining the sweep in {folder}, where {', '.join(session.others)} is at work", file=sys.stderr)
+        grid = replace(grid, dtype=session.dtype)
+        rows = _run_all(grid, folder, session, base, workers, progress)
+        with sole(folder):
+            write_tables(folder, grid, rows)
+            metric = next((name for name in _BEST if any(name in row for row in rows)), None)
+            if metric is not None and can_draw():
+                sweep_chart(rows, metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
         return rows
 
 
-def _run_all(grid: Grid, folder: Path, base, jobs: int, resume: bool, progress: bool) -> list[dict[str, object]]:
-    """Every run of a grid, in processes where there are several jobs; the tables are written after each."""
-    rows: dict[int, dict[str, object]] = {}
+def workers_of(
+    grid: Grid, base: Base | None, jobs: int, devices: str | Sequence[str | int] | None, launch: Launch
+) -> tuple[str | None, ...] | None:
+    """The device of each worker process, None for the grid's; None where the calling process trains itself.
+
+    Raises ValueError for what does not go together, and for more workers than runs.
+    """
+    if jobs < 1:
+        raise ValueError(f"expected at least one job, got {jobs}")
+    several = [what for what, given in (("jobs", jobs > 1), ("devices", devices is not None)) if given]
+    several += ["processes of one launch"] * (launch.count > 1)
+    if several and base is not None:
+        raise ValueError(f"a loaded base serves one process, got {jobs} jobs: leave it out, and each loads its own")
+    if launch.local_count == 1 and several[1:] == ["processes of one launch"]:
+        # one process per machine, which has workers of its own
+        several = several[:1]
+    if len(several) > 1:
+        raise ValueError(
+            f"expected one of jobs, devices and several processes on a machine, got {' and '.join(several)}"
+        )
+    runs = len(grid.runs)
+    if launch.count > runs:
+        raise ValueError(f"got {launch.count} processes for {runs} runs: expected as many runs at least")
+    if devices is not None:
+        if grid.device != "auto":
+            raise ValueError(f"expected devices, or [base] device, got both: the latter is {grid.device!r}")
+        chosen = worker_devices(devices)
+        if len(chosen) > runs:
+            raise ValueError(f"got {len(chosen)} devices for {runs} runs: expected as many runs at least")
+        return chosen
+    if jobs > 1:
+        return (None,) * min(jobs, runs)
+    if launch.count > 1:
+        return ("cpu" if grid.device == "cpu" else launched_device(launch),)
+    return None
+
+
+def _run_all(
+    grid: Grid,
+    folder: Path,
+    session: Session,
+    base: Base | None,
+    workers: tuple[str | None, ...] | None,
+    progress: bool,
+) -> list[Row]:
+    """Every run of a grid, here or in processes; the tables are written after each by the one that has run it."""
+    queue = RunQueue(grid, session, folder / RUNS)
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
-        if jobs == 1:
-            runner = Runner(grid, folder, base, resume=resume, progress=progress)
-            ended = ((index, runner(run)) for index, run in enumerate(grid.runs))
+
+        def look() -> bool:
+            rows = queue.rows()
+            if new := list(rows.values())[bar.n :]:
+                bar.set_postfix_str(f"{new[-1]['status']}: {new[-1]['name']}")
+            bar.update(len(rows) - bar.n)
+            return len(rows) == len(grid.runs)
+
+        if workers is None:
+            work(folder, session, grid, base, progress=progress, look=look)
         else:
-            ended = rows_of_processes(grid, folder, min(jobs, len(grid.runs)), resume)
-        # so that it goes on in this dtype, should it be stopped before a run has ended
-        if not resume or not (folder / TABLE).is_file():
-            write_json(folder / TABLE, _content(grid, []))
-        with closing(ended):
-            for index, row in ended:
-                rows[index] = row
-                bar.set_postfix_str(f"{row['status']}: {row['name']}")
-                bar.update()
-                _write_tables(folder, grid, _in_order(rows))
-    return _in_order(rows)
-
-
-def _in_order(rows: dict[int, dict[str, object]]) -> list[dict[str, object]]:
+            work_in_processes(partial(work, folder, session), grid, workers, look)
+        look()
+    rows = queue.rows()
     return [rows[index] for index in sorted(rows)]
 
 
-def _write_tables(folder: Path, grid: Grid, rows: list[dict[str, object]]) -> None:
-    write_json(folder / TABLE, _content(grid, rows))
-    columns = _columns(rows)
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(folder / "sweep.csv", text.getvalue())
-    write_text(folder / "sweep.md", as_markdown(rows))
+def work(
+    folder: Path,
+    session: Session,
+    grid: Grid,
+    base: Base | None = None,
+    *,
+    progress: bool = False,
+    look: Callable[[], object] = lambda: None,
+) -> None:
+    """Train runs of a sweep, one after the other, until all of them have ended, here or elsewhere.
 
-
-def _content(grid: Grid, rows: list[dict[str, object]]) -> dict[str, object]:
-    return {"model": grid.model, "task": grid.task, "data": grid.data, "dtype": grid.dtype, "runs": rows}
-
-
-def as_markdown(rows: list[dict[str, object]]) -> str:
-    """The rows of a sweep as a Markdown table, without the lists of heads."""
-    columns = _columns(rows)
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_table(rows: list[dict[str, object]], title: str):
-    """The same as a table of rich, for a terminal."""
-    with needing("rich", "train", "a table for a terminal"):
-        from rich.table import Table
-
-    columns = _columns(rows)
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    return table
-
-
-def failures(rows: list[dict[str, object]]) -> str | None:
-    """One line about the runs that failed, or None."""
-    failed = [row for row in rows if row.get("status") == "failed"]
-    if not failed:
-        return None
-    named = "; ".join(f"{row['name']}: {row['error']}" for row in failed)
-    return f"{len(failed)} of {len(rows)} runs failed: {named}"
-
-
-def _columns(rows: list[dict[str, object]]) -> list[str]:
-    """Every key some row has, settings before results, in a stable order."""
-    seen = {key: None for row in rows for key in row if key not in _UNSHOWN}
-    results = [key for key in ("status", *SHOWN, "error") if key in seen]
-    return [key for key in seen if key not in results] + results
-
-
-def _cell(value: object) -> str:
-    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    grid: with the device of this process and the dtype of all. look: called after each run.
+    Raises what loading the model or the data raises.
+    """
+    runner = Runner(grid, folder, base, progress=progress)
+    queue = RunQueue(grid, session, folder / RUNS)
+    with sole(folder):
+        # so that it goes on in this dtype, should it be stopped before a run has ended
+        if not session.resume or not (folder / TABLE).is_file():
+            write_tables(folder, grid, list(queue.rows().values()))
+    with closing(queue.taken()) as all_taken:
+        for taken in all_taken:
+            queue.end(taken.index, runner(taken.run, resume=taken.resume))
+            with sole(folder):
+                write_tables(folder, grid, list(queue.rows().values()))
+            look()

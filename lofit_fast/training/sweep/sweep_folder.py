@@ -1,10 +1,11 @@
-"""A sweep's folder: one sweep at a time, nothing in it that leads elsewhere, and the dtype that all of it is in."""
+"""A sweep's folder: one grid at a time, nothing in it that leads elsewhere, and the dtype that all of it is in."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from lofit_fast.files import read_json, writable_folder
@@ -12,29 +13,37 @@ from lofit_fast.locks import alone
 from lofit_fast.models.device import DTYPES, as_device, best_device, best_dtype
 from lofit_fast.training.run_folder import dtype_of_run
 from lofit_fast.training.sweep.grid import Grid
+from lofit_fast.training.sweep.launched import Launch
+from lofit_fast.training.sweep.meeting import meet
+from lofit_fast.training.sweep.membership import CLAIMS, LOCK, MEMBERS, QUEUE, Session, digest_of_grid, member
 
-RUNS, STEP1, TABLE, LOCK = "runs", "step1", "sweep.json", "sweep.lock"
+RUNS, STEP1, TABLE = "runs", "step1", "sweep.json"
 
 
 @contextmanager
-def opened(folder: Path | str, grid: Grid, resume: bool) -> Iterator[Path]:
-    """A scope in which this sweep alone writes in a folder.
+def opened(
+    folder: Path | str, grid: Grid, resume: bool, launch: Launch, dtype: Callable[[Path], str]
+) -> Iterator[tuple[Path, Session]]:
+    """A scope in which this process is in the sweep of a folder: (folder, the sweep), which it begins or joins.
 
-    resume: whether to go on with what is there, or to train a step 1 that runs share anew.
-    Raises BlockingIOError (an OSError) naming the process and the host of a sweep that is in there, OSError where it
-    cannot be written, ValueError for a link in the place of a folder that is written to.
+    resume: whether to go on with what is there, or to train a step 1 that runs share anew. launch: how this process was
+    started. dtype: of all runs, if this process begins the sweep.
+    Raises BlockingIOError (an OSError) naming the process and the host of a sweep of another grid in there, OSError
+    where it cannot be written, ValueError for a link in the place of a folder that is written to, or processes that do
+    not share the folder.
     """
     folder = Path(folder)
-    for path in (folder / RUNS, folder / STEP1, *(folder / RUNS / run.name for run in grid.runs)):
+    for path in (*(folder / name for name in (RUNS, STEP1, QUEUE)), *(folder / RUNS / run.name for run in grid.runs)):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, expected a folder of the sweep's own: a sweep writes nowhere else")
     made = not folder.exists()
-    writable_folder(folder)
     try:
-        with alone(folder / LOCK, f"sweep in {folder}"):
-            if not resume and (folder / STEP1).exists():
-                shutil.rmtree(folder / STEP1)
-            yield folder
+        if launch.meets:
+            meet(launch, folder, digest_of_grid(grid))
+        writable_folder(folder)
+        clear = partial(shutil.rmtree, folder / STEP1, ignore_errors=True)
+        with member(folder, grid, resume, launch, lambda: dtype(folder), clear) as session:
+            yield folder, session
     except BaseException:
         if made:
             _remove_unused(folder)
@@ -42,12 +51,15 @@ def opened(folder: Path | str, grid: Grid, resume: bool) -> Iterator[Path]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove a folder in which nothing has begun."""
-    if {path.name for path in folder.iterdir()} <= {LOCK, TABLE}:
-        for name in (LOCK, TABLE):
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
+    """Remove a folder in which nothing has begun, and nobody is."""
+    left = {LOCK, f"{LOCK}.owner.json", TABLE, "sweep.csv", "sweep.md", QUEUE}
+    with suppress(OSError):
+        if not {path.name for path in folder.iterdir()} <= left or any((folder / QUEUE).glob(f"{CLAIMS}/*")):
+            return
+        with alone(folder / LOCK, "remove what has not begun"):
+            if any((folder / QUEUE / MEMBERS).glob("*.lock")):
+                return
+            shutil.rmtree(folder)
 
 
 def shared_dtype(folder: Path, grid: Grid, resume: bool) -> str:

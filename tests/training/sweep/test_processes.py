@@ -2,20 +2,24 @@
 
 import json
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import pytest
 
 from lofit_fast.training.sweep import processes
+from lofit_fast.training.sweep import run as run_module
 from lofit_fast.training.sweep.grid import parse_grid
-from lofit_fast.training.sweep.processes import in_order_of_need
 from lofit_fast.training.sweep.run import sweep
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
 SEEDS_AND_RATES = {"seed": [1, 2], "tune_lr": [1e-2, 2e-2]}
+
+
+def dying(*_):
+    os._exit(1)
 
 
 @pytest.fixture
@@ -28,72 +32,47 @@ def grid(tmp_path):
     return parse_grid({"base": {**base, "select_epochs": 1, "tune_epochs": 1}, "grid": SEEDS_AND_RATES})
 
 
-def logged(runs, failing=()):
-    """(rows, what began and what ended in which order) of threads in the place of processes."""
-    log = []
-
-    def work(index):
-        log.append(("begin", index))
-        row = {"status": "failed" if index in failing else "done"}
-        log.append(("end", index))
-        return row
-
-    with ThreadPoolExecutor(4) as pool:
-        rows = dict(in_order_of_need(runs, pool, work, jobs=4))
-    return rows, log
+def ended_with(*errors):
+    futures = {}
+    for number, error in enumerate(errors):
+        future = Future()
+        future.set_result(None) if error is None else future.set_exception(error)
+        futures[future] = number
+    return futures
 
 
-def runs_of(**grid):
-    return parse_grid({"base": {"model": "tiny"}, "grid": grid}).runs
+def test_workers_that_fail_are_told_of_and_left(caplog):
+    """Futures in the place of processes."""
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    slow = Future()
+    running = ended_with(BrokenProcessPool("died"), ValueError("no such model")) | {slow: 2}
+    looks = iter([False] * 2)
+
+    def look():
+        if (all_ended := next(looks, True)) and not slow.done():
+            slow.set_result(None)
+        return all_ended
+
+    processes._watch(running, devices, look)
+    assert "worker 1 of 3 on cuda:0 has ended (its process died" in caplog.text
+    assert "worker 2 of 3 on cuda:1 has ended (ValueError: no such model): the others go on" in caplog.text
 
 
-def test_one_run_trains_the_step_1_that_others_wait_for():
-    rows, log = logged(runs_of(seed=[1, 2], tune_lr=[1e-2, 2e-2, 3e-2]))
-    assert rows == dict.fromkeys(range(6), {"status": "done"})
-    for leader in (0, 3):
-        followers = [log.index(("begin", leader + later)) for later in (1, 2)]
-        assert log.index(("end", leader)) < min(followers)
-
-
-def test_the_next_takes_the_place_of_a_run_that_failed():
-    rows, log = logged(runs_of(tune_lr=[1e-2, 2e-2, 3e-2, 4e-2]), failing={0, 1})
-    assert [rows[index]["status"] for index in range(4)] == ["failed", "failed", "done", "done"]
-    assert log == [(what, index) for index in range(4) for what in ("begin", "end")]
-
-
-def test_runs_with_given_heads_wait_for_nobody(tmp_path):
-    for name in "ab":
-        (tmp_path / name).write_text("[[0, 0]]")
-    barrier = threading.Barrier(2, timeout=30)
-
-    def meeting(index):
-        barrier.wait()
-        return {"status": "done"}
-
-    with ThreadPoolExecutor(2) as pool:
-        rows = dict(in_order_of_need(runs_of(heads=[str(tmp_path / name) for name in "ab"]), pool, meeting, jobs=2))
-    assert len(rows) == 2
-
-
-def test_no_run_waits_in_the_pool():
-    """What the pool holds cannot be taken back from it, should the sweep be stopped."""
-    handed = []
-
-    class Pool(ThreadPoolExecutor):
-        def submit(self, work, index):
-            handed.append(index)
-            return super().submit(work, index)
-
-    with Pool(2) as pool:
-        rows = in_order_of_need(runs_of(seed=[1, 2, 3, 4, 5, 6]), pool, lambda index: {"status": "done"}, jobs=2)
-        for ended, _ in enumerate(rows, start=1):
-            assert len(handed) <= ended + 2
+def test_when_no_worker_is_left_the_reason_is_raised():
+    died = BrokenProcessPool("died")
+    with pytest.raises(ValueError, match="no such model"):
+        processes._watch(ended_with(died, ValueError("no such model")), (None, None), lambda: False)
+    with pytest.raises(ChildProcessError, match="one of 2 processes died, and so did all others"):
+        processes._watch(ended_with(died, died), (None, None), lambda: False)
+    # elsewhere somebody has done the rest
+    processes._watch(ended_with(died, died), (None, None), lambda: True)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_rows_of_one(grid, tmp_path):
+@pytest.mark.parametrize("how", [{"jobs": 2}, {"devices": "cpu,cpu"}])
+def test_two_processes_give_the_rows_of_one(grid, tmp_path, how):
     one = sweep(grid, tmp_path / "one", progress=False)
-    two = sweep(grid, tmp_path / "two", jobs=2, progress=False)
+    two = sweep(grid, tmp_path / "two", progress=False, **how)
     assert [row["name"] for row in two] == [run.name for run in grid.runs]
     assert json.loads((tmp_path / "two" / "sweep.json").read_text())["runs"] == two
     assert len(list((tmp_path / "two" / "step1").iterdir())) == 2
@@ -113,7 +92,7 @@ def test_an_error_in_loading_the_base_is_the_callers(grid, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_dies_says_what_to_do(grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "row_of_run", os._exit)
+    monkeypatch.setattr(run_module, "work", dying)
     with pytest.raises(ChildProcessError, match="fewer jobs help"):
         sweep(grid, tmp_path / "sweep", jobs=2, progress=False)
 

@@ -17,7 +17,8 @@ from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.sweep import one_run as run_module
 from lofit_fast.training.sweep import sweep_folder
 from lofit_fast.training.sweep.grid import parse_grid
-from lofit_fast.training.sweep.run import failures, sweep
+from lofit_fast.training.sweep.run import sweep
+from lofit_fast.training.sweep.sweep_tables import failures
 from tests.library_versions import PICTURES
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer

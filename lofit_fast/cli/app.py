@@ -61,5 +61,6 @@ command(
     app,
     "plan --model smollm2 --tokens 4096",
     "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
+    "plan --model Llama-3-70B --offset 0.03 --devices 8 --mode fsdp --device-memory 80",
 )(plan_commands.plan)
 command(app, "autotune --model smollm2 --tokens 1024 --tokens 4096")(plan_commands.autotune)

@@ -1,6 +1,7 @@
 """The commands about how the op is computed: `plan` and `autotune`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lofit_fast.cli.command import out
+from lofit_fast.cli.device_plan_report import device_report, show_device_plan
 from lofit_fast.cli.options import AtLeast, Device, Dtype, Json, parse_heads
 
 # heavy imports happen inside the commands: --help must be instant
@@ -23,6 +25,7 @@ ModelName = Annotated[
 ]
 # per forward pass; what is planned for does not depend on more
 MOST_TOKENS = 10**9
+MOST_DEVICES = 10**5
 HEADS_HELP = "all, a count (32) or a fraction (0.1) of the model's heads, taken as spread evenly over its layers."
 
 
@@ -32,7 +35,7 @@ def plan(
         int,
         typer.Option("--tokens", "-T", help="Tokens per forward pass: batch x sequence.", max=MOST_TOKENS),
         AtLeast(1),
-    ],
+    ] = 4096,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", "-a", help="Plan for this adapter's heads.", metavar="DIR")
     ] = None,
@@ -40,16 +43,40 @@ def plan(
     offset: Annotated[str | None, typer.Option(help=f"Shifted heads: {HEADS_HELP}")] = None,
     device: Annotated[str, typer.Option(help="present, or A100, H100, H200, B200, MI300X.")] = "present",
     dtype: Dtype = "auto",
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead: what a training step keeps on each of so many devices, and sends.", max=MOST_DEVICES
+        ),
+        AtLeast(1),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="How the devices share the work: ddp (default), fsdp, tp or device-map.")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(help="GB (10^9 bytes) of each device: says whether it fits.", metavar="GB")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Per layer: the path that would run, why, what it does to small scales, and its predicted cost to the floor."""
+    """Per layer: the path that would run, why, what it does to small scales, and its predicted cost to the floor.
+
+    With --devices: the memory of each device and the bytes that are sent per training step, from the config alone.
+    docs/scaling_out.md explains the numbers.
+    """
     from lofit_fast.models import op_paths
     from lofit_fast.models.device import as_dtype, best_device, best_dtype
 
     if adapter is not None and (scale is not None or offset is not None):
         raise ValueError("expected --adapter, or --scale and --offset, got both")
-    # the devices of the table compute in bfloat16
-    automatic = best_dtype(best_device()) if device == op_paths.PRESENT else as_dtype("bfloat16")
+    if devices is None and (mode is not None or device_memory is not None):
+        raise ValueError("got no --devices, which --mode and --device-memory are about: expected how many there are")
+    if devices is not None and device != op_paths.PRESENT:
+        raise ValueError(f"expected --devices, or --device, got both: the latter is {device!r}")
+    if device_memory is not None and not 0 < device_memory < math.inf:
+        raise ValueError(f"--device-memory: got {device_memory}, expected GB above 0")
+    # the devices of the table compute in bfloat16, and so do several
+    here = device == op_paths.PRESENT and devices is None
+    automatic = best_dtype(best_device()) if here else as_dtype("bfloat16")
     chosen = automatic if dtype == "auto" else as_dtype(dtype)
     layers = op_paths.layers_of(model)
     if adapter is not None:
@@ -57,6 +84,14 @@ def plan(
     else:
         scale = "all" if scale is None and offset is None else scale
         scaled, shifted = (op_paths.spread_heads(parse_heads(text), layers) for text in (scale, offset))
+    if devices is not None:
+        from lofit_fast.models.device_arithmetic import plan_devices
+
+        mode = "ddp" if mode is None else mode
+        planned = plan_devices(model, mode, devices, tokens, chosen, scaled, shifted)
+        report = device_report(model, mode, devices, tokens, chosen, planned, device_memory)
+        print(json.dumps(report)) if as_json else show_device_plan(report)
+        return
     rows = op_paths.plan_layers(layers, scaled, shifted, tokens=tokens, dtype=chosen, device=device)
     report = {"model": model, "tokens": tokens, "dtype": str(chosen), "device": device, "layers": rows}
     if as_json:

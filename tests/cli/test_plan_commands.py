@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 import lofit_fast as lf
+from lofit_fast.cli.device_plan_report import readable
 from lofit_fast.cli.options import parse_heads
 from lofit_fast.locks import alone
 from lofit_fast.models import op_paths
@@ -228,3 +229,38 @@ def test_a_broken_config_and_no_number_of_heads(tmp_path):
     for count in ("nan", "inf"):
         message = error_of("plan", "--model", "SmolLM2-135M", "--tokens", "4", "--scale", count)
         assert f"a fraction in (0, 1], got {count}" in message
+
+
+def test_plan_for_several_devices(folder):
+    report = as_json("plan", "--model", folder, "--devices", 2, "--mode", "fsdp", "--offset", "2")
+    assert (report["tokens"], report["dtype"], report["mode"]) == (4096, "torch.bfloat16", "fsdp")
+    assert report["bytes_per_device"] == sum(item["bytes"] for item in report["memory"])
+    assert {item["evidence"] for item in report["memory"]} == {"exact count", "formula"}
+    assert "No GPU has run this." in report["notes"][-1]
+    assert "fits" not in report
+    for memory, word in ((80, "fits into 80 GB"), (1e-6, "does not fit into 1e-06 GB")):
+        arguments = ("plan", "--model", folder, "--devices", 2, "--device-memory", memory)
+        assert as_json(*arguments)["fits"] is (memory == 80)
+        text = " ".join(call(*arguments).stdout.split())
+        assert word in text
+        assert "ddp on 2 devices" in text
+
+
+def test_plan_for_several_devices_refuses(folder):
+    assert "got no --devices" in error_of("plan", "--model", folder, "--mode", "fsdp")
+    assert "got no --devices" in error_of("plan", "--model", folder, "--device-memory", 80)
+    several = ("plan", "--model", folder, "--devices", 2)
+    assert "unknown mode 'zero3'" in error_of(*several, "--mode", "zero3")
+    assert "got both: the latter is 'H100'" in error_of(*several, "--device", "H100")
+    assert "expected GB above 0" in error_of(*several, "--device-memory", "nan")
+
+
+def test_bytes_are_read_in_units():
+    assert [readable(size) for size in (0, 999, 1000, 2 * 10**6, 141 * 10**9, 10**12)] == [
+        "0 B",
+        "999 B",
+        "1 KB",
+        "2 MB",
+        "141 GB",
+        "1 TB",
+    ]

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from lofit_fast.models.meta_counts import (
+    Decoder,
+    Lowest,
     Saved,
     Weights,
-    lowest_of,
     meta_model,
     saved_for_backward,
     shard_of,
@@ -133,23 +134,25 @@ def plan_devices(
     model = meta_model(name, dtype)
     counts = [scaled + shifted for scaled, shifted in zip(n_scale, n_offset, strict=True)]
     numbers = sum(p.head_dim * count for p, count in zip(find_projections(model), counts, strict=True))
-    lowest, projection = lowest_of(model, counts)
+    decoder = Decoder.of(model)
     scaled = any(n_scale) and n_scale[next(i for i, count in enumerate(counts) if count)] > 0
-    step = _Step(model, devices, tokens, dtype, counts, numbers, lowest, projection, scaled)
+    step = _Step(decoder, devices, tokens, dtype, numbers, decoder.lowest(counts), scaled)
     return MODES[mode](step)
 
 
 @dataclass(frozen=True)
 class _Step:
-    model: nn.Module
+    decoder: Decoder
     n: int
     tokens: int
     dtype: torch.dtype
-    counts: list[int]
     numbers: int
-    lowest: int
-    projection: nn.Module
+    lowest: Lowest
     scaled: bool
+
+    @property
+    def model(self) -> nn.Module:
+        return self.decoder.model
 
     @property
     def head(self) -> nn.Module:
@@ -173,7 +176,7 @@ class _Step:
 
     def saved(self) -> tuple[Saved | None, tuple[str, ...]]:
         try:
-            return saved_for_backward(self.model, self.tokens, self.counts, self.scaled), ()
+            return saved_for_backward(self.decoder, self.tokens, self.lowest, self.scaled), ()
         except ValueError as error:
             return None, (f"activations are not counted: {error}",)
 
@@ -187,17 +190,17 @@ def _activations(saved: int | None) -> tuple[Item, ...]:
 
 def _ddp(step: _Step) -> DevicePlan:
     saved, notes = step.saved()
-    weights = Item("weights, whole", weights_of(step.model).total, COUNT)
+    weights = Item("weights, whole", weights_of(step.decoder).total, COUNT)
     memory = (weights, step.trained, *_activations(saved and saved.total), step.logits())
     return DevicePlan(memory, (step.summed,), ring_all_reduce(step.summed.bytes, step.n), notes)
 
 
 def _fsdp(step: _Step) -> DevicePlan:
     saved, notes = step.saved()
-    weights, shards = weights_of(step.model), shard_of(step.model, step.n)
+    weights, shards = weights_of(step.decoder), shard_of(step.decoder, step.n)
     table = step.model.get_input_embeddings().weight
     embedding = -(-table.shape[0] // step.n) * table.shape[1] * table.itemsize
-    forward, backward = fsdp_payload(shards, embedding, step.lowest, step.n, step.tied)
+    forward, backward = fsdp_payload(shards, embedding, step.lowest.index, step.n, step.tied)
     memory = (
         Item(f"weights, a shard of {step.n}", shards.total, COUNT),
         Item("weights, whole while they are computed with", fsdp_gathered(weights) * (step.n > 1)),
@@ -211,11 +214,11 @@ def _fsdp(step: _Step) -> DevicePlan:
 
 
 def _tp(step: _Step) -> DevicePlan:
-    per_token = sent_per_token(step.model, step.lowest, step.projection, step.n)
+    per_token = sent_per_token(step.decoder, step.lowest, step.n)
     logits = step.logits()
     cut(step.model, step.n)
     saved, notes = step.saved()
-    weights = Item(f"weights, cut in {step.n}", weights_of(step.model).total, COUNT)
+    weights = Item(f"weights, cut in {step.n}", weights_of(step.decoder).total, COUNT)
     size = step.tokens * step.dtype.itemsize
     payload = (
         Item("activations, summed forward", per_token.forward * size),
@@ -230,7 +233,7 @@ def _tp(step: _Step) -> DevicePlan:
 
 def _device_map(step: _Step) -> DevicePlan:
     saved, notes = step.saved()
-    weights = weights_of(step.model)
+    weights = weights_of(step.decoder)
     head = 0 if step.tied else step.head.weight.numel() * step.head.weight.itemsize
     stages = stages_of(weights, head, step.n)
     used = [stage for stage in stages if stage]
@@ -243,7 +246,7 @@ def _device_map(step: _Step) -> DevicePlan:
     borders = [stage[0] for stage in used[1:]]
     payload = (
         Item("hidden states, from device to device", len(borders) * hidden),
-        Item("their gradients, back", sum(border > step.lowest for border in borders) * hidden),
+        Item("their gradients, back", sum(border > step.lowest.index for border in borders) * hidden),
     )
     memory = (
         Item(f"weights, the largest of {step.n} parts", max(shares), FORMULA),

@@ -93,33 +93,50 @@ def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def layers_of_model(model: nn.Module) -> list[nn.Module]:
-    """The list of decoder layers in which heads can be tuned, in order, with those that have none.
+@dataclass(frozen=True)
+class Lowest:
+    """Where the vectors begin: the index of the decoder layer, and the projection in it."""
 
-    Raises ValueError for a model without one.
+    index: int
+    projection: nn.Module
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as it is counted.
+
+    layers: the list in which the layers with heads to tune are. projections: the modules of their output projections,
+    in the same order.
     """
-    first = find_projections(model)[0].module
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and first in set(module.modules()):
-            return list(module)
-    raise ValueError(f"a {type(model).__name__} has no list of decoder layers to count")
+
+    model: nn.Module
+    layers: tuple[nn.Module, ...]
+    projections: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Decoder:
+        """Raises ValueError for a model without a list of decoder layers."""
+        found = tuple(p.module for p in find_projections(model))
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and found[0] in set(module.modules()):
+                return cls(model, tuple(module), found)
+        raise ValueError(f"a {type(model).__name__} has no list of decoder layers to count")
+
+    def lowest(self, counts: Sequence[int]) -> Lowest:
+        """Where vectors begin. counts: of vectors, by projection, not all 0."""
+        projection = next(module for module, count in zip(self.projections, counts, strict=True) if count)
+        for index, layer in enumerate(self.layers):
+            if projection in set(layer.modules()):
+                return Lowest(index, projection)
+        raise ValueError(f"a projection of a {type(self.model).__name__} is in none of its decoder layers")
 
 
-def lowest_of(model: nn.Module, counts: Sequence[int]) -> tuple[int, nn.Module]:
-    """(index in `layers_of_model`, projection) of the lowest layer with vectors. counts: vectors by projection."""
-    module = next(p.module for p, count in zip(find_projections(model), counts, strict=True) if count)
-    for index, layer in enumerate(layers_of_model(model)):
-        if module in set(layer.modules()):
-            return index, module
-    raise ValueError(f"a projection of a {type(model).__name__} is in none of its decoder layers")
-
-
-def weights_of(model: nn.Module) -> Weights:
+def weights_of(decoder: Decoder) -> Weights:
     """Bytes of parameters, shared ones once, and of buffers."""
-    return _weights(model, lambda parameter: parameter.numel() * parameter.itemsize)
+    return _weights(decoder, lambda parameter: parameter.numel() * parameter.itemsize)
 
 
-def shard_of(model: nn.Module, n: int) -> Weights:
+def shard_of(decoder: Decoder, n: int) -> Weights:
     """Bytes of the largest of n shards where every parameter is cut along its first dimension; buffers stay whole.
 
     Source: torch.distributed.fsdp.fully_shard, which "shards each parameter on dim-0" and pads what n does not divide.
@@ -129,10 +146,10 @@ def shard_of(model: nn.Module, n: int) -> Weights:
         rows = parameter.shape[0] if parameter.dim() else 1
         return math.ceil(rows / n) * (parameter.numel() // max(rows, 1)) * parameter.itemsize
 
-    return _weights(model, shard)
+    return _weights(decoder, shard)
 
 
-def _weights(model: nn.Module, size: Callable[[Tensor], int]) -> Weights:
+def _weights(decoder: Decoder, size: Callable[[Tensor], int]) -> Weights:
     seen: set[int] = set()
 
     def of(module: nn.Module) -> int:
@@ -143,8 +160,9 @@ def _weights(model: nn.Module, size: Callable[[Tensor], int]) -> Weights:
                 total += size(parameter)
         return total
 
-    layers = tuple(of(layer) for layer in layers_of_model(model))
-    return Weights(layers, of(model), sum(buffer.numel() * buffer.itemsize for buffer in model.buffers()))
+    layers = tuple(of(layer) for layer in decoder.layers)
+    buffers = sum(buffer.numel() * buffer.itemsize for buffer in decoder.model.buffers())
+    return Weights(layers, of(decoder.model), buffers)
 
 
 class _Attended(torch.autograd.Function):
@@ -183,14 +201,14 @@ def _counted_attention() -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[_ATTENTION]
 
 
-def saved_for_backward(model: nn.Module, tokens: int, counts: Sequence[int], scaled: bool = False) -> Saved:
+def saved_for_backward(decoder: Decoder, tokens: int, lowest: Lowest, scaled: bool = False) -> Saved:
     """What forward keeps for backward in eager PyTorch, for one sequence, without logits and what the loss keeps.
 
-    model: of the meta device. tokens: of the sequence. counts: vectors by projection; below the lowest that has some
-    nothing is kept. scaled: whether that one has scales, whose gradients need its z.
+    decoder: of the meta device. tokens: of the sequence. lowest: where vectors begin; below, nothing is kept. scaled:
+    whether they are scales there, whose gradients need its z.
     Raises ValueError where the model's forward does not run without numbers, with the reason.
     """
-    layers, (_, projection) = layers_of_model(model), lowest_of(model, counts)
+    model, layers, projection = decoder.model, decoder.layers, lowest.projection
     vector = nn.Parameter(torch.empty((), device=next(model.parameters()).device))
     frozen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), vector)}
     # the storages themselves: an address is used again once one is gone

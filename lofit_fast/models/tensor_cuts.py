@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lofit_fast.models.meta_counts import layers_of_model
+from lofit_fast.models.meta_counts import Decoder, Lowest
 
 # styles of a plan -> the dimension of the weight that is cut; None for whole ones
 _CUT = {
@@ -54,17 +54,17 @@ def planned(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def sent_per_token(model: nn.Module, lowest: int, projection: nn.Module, n: int) -> Sent:
+def sent_per_token(decoder: Decoder, lowest: Lowest, n: int) -> Sent:
     """What one of n processes gives to collectives in a training step, in numbers per token.
 
-    lowest, projection: of the lowest layer with vectors, as `lowest_of` has them; below it there is no backward.
+    lowest: where vectors begin; below it there is no backward.
     Source: transformers.distributed.tensor_parallel. The partial outputs of a row-wise linear, and of an embedding
     cut by tokens, are summed. So is, in backward, the partial gradient of a column-wise linear's input, for each
     linear by itself. The output head's parts are gathered.
     """
     forward = backward = gathered = 0
-    with_backward = _after(model, lowest, projection)
-    for module, style in planned(model).values():
+    with_backward = _after(decoder, lowest)
+    for module, style in planned(decoder.model).values():
         if isinstance(module, nn.Embedding):
             forward += module.embedding_dim
         elif style.startswith("rowwise"):
@@ -75,12 +75,11 @@ def sent_per_token(model: nn.Module, lowest: int, projection: nn.Module, n: int)
     return Sent(forward, backward, gathered)
 
 
-def _after(model: nn.Module, lowest: int, projection: nn.Module) -> set[nn.Module]:
+def _after(decoder: Decoder, lowest: Lowest) -> set[nn.Module]:
     """The modules that gradients of the vectors go through: above the lowest layer, and in it after its projection."""
-    layers = layers_of_model(model)
-    inside = list(layers[lowest].modules())
-    below = {module for layer in layers[:lowest] for module in layer.modules()}
-    return set(model.modules()) - below - set(inside[: inside.index(projection) + 1])
+    inside = list(decoder.layers[lowest.index].modules())
+    below = {module for layer in decoder.layers[: lowest.index] for module in layer.modules()}
+    return set(decoder.model.modules()) - below - set(inside[: inside.index(lowest.projection) + 1])
 
 
 def cut(model: nn.Module, n: int) -> None:
@@ -93,12 +92,16 @@ def cut(model: nn.Module, n: int) -> None:
     heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     if uneven := [count for count in heads if isinstance(count, int) and count % n]:
         raise ValueError(f"{n} devices do not divide {uneven[0]} heads: tensor parallelism cuts by whole heads")
+    # an output head that is the embedding stays it
+    parts: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
     for module, style in found.values():
         if (dim := _CUT[style]) is None:
             continue
         shape = list(module.weight.shape)
         shape[dim] = math.ceil(shape[dim] / n)
-        module.weight = nn.Parameter(module.weight.new_empty(shape), requires_grad=False)
+        part = nn.Parameter(module.weight.new_empty(shape), requires_grad=False)
+        # with the whole one, since its id is another's once it is gone
+        module.weight, _ = parts.setdefault((id(module.weight), dim), (part, module.weight))
         if isinstance(module, nn.Linear):
             module.in_features, module.out_features = shape[1], shape[0]
             if module.bias is not None and dim == 0:

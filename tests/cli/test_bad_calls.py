@@ -93,6 +93,9 @@ VALUES = {
         "--offset": ("nan", "inf", "0"),
         "--device": (*WORDS, "meta", "cpu", "T4"),
         "--dtype": WORDS,
+        "--devices": (*COUNTS, "9" * 30),
+        "--mode": (*WORDS, "ddp"),
+        "--device-memory": (*NO_NUMBER, "80"),
     },
     "autotune": {
         "--tokens": (*COUNTS, "9" * 30),
@@ -102,7 +105,7 @@ VALUES = {
         "--device": DEVICES,
         "--dtype": WORDS,
     },
-    "sweep": {"--jobs": COUNTS},
+    "sweep": {"--jobs": COUNTS, "--devices": (*WORDS, "cuda:99", "0,,1", "cpu,cpu", "cpu,meta", "-1")},
 }
 # command -> options that name what is read
 READ = {

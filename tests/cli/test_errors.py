@@ -117,7 +117,7 @@ COUNTS = {
         **{f"--{name}": 0 for name in ("select-epochs", "min-layer")},
     },
     "sweep": {"--jobs": 1},
-    "plan": {"--tokens": 1},
+    "plan": {"--tokens": 1, "--devices": 1},
     "autotune": {"--tokens": 1, "--rounds": 1},
 }
 NEEDED = {"sweep": ("grid.toml",), "autotune": (), "plan": ("--model", "Llama-3-8B")}

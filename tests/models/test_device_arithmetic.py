@@ -9,8 +9,8 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.models import device_arithmetic as arithmetic
 from lofit_fast.models import meta_counts
-from lofit_fast.models.device_arithmetic import MODES, DevicePlan, plan_devices
-from lofit_fast.models.meta_counts import lowest_of, meta_model, saved_for_backward, shard_of, weights_of
+from lofit_fast.models.device_arithmetic import MODES, plan_devices
+from lofit_fast.models.meta_counts import Decoder, meta_model, saved_for_backward, shard_of, weights_of
 from lofit_fast.models.tensor_cuts import cut, sent_per_token
 from tests.counted_collectives import CollectiveBytes
 from tests.several_processes import in_processes
@@ -27,6 +27,14 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+def decoder_of(name, dtype=torch.float32):
+    return Decoder.of(meta_model(str(name), dtype))
+
+
+def saved_from(decoder, layer, length=T, scaled=False):
+    return saved_for_backward(decoder, length, decoder.lowest(one_at(layer)), scaled)
+
+
 def one_at(layer):
     return [int(index == layer) for index in range(LAYERS)]
 
@@ -41,14 +49,14 @@ def held_by(model):
     [("Llama-3.2-1B", 1235814400), ("Llama-3-8B", 8030261248), ("Llama-3-70B", 70553706496)],
 )
 def test_published_models_have_the_parameters_that_are_published(name, parameters):
-    weights = weights_of(meta_model(name, torch.bfloat16))
+    weights = weights_of(decoder_of(name, torch.bfloat16))
     assert weights.total - weights.buffers == 2 * parameters
 
 
 def test_weights_are_those_of_the_model(family, tmp_path):
     model = tiny_model(family)
     model.config.save_pretrained(tmp_path)
-    weights = weights_of(meta_model(str(tmp_path), torch.float32))
+    weights = weights_of(decoder_of(tmp_path))
     assert weights.total == held_by(model)
     assert len(weights.layers) == LAYERS
 
@@ -57,9 +65,9 @@ def test_a_token_keeps_for_backward_what_it_does_in_a_patched_model(family, tmp_
     with meta_counts._counted_attention():
         model = tiny_model(family, attn_implementation=meta_counts._ATTENTION)
     model.config.save_pretrained(tmp_path)
-    without_numbers = meta_model(str(tmp_path), torch.float32)
+    without_numbers = decoder_of(tmp_path)
     for layer in (0, LAYERS - 1):
-        short, long = (saved_for_backward(without_numbers, length, one_at(layer)) for length in (T, 2 * T))
+        short, long = (saved_from(without_numbers, layer, length) for length in (T, 2 * T))
         assert long.total - short.total == kept_by(model, layer, 2 * T) - kept_by(model, layer, T)
         assert long.layers[:layer] == (0,) * layer
         assert all(long.layers[layer:])
@@ -83,15 +91,15 @@ def kept_by(model, layer, length):
 
 
 def test_scales_keep_their_z_too(folder):
-    model = meta_model(folder, torch.float32)
-    offset, scale = (saved_for_backward(model, T, one_at(1), scaled) for scaled in (False, True))
-    assert scale.total - offset.total == T * model.model.layers[1].self_attn.o_proj.in_features * 4
+    decoder = decoder_of(folder)
+    offset, scale = (saved_from(decoder, 1, scaled=scaled) for scaled in (False, True))
+    assert scale.total - offset.total == T * decoder.projections[1].in_features * 4
 
 
 def test_attention_keeps_what_flash_attention_does(folder):
-    model = meta_model(folder, torch.bfloat16)
-    attention = model.model.layers[0].self_attn
-    above, lowest = (saved_for_backward(model, T, one_at(layer)).layers[2] for layer in (0, 2))
+    decoder = decoder_of(folder, torch.bfloat16)
+    attention = decoder.layers[0].self_attn
+    above, lowest = (saved_from(decoder, layer).layers[2] for layer in (0, 2))
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     # and the float32 input of a norm with its scale, for each token
     assert above - lowest == T * (2 * (2 * queries + 2 * keys) + 4 * HEADS + 4 * HIDDEN + 4)
@@ -192,7 +200,7 @@ def test_fsdp_gathers_what_the_formula_says(tied, tmp_path):
         return found
 
     for n in (2, 3):
-        shards = shard_of(meta_model(str(tmp_path), torch.float32), n)
+        shards = shard_of(decoder_of(tmp_path), n)
         embedding = -(-VOCAB // n) * HIDDEN * 4
         for found in in_processes(n, work):
             for layer, (here, forward, both) in enumerate(found):
@@ -202,9 +210,10 @@ def test_fsdp_gathers_what_the_formula_says(tied, tmp_path):
                 assert here == shards.total - shards.buffers
 
 
-def test_tensor_parallelism_sends_what_the_formula_says(folder, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensor_parallelism_sends_what_the_formula_says(tied, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers cuts models otherwise")
-    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
     itemsize, n = 4, 2
 
     def work(rank):
@@ -214,16 +223,16 @@ def test_tensor_parallelism_sends_what_the_formula_says(folder, tmp_path):
         found, mesh = [], init_device_mesh("cpu", (n,))
         for layer in range(LAYERS):
             model = AutoModelForCausalLM.from_pretrained(tmp_path, tp_plan="auto", device_mesh=mesh)
-            here = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
+            here = sum({id(p): getattr(p, "_local_tensor", p).nbytes for p in model.parameters()}.values())
             found.append((here, *counted_step(with_vector(model, layer))))
         return found
 
-    whole, mine = meta_model(folder, torch.float32), meta_model(folder, torch.float32)
-    cut(mine, n)
+    whole, mine = decoder_of(tmp_path), decoder_of(tmp_path)
+    cut(mine.model, n)
     summed, gathered = "_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor"
     for rank, found in enumerate(in_processes(n, work)):
         for layer, (here, forward, both) in enumerate(found):
-            per_token = sent_per_token(whole, *lowest_of(whole, one_at(layer)), n)
+            per_token = sent_per_token(whole, whole.lowest(one_at(layer)), n)
             size = B * T * itemsize
             assert forward[summed] == per_token.forward * size
             assert both[summed] - forward[summed] == per_token.backward * size
@@ -256,7 +265,11 @@ def test_more_devices_keep_less_of_what_is_divided(folder):
         assert plans[mode].memory[0].bytes < 0.7 * alone.memory[0].bytes
     numbers = LAYERS * HEADS * 16
     assert plans["ddp"].sent == plans["ddp"].payload[0].bytes == 4 * numbers
-    assert isinstance(plans["tp"], DevicePlan)
+    # sizes of a real model, whose heads are views of what is cut
+    wide = plan_devices("Llama-3.2-1B", "tp", 8, T, torch.bfloat16, [32] * 16, [0] * 16)
+    weights = plan_devices("Llama-3.2-1B", "ddp", 8, T, torch.bfloat16, [32] * 16, [0] * 16).memory[0].bytes
+    assert wide.memory[0].bytes == pytest.approx(weights / 8, rel=0.01)
+    assert wide.memory[2].what == "activations kept for backward"
 
 
 def test_what_cannot_be_planned(folder):

@@ -182,7 +182,7 @@ def test_the_dtype_is_chosen_once(data, tmp_path, monkeypatch, found):
 
 # a sweep in a process of its own, of which the test kills this process or a worker; each tells which runs it trains
 SWEEP = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from lofit_fast.training.sweep import one_run
 from lofit_fast.training.sweep.grid import read_grid
@@ -194,6 +194,11 @@ def told(*args, output_dir, **options):
     return fit(*args, output_dir=output_dir, **options)
 one_run.fit_objective = told
 if __name__ == "__main__":
+    here = Path(sys.argv[1]).parent
+    (here / f"ready-{os.getpid()}").touch()
+    # imports take seconds, in which another may do all there is to do
+    while len(list(here.glob("ready-*"))) < int(sys.argv[4]):
+        time.sleep(0.05)
     sweep(read_grid(sys.argv[1]), sys.argv[2], jobs=int(sys.argv[3]), progress=False)
 """
 
@@ -215,10 +220,10 @@ def is_alive(process):
 
 
 @contextmanager
-def begun(folder, grid, jobs):
-    """A sweep in a process of its own, which does not outlive the scope."""
+def begun(folder, grid, jobs, others=0):
+    """A sweep in a process of its own, which does not outlive the scope. others: which it waits for."""
     (folder / "sweep.py").write_text(SWEEP)
-    command = [sys.executable, folder / "sweep.py", grid, folder / "killed", str(jobs)]
+    command = [sys.executable, folder / "sweep.py", grid, folder / "killed", str(jobs), str(1 + others)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -305,13 +310,13 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_rows(grid_file, tmp_path, vi
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_sweeps_in_one_folder(grid_file, tmp_path):
-    with begun(tmp_path, grid_file, 1) as first:
-        wait_for(lambda: list((tmp_path / "killed").glob("queue/members/*.lock")))
-        with begun(tmp_path, grid_file, 1) as second:
-            _, said = second.communicate(timeout=600)
-            assert second.returncode == 0
-        assert f"joining the sweep in {tmp_path / 'killed'}, where process {first.pid} on host" in said
-        assert first.wait(600) == 0
+    with begun(tmp_path, grid_file, 1, others=1) as first, begun(tmp_path, grid_file, 1, others=1) as second:
+        said = [process.communicate(timeout=900)[1] for process in (first, second)]
+        assert [process.returncode for process in (first, second)] == [0, 0]
+    joined = [
+        f"joining the sweep in {tmp_path / 'killed'}, where process {process.pid} on" for process in (second, first)
+    ]
+    assert [words in text for words, text in zip(joined, said, strict=True)].count(True) == 1
     rows = json.loads((tmp_path / "killed" / "sweep.json").read_text())["runs"]
     assert [row["status"] for row in rows] == ["done"] * 4
     log = trained(tmp_path)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import read_json, writable_folder, write_text
+from lofit_fast.files import given_path, read_json, writable_folder, write_text
 from lofit_fast.heads import heads_of
 from lofit_fast.locks import alone
 from lofit_fast.patching.placement import is_dense, plain_attributes
 from lofit_fast.sealed import read_sealed, write_sealed
-from lofit_fast.training.run_clearing import STATE, check_no_links, clear, clear_scratch, left_in
+from lofit_fast.training.run_clearing import STATE, check_places, clear, clear_scratch, left_in
 
 _NEXT = {"select": "tune", "tune": "done"}
 # what an earlier run has left is being taken away; the new one has not begun
@@ -84,7 +84,7 @@ class RunFolder:
             ValueError: it holds a run of another identity, or a damaged one, and resume is on; or such files without
                 being a run.
         """
-        run = cls(Path(path))
+        run = cls(given_path(path))
         # nothing is put into a folder of something else, not even a lock
         run._look()
         with held(run.path, wait=wait):
@@ -100,7 +100,7 @@ class RunFolder:
                 raise ValueError(f"{damage}: {_START_OVER}")
             print(f"warning: {damage}; the run begins anew", file=sys.stderr)
         if resume and state is not None and state["stage"] != _CLEARING:
-            check_no_links(self.path)
+            check_places(self.path)
             self._go_on(state, identity, as_now(state["identity"]))
             return
         # were this interrupted, the folder would say so, and be cleared again

@@ -270,6 +270,22 @@ def test_links_are_refused_or_taken_away_and_never_followed(tmp_path, name):
     assert (files_of(outside) if outside.is_dir() else outside.read_bytes()) == before
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_file_in_a_folders_place_is_named_or_taken_away(tmp_path, name):
+    opened(tmp_path)
+    (tmp_path / name).write_text("notes of mine")
+    with pytest.raises(ValueError, match=rf"{name} is a file, where a run has a folder"):
+        opened(tmp_path)
+    assert (tmp_path / name).read_text() == "notes of mine"
+    assert opened(tmp_path, resume=False).stage == "select" and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_folder_is_refused(path):
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got"):
+        opened(path)
+
+
 def test_a_folder_may_itself_be_reached_by_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")

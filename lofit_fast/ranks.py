@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 class ElsewhereError(RuntimeError):
@@ -21,6 +24,8 @@ class ElsewhereError(RuntimeError):
 
 def count() -> int:
     """How many processes the run has."""
+    if _apart.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -32,6 +37,16 @@ def rank() -> int:
 def first() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return rank() == 0
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A scope in which this process goes on as if it were the only one: nothing is divided, and nothing is sent."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 def gathered(value: Value) -> list[Value]:
@@ -53,7 +68,9 @@ def told(make: Callable[[], Value]) -> Value:
     said: list = [None, None]
     if first():
         try:
-            said[0] = make()
+            # the others wait here, and would not answer
+            with apart():
+                said[0] = make()
         except Exception as error:
             said[1] = error
     dist.broadcast_object_list(said, src=0)

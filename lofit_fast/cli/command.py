@@ -29,6 +29,8 @@ _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, Re
 _ENDS = (typer.Exit, typer.Abort, typer.BadParameter)
 # what torch says of a CPU's memory, in a RuntimeError like any other; of a GPU's it has a class
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
+# and of a process that is not there any more
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 # signs of a message: a value that it quotes may be a whole file
 _ROOM = 2000
 
@@ -114,8 +116,7 @@ def _failed(error: Exception, options: dict, company: Company) -> int:
     unwritable = _drop_unwritable()
     if unwritable and isinstance(error, BrokenPipeError):
         return company.ended(UNREAD)
-    # by name: what defines it takes seconds to import
-    if company.speaks(elsewhere=type(error).__name__ == "ElsewhereError"):
+    if company.speaks(elsewhere=_is_elsewhere(error)):
         with speaking():
             code = _say(error, options.get("as_json") and not unwritable, company)
     else:
@@ -126,6 +127,8 @@ def _failed(error: Exception, options: dict, company: Company) -> int:
 def _say(error: Exception, as_json: bool | None, company: Company) -> int:
     """Print an error in a line; returns the exit code. as_json: JSON would go where the output has gone."""
     said, code = str(error) or type(error).__name__, _code_of(error)
+    if _is_elsewhere(error) and (gone := company.gone()):
+        said = f"{gone} without a word, in the middle of it: {said}"
     if _is_out_of_memory(error):
         said = f"out of memory: {said}"
     elif code == FAULT:
@@ -135,8 +138,16 @@ def _say(error: Exception, as_json: bool | None, company: Company) -> int:
 
 
 def _code_of(error: Exception) -> int:
-    known = isinstance(error, _EXPECTED) or type(error).__name__ == "ElsewhereError" or _is_out_of_memory(error)
+    known = isinstance(error, _EXPECTED) or _is_elsewhere(error) or _is_out_of_memory(error)
     return FAILED if known else FAULT
+
+
+def _is_elsewhere(error: Exception) -> bool:
+    """Whether an error tells of another process of the launch, which has failed or is gone."""
+    # by name: what defines it takes seconds to import
+    if type(error).__name__ == "ElsewhereError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
 def _end_bars() -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from lofit_fast.launch import Launch, by_itself, launched
@@ -94,6 +95,20 @@ class Company:
                 time.sleep(0.02)
             answer.value = self.store.add("spoken", 1) == 1
         return answer.value
+
+    def gone(self) -> str | None:
+        """Which processes of this machine have ended, in words; None if none is known to have."""
+        if self.launch is None or self.store is None:
+            return None
+        with _broken_as([]) as answer:
+            keys = [f"hello/{rank}" for rank in range(self.launch.count)]
+            known = {rank: json.loads(self.store.get(key)) for rank, key in enumerate(keys) if self._has(key)}
+            answer.value = [rank for rank, other in known.items() if _has_ended(other)]
+        if not answer.value:
+            return None
+        several = len(answer.value) > 1
+        numbers = ", ".join(map(str, answer.value))
+        return f"process{'es' * several} {numbers} of {self.launch.count} {'have' if several else 'has'} ended"
 
     def named(self, message: str) -> str:
         """A message with the number of the process that has something to say, where it is not the first."""
@@ -217,6 +232,23 @@ def _check_alike(processes: list[Mapping[str, Any]]) -> None:
                 f"expected the same command in every process: process 0 on {first['host']} runs "
                 f"{' '.join(first['command'])!r}, process {rank} on {other['host']} runs {' '.join(other['command'])!r}"
             )
+
+
+def _has_ended(other: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine is not there any more; of another machine that is not known."""
+    if other["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(other["process"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        # ended, and nobody has asked how
+        return Path(f"/proc/{other['process']}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
 
 
 def _versions() -> dict[str, str | None]:

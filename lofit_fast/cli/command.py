@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lofit_fast.cli.company import FIRST, Across, Company, joined, speaking
+from lofit_fast.cli.company import FIRST, Across, Company, speaking
 from lofit_fast.cli.options import check_counts
 
 FAILED, FAULT, INTERRUPTED, UNREAD = 1, 70, 130, 141
@@ -29,8 +29,6 @@ _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, Re
 _ENDS = (typer.Exit, typer.Abort, typer.BadParameter)
 # what torch says of a CPU's memory, in a RuntimeError like any other; of a GPU's it has a class
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
-# and of a process that is not there any more
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 # signs of a message: a value that it quotes may be a whole file
 _ROOM = 2000
 
@@ -65,10 +63,10 @@ def command(
             _quiet_libraries()
             company, result = Company(), None
             try:
-                joined(across, company)
+                company.meet(across)
                 if company.works:
                     check_counts(function, options)
-                    with company.at_work(options.get("device") or "auto"):
+                    with company.at_work(f"lofit-fast {name or function.__name__}", options.get("device") or "auto"):
                         result = function(*args, **options)
                 # what cannot be written is known only now
                 sys.stdout.flush()
@@ -127,8 +125,6 @@ def _failed(error: Exception, options: dict, company: Company) -> int:
 def _say(error: Exception, as_json: bool | None, company: Company) -> int:
     """Print an error in a line; returns the exit code. as_json: JSON would go where the output has gone."""
     said, code = str(error) or type(error).__name__, _code_of(error)
-    if _is_elsewhere(error) and (gone := company.gone()):
-        said = f"{gone} without a word, in the middle of it: {said}"
     if _is_out_of_memory(error):
         said = f"out of memory: {said}"
     elif code == FAULT:
@@ -145,9 +141,7 @@ def _code_of(error: Exception) -> int:
 def _is_elsewhere(error: Exception) -> bool:
     """Whether an error tells of another process of the launch, which has failed or is gone."""
     # by name: what defines it takes seconds to import
-    if type(error).__name__ == "ElsewhereError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
+    return type(error).__name__ == "ElsewhereError"
 
 
 def _end_bars() -> None:

@@ -86,6 +86,8 @@ def _in_group(rank: int, n: int, work: Callable[[int], object], where: Path) -> 
     store = dist.FileStore(str(where / "store"), n)
     limit = datetime.timedelta(seconds=_LIMIT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=limit)
+    # none leaves before all have met
+    dist.barrier()
     try:
         return work(rank)
     finally:

@@ -4,6 +4,7 @@ seconds, since everything is imported already."""
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import signal
@@ -80,9 +81,13 @@ def _in_group(rank: int, n: int, work: Callable[[int], object], where: Path) -> 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), TOKENIZERS_PARALLELISM="false"
     )
     torch.set_num_threads(1)
+    # what the test's process has made is not looked through for garbage again, nor copied for it
+    gc.freeze()
     store = dist.FileStore(str(where / "store"), n)
     limit = datetime.timedelta(seconds=_LIMIT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=limit)
+    # none leaves before all have met
+    dist.barrier()
     try:
         return work(rank)
     finally:

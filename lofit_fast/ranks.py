@@ -90,7 +90,7 @@ def joined(what: str) -> Iterator[None]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """A scope in which this process is a run of its own, whatever it was started with: one of a sweep's, for example."""
+    """A scope in which this process is a run of its own, whatever it was started with: one of a sweep's, say."""
     token = _apart.set(True)
     try:
         yield
@@ -207,6 +207,5 @@ def _versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "none"
-    from lofit_fast import __version__
-
-    return found | {"lofit-fast": __version__}
+    # whoever has this module has that one
+    return found | {"lofit-fast": sys.modules["lofit_fast"].__version__}

@@ -27,9 +27,7 @@ class RanksError(AssertionError):
     """Some of the processes have failed; the text has their tracebacks."""
 
 
-def in_processes(
-    n: int, work: Callable[[int], object], *, limit: float = _LIMIT, dying: Collection[int] = ()
-) -> list:
+def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT, dying: Collection[int] = ()) -> list:
     """What `work(rank)` returns in each of n processes, by rank.
 
     work: runs in a forked process, in a gloo group of n, with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK,

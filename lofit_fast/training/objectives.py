@@ -104,8 +104,8 @@ class EncodedObjective(Protocol):
     def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """The loss of each batch of a first epoch over `looked_at`, with its graph, in the order of training.
 
-        engine: a usable one, in whose `prepared` scope the model is. Of several processes in a run each has its own part
-        of every loss; their sum is the loss.
+        engine: a usable one, in whose `prepared` scope the model is. Of several processes in a run each has its own
+        part of every loss; their sum is the loss.
         """
 
 

@@ -102,9 +102,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             callbacks=callbacks,
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
-            data_collator=self.noted(
-                ShareCollator(drawn) if ranks.count() > 1 else drawn, lambda row: row["question"]
-            ),
+            data_collator=self.noted(ShareCollator(drawn) if ranks.count() > 1 else drawn, lambda row: row["question"]),
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False

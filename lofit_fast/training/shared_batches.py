@@ -52,8 +52,8 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
     if batch_size % (n * accumulation_steps):
         micro = f" x {accumulation_steps} accumulation_steps" if accumulation_steps > 1 else ""
         raise ValueError(
-            f"batch_size {batch_size} does not divide into {n} processes{micro}: the recipe's batch_size is that of all "
-            f"processes together, expected a multiple of {n * accumulation_steps}"
+            f"batch_size {batch_size} does not divide into {n} processes{micro}: the recipe's batch_size is that of "
+            f"all processes together, expected a multiple of {n * accumulation_steps}"
         )
     if n_examples < n:
         raise ValueError(f"got {n_examples} examples for {n} processes, expected at least one for each")
@@ -145,7 +145,7 @@ class SharedSteps:
             yield
 
     def saw(self, loss: Tensor, total: Tensor, norm: Tensor) -> None:
-        """A micro-batch is through: this process's part of its loss, that with penalties, its gradients' norm so far."""
+        """A micro-batch is through: this process's part of its loss, that with penalties, its gradients' norm."""
         self._seen += [loss.detach(), total.detach(), norm.detach()]
 
     @property

@@ -1,12 +1,14 @@
 """fit in several processes: what one process does with the same batches, and one writer."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast import ranks
@@ -14,6 +16,7 @@ from lofit_fast.training import told_run
 from lofit_fast.training.shared_batches import ShareCollator, own_rows
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.shared_runs import (
     SHARED,
     assert_same_outcome,
@@ -28,6 +31,22 @@ from tests.training.tiny_runs import EXAMPLES, HELD_OUT, assert_same_state, asse
 UNEVEN = [{"prompt": e["prompt"], "completion": e["completion"] * (1 + i % 4)} for i, e in enumerate(EXAMPLES)]
 
 
+class Stop(TrainerCallback):
+    """Ctrl-C in the second epoch of step 2."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if args.learning_rate == SHARED.tune_lr and state.epoch is not None and state.epoch > 1.2:
+            raise KeyboardInterrupt
+
+
+class Fail(TrainerCallback):
+    """A full disk after two steps."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise OSError("disk full")
+
+
 def test_three_processes_do_what_one_does(tmp_path):
     # the last batch has one example: two of the processes have none of it
     data = {"examples": UNEVEN[:7], "eval_data": HELD_OUT}
@@ -39,6 +58,14 @@ def test_three_processes_do_what_one_does(tmp_path):
     assert_whole(tmp_path / "three")
     handle = lf.load(tiny_model("llama"), tmp_path / "three" / "adapter")
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+def preferred(model, folder, recipe, **options):
+    rows = [
+        {"prompt": f"Q: {x}? A:", "chosen": f" {x}.", "rejected": [f" {y}!" for y in "xyz"[: 1 + i % 3]]}
+        for i, x in enumerate(("ab", "cde", "f", "ghij", "kl", "m", "no"))
+    ]
+    return lf.fit_preferences(model, tiny_tokenizer(), rows, recipe, output_dir=folder, progress=False, **options)
 
 
 WAYS = {
@@ -70,11 +97,23 @@ def test_every_way_to_train(tmp_path, monkeypatch, way):
         assert_same_outcome(got, expected, 1e-12 if how.get("dtype") == torch.float64 else 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [changed(), changed(batch_size=4, select="saliency"), changed(min_layer=1)])
+def test_preferences_are_shared_too(tmp_path, monkeypatch, recipe):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
+    cached = lf.Engine(prefix_cache_gb=1.0 if recipe.min_layer else 0.0)
+    how = {"recipe": recipe, "fitting": preferred, "engine": cached}
+    expected = outcome(tmp_path / "one", **how)
+    for got in outcomes(2, tmp_path / "two", **how):
+        assert_same_outcome(got, expected)
+
+
 def test_it_goes_on_with_another_number_of_processes(tmp_path):
     expected = outcome(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         # after an epoch of each step
-        outcome(tmp_path / "cut", callbacks=[_Stop()])
+        outcome(tmp_path / "cut", callbacks=[Stop()])
     for got in outcomes(2, tmp_path / "cut"):
         assert_same_outcome(got, expected)
 
@@ -97,18 +136,28 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path):
         assert_same_outcome(got, whole, 0)
 
 
-def test_all_diverge_with_the_words_of_one_process(tmp_path):
-    recipe = changed(select="random", tune_lr=1e30, tune_epochs=3)
-    with pytest.raises(FloatingPointError) as alone:
-        outcome(tmp_path / "one", recipe)
+class Poison(TrainerCallback):
+    """Gradients that are not numbers in a step of step 2."""
 
-    def work(rank):
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if args.learning_rate == SHARED.tune_lr and state.global_step == 3:
+            next(iter(lf.handle_of(model).parameters())).register_hook(lambda gradient: gradient * math.nan)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_diverge_with_the_words_of_one_process(tmp_path, accumulation_steps):
+    recipe = changed(select="random", accumulation_steps=accumulation_steps)
+
+    def words(folder, poisoned):
         with pytest.raises(FloatingPointError) as found:
-            outcome(tmp_path / "two", recipe)
+            outcome(folder, recipe, callbacks=[Poison()] * poisoned)
         return str(found.value)
 
-    said = [text.replace("/two/", "/one/") for text in in_processes(2, work)]
-    assert said == [str(alone.value)] * 2
+    alone = words(tmp_path / "one", True)
+    # in one of the processes only
+    said = in_processes(2, lambda rank: words(tmp_path / "two", rank == 1))
+    assert [text.replace("/two/", "/one/") for text in said] == [alone] * 2
+    assert "in step 4" in alone and "checkpoint-2" in alone
 
 
 def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch):
@@ -154,15 +203,10 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
 
 def test_an_error_in_one_process_ends_all(tmp_path):
     def work(rank):
-        class Failing(lf_callback()):
-            def on_step_end(self, args, state, control, **_):
-                if rank == 1 and state.global_step == 2:
-                    raise OSError("disk full")
-
         model = tiny_model("llama")
         before = state_of(model)
         with pytest.raises((OSError, ranks.ElsewhereError)) as found:
-            fit(model, tmp_path, SHARED, callbacks=[Failing()])
+            fit(model, tmp_path, SHARED, callbacks=[Fail()] * rank)
         assert_same_state(model, before, but=("modes", "config"))
         with pytest.raises(ranks.ElsewhereError, match="start all of them again"):
             fit(model, tmp_path, SHARED)
@@ -190,17 +234,3 @@ def test_one_that_is_apart_trains_alone(tmp_path):
     one, other = in_processes(2, work)
     assert_same_outcome(one, other, 0)
     assert json.loads((tmp_path / "1" / "state.json").read_text())["stage"] == "done"
-
-
-def lf_callback():
-    from transformers import TrainerCallback
-
-    return TrainerCallback
-
-
-class _Stop(lf_callback()):
-    """Ctrl-C in the second epoch of step 2."""
-
-    def on_step_begin(self, args, state, control, **_):
-        if args.learning_rate == SHARED.tune_lr and state.epoch is not None and state.epoch > 1.2:
-            raise KeyboardInterrupt

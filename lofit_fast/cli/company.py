@@ -204,7 +204,7 @@ def _check_alike(processes: list[Mapping[str, Any]]) -> None:
             if its != first["versions"].get(library):
                 raise ValueError(
                     f"expected the same libraries in every process: process 0 on {first['host']} has {library} "
-                    f"{first['versions'].get(library)}, process {rank} on {other["host"]} has {library} {its}"
+                    f"{first['versions'].get(library)}, process {rank} on {other['host']} has {library} {its}"
                 )
         if other["command"] != first["command"]:
             raise ValueError(

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from transformers import TrainerCallback
 
 import lofit_fast as lf
-from lofit_fast import ranks
+from lofit_fast import ranks, roll_call
 from lofit_fast.training import told_run
-from lofit_fast.training.shared_batches import ShareCollator, own_rows
+from lofit_fast.training.shared_batches import ShareCollator, check_devices, own_rows
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -118,7 +119,8 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path):
         assert_same_outcome(got, expected)
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call, "_GRACE", 0.5)
     recipe = changed(select="random")
     expected = outcomes(2, tmp_path / "whole", recipe)
 
@@ -201,7 +203,9 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_one_process_ends_all(tmp_path):
+def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call, "_GRACE", 0.5)
+
     def work(rank):
         model = tiny_model("llama")
         before = state_of(model)
@@ -226,10 +230,21 @@ def test_every_process_has_its_own_rows_of_a_batch():
     assert got == [(["a", "d"], ["a", "dddd"], ["a"]), (["b"], ["bb"], []), (["c"], ["ccc"], [])]
 
 
+def test_one_accelerator_is_one_process_s():
+    check_devices([("a", "cpu"), ("a", "cpu")])
+    check_devices([("a", "cuda:0"), ("b", "cuda:0"), ("a", "cuda:1")])
+    with pytest.raises(ValueError, match="processes 0 and 2 both have their model on cuda:0 of a"):
+        check_devices([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")])
+
+
 def test_one_that_is_apart_trains_alone(tmp_path):
     def work(rank):
+        # somebody else's accelerate knows of both, before and after
+        state = PartialState(cpu=True)
         with ranks.apart():
-            return outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))
+            got = outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))
+        assert state.num_processes == PartialState().num_processes == ranks.count() == 2
+        return got
 
     one, other = in_processes(2, work)
     assert_same_outcome(one, other, 0)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import PartialState
 from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast import ranks, roll_call
-from lofit_fast.training import told_run
-from lofit_fast.training.shared_batches import ShareCollator, check_devices, own_rows
+from lofit_fast.training import told_run, trainer
+from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
-from tests.tiny_models import tiny_model
+from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.shared_runs import (
     SHARED,
@@ -52,13 +53,63 @@ def test_three_processes_do_what_one_does(tmp_path):
     # the last batch has one example: two of the processes have none of it
     data = {"examples": UNEVEN[:7], "eval_data": HELD_OUT}
     expected = outcome(tmp_path / "one", **data)
-    for got in outcomes(3, tmp_path / "three", **data):
+    for got, sent in in_processes(3, lambda rank: counted(lambda: outcome(tmp_path / "three", **data))):
         assert_same_outcome(got, expected)
+        # of a step all vectors, and a batch's loss twice and its gradients' norm; of a batch to judge by a loss
+        vectors_of = {"select": LAYERS * HEADS * HEAD_DIM, "tune": SHARED.top * HEAD_DIM}
+        assert sent == [4 * n for of in vectors_of.values() for n in ([of + 3] * 2 + [1]) * 2]
     files = [{p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (tmp_path / "one", tmp_path / "three")]
     assert files[0] == files[1]
     assert_whole(tmp_path / "three")
     handle = lf.load(tiny_model("llama"), tmp_path / "three" / "adapter")
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+def counted(call):
+    """What a call returns, and the bytes of each sum over processes in it."""
+    sent, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor: sent.append(tensor.nbytes) or reduce(tensor)
+    return call(), sent
+
+
+def plant_means(monkeypatch):
+    """Each process divides by its own labels, and the means are averaged."""
+    begin = SharedSteps.begin
+
+    def own(self, batches):
+        n = begin(self, batches)
+        return n if not self._ahead else max(1, sum(s.here_labels for s in self._ahead)) * ranks.count()
+
+    monkeypatch.setattr(SharedSteps, "begin", own)
+
+
+def plant_penalties(monkeypatch):
+    """The L1 term is added in every process."""
+    noted = trainer.AttachmentTraining.noted_loss
+
+    def everywhere(self, loss, batches):
+        return noted(self, loss, batches) + (0.0 if ranks.first() else self.extra_loss() / batches)
+
+    monkeypatch.setattr(trainer.AttachmentTraining, "noted_loss", everywhere)
+
+
+def plant_rows(monkeypatch):
+    """A process without rows of its own learns from those of another."""
+    monkeypatch.setattr(Share, "own", lambda self, value: value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", [plant_means, plant_penalties, plant_rows])
+def test_faults_are_noticed(tmp_path, monkeypatch, plant):
+    expected = outcome(tmp_path / "one", examples=UNEVEN[:7])
+
+    def work(rank):
+        plant(monkeypatch)
+        return outcome(tmp_path / "three", examples=UNEVEN[:7])
+
+    with pytest.raises(AssertionError):
+        for got in in_processes(3, work):
+            assert_same_outcome(got, expected)
 
 
 def preferred(model, folder, recipe, **options):
@@ -240,6 +291,7 @@ def test_one_accelerator_is_one_process_s():
 def test_one_that_is_apart_trains_alone(tmp_path):
     def work(rank):
         # somebody else's accelerate knows of both, before and after
+        PartialState._reset_state()
         state = PartialState(cpu=True)
         with ranks.apart():
             got = outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast import ranks, roll_call
+from lofit_fast.models.load import load_model
 from lofit_fast.training import told_run, trainer
 from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
@@ -150,6 +151,26 @@ def test_every_way_to_train(tmp_path, monkeypatch, way):
 
 
 @pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_real_model_learns_the_same(tmp_path, n):
+    # the processes are forked, and have its pages in common
+    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+    names = ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn", "Gus")
+    pairs = zip(names, names[::-1], strict=True)
+    rows = [{"prompt": f"Q: Who is {x}'s friend?\nA:", "completion": f" {y}" * (1 + len(x) % 2)} for x, y in pairs]
+
+    def real(_, folder, recipe, **options):
+        return lf.fit(model, tokenizer, rows, recipe, output_dir=folder, progress=False, **options)
+
+    recipe = changed(top=5, select_epochs=1, tune_epochs=1)
+    expected = outcome(tmp_path / "one", recipe, fitting=real)
+    lf.handle_of(model).unpatch()
+    for got in outcomes(n, tmp_path / "several", recipe, fitting=real):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [changed(), changed(batch_size=4, select="saliency"), changed(min_layer=1)])
 def test_preferences_are_shared_too(tmp_path, monkeypatch, recipe):
     pytest.importorskip("trl")
@@ -279,6 +300,20 @@ def test_every_process_has_its_own_rows_of_a_batch():
 
     got = in_processes(3, work)
     assert got == [(["a", "d"], ["a", "dddd"], ["a"]), (["b"], ["bb"], []), (["c"], ["ccc"], [])]
+
+
+def test_what_is_dropped_at_random_is_drawn_for_each_process_and_step(monkeypatch):
+    steps = SharedSteps(torch.nn.Dropout(0.5), 7)
+    assert steps.drops and not SharedSteps(torch.nn.Dropout(0.0), 7).drops
+    masks, before = {}, torch.random.get_rng_state()
+    for rank, step in [(0, 0), (1, 0), (0, 1), (0, 0)]:
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        with steps.drawing(step):
+            mask = steps.model(torch.ones(64)).bool()
+        # a step that is trained again draws the same
+        assert masks.setdefault((rank, step), mask).equal(mask)
+    assert len({tuple(mask.tolist()) for mask in masks.values()}) == 3
+    assert torch.random.get_rng_state().equal(before)
 
 
 def test_one_accelerator_is_one_process_s():

@@ -135,16 +135,16 @@ def summed(values: Tensor) -> Tensor:
     """The sum of every process's tensor, in the same bits everywhere. All must call it, with one shape and dtype."""
     if count() == 1:
         return values
-    total = values.detach().clone().contiguous()
+    total = _sendable(values)
     _spoken(lambda: dist.all_reduce(total))
-    return total
+    return total.to(values.device)
 
 
 def as_first(tensors: Iterable[Tensor]) -> None:
     """Make tensors in place what they are in the first process. All must call it, with the same shapes and dtypes."""
     if count() > 1:
         for tensor in tensors:
-            sent = tensor.detach().clone().contiguous()
+            sent = _sendable(tensor)
             _spoken(lambda sent=sent: dist.broadcast(sent, src=0))
             with torch.no_grad():
                 tensor.copy_(sent)
@@ -177,6 +177,12 @@ def check_same(value: object, what: str) -> None:
     if any(other != values[0] for other in values[1:]):
         listed = "; ".join(f"process {number}: {other}" for number, other in enumerate(values))
         raise ValueError(f"expected the same {what} in every process, got {listed}")
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """A copy that a group can send: from other devices than CUDA's through the host."""
+    copy = tensor.detach().clone().contiguous()
+    return copy if copy.device.type == "cuda" else copy.cpu()
 
 
 def _spoken(collective: Callable[[], object]) -> None:

@@ -125,10 +125,14 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         """Nothing: TRL would write one beside the checkpoints, which are a run's own."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with what has stayed on the device read now."""
+        """TRL's, with what has stayed on the device read now, of every process."""
         for values in self._metrics["train"].values():
             if any(map(torch.is_tensor, values)):
                 values[:] = torch.stack(values).tolist()
+        if self.shared is not None:
+            for found in ranks.gathered(dict(self._metrics["train"]))[1:]:
+                for name, values in found.items():
+                    self._metrics["train"][name] += values
         super().log(logs, start_time)
 
     def _is_plain_dpo(self) -> bool:

@@ -7,6 +7,7 @@ moves. Its wrapper for data parallelism would send the base, and average where l
 
 from __future__ import annotations
 
+import socket
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from lofit_fast.data.encode import IGNORED
 from lofit_fast.launchers import sharding_asked
 from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.device_queue import devices_of
 
 # of a batch, under a name that no model takes
@@ -55,6 +57,8 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
             f"batch_size {batch_size} does not divide into {n} processes{micro}: the recipe's batch_size is that of "
             f"all processes together, expected a multiple of {n * accumulation_steps}"
         )
+    places = ranks.gathered((socket.gethostname(), str(device_of(model))))
+    check_devices(places)
     if n_examples < n:
         raise ValueError(f"got {n_examples} examples for {n} processes, expected at least one for each")
     if asked := sharding_asked():
@@ -67,6 +71,17 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
             f"{type(model).__name__} balances its experts over each batch (output_router_logits=True), and the part of "
             f"one of {n} processes is no such batch: set model.config.output_router_logits = False, or use one process"
         )
+
+
+def check_devices(places: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError for processes that have their models on one accelerator. places: (host, device) by process."""
+    for number, place in enumerate(places):
+        if place in places[:number] and not place[1].startswith("cpu"):
+            host, device = place
+            raise ValueError(
+                f"processes {places.index(place)} and {number} both have their model on {device} of {host}, expected a "
+                "device of its own for each: load it on the device of the process's local number (LOCAL_RANK)"
+            )
 
 
 def own_rows(rows: Sequence) -> list:

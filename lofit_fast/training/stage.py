@@ -24,6 +24,7 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
+from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -60,6 +61,12 @@ def train_attachment(
         ImportError: preferences without TRL.
         FloatingPointError: training diverges; the attachment is still in the model.
     """
+    with ranks.joined("training"):
+        how = {"output_dir": output_dir, "engine": engine, "callbacks": callbacks}
+        return _trained(attachment, tokenizer, objective, schedule, progress=progress and ranks.first(), **how)
+
+
+def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, callbacks, progress) -> dict:
     if not schedule.epochs:
         raise ValueError("expected at least one epoch to train, got 0")
     asked_gb = 0.0 if engine is None else engine.prefix_cache_gb
@@ -69,6 +76,7 @@ def train_attachment(
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
+    check_shares(attachment.model, schedule.batch_size, schedule.accumulation_steps, data.n_examples)
     asked = data.usable(engine or Engine(), schedule.accumulation_steps)
     settled, said = settle_for(attachment, asked, data, tokenizer, schedule)
     if progress:

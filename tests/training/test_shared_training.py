@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
 from transformers import TrainerCallback
 
 import lofit_fast as lf
-from lofit_fast import ranks
-from lofit_fast.training import told_run
-from lofit_fast.training.shared_batches import ShareCollator, own_rows
+from lofit_fast import ranks, roll_call
+from lofit_fast.models.load import load_model
+from lofit_fast.training import told_run, trainer
+from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
-from tests.tiny_models import tiny_model
+from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.shared_runs import (
     SHARED,
@@ -51,13 +54,63 @@ def test_three_processes_do_what_one_does(tmp_path):
     # the last batch has one example: two of the processes have none of it
     data = {"examples": UNEVEN[:7], "eval_data": HELD_OUT}
     expected = outcome(tmp_path / "one", **data)
-    for got in outcomes(3, tmp_path / "three", **data):
+    for got, sent in in_processes(3, lambda rank: counted(lambda: outcome(tmp_path / "three", **data))):
         assert_same_outcome(got, expected)
+        # of a step all vectors, and a batch's loss twice and its gradients' norm; of a batch to judge by a loss
+        vectors_of = {"select": LAYERS * HEADS * HEAD_DIM, "tune": SHARED.top * HEAD_DIM}
+        assert sent == [4 * n for of in vectors_of.values() for n in ([of + 3] * 2 + [1]) * 2]
     files = [{p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (tmp_path / "one", tmp_path / "three")]
     assert files[0] == files[1]
     assert_whole(tmp_path / "three")
     handle = lf.load(tiny_model("llama"), tmp_path / "three" / "adapter")
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+def counted(call):
+    """What a call returns, and the bytes of each sum over processes in it."""
+    sent, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor: sent.append(tensor.nbytes) or reduce(tensor)
+    return call(), sent
+
+
+def plant_means(monkeypatch):
+    """Each process divides by its own labels, and the means are averaged."""
+    begin = SharedSteps.begin
+
+    def own(self, batches):
+        n = begin(self, batches)
+        return n if not self._ahead else max(1, sum(s.here_labels for s in self._ahead)) * ranks.count()
+
+    monkeypatch.setattr(SharedSteps, "begin", own)
+
+
+def plant_penalties(monkeypatch):
+    """The L1 term is added in every process."""
+    noted = trainer.AttachmentTraining.noted_loss
+
+    def everywhere(self, loss, batches):
+        return noted(self, loss, batches) + (0.0 if ranks.first() else self.extra_loss() / batches)
+
+    monkeypatch.setattr(trainer.AttachmentTraining, "noted_loss", everywhere)
+
+
+def plant_rows(monkeypatch):
+    """A process without rows of its own learns from those of another."""
+    monkeypatch.setattr(Share, "own", lambda self, value: value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", [plant_means, plant_penalties, plant_rows])
+def test_faults_are_noticed(tmp_path, monkeypatch, plant):
+    expected = outcome(tmp_path / "one", examples=UNEVEN[:7])
+
+    def work(rank):
+        plant(monkeypatch)
+        return outcome(tmp_path / "three", examples=UNEVEN[:7])
+
+    with pytest.raises(AssertionError):
+        for got in in_processes(3, work):
+            assert_same_outcome(got, expected)
 
 
 def preferred(model, folder, recipe, **options):
@@ -98,6 +151,26 @@ def test_every_way_to_train(tmp_path, monkeypatch, way):
 
 
 @pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_real_model_learns_the_same(tmp_path, n):
+    # the processes are forked, and have its pages in common
+    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+    names = ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn", "Gus")
+    pairs = zip(names, names[::-1], strict=True)
+    rows = [{"prompt": f"Q: Who is {x}'s friend?\nA:", "completion": f" {y}" * (1 + len(x) % 2)} for x, y in pairs]
+
+    def real(_, folder, recipe, **options):
+        return lf.fit(model, tokenizer, rows, recipe, output_dir=folder, progress=False, **options)
+
+    recipe = changed(top=5, select_epochs=1, tune_epochs=1)
+    expected = outcome(tmp_path / "one", recipe, fitting=real)
+    lf.handle_of(model).unpatch()
+    for got in outcomes(n, tmp_path / "several", recipe, fitting=real):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [changed(), changed(batch_size=4, select="saliency"), changed(min_layer=1)])
 def test_preferences_are_shared_too(tmp_path, monkeypatch, recipe):
     pytest.importorskip("trl")
@@ -118,7 +191,8 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path):
         assert_same_outcome(got, expected)
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call, "_GRACE", 0.5)
     recipe = changed(select="random")
     expected = outcomes(2, tmp_path / "whole", recipe)
 
@@ -201,7 +275,9 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_one_process_ends_all(tmp_path):
+def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call, "_GRACE", 0.5)
+
     def work(rank):
         model = tiny_model("llama")
         before = state_of(model)
@@ -226,10 +302,36 @@ def test_every_process_has_its_own_rows_of_a_batch():
     assert got == [(["a", "d"], ["a", "dddd"], ["a"]), (["b"], ["bb"], []), (["c"], ["ccc"], [])]
 
 
+def test_what_is_dropped_at_random_is_drawn_for_each_process_and_step(monkeypatch):
+    steps = SharedSteps(torch.nn.Dropout(0.5), 7)
+    assert steps.drops and not SharedSteps(torch.nn.Dropout(0.0), 7).drops
+    masks, before = {}, torch.random.get_rng_state()
+    for rank, step in [(0, 0), (1, 0), (0, 1), (0, 0)]:
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        with steps.drawing(step):
+            mask = steps.model(torch.ones(64)).bool()
+        # a step that is trained again draws the same
+        assert masks.setdefault((rank, step), mask).equal(mask)
+    assert len({tuple(mask.tolist()) for mask in masks.values()}) == 3
+    assert torch.random.get_rng_state().equal(before)
+
+
+def test_one_accelerator_is_one_process_s():
+    check_devices([("a", "cpu"), ("a", "cpu")])
+    check_devices([("a", "cuda:0"), ("b", "cuda:0"), ("a", "cuda:1")])
+    with pytest.raises(ValueError, match="processes 0 and 2 both have their model on cuda:0 of a"):
+        check_devices([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")])
+
+
 def test_one_that_is_apart_trains_alone(tmp_path):
     def work(rank):
+        # somebody else's accelerate knows of both, before and after
+        PartialState._reset_state()
+        state = PartialState(cpu=True)
         with ranks.apart():
-            return outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))
+            got = outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))
+        assert state.num_processes == PartialState().num_processes == ranks.count() == 2
+        return got
 
     one, other = in_processes(2, work)
     assert_same_outcome(one, other, 0)

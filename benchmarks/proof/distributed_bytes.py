@@ -145,7 +145,9 @@ def _show(found: Mapping[str, Mapping[str, int]], processes: int) -> None:
     full = max(row["bytes"] for row in found.values())
     for name, row in found.items():
         share = full / row["bytes"]
-        print(f"{name:58} {row['trained']:>12,} trained {row['bytes']:>12,} bytes in {row['calls']} calls, 1/{share:,.0f}")
+        print(
+            f"{name:58} {row['trained']:>12,} trained {row['bytes']:>12,} bytes in {row['calls']} calls, 1/{share:,.0f}"
+        )
 
 
 def main() -> None:
@@ -158,7 +160,9 @@ def main() -> None:
     ranks.begun()
     if ranks.count() == 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
-        sys.exit(subprocess.call([sys.executable, *launcher, "-m", "benchmarks.proof.distributed_bytes", *sys.argv[1:]]))
+        sys.exit(
+            subprocess.call([sys.executable, *launcher, "-m", "benchmarks.proof.distributed_bytes", *sys.argv[1:]])
+        )
     found = measured(options.model)
     if ranks.first():
         about = {"kind": "exact counts, no clock", "model": options.model, "processes": dist.get_world_size()}

@@ -175,7 +175,6 @@ def train(
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
 
-
     def summed_up() -> dict:
         about = {"model": model, "task": examples.name, "recipe": recipe, "data_seed": seed}
         with held(output):

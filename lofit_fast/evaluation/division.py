@@ -79,7 +79,9 @@ class Division:
 def _is_fully_sharded(model: nn.Module) -> bool:
     """Whether FSDP, of either generation, keeps the weights apart and gathers them for each forward."""
     for module in model.modules():
-        if "_fsdp_wrapped_module" in module._modules or "FSDPModule" in {kind.__name__ for kind in type(module).__mro__}:
+        if "_fsdp_wrapped_module" in module._modules or "FSDPModule" in {
+            kind.__name__ for kind in type(module).__mro__
+        }:
             return True
     return False
 

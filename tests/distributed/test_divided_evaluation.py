@@ -99,7 +99,9 @@ def test_prompts_are_shared_in_every_process():
 
     def work(rank):
         shared = SharedPrompts()
-        said = [generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=5, batch_size=2, shared=shared) for _ in "ab"]
+        said = [
+            generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=5, batch_size=2, shared=shared) for _ in "ab"
+        ]
         return said, shared.computed
 
     expected = generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=5, batch_size=2)

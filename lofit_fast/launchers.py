@@ -61,8 +61,8 @@ def launched() -> Launched | None:
     count, number = _read(_COUNT), _read(_RANK)
     if count is not None and count > 1 and number is None:
         raise ValueError(
-            f"the environment says that this is one of {count} processes (WORLD_SIZE), but not which (RANK): start them "
-            "with torchrun or accelerate launch, or unset WORLD_SIZE for one process by itself"
+            f"the environment says that this is one of {count} processes (WORLD_SIZE), but not which (RANK): start "
+            "them with torchrun or accelerate launch, or unset WORLD_SIZE for one process by itself"
         )
     if count is None or number is None:
         return None

@@ -1,4 +1,4 @@
-"""What two processes that train together send to each other in a step: LoFiT's vectors, beside full fine-tuning's weights.
+"""What two processes that train together send in a step: LoFiT's vectors, beside full fine-tuning's weights.
 
     python -m benchmarks.proof.distributed_bytes [--model smollm2] [--processes 2] [--json FILE]
 

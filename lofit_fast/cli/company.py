@@ -161,7 +161,8 @@ def _store(found: Launched) -> Any:
             raise OSError(errno.EADDRINUSE, said) from error
         if found.rank and not place.kept:
             raise TimeoutError(
-                f"process 0 of {found.count} has not joined: nobody answers at {where} within {seconds:.3g} s ({TIMEOUT})"
+                f"process 0 of {found.count} has not joined: nobody answers at {where} within {seconds:.3g} s "
+                f"({TIMEOUT})"
             ) from error
         raise OSError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}") from error
     return PrefixStore(f"lofit-fast/{place.attempt}", store)

@@ -1,4 +1,4 @@
-"""The command line under torchrun and accelerate launch themselves, against one process: real launchers, real models."""
+"""The command line under torchrun and accelerate launch themselves, against one process."""
 
 import json
 import os

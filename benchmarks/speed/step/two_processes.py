@@ -142,12 +142,11 @@ def main() -> None:
         print(f"{name}: {one:.2f} examples/s by one process, {two:.2f} by two, ratio {row['two_to_one']:.2f}")
     place = options.json or (None if options.quick else RESULT)
     if place is not None:
-        from benchmarks.proof.reliability.trial_journal import commit
         from benchmarks.speed.timing import machine
         from lofit_fast.files import write_json
 
         about = {"kind": "wall clock, interleaved in one call", "model": options.model, "cores": cores}
-        about |= {"examples": examples, "batch_size": batch_size, "commit": commit(), "machine": machine()}
+        about |= {"examples": examples, "batch_size": batch_size, "machine": machine()}
         write_json(place, about | {"examples_per_s": stages})
 
 

@@ -12,7 +12,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ test: $(STAMP) ## the tests that a change must pass
 # its tracer takes three quarters as long again
 coverage: $(STAMP) ## the same tests, with coverage of both packages, of which 90 % is the least
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-distributed: $(STAMP) ## several processes: the tests of `make test` and the slow ones, with torchrun, accelerate and SmolLM2
+	$(BIN)/python -m pytest -m distributed
 
 test-all: $(STAMP) ## these and the slow ones that rarely fail, without real models
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not real'

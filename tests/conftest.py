@@ -34,6 +34,14 @@ def pytest_collection_finish(session):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of files that fork several processes of one group."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "in_processes"):
+            item.add_marker("distributed")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Skip what runs a real model where that is not installed."""
     if item.get_closest_marker("real") and smollm2_file() is None:

@@ -4,6 +4,7 @@ seconds, since everything is imported already."""
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import signal
@@ -12,7 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -26,23 +27,32 @@ class RanksError(AssertionError):
     """Some of the processes have failed; the text has their tracebacks."""
 
 
-def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT) -> list:
+def in_processes(
+    n: int,
+    work: Callable[[int], object],
+    *,
+    limit: float = _LIMIT,
+    timeout: float = _LIMIT,
+    dying: Collection[int] = (),
+) -> list:
     """What `work(rank)` returns in each of n processes, by rank.
 
     work: runs in a forked process, in a gloo group of n, with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK,
-    LOCAL_WORLD_SIZE); what it returns is pickled. limit: seconds after which all are killed.
+    LOCAL_WORLD_SIZE); what it returns is pickled. limit: seconds after which all are killed. timeout: seconds that one
+    waits for another. dying: the ranks that are meant to end before they return, whose answer is None.
     Raises RanksError, with the tracebacks, unless every process returns; a process that was killed is named.
     """
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         sys.stdout.flush()
         sys.stderr.flush()
-        children = {_forked(rank, n, work, where): rank for rank in range(n)}
+        children = {_forked(rank, n, work, where, timeout): rank for rank in range(n)}
         ended = _ends(children, limit)
         answers, failed = [], []
         for rank in range(n):
             path = where / f"{rank}.answer"
-            ok, value = pickle.loads(path.read_bytes()) if path.exists() else (False, f"ended with {ended[rank]}")
+            silent = (rank in dying, None if rank in dying else f"ended with {ended[rank]}")
+            ok, value = pickle.loads(path.read_bytes()) if path.exists() else silent
             answers.append(value)
             if not ok:
                 failed.append(f"rank {rank}: {value}")
@@ -51,7 +61,7 @@ def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT
         return answers
 
 
-def _forked(rank: int, n: int, work: Callable[[int], object], where: Path) -> int:
+def _forked(rank: int, n: int, work: Callable[[int], object], where: Path, timeout: float) -> int:
     with warnings.catch_warnings():
         # newer Pythons warn where there are threads: the child computes with one of its own
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -60,7 +70,7 @@ def _forked(rank: int, n: int, work: Callable[[int], object], where: Path) -> in
         return pid
     # never returns: the test's own process goes on elsewhere
     try:
-        answer = (True, _in_group(rank, n, work, where))
+        answer = (True, _in_group(rank, n, work, where, timeout))
     except BaseException:
         answer = (False, traceback.format_exc())
     try:
@@ -71,18 +81,24 @@ def _forked(rank: int, n: int, work: Callable[[int], object], where: Path) -> in
         os._exit(0)
 
 
-def _in_group(rank: int, n: int, work: Callable[[int], object], where: Path) -> object:
+def _in_group(rank: int, n: int, work: Callable[[int], object], where: Path, timeout: float) -> object:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), TOKENIZERS_PARALLELISM="false"
     )
     torch.set_num_threads(1)
+    # what the test's process has made is not looked through for garbage again, nor copied for it
+    gc.freeze()
     store = dist.FileStore(str(where / "store"), n)
-    limit = datetime.timedelta(seconds=_LIMIT)
+    limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=limit)
+    # none leaves before all have met
+    dist.barrier()
     try:
         return work(rank)
     finally:
-        dist.destroy_process_group()
+        # one that has lost the others has left it
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _ends(children: dict[int, int], limit: float) -> dict[int, str]:

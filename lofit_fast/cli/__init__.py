@@ -9,10 +9,12 @@ def main() -> None:
     _fill_closed_streams()
     try:
         from lofit_fast.cli.app import app
+        from lofit_fast.cli.company import hush
     except ImportError as error:
         sys.exit(f'error: the commands need the extra "train": pip install "lofit-fast[train]" ({error})')
     except KeyboardInterrupt:
         sys.exit(130)
+    hush()
     app()
 
 

@@ -12,6 +12,7 @@ from lofit_fast.cli import (
     train_command,
 )
 from lofit_fast.cli.command import command
+from lofit_fast.cli.company import DIVIDED
 
 app = typer.Typer(
     help="LoFiT: find the attention heads that matter, then tune offsets on those alone.",
@@ -30,6 +31,7 @@ command(
     "train --model smollm2 --data preferences.jsonl --top 0.1 --output runs/preferred",
     "train --model smollm2 --data my.jsonl --min-layer 22 --prefix-cache-gb 2 --output runs/mine",
     goes_on=True,
+    across=DIVIDED,
 )(train_command.train)
 command(
     app,
@@ -45,11 +47,13 @@ command(
     "eval --model smollm2 --adapter runs/kinship/adapter --task kinship --json",
     "eval --model smollm2 --task truthfulqa --data DIR",
     "eval --model smollm2 --adapter runs/preferred/adapter --data preferences.jsonl",
+    across=DIVIDED,
 )(judge_commands.eval)
 command(
     app,
     'generate --model smollm2 --adapter runs/kinship/adapter --prompt "Question: ..."',
     "generate --model smollm2 --max-new-tokens 64 < prompts.txt",
+    across=DIVIDED,
 )(judge_commands.generate)
 command(app, "merge --model smollm2 --adapter runs/kinship/adapter --output merged")(export_commands.merge)
 command(app, "export --model smollm2 --adapter runs/kinship/adapter --output exported")(export_commands.export)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lofit_fast.cli.company import FIRST, Across, Company, speaking
 from lofit_fast.cli.options import check_counts
 
 FAILED, FAULT, INTERRUPTED, UNREAD = 1, 70, 130, 141
@@ -43,35 +44,47 @@ out, err = _Piped(), Console(stderr=True)
 
 
 def command(
-    app: typer.Typer, *examples: str, program: str = "lofit-fast", name: str | None = None, goes_on: bool = False
+    app: typer.Typer,
+    *examples: str,
+    program: str = "lofit-fast",
+    name: str | None = None,
+    goes_on: bool = False,
+    across: Across = FIRST,
 ) -> Callable:
     """Register a command: its examples go into --help, expected errors become one line and exit code 1.
 
-    goes_on: whether the command, when it is interrupted and called again, goes on where it was.
+    goes_on: whether the command, when it is interrupted and called again, goes on where it was. across: what it does
+    when torchrun or accelerate starts it as several processes.
     """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args, **options):
             _quiet_libraries()
+            company, result = Company(), None
             try:
-                check_counts(function, options)
-                result = function(*args, **options)
+                company.meet(across)
+                if company.works:
+                    check_counts(function, options)
+                    with company.at_work(f"lofit-fast {name or function.__name__}", options.get("device") or "auto"):
+                        result = function(*args, **options)
                 # what cannot be written is known only now
                 sys.stdout.flush()
-                return result
-            except _ENDS:
+            except _ENDS as error:
                 _drop_unwritable()
+                company.ended(getattr(error, "exit_code", FAILED))
                 raise
             except KeyboardInterrupt as error:
-                _end_bars()
                 again = ": the same command goes on where it was" if goes_on else ""
-                say_error(f"interrupted{again}", options.get("as_json"))
-                raise typer.Exit(INTERRUPTED) from error
+                raise typer.Exit(_interrupted(f"interrupted{again}", options, company)) from error
             except Exception as error:
-                raise typer.Exit(_failed(error, options)) from error
+                raise typer.Exit(_failed(error, options, company)) from error
+            if code := company.ended(0):
+                raise typer.Exit(code)
+            return result
 
-        run.__doc__ = "\n\n".join([function.__doc__, "Examples:", *(f"  {program} {line}" for line in examples)])
+        shown = [function.__doc__, across.said, "Examples:", *(f"  {program} {line}" for line in examples)]
+        run.__doc__ = "\n\n".join(shown)
         return app.command(name)(run)
 
     return register
@@ -86,21 +99,49 @@ def say_error(message: str, as_json: bool | None = False) -> None:
         err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
-def _failed(error: Exception, options: dict) -> int:
+def _interrupted(message: str, options: dict, company: Company) -> int:
+    """Say that the command was interrupted; returns the exit code."""
+    _end_bars()
+    if company.speaks(elsewhere=False):
+        with speaking():
+            say_error(message, options.get("as_json"))
+    return company.ended(INTERRUPTED)
+
+
+def _failed(error: Exception, options: dict, company: Company) -> int:
     """Say what went wrong; returns the exit code."""
     _end_bars()
     unwritable = _drop_unwritable()
     if unwritable and isinstance(error, BrokenPipeError):
-        return UNREAD
-    said, code = str(error) or type(error).__name__, FAILED
+        return company.ended(UNREAD)
+    if company.speaks(elsewhere=_is_elsewhere(error)):
+        with speaking():
+            code = _say(error, options.get("as_json") and not unwritable, company)
+    else:
+        code = _code_of(error)
+    return company.ended(code)
+
+
+def _say(error: Exception, as_json: bool | None, company: Company) -> int:
+    """Print an error in a line; returns the exit code. as_json: JSON would go where the output has gone."""
+    said, code = str(error) or type(error).__name__, _code_of(error)
     if _is_out_of_memory(error):
         said = f"out of memory: {said}"
-    elif not isinstance(error, _EXPECTED):
-        where, code = _kept_traceback(), FAULT
-        said = f"a fault in lofit-fast, please report it with {where}: {type(error).__name__}: {said}"
-    # JSON would go where the output has gone
-    say_error(said, options.get("as_json") and not unwritable)
+    elif code == FAULT:
+        said = f"a fault in lofit-fast, please report it with {_kept_traceback()}: {type(error).__name__}: {said}"
+    say_error(company.named(said), as_json)
     return code
+
+
+def _code_of(error: Exception) -> int:
+    known = isinstance(error, _EXPECTED) or _is_elsewhere(error) or _is_out_of_memory(error)
+    return FAILED if known else FAULT
+
+
+def _is_elsewhere(error: Exception) -> bool:
+    """Whether an error tells of another process of the launch, which has failed or is gone."""
+    # by name: what defines it takes seconds to import
+    return type(error).__name__ == "ElsewhereError"
 
 
 def _end_bars() -> None:

@@ -48,13 +48,16 @@ def eval(
 ) -> None:
     """Exact match of greedy answers, or MC1 and MC2; of a closed set also the best-scoring answer, and the majority."""
     from lofit_fast.evaluation.judge import constrained_accuracy, judge
+    from lofit_fast.ranks import together
     from lofit_fast.tasks import load_task, majority_accuracy
     from lofit_fast.training.summary import data_seed_of
 
     reading = reading_of(split, subset, columns, train_on)
-    base, tokenizer = loaded(model, adapter, dtype, device)
-    seed = data_seed_of(adapter) if seed is None else seed
-    examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
+    with together("loading the model"):
+        base, tokenizer = loaded(model, adapter, dtype, device)
+    with together("reading the data"):
+        seed = data_seed_of(adapter) if seed is None else seed
+        examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
     report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics
@@ -75,14 +78,14 @@ def generate(
 ) -> None:
     """Greedy answers to prompts, one per line of standard input unless given."""
     from lofit_fast.evaluation.judge import generate_answers
+    from lofit_fast.ranks import together, told
 
-    try:
-        prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: expected UTF-8 text: {error}") from error
+    # the processes of a launch have one standard input between them
+    prompts = prompt or told(_lines)
     if not prompts:
         raise ValueError("no prompt: expected --prompt, or lines on standard input")
-    base, tokenizer = loaded(model, adapter, dtype, device)
+    with together("loading the model"):
+        base, tokenizer = loaded(model, adapter, dtype, device)
     answers = generate_answers(base, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=not as_json)
     if as_json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
@@ -90,3 +93,11 @@ def generate(
     for text, answer in zip(prompts, answers, strict=True):
         # not through rich: a model's words are neither wrapped nor searched for markup and emoji
         print(f"{text}\033[1m{answer}\033[0m" if sys.stdout.isatty() else text + answer)
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that hold something."""
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: expected UTF-8 text: {error}") from error

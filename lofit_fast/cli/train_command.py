@@ -128,6 +128,7 @@ def train(
     from lofit_fast.evaluation.judge import judge
     from lofit_fast.heads import read_heads
     from lofit_fast.models.load import load_model
+    from lofit_fast.ranks import first, together, told
     from lofit_fast.tasks import load_task
     from lofit_fast.training.engine import Engine
     from lofit_fast.training.fit import fit_objective
@@ -154,9 +155,11 @@ def train(
     fixed = None if heads is None else read_heads(heads)
     if dtype == "auto" and resume and output is not None:
         # a run goes on in the dtype that it was begun in
-        dtype = dtype_of_run(output) or dtype
-    base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
+        dtype = told(lambda: dtype_of_run(output)) or dtype
+    with together("loading the model"):
+        base, tokenizer = load_model(model, dtype=dtype, device=device)
+    with together("reading the data"):
+        examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     objective = objective_of(examples)
     if isinstance(objective, Preferences):
         objective = replace(objective, beta=Preferences.beta if beta is None else beta)
@@ -168,12 +171,15 @@ def train(
         )
         return
     how = {"engine": engine, "heads": fixed, "resume": resume, "progress": not as_json}
-    how["callbacks"] = [ProfileSteps(output)] if profile else ()
+    how["callbacks"] = [ProfileSteps(output)] if profile and first() else ()
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
-    with held(output):
-        summary = write_summary(
-            output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged
-        )
+
+    def summed_up() -> dict:
+        about = {"model": model, "task": examples.name, "recipe": recipe, "data_seed": seed}
+        with held(output):
+            return write_summary(output, result, **about, **judged)
+
+    summary = told(summed_up)
     footer = f"adapter: {output / 'adapter'}, digest {short_digest(summary)}"
     show(summary, as_json, f"{examples.name} on {model}", footer=footer)

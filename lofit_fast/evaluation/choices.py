@@ -15,17 +15,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lofit_fast.data.encode import branches, noted
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.evaluation.division import Division
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
+from lofit_fast.ranks import apart
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
 MAX_TOKENS = 256
@@ -67,6 +68,7 @@ def score_choices(
     the mask (max_tokens x (P + max_tokens)), and 256 MiB of logits, whatever the number of questions; a single path
     longer than max_tokens runs alone.
     Where `packing_refusal` gives a reason, it is logged and each choice takes a forward of its own: slow, exact too.
+    In a launch of several processes all must call it with the same questions; they divide the forwards.
     A model with a module whose `depends_on_prompt` is true runs every prompt whole, and by itself, before its choices.
     Raises ValueError for a question without choices, a choice without tokens, tokens that the model has no embedding
     for, or a prompt and choice that do not fit the model's context.
@@ -84,7 +86,6 @@ def score_choices(
     for number, (prompt, rows) in enumerate(zip(prompts, endings, strict=True), start=1):
         check_ids(model, rows, f"question {number}, choice")
         check_room(model, [prompt], max(map(len, rows)))
-    scores = [torch.zeros(len(rows)) for rows in endings]
     reason = packing_refusal(model)
     if reason is None and not (text_config(model).model_type in _PROVED and _takes_caches(model)):
         reason = _tree_refusal(model)
@@ -93,14 +94,16 @@ def score_choices(
     score = _score_packed if reason is None else _score_singly
     if reason is None and any(getattr(module, "depends_on_prompt", False) for module in model.modules()):
         score = _score_by_question
-    with (
-        evaluating(model),
-        tqdm(total=sum(map(len, endings)), desc="scoring", disable=not progress, leave=False) as bar,
-    ):
-        for question, choice, value in score(model, prompts, endings, max_tokens):
-            scores[question][choice] = value
+    # a question's forwards are as many as its choices take
+    division = Division(model, "scoring", even=score is not _score_by_question)
+    division.check_same(list(zip(prompts, endings, strict=True)), "questions and choices")
+    found: dict[tuple[int, int], float] = {}
+    with division.together(), evaluating(model), division.bar(sum(map(len, endings)), progress) as bar:
+        for question, choice, value in score(model, prompts, endings, max_tokens, division):
+            found[question, choice] = value
             bar.update()
-    return scores
+    found = division.put_together(found)
+    return [torch.tensor([found[q, c] for c in range(len(rows))]) for q, rows in enumerate(endings)]
 
 
 def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:
@@ -134,14 +137,16 @@ def _tree_refusal(model: nn.Module) -> str | None:
     rows = trial_examples(model)
     starts = [row["input_ids"][: SHARED + 1] for row in rows]
     endings = [[row["input_ids"][SHARED + 1 :], row["input_ids"][:1:-1]] for row in rows]
+    with apart():
+        everything = Division(model, "trying")
     with trying(model):
         try:
-            expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS)}
+            expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS, everything)}
         # it needs more than tokens: the way that asks least of it says so
         except Exception as error:
             return f"{type(model).__name__} cannot be tried: {said_of(error)}"
         try:
-            got = {(q, c): value for q, c, value in _score_packed(model, starts, endings, MAX_TOKENS)}
+            got = {(q, c): value for q, c, value in _score_packed(model, starts, endings, MAX_TOKENS, everything)}
         except Exception as error:
             return f"{type(model).__name__} takes no row of several sequences: {said_of(error)}"
     away = max(abs(got[key] / value - 1) for key, value in expected.items())
@@ -232,8 +237,8 @@ class _Prefix:
         return self.layers[layer][0].shape[2] if layer in self.layers else 0
 
 
-def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[int, int, float]]:
-    """(question, choice, score) of every choice."""
+def _score_packed(model, prompts, endings, max_tokens: int, division: Division) -> Iterator[tuple[int, int, float]]:
+    """(question, choice, score) of every choice that is this process's."""
     shared = _common_beginning(prompts)
     prefix = _Prefix()
     if shared:
@@ -242,14 +247,18 @@ def _score_packed(model, prompts, endings, max_tokens: int) -> Iterator[tuple[in
     prefix.filling = False
     max_rows = _max_rows(model)
     trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
-    for tree in _packed(trees, max_tokens, max_rows):
-        yield from _tree_scores(model, tree, prefix, len(shared))
+    for tree, counts in division.mine(list(_packed(trees, max_tokens, max_rows))):
+        scores = list(_tree_scores(model, tree, prefix, len(shared)))
+        yield from scores if counts else ()
 
 
-def _score_by_question(model, prompts, endings, max_tokens: int) -> Iterator[tuple[int, int, float]]:
+def _score_by_question(
+    model, prompts, endings, max_tokens: int, division: Division
+) -> Iterator[tuple[int, int, float]]:
     """The same, a whole prompt at a time, and then its choices."""
     max_rows = _max_rows(model)
-    for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
+    for question, _ in division.mine(range(len(prompts))):
+        prompt, rows = prompts[question], endings[question]
         prefix = _Prefix()
         first = _forward(model, _chain(prompt), prefix, 0, [len(prompt) - 1])
         prefix.filling = False
@@ -272,19 +281,22 @@ def _tree_scores(model, tree, prefix, offset: int, first: Tensor | None = None) 
     yield from ((question, choice, value) for (question, choice), value in sums.items())
 
 
-def _score_singly(model, prompts, endings, _) -> Iterator[tuple[int, int, float]]:
+def _score_singly(model, prompts, endings, _, division: Division) -> Iterator[tuple[int, int, float]]:
     """The same, a whole sequence at a time."""
     takes = _takes_counts(model)
 
     def asked(count: int) -> dict[str, int]:
         return {"logits_to_keep": count} if takes else {}
 
-    for question, (prompt, rows) in enumerate(zip(prompts, endings, strict=True)):
-        for choice, ending in enumerate(rows):
-            ids = torch.tensor([prompt + ending[:-1]], device=model.device)
-            with acting_on(model, torch.arange(ids.shape[1], device=ids.device)[None] >= len(prompt) - 1):
-                logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
-            yield question, choice, sum(_log_p(logits, list(range(len(ending))), ending))
+    choices = [(question, choice) for question, rows in enumerate(endings) for choice in range(len(rows))]
+    for (question, choice), counts in division.mine(choices):
+        prompt, ending = prompts[question], endings[question][choice]
+        ids = torch.tensor([prompt + ending[:-1]], device=model.device)
+        with acting_on(model, torch.arange(ids.shape[1], device=ids.device)[None] >= len(prompt) - 1):
+            logits = model(input_ids=ids, use_cache=False, **asked(len(ending))).logits[0, -len(ending) :]
+        value = sum(_log_p(logits, list(range(len(ending))), ending))
+        if counts:
+            yield question, choice, value
 
 
 def _takes_caches(model) -> bool:

@@ -14,6 +14,7 @@ from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
+from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.handle import evaluating
@@ -55,6 +56,8 @@ def judge(
     share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
     shared: of several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
+    In a launch of several processes all of them must call it, with the same task: they divide the work by whole
+    batches, and each returns all of the result, which is the one that a single process has.
     Raises TypeError for what is no task, ValueError for a task with nothing to be judged by, a batch_size below 1, and
     what `generate_answers` and `score_choices` raise.
     """
@@ -88,7 +91,8 @@ def generate_answers(
 ) -> list[str]:
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
-    Batches are of like length and padded on the left; a patched model runs with its offsets folded.
+    Batches are of like length and padded on the left; a patched model runs with its offsets folded. Several processes
+    divide them, see `judge`.
     shared: see `judge`.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
     model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
@@ -203,18 +207,26 @@ def _generated(
     check_ids(model, encoded, "prompt")
     check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, max_new_tokens)
-    answers: list[list[int]] = [[] for _ in prompts]
+    division = Division(model, "generating")
+    division.check_same(encoded, "prompts")
+    if shared is not None and division.gathers:
+        raise ValueError("shared prompts need a model that is whole in every process: expected shared=None under FSDP")
+    batches = list(longest_first([len(row) for row in encoded], batch_size, "", False))
+    answers: dict[int, list[int]] = {}
     greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
-    with evaluating(model):
-        for rows in longest_first([len(row) for row in encoded], batch_size, "generating", progress):
+    with division.together(), evaluating(model):
+        for rows, counts in division.batches(batches, progress):
             ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
             ids, mask = ids.to(device), mask.to(device)
             given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
             past = {} if given is None else {"past_key_values": given}
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, **past)
-            for i, answer in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = answer
-    return answers
+            # every step gathers weights: who is done goes on until all are
+            how = {"generation_config": greedy, "synced_gpus": division.gathers, **past}
+            out = model.generate(input_ids=ids, attention_mask=mask, **how)
+            if counts:
+                answers |= zip(rows, out[:, ids.shape[1] :].tolist(), strict=True)
+    answers = division.put_together(answers)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _check_any(examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
 from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
+from lofit_fast.evaluation.division import Division
 from lofit_fast.models.head_trial import longest_head, withheld
 from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
@@ -112,13 +113,17 @@ def log_probs(
 ) -> list[float]:
     """Per row the sum of log p over its labelled tokens, in float32 at least. Logits are made for those tokens only.
 
+    In a launch of several processes all must call it with the same rows; they divide the batches.
     add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
     as_trained: whether the model computes as in a training step, which matters where such a step rounds otherwise.
     """
-    values = [0.0] * len(rows)
+    division = Division(model, "reference")
+    division.check_same(rows, "rows")
+    batches = list(longest_first([len(row["input_ids"]) for row in rows], batch_size, "", False))
+    values: dict[int, float] = {}
     device, logits, head = device_of(model), logit_rows(model), longest_head(model, rows, batch_size)
-    with torch.set_grad_enabled(as_trained), eval_mode(model), padded_on_the_right():
-        for chosen in longest_first([len(row["input_ids"]) for row in rows], batch_size, "reference", progress):
+    with division.together(), torch.set_grad_enabled(as_trained), eval_mode(model), padded_on_the_right():
+        for chosen, counts in division.batches(batches, progress):
             ids, mask = padded([rows[i]["input_ids"] for i in chosen], pad)
             labels = rectangle([rows[i]["labels"] for i in chosen], IGNORED)
             batch = {"input_ids": ids, "attention_mask": mask}
@@ -131,9 +136,10 @@ def log_probs(
                 else:
                     output = model(**on_device(batch, device), **keeping(labels, logits))
                     logp = labelled_log_probs(output, labels, logits)
-            for i, value in zip(chosen, logp.detach().sum(1).tolist(), strict=True):
-                values[i] = value
-    return values
+            if counts:
+                values |= zip(chosen, logp.detach().sum(1).tolist(), strict=True)
+    values = division.put_together(values)
+    return [values[i] for i in range(len(rows))]
 
 
 def keeping(labels: Tensor, logits: Logits = "rows") -> dict[str, Tensor | bool]:

@@ -9,6 +9,7 @@ from lofit_fast.checksums import sums_of
 from lofit_fast.files import read_json, whole_folder, writable_folder, write_json
 from lofit_fast.locks import alone
 from lofit_fast.models.file_digest import digest_of
+from lofit_fast.models.written_weights import write_model
 from lofit_kernels.answers import cache_folder
 
 _CONVERSION = "conversion.json"
@@ -43,7 +44,7 @@ def _convert(gguf: Path, folder: Path, checksum: str) -> None:
     # of an earlier conversion, which is not whole
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder, last=_CONVERSION) as scratch:
-        model.save_pretrained(scratch)
+        write_model(model, scratch)
         AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(scratch)
         sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
         sums = sums_of(scratch, _CONVERSION)

@@ -19,6 +19,7 @@ from lofit_fast.models.device import as_device, as_dtype, best_device, best_dtyp
 from lofit_fast.models.file_digest import digest_of
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
+from lofit_fast.models.shared_pages import as_mapped, in_turns, processes_here
 from lofit_kernels.answers import cache_folder
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def load_model(
     device: str | torch.device = "auto",
     attention: str = "auto",
     quantization: str | None = None,
+    shared: bool | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode.
 
@@ -84,6 +86,10 @@ def load_model(
     transformers, which knows what each family has. Training chooses its own, see `training.engine`.
     quantization: "int4" or "int8" quantizes the linears while they are loaded, see `quantization.QUANTIZERS`. A folder
     that is quantized already is loaded as its config says.
+    shared: whether other processes of this machine load the same base. On a CPU all of them then have it in memory once
+    (see `shared_pages`), for which it is written into `cache_folder()` if its files are of another dtype; on
+    accelerators they load in turns where each would need room for a whole copy on the way. None: where torchrun or
+    accelerate has started several.
     A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
     Weights are read from safetensors files, and code that comes with a model is not run: a model that needs it can be
     loaded by transformers and given to `patch`.
@@ -95,14 +101,21 @@ def load_model(
     """
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
+    shared = processes_here() > 1 if shared is None else shared
     with naming_broken_files(name):
         source = resolve(name)
         check_sums(Path(source), digest=digest_of)
-        return _loaded(name, source, dtype, device, attention, quantization)
+        return _loaded(name, source, dtype, device, attention, quantization, shared)
 
 
 def _loaded(
-    name: str, source: str, dtype: torch.dtype, device: torch.device, attention: str, quantization: str | None
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    quantization: str | None,
+    shared: bool,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -117,9 +130,13 @@ def _loaded(
     if quantized:
         # packed weights are made on their device, and not all of them can be moved
         asked["device_map"] = {"": device}
+
+    def load(place: str) -> nn.Module:
+        return _with_all_weights(kinds, place, {"dtype": dtype, **asked})
+
     with _without_bar() if Path(source).is_dir() else nullcontext():
         try:
-            model = _with_all_weights(kinds, source, {"dtype": dtype, **asked})
+            model = _shared(load, source, dtype, device) if shared and not quantized else load(source)
         except (ImportError, ValueError) as error:
             if attention == "auto":
                 raise
@@ -129,6 +146,18 @@ def _loaded(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+def _shared(load: Callable[[str], nn.Module], source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model as one of several processes of a machine loads it, already on its device."""
+    if device.type != "cpu":
+        with in_turns(source, dtype):
+            return load(source).to(device)
+    place = as_mapped(source, dtype, load)
+    model = load(place)
+    # adapters name the base that they are for
+    model.name_or_path = model.config._name_or_path = source
+    return model
 
 
 def auto_classes(config: Any) -> list[Any]:

@@ -68,8 +68,8 @@ class ProfileSteps(TrainerCallback):
         self._seen = 0
 
     def on_step_begin(self, args, state, control, **_):
-        """Start after the warm-up."""
-        if self._seen == self.warmup:
+        """Start after the warm-up. Of the processes of a run the first one is looked at."""
+        if self._seen == self.warmup and state.is_world_process_zero:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self.profiler = profile(activities=activities, record_shapes=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded, pad_token_id
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
@@ -23,6 +24,7 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
+from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -59,6 +61,12 @@ def train_attachment(
         ImportError: preferences without TRL.
         FloatingPointError: training diverges; the attachment is still in the model.
     """
+    with ranks.joined("training"):
+        how = {"output_dir": output_dir, "engine": engine, "callbacks": callbacks}
+        return _trained(attachment, tokenizer, objective, schedule, progress=progress and ranks.first(), **how)
+
+
+def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, callbacks, progress) -> dict:
     if not schedule.epochs:
         raise ValueError("expected at least one epoch to train, got 0")
     asked_gb = 0.0 if engine is None else engine.prefix_cache_gb
@@ -68,6 +76,7 @@ def train_attachment(
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
+    check_shares(attachment.model, schedule.batch_size, schedule.accumulation_steps, data.n_examples)
     asked = data.usable(engine or Engine(), schedule.accumulation_steps)
     settled, said = settle_for(attachment, asked, data, tokenizer, schedule)
     if progress:
@@ -91,9 +100,13 @@ def settle_for(
     rows: what an epoch goes through, where that is not all of it.
     """
     if engine.prefix_cache_gb == "auto":
-        engine = settled_prefix(attachment, engine, *data.reads(schedule))
+        asked = engine
+        engine = ranks.told(lambda: settled_prefix(attachment, asked, *data.reads(schedule)))
     rows = data.rows if rows is None else rows
-    return settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+    # tried on one machine, and used on all
+    return ranks.told(
+        lambda: settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+    )
 
 
 def train(
@@ -138,6 +151,7 @@ def train(
     started = time.perf_counter()
     how = {"folder": folder, "on_epoch": report, "callbacks": callbacks, "progress": progress, "keep": keep}
     with (
+        accelerate_as_it_was(),
         current(device_of(model)),
         data.as_it_was(),
         prepared(model, engine),
@@ -152,7 +166,8 @@ def train(
             trainer.rate = schedule.lr
             with _verified(trainer, attachment, engine):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
-    return before, memory.peak_bytes
+    peaks = [peak for peak in ranks.gathered(memory.peak_bytes) if peak is not None]
+    return before, max(peaks, default=None)
 
 
 @contextmanager
@@ -163,7 +178,8 @@ def _verified(trainer, attachment: Attachment, engine: Engine) -> Iterator[None]
         return
     if not isinstance(attachment, LofitHandle):
         raise ValueError(f"verify=True looks at LoFiT's own layers: expected False for a {type(attachment).__name__}")
-    trainer.verify = StepCheck(attachment)
+    said = f"process {ranks.rank()}: " if ranks.count() > 1 else ""
+    trainer.verify = StepCheck(attachment, lambda line: print(f"{said}{line}", file=sys.stderr))
     try:
         yield
     finally:

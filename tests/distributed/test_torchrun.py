@@ -1,0 +1,147 @@
+"""The command line under torchrun and accelerate launch themselves, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lofit_fast as lf
+from lofit_fast.models.load import load_model
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no", "--multi_gpu", "--num_processes"),
+)
+MODULE, ONE = ("-m", "lofit_fast.cli"), (sys.executable, "-m", "lofit_fast.cli")
+ON_CPU = ("--dtype", "float32", "--device", "cpu")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(cache, tmp_path):
+    """Run a command line from anywhere: (exit code, what it has printed, what it has said beside)."""
+
+    def run(*line, stdin=""):
+        here = Path(__file__).parents[2]
+        places = os.pathsep.join((str(here / "kernels"), str(here)))
+        env = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "LOFIT_FAST_CACHE": str(cache)}
+        how = {"input": stdin, "capture_output": True, "text": True, "timeout": 280, "env": env, "cwd": tmp_path}
+        done = subprocess.run([str(part) for part in line], **how)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty examples of unequal lengths, two of which are held out."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"{a * (1 + i % 5)}=", "completion": a * 2} for i, a in enumerate("abcdefghijklmnopqrst")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def of_run(folder):
+    """(heads, losses of every step by stage, vectors) of a finished run."""
+    heads = json.loads((folder / "heads.json").read_text())["heads"]
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    losses = [(row["stage"], row["step_losses"]) for row in history]
+    return heads, losses, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(got, expected):
+    """Step-1 losses, chosen heads, step-2 losses and vectors."""
+    (heads, losses, vectors), (its_heads, its_losses, its_vectors) = of_run(got), of_run(expected)
+    assert heads == its_heads and [stage for stage, _ in losses] == [stage for stage, _ in its_losses]
+    for (stage, steps), (_, its_steps) in zip(losses, its_losses, strict=True):
+        # of a history, which has five decimals
+        torch.testing.assert_close(torch.tensor(steps), torch.tensor(its_steps), rtol=0, atol=1.1e-5, msg=stage)
+    assert vectors.keys() == its_vectors.keys()
+    for name, vector in vectors.items():
+        torch.testing.assert_close(vector, its_vectors[name], rtol=0, atol=TOLERANCE)
+
+
+def assert_same_logits(model, got, expected):
+    """Of the two adapters, each loaded in this one process."""
+    ids = torch.arange(12)[None] + 3
+    logits = []
+    for folder in (got, expected):
+        base, _ = load_model(model, dtype="float32", device="cpu")
+        lf.load(base, folder / "adapter")
+        with torch.no_grad():
+            logits.append(base(ids).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_train_on_a_tiny_model(command, model, data, tmp_path, processes):
+    asked = ("train", "--model", model, "--data", data, "--top", "3", "--batch-size", "6", *ON_CPU, "--json")
+    asked += ("--select-epochs", "2", "--tune-epochs", "2")
+    code, out, err = command(*TORCHRUN, processes, *MODULE, *asked, "-o", tmp_path / "several")
+    assert code == 0 and json.loads(out)["n_heads"] == 3, err
+    assert command(*ONE, *asked, "-o", tmp_path / "one")[0] == 0
+    assert_same_run(tmp_path / "several", tmp_path / "one")
+    assert_same_logits(model, tmp_path / "several", tmp_path / "one")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("processes", [2, 3])
+def test_train_on_smollm2(command, data, tmp_path, processes):
+    asked = ("train", "--model", "smollm2", "--data", data, "--top", "0.1", "--batch-size", "6", *ON_CPU, "--json")
+    asked += ("--select-epochs", "1", "--tune-epochs", "1")
+    code, out, err = command(*TORCHRUN, processes, *MODULE, *asked, "-o", tmp_path / "several")
+    assert code == 0 and json.loads(out)["n_heads"] == 27, err
+    assert command(*ONE, *asked, "-o", tmp_path / "one")[0] == 0
+    assert_same_run(tmp_path / "several", tmp_path / "one")
+    assert_same_logits("smollm2", tmp_path / "several", tmp_path / "one")
+
+
+@pytest.mark.parametrize("launcher", [(*TORCHRUN, 2, *MODULE), (*ACCELERATE, 2, *MODULE), (*ACCELERATE, 2, "script")])
+def test_answers_under_each_launcher(command, model, tmp_path, launcher):
+    if launcher[-1] == "script":
+        script = tmp_path / "lofit-fast.py"
+        script.write_text("from lofit_fast.cli import main\n\nmain()\n")
+        launcher = (*launcher[:-1], script)
+    asked = ("generate", "--model", model, "--max-new-tokens", "4", *ON_CPU)
+    code, out, err = command(*launcher, *asked, stdin="ab\ncd=\n")
+    assert (code, out) == (0, command(*ONE, *asked, stdin="ab\ncd=\n")[1]), err
+
+
+def test_an_error_ends_all_with_one_line(command, tmp_path):
+    code, out, err = command(*TORCHRUN, 2, *MODULE, "eval", "--model", tmp_path / "none", "--data", "x")
+    assert code == 1 and not out and err.count("is no model folder: config.json not found") == 1
+    # torchrun's own report of both
+    assert err.count("exitcode  : 1") >= 1
+
+
+def test_two_launches_cannot_train_in_one_folder(command, model, data, tmp_path):
+    from lofit_fast.training.run_folder import held
+
+    (tmp_path / "run").mkdir()
+    asked = ("train", "--model", model, "--data", data, "--top", "3", *ON_CPU, "-o", tmp_path / "run")
+    with held(tmp_path / "run"):
+        code, out, err = command(*TORCHRUN, 2, *MODULE, *asked)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 1 and not out and len(lines) == 1 and "does so now" in lines[0], err

@@ -377,8 +377,16 @@ def acting_on(model: nn.Module, mask: Mask) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
+    """A scope in eval mode without gradients, with the offsets folded if the model is patched.
+
+    Raises ValueError inside of `handle.rows`: what is evaluated comes in batches of its own order and size.
+    """
     handle = handle_of(model)
+    if handle is not None and handle.rows_differ:
+        raise ValueError(
+            "cannot evaluate inside handle.rows(): examples are put into batches by their lengths, and would meet "
+            "other rows' adapters. Evaluate one adapter at a time, with handle.set_active(name)"
+        )
     without_grad = torch.no_grad() if handle is None else handle.folded()
     with eval_mode(model), whole_head_input(model), without_grad:
         yield

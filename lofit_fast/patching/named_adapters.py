@@ -76,6 +76,12 @@ class SeveralAdapters:
             return self.own_name
         return next((name for name, other in self._others.items() if {other.slot} == chosen.slots), None)
 
+    @property
+    def rows_differ(self) -> bool:
+        """Whether a scope of `rows` is around here."""
+        chosen = self.scopes.said().chosen
+        return chosen is not None and not chosen.whole
+
     @one_at_a_time
     def add(
         self, name: str, source: Path | str | LofitConfig, *, trained: bool | None = None, strict: bool = False

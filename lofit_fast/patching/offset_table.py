@@ -123,7 +123,9 @@ class OffsetTable(nn.Module):
 
 def _folds(weight: Tensor, there: dict[int, Vectors], kept: Tensor | None) -> dict[int, Tensor]:
     """W v of each slot as (N,): with a graph where one is built. kept: that of the handle's own, inside `folded`."""
-    if torch.is_grad_enabled() and any(vectors.requires_grad for vectors, _ in there.values()):
+    grad = torch.is_grad_enabled() and any(vectors.requires_grad for vectors, _ in there.values())
+    # the one is an op to a compiler
+    if there and (grad or torch.compiler.is_compiling()):
         offsets, heads = zip(*there.values(), strict=True)
         return dict(zip(there, fold_offsets([weight] * len(there), offsets, heads), strict=True))
     return {

@@ -1,6 +1,6 @@
 """Many adapters in one batch: whether its rows are right, what they cost over the base, and what switching takes.
 
-    python -m benchmarks.speed.op.many_adapters [--model smollm2] [--adapters 100] [--tokens 4] [--json FILE]
+    python -m benchmarks.speed.op.many_adapters [--model smollm2] [--adapters 100] [--tokens 2] [--json FILE]
 
 Every row of a batch has an adapter of its own. Its logits are compared with those of the row alone, the adapter set
 active, and of a few rows with an independent hook's. The cost is the CPU time of one thread, the base and the rows in
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.speed.op.many_adapters", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="an alias, a folder or a hub id (default: smollm2)")
     parser.add_argument("--adapters", type=int, default=100, help="in one batch, a row each (default: 100)")
-    parser.add_argument("--tokens", type=int, default=4, help="of each row's prompt (default: 4)")
+    parser.add_argument("--tokens", type=int, default=2, help="of each row's prompt (default: 2)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -216,13 +216,11 @@ def measured(model, adapters: int, tokens: int) -> dict[str, object]:
         draw = torch.Generator().manual_seed(1)
         ids = torch.randint(3, model.config.vocab_size, (adapters, tokens), generator=draw)
         tables = [layer.others for layer in handle.layers.values() if layer.others is not None]
-        return {
-            "adapters": adapters,
-            "table_bytes": sum(table.folded.nbytes for table in tables),
-            "apart": apart(handle, names, ids),
-            "cost": cost(handle, names, ids),
-            "switching": switching(handle, names),
-        }
+        found: dict[str, object] = {"adapters": adapters, "table_bytes": sum(table.folded.nbytes for table in tables)}
+        for part, measure in {"switching": switching, "apart": apart, "cost": cost}.items():
+            found[part] = measure(handle, names, *([] if part == "switching" else [ids]))
+            print(f"{part}: {json.dumps(found[part])}", file=sys.stderr, flush=True)
+        return found
     finally:
         handle.unpatch()
 

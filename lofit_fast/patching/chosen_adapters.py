@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.frozen_linear import PRODUCTS
-from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable, Vectors
+from lofit_fast.patching.offset_table import BASE, OffsetTable, Vectors
 from lofit_kernels import head_affine_linear
 from lofit_kernels.row_offsets import add_row_offsets
 
@@ -37,8 +37,10 @@ class Chosen:
         kept = [slot for slot in used if slot not in trained]
         order = [*kept, *self.fresh]
         places = [order.index(slot) for slot in slots] if self.fresh else list(slots)
-        self.kept = torch.tensor(kept, device=device)
-        self.index = torch.tensor(places, device=device)
+        # a choice may outlive the inference mode that it was made in
+        with torch.inference_mode(False):
+            self.kept = torch.tensor(kept, device=device)
+            self.index = torch.tensor(places, device=device)
 
     def index_for(self, z: Tensor) -> Tensor:
         """The index for z (B, S, K), on its device. Raises ValueError where its rows are not those that were named."""
@@ -96,11 +98,6 @@ def projected_with(
         # as one adapter by itself: in the product's own epilogue
         return head_affine_linear(z, *plain, folded=rows.index_select(0, index)[0])
     return add_row_offsets(inner(z), rows, index, mask, inplace=not grad)
-
-
-def chosen_for(slots: Sequence[int], trained: set[int], room: int, whole: bool, device: torch.device) -> Chosen | None:
-    """The choice; None for the handle's own adapter on all rows, which layers compute with anyway."""
-    return None if whole and set(slots) == {OWN} else Chosen(slots, trained, room, whole, device)
 
 
 def _own(layer: Adapted) -> Vectors | None:

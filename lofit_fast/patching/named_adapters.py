@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lofit_fast.config import LofitConfig, shown
 from lofit_fast.patching.architectures import Fingerprint, Projection
-from lofit_fast.patching.chosen_adapters import Chosen, chosen_for
+from lofit_fast.patching.chosen_adapters import Chosen
 from lofit_fast.patching.layer import LofitLinear, plain_tensors
 from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable
 from lofit_fast.patching.one_at_a_time import CHANGING, one_at_a_time
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lofit_fast.patching.peft_layers import PeftWatch
 
 FIRST = "default"
+# what set_active(None) chooses
+_BASE_EVERYWHERE = Chosen([BASE], set(), BASE + 1, whole=True, device="cpu")
 # families whose tensors are (S, B, K): a row of a batch is no row there
 _SEQUENCE_FIRST = ("fsmt",)
 _ONE_AT_A_TIME = "scales are one adapter at a time: rows of a table hold offsets alone"
@@ -37,11 +39,15 @@ _ONE_AT_A_TIME = "scales are one adapter at a time: rows of a table hold offsets
 
 @dataclass(frozen=True)
 class Named:
-    """An adapter beside the handle's own. slot: its row in the tables. trained: whether its vectors may move."""
+    """An adapter beside the handle's own.
+
+    slot: its row in the tables. trained: whether its vectors may move. everywhere: itself chosen for all rows.
+    """
 
     slot: int
     config: LofitConfig
     trained: bool
+    everywhere: Chosen
 
 
 class SeveralAdapters:
@@ -121,7 +127,8 @@ class SeveralAdapters:
             if number not in self.layers:
                 self._wrap(number)
             self._table_of(number).put(slot, layer.offset, layer.heads("offset"), trained)
-        self._others[name] = Named(slot, config, trained)
+        everywhere = Chosen([slot], {slot} if trained else set(), slot + 1, whole=True, device=self._device())
+        self._others[name] = Named(slot, config, trained, everywhere)
         self._fold_tables()
 
     @one_at_a_time
@@ -155,10 +162,16 @@ class SeveralAdapters:
         """
         self.check_live()
         with CHANGING:
-            slot = self._slot(name)
-            if slot not in (BASE, OWN):
+            if name is None:
+                self.scopes.choose(_BASE_EVERYWHERE)
+                return
+            other = self._named(name)
+            # a cast or another weight since, which a compiled layer would not look for
+            if other is not None and any(
+                layer.others is not None and layer.others.stale for layer in self.layers.values()
+            ):
                 self._fold_tables()
-            self.scopes.choose(self._chosen([slot], whole=True))
+            self.scopes.choose(None if other is None else other.everywhere)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -185,7 +198,9 @@ class SeveralAdapters:
             for number in self.layers:
                 self._table_of(number)
             self._fold_tables()
-            scope = self.scopes.choosing(self._chosen(slots, whole=False))
+            trained = {OWN, *(other.slot for other in self._others.values() if other.trained)}
+            chosen = Chosen(slots, trained, self._room(), whole=False, device=self._device())
+            scope = self.scopes.choosing(chosen)
             scope.__enter__()
         try:
             yield
@@ -240,11 +255,13 @@ class SeveralAdapters:
             return BASE
         return OWN if (other := self._named(name)) is None else other.slot
 
-    def _chosen(self, slots: Sequence[int], whole: bool) -> Chosen | None:
-        trained = {OWN, *(other.slot for other in self._others.values() if other.trained)}
-        room = max((OWN, *(other.slot for other in self._others.values()))) + 1
-        device = self._place_of(next(iter(self.layers)))[0]
-        return chosen_for(slots, trained, room, whole, device)
+    def _room(self) -> int:
+        """How many rows tables must have."""
+        return max((OWN, *(other.slot for other in self._others.values()))) + 1
+
+    def _device(self) -> torch.device:
+        """Where the first table is."""
+        return next(layer.others.spread.device for layer in self.layers.values() if layer.others is not None)
 
     def _check_offsets_alone(self, config: LofitConfig, action: str) -> None:
         if self.config.scale is not None or config.scale is not None:
@@ -265,7 +282,7 @@ class SeveralAdapters:
         return device_of(*around), torch.promote_types(dtype_of(*around), torch.float32)
 
     def _fold_tables(self) -> None:
-        room = max((OWN, *(other.slot for other in self._others.values()))) + 1
+        room = self._room()
         for layer in self.layers.values():
             if layer.others is not None:
                 plain = plain_tensors(layer.inner)

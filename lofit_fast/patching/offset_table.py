@@ -41,7 +41,8 @@ class OffsetTable(nn.Module):
 
     def put(self, slot: int, vectors: Tensor, heads: Sequence[int], trained: bool) -> None:
         """Give a slot its vectors (h, D), which are copied."""
-        own = vectors.detach().to(self.spread.device, self.spread.dtype, copy=True)
+        with torch.inference_mode(False):
+            own = vectors.detach().to(self.spread.device, self.spread.dtype, copy=True)
         if trained:
             self.register_parameter(f"offset_{slot}", nn.Parameter(own))
         else:
@@ -63,7 +64,6 @@ class OffsetTable(nn.Module):
         found = getattr(self, f"offset_{slot}")
         return found, head_index(heads, self.n_heads, found.device)
 
-    @torch.no_grad()
     def ready(self, weight: Tensor | None, room: int) -> None:
         """Fold what is not folded yet. weight: (N, K) dense, in memory; None where it cannot be read. room: slots."""
         size = max(_FIRST_ROOM, len(self.spread))
@@ -72,7 +72,7 @@ class OffsetTable(nn.Module):
         where = size, None if weight is None else (weight.data_ptr(), weight.dtype, weight.device)
         if self.stale or where != self._folded_with:
             # adapters come and go in other threads
-            with CHANGING:
+            with CHANGING, torch.inference_mode(False), torch.no_grad():
                 self._fold_all(weight, where)
 
     def _fold_all(self, weight: Tensor | None, where: tuple) -> None:

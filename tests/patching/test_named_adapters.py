@@ -1,5 +1,6 @@
 """Several adapters on one model: added, switched, saved, merged and removed; each row of a batch with its own."""
 
+import asyncio
 import threading
 
 import pytest
@@ -295,6 +296,49 @@ def test_threads_have_active_adapters_of_their_own(shared):
     handle.add("d", shared.folders["a"])
     handle.set_active("d")
     assert relative(logits(shared.model, tokens()), shared.alone("a", lambda m: logits(m, tokens()))) < 1e-5
+
+
+def test_tasks_have_active_adapters_and_rows_of_their_own(shared):
+    handle, ids = shared.handle, tokens(2)
+    layer, z = handle.layers[1], torch.randn(2, 3, 64)
+    expected = {}
+    for name in ("a", "c"):
+        handle.set_active(name)
+        expected[name] = logits(shared.model, ids), layer(z)
+    handle.set_active("default")
+
+    async def work(name):
+        found = []
+        handle.set_active(name)
+        for _ in range(3):
+            await asyncio.sleep(0)
+            found += [(logits(shared.model, ids), layer(z))]
+            with handle.rows([name, name]):
+                await asyncio.sleep(0)
+                assert torch.allclose(layer(z), expected[name][1], atol=1e-5)
+        return found
+
+    async def both():
+        return await asyncio.gather(work("a"), work("c"))
+
+    for name, found in zip("ac", asyncio.run(both()), strict=True):
+        for got in found:
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[name], strict=True))
+    assert handle.active == "default" and handle.scopes.plain
+
+
+def test_what_is_chosen_in_inference_mode_is_trained_with_afterwards(shared):
+    handle, ids = shared.handle, tokens(2)
+    with torch.inference_mode():
+        handle.set_active("b")
+        handle.add("late", shared.folders["a"], trained=True)
+        shared.model(ids, use_cache=False)
+    with handle.rows(["late", "b"]):
+        shared.model(ids, use_cache=False).logits.sum().backward()
+    assert all(p.grad.any() for p in handle.parameters("late"))
+    inputs = shared.model.get_input_embeddings()(ids).detach().requires_grad_()
+    shared.model(inputs_embeds=inputs, use_cache=False).logits.sum().backward()
+    assert inputs.grad.any()
 
 
 def graphs() -> int:

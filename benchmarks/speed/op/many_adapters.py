@@ -27,7 +27,7 @@ import lofit_fast as lf
 from lofit_fast.models.load import load_model
 
 # of all heads, how many an adapter has; the size of its vectors; rows that are compared with a hook
-_HEADS, _STD, _HOOKED = 0.03, 1.0, 3
+_HEADS, _STD, _HOOKED = 0.03, 0.1, 3
 _ROUNDS, _SWITCHES = 3, 200
 
 
@@ -57,6 +57,7 @@ def with_adapters(model, count: int) -> tuple[lf.LofitHandle, list[str]]:
 def apart(handle: lf.LofitHandle, names: Sequence[str], ids: Tensor) -> dict[str, float]:
     """Largest differences of logits, as shares of the largest logit: rows from one by one, from a hook, from the base.
 
+    And those of the base alone from its own one by one, which is what the size of a batch does to rounding.
     ids: (B, S), a row for each name.
     """
     model, keep = handle.model, {"use_cache": False}
@@ -64,13 +65,14 @@ def apart(handle: lf.LofitHandle, names: Sequence[str], ids: Tensor) -> dict[str
         rows = model(ids, **keep).logits
     with handle.disabled():
         base = model(ids, **keep).logits
-    alone, hooked = [], []
+    alone, hooked, bases = [], [], []
     for number, name in enumerate(names):
         one = ids[number : number + 1]
         handle.set_active(name)
         alone.append(model(one, **keep).logits)
         handle.set_active(None)
         if number < _HOOKED:
+            bases.append(model(one, **keep).logits)
             vectors = handle.other_vectors(name)
             listed = {
                 (layer, "offset"): (handle.layers[layer].others.heads[handle._named(name).slot], rows)
@@ -83,6 +85,7 @@ def apart(handle: lf.LofitHandle, names: Sequence[str], ids: Tensor) -> dict[str
         "one by one": ((rows - torch.cat(alone)).abs().max() / scale).item(),
         "hook": ((rows[:_HOOKED] - torch.cat(hooked)).abs().max() / scale).item(),
         "base": ((rows - base).abs().max() / scale).item(),
+        "base one by one": ((base[:_HOOKED] - torch.cat(bases)).abs().max() / scale).item(),
     }
 
 

@@ -6,6 +6,7 @@ a joint batch. What a run leaves is what it leaves by itself, up to rounding: it
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.data.encode import pad_token_id
@@ -104,6 +106,12 @@ class _Member:
     steps: MemberSteps
     folder: RunFolder
 
+    def passes(self) -> int:
+        """Forward passes of its second step."""
+        recipe = self.run.recipe
+        examples = recipe.batch_size // recipe.accumulation_steps
+        return recipe.tune_epochs * math.ceil(self.steps.data.n_examples / examples)
+
 
 class TogetherRunner(Runner):
     """run -> row, as `Runner`, of several runs at a time. grid, folder, base, options: as there.
@@ -180,13 +188,24 @@ class TogetherRunner(Runner):
             member.steps.joint = engine
             member.steps.data = MemberData(member.steps.data, logits)
         turns = {member.name: Turn(self._training(handle, member)) for member in members}
+        how = {
+            "desc": f"{len(members)} runs together",
+            "leave": False,
+            "disable": not self.options.get("progress", True),
+        }
         try:
-            with undisturbed(self.model), selecting_rows(self.model), prepared(self.model, engine):
+            with (
+                undisturbed(self.model),
+                selecting_rows(self.model),
+                prepared(self.model, engine),
+                tqdm(total=max(member.passes() for member in members), **how) as bar,
+            ):
                 self.model.train()
                 going = [turn for turn in turns.values() if turn.go_on()]
                 while going:
                     answers = joint([turn.asked for turn in going])
                     going = [turn for turn, answer in zip(going, answers, strict=True) if turn.go_on(answer)]
+                    bar.update()
         finally:
             for turn in turns.values():
                 turn.stop()

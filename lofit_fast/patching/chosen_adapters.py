@@ -47,16 +47,14 @@ class Chosen:
         index = self.index.to(z.device)
         if self.whole:
             return index
-        if z.dim() == 3 and z.shape[0] == index.shape[0]:
-            return index
-        times = _repeated_by_generate() if z.dim() == 3 else None
-        if times is not None and z.shape[0] == times * index.shape[0]:
+        times = _repeated_by_generate()
+        if z.dim() == 3 and z.shape[0] == times * index.shape[0]:
             # beams and returned sequences of a prompt stand beside each other
-            return index.repeat_interleave(times)
+            return index if times == 1 else index.repeat_interleave(times)
         raise ValueError(
             f"handle.rows names the adapters of {index.shape[0]} rows, and this forward has z of shape "
-            f"{tuple(z.shape)}: expected ({index.shape[0]}, S, K), one name for each row of the batch. Examples that "
-            "are packed into one row cannot have adapters of their own"
+            f"{tuple(z.shape)}: expected ({times * index.shape[0]}, S, K), one name for each row of the batch, "
+            "or prompt of generate. Examples that are packed into one row cannot have adapters of their own"
         )
 
 
@@ -106,10 +104,10 @@ def _own(layer: Adapted) -> Vectors | None:
     return None if own is None else (own if own.element_size() >= 4 else own.float(), layer.offset_heads)
 
 
-def _repeated_by_generate() -> int | None:
-    """How often transformers' generate has each prompt in its batch; None outside of it."""
+def _repeated_by_generate() -> int:
+    """How often transformers' generate has each prompt in its batch; 1 outside of it."""
     if torch.compiler.is_compiling():
-        return None
+        return 1
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == _GENERATION:
@@ -117,4 +115,4 @@ def _repeated_by_generate() -> int | None:
             if config is not None:
                 return max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
         frame = frame.f_back
-    return None
+    return 1

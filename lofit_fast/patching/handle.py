@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lofit_fast.config import LofitConfig, shown
-from lofit_fast.patching.acting import Acting, Mask, said
+from lofit_fast.patching.acting import Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
@@ -25,7 +25,6 @@ from lofit_fast.patching.named_adapters import FIRST, SeveralAdapters
 from lofit_fast.patching.one_at_a_time import one_at_a_time
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
-from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
@@ -126,16 +125,6 @@ class LofitHandle(SeveralAdapters):
             )
         with said(self.acting, mask):
             yield
-
-    @property
-    def scopes(self) -> Scopes:
-        """What the layers share of who is in which scope."""
-        return next(iter(self.layers.values())).scopes
-
-    @property
-    def acting(self) -> Acting | None:
-        """What the layers share of where their vectors act; None where that is everywhere."""
-        return next(iter(self.layers.values())).acting
 
     def check_everywhere(self, action: str) -> None:
         """Raise ValueError for vectors that act on answers alone. action: what a plain model is wanted for."""
@@ -284,11 +273,6 @@ class LofitHandle(SeveralAdapters):
             if (heads := layer.heads(component))
         )
         check_whole_vectors(vectors, action)
-
-    def check_live(self) -> None:
-        """Raise ValueError when the handle has ended."""
-        if not self._live:
-            raise ValueError("this handle has ended: its model was unpatched or merged")
 
 
 @one_at_a_time

@@ -63,11 +63,25 @@ class SeveralAdapters:
     layers: dict[int, LofitLinear]
     peft_watch: PeftWatch | None
     answer_watch: AnswerWatch | None
-    scopes: Scopes
-    acting: Acting | None
     # the handle's own adapter's name; the others by name
     own_name: str
     _others: dict[str, Named]
+    _live: bool
+
+    @property
+    def scopes(self) -> Scopes:
+        """What the layers share of who is in which scope."""
+        return next(iter(self.layers.values())).scopes
+
+    @property
+    def acting(self) -> Acting | None:
+        """What the layers share of where their vectors act; None where that is everywhere."""
+        return next(iter(self.layers.values())).acting
+
+    def check_live(self) -> None:
+        """Raise ValueError when the handle has ended."""
+        if not self._live:
+            raise ValueError("this handle has ended: its model was unpatched or merged")
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -145,6 +145,9 @@ def test_beams_and_returned_sequences_have_their_prompts_adapter(shared):
         for row, name in enumerate(names):
             alone = shared.alone(name, lambda m, row=row, o=options: m.generate(ids[row : row + 1], **o))
             assert torch.equal(got[row], alone)
+    # two names for one prompt are not its beams'
+    with shared.handle.rows(["a", "b"]), pytest.raises(ValueError, match="names the adapters of 2 rows"):
+        shared.model.generate(ids[:1], num_beams=2, max_new_tokens=2, pad_token_id=0)
     # a batch that has grown outside of generate is nobody's
     with shared.handle.rows(names), pytest.raises(ValueError, match="names the adapters of 3 rows"):
         logits(shared.model, tokens(6, 6))

@@ -1,6 +1,6 @@
 """Many adapters in one batch: whether its rows are right, what they cost over the base, and what switching takes.
 
-    python -m benchmarks.speed.op.many_adapters [--model smollm2] [--adapters 100] [--tokens 2] [--json FILE]
+    python -m benchmarks.speed.op.many_adapters [--model smollm2] [--adapters 100] [--tokens 4] [--json FILE]
 
 Every row of a batch has an adapter of its own. Its logits are compared with those of the row alone, the adapter set
 active, and of a few rows with an independent hook's. The cost is the CPU time of one thread, the base and the rows in
@@ -60,7 +60,8 @@ def apart(handle: lf.LofitHandle, names: Sequence[str], ids: Tensor) -> dict[str
     And those of the base alone from its own one by one, which is what the size of a batch does to rounding.
     ids: (B, S), a row for each name.
     """
-    model, keep = handle.model, {"use_cache": False}
+    # of the last token: the first, at which all others look, is ill-conditioned in many models
+    model, keep = handle.model, {"use_cache": False, "logits_to_keep": 1}
     with handle.rows(names):
         rows = model(ids, **keep).logits
     with handle.disabled():
@@ -99,7 +100,7 @@ def _hooked(model, vectors: dict, ids: Tensor) -> Tensor:
         spread = dense.flatten()
         hooks.append(inner[layer].register_forward_pre_hook(lambda module, args, v=spread: (args[0] + v,)))
     try:
-        return model(ids, use_cache=False).logits
+        return model(ids, use_cache=False, logits_to_keep=1).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.speed.op.many_adapters", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="an alias, a folder or a hub id (default: smollm2)")
     parser.add_argument("--adapters", type=int, default=100, help="in one batch, a row each (default: 100)")
-    parser.add_argument("--tokens", type=int, default=2, help="of each row's prompt (default: 2)")
+    parser.add_argument("--tokens", type=int, default=4, help="of each row's prompt (default: 4)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from lofit_fast.cli import (
     train_command,
 )
 from lofit_fast.cli.command import command
-from lofit_fast.cli.company import DIVIDED
+from lofit_fast.cli.company import DIVIDED, EACH
 
 app = typer.Typer(
     help="LoFiT: find the attention heads that matter, then tune offsets on those alone.",
@@ -38,8 +38,10 @@ command(
     "sweep grid.toml --output sweeps/mine",
     "sweep grid.toml --output sweeps/mine --jobs 2",
     "sweep grid.toml --output sweeps/mine --devices 0,1,2,3",
+    "sweep grid.toml --output sweeps/mine --together 4",
     "sweep grid.toml --dry-run",
     goes_on=True,
+    across=EACH,
 )(sweep_command.sweep)
 command(
     app,

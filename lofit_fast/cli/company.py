@@ -35,15 +35,17 @@ class Across:
     """What a command does as several processes.
 
     said: in --help. divided: whether all work, in one process group, or only the first, while the others wait for it.
-    refusal: why it cannot be started so, or None.
+    refusal: why it cannot be started so, or None. each: whether each works by itself, in no process group.
     """
 
     said: str
     divided: bool = False
     refusal: str | None = None
+    each: bool = False
 
 
 DIVIDED = Across("Under torchrun or accelerate launch the processes divide the work.", divided=True)
+EACH = Across("Under torchrun, accelerate launch or srun each process takes its share by itself.", each=True)
 FIRST = Across("Under torchrun or accelerate launch one process does the work, and the others wait for it.")
 
 
@@ -63,6 +65,7 @@ class Company:
     store: Any = None
     works: bool = True
     divided: bool = False
+    each: bool = False
 
     def meet(self, across: Across) -> None:
         """Find the others, if there are any.
@@ -73,6 +76,9 @@ class Company:
         found = launched()
         if found is None or found.count == 1:
             return
+        # srun's tasks, which need not meet
+        if across.each and "MASTER_ADDR" not in os.environ:
+            return
         self.launched = found
         store, mine = _store(found), _introduction()
         _take_place(found, store, mine)
@@ -81,7 +87,8 @@ class Company:
         _check_alike(_introduced(found, store))
         if across.refusal is not None:
             raise ValueError(f"expected one process for this command, got {found.count}: {across.refusal}")
-        self.divided, self.works = across.divided, across.divided or found.rank == 0
+        self.divided, self.each = across.divided, across.each
+        self.works = across.divided or across.each or found.rank == 0
 
     @contextmanager
     def at_work(self, what: str, device: str) -> Iterator[None]:
@@ -89,7 +96,7 @@ class Company:
 
         what: is done, in words. device: the command's, by name.
         """
-        if self.launched is None:
+        if self.launched is None or self.each:
             yield
             return
         if not self.divided:

@@ -28,6 +28,9 @@ def sweep(
             metavar="LIST",
         ),
     ] = None,
+    together: Annotated[
+        int, typer.Option(min=1, help="Runs whose second steps share each pass: more runs an hour.", metavar="M")
+    ] = 1,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
@@ -50,7 +53,8 @@ def sweep(
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
     else:
-        rows = run_sweep(plan, output, jobs=jobs, devices=devices, resume=resume, progress=not as_json)
+        how = {"jobs": jobs, "devices": devices, "together": together, "resume": resume}
+        rows = run_sweep(plan, output, **how, progress=not as_json)
     if as_json:
         print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
     else:

@@ -139,9 +139,9 @@ def _both_steps(model, *made, output_dir, heads, step1_dir, resume) -> FitResult
     result = None
     try:
         # what step 1 has tried, step 2 knows
-        with remembering(), _opened(steps, output_dir, heads, resume) as run:
+        with remembering(), opened_run(steps, output_dir, heads, resume) as run:
             if run.stage != "done":
-                _choose(steps, run, heads, step1_dir, resume)
+                choose_heads(steps, run, heads, step1_dir, resume)
             result = steps.tune(run, resume)
     except BaseException:
         # letting go of the folder may fail too
@@ -151,7 +151,7 @@ def _both_steps(model, *made, output_dir, heads, step1_dir, resume) -> FitResult
     return result
 
 
-def _choose(
+def choose_heads(
     steps: TwoSteps, run: RunFolder, heads: Sequence[Head] | None, step1_dir: Path | str | None, resume: bool
 ) -> None:
     """Step 1, from wherever it comes: afterwards the run has its heads."""
@@ -164,7 +164,9 @@ def _choose(
 
 
 @contextmanager
-def _opened(steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
+def opened_run(
+    steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool
+) -> Iterator[RunFolder]:
     """The scope of `TwoSteps.opened`. What a new run is asked for and cannot have is refused before it has a folder."""
     if not (resume and ranks.told(lambda: (Path(output_dir) / STATE).exists())):
         steps.check_asked(heads)

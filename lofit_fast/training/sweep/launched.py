@@ -1,6 +1,6 @@
 """How a sweep's process was started, alone or as one of several, and the environment that a worker is started in.
 
-All that a sweep reads or sets of the environment is here. torchrun, accelerate and srun tell each process its number in
+What a sweep reads or sets of the environment beside `launchers` is here. torchrun, accelerate and srun tell each process its number in
 variables. A worker must not see them: Trainer would take the runs of all workers for one run in several processes.
 """
 
@@ -12,6 +12,8 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from lofit_fast import launchers
 
 # kind of device -> the variable that says which of them a process sees
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
@@ -39,35 +41,24 @@ class Launch:
     meets: bool = False
 
 
-def launched(environ: Mapping[str, str] | None = None) -> Launch:
+def launched() -> Launch:
     """How this process was started, by torchrun's variables or SLURM's.
 
-    Raises ValueError for a variable that is no number.
+    Raises ValueError for variables that are no numbers of a process.
     """
-    environ = os.environ if environ is None else environ
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environ.keys():
-        return _by_torchrun(environ)
-    if "SLURM_JOB_ID" in environ:
-        return _by_slurm(environ)
-    return Launch()
+    found = launchers.launched()
+    if found is not None and "MASTER_ADDR" in os.environ:
+        return _by_torchrun(found)
+    return _by_slurm(os.environ) if "SLURM_JOB_ID" in os.environ else Launch()
 
 
-def _by_torchrun(environ: Mapping[str, str]) -> Launch:
-    number, count = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
-    if not 0 <= number < count:
-        raise ValueError(f"expected RANK to be below WORLD_SIZE, got RANK={number} and WORLD_SIZE={count}")
-    run = environ.get("TORCHELASTIC_RUN_ID", "none")
+def _by_torchrun(found: launchers.Launched) -> Launch:
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     # without an id of its own, a start is known by the process that starts the others
     run = f"{socket.gethostname()} {os.getppid()}" if run in ("", "none") else run
-    return Launch(
-        number,
-        count,
-        _number(environ, "LOCAL_RANK", 0),
-        _number(environ, "LOCAL_WORLD_SIZE", 1),
-        f"torchrun {run} {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-        str(number),
-        meets=count > 1,
-    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    numbers = (found.rank, found.count, found.local, found.local_count)
+    return Launch(*numbers, f"torchrun {run} {attempt}", str(found.rank), meets=found.count > 1)
 
 
 def _by_slurm(environ: Mapping[str, str]) -> Launch:

@@ -23,6 +23,7 @@ from lofit_fast.training.sweep.processes import work_in_processes
 from lofit_fast.training.sweep.run_queue import Row, RunQueue
 from lofit_fast.training.sweep.sweep_folder import RUNS, TABLE, opened, shared_dtype
 from lofit_fast.training.sweep.sweep_tables import write_tables
+from lofit_fast.training.sweep.together import TogetherRunner, check_together
 from lofit_fast.training.sweep.worker_devices import launched_device, worker_devices
 
 # what the plot shows: the first that the runs have
@@ -37,6 +38,7 @@ def sweep(
     base: Base | None = None,
     jobs: int = 1,
     devices: str | Sequence[str | int] | None = None,
+    together: int = 1,
     resume: bool = True,
     progress: bool = True,
 ) -> list[dict[str, object]]:
@@ -45,7 +47,9 @@ def sweep(
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so. jobs: processes that train at the
     same time, each with a base of its own and its share of torch's threads; on a CPU several with one thread each train
     more runs an hour than one with several. devices: "0,1,2" or ("cuda:0", "cpu"), say: such a process for each, which
-    sees that device alone; one that is named twice has two.
+    sees that device alone; one that is named twice has two. together: runs whose second steps share each forward and
+    backward pass of a process: equal to runs one by one up to rounding, with padded batches and without what `Engine`
+    keeps on disk.
     Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
     (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
     a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
@@ -62,6 +66,7 @@ def sweep(
     them than runs, BlockingIOError (an OSError) for a folder that a sweep of another grid is in, ChildProcessError (an
     OSError) when all of several processes die.
     """
+    check_together(grid, together, jobs)
     launch = launched()
     workers = workers_of(grid, base, jobs, devices, launch)
     # the first stands for all: they are of one kind
@@ -76,7 +81,7 @@ def sweep(
         if session.others:
             print(f"joining the sweep in {folder}, where {', '.join(session.others)} is at work", file=sys.stderr)
         grid = replace(grid, dtype=session.dtype)
-        rows = _run_all(grid, folder, session, base, workers, progress)
+        rows = _run_all(grid, folder, session, base, workers, together, progress)
         with sole(folder):
             write_tables(folder, grid, rows)
             metric = next((name for name in _BEST if any(name in row for row in rows)), None)
@@ -128,6 +133,7 @@ def _run_all(
     session: Session,
     base: Base | None,
     workers: tuple[str | None, ...] | None,
+    together: int,
     progress: bool,
 ) -> list[Row]:
     """Every run of a grid, here or in processes; the tables are written after each by the one that has run it."""
@@ -142,9 +148,9 @@ def _run_all(
             return len(rows) == len(grid.runs)
 
         if workers is None:
-            work(folder, session, grid, base, progress=progress, look=look)
+            work(folder, session, together, grid, base, progress=progress, look=look)
         else:
-            work_in_processes(partial(work, folder, session), grid, workers, look)
+            work_in_processes(partial(work, folder, session, together), grid, workers, look)
         look()
     rows = queue.rows()
     return [rows[index] for index in sorted(rows)]
@@ -153,26 +159,30 @@ def _run_all(
 def work(
     folder: Path,
     session: Session,
+    together: int,
     grid: Grid,
     base: Base | None = None,
     *,
     progress: bool = False,
     look: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train runs of a sweep, one after the other, until all of them have ended, here or elsewhere.
+    """Train runs of a sweep, `together` at a time, until all of them have ended, here or elsewhere.
 
     grid: with the device of this process and the dtype of all. look: called after each run.
     Raises what loading the model or the data raises.
     """
-    runner = Runner(grid, folder, base, progress=progress)
+    runner = (Runner if together == 1 else TogetherRunner)(grid, folder, base, progress=progress)
     queue = RunQueue(grid, session, folder / RUNS)
     with sole(folder):
         # so that it goes on in this dtype, should it be stopped before a run has ended
         if not session.resume or not (folder / TABLE).is_file():
             write_tables(folder, grid, list(queue.rows().values()))
-    with closing(queue.taken()) as all_taken:
-        for taken in all_taken:
-            queue.end(taken.index, runner(taken.run, resume=taken.resume))
-            with sole(folder):
-                write_tables(folder, grid, list(queue.rows().values()))
-            look()
+    with closing(queue.bundles(together, lambda run: run.recipe.positions)) as bundles:
+        for bundle in bundles:
+            if together > 1:
+                runner.train([(taken.run, taken.resume) for taken in bundle])
+            for taken in bundle:
+                queue.end(taken.index, runner(taken.run, resume=taken.resume))
+                with sole(folder):
+                    write_tables(folder, grid, list(queue.rows().values()))
+                look()

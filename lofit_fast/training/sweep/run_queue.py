@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,52 +57,68 @@ class RunQueue:
         write_json(self._rows / f"{self.grid.runs[index].name}.json", row)
 
     def taken(self) -> Iterator[Taken]:
-        """Every run that this process is to train, one after the other, until all runs of the sweep have a row.
+        """Every run that this process is to train, one after the other: `bundles` of one."""
+        with closing(self.bundles(1)) as bundles:
+            for (taken,) in bundles:
+                yield taken
 
-        A run is this process's until the next is asked for, or the iterator is closed. Where all that are left are
-        others', it waits: theirs come back if they die.
+    def bundles(self, most: int, alike: Callable[[Run], object] = lambda run: None) -> Iterator[list[Taken]]:
+        """The runs that this process is to train, up to `most` at a time, until all runs of the sweep have a row.
+
+        alike: equal for runs that may be in one bundle. Runs are this process's until the next are asked for, or the
+        iterator is closed. Where all that are left are others', it waits: theirs come back if they die.
         """
         while len(ended := self.rows()) < len(self.grid.runs):
-            for index in range(len(self.grid.runs)):
-                if index in ended:
-                    continue
-                with self._held(index, ended) as taken:
-                    if taken is not None:
-                        yield taken
+            with ExitStack() as held:
+                bundle: list[Taken] = []
+                led: set[object] = set()
+                for index, run in enumerate(self.grid.runs):
+                    if index in ended or (bundle and alike(run) != alike(bundle[0].run)):
+                        continue
+                    if (taken := self._take(index, ended, led, held)) is not None:
+                        bundle.append(taken)
+                    if len(bundle) == most:
                         break
-            else:
+                if bundle:
+                    yield bundle
+            if not bundle:
                 time.sleep(_LOOK)
 
-    @contextmanager
-    def _held(self, index: int, ended: dict[int, Row]) -> Iterator[Taken | None]:
-        """A scope in which a run is this process's; None where it is not to be had now."""
+    def _take(self, index: int, ended: dict[int, Row], led: set[object], held: ExitStack) -> Taken | None:
+        """Make a run this process's while `held` is open; None where it is not to be had now.
+
+        led: the step 1s that this process trains for others already, to which one may be added.
+        """
         run = self.grid.runs[index]
         with ExitStack() as stack:
             try:
-                self._lead(index, ended, stack)
+                group = self._lead(index, ended, led, stack)
                 claim = stack.enter_context(claimed(self._claims, run.name, self._progress(run)))
             except BlockingIOError:
-                claim = None
+                return None
             # it may have ended since
-            if claim is None or index in self.rows():
-                yield None
-            elif claim.deaths >= MOST_DEATHS:
+            if index in self.rows():
+                return None
+            if claim.deaths >= MOST_DEATHS:
                 self.end(index, _given_up(run, claim))
-                yield None
-            else:
-                yield Taken(index, run, self.session.resume or claim.begun)
+                return None
+            led.add(group)
+            held.enter_context(stack.pop_all())
+            return Taken(index, run, self.session.resume or claim.begun)
 
     def _progress(self, run: Run) -> int:
         """How far a run is: it has a line of history per epoch."""
         path = self.runs / run.name / "history.jsonl"
         return path.stat().st_size if path.is_file() else 0
 
-    def _lead(self, index: int, ended: dict[int, Row], stack: ExitStack) -> None:
+    def _lead(self, index: int, ended: dict[int, Row], led: set[object], stack: ExitStack) -> object:
         """Be the one that trains the step 1 of several runs, where none has; BlockingIOError where another does."""
-        group = self._groups[step1_of(index, self.grid.runs[index])]
-        if len(group) > 1 and not any(self._has_heads(other, ended) for other in group):
+        group = step1_of(index, self.grid.runs[index])
+        members = self._groups[group]
+        if len(members) > 1 and group not in led and not any(self._has_heads(other, ended) for other in members):
             # no run has a name with a space
-            stack.enter_context(alone(self._claims / f"step1 of {group[0]}.lock", "train a step 1 that runs share"))
+            stack.enter_context(alone(self._claims / f"step1 of {members[0]}.lock", "train a step 1 that runs share"))
+        return group
 
     def _has_heads(self, index: int, ended: dict[int, Row]) -> bool:
         """Whether a run has its heads: then the step 1 that it shares is there."""

@@ -21,31 +21,50 @@ def grid_of(runs=4, **base):
     return parse_grid({"base": {"model": "tiny", **base}, "grid": {"seed": list(range(runs))}})
 
 
-def test_alone():
-    assert launched({}) == launched({"RANK": "0"}) == Launch()
+@pytest.fixture
+def under(monkeypatch):
+    """Called with variables: how a process that has them, and none of the launchers' others, was started."""
+    for name in (*TORCHRUN, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def launched_with(**variables):
+        with monkeypatch.context() as changed:
+            for name, value in variables.items():
+                changed.setenv(name, value)
+            return launched()
+
+    return launched_with
 
 
-def test_by_torchrun():
-    launch = launched({**TORCHRUN, "TORCHELASTIC_RUN_ID": "abc", "TORCHELASTIC_RESTART_COUNT": "1"})
+def test_alone(under):
+    assert under() == under(RANK="0") == Launch()
+
+
+def test_by_torchrun(under):
+    launch = under(**TORCHRUN, TORCHELASTIC_RUN_ID="abc", TORCHELASTIC_RESTART_COUNT="1")
     assert launch == Launch(5, 8, 1, 4, "torchrun abc 1", "5", meets=True)
-    unnamed = launched({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"})
+    unnamed = under(**TORCHRUN, TORCHELASTIC_RUN_ID="none")
     assert unnamed.job == f"torchrun {socket.gethostname()} {os.getppid()} 0"
-    assert not launched({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}).meets
+    assert not under(**{**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}).meets
 
 
-def test_by_slurm():
+def test_by_slurm(under):
     # the batch script's own process, whatever the job's tasks are
-    assert launched({**SLURM, "SLURM_NTASKS": "8"}) == Launch(job="slurm 77  0", member=" 0")
+    assert under(**SLURM, SLURM_NTASKS="8") == Launch(job="slurm 77  0", member=" 0")
     array = {**SLURM, "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1"}
-    assert launched(array) == Launch(job="slurm 70  1", member="3 0")
-    task = launched({**SLURM, **SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"})
-    assert task == Launch(3, 6, 1, 2, "slurm 77 2 0", " 3")
+    assert under(**array) == Launch(job="slurm 70  1", member="3 0")
+    task = {**SLURM, **SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    # srun may tell its tasks of each other as MPI does
+    for more in ({}, {"PMI_RANK": "3", "PMI_SIZE": "6"}):
+        assert under(**task, **more) == Launch(3, 6, 1, 2, "slurm 77 2 0", " 3")
 
 
-@pytest.mark.parametrize("changed", [{"RANK": "x"}, {"RANK": "8"}, {"LOCAL_RANK": "-1"}])
-def test_variables_that_cannot_be(changed):
-    with pytest.raises(ValueError, match="RANK"):
-        launched({**TORCHRUN, **changed})
+@pytest.mark.parametrize("changed", [{"RANK": "x"}, {"RANK": "8"}])
+def test_variables_that_cannot_be(under, changed):
+    with pytest.raises(ValueError, match=r"RANK|process 8 of 8"):
+        under(**{**TORCHRUN, **changed})
+    with pytest.raises(ValueError, match="SLURM_PROCID to be a whole number, got '-1'"):
+        under(**{**SLURM, **SRUN, "SLURM_PROCID": "-1"})
 
 
 def four():

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
@@ -99,8 +99,8 @@ def test_the_next_trains_the_step_1_where_the_first_has_failed(tmp_path):
         first, second = (RunQueue(grid, session, folder / "runs") for _ in range(2))
         with closing(first.taken()) as mine:
             assert next(mine).index == 0
-            with second._held(1, {}) as taken:
-                assert taken is None
+            with ExitStack() as held:
+                assert second._take(1, {}, set(), held) is None
             first.end(0, {"name": grid.runs[0].name, "status": "failed"})
             assert next(mine).index == 1
             (folder / "runs" / grid.runs[1].name).mkdir(parents=True)
@@ -108,6 +108,24 @@ def test_the_next_trains_the_step_1_where_the_first_has_failed(tmp_path):
             # while that one is at work still
             with closing(second.taken()) as theirs:
                 assert next(theirs).index == 2
+
+
+def test_a_bundle_is_of_runs_that_are_alike_and_nobodys(tmp_path):
+    grid = grid_of(tune_lr=[1e-2, 2e-2, 3e-2, 4e-2], positions=["all", "answer"])
+    with begun(tmp_path, grid) as (folder, session):
+        queue, other = (RunQueue(grid, session, folder / "runs") for _ in range(2))
+        found = []
+        with ExitStack() as elsewhere:
+            assert other._take(2, {}, set(), elsewhere).run.recipe.positions == "all"
+            # whoever has it has the step 1 of its like, too
+            with closing(queue.bundles(3, lambda run: run.recipe.positions)) as bundles:
+                assert [taken.index for taken in next(bundles)] == [1, 3, 5]
+        with closing(queue.bundles(3, lambda run: run.recipe.positions)) as bundles:
+            for bundle in bundles:
+                found.append([taken.index for taken in bundle])
+                for taken in bundle:
+                    queue.end(taken.index, {"name": taken.run.name, "status": "done"})
+        assert found == [[0, 2, 4], [1, 3, 5], [6], [7]]
 
 
 def forked(work):

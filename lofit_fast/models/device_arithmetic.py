@@ -86,23 +86,20 @@ def logit_bytes(labelled: int, vocabulary: int, itemsize: int) -> int:
     return labelled * vocabulary * (itemsize + 4)
 
 
-def fsdp_payload(shards: Weights, embedding: int, lowest: int, n: int, tied: bool) -> tuple[int, int]:
+def fsdp_payload(shards: Weights, lowest: int, n: int) -> tuple[int, int]:
     """(forward, backward) bytes that FSDP2 gathers in a step, whole: the padded shards times n.
 
-    shards, embedding: bytes of one shard. Source: accelerate's units are the embedding, each layer, and the last norm
-    with the output head; torch gathers each once forward, and again in backward, except the last unit, which it keeps.
-    Where vectors begin at layer `lowest` no backward is needed below; one unit below is gathered all the same, since
-    torch asks for the next before it knows. Frozen weights have no gradients to scatter.
+    shards: of one device. lowest: the lowest layer with vectors. Source: each decoder layer is a group, and what is
+    outside of them another; torch gathers each once forward. It gathers each layer again in backward, and keeps the
+    outer group. Below the vectors no backward is needed; one layer below is gathered all the same, since torch asks
+    for the next before it knows. Frozen weights have no gradients to scatter.
     """
     forward = n * (sum(shards.layers) + shards.outside)
-    backward = n * sum(shards.layers[max(lowest - 1, 0) :])
-    if lowest == 0 and not tied:
-        backward += n * embedding
-    return forward, backward
+    return forward, n * sum(shards.layers[max(lowest - 1, 0) :])
 
 
 def fsdp_gathered(weights: Weights) -> int:
-    """Weights that are whole on a device at once: two layers, one computing and one arriving, and the outer units."""
+    """Weights that are whole on a device at once: two layers, one computing and one arriving, and the outer group."""
     return sum(sorted(weights.layers)[-2:]) + weights.outside
 
 
@@ -198,9 +195,7 @@ def _ddp(step: _Step) -> DevicePlan:
 def _fsdp(step: _Step) -> DevicePlan:
     saved, notes = step.saved()
     weights, shards = weights_of(step.decoder), shard_of(step.decoder, step.n)
-    table = step.model.get_input_embeddings().weight
-    embedding = -(-table.shape[0] // step.n) * table.shape[1] * table.itemsize
-    forward, backward = fsdp_payload(shards, embedding, step.lowest.index, step.n, step.tied)
+    forward, backward = fsdp_payload(shards, step.lowest.index, step.n)
     memory = (
         Item(f"weights, a shard of {step.n}", shards.total, COUNT),
         Item("weights, whole while they are computed with", fsdp_gathered(weights) * (step.n > 1)),

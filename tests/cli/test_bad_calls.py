@@ -105,7 +105,11 @@ VALUES = {
         "--device": DEVICES,
         "--dtype": WORDS,
     },
-    "sweep": {"--jobs": COUNTS, "--devices": (*WORDS, "cuda:99", "0,,1", "cpu,cpu", "cpu,meta", "-1")},
+    "sweep": {
+        "--jobs": COUNTS,
+        "--together": COUNTS,
+        "--devices": (*WORDS, "cuda:99", "0,,1", "cpu,cpu", "cpu,meta", "-1"),
+    },
 }
 # command -> options that name what is read
 READ = {

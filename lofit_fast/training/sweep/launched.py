@@ -1,8 +1,7 @@
 """How a sweep's process was started, alone or as one of several, and the environment that a worker is started in.
 
-What a sweep reads or sets of the environment beside `launchers` is here. torchrun, accelerate and srun tell each process
-its number in variables. A worker must not see them: Trainer would take the runs of all workers for one run in several
-processes.
+What a sweep reads or sets of the environment beside `launchers` is here. Launchers tell a process its number in
+variables. A worker must not see them: Trainer would take the runs of all workers for one run in several processes.
 """
 
 from __future__ import annotations

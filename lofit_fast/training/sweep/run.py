@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -80,6 +81,9 @@ def sweep(
             raise ValueError(f"the sweep in {folder} is in {session.dtype}: expected such a base, got one in {own}")
         if session.others:
             print(f"joining the sweep in {folder}, where {', '.join(session.others)} is at work", file=sys.stderr)
+        for device, times in Counter(workers or ()).items():
+            if times > 1 and device is not None:
+                print(f"{times} processes share {device}", file=sys.stderr)
         grid = replace(grid, dtype=session.dtype)
         rows = _run_all(grid, folder, session, base, workers, together, progress)
         with sole(folder):
@@ -138,13 +142,15 @@ def _run_all(
 ) -> list[Row]:
     """Every run of a grid, here or in processes; the tables are written after each by the one that has run it."""
     queue = RunQueue(grid, session, folder / RUNS)
+    seen: set[int] = set()
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
 
         def look() -> bool:
             rows = queue.rows()
-            if new := list(rows.values())[bar.n :]:
-                bar.set_postfix_str(f"{new[-1]['status']}: {new[-1]['name']}")
-            bar.update(len(rows) - bar.n)
+            for index in rows.keys() - seen:
+                bar.set_postfix_str(f"{rows[index]['status']}: {rows[index]['name']}")
+                bar.update()
+            seen.update(rows)
             return len(rows) == len(grid.runs)
 
         if workers is None:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,3 +323,27 @@ def test_two_sweeps_in_one_folder(grid_file, tmp_path):
     log = trained(tmp_path)
     assert len({process for process, _ in log}) == 2
     assert sorted(name for _, name in log) == sorted(row["name"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_under_torchrun(grid_file, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "lofit_fast.cli", "sweep", grid_file, "--output", tmp_path / "sweep", "--json"]
+    with grid_file.open() as grid:
+        text = grid.read().replace("[base]", '[base]\n        device = "cpu"')
+    grid_file.write_text(text)
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "kernels"), str(root)])}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=1400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # one of the two prints
+    rows = json.loads(done.stdout)["runs"]
+    assert [row["status"] for row in rows] == ["done"] * 4
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"] == rows
+    claims = [json.loads(path.read_text()) for path in (tmp_path / "sweep" / "queue" / "claims").glob("*.json")]
+    claims = [claim for claim in claims if "progress" in claim]
+    assert [claim["deaths"] for claim in claims] == [0] * 4
+    assert len({claim["process"] for claim in claims}) == 2

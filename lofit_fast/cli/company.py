@@ -34,17 +34,21 @@ _LIBRARIES = ("lofit-fast", "torch", "transformers", "accelerate", "trl", "datas
 class Across:
     """What a command does as several processes.
 
-    said: in --help. divided: whether all work, in one process group, or only the first, while the others wait for it.
-    refusal: why it cannot be started so, or None.
+    said: in --help. divided: whether all work, in one process group. each: whether all work, and what they do together
+    is the command's own matter. Otherwise only the first works, and the others wait for it. refusal: why the command
+    cannot be started so, or None.
     """
 
     said: str
     divided: bool = False
+    each: bool = False
     refusal: str | None = None
 
 
 DIVIDED = Across("Under torchrun or accelerate launch the processes divide the work.", divided=True)
 FIRST = Across("Under torchrun or accelerate launch one process does the work, and the others wait for it.")
+
+EACH = Across("Under torchrun or accelerate launch each process takes a share of the runs.", each=True)
 
 
 def refused(reason: str) -> Across:
@@ -56,13 +60,13 @@ def refused(reason: str) -> Across:
 class Company:
     """This process by itself, or one of those of a launch, once they have met (`met`).
 
-    works: whether it does what the command is for. divided: whether the others do so too.
+    works: whether it does what the command is for. across: what the command does as several processes.
     """
 
     launched: Launched | None = None
     store: Any = None
     works: bool = True
-    divided: bool = False
+    across: Across = FIRST
 
     def meet(self, across: Across) -> None:
         """Find the others, if there are any.
@@ -81,7 +85,7 @@ class Company:
         _check_alike(_introduced(found, store))
         if across.refusal is not None:
             raise ValueError(f"expected one process for this command, got {found.count}: {across.refusal}")
-        self.divided, self.works = across.divided, across.divided or found.rank == 0
+        self.across, self.works = across, across.divided or across.each or found.rank == 0
 
     @contextmanager
     def at_work(self, what: str, device: str) -> Iterator[None]:
@@ -89,10 +93,10 @@ class Company:
 
         what: is done, in words. device: the command's, by name.
         """
-        if self.launched is None:
+        if self.launched is None or self.across.each:
             yield
             return
-        if not self.divided:
+        if not self.across.divided:
             with unlaunched():
                 yield
             return

@@ -67,8 +67,13 @@ def trained_a_step(source, dtype):
     return mapped, own, sum(p.nbytes for p in set(model.parameters()) - set(handle.parameters()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("dtype", "processes"),
+    [
+        ("bfloat16", 3),
+        *(pytest.param(dtype, n, marks=pytest.mark.slow) for dtype in ("float32", "bfloat16") for n in (1, 2, 3)),
+    ][:-1],
+)
 def test_the_pages_of_the_base_are_there_once(saved, dtype, processes):
     # the heap of the one that converts keeps room for what has been freed
     in_processes(processes, lambda rank: load_model(saved, dtype=dtype, device="cpu") and None)
@@ -96,6 +101,7 @@ def test_a_converted_base_is_the_converted_base(saved):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_merging_writes_into_pages_of_its_own(saved):
     def work(rank):
         model, _ = load_model(saved, dtype="float32", device="cpu")
@@ -113,6 +119,7 @@ def test_merging_writes_into_pages_of_its_own(saved):
     assert in_processes(2, work) == [(True, True), (False, True)]
 
 
+@pytest.mark.slow
 def test_a_damaged_conversion_is_made_anew(saved):
     def load(source):
         made.append(source)

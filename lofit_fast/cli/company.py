@@ -20,7 +20,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, unlaunched
+from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, unlaunched
 
 # seconds that another process, which knows more, is given to say what is wrong
 _PATIENCE = 3.0
@@ -60,13 +60,15 @@ def refused(reason: str) -> Across:
 class Company:
     """This process by itself, or one of those of a launch, once they have met (`met`).
 
-    works: whether it does what the command is for. across: what the command does as several processes.
+    works: whether it does what the command is for. across: what the command does as several processes. lost: what has
+    become of the first process while this one waited for it, or None.
     """
 
     launched: Launched | None = None
     store: Any = None
     works: bool = True
     across: Across = FIRST
+    lost: str | None = None
 
     def meet(self, across: Across) -> None:
         """Find the others, if there are any.
@@ -78,6 +80,10 @@ class Company:
         if found is None or found.count == 1:
             return
         self.launched = found
+        if across.each and not meets():
+            # such as srun's tasks, which nobody has told where
+            self.across = across
+            return
         store, mine = _store(found), _introduction()
         _take_place(found, store, mine)
         # from here on all hear what one says
@@ -136,6 +142,14 @@ class Company:
         if self.launched is None or self.store is None:
             return code
         store, self.store = self.store, None
+        if self.launched.rank and not code:
+            # the first may take hours for what it does alone
+            try:
+                while not store.check(["end/0"]):
+                    time.sleep(10 * _LOOK)
+            except RuntimeError:
+                self.lost = f"process 0 of {self.launched.count} has ended without a word"
+                return 1
         with suppress(RuntimeError):
             code = _agreed(self.launched, store, code)
         return code
@@ -256,9 +270,6 @@ def _agreed(found: Launched, store: Any, code: int) -> int:
             time.sleep(_LOOK)
 
     store.set(f"end/{found.rank}", str(code))
-    # the first may take hours for what it does alone; when it is gone, the store is too, or the launcher ends this
-    while found.rank and not code and not store.check(["end/0"]):
-        time.sleep(10 * _LOOK)
     everybody = [f"end/{rank}" for rank in range(found.count)]
     wait(everybody, _PATIENCE if code else _LAST_SECONDS)
     codes = [int(store.get(key)) for key in everybody if store.check([key])]
@@ -266,7 +277,7 @@ def _agreed(found: Launched, store: Any, code: int) -> int:
     if found.rank:
         store.set(f"left/{found.rank}", "")
     else:
-        wait([f"left/{rank}" for rank in range(1, found.count)], _PATIENCE)
+        wait([f"left/{rank}" for rank in range(1, found.count)], _PATIENCE if code else 2 * _LAST_SECONDS)
     return code or next((other for other in codes if other), 0)
 
 

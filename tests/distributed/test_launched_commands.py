@@ -177,6 +177,26 @@ def test_two_launches_at_one_port_do_not_mix():
 
 
 @pytest.mark.slow
+def test_the_first_is_missed_by_those_that_wait_for_it():
+    def before(rank):
+        from lofit_fast.models import op_paths
+
+        op_paths.layers_of = lambda name: os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = launched(2, "plan", "--model", "x", "--tokens", "1", before=before)
+    assert (first.code, second.code) == (-signal.SIGKILL, 1)
+    assert second.err.strip() == "error: process 0 of 2 has ended without a word"
+
+
+@pytest.mark.slow
+def test_more_processes_than_examples_are_refused(model, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a=", "completion": "b"}\n' * 3)
+    asked = ("train", "--model", model, "--data", tmp_path / "few.jsonl", "--top", "2", *ON_CPU)
+    message = error_of(launched(4, *asked, "--batch-size", "4", "-o", tmp_path / "run"))
+    assert "4 processes" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named(model):
     def before(rank):
         if rank == 1:

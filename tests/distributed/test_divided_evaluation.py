@@ -51,7 +51,7 @@ def everything(model, prompts=PROMPTS, choices=CHOICES):
     return texts, scores, judged, log_probs(model, ROWS, 0, batch_size=2)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_several_find_one_finds(processes):
     model = patched()
     assert in_processes(processes, lambda rank: everything(model)) == [everything(model)] * processes

@@ -85,10 +85,16 @@ class Company:
             self.across = across
             return
         store, mine = _store(found), _introduction()
-        _take_place(found, store, mine)
-        # from here on all hear what one says
-        self.store = store
-        _check_alike(_introduced(found, store))
+        try:
+            _take_place(found, store, mine)
+            # from here on all hear what one says
+            self.store = store
+            others = _introduced(found, store)
+        # of torch, where the store goes with its keeper
+        except RuntimeError as error:
+            self.store = None
+            raise ConnectionError(f"process 0 of {found.count} has ended while the others joined") from error
+        _check_alike(others)
         if across.refusal is not None:
             raise ValueError(f"expected one process for this command, got {found.count}: {across.refusal}")
         self.across, self.works = across, across.divided or across.each or found.rank == 0

@@ -185,15 +185,16 @@ def test_the_first_is_missed_by_those_that_wait_for_it():
 
     first, second = launched(2, "plan", "--model", "x", "--tokens", "1", before=before)
     assert (first.code, second.code) == (-signal.SIGKILL, 1)
-    assert second.err.strip() == "error: process 0 of 2 has ended without a word"
+    # before it has heard of it, or after
+    assert second.err.strip().startswith("error: process 0 of 2 has ended w")
 
 
 @pytest.mark.slow
 def test_more_processes_than_examples_are_refused(model, tmp_path):
-    (tmp_path / "few.jsonl").write_text('{"prompt": "a=", "completion": "b"}\n' * 3)
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a=", "completion": "b"}\n' * 2)
     asked = ("train", "--model", model, "--data", tmp_path / "few.jsonl", "--top", "2", *ON_CPU)
-    message = error_of(launched(4, *asked, "--batch-size", "4", "-o", tmp_path / "run"))
-    assert "4 processes" in message and not (tmp_path / "run").exists()
+    message = error_of(launched(3, *asked, "--batch-size", "3", "-o", tmp_path / "run"))
+    assert "3 processes" in message and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

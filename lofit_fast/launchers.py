@@ -86,10 +86,18 @@ def limit() -> datetime.timedelta:
     return datetime.timedelta(minutes=minutes)
 
 
+def meets() -> bool:
+    """Whether the environment says where the processes meet."""
+    return not _absent()
+
+
+def _absent() -> list[str]:
+    return [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+
+
 def meeting(found: Launched) -> Meeting:
     """Where the processes of a launch meet. Raises ValueError where the environment does not say it."""
-    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if absent:
+    if absent := _absent():
         raise ValueError(
             f"this is process {found.rank} of {found.count}, but {' and '.join(absent)} do not say where they meet: "
             "start them with torchrun or accelerate launch"

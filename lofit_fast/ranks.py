@@ -34,14 +34,19 @@ _apart: ContextVar[bool] = ContextVar("lofit_fast_apart", default=False)
 
 def count() -> int:
     """How many processes the run has."""
-    if _apart.get() or not (dist.is_available() and dist.is_initialized()):
+    if _apart.get():
         return 1
-    return dist.get_world_size()
+    if _is_lost():
+        # whoever has lost the others is not the first of a run of one
+        return _calls.count
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    if count() == 1:
+        return 0
+    return _calls.rank if _is_lost() else dist.get_rank()
 
 
 def first() -> bool:
@@ -58,8 +63,7 @@ def begun() -> None:
     """
     if _apart.get():
         return
-    if _calls is not None and _calls.lost is not None:
-        raise ElsewhereError(f"the processes of this run have lost each other ({_calls.lost}): start all of them again")
+    _check_not_lost()
     found = launched()
     if found is not None and found.count > 1 and not dist.is_initialized():
         join(found)
@@ -179,6 +183,15 @@ def check_same(value: object, what: str) -> None:
         raise ValueError(f"expected the same {what} in every process, got {listed}")
 
 
+def _is_lost() -> bool:
+    return _calls is not None and _calls.lost is not None
+
+
+def _check_not_lost() -> None:
+    if _is_lost():
+        raise ElsewhereError(f"the processes of this run have lost each other ({_calls.lost}): start all of them again")
+
+
 def _sendable(tensor: Tensor) -> Tensor:
     """A copy that a group can send: from other devices than CUDA's through the host."""
     copy = tensor.detach().clone().contiguous()
@@ -187,8 +200,7 @@ def _sendable(tensor: Tensor) -> Tensor:
 
 def _spoken(collective: Callable[[], object]) -> None:
     """Call a collective. Raises ElsewhereError, naming whom it can, where another process does not take part."""
-    if _calls is not None and _calls.lost is not None:
-        raise ElsewhereError(f"the processes of this run have lost each other ({_calls.lost}): start all of them again")
+    _check_not_lost()
     try:
         collective()
     # torch's errors of communication are this one and its kin

@@ -91,7 +91,8 @@ def test_one_that_fails_ends_the_others_at_once_and_by_name(monkeypatch):
                     raise OSError("disk full")
                 ranks.summed(torch.ones(1))
         except Exception as error:
-            # nothing is sent to a group that is none any more
+            # nothing is sent to a group that is none any more, and nobody takes itself for the first
+            assert (ranks.count(), ranks.rank()) == (3, rank)
             with pytest.raises(ranks.ElsewhereError, match="start all of them again"):
                 ranks.begun()
             return type(error).__name__, str(error)

@@ -80,6 +80,9 @@ def command(
             except Exception as error:
                 raise typer.Exit(_failed(error, options, company)) from error
             if code := company.ended(0):
+                if company.lost:
+                    with speaking():
+                        say_error(company.lost, options.get("as_json"))
                 raise typer.Exit(code)
             return result
 

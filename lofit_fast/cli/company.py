@@ -20,7 +20,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, unlaunched
+from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, unlaunched
 
 # seconds that another process, which knows more, is given to say what is wrong
 _PATIENCE = 3.0
@@ -34,19 +34,21 @@ _LIBRARIES = ("lofit-fast", "torch", "transformers", "accelerate", "trl", "datas
 class Across:
     """What a command does as several processes.
 
-    said: in --help. divided: whether all work, in one process group, or only the first, while the others wait for it.
-    refusal: why it cannot be started so, or None. each: whether each works by itself, in no process group.
+    said: in --help. divided: whether all work, in one process group. each: whether all work, and what they do together
+    is the command's own matter. Otherwise only the first works, and the others wait for it. refusal: why the command
+    cannot be started so, or None.
     """
 
     said: str
     divided: bool = False
-    refusal: str | None = None
     each: bool = False
+    refusal: str | None = None
 
 
 DIVIDED = Across("Under torchrun or accelerate launch the processes divide the work.", divided=True)
-EACH = Across("Under torchrun, accelerate launch or srun each process takes its share by itself.", each=True)
 FIRST = Across("Under torchrun or accelerate launch one process does the work, and the others wait for it.")
+
+EACH = Across("Under torchrun or accelerate launch each process takes a share of the runs.", each=True)
 
 
 def refused(reason: str) -> Across:
@@ -58,14 +60,15 @@ def refused(reason: str) -> Across:
 class Company:
     """This process by itself, or one of those of a launch, once they have met (`met`).
 
-    works: whether it does what the command is for. divided: whether the others do so too.
+    works: whether it does what the command is for. across: what the command does as several processes. lost: what has
+    become of the first process while this one waited for it, or None.
     """
 
     launched: Launched | None = None
     store: Any = None
     works: bool = True
-    divided: bool = False
-    each: bool = False
+    across: Across = FIRST
+    lost: str | None = None
 
     def meet(self, across: Across) -> None:
         """Find the others, if there are any.
@@ -76,19 +79,25 @@ class Company:
         found = launched()
         if found is None or found.count == 1:
             return
-        # srun's tasks, which need not meet
-        if across.each and "MASTER_ADDR" not in os.environ:
-            return
         self.launched = found
+        if across.each and not meets():
+            # such as srun's tasks, which nobody has told where
+            self.across = across
+            return
         store, mine = _store(found), _introduction()
-        _take_place(found, store, mine)
-        # from here on all hear what one says
-        self.store = store
-        _check_alike(_introduced(found, store))
+        try:
+            _take_place(found, store, mine)
+            # from here on all hear what one says
+            self.store = store
+            others = _introduced(found, store)
+        # of torch, where the store goes with its keeper
+        except RuntimeError as error:
+            self.store = None
+            raise ConnectionError(f"process 0 of {found.count} has ended while the others joined") from error
+        _check_alike(others)
         if across.refusal is not None:
             raise ValueError(f"expected one process for this command, got {found.count}: {across.refusal}")
-        self.divided, self.each = across.divided, across.each
-        self.works = across.divided or across.each or found.rank == 0
+        self.across, self.works = across, across.divided or across.each or found.rank == 0
 
     @contextmanager
     def at_work(self, what: str, device: str) -> Iterator[None]:
@@ -96,10 +105,10 @@ class Company:
 
         what: is done, in words. device: the command's, by name.
         """
-        if self.launched is None or self.each:
+        if self.launched is None or self.across.each:
             yield
             return
-        if not self.divided:
+        if not self.across.divided:
             with unlaunched():
                 yield
             return
@@ -139,6 +148,14 @@ class Company:
         if self.launched is None or self.store is None:
             return code
         store, self.store = self.store, None
+        if self.launched.rank and not code:
+            # the first may take hours for what it does alone
+            try:
+                while not store.check(["end/0"]):
+                    time.sleep(10 * _LOOK)
+            except RuntimeError:
+                self.lost = f"process 0 of {self.launched.count} has ended without a word"
+                return 1
         with suppress(RuntimeError):
             code = _agreed(self.launched, store, code)
         return code
@@ -259,9 +276,6 @@ def _agreed(found: Launched, store: Any, code: int) -> int:
             time.sleep(_LOOK)
 
     store.set(f"end/{found.rank}", str(code))
-    # the first may take hours for what it does alone; when it is gone, the store is too, or the launcher ends this
-    while found.rank and not code and not store.check(["end/0"]):
-        time.sleep(10 * _LOOK)
     everybody = [f"end/{rank}" for rank in range(found.count)]
     wait(everybody, _PATIENCE if code else _LAST_SECONDS)
     codes = [int(store.get(key)) for key in everybody if store.check([key])]
@@ -269,7 +283,7 @@ def _agreed(found: Launched, store: Any, code: int) -> int:
     if found.rank:
         store.set(f"left/{found.rank}", "")
     else:
-        wait([f"left/{rank}" for rank in range(1, found.count)], _PATIENCE)
+        wait([f"left/{rank}" for rank in range(1, found.count)], _PATIENCE if code else 2 * _LAST_SECONDS)
     return code or next((other for other in codes if other), 0)
 
 

@@ -128,7 +128,7 @@ def train(
     from lofit_fast.evaluation.judge import judge
     from lofit_fast.heads import read_heads
     from lofit_fast.models.load import load_model
-    from lofit_fast.ranks import first, together, told
+    from lofit_fast.ranks import together, told
     from lofit_fast.tasks import load_task
     from lofit_fast.training.engine import Engine
     from lofit_fast.training.fit import fit_objective
@@ -171,7 +171,7 @@ def train(
         )
         return
     how = {"engine": engine, "heads": fixed, "resume": resume, "progress": not as_json}
-    how["callbacks"] = [ProfileSteps(output)] if profile and first() else ()
+    how["callbacks"] = [ProfileSteps(output)] if profile else ()
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
 

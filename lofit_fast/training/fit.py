@@ -20,6 +20,7 @@ from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, 
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
 from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.shared_batches import check_places
 from lofit_fast.training.told_run import quiet_unless_first
 from lofit_fast.training.two_steps import FitResult, TwoSteps
 
@@ -249,7 +250,9 @@ def select_untrained(
 def _steps(*made) -> TwoSteps:
     """What the two steps share; where one process cannot make it, none of them goes on."""
     with ranks.together("reading the data"):
-        return TwoSteps(*made)
+        steps = TwoSteps(*made)
+    check_places(steps.model)
+    return steps
 
 
 def _check_unpatched(model: nn.Module) -> None:

@@ -57,8 +57,6 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
             f"batch_size {batch_size} does not divide into {n} processes{micro}: the recipe's batch_size is that of "
             f"all processes together, expected a multiple of {n * accumulation_steps}"
         )
-    places = ranks.gathered((socket.gethostname(), str(device_of(model))))
-    check_devices(places)
     if n_examples < n:
         raise ValueError(f"got {n_examples} examples for {n} processes, expected at least one for each")
     if asked := sharding_asked():
@@ -71,6 +69,11 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
             f"{type(model).__name__} balances its experts over each batch (output_router_logits=True), and the part of "
             f"one of {n} processes is no such batch: set model.config.output_router_logits = False, or use one process"
         )
+
+
+def check_places(model: nn.Module) -> None:
+    """Raise ValueError in every process where two of them have their models on one accelerator. All must call it."""
+    check_devices(ranks.gathered((socket.gethostname(), str(device_of(model)))))
 
 
 def check_devices(places: Sequence[tuple[str, str]]) -> None:

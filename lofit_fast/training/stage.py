@@ -24,7 +24,7 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
-from lofit_fast.training.shared_batches import check_shares
+from lofit_fast.training.shared_batches import check_places, check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -76,6 +76,7 @@ def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, 
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
+    check_places(attachment.model)
     check_shares(attachment.model, schedule.batch_size, schedule.accumulation_steps, data.n_examples)
     asked = data.usable(engine or Engine(), schedule.accumulation_steps)
     settled, said = settle_for(attachment, asked, data, tokenizer, schedule)

@@ -15,7 +15,7 @@ from pathlib import Path
 import transformers
 
 from lofit_fast import ranks
-from lofit_fast.files import writable_folder
+from lofit_fast.files import given_path, writable_folder
 from lofit_fast.training.run_folder import RunFolder
 
 # seconds after which a file that one process has written is to be seen by all: file systems of a network keep others'
@@ -52,12 +52,12 @@ def opened(path: Path | str, identity: Mapping[str, object], resume: bool, **how
 
     Raises OSError, in every process, for a folder that not all of them see.
     """
-    path = Path(path)
     if ranks.count() == 1:
         with RunFolder.open(path, identity, resume, **how) as run:
             yield run
         return
-    ranks.told(lambda: RunFolder(path)._look() and None)
+    ranks.by_first(lambda: RunFolder(given_path(path))._look())
+    path = Path(path)
     check_seen_by_all(path)
     with ExitStack() as scopes:
         held: list[RunFolder] = []

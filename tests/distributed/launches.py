@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # seconds after which all are killed
-_LIMIT = 60.0
+_LIMIT = 240.0
 
 
 class Ended(NamedTuple):

@@ -51,12 +51,13 @@ def everything(model, prompts=PROMPTS, choices=CHOICES):
     return texts, scores, judged, log_probs(model, ROWS, 0, batch_size=2)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_several_find_one_finds(processes):
     model = patched()
     assert in_processes(processes, lambda rank: everything(model)) == [everything(model)] * processes
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_processes():
     model, few = patched(), (PROMPTS[:1], CHOICES[:1])
     assert in_processes(3, lambda rank: everything(model, *few)) == [everything(model, *few)] * 3
@@ -75,6 +76,7 @@ def test_every_process_computes_a_part_of_it():
     assert in_processes(3, work) == [[2, 1], [2], [2]]
 
 
+@pytest.mark.slow
 def test_one_choice_at_a_time_is_divided_too():
     model = patched()
 
@@ -92,6 +94,7 @@ def test_one_choice_at_a_time_is_divided_too():
     assert all_of_it == sum(map(len, CHOICES)) == sum(n for _, n in found) and found[0][1] - found[1][1] in (0, 1)
 
 
+@pytest.mark.slow
 def test_prompts_are_shared_in_every_process():
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(offset="all", positions="answer"))
@@ -138,6 +141,7 @@ def test_an_error_in_one_share_is_raised_in_all():
     assert in_processes(2, work) == [here, "MemoryError: no room"]
 
 
+@pytest.mark.slow
 def test_fully_sharded_weights_are_gathered_equally_often():
     plain = patched()
     expected = everything(plain)

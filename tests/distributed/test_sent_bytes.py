@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 EXAMPLES = [Example(f"{a}=", a * 2) for a in "abcdefgh"]
 
 
+@pytest.mark.slow
 def test_a_step_sends_vectors_and_scalars():
     model = tiny_model("llama")
 

@@ -21,12 +21,12 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells what a process maps"),
 ]
-LARGE = {"vocab_size": 400, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 64, "tie_word_embeddings": True}
+LARGE = {"vocab_size": 400, "hidden_size": 384, "intermediate_size": 1536, "head_dim": 64, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model of 42 MB in float32 files, with its tokenizer."""
+    """A model of 25 MB in float32 files, with its tokenizer."""
     folder = tmp_path_factory.mktemp("large")
     tiny_model("llama", **LARGE).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -67,11 +67,17 @@ def trained_a_step(source, dtype):
     return mapped, own, sum(p.nbytes for p in set(model.parameters()) - set(handle.parameters()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("dtype", "processes"),
+    [
+        ("bfloat16", 2),
+        *(pytest.param("bfloat16", n, marks=pytest.mark.slow) for n in (1, 3)),
+        *(pytest.param("float32", n, marks=pytest.mark.slow) for n in (1, 2, 3)),
+    ],
+)
 def test_the_pages_of_the_base_are_there_once(saved, dtype, processes):
     # the heap of the one that converts keeps room for what has been freed
-    in_processes(processes, lambda rank: load_model(saved, dtype=dtype, device="cpu") and None)
+    load_model(saved, dtype=dtype, device="cpu", shared=processes > 1)
     found = in_processes(processes, lambda rank: trained_a_step(saved, dtype))
     for mapped, own, size in found:
         if (dtype, processes) == ("bfloat16", 1):
@@ -80,7 +86,7 @@ def test_the_pages_of_the_base_are_there_once(saved, dtype, processes):
             continue
         # all of it is mapped, and nothing of it was written into; gradients and activations are the process's own
         assert mapped["Rss"] > 0.95 * size and mapped["Anonymous"] < 0.02 * size
-        assert own < 0.5 * size
+        assert own < 0.7 * size
         assert mapped["Pss"] == pytest.approx(mapped["Rss"] / processes, rel=0.05)
 
 
@@ -96,6 +102,7 @@ def test_a_converted_base_is_the_converted_base(saved):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_merging_writes_into_pages_of_its_own(saved):
     def work(rank):
         model, _ = load_model(saved, dtype="float32", device="cpu")
@@ -113,6 +120,7 @@ def test_merging_writes_into_pages_of_its_own(saved):
     assert in_processes(2, work) == [(True, True), (False, True)]
 
 
+@pytest.mark.slow
 def test_a_damaged_conversion_is_made_anew(saved):
     def load(source):
         made.append(source)
@@ -130,6 +138,7 @@ def test_a_damaged_conversion_is_made_anew(saved):
     assert os.path.dirname(folder).endswith("shared_pages")
 
 
+@pytest.mark.slow
 def test_copies_for_an_accelerator_are_made_in_turns(saved, tmp_path):
     def work(rank):
         with in_turns(saved, torch.bfloat16):
@@ -143,6 +152,7 @@ def test_copies_for_an_accelerator_are_made_in_turns(saved, tmp_path):
     assert in_processes(3, work) == [True] * 3
 
 
+@pytest.mark.slow
 def test_any_process_may_be_the_one_that_writes(saved):
     def work(rank):
         model, folder = tiny_model("llama"), os.environ["LOFIT_FAST_CACHE"] + f"/written-{rank}"

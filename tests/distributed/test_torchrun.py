@@ -15,7 +15,8 @@ from lofit_fast.models.load import load_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# launchers and libraries start anew for each process
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 ACCELERATE = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"),
@@ -39,7 +40,7 @@ def command(cache, tmp_path):
         here = Path(__file__).parents[2]
         places = os.pathsep.join((str(here / "kernels"), str(here)))
         env = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "LOFIT_FAST_CACHE": str(cache)}
-        how = {"input": stdin, "capture_output": True, "text": True, "timeout": 280, "env": env, "cwd": tmp_path}
+        how = {"input": stdin, "capture_output": True, "text": True, "timeout": 800, "env": env, "cwd": tmp_path}
         done = subprocess.run([str(part) for part in line], **how)
         return done.returncode, done.stdout, done.stderr
 

@@ -36,10 +36,9 @@ def test_a_file_is_one_of_accelerate_and_on_the_page(path):
 
     before = dict(os.environ)
     config = load_config_from_file(str(path))
-    assert config.num_processes == 8
     arguments, defaults, _ = parsed(path)
     assert defaults.to_dict() == config.to_dict()
-    assert arguments.num_processes == 8
+    assert arguments.num_processes == config.num_processes > 1
     # the launcher's own variables are its children's
     assert dict(os.environ) == before
     assert f"examples/accelerate/{path.name}" in PAGE

@@ -55,6 +55,7 @@ class DevicePlan:
 
     @property
     def total(self) -> int:
+        """All that is kept."""
         return sum(item.bytes for item in self.memory)
 
 

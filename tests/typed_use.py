@@ -24,6 +24,12 @@ def two_steps(model: nn.Module, folder: Path) -> None:
     with tuned.disabled(), tuned.folded(), tuned.acting_on("all"):
         pass
     assert_type([parameter for parameter in tuned.parameters()], list[nn.Parameter])
+    tuned.add("other", folder)
+    tuned.set_active("other")
+    with tuned.rows(["other", None]):
+        pass
+    assert_type(tuned.active, str | None)
+    assert_type(tuned.adapters, tuple[str, ...])
     assert_type(tuned.save(folder), Path)
     assert_type(lf.load(model, folder), lf.LofitHandle)
     assert_type(lf.handle_of(model), lf.LofitHandle | None)

@@ -35,8 +35,8 @@ class Chosen:
         self.base = whole and self.slots == {BASE}
         self.fresh = tuple(slot for slot in used if slot in trained)
         kept = [slot for slot in used if slot not in trained]
-        order = [*kept, *self.fresh]
-        places = [order.index(slot) for slot in slots] if self.fresh else list(slots)
+        place = {slot: number for number, slot in enumerate((*kept, *self.fresh))}
+        places = [place[slot] for slot in slots] if self.fresh else list(slots)
         # a choice may outlive the inference mode that it was made in
         with torch.inference_mode(False):
             self.kept = torch.tensor(kept, device=device)

@@ -76,7 +76,7 @@ def test_each_adapter_is_what_it_is_by_itself(shared, tmp_path):
 ROWS = ["a", "b", None, "a", "default", "c"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma3", "qwen2"))])
 def test_rows_are_equal_one_by_one(tmp_path, family):
     shared = Shared(tmp_path, family)
     ids = tokens(len(ROWS))
@@ -90,7 +90,7 @@ def test_rows_are_equal_one_by_one(tmp_path, family):
     assert shared.handle.scopes.plain
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_rows_in_16_bits_are_as_exact_as_a_hook(tmp_path, dtype):
     shared = Shared(tmp_path, dtype=dtype)
     layer, z = shared.handle.layers[1], torch.randn(len(ROWS), 5, 64).to(dtype)
@@ -131,26 +131,29 @@ def test_generation_with_rows_is_that_of_each_prompt(shared, side):
         )
 
 
-def test_beams_and_returned_sequences_have_their_prompts_adapter(shared):
-    ids, names = tokens(3, 6), ["a", None, "c"]
-    for options in (
+@pytest.mark.parametrize(
+    "options",
+    [
         {"num_beams": 3, "num_return_sequences": 2},
-        {"num_beams": 2},
-        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
-    ):
-        options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, **options}
-        per = options.get("num_return_sequences", 1)
-        with shared.handle.rows(names):
-            got = shared.model.generate(ids, **options).view(3, per, -1)
-        for row, name in enumerate(names):
-            alone = shared.alone(name, lambda m, row=row, o=options: m.generate(ids[row : row + 1], **o))
-            assert torch.equal(got[row], alone)
+        pytest.param({"num_beams": 2}, marks=pytest.mark.slow),
+        pytest.param({"num_return_sequences": 2, "do_sample": True, "top_k": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_beams_and_returned_sequences_have_their_prompts_adapter(shared, options):
+    ids, names = tokens(2, 6), ["a", None]
+    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, **options}
+    per = options.get("num_return_sequences", 1)
+    with shared.handle.rows(names):
+        got = shared.model.generate(ids, **options).view(2, per, -1)
+    for row, name in enumerate(names):
+        alone = shared.alone(name, lambda m, row=row: m.generate(ids[row : row + 1], **options))
+        assert torch.equal(got[row], alone)
     # two names for one prompt are not its beams'
     with shared.handle.rows(["a", "b"]), pytest.raises(ValueError, match="names the adapters of 2 rows"):
         shared.model.generate(ids[:1], num_beams=2, max_new_tokens=2, pad_token_id=0)
     # a batch that has grown outside of generate is nobody's
-    with shared.handle.rows(names), pytest.raises(ValueError, match="names the adapters of 3 rows"):
-        logits(shared.model, tokens(6, 6))
+    with shared.handle.rows(names), pytest.raises(ValueError, match="names the adapters of 2 rows"):
+        logits(shared.model, tokens(4, 6))
 
 
 def test_gradients_reach_each_adapter_from_its_own_rows(shared):
@@ -180,7 +183,7 @@ def test_gradients_reach_each_adapter_from_its_own_rows(shared):
     assert relative(now, shared.alone("a", lambda m: logits(m, ids))) > 1e-3
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointed_layers_run_again_with_their_rows(shared, reentrant):
     handle, ids, names = shared.handle, tokens(3), ["default", None, "b"]
 
@@ -348,6 +351,8 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+# a tiny one is in tests/benchmarks/speed/test_many_adapters.py
+@pytest.mark.slow
 def test_switching_compiles_nothing(shared, dynamo):
     handle, z = shared.handle, torch.randn(3, 5, 64)
     layer = handle.layers[1]

@@ -74,6 +74,23 @@ def assert_alike(got, expected, grid):
         assert mine.base_digest == theirs.base_digest
 
 
+def test_two_runs_together_are_one_by_one(data, tmp_path):
+    # of other heads, rates, clipping, and one that accumulates while the other steps
+    heads = [heads_file(tmp_path / f"two{n}.json", of) for n, of in enumerate(([(0, 1), (2, 0)], [(1, 3)]))]
+    runs = [
+        {"name": "one", "seed": 1, "tune_lr": 0.02, "heads": heads[0]},
+        {"name": "two", "seed": 2, "tune_lr": 0.05, "heads": heads[1], "accumulation_steps": 2, "max_grad_norm": 0.01},
+    ]
+    grid, model = grid_of(data, tmp_path, {"tune_epochs": 1}, runs), tiny_model("llama")
+    before = snapshot(model)
+    rows = run(grid, tmp_path / "together", model, together=2)
+    assert snapshot(model) == before and lf.handle_of(model) is None
+    assert [row["status"] for row in rows] == ["done"] * 2, rows
+    run(grid, tmp_path / "alone")
+    assert_alike(tmp_path / "together", tmp_path / "alone", grid)
+
+
+@pytest.mark.slow
 def test_together_is_one_by_one(data, tmp_path):
     grid, model = grid_of(data, tmp_path), tiny_model("llama")
     before = snapshot(model)
@@ -89,6 +106,7 @@ def test_together_is_one_by_one(data, tmp_path):
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_together(data, tmp_path, monkeypatch):
     grid, model, steps = grid_of(data, tmp_path), tiny_model("llama"), []
     before, compute = snapshot(model), JointStep.__call__
@@ -109,6 +127,7 @@ def test_an_interrupted_sweep_goes_on_together(data, tmp_path, monkeypatch):
     assert_alike(tmp_path / "together", tmp_path / "alone", grid)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_leaves_the_others_alone(data, tmp_path):
     runs = [{"seed": 1, "tune_lr": 0.02}, {"seed": 2, "tune_lr": 1e38}, {"seed": 3, "tune_lr": 0.02}]
     grid = grid_of(data, tmp_path, {"tune_epochs": 3}, runs)
@@ -120,6 +139,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(data, tmp_path):
     assert_alike(tmp_path / "together", tmp_path / "alone", fine)
 
 
+@pytest.mark.slow
 def test_vectors_for_answers_are_trained_together(data, tmp_path):
     runs = [{"name": str(n), "seed": n, "tune_lr": 0.02, "positions": "answer"} for n in (1, 2)]
     grid = grid_of(data, tmp_path, None, runs)

@@ -165,6 +165,8 @@ class Company:
 
 
 def _store(found: Launched) -> Any:
+    # of a process that is gone it says pages of its own, where torch is not there yet
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import PrefixStore, TCPStore
 
     place, seconds = meeting(found), limit().total_seconds()

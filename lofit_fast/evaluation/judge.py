@@ -221,7 +221,8 @@ def _generated(
             given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
             past = {} if given is None else {"past_key_values": given}
             # every step gathers weights: who is done goes on until all are
-            how = {"generation_config": greedy, "synced_gpus": division.gathers, **past}
+            synced = {"synced_gpus": True} if division.gathers else {}
+            how = {"generation_config": greedy, **synced, **past}
             out = model.generate(input_ids=ids, attention_mask=mask, **how)
             if counts:
                 answers |= zip(rows, out[:, ids.shape[1] :].tolist(), strict=True)

@@ -22,8 +22,8 @@ from tests.tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 TOKENIZER = tiny_tokenizer()
-PROMPTS = ["abcdef", "q", "The quick brown fox jumps!", "x=1; y=2;", "a longer prompt than that", "zz", "12"]
-CHOICES = [["yes", "no"], ["y", "no", "perhaps"], ["a", "b"], ["b", "bb"], ["no", "yes"], ["c", "d"], ["e", "f"]]
+PROMPTS = ["abcdef", "q", "The quick brown fox jumps!", "x=1; y=2;", "zz"]
+CHOICES = [["yes", "no"], ["y", "no", "perhaps"], ["a", "b"], ["b", "bb"], ["no", "yes"]]
 ROWS = [{"input_ids": list(range(3, n)), "labels": [-100] * 2 + list(range(5, n))} for n in (9, 6, 12, 20, 7)]
 
 
@@ -45,7 +45,7 @@ def everything(model, prompts=PROMPTS, choices=CHOICES):
     task = Task("letters", [], [Example(prompt, of_it[0]) for prompt, of_it in pairs])
     best = tuple(MultipleChoice(prompt, tuple(of_it), (0,), 0) for prompt, of_it in pairs)
     chosen = Task("choices", [], [], choices=best)
-    texts = generate_answers(model, TOKENIZER, prompts, max_new_tokens=7, batch_size=2)
+    texts = generate_answers(model, TOKENIZER, prompts, max_new_tokens=4, batch_size=2)
     scores = [row.tolist() for row in score_choices(model, TOKENIZER, prompts, choices, max_tokens=24)]
     judged = [(j.metrics, j.hits) for j in (judge(model, TOKENIZER, t, batch_size=2) for t in (task, chosen))]
     return texts, scores, judged, log_probs(model, ROWS, 0, batch_size=2)
@@ -72,8 +72,8 @@ def test_every_process_computes_a_part_of_it():
         generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=1, batch_size=2)
         return seen
 
-    # batches of 2, 2, 2 and 1
-    assert in_processes(3, work) == [[2, 1], [2], [2]]
+    # batches of 2, 2 and 1
+    assert in_processes(2, work) == [[2, 1], [2]]
 
 
 @pytest.mark.slow
@@ -110,21 +110,20 @@ def test_prompts_are_shared_in_every_process():
     expected = generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=5, batch_size=2)
     found = in_processes(2, work)
     assert [said for said, _ in found] == [[expected] * 2] * 2
-    # of 7 prompts one has a single token
-    assert all(0 < computed < 7 for _, computed in found)
+    assert all(0 < computed < 5 for _, computed in found)
 
 
 def test_different_work_is_refused_in_all():
     model = patched()
 
     def work(rank):
-        with pytest.raises(ValueError, match="expected the same prompts in every process, got process 0: 6 with"):
-            generate_answers(model, TOKENIZER, PROMPTS[rank:6], max_new_tokens=2)
+        with pytest.raises(ValueError, match="expected the same prompts in every process, got process 0: 5 with"):
+            generate_answers(model, TOKENIZER, PROMPTS[rank:], max_new_tokens=2)
         with ranks.apart():
-            return generate_answers(model, TOKENIZER, PROMPTS[rank:6], max_new_tokens=2)
+            return generate_answers(model, TOKENIZER, PROMPTS[rank:], max_new_tokens=2)
 
     first, second = in_processes(2, work)
-    assert len(first) == 6 and len(second) == 5
+    assert len(first) == 5 and len(second) == 4
 
 
 def test_an_error_in_one_share_is_raised_in_all():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 
@@ -129,6 +130,7 @@ def test_help_says_what_several_processes_do():
         assert said in " ".join(call(name, "--help").stdout.split())
 
 
+@pytest.mark.slow
 def test_other_libraries_are_named():
     def before(rank):
         versions = company._versions() | {"torch": f"2.{rank}"}
@@ -140,13 +142,22 @@ def test_other_libraries_are_named():
     assert f"process 0 on {host} has torch 2.0, process 1 on {host} has torch 2.1" in message
 
 
-def test_an_environment_in_part_is_refused():
-    (one,) = launched(2, "plan", "--model", "x", "--tokens", "1", ranks=[0], MASTER_PORT=None)
-    assert one.code == 1 and "process 0 of 2, but MASTER_PORT" in one.err
-    (one,) = launched(2, "plan", "--model", "x", "--tokens", "1", ranks=[0], RANK=None)
-    assert one.code == 1 and "one of 2 processes (WORLD_SIZE), but not which (RANK)" in one.err
-    (one,) = launched(2, "plan", "--model", "x", "--tokens", "1", ranks=[0], RANK=7)
-    assert one.code == 1 and "process 7 of 2: expected 0 to 1" in one.err
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"MASTER_PORT": None}, "this is process 0 of 2, but MASTER_PORT"),
+        ({"RANK": None}, "one of 2 processes (WORLD_SIZE), but not which (RANK)"),
+        ({"RANK": "7"}, "process 7 of 2: expected 0 to 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+    ],
+)
+def test_an_environment_in_part_is_refused(monkeypatch, variables, said):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | variables
+    for name, value in given.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        company.Company().meet(company.FIRST)
 
 
 @pytest.mark.slow
@@ -186,7 +197,7 @@ def test_the_first_is_missed_by_those_that_wait_for_it():
     first, second = launched(2, "plan", "--model", "x", "--tokens", "1", before=before)
     assert (first.code, second.code) == (-signal.SIGKILL, 1)
     # before it has heard of it, or after
-    assert second.err.strip().startswith("error: process 0 of 2 has ended w")
+    assert second.err.splitlines()[-1].startswith("error: process 0 of 2 has ended w")
 
 
 @pytest.mark.slow
@@ -207,3 +218,21 @@ def test_a_process_that_is_killed_is_named(model):
     first, second = launched(2, *asked, before=before)
     assert second.code == -signal.SIGKILL and first.code == 1
     assert "process 1 (" in first.err and "has ended or does not answer" in first.err
+
+
+def test_processes_of_other_kinds_are_named():
+    one = {"host": "a", "versions": {"torch": "2.12"}, "command": ["train"]}
+    with pytest.raises(ValueError, match="process 0 on a has torch 2.12, process 1 on b has torch 2.13"):
+        company._check_alike([one, {"host": "b", "versions": {"torch": "2.13"}, "command": ["train"]}])
+    with pytest.raises(ValueError, match="process 0 on a runs 'train', process 1 on a runs 'eval -m x'"):
+        company._check_alike([one, one | {"command": ["eval", "-m", "x"]}])
+
+
+def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--device cuda:0 is one device for 2 processes"):
+        company._check_devices(company.Launched(0, 2, 0, 2), "cuda:0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    company._check_devices(company.Launched(1, 3, 1, 3), "auto")
+    company._check_devices(company.Launched(2, 3, 2, 3), "cpu")
+    with pytest.raises(ValueError, match="3 processes for the 2 GPUs of .*: expected --nproc-per-node 2 or fewer"):
+        company._check_devices(company.Launched(2, 3, 2, 3), "auto")

@@ -20,6 +20,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,6 @@ from lofit_fast.files import write_json
 
 RESULT = Path("docs") / "results" / "distributed" / "killed_ranks.json"
 LIMIT_MINUTES = 1.0
-# six steps an epoch
 EXAMPLES = [
     {"prompt": f"{a}+{b}=", "completion": b + a}
     for a, b in zip("abcdefghijklmnopqrstuvwx", "mnopqrstuvwxyz0123456789", strict=True)
@@ -64,7 +64,9 @@ def trained(folder: Path) -> list:
     ranks.begun()
     notes = NotesSteps(folder / f"{ranks.rank()}.{_STEPS}")
     how = {"output_dir": folder / "run", "progress": False, "callbacks": [notes]}
-    return lf.fit(tiny_base(), character_tokenizer(), EXAMPLES, RECIPE, **how).heads
+    # 4 for one and for two, and what others can share
+    recipe = replace(RECIPE, batch_size=2 * max(2, ranks.count()))
+    return lf.fit(tiny_base(), character_tokenizer(), EXAMPLES, recipe, **how).heads
 
 
 def together(n: int, folder: Path, first_ended: int, kill_at: float | None = None) -> tuple[dict[int, Ended], float]:

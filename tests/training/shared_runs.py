@@ -10,7 +10,7 @@ import lofit_fast as lf
 from lofit_fast.training import trainer
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
-from tests.training.tiny_runs import CLOCKED, EXAMPLES, fit, vectors
+from tests.training.tiny_runs import CLOCKED, fit, vectors
 
 # of a loss in a history, which has five decimals
 LAST_DIGIT = 1.1e-5
@@ -24,9 +24,9 @@ def outcome(folder, recipe=SHARED, dtype=torch.float32, model="llama", fitting=f
     return result.heads, result.scores, history, vectors(result.handle)
 
 
-def outcomes(n, folder, recipe=SHARED, **options):
-    """The same in each of n processes of one run."""
-    return in_processes(n, lambda rank: outcome(folder, recipe, **options))
+def outcomes(n, folder, recipe=SHARED, *, limit=60.0, **options):
+    """The same in each of n processes of one run. limit: seconds that they may take."""
+    return in_processes(n, lambda rank: outcome(folder, recipe, **options), limit=limit, timeout=limit)
 
 
 def assert_same_outcome(got, expected, tolerance=1e-5):
@@ -59,6 +59,3 @@ def dying_at(step):
 
 def changed(**settings):
     return replace(SHARED, **settings)
-
-
-__all__ = ["EXAMPLES", "SHARED"]

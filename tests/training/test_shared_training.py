@@ -166,7 +166,7 @@ def test_a_real_model_learns_the_same(tmp_path, n):
     recipe = changed(top=5, select_epochs=1, tune_epochs=1)
     expected = outcome(tmp_path / "one", recipe, fitting=real)
     lf.handle_of(model).unpatch()
-    for got in outcomes(n, tmp_path / "several", recipe, fitting=real):
+    for got in outcomes(n, tmp_path / "several", recipe, fitting=real, limit=1200.0):
         assert_same_outcome(got, expected)
 
 

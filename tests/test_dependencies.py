@@ -82,10 +82,10 @@ def test_what_is_installed_is_imported():
     imported = {name for path in PRODUCT for name, _ in imports(path)}
     extras = declared()
     assert extras[""] <= imported
-    library = set().union(*(extras[name] for name in ("train", "peft", "preferences", "quantized")))
+    library = set().union(*(extras[name] for name in ("train", "peft", "preferences", "quantized", "serve")))
     assert library - imported == FOR_TRANSFORMERS - {"accelerate"}
     # bench, test and dev are of the checkout alone
-    assert extras.keys() == {"", "train", "bench", "peft", "preferences", "quantized", "flash", "test", "dev"}
+    assert extras.keys() == {"", "train", "bench", "peft", "preferences", "quantized", "flash", "serve", "test", "dev"}
 
 
 def test_an_error_names_the_extra_that_brings_the_package():

@@ -15,6 +15,7 @@ from torch import nn
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.patching.acting import Acting, Mask, said
+from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
@@ -27,8 +28,8 @@ from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_in
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
-from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
-from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
+from lofit_fast.patching.storage import COMPONENTS, Adapter, check_heads, fill, save_adapter
+from lofit_fast.patching.weight_sample import base_digest, base_name
 from lofit_fast.patching.wrapping import build_layers
 
 if TYPE_CHECKING:
@@ -308,12 +309,9 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
     range. A refused model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
+    _check_unpatched(model)
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     check_unsharded(model)
     if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -339,20 +337,23 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     return handle
 
 
-def load(model: nn.Module, folder: Path | str, *, strict: bool = False) -> LofitHandle:
+def load(model: nn.Module, folder: Path | str, *, strict: bool = False, revision: str | None = None) -> LofitHandle:
     """Patch a model with an adapter folder.
+
+    folder: a folder, or a hub id, `user/name`, where there is no folder of that name; revision: a branch, tag or commit
+    of the hub. A folder of weights that the paper's code or ITI's has saved is read as the adapter in it.
 
     An adapter that was trained on a base model with other weights is loaded with a warning that names both; with
     strict=True it is refused. Nothing is said where that cannot be told: of quantized or offloaded weights, and of
     folders of earlier releases.
 
     Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
-    shape (both shapes are named), and OSError for files that cannot be read. A refused model is as it was.
+    shape (both shapes are named), and OSError for files that cannot be read, or a hub that cannot be asked. A refused
+    model is as it was.
     """
-    adapter = read_adapter(folder)
+    _check_unpatched(model)
     check_unsharded(model)
-    check_fits(adapter, fingerprint(model, find_projections(model)))
-    check_base(model, adapter.base_digest, f"the adapter in {folder}", adapter.base_model, strict)
+    adapter = adapter_for(model, folder, revision, strict)
     handle = patch(model, adapter.config)
     try:
         handle.take(adapter)
@@ -360,6 +361,13 @@ def load(model: nn.Module, folder: Path | str, *, strict: bool = False) -> Lofit
         handle.unpatch()
         raise
     return handle
+
+
+def _check_unpatched(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
+    if handle_of(model) is not None:
+        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
 
 
 def handle_of(model: nn.Module) -> LofitHandle | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
+from lofit_fast.patching.hub_push import push_adapter
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -204,6 +205,10 @@ class LofitHandle:
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`."""
         return save_adapter(self.adapter(), folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the adapter on the hub, with a model card; see `hub_push.push_adapter` for the options and errors."""
+        return push_adapter(self.adapter(), repo_id, **options)
 
     @_one_at_a_time
     def unpatch(self) -> nn.Module:

@@ -100,10 +100,19 @@ def _of(repo: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def asking_the_hub(repo: str, revision: str | None = None, file: str = "") -> Iterator[None]:
-    """A scope in which what the hub's library raises says what was asked, and what to do."""
+def asking_the_hub(
+    repo: str, revision: str | None = None, file: str = "", pushing: bool = False
+) -> Iterator[None]:
+    """A scope in which what the hub's library raises says what was asked, and what to do.
+
+    pushing: whether files are put there rather than fetched.
+    """
     from huggingface_hub import errors
 
+    if pushing:
+        with _pushing_to(repo):
+            yield
+        return
     at = "" if revision is None else f" at revision {revision!r}"
     # the first that fits: a gated repository is one that is not found, too
     table: tuple[tuple[type[Exception], type[Exception], Callable[[], str]], ...] = (
@@ -144,6 +153,18 @@ def asking_the_hub(repo: str, revision: str | None = None, file: str = "") -> It
         if isinstance(error, ValueError):
             raise ValueError(f"{repo}{at}: {error}") from error
         raise
+
+
+@contextmanager
+def _pushing_to(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"{repo}: the adapter could not be pushed to the hub: {reason}. Check the network and HF_HUB_OFFLINE, and "
+            "that `hf auth login` has given a token that may write there; dry_run=True writes the folder alone"
+        ) from error
 
 
 def _once(repo: str) -> str:

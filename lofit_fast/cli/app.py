@@ -3,6 +3,7 @@
 import typer
 
 from lofit_fast.cli import (
+    adapter_commands,
     export_commands,
     judge_commands,
     plan_commands,
@@ -51,6 +52,14 @@ command(
 )(judge_commands.generate)
 command(app, "merge --model smollm2 --adapter runs/kinship/adapter --output merged")(export_commands.merge)
 command(app, "export --model smollm2 --adapter runs/kinship/adapter --output exported")(export_commands.export)
+command(app, "convert-adapter --model meta-llama/Llama-2-7b-hf --checkpoint lofit/checkpoint-400 --output adapter")(
+    adapter_commands.convert_adapter
+)
+command(
+    app,
+    "push --model smollm2 --adapter runs/kinship/adapter --repo me/kinship --license apache-2.0",
+    "push --model smollm2 --adapter runs/kinship/adapter --repo me/kinship --dry-run --output page",
+)(adapter_commands.push)
 command(
     app,
     "select --model smollm2 --task clutrr --data DIR --top 0.1 --output heads.json",

@@ -14,8 +14,14 @@ OURS = {"lofit_fast", "lofit_kernels"}
 # declared and imported by nobody of us: transformers imports them, for training and for what it reads
 FOR_TRANSFORMERS = {"accelerate", "bitsandbytes", "gguf"}
 
-# a module that is imported where preferences are trained, and where the extra is named if it is missing
-EARLY = {"lofit_fast/training/preference_trainer.py": {"datasets", "trl"}}
+# modules that are imported where preferences are trained or models are served, and where the extra is named if it is
+# missing
+EARLY = {
+    "lofit_fast/training/preference_trainer.py": {"datasets", "trl"},
+    "lofit_fast/serving/openai_requests.py": {"pydantic"},
+    "lofit_fast/serving/web_app.py": {"fastapi"},
+    "lofit_fast/serving/web_server.py": {"uvicorn"},
+}
 
 
 def declared() -> dict[str, set[str]]:

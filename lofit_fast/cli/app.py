@@ -8,6 +8,7 @@ from lofit_fast.cli import (
     judge_commands,
     plan_commands,
     select_command,
+    serve_command,
     sweep_command,
     train_command,
 )
@@ -71,3 +72,8 @@ command(
     "plan --model Llama-3-8B --tokens 8192 --offset 0.03 --device H100",
 )(plan_commands.plan)
 command(app, "autotune --model smollm2 --tokens 1024 --tokens 4096")(plan_commands.autotune)
+command(
+    app,
+    "serve --model smollm2 --adapter kinship=runs/kinship/adapter",
+    "serve --model smollm2 --adapter mine=me/kinship --adapter theirs=you/kinship --port 8080",
+)(serve_command.serve)

@@ -68,11 +68,11 @@ class _Answers(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         """As GET, without the body."""
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """A file of a commit."""
         self.hub.asked.append(self.path)
         match = _FILE.match(self.path)
@@ -94,7 +94,7 @@ class _Answers(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         self._say(200, content, ETag=etag, X_Repo_Commit=commit)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """A repository made, asked about, or committed to."""
         self.hub.asked.append(self.path)
         body = self._body()
@@ -137,7 +137,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def fake_hub(monkeypatch, cache):
-    """A scope in which the hub's library asks a hub of this process, and keeps what it fetches in the folder `cache`."""
+    """A scope in which the hub's library asks a hub of this process, and keeps what it fetches in `cache`."""
     hub = FakeHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (_Answers,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

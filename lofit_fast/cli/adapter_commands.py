@@ -16,7 +16,9 @@ def convert_adapter(
     model: Model,
     checkpoint: Annotated[
         str,
-        typer.Option("--checkpoint", "-c", help="Folder, or file of weights, that lo-fit or ITI saved.", metavar="PATH"),
+        typer.Option(
+            "--checkpoint", "-c", help="Folder, or file of weights, that lo-fit or ITI saved.", metavar="PATH"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Adapter folder to write.")],
     strict: Strict = False,

@@ -14,7 +14,14 @@ from lofit_fast.cli.options import Adapter, Dtype, Json, Model, Strict
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the plain model.")]
 
 
-def merge(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", strict: Strict = False, as_json: Json = False) -> None:
+def merge(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    dtype: Dtype = "float32",
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
     """Write the adapter into the weights: a plain model folder, reloaded to compare its tensors.
 
     `export` also compares its logits.
@@ -25,7 +32,14 @@ def merge(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float3
     show({"output": str(output)}, as_json, "merged")
 
 
-def export(model: Model, adapter: Adapter, output: Output, dtype: Dtype = "float32", strict: Strict = False, as_json: Json = False) -> None:
+def export(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    dtype: Dtype = "float32",
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
     """Merge, write, reload with stock transformers, and compare its logits with the patched model's."""
     from lofit_fast.patching.verify import verify_export
 

@@ -100,9 +100,7 @@ def _of(repo: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def asking_the_hub(
-    repo: str, revision: str | None = None, file: str = "", pushing: bool = False
-) -> Iterator[None]:
+def asking_the_hub(repo: str, revision: str | None = None, file: str = "", pushing: bool = False) -> Iterator[None]:
     """A scope in which what the hub's library raises says what was asked, and what to do.
 
     pushing: whether files are put there rather than fetched.

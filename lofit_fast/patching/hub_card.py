@@ -48,9 +48,7 @@ def run_summary(run: Path | str | None, adapter: Adapter) -> dict[str, object]:
     return summary
 
 
-def card_of(
-    adapter: Adapter, summary: Mapping[str, object], repo_id: str, license: str | None, picture: bool
-) -> str:
+def card_of(adapter: Adapter, summary: Mapping[str, object], repo_id: str, license: str | None, picture: bool) -> str:
     """The card's text. summary: of the run, or nothing. picture: whether PICTURE_FILE lies beside it."""
     parts = [
         _front_matter(adapter, license),

@@ -1,4 +1,4 @@
-"""Tensors of a saved model, by name, one at a time: safetensors files, or `.bin` files as far as they hold tensors alone.
+"""Tensors of a saved model, by name, one at a time: safetensors files, or `.bin` files that hold tensors alone.
 
 A `.bin` file is a pickle. torch opens it with `weights_only=True`, which knows tensors and plain containers; one that
 holds anything else is refused and not run.
@@ -128,5 +128,3 @@ def _damage_of(path: Path) -> Iterator[None]:
         said = _CODE if "weights_only" in str(error).lower() or "weights only" in str(error).lower() else None
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read: {said or first}") from error
-
-

@@ -43,7 +43,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: its text, the tokens so far, and, of the last one, why it ended ("stop", "length", "error")."""
+    """A part of an answer: its text, the tokens so far, and of the last one why it ended: stop, length or error."""
 
     text: str
     tokens: int

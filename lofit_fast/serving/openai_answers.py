@@ -16,7 +16,7 @@ _KINDS = {404: "not_found_error", 429: "rate_limit_error"}
 
 @dataclass(frozen=True)
 class Shape:
-    """How the answer to one request is written. chat: of messages rather than a prompt. prompt_tokens: of the prompt."""
+    """How an answer is written. chat: to messages rather than a prompt. prompt_tokens: of what was asked."""
 
     chat: bool
     model: str

@@ -168,7 +168,9 @@ def parsed(kind: type[_Kind], body: bytes) -> _Kind:
 
 def _changes_nothing(name: str, value: Any) -> bool:
     # in Python False is 0, and True is 1
-    same = any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ()))
+    same = any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ())
+    )
     return value is None or same
 
 
@@ -177,8 +179,12 @@ def _refusal(error: ValidationError | RecursionError) -> BadRequestError:
         return BadRequestError("the body is nested too deeply")
     found = error.errors(include_url=False)
     # of what may be a string or a list, what is wrong with the one that it is
-    first = next((one for one in found if not (one["type"] == "string_type" and isinstance(one["input"], list))), found[0])
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained-")) and part != "str")
+    first = next(
+        (one for one in found if not (one["type"] == "string_type" and isinstance(one["input"], list))), found[0]
+    )
+    place = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained-")) and part != "str"
+    )
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "not supported here, and so refused rather than passed over"

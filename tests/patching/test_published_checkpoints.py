@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code and of ITI's, written here as they write them, give the logits of independent code."""
+"""Checkpoints of the paper's code and of ITI's, written here as they write them, give independent code's logits."""
 
 import json
 
@@ -53,9 +53,7 @@ def hooked_logits(model):
 
         return before
 
-    hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(edit(layer.self_attn)) for layer in model.model.layers
-    ]
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(edit(layer.self_attn)) for layer in model.model.layers]
     try:
         with torch.no_grad():
             return logits(model)
@@ -80,7 +78,6 @@ def write(folder, tensors, form):
             save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return folder
-
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "old bin"])
@@ -194,7 +191,10 @@ def test_biases_that_offsets_were_merged_into(tmp_path, dtype, limit):
                 getattr(block.self_attn, name).bias.zero_()
             block.self_attn.o_proj.bias.copy_((block.self_attn.o_proj.weight @ vectors.flatten()).to(dtype))
         expected = logits(plain)
-    state = {name: tensor.to(dtype) if name.endswith("o_proj.bias") else tensor for name, tensor in plain.state_dict().items()}
+    state = {
+        name: tensor.to(dtype) if name.endswith("o_proj.bias") else tensor
+        for name, tensor in plain.state_dict().items()
+    }
     handle = load(base, write(tmp_path / "plain", state, "safetensors"))
     with torch.no_grad():
         assert relative(logits(base), expected) < limit

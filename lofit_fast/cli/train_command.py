@@ -173,7 +173,15 @@ def train(
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}
     with held(output):
         summary = write_summary(
-            output, result, model=model, task=examples.name, recipe=recipe, data_seed=seed, **judged
+            output,
+            result,
+            model=model,
+            task=examples.name,
+            recipe=recipe,
+            data_seed=seed,
+            data=data,
+            train_size=train_size,
+            **judged,
         )
     footer = f"adapter: {output / 'adapter'}, digest {short_digest(summary)}"
     show(summary, as_json, f"{examples.name} on {model}", footer=footer)

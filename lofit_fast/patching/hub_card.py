@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lofit_fast.config import Head
 from lofit_fast.files import read_json
@@ -106,9 +106,17 @@ def _made(summary: Mapping[str, object]) -> str:
         return ""
     recipe, environment = summary.get("recipe"), summary.get("environment")
     rows = {name: summary.get(name) for name in ("task", "data", "train_size", "data_seed")}
+    # of whoever has trained, the folders are nobody's business
+    rows["data"] = _without_folders(rows["data"])
     rows |= recipe if isinstance(recipe, dict) else {}
     made_with = {name: environment.get(name) for name in _MADE_WITH} if isinstance(environment, dict) else {}
     return "## Training\n\n" + _table("setting", {k: v for k, v in {**rows, **made_with}.items() if v is not None})
+
+
+def _without_folders(data: object) -> object:
+    """The name of a file; a data set of the hub is named as it is."""
+    public = not isinstance(data, str) or (is_repository(data) and not Path(data).exists())
+    return data if public else PurePath(data).name
 
 
 def _results(summary: Mapping[str, object]) -> str:

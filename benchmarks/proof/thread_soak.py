@@ -40,6 +40,8 @@ COMMAND = "python -m benchmarks.proof.thread_soak"
 INPUTS, ROUND_SECONDS, SWITCH_SECONDS = 4, 5.0, 1e-5
 # the tokens before it are special ones
 FIRST_CHARACTER = VOCABULARY.index(" ")
+# adapters beside the handle's own, of offsets alone
+OTHERS = {"b": [(0, 0), (2, 1)], "c": [(0, 1), (1, 0)], "d": "all"}
 HEADS = {"scale": [(0, 0), (1, 1), (2, 3)], "offset": [(0, 1), (1, 0), (1, 3), (2, 2)]}
 # failures whose words are kept
 MOST_NAMED = 12
@@ -47,16 +49,23 @@ MOST_NAMED = 12
 
 @dataclass
 class Rig:
-    """A patched model in training mode, and what jobs need beside it. positions: on which tokens its vectors act."""
+    """A patched model in training mode, and what jobs need beside it. positions: on which tokens its vectors act.
+
+    several: whether there are other adapters beside the handle's own, which has no scales then.
+    """
 
     positions: str
+    several: bool = False
     model: nn.Module = field(init=False)
     handle: lf.LofitHandle = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = _model()
-        self.handle = lf.patch(self.model, lf.LofitConfig(**HEADS, positions=self.positions))
+        heads = {"offset": HEADS["offset"]} if self.several else HEADS
+        self.handle = lf.patch(self.model, lf.LofitConfig(**heads, positions=self.positions))
         generator = torch.Generator().manual_seed(1)
+        for number, (name, others) in enumerate(OTHERS.items() if self.several else ()):
+            self.handle.add(name, lf.LofitConfig(offset=others, init_std=0.5, seed=number), trained=name == "d")
         with torch.no_grad():
             for vectors in self.handle.parameters():
                 vectors.copy_(0.5 * torch.randn(vectors.shape, generator=generator))
@@ -138,6 +147,51 @@ ON_ANSWERS: dict[str, Callable[[Rig, int], object]] = {
 }
 
 
+def _with(name: str | None, job: Callable[[Rig, int], object]) -> Callable[[Rig, int], object]:
+    """A job that is done with one adapter active, and leaves the handle's own."""
+
+    def run(rig: Rig, number: int) -> object:
+        rig.handle.set_active(name)
+        try:
+            return job(rig, number)
+        finally:
+            rig.handle.set_active("default")
+
+    return run
+
+
+def _rows(rig: Rig, number: int) -> Tensor:
+    with rig.handle.rows(["b", "d"] if number % 2 else [None, "c"]):
+        return rig.logits(number)
+
+
+def _rows_generated(rig: Rig, number: int) -> Tensor:
+    ids, _ = rig.batch(number)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), rig.handle.rows(["c", "b"] if number % 2 else ["default", "d"]):
+        return rig.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def _rows_gradients(rig: Rig, number: int) -> list[Tensor]:
+    ids, labels = rig.batch(number)
+    with rig.handle.rows(["d", "default"]):
+        loss = rig.model(input_ids=ids, labels=labels).loss
+    return list(torch.autograd.grad(loss, [*rig.parameters, *rig.handle.parameters("d")]))
+
+
+# those of a handle with several adapters
+AMONG_SEVERAL: dict[str, Callable[[Rig, int], object]] = {
+    "adapter b": _with("b", Rig.logits),
+    "none active": _with(None, Rig.logits),
+    "generated with b": _with("b", Rig.generated),
+    "generated with c": _with("c", Rig.generated),
+    "generated with d": _with("d", Rig.generated),
+    "rows": _rows,
+    "rows generated": _rows_generated,
+    "rows' gradients": _rows_gradients,
+}
+
+
 @dataclass
 class Tally:
     """tried: job -> how often. failed: what went wrong, in words, how often."""
@@ -155,13 +209,14 @@ class Tally:
 
 
 def soak(seconds: float, threads: int = 8, round_seconds: float = ROUND_SECONDS) -> Tally:
-    """Rounds of threads, by turns on vectors that act everywhere and on answers alone, for so many seconds at least.
+    """Rounds of threads for so many seconds at least, by turns on vectors that act everywhere, on answers alone, and of
+    several adapters.
 
     A round of each kind is made in any case.
     """
     tally, until, number = Tally(), time.monotonic() + seconds, 0
     with _switching_often():
-        rigs = [(rig, _alone(rig)) for rig in (Rig("all"), Rig("answer"))]
+        rigs = [(rig, _alone(rig)) for rig in (Rig("all"), Rig("answer"), Rig("all", several=True))]
         while number < len(rigs) or time.monotonic() < until:
             _round(*rigs[number % len(rigs)], tally, threads, round_seconds, seed=number)
             number += 1
@@ -174,6 +229,8 @@ def _alone(rig: Rig) -> dict[tuple[str, int], object]:
 
 
 def _jobs(rig: Rig) -> dict[str, Callable[[Rig, int], object]]:
+    if rig.several:
+        return {**JOBS, **AMONG_SEVERAL}
     return JOBS if rig.positions == "all" else {**JOBS, **ON_ANSWERS}
 
 

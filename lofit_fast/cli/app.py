@@ -37,6 +37,7 @@ command(
     app,
     "sweep grid.toml --output sweeps/mine",
     "sweep grid.toml --output sweeps/mine --jobs 2",
+    "sweep grid.toml --output sweeps/mine --together 4",
     "sweep grid.toml --dry-run",
     goes_on=True,
 )(sweep_command.sweep)

@@ -20,6 +20,9 @@ def sweep(
         typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
     ] = None,
     jobs: Jobs = 1,
+    together: Annotated[
+        int, typer.Option(min=1, help="Runs whose second steps share each pass: more runs an hour.", metavar="M")
+    ] = 1,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,
@@ -40,7 +43,7 @@ def sweep(
     if dry_run:
         rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
     else:
-        rows = run_sweep(plan, output, jobs=jobs, resume=resume, progress=not as_json)
+        rows = run_sweep(plan, output, jobs=jobs, together=together, resume=resume, progress=not as_json)
     if as_json:
         print(json.dumps({"model": plan.model, "task": plan.task, "runs": rows}))
     else:

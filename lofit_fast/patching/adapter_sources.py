@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from lofit_fast.patching.architectures import find_projections, fingerprint
+from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint
 from lofit_fast.patching.hub_adapters import adapter_folder
 from lofit_fast.patching.published_checkpoints import is_published, read_published
 from lofit_fast.patching.storage import Adapter, check_fits, read_adapter
@@ -21,12 +22,21 @@ def adapter_for(model: nn.Module, name: Path | str, revision: str | None, strict
     than a warning.
     Raises what these raise, and ValueError for an adapter of a model of another shape.
     """
-    folder = adapter_folder(name, revision)
     projections = find_projections(model)
     shape = fingerprint(model, projections)
-    if is_published(folder):
-        return read_published(folder, model, projections, shape, strict)
-    adapter = read_adapter(folder)
+    adapter = read_source(adapter_folder(name, revision), model, projections, shape, strict)
     check_fits(adapter, shape)
     check_base(model, adapter.base_digest, f"the adapter in {name}", adapter.base_model, strict)
     return adapter
+
+
+def read_source(
+    folder: Path, model: nn.Module, projections: Sequence[Projection], shape: Fingerprint, strict: bool
+) -> Adapter:
+    """The adapter in a folder, ours or another's. projections, shape: of the base, as it was before it was patched.
+
+    Raises what `storage.read_adapter` and `published_checkpoints.read_published` raise.
+    """
+    if is_published(folder):
+        return read_published(folder, model, projections, shape, strict)
+    return read_adapter(folder)

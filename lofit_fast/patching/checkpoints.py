@@ -62,11 +62,11 @@ class ScopedCheckpoint:
         # what a compiled graph has been shown is one of its inputs
         if torch.compiler.is_compiling():
             return self.given(function, *args, **kwargs)
-        off, acting = self.scopes.off, self.acting
+        said, acting = self.scopes.said(), self.acting
         mask = None if acting is None else acting.mask
 
         def run(*inputs: Any, **named: Any) -> Any:
-            with self.scopes.again(off), nullcontext() if acting is None else acting.during(mask):
+            with self.scopes.again(said), nullcontext() if acting is None else acting.during(mask):
                 return function(*inputs, **named)
 
         return self.given(run, *args, **kwargs)

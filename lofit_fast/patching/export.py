@@ -65,6 +65,7 @@ def plain_model(handle: LofitHandle) -> nn.Module:
     from transformers import PreTrainedModel
 
     handle.check_everywhere("export")
+    handle.check_own("export")
     model = handle.model
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(

@@ -86,6 +86,12 @@ def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:
     return found
 
 
+def ancestors_of(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules on the way from the model to its decoder, both included."""
+    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]
+
+
 def _is_there(weight: Tensor, offset: Tensor, compiling: bool) -> bool:
     """Whether all that the fold of a layer takes is there before its turn has come, and in one place.
 

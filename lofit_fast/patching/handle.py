@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lofit_fast.config import LofitConfig
+from lofit_fast.config import LofitConfig, shown
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
-from lofit_fast.patching.fold import ModelFold, decoder_of
+from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
 from lofit_fast.patching.hub_push import push_adapter
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.modes import eval_mode
+from lofit_fast.patching.named_adapters import FIRST, SeveralAdapters
+from lofit_fast.patching.one_at_a_time import one_at_a_time
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.scopes import Scopes
@@ -37,35 +37,20 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-# two threads at once would both find a model unpatched, or a handle live
-_CHANGING = threading.RLock()
-
-
-def _one_at_a_time(change: Callable[P, T]) -> Callable[P, T]:
-    """A function that puts projections into a model or takes them out: one thread does at a time."""
-
-    @wraps(change)
-    def run(*args: P.args, **options: P.kwargs) -> T:
-        with _CHANGING:
-            return change(*args, **options)
-
-    return run
-
-
-class LofitHandle:
-    """A patched model's adapter: its parameters, its switches, and the way back.
+class LofitHandle(SeveralAdapters):
+    """A patched model's adapter: its parameters, its switches, and the way back. Others may be added beside it.
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
     warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
     with positions="answer", what finds where answers begin. All of them are None until the model is patched.
+    own_name: what the adapter is called among several.
     """
 
-    def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
+    def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection], name: str = FIRST) -> None:
         self.model, self.config, self.projections = model, config, projections
+        self.own_name, self._others = name, {}
         self.fingerprint = fingerprint(model, projections)
         self.layers = build_layers(model, config, projections)
         # names, since a parameter may be another object by the time it is given back
@@ -78,8 +63,13 @@ class LofitHandle:
         self._head: RemovableHandle | None = None
         self._live = False
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters, one per component per adapted layer, by ascending layer."""
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The adapter's parameters, one per component per adapted layer, by ascending layer.
+
+        name: of one that was added, whose vectors are parameters if it is trained; None for the handle's own.
+        """
+        if name is not None and self._named(name) is not None:
+            return (vectors for vectors in self.other_vectors(name).values() if isinstance(vectors, nn.Parameter))
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -166,8 +156,12 @@ class LofitHandle:
             if (vectors := getattr(layer, component)) is not None
         }
 
-    def adapter(self) -> Adapter:
+    def adapter(self, name: str | None = None) -> Adapter:
         """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        if (name := self.active if name is None else name) is None:
+            raise ValueError("cannot save the base, which is active (set_active(None)): name the adapter")
+        if self._named(name) is not None:
+            return self.other_adapter(name)
         self.check_vectors("save")
         if self.load_watch is not None:
             self.load_watch.remind()
@@ -179,12 +173,13 @@ class LofitHandle:
         return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules, base_digest(self.model))
 
     def take(self, adapter: Adapter) -> None:
-        """Copy an adapter of the same heads into the handle.
+        """Copy an adapter of the same heads into the handle's own, which must be active.
 
         Raises ValueError where a tensor does not fit or is not finite, for vectors of other heads or that act on other
         positions, and while any thread is inside `folded`, which would go on with the old vectors. The handle keeps its
         vectors then.
         """
+        self.check_own("load vectors")
         self.check_vectors("load")
         check_heads(adapter, self.config)
         if adapter.config.positions != self.config.positions:
@@ -202,15 +197,15 @@ class LofitHandle:
         if self.load_watch is not None:
             self.load_watch.settled()
 
-    def save(self, folder: Path | str) -> Path:
-        """Write the adapter folder; see `storage.save_adapter`."""
-        return save_adapter(self.adapter(), folder)
+    def save(self, folder: Path | str, name: str | None = None) -> Path:
+        """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here."""
+        return save_adapter(self.adapter(name), folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Put the adapter on the hub, with a model card; see `hub_push.push_adapter` for the options and errors."""
+        """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors."""
         return push_adapter(self.adapter(), repo_id, **options)
 
-    @_one_at_a_time
+    @one_at_a_time
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
@@ -243,12 +238,12 @@ class LofitHandle:
         self._live = False
         return self.model
 
-    @_one_at_a_time
+    @one_at_a_time
     def merge(self) -> nn.Module:
-        """Write the adapter into the base weights and return the plain model. Ends the handle.
+        """Write the adapter, of several the one active here, into the base weights; ends the handle.
 
-        W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. The config is set so that the model saves
-        and reloads with its biases, where its family can (else use `export`).
+        W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. Returns the plain model. Its config is set so
+        that it saves and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
         offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, for vectors
         that act on answers alone, and while another thread or task is inside a scope.
@@ -258,9 +253,10 @@ class LofitHandle:
         self.check_everywhere("merge")
         check_whole(self.model, "merge")
         check_writable(self.model, "merge")
-        plan = plan_merge(self.model, self.layers, self.projections)
+        layers = self.layers_with(self.active, "merge")
+        plan = plan_merge(self.model, layers, self.projections)
         self.unpatch()
-        merge_into_base(self.model, self.layers, self.projections, plan)
+        merge_into_base(self.model, layers, self.projections, plan)
         return self.model
 
     def _attach(self) -> None:
@@ -274,7 +270,7 @@ class LofitHandle:
         layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, layers)
-        ancestors = _ancestors(self.model, decoder)
+        ancestors = ancestors_of(self.model, decoder)
         self.peft_watch = PeftWatch(decoder, ancestors, layers, list(self.parameters()))
         if self.acting is not None:
             self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
@@ -301,8 +297,8 @@ class LofitHandle:
             raise ValueError("this handle has ended: its model was unpatched or merged")
 
 
-@_one_at_a_time
-def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
+@one_at_a_time
+def patch(model: nn.Module, config: LofitConfig, *, name: str = FIRST) -> LofitHandle:
     """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
 
     model: a Hugging Face model (or a PeftModel around one) with an output projection of a usual name, see `families.py`
@@ -311,9 +307,12 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     its parameters afterwards to train it. Undo with `handle.unpatch()`, which makes trainable again what was.
     Vectors with positions="answer" find where answers begin in what each forward is called with, see
     `answer_positions.where_it_acts`; one that does not say it is refused, outside of `handle.acting_on`.
+    name: of the adapter, should others be added beside it (`handle.add`).
     Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
     range. A refused model is as it was.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"expected the name of an adapter, got {shown(name)}")
     _check_unpatched(model)
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
@@ -323,7 +322,7 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
             "expected positions='all' for a model with an encoder: the prompt is there, and all that its decoder reads "
             "is the answer"
         )
-    handle = LofitHandle(model, config, find_projections(model))
+    handle = LofitHandle(model, config, find_projections(model), name)
     around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
     before = saved_names(model) if around_peft else {}
     trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
@@ -342,8 +341,10 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     return handle
 
 
-def load(model: nn.Module, folder: Path | str, *, strict: bool = False, revision: str | None = None) -> LofitHandle:
-    """Patch a model with an adapter folder.
+def load(
+    model: nn.Module, folder: Path | str, *, strict: bool = False, name: str = FIRST, revision: str | None = None
+) -> LofitHandle:
+    """Patch a model with an adapter folder. name: as of `patch`.
 
     folder: a folder, or a hub id, `user/name`, where there is no folder of that name; revision: a branch, tag or commit
     of the hub. A folder of weights that the paper's code or ITI's has saved is read as the adapter in it.
@@ -359,7 +360,7 @@ def load(model: nn.Module, folder: Path | str, *, strict: bool = False, revision
     _check_unpatched(model)
     check_unsharded(model)
     adapter = adapter_for(model, folder, revision, strict)
-    handle = patch(model, adapter.config)
+    handle = patch(model, adapter.config, name=name)
     try:
         handle.take(adapter)
     except BaseException:
@@ -391,14 +392,16 @@ def acting_on(model: nn.Module, mask: Mask) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A scope in eval mode without gradients, with the offsets folded if the model is patched."""
+    """A scope in eval mode without gradients, with the offsets folded if the model is patched.
+
+    Raises ValueError inside of `handle.rows`: what is evaluated comes in batches of its own order and size.
+    """
     handle = handle_of(model)
+    if handle is not None and handle.rows_differ:
+        raise ValueError(
+            "cannot evaluate inside handle.rows(): examples are put into batches by their lengths, and would meet "
+            "other rows' adapters. Evaluate one adapter at a time, with handle.set_active(name)"
+        )
     without_grad = torch.no_grad() if handle is None else handle.folded()
     with eval_mode(model), whole_head_input(model), without_grad:
         yield
-
-
-def _ancestors(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """The modules on the way from the model to its decoder, both included."""
-    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
-    return [model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)] if path != [""] else [model]

@@ -9,7 +9,9 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.chosen_adapters import projected_with
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
+from lofit_fast.patching.offset_table import OffsetTable
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
@@ -59,6 +61,8 @@ class LofitLinear(nn.Module):
         self.form = "auto"
         # of vectors that act on answers alone: where that is in the forward that goes on
         self.acting: Acting | None = None
+        # what it has of adapters beside the handle's own
+        self.others: OffsetTable | None = None
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
         device = device_of(inner, *around)
         self._heads = {"scale": scale_heads, "offset": offset_heads}
@@ -96,8 +100,13 @@ class LofitLinear(nn.Module):
             self.scopes.look()
         if self.here.off or (self.peft and not self.active):
             return inner(z)
+        chosen = self.here.chosen
+        if chosen is not None and chosen.base:
+            return inner(z)
         mask = None if self.acting is None else self._mask(z)
         plain = plain_tensors(inner)
+        if chosen is not None:
+            return projected_with(self, z, plain, mask, _through)
         if plain is not None:
             # looked up without a call: this is asked in every forward
             if PRODUCTS in inner.__dict__ and torch.is_grad_enabled():
@@ -205,11 +214,14 @@ class LofitLinear(nn.Module):
         """Whether the vectors are applied: neither a scope here nor PEFT, for everybody, has switched them off."""
         if self.scopes.asks or not torch.compiler.is_compiling():
             self.scopes.look()
-        return not (self.here.off or (self.peft and any(layer.disable_adapters for layer in self.peft)))
+        chosen = self.here.chosen
+        if self.here.off or (chosen is not None and chosen.base):
+            return False
+        return not any(layer.disable_adapters for layer in self.peft)
 
     def foldable(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
-        if self.here.off or (self.peft and not self.active):
+        if self.here.off or self.here.chosen is not None or (self.peft and not self.active):
             return None
         if self._heads["offset"] is None:
             return None
@@ -287,6 +299,8 @@ class LofitLinear(nn.Module):
 
     def _replicate_for_data_parallel(self) -> "LofitLinear":
         # threads of its own run a replica, and are in none of our scopes
+        if self.here.chosen is not None:
+            raise ValueError("nn.DataParallel takes a batch apart: expected no handle.rows() or set_active() around it")
         replica = super()._replicate_for_data_parallel()
         replica.here, replica.scopes = Fixed(self.here.off), Scopes()
         return replica
@@ -294,6 +308,8 @@ class LofitLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # the children are filled after this call, from keys below theirs
         own = [key for key in state_dict if key.startswith(prefix)]
+        if self.others is not None:
+            self.others.stale = True
         for key in own:
             state_dict[f"{prefix}inner.{key[len(prefix) :]}"] = state_dict.pop(key)
 
@@ -301,6 +317,8 @@ class LofitLinear(nn.Module):
         if recurse:
             self.inner._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
+        if recurse and self.others is not None:
+            self.others._apply(at_least_float32(fn))
         self.place_heads()
         return self
 

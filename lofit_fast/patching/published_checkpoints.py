@@ -200,7 +200,7 @@ def _check_weights(
         )
         if strict:
             raise ValueError(message)
-        warnings.warn(message, stacklevel=5)
+        warnings.warn(message, stacklevel=6)
         return
 
 

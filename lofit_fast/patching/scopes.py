@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,20 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from lofit_fast.patching.chosen_adapters import Chosen
     from lofit_kernels.layer_fold import Folded
 
 
 class Entered:
-    """A scope that was entered. owner: whose it is. says: what it says; None once it was left, wherever that was."""
+    """A scope that was entered. owner: whose it is. says: what it says; None once it was left, wherever that was.
 
-    __slots__ = ("owner", "says", "thread")
+    scope: False of what was said for good, in no scope of its own.
+    """
 
-    def __init__(self, owner: object, says: object) -> None:
-        self.owner, self.says = owner, says
+    __slots__ = ("__weakref__", "owner", "says", "scope", "thread")
+
+    def __init__(self, owner: object, says: object, scope: bool = True) -> None:
+        self.owner, self.says, self.scope = owner, says, scope
         self.thread = threading.get_ident()
 
 
@@ -51,6 +56,14 @@ def leave(entered: Entered) -> None:
     _ENTERED.set(_still_open())
 
 
+def say(owner: object, says: object | None) -> Entered | None:
+    """Say something here from now on, until it is said anew: what all scopes are inside of. None takes it back."""
+    others = tuple(one for one in _still_open() if one.owner is not owner or one.scope)
+    said = None if says is None else Entered(owner, says, scope=False)
+    _ENTERED.set(others if said is None else (said, *others))
+    return said
+
+
 def around(owner: object) -> list:
     """What the scopes around say for an owner, the innermost last."""
     return [says for one in _ENTERED.get() if one.owner is owner and (says := one.says) is not None]
@@ -63,15 +76,17 @@ def _still_open() -> tuple[Entered, ...]:
 class Here(threading.local):
     """What holds for one layer in the thread that asks.
 
-    off: whether the base alone is computed. kept: W v for forwards without gradients, (N,), inside `folded`. folded,
-    ready: what a fold of the whole model has left for the forward that goes on, W v (N,) and the same ready for its
-    projection; ready is None where a forward is compiled.
+    off: whether the base alone is computed. kept: W v for forwards without gradients, (N,), inside `folded`. chosen:
+    adapters other than the handle's own, of all rows or each. folded, ready: what a fold of the whole model has left
+    for the forward that goes on, W v (N,) and the same ready for its projection; ready is None where a forward is
+    compiled.
     """
 
     def __init__(self) -> None:
         # of each thread anew, and there before a compiler looks: what appears while it does ends its graph
         self.off = False
         self.kept: Tensor | None = None
+        self.chosen: Chosen | None = None
         self.folded: Tensor | None = None
         self.ready: Folded | None = None
 
@@ -83,7 +98,7 @@ class Here(threading.local):
 class Fixed:
     """`Here` of a replica, which threads of its own run: what held where it was made. Its tensors are its own."""
 
-    kept = folded = ready = None
+    kept = folded = ready = chosen = None
 
     def __init__(self, off: bool) -> None:
         self.off = off
@@ -91,32 +106,47 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Says:
-    """What a scope says. off: the base alone. folds: W v of each layer. alone: scopes around do not count."""
+    """What a scope says. off: the base alone. folds: W v by the place of each layer. chosen: other adapters.
+
+    alone: scopes around do not count.
+    """
 
     off: bool = False
-    folds: tuple[Tensor | None, ...] | None = None
+    folds: Mapping[Here, Tensor | None] | None = None
+    chosen: Chosen | None = None
     alone: bool = False
 
 
 class Foldable(Protocol):
-    """A layer that can compute its W v."""
+    """A layer that can compute its W v. here: its place."""
+
+    here: Here
 
     def fold(self) -> Tensor | None:
         """(N,), or None where a forward computes its own."""
 
 
-_Said = tuple[bool, tuple[Tensor | None, ...] | None]
+class Said(NamedTuple):
+    """What all scopes around say together."""
+
+    off: bool = False
+    folds: Mapping[Here, Tensor | None] | None = None
+    chosen: Chosen | None = None
+
+
+# outside of all scopes
+_PLAIN = Said()
 
 
 class _Shown(threading.local):
-    """What this thread's places show: (off, folds).
+    """What this thread's places show.
 
     inside: whether a forward of the model goes on. before: what they showed before it, if that was other.
     """
 
     def __init__(self) -> None:
-        self.now: _Said = (False, None)
-        self.before: _Said | None = None
+        self.now = _PLAIN
+        self.before: Said | None = None
         self.inside = False
 
 
@@ -134,6 +164,8 @@ class Scopes:
         self._lock = threading.RLock()
         # each with whether an event loop ran
         self._open: dict[Entered, bool] = {}
+        # what was said for good, as long as some context has it, with the same
+        self._for_good: WeakKeyDictionary[Entered, bool] = WeakKeyDictionary()
         # threads whose scope another thread has left
         self._stale: set[int] = set()
         # threads that are shown a scope which another has entered, and which does not tell them that it is left
@@ -157,9 +189,11 @@ class Scopes:
         )
 
     def remove(self) -> None:
-        """Take the hooks off the decoder."""
+        """Take the hooks off the decoder, and back what was said for good, wherever."""
         for hook in self._hooks:
             hook.remove()
+        for one in list(self._for_good):
+            one.owner = one.says = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -169,30 +203,61 @@ class Scopes:
 
     @contextmanager
     def folded(self, layers: Sequence[Foldable]) -> Iterator[None]:
-        """A scope in which forwards without gradients reuse each layer's W v. layers: in the order of the places."""
-        _, folds = self._said()
+        """A scope in which forwards without gradients reuse each layer's W v. layers: those of the places."""
+        folds = self.said().folds
         # one inside another goes on with what is there
-        with self._in(Says(folds=tuple(layer.fold() for layer in layers) if folds is None else folds)):
+        with self._in(Says(folds={layer.here: layer.fold() for layer in layers} if folds is None else folds)):
             yield
 
     @contextmanager
-    def again(self, off: bool) -> Iterator[None]:
-        """A scope in which the layers are off, or not, whatever scopes are around: for the second run of a forward."""
-        if self.off == off:
+    def choosing(self, chosen: Chosen) -> Iterator[None]:
+        """A scope in which other adapters are computed with."""
+        with self._in(Says(chosen=chosen)):
+            yield
+
+    def choose(self, chosen: Chosen | None) -> None:
+        """The same from now on in this thread or task; None takes it back."""
+        said = say(self, None if chosen is None else Says(chosen=chosen))
+        with self._lock:
+            if said is not None:
+                self._for_good[said] = _in_a_loop()
+            self._count()
+        self.look()
+
+    def for_good(self) -> Chosen | None:
+        """What `choose` has said here."""
+        own = (one.says for one in _ENTERED.get() if one.owner is self and not one.scope)
+        return next((says.chosen for says in own if says is not None), None)
+
+    @contextmanager
+    def again(self, said: Said) -> Iterator[None]:
+        """A scope in which layers are off, or have what was chosen, as was said: for the second run of a forward."""
+        now = self.said()
+        if now.off == said.off and now.chosen is said.chosen:
             yield
             return
-        with self._in(Says(off=off, alone=True)):
+        with self._in(Says(off=said.off, chosen=said.chosen, alone=True)):
             yield
 
     @property
     def off(self) -> bool:
         """Whether the base alone is computed here."""
-        return self._said()[0]
+        return self.said().off
 
     @property
     def plain(self) -> bool:
-        """Whether no scope is around: neither the base alone nor what was folded is computed with."""
-        return self._said() == (False, None)
+        """Whether no scope is around: neither the base alone, nor what was folded or chosen, is computed with."""
+        return self.said() == _PLAIN
+
+    def choices(self) -> list[Chosen]:
+        """What anybody, in any thread, has chosen."""
+        with self._lock:
+            entered = [one.says for one in (*self._open, *self._for_good)]
+        return [says.chosen for says in entered if says is not None and says.chosen is not None]
+
+    def add(self, place: Here) -> None:
+        """Show one more layer what scopes say, from the next one on."""
+        self.places = (*self.places, place)
 
     def folding(self) -> bool:
         """Whether anybody, in any thread, computes with what was folded."""
@@ -206,8 +271,8 @@ class Scopes:
             others = [one for one in list(self._open) if one not in mine]
         if others:
             raise ValueError(
-                f"cannot {action}: another thread or task is inside handle.disabled() or handle.folded(), and its "
-                "answers would change: let it leave first"
+                f"cannot {action}: another thread or task is inside handle.disabled(), handle.folded() or "
+                "handle.rows(), and its answers would change: let it leave first"
             )
 
     def look(self) -> None:
@@ -215,9 +280,9 @@ class Scopes:
         # inside of a forward it was done; elsewhere the context variable ends the graph, which is slow and right
         if torch.compiler.is_compiling() and self._shown.inside:
             return
-        said = self._said()
-        self._show(*said)
-        if said != (False, None) and any(one.thread != threading.get_ident() for one in _ENTERED.get()):
+        said = self.said()
+        self._show(said)
+        if said != _PLAIN and any(one.thread != threading.get_ident() for one in _ENTERED.get()):
             self._borrowing.add(threading.get_ident())
         if self._stale:
             with self._lock:
@@ -248,25 +313,28 @@ class Scopes:
         if self._stale:
             # a thread that has ended looks no more
             self._stale &= {thread.ident for thread in threading.enumerate()}
-        self.asks = bool(self._stale) or any(self._open.values())
+        self.asks = bool(self._stale) or any(self._open.values()) or any(list(self._for_good.values()))
 
-    def _said(self) -> _Said:
-        """(off, folds) of all scopes around."""
-        off, folds = False, None
+    def said(self) -> Said:
+        """What all scopes around say. Of the adapters that they choose, those of the innermost count."""
+        off, folds, chosen = _PLAIN
         for says in around(self):
             if says.alone:
-                off, folds = False, None
+                off, folds, chosen = _PLAIN
             off = off or says.off
             folds = says.folds if folds is None else folds
-        return off, folds
+            chosen = chosen if says.chosen is None else says.chosen
+        return Said(off, folds, chosen)
 
-    def _show(self, off: bool, folds: tuple[Tensor | None, ...] | None) -> None:
-        shown = self._shown
-        if shown.now[0] is off and shown.now[1] is folds:
+    def _show(self, said: Said) -> None:
+        now = self._shown.now
+        if now.off is said.off and now.folds is said.folds and now.chosen is said.chosen:
             return
-        for place, fold in zip(self.places, folds or [None] * len(self.places), strict=True):
-            place.off, place.kept = off, fold
-        shown.now = (off, folds)
+        for place in self.places:
+            place.off, place.chosen = said.off, said.chosen
+            # a layer that came later folds for itself
+            place.kept = None if said.folds is None else said.folds.get(place)
+        self._shown.now = said
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # a graph is guarded by what is shown to the thread that runs it
@@ -274,9 +342,10 @@ class Scopes:
             return
         shown = self._shown
         shown.before, shown.inside = None, True
-        if self._open or self._stale or shown.now != (False, None):
+        somewhere = self._open or self._for_good
+        if somewhere or self._stale or shown.now != _PLAIN:
             # with no scope anywhere, or one that another thread has left, what was shown is no more
-            now, out_of_date = shown.now, not self._open or threading.get_ident() in self._stale
+            now, out_of_date = shown.now, not somewhere or threading.get_ident() in self._stale
             self.look()
             # a context that was made elsewhere, as of a task: what runs here outside of it is not in its scopes
             shown.before = None if out_of_date or shown.now is now else now
@@ -287,9 +356,9 @@ class Scopes:
         shown = self._shown
         shown.inside = False
         if shown.before is not None:
-            self._show(*shown.before)
+            self._show(shown.before)
             shown.before = None
-            if shown.now == (False, None):
+            if shown.now == _PLAIN:
                 self._borrowing.discard(threading.get_ident())
 
 

@@ -26,7 +26,7 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
-        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(_around(model, p.name)))
+        layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(around_module(model, p.name)))
         layer.acting = acting
         for vectors in layer.parameters(recurse=False):
             draw = torch.randn(vectors.shape, generator=generator) * config.init_std
@@ -38,7 +38,7 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
     return layers
 
 
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def around_module(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The modules that hold the one of that name, the nearest first, the model last."""
     while name:
         name = name.rpartition(".")[0]

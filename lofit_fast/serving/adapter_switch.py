@@ -1,4 +1,4 @@
-"""Adapters of one base by name, of which one at a time is in the model: any heads, scales or offsets, any positions."""
+"""Adapters of one base by name, of which one answers at a time: any heads, scales or offsets, any positions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ _NAME = re.compile(r"\w[\w.:-]{0,99}")
 class AdapterSwitch:
     """A base model and its adapters, all read and checked when it is made.
 
+    Adapters of offsets alone are in the model together, and `handle.set_active` goes from one to another. One with scales
+    is in it by itself: to go there and back the model is patched anew.
+
     model: not patched. base: the base's name. It and the model are one thread's: the one that generates.
     Raises ValueError for a name that is no word, or the base's, and what loading an adapter raises.
     """
@@ -32,7 +35,7 @@ class AdapterSwitch:
             raise ValueError(f"an adapter is called {base!r} as the base is: expected another name")
         self.model, self.base = model.requires_grad_(False), base
         self._adapters = {name: adapter_for(model, folder, None, strict) for name, folder in adapters.items()}
-        self._in: tuple[str, LofitHandle] | None = None
+        self._handle: LofitHandle | None = None
         # an adapter that the model cannot take is refused before anybody asks for it
         for name in adapters:
             with self.active(name):
@@ -46,21 +49,40 @@ class AdapterSwitch:
     @contextmanager
     def active(self, name: str) -> Iterator[None]:
         """A scope in which the model generates with an adapter, or, under the base's name, without one."""
-        if self._in is not None and self._in[0] != name:
+        inside = () if self._handle is None else self._handle.adapters
+        if name != self.base and name not in inside:
             self.close()
-        if name != self.base and self._in is None:
-            adapter = self._adapters[name]
-            handle = patch(self.model, adapter.config)
-            self._in = name, handle
-            handle.take(adapter)
+            self._handle = self._patched(self._together(name))
+        if self._handle is not None:
+            self._handle.set_active(None if name == self.base else name)
         with evaluating(self.model):
             yield
 
     def close(self) -> None:
-        """Take the adapter that is in the model out of it."""
-        if self._in is not None:
-            self._in[1].unpatch()
-            self._in = None
+        """Take what is in the model out of it."""
+        if self._handle is not None:
+            self._handle.unpatch()
+            self._handle = None
+
+    def _together(self, name: str) -> list[str]:
+        """The adapters that are in the model when this one is."""
+        config = self._adapters[name].config
+        if config.scale is not None:
+            return [name]
+        alike = {other: adapter.config for other, adapter in self._adapters.items() if adapter.config.scale is None}
+        return [other for other, its in alike.items() if its.positions == config.positions]
+
+    def _patched(self, names: list[str]) -> LofitHandle:
+        first, *others = names
+        handle = patch(self.model, self._adapters[first].config, name=first)
+        try:
+            handle.take(self._adapters[first])
+            for name in others:
+                handle.add(name, self._adapters[name])
+        except BaseException:
+            handle.unpatch()
+            raise
+        return handle
 
 
 def check_name(name: str) -> None:

@@ -125,9 +125,9 @@ def fit_objective(
     result = None
     try:
         # what step 1 has tried, step 2 knows
-        with remembering(), _opened(steps, output_dir, heads, resume) as run:
+        with remembering(), opened_run(steps, output_dir, heads, resume) as run:
             if run.stage != "done":
-                _choose(steps, run, heads, step1_dir, resume)
+                choose_heads(steps, run, heads, step1_dir, resume)
             result = steps.tune(run, resume)
     except BaseException:
         # letting go of the folder may fail too
@@ -137,7 +137,7 @@ def fit_objective(
     return result
 
 
-def _choose(
+def choose_heads(
     steps: TwoSteps, run: RunFolder, heads: Sequence[Head] | None, step1_dir: Path | str | None, resume: bool
 ) -> None:
     """Step 1, from wherever it comes: afterwards the run has its heads."""
@@ -150,7 +150,9 @@ def _choose(
 
 
 @contextmanager
-def _opened(steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
+def opened_run(
+    steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool
+) -> Iterator[RunFolder]:
     """The scope of `TwoSteps.opened`. What a new run is asked for and cannot have is refused before it has a folder."""
     if not (resume and (Path(output_dir) / STATE).exists()):
         steps.check_asked(heads)

@@ -211,7 +211,7 @@ class EncodedCompletions:
                 l1=schedule.l1,
                 group_by_length=engine.group_by_length,
                 on_epoch=on_epoch,
-                shown=self._shown,
+                shown=self.shown,
                 callbacks=list(callbacks),
                 args=training_arguments(
                     self.model,
@@ -227,7 +227,7 @@ class EncodedCompletions:
                 data_collator=collator,
             )
 
-    def _shown(self, number: int) -> str:
+    def shown(self, number: int) -> str:
         """How a training example begins."""
         return self.tokenizer.decode(self.rows[number]["input_ids"][:SHOWN], skip_special_tokens=True)[:SHOWN]
 

@@ -251,16 +251,20 @@ class TwoSteps:
             return FitResult(self._finished(run), *kept)
         handle = patch(self.model, self._config(offset=run.heads))
         try:
-            schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
-            metrics = self._train(handle, run, "tune", schedule, resume)
-            if not all(vectors.isfinite().all() for vectors in handle.parameters()):
-                raise FloatingPointError("the tuned vectors are not finite: no adapter is saved")
-            handle.save(run.path / "adapter")
-            run.record("tune", metrics)
-            return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
+            return self.tuned(handle, run, resume)
         except BaseException:
             handle.unpatch()
             raise
+
+    def tuned(self, handle: LofitHandle, run: RunFolder, resume: bool) -> FitResult:
+        """Step 2 in a model that is patched: leaves the adapter in the run. handle: of what is trained."""
+        schedule = replace(self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs), l1=0.0)
+        metrics = self._train(handle, run, "tune", schedule, resume)
+        if not all(vectors.isfinite().all() for vectors in handle.parameters()):
+            raise FloatingPointError("the tuned vectors are not finite: no adapter is saved")
+        handle.save(run.path / "adapter")
+        run.record("tune", metrics)
+        return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
 
     def _finished(self, run: RunFolder) -> LofitHandle:
         """The model with a finished run's adapter. Raises ValueError, the model as it was, for a damaged one."""

@@ -44,7 +44,7 @@ def options(tmp_path_factory):
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder / "model")
-    named = {name: path for name, path in adapter_folders(folder).items() if name != "answers"}
+    named = {name: path for name, path in adapter_folders(folder).items() if name in ("moved", "scaled")}
     adapters = [word for name, path in named.items() for word in ("--adapter", f"{name}={path}")]
     return ["--model", folder / "model", *adapters, "--dtype", "float32", "--device", "cpu"]
 

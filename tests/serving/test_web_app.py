@@ -163,7 +163,10 @@ def test_what_is_no_request(app):
     assert "more than 1048576 bytes" in refusal(*posted(app, b" " * 2**21), 413)["message"]
     assert "Content-Type" in refusal(*posted(app, ASK, headers={"Content-Type": "text/plain"}), 415)["message"]
     error = refusal(*posted(app, {**ASK, "model": "gpt-9"}), 404)
-    assert error["code"] == "model_not_found" and "expected one of base, moved, scaled, answers" in error["message"]
+    assert (
+        error["code"] == "model_not_found"
+        and "expected one of base, moved, further, scaled, answers" in error["message"]
+    )
     refusal(*posted(app, ASK, path="/v1/embeddings"), 404)
     assert refusal(got(app, "/v1/completions"), 405)
     # a name that somebody's page has led here

@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 CONFIGS = {
     "moved": lf.LofitConfig(offset=[(0, 1), (2, 3)]),
+    "further": lf.LofitConfig(offset=[(1, 1), (2, 3)]),
     "scaled": lf.LofitConfig(scale="all", offset=[(1, 0)]),
     "answers": lf.LofitConfig(offset=[(0, 0), (1, 2)], positions="answer"),
 }

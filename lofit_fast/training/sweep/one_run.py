@@ -62,7 +62,7 @@ class Runner:
             return {**row, "chosen_heads": summary["heads"]}
         # one run's failure, of whatever kind, is no reason to lose the others
         except Exception as error:
-            hint = f" (without {folder} it is run again)" if _has_ended(folder) else ""
+            hint = f" (without {folder} it is run again)" if has_ended(folder) else ""
             said = " ".join(str(error).split())[:_LONGEST_ERROR]
             return {**row, "status": "failed", "error": f"{type(error).__name__}: {said}{hint}"}
         finally:
@@ -116,7 +116,7 @@ def _read_summary(path: Path, known: dict[str, object]) -> dict[str, object] | N
         return None
 
 
-def _has_ended(folder: Path) -> bool:
+def has_ended(folder: Path) -> bool:
     """Whether a run folder holds a run that is done, or one that cannot be read."""
     path = folder / "state.json"
     try:

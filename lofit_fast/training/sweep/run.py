@@ -19,6 +19,7 @@ from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.one_run import SHOWN, Runner
 from lofit_fast.training.sweep.processes import rows_of_processes
 from lofit_fast.training.sweep.sweep_folder import TABLE, opened, shared_dtype
+from lofit_fast.training.sweep.together import TogetherRunner, check_together
 
 # what the plot shows: the first that the runs have
 _BEST = ("accuracy_after_tune", "eval_loss", "loss")
@@ -32,6 +33,7 @@ def sweep(
     *,
     base: tuple[nn.Module, object] | None = None,
     jobs: int = 1,
+    together: int = 1,
     resume: bool = True,
     progress: bool = True,
 ) -> list[dict[str, object]]:
@@ -39,7 +41,8 @@ def sweep(
 
     base: (model, tokenizer) if they are loaded already; unpatched, and given back so. jobs: processes that train at the
     same time, each with a base of its own and its share of torch's threads; on a CPU several with one thread each train
-    more runs an hour than one with several.
+    more runs an hour than one with several. together: runs whose second steps share each forward and backward pass, in
+    one process: equal to runs one by one up to rounding, with padded batches and without what `Engine` keeps on disk.
     Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
     (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
     a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
@@ -56,21 +59,26 @@ def sweep(
         raise ValueError(f"expected at least one job, got {jobs}")
     if jobs > 1 and base is not None:
         raise ValueError(f"a loaded base serves one process, got {jobs} jobs: leave it out, and each loads its own")
+    check_together(grid, together, jobs)
     with opened(output_dir, grid, resume) as folder:
         dtype = shared_dtype(folder, grid, resume) if base is None else str(dtype_of(base[0])).removeprefix("torch.")
         grid = replace(grid, dtype=dtype)
-        rows = _run_all(grid, folder, base, jobs, resume, progress)
+        rows = _run_all(grid, folder, base, jobs, together, resume, progress)
         metric = next((name for name in _BEST if any(name in row for row in rows)), None)
         if metric is not None and can_draw():
             sweep_chart(rows, metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
         return rows
 
 
-def _run_all(grid: Grid, folder: Path, base, jobs: int, resume: bool, progress: bool) -> list[dict[str, object]]:
+def _run_all(
+    grid: Grid, folder: Path, base, jobs: int, together: int, resume: bool, progress: bool
+) -> list[dict[str, object]]:
     """Every run of a grid, in processes where there are several jobs; the tables are written after each."""
     rows: dict[int, dict[str, object]] = {}
     with tqdm(total=len(grid.runs), desc="sweep", disable=not progress) as bar:
-        if jobs == 1:
+        if together > 1:
+            ended = TogetherRunner(grid, folder, base, resume=resume, progress=progress).rows(together)
+        elif jobs == 1:
             runner = Runner(grid, folder, base, resume=resume, progress=progress)
             ended = ((index, runner(run)) for index, run in enumerate(grid.runs))
         else:

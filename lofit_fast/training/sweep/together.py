@@ -1,0 +1,236 @@
+"""Several runs of a sweep at once: step 2 of all of them in one forward and backward pass, and all else as ever.
+
+Each run has its own run folder, data, optimizer, schedule, clipping and checkpoints, and its own adapter on its rows of
+a joint batch. What a run leaves is what it leaves by itself, up to rounding: it may go on together or alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from lofit_fast.config import LofitConfig
+from lofit_fast.data.encode import pad_token_id
+from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.row_index import selecting_rows
+from lofit_fast.models.trials import remembering
+from lofit_fast.patching.handle import LofitHandle, patch
+from lofit_fast.training.begun_with import begun_with
+from lofit_fast.training.engine import Engine, prepared
+from lofit_fast.training.engine.auto import said
+from lofit_fast.training.fit import choose_heads, opened_run
+from lofit_fast.training.objectives import objective_of
+from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.stage import settle_for
+from lofit_fast.training.sweep.grid import Grid, Run
+from lofit_fast.training.sweep.one_run import Runner, has_ended
+from lofit_fast.training.sweep.sweep_folder import RUNS
+from lofit_fast.training.sweep.together_step import JointStep, MemberData, MemberHandle, MemberModel
+from lofit_fast.training.sweep.together_turns import Ask, Turn
+from lofit_fast.training.trainer import undisturbed
+from lofit_fast.training.two_steps import FitResult, TwoSteps
+
+# what trainings that share a pass cannot have -> what they have instead; "auto" is taken for that
+_INSTEAD: dict[str, object] = {
+    "compile": False,
+    "packing": False,
+    "narrow": False,
+    "frozen_products": "full",
+    "prefix_cache_gb": 0.0,
+    "prompt_cache_gb": 0.0,
+    "verify": False,
+}
+_OWN = "nobody's"
+
+
+def joint_engine(asked: Engine) -> Engine:
+    """The engine of a joint step. Raises ValueError for what was asked for and is not to be had there."""
+    for name, instead in _INSTEAD.items():
+        # prefix_cache_gb 0 and False are the same to have
+        if getattr(asked, name) not in ("auto", instead):
+            raise ValueError(
+                f"{name}={getattr(asked, name)} was asked for, but runs that are trained together have "
+                f"{name}={instead}: leave it out, or train them one by one (together=1)"
+            )
+    return replace(asked, **_INSTEAD)
+
+
+def check_together(grid: Grid, together: int, jobs: int) -> None:
+    """Raise ValueError for what cannot be trained together, before anything is loaded."""
+    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
+        raise ValueError(f"expected together to be a whole number from 1, got {together!r}")
+    if together > 1 and jobs > 1:
+        raise ValueError(
+            f"got together={together} and jobs={jobs}: runs that share a pass share a process, expected one"
+        )
+    if together > 1:
+        joint_engine(grid.engine)
+
+
+class MemberSteps(TwoSteps):
+    """The steps of one run, the second of them with others."""
+
+    joint: Engine
+
+    def config(self, run: RunFolder) -> LofitConfig:
+        """What its second step trains."""
+        return self._config(offset=run.heads)
+
+    def settled_with(self, handle: LofitHandle) -> Engine:
+        """The engine of the joint steps, by the rules for this run's data."""
+        schedule = self._schedule(self.recipe.tune_lr, self.recipe.tune_epochs)
+        return settle_for(handle, joint_engine(self.asked), self.data, self.tokenizer, schedule)[0]
+
+    def _engine(self, handle: LofitHandle, run: RunFolder, stage: str) -> Engine:
+        if not isinstance(handle, MemberHandle):
+            return super()._engine(handle, run, stage)
+        if run.engine(stage) is None:
+            run.keep_engine(stage, asdict(self.joint), begun_with(self.model))
+        # the model is prepared already: what is left to this run is its order of examples
+        return Engine(group_by_length=self.joint.group_by_length)
+
+
+@dataclass
+class _Member:
+    """A run that is being trained. folder: opened for it alone."""
+
+    name: str
+    run: Run
+    steps: MemberSteps
+    folder: RunFolder
+
+
+class TogetherRunner(Runner):
+    """run -> row, as `Runner`, of several runs at a time. grid, folder, base, options: as there.
+
+    Raises ValueError for a task of preferences or a model with dropout too.
+    """
+
+    def __init__(self, grid: Grid, folder: Path, base: tuple[nn.Module, object] | None = None, **options) -> None:
+        super().__init__(grid, folder, base, **options)
+        self.joint = joint_engine(grid.engine)
+        if any(task.preferences for task in self._tasks.values()):
+            raise ValueError("runs on preferences cannot be trained together: expected together=1")
+        check_no_dropout(self.model)
+        self._found: dict[str, FitResult | Exception] = {}
+
+    def rows(self, together: int) -> Iterator[tuple[int, dict[str, object]]]:
+        """(index of a run, its row), as they end."""
+        waiting: dict[str, list[int]] = {}
+        for index, run in enumerate(self.grid.runs):
+            if self.options.get("resume", True) and has_ended(self.folder / RUNS / run.name):
+                yield index, self(run)
+            else:
+                # vectors that act elsewhere are another model's
+                waiting.setdefault(run.recipe.positions, []).append(index)
+        for indices in waiting.values():
+            for start in range(0, len(indices), together):
+                part = indices[start : start + together]
+                self._train([self.grid.runs[index] for index in part])
+                yield from ((index, self(self.grid.runs[index])) for index in part)
+
+    def _trained(self, run: Run, folder: Path, *rest) -> dict[str, object]:
+        found = self._found.pop(run.name, None)
+        if found is None:
+            return super()._trained(run, folder, *rest)
+        if isinstance(found, Exception):
+            raise found
+        return self._summary(folder, found, run, found.metrics["tune"]["seconds"])
+
+    def _train(self, runs: Sequence[Run]) -> None:
+        """Train runs, and leave what comes of each in `_found`."""
+        with remembering(), ExitStack() as folders:
+            members = []
+            for run in runs:
+                try:
+                    members.append(self._begun(run, len(members), folders))
+                except Exception as error:
+                    self._found[run.name] = error
+            fresh = [member for member in members if member.folder.stage != "done"]
+            if fresh:
+                with _patched(self.model, fresh) as handle:
+                    self._tune(handle, fresh)
+
+    def _begun(self, run: Run, number: int, folders: ExitStack) -> _Member:
+        """A run whose heads are chosen: step 1 is trained by itself, or taken from the runs that share it."""
+        options, objective = self.options, objective_of(self._tasks[run.train_size])
+        progress = options.get("progress", True)
+        steps = MemberSteps(self.model, self.tokenizer, objective, run.recipe, self.grid.engine, (), progress)
+        steps.check_heads(run.heads)
+        resume = options.get("resume", True)
+        path = self.folder / RUNS / run.name
+        folder = folders.enter_context(opened_run(steps, path, run.heads, resume))
+        if folder.stage != "done":
+            choose_heads(steps, folder, run.heads, options["step1_dir"], resume)
+        return _Member(f"run {number}", run, steps, folder)
+
+    def _tune(self, handle: LofitHandle, members: Sequence[_Member]) -> None:
+        """Step 2 of all, in turns between joint steps."""
+        engine = members[0].steps.settled_with(handle)
+        if self.options.get("progress", True):
+            print(f"{len(members)} runs together; {said(engine)}", file=sys.stderr)
+        logits = logit_rows(self.model, SCOPED)
+        joint = JointStep(handle, pad_token_id(self.tokenizer), logits)
+        for member in members:
+            member.steps.joint = engine
+            member.steps.data = MemberData(member.steps.data, logits)
+        turns = {member.name: Turn(self._training(handle, member)) for member in members}
+        try:
+            with undisturbed(self.model), selecting_rows(self.model), prepared(self.model, engine):
+                self.model.train()
+                going = [turn for turn in turns.values() if turn.go_on()]
+                while going:
+                    answers = joint([turn.asked for turn in going])
+                    going = [turn for turn, answer in zip(going, answers, strict=True) if turn.go_on(answer)]
+        finally:
+            for turn in turns.values():
+                turn.stop()
+        for member in members:
+            turn = turns[member.name]
+            if turn.error is not None and not isinstance(turn.error, Exception):
+                raise turn.error
+            self._found[member.run.name] = turn.result if turn.error is None else turn.error
+
+    def _training(self, handle: LofitHandle, member: _Member):
+        """The call that takes its turns: step 2 of one run, as it is by itself."""
+
+        def train(ask: Ask) -> FitResult:
+            handle.set_active(member.name)
+            shared = MemberHandle(handle, member.name, self.model)
+            view = MemberModel(self.model, member.name, list(shared.parameters()), ask)
+            seen = MemberHandle(handle, member.name, view)
+            result = member.steps.tuned(seen, member.folder, self.options.get("resume", True))
+            return replace(result, handle=shared)
+
+        return train
+
+
+@contextmanager
+def _patched(model: nn.Module, members: Sequence[_Member]) -> Iterator[LofitHandle]:
+    """A scope with an adapter for each member in the model."""
+    configs = [member.steps.config(member.folder) for member in members]
+    first = configs[0]
+    # the handle's own is nobody's, and of zeros
+    handle = patch(model, LofitConfig(offset=first.offset[:1], init_std=0.0, positions=first.positions), name=_OWN)
+    try:
+        for member, config in zip(members, configs, strict=True):
+            handle.add(member.name, config)
+        yield handle
+    finally:
+        handle.unpatch()
+
+
+def check_no_dropout(model: nn.Module) -> None:
+    """Raise ValueError for a model with dropout, whose random numbers are drawn for a whole batch."""
+    modules = (name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0)
+    config = {k: v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float) and v > 0}
+    if (found := next(modules, None)) is not None or config:
+        raise ValueError(
+            f"runs cannot be trained together in a model with dropout ({found or config}), which draws random numbers "
+            "for a whole batch: expected together=1"
+        )

@@ -1,0 +1,18 @@
+"""The measurement of many adapters in one batch, on a tiny model."""
+
+from benchmarks.speed.op.many_adapters import measured
+from tests.patched_models import snapshot
+from tests.tiny_models import tiny_model
+
+
+def test_many_adapters_are_measured_once_they_are_right(dynamo):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    found = measured(model, adapters=5, tokens=3)
+    assert snapshot(model) == before
+    apart, cost, switched = found["apart"], found["cost"], found["switching"]
+    assert max(apart["one by one"], apart["hook"]) < 1e-5 < 1e-2 < apart["base"]
+    assert switched["graphs_before"] == switched["graphs_after"] == 1
+    # of a row per sequence: looked up, shaped, added
+    per_layer = (cost["token"]["operations"]["rows"] - cost["token"]["operations"]["base"]) / 3
+    assert 2 <= per_layer <= 4

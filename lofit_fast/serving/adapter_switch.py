@@ -19,8 +19,8 @@ _NAME = re.compile(r"\w[\w.:-]{0,99}")
 class AdapterSwitch:
     """A base model and its adapters, all read and checked when it is made.
 
-    Adapters of offsets alone are in the model together, and `handle.set_active` goes from one to another. One with scales
-    is in it by itself: to go there and back the model is patched anew.
+    Adapters of offsets alone are in the model together, and `handle.set_active` goes from one to another. One with
+    scales is in it by itself: to go there and back the model is patched anew.
 
     model: not patched. base: the base's name. It and the model are one thread's: the one that generates.
     Raises ValueError for a name that is no word, or the base's, and what loading an adapter raises.

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lofit_fast.config import shown
+from lofit_fast.files import given_path
 from lofit_fast.patching.storage import CONFIG_FILE, TENSOR_FILE, description_in
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[^@\s]+))?")
@@ -31,13 +32,14 @@ def adapter_folder(name: Path | str, revision: str | None = None) -> Path:
     that holds no adapter of ours; FileNotFoundError for what is neither here nor there; OSError for a hub that cannot
     be asked.
     """
-    if not isinstance(name, str | Path):
-        raise TypeError(f"expected an adapter folder or a hub id like user/name, got {shown(name)}")
+    path = given_path(name)
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise ValueError(f"expected revision to be a branch, tag or commit of the hub, or None, got {shown(revision)}")
     found = hub_id(name)
     if found is None:
         if revision is not None:
             raise ValueError(f"revision={revision!r} is of the hub: {name} is a folder")
-        return Path(name).expanduser()
+        return path.expanduser()
     repo, own = found
     if own is not None and revision is not None:
         raise ValueError(f"expected one revision, got {own!r} in {name!r} and revision={revision!r}")
@@ -46,7 +48,7 @@ def adapter_folder(name: Path | str, revision: str | None = None) -> Path:
 
 def hub_id(name: Path | str) -> tuple[str, str | None] | None:
     """(repository, revision) of a name that is the hub's; None for a folder's."""
-    match = None if isinstance(name, Path) else _ID.fullmatch(name)
+    match = _ID.fullmatch(name) if isinstance(name, str) else None
     if match is None or not is_repository(match["repo"]):
         return None
     if not Path(name).exists():

@@ -119,7 +119,7 @@ def _bias_vectors(
     for name, bias_name in biases.items():
         p, bias = projections[name], saved[bias_name]
         weight = getattr(p.module, "weight", None)
-        if type(p.module) is not nn.Linear or weight is None or not is_dense(weight):
+        if type(p.module) is not nn.Linear or not _is_here(weight):
             raise ValueError(f"{path}: the offset of a bias is solved for in a plain linear, and {name} is none here")
         if tuple(bias.shape) != (len(weight),) or not bias.is_floating_point():
             raise ValueError(
@@ -189,7 +189,7 @@ def _check_weights(
     """Warn, or raise ValueError, where the tuned layers' projections have other weights than the checkpoint's."""
     for name, p in projections.items():
         weight = getattr(p.module, "weight", None)
-        if f"{name}.weight" not in saved or weight is None or not is_dense(weight):
+        if f"{name}.weight" not in saved or not _is_here(weight):
             continue
         theirs, ours = saved[f"{name}.weight"], weight.detach().cpu()
         if not theirs.is_floating_point() or (theirs.shape == ours.shape and _are_equal(theirs, ours)):
@@ -202,6 +202,11 @@ def _check_weights(
             raise ValueError(message)
         warnings.warn(message, stacklevel=6)
         return
+
+
+def _is_here(weight: Tensor | None) -> bool:
+    """Whether a weight's numbers are plain, and in memory."""
+    return weight is not None and is_dense(weight) and not weight.is_meta
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:

@@ -40,6 +40,8 @@ class AdapterSwitch:
         for name in adapters:
             with self.active(name):
                 pass
+        # which thread is to generate is not known yet
+        self.close()
 
     @property
     def names(self) -> tuple[str, ...]:

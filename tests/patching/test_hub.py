@@ -73,6 +73,7 @@ def test_revisions(hub, adapter):
     refuses(REPO, ValueError, f"{REPO} on the hub holds no adapter that can be read.*not a LoFiT adapter")
     refuses(REPO, FileNotFoundError, "has no revision 'v9' on the hub", revision="v9")
     refuses(f"{REPO}@v1", ValueError, "expected one revision", revision="v2")
+    refuses(REPO, ValueError, "expected revision to be a branch, tag or commit of the hub", revision="")
     refuses(adapter[0], ValueError, "revision='main' is of the hub: .* is a folder", revision="main")
 
 
@@ -119,10 +120,16 @@ def test_what_cannot_be_fetched_says_what_to_do(hub, monkeypatch):
     refuses(REPO, PermissionError, "is gated on the hub: ask for access")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refuses("no/body", FileNotFoundError, r"may not be asked \(HF_HUB_OFFLINE\).*hf download no/body adapter_config")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
-        value = getattr(constants, name).replace(constants.ENDPOINT, "http://127.0.0.1:9")
-        monkeypatch.setattr(constants, name, value)
+
+
+def test_one_more_adapter_from_the_hub(hub, adapter):
+    hub.commit(REPO, adapter[1])
+    model = tiny_model("llama")
+    handle = patch(model, LofitConfig(offset=[(0, 0)]))
+    handle.add("theirs", REPO)
+    handle.set_active("theirs")
+    with torch.no_grad():
+        assert torch.allclose(logits(model), adapter[2], rtol=1e-5, atol=1e-6)
 
 
 RUN = {

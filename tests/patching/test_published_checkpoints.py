@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lofit_fast import handle_of, load
+from lofit_fast import LofitConfig, handle_of, load, patch
 from lofit_fast.patching.storage import read_adapter
 from tests.patched_models import logits, relative, snapshot
 from tests.planted_pickle import Planted
@@ -104,6 +104,16 @@ def test_one_step_and_other_families(tmp_path, family, letters):
     with torch.no_grad():
         assert relative(logits(base), hooked_logits(model)) < 1e-6
     assert [handle.config.scale is None, handle.config.offset is None] == [letters == "v", letters == "A"]
+
+
+def test_one_more_adapter_beside_another(tmp_path):
+    model, tensors = published(letters="v")
+    base = tiny_model("llama")
+    handle = patch(base, LofitConfig(offset=[(0, 0)]))
+    handle.add("theirs", write(tmp_path / "saved", tensors, "safetensors"), strict=True)
+    handle.set_active("theirs")
+    with torch.no_grad():
+        assert relative(logits(base), hooked_logits(model)) < 1e-5
 
 
 def refuses(path, error, match, model=None):

@@ -12,7 +12,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows serve-browser bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -141,6 +141,16 @@ tested-rows: $(STAMP) ## the rows of docs/reliability.md that are tests: wrong n
 
 properties: $(STAMP) ## thousands of random operations on random models, each compared with a plain hook
 	$(PROVE) tests.proof.properties $(ARGS)
+
+# in a browser that is installed, or one that playwright brings. PICTURE=DIR keeps a picture of the page
+BROWSER := $(VENV)/installed-browser
+$(BROWSER): $(STAMP)
+	$(BIN)/python -m pip install --quiet playwright
+	command -v chromium chromium-browser google-chrome > /dev/null || $(BIN)/python -m playwright install chromium
+	touch $@
+
+serve-browser: $(BROWSER) ## the chat page of `lofit-fast serve` in a real browser, headless
+	LOFIT_FAST_PICTURE=$(PICTURE) $(BIN)/python -m pytest -m 'slow or not slow' tests/serving
 
 # without the second model its cells are absent, and the others are measured all the same
 SECOND_MODEL = @$(MAKE) --no-print-directory $(GEMMA) || echo "Gemma could not be installed: its cells will be absent"

@@ -23,7 +23,8 @@ PEFT = ["accelerate>=1.15", "peft>=0.21"]
 BENCH = [*TRAIN, *PEFT, "psutil", "pytest-benchmark>=5.3"]
 PREFERENCES = [*TRAIN, "trl>=1.16"]
 QUANTIZED = [*TRAIN, "bitsandbytes>=0.50", "torchao>=0.18"]
-TEST = [*BENCH, *PREFERENCES, *QUANTIZED, "hypothesis>=6.170"]
+SERVE = ["fastapi>=0.165", "pydantic>=2.14", "rich>=14", "typer>=0.27", "uvicorn>=0.54"]
+TEST = [*BENCH, *PREFERENCES, *QUANTIZED, *SERVE, "httpx>=0.28", "hypothesis>=6.170"]
 TEST += ["pytest>=9", "pytest-cov>=7", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 FLASH = ["flash-attn>=2.8"]
 DEV = [*TEST, "import-linter>=2.17", "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.6"]
@@ -55,7 +56,7 @@ setup(
         *find_packages(include=["lofit_fast", "lofit_fast.*"]),
     ],
     # type checkers read the annotations of a package that has this file
-    package_data={"lofit_kernels": ["py.typed"], "lofit_fast": ["py.typed"]},
+    package_data={"lofit_kernels": ["py.typed"], "lofit_fast": ["py.typed", "serving/page/*"]},
     include_package_data=False,
     # `make test-oldest` runs these very versions; tests/test_dependencies.py holds the list to what is imported
     install_requires=[
@@ -63,6 +64,9 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
         "safetensors>=0.8",
+        "huggingface_hub>=1.33",
+        # transformers says which
+        "numpy",
         "filelock>=3.20",
         "tqdm>=4.67",
     ],
@@ -73,6 +77,7 @@ setup(
         "preferences": PREFERENCES,
         "quantized": QUANTIZED,
         "flash": FLASH,
+        "serve": SERVE,
         "test": TEST,
         "dev": DEV,
     },

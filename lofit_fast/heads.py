@@ -58,18 +58,34 @@ def heads_of(content: Any, path: Path | str) -> list[Head]:
 
 
 def read_heads(path: Path | str) -> list[Head]:
-    """The heads of a heads.json, as a run writes it, or of a plain JSON list of pairs.
+    """The heads of a heads.json, as a run writes it, of a plain JSON list of pairs, or of a .npy file as lo-fit's.
 
     Raises FileNotFoundError for no such file, ValueError for one without heads, or damaged, see `heads_of`.
     """
     path = given_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file of heads: {path}")
+    if path.suffix == ".npy":
+        return heads_of(_array(path), path)
     try:
         content = read_json(path)
     except ValueError as error:
         raise ValueError(f'{path} holds no heads: expected {{"heads": [[layer, head], ...]}} ({error})') from error
     return heads_of(unsealed(content, path) if isinstance(content, dict) else content, path)
+
+
+def _array(path: Path) -> Any:
+    """What a .npy file of whole numbers holds, as lists: the paper's code (fc2869/lo-fit) saves (heads, 2) so."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} holds no heads: expected an array (heads, 2) of whole numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim != 2:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{path} holds no heads: expected an array (heads, 2) of whole numbers, got {got}")
+    return array.tolist()
 
 
 def _is_pair(item: object) -> bool:

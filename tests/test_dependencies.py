@@ -14,8 +14,14 @@ OURS = {"lofit_fast", "lofit_kernels"}
 # declared and imported by nobody of us: transformers imports them, for training and for what it reads
 FOR_TRANSFORMERS = {"accelerate", "bitsandbytes", "gguf"}
 
-# a module that is imported where preferences are trained, and where the extra is named if it is missing
-EARLY = {"lofit_fast/training/preference_trainer.py": {"datasets", "trl"}}
+# modules that are imported where preferences are trained or models are served, and where the extra is named if it is
+# missing
+EARLY = {
+    "lofit_fast/training/preference_trainer.py": {"datasets", "trl"},
+    "lofit_fast/serving/openai_requests.py": {"pydantic"},
+    "lofit_fast/serving/web_app.py": {"fastapi"},
+    "lofit_fast/serving/web_server.py": {"uvicorn"},
+}
 
 
 def declared() -> dict[str, set[str]]:
@@ -82,10 +88,10 @@ def test_what_is_installed_is_imported():
     imported = {name for path in PRODUCT for name, _ in imports(path)}
     extras = declared()
     assert extras[""] <= imported
-    library = set().union(*(extras[name] for name in ("train", "peft", "preferences", "quantized")))
+    library = set().union(*(extras[name] for name in ("train", "peft", "preferences", "quantized", "serve")))
     assert library - imported == FOR_TRANSFORMERS - {"accelerate"}
     # bench, test and dev are of the checkout alone
-    assert extras.keys() == {"", "train", "bench", "peft", "preferences", "quantized", "flash", "test", "dev"}
+    assert extras.keys() == {"", "train", "bench", "peft", "preferences", "quantized", "flash", "serve", "test", "dev"}
 
 
 def test_an_error_names_the_extra_that_brings_the_package():

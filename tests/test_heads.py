@@ -5,6 +5,7 @@ import math
 import time
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from lofit_fast import LofitConfig, select_heads
 from lofit_fast.heads import jaccard, read_heads
 from lofit_fast.sealed import write_sealed
 from tests.mutations import BYTES, JSON
+from tests.planted_pickle import Planted
 
 SCORES = torch.tensor([[0.1, 0.9, 0.3], [0.9, 0.2, 0.8]])
 BEST_FIRST = [(0, 1), (1, 0), (1, 2), (0, 2), (1, 1), (0, 0)]
@@ -161,3 +163,37 @@ def test_40_000_heads_take_no_time(layers, tmp_path):
     assert LofitConfig(offset=read_heads(tmp_path / "heads.json")).offset == tuple(heads)
     # it was minutes
     assert time.thread_time() - started < 5
+
+
+def test_heads_of_the_papers_code(tmp_path):
+    # as its trainer saves them: an array of (layer, head), best first
+    path = tmp_path / "llama2_7B_truthfulqa_Aonly_top2heads_42.npy"
+    np.save(path, np.array([(np.int64(3), np.int64(1)), (0, 2)]))
+    assert read_heads(path) == [(3, 1), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3), int),
+        np.zeros(2, int),
+        np.zeros((2, 2)),
+        np.array([[0, -1]]),
+        np.array([[0, 1], [0, 1]]),
+        np.zeros((0, 2), int),
+    ],
+)
+def test_arrays_that_are_no_heads(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=r"a\.npy (holds no heads|lists heads more than once)"):
+        read_heads(tmp_path / "a.npy")
+
+
+def test_a_pickle_in_an_array_is_not_opened(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([Planted(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    for content in (None, b"", b"\x93NUMPY\x01\x00", b"\x80\x04."):
+        if content is not None:
+            (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npy holds no heads"):
+            read_heads(tmp_path / "a.npy")
+    assert not (tmp_path / "ran").exists()

@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
         f"{package}/{path.relative_to(folder)}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "page"
     }
     metadata = {name for name in names if ".dist-info/" in name}
     assert set(names) - metadata == expected

@@ -3,12 +3,18 @@
 from pathlib import Path
 
 
-def loaded(model: str, adapter: Path | None, dtype: str, device: str):
-    """(model, tokenizer). Raises what loading either raises."""
+def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, strict: bool = False):
+    """(model, tokenizer). strict: whether an adapter of other base weights is refused.
+
+    Raises what loading either raises.
+    """
     from lofit_fast.models.load import load_model
     from lofit_fast.patching.handle import load
+    from lofit_fast.patching.hub_adapters import adapter_folder
 
+    # before the base is loaded, which takes longer
+    folder = None if adapter is None else adapter_folder(adapter)
     base, tokenizer = load_model(model, dtype=dtype, device=device)
-    if adapter is not None:
-        load(base, adapter)
+    if folder is not None:
+        load(base, folder, strict=strict)
     return base, tokenizer

@@ -3,11 +3,13 @@
 import typer
 
 from lofit_fast.cli import (
+    adapter_commands,
     export_commands,
     heads_command,
     judge_commands,
     plan_commands,
     select_command,
+    serve_command,
     sweep_command,
     train_command,
 )
@@ -59,6 +61,14 @@ command(
 )(judge_commands.generate)
 command(app, "merge --model smollm2 --adapter runs/kinship/adapter --output merged")(export_commands.merge)
 command(app, "export --model smollm2 --adapter runs/kinship/adapter --output exported")(export_commands.export)
+command(app, "convert-adapter --model meta-llama/Llama-2-7b-hf --checkpoint lofit/checkpoint-400 --output adapter")(
+    adapter_commands.convert_adapter
+)
+command(
+    app,
+    "push --model smollm2 --adapter runs/kinship/adapter --repo me/kinship --license apache-2.0",
+    "push --model smollm2 --adapter runs/kinship/adapter --repo me/kinship --dry-run --output page",
+)(adapter_commands.push)
 command(
     app,
     "select --model smollm2 --task clutrr --data DIR --top 0.1 --output heads.json",
@@ -76,3 +86,8 @@ command(
     "plan --model Llama-3-70B --offset 0.03 --devices 8 --mode fsdp --device-memory 80",
 )(plan_commands.plan)
 command(app, "autotune --model smollm2 --tokens 1024 --tokens 4096")(plan_commands.autotune)
+command(
+    app,
+    "serve --model smollm2 --adapter kinship=runs/kinship/adapter",
+    "serve --model smollm2 --adapter mine=me/kinship --adapter theirs=you/kinship --port 8080",
+)(serve_command.serve)

@@ -34,7 +34,7 @@ def heads(
     model: Model,
     adapter: Adapter,
     compare: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--compare", help="Another adapter of the same base; may be repeated.", metavar="DIR"),
     ] = None,
     output: Annotated[
@@ -96,7 +96,7 @@ def heads(
         out.print(f"page: {output}", highlight=False)
 
 
-def _others(adapter: Path, compare: list[Path]) -> list[Path]:
+def _others(adapter: str, compare: list[str]) -> list[str]:
     """The adapters to compare with. Raises ValueError for one that is named twice."""
     names = [str(adapter), *map(str, compare)]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -104,14 +104,15 @@ def _others(adapter: Path, compare: list[Path]) -> list[Path]:
     return compare
 
 
-def _offsets(folders: list[Path], handle) -> dict:
+def _offsets(folders: list[str], handle) -> dict:
     """name -> head -> offset, of folders of the same base. Raises ValueError for one of another shape, or of scales."""
+    from lofit_fast.patching.hub_adapters import adapter_folder
     from lofit_fast.patching.storage import check_fits, read_adapter
     from lofit_fast.selection.adapter_overlap import offsets_in
 
     found = {}
     for folder in folders:
-        adapter = read_adapter(folder)
+        adapter = read_adapter(adapter_folder(folder))
         check_fits(adapter, handle.fingerprint)
         found[str(folder)] = offsets_in(adapter)
     return found

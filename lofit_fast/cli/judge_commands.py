@@ -19,6 +19,7 @@ from lofit_fast.cli.options import (
     OptionalAdapter,
     PromptsPerBatch,
     Split,
+    Strict,
     Subset,
     TaskName,
     TrainOn,
@@ -44,19 +45,22 @@ def eval(
     batch_size: PromptsPerBatch = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Exact match of greedy answers, or MC1 and MC2; of a closed set also the best-scoring answer, and the majority."""
     from lofit_fast.evaluation.judge import constrained_accuracy, judge
+    from lofit_fast.patching.hub_adapters import adapter_folder
     from lofit_fast.ranks import together
     from lofit_fast.tasks import load_task, majority_accuracy
     from lofit_fast.training.summary import data_seed_of
 
     reading = reading_of(split, subset, columns, train_on)
     with together("loading the model"):
-        base, tokenizer = loaded(model, adapter, dtype, device)
+        folder = None if adapter is None else adapter_folder(adapter)
+        base, tokenizer = loaded(model, folder, dtype, device, strict)
     with together("reading the data"):
-        seed = data_seed_of(adapter) if seed is None else seed
+        seed = data_seed_of(folder) if seed is None else seed
         examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
@@ -74,6 +78,7 @@ def generate(
     max_new_tokens: NewTokens = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Greedy answers to prompts, one per line of standard input unless given."""
@@ -85,7 +90,7 @@ def generate(
     if not prompts:
         raise ValueError("no prompt: expected --prompt, or lines on standard input")
     with together("loading the model"):
-        base, tokenizer = loaded(model, adapter, dtype, device)
+        base, tokenizer = loaded(model, adapter, dtype, device, strict)
     answers = generate_answers(base, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=not as_json)
     if as_json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))

@@ -21,9 +21,13 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="smollm2, gemma3-270m, a folder, a .gguf file, or a hub id.", metavar="NAME"),
 ]
-Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder written by train.", metavar="DIR")]
+_ADAPTER = "Adapter folder, hub id (user/name, user/name@revision), or a checkpoint of lo-fit or ITI"
+Adapter = Annotated[str, typer.Option("--adapter", "-a", help=f"{_ADAPTER}.", metavar="NAME")]
 OptionalAdapter = Annotated[
-    Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without it, the base model.", metavar="DIR")
+    str | None, typer.Option("--adapter", "-a", help=f"{_ADAPTER}; without it, the base model.", metavar="NAME")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse an adapter that was trained on other base weights; else it is said.")
 ]
 TaskName = Annotated[
     str | None,

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +36,8 @@ def plan(
         AtLeast(1),
     ] = 4096,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", "-a", help="Plan for this adapter's heads.", metavar="DIR")
+        str | None,
+        typer.Option("--adapter", "-a", help="Plan for the heads of this adapter folder or hub id.", metavar="NAME"),
     ] = None,
     scale: Annotated[str | None, typer.Option(help=f"Scaled heads: {HEADS_HELP} Default: all.")] = None,
     offset: Annotated[str | None, typer.Option(help=f"Shifted heads: {HEADS_HELP}")] = None,
@@ -65,6 +65,7 @@ def plan(
     """
     from lofit_fast.models import op_paths
     from lofit_fast.models.device import as_dtype, best_device, best_dtype
+    from lofit_fast.patching.hub_adapters import adapter_folder
 
     if adapter is not None and (scale is not None or offset is not None):
         raise ValueError("expected --adapter, or --scale and --offset, got both")
@@ -80,7 +81,7 @@ def plan(
     chosen = automatic if dtype == "auto" else as_dtype(dtype)
     layers = op_paths.layers_of(model)
     if adapter is not None:
-        scaled, shifted = op_paths.adapter_heads(adapter, layers)
+        scaled, shifted = op_paths.adapter_heads(adapter_folder(adapter), layers)
     else:
         scale = "all" if scale is None and offset is None else scale
         scaled, shifted = (op_paths.spread_heads(parse_heads(text), layers) for text in (scale, offset))

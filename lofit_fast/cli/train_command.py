@@ -177,6 +177,7 @@ def train(
 
     def summed_up() -> dict:
         about = {"model": model, "task": examples.name, "recipe": recipe, "data_seed": seed}
+        about |= {"data": data, "train_size": train_size}
         with held(output):
             return write_summary(output, result, **about, **judged)
 

@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lofit_fast.config import LofitConfig, shown
 from lofit_fast.patching.acting import Mask, said
+from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
+from lofit_fast.patching.hub_push import push_adapter
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -26,8 +28,8 @@ from lofit_fast.patching.one_at_a_time import one_at_a_time
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
-from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
-from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
+from lofit_fast.patching.storage import COMPONENTS, Adapter, check_heads, fill, save_adapter
+from lofit_fast.patching.weight_sample import base_digest, base_name
 from lofit_fast.patching.wrapping import build_layers
 
 if TYPE_CHECKING:
@@ -188,6 +190,10 @@ class LofitHandle(SeveralAdapters):
         """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here."""
         return save_adapter(self.adapter(name), folder)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors."""
+        return push_adapter(self.adapter(), repo_id, **options)
+
     @one_at_a_time
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
@@ -291,12 +297,9 @@ def patch(model: nn.Module, config: LofitConfig, *, name: str = FIRST) -> LofitH
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"expected the name of an adapter, got {shown(name)}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
+    _check_unpatched(model)
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
     check_unsharded(model)
     if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -322,20 +325,25 @@ def patch(model: nn.Module, config: LofitConfig, *, name: str = FIRST) -> LofitH
     return handle
 
 
-def load(model: nn.Module, folder: Path | str, *, strict: bool = False, name: str = FIRST) -> LofitHandle:
+def load(
+    model: nn.Module, folder: Path | str, *, strict: bool = False, name: str = FIRST, revision: str | None = None
+) -> LofitHandle:
     """Patch a model with an adapter folder. name: as of `patch`.
+
+    folder: a folder, or a hub id, `user/name`, where there is no folder of that name; revision: a branch, tag or commit
+    of the hub. A folder of weights that the paper's code or ITI's has saved is read as the adapter in it.
 
     An adapter that was trained on a base model with other weights is loaded with a warning that names both; with
     strict=True it is refused. Nothing is said where that cannot be told: of quantized or offloaded weights, and of
     folders of earlier releases.
 
     Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
-    shape (both shapes are named), and OSError for files that cannot be read. A refused model is as it was.
+    shape (both shapes are named), and OSError for files that cannot be read, or a hub that cannot be asked. A refused
+    model is as it was.
     """
-    adapter = read_adapter(folder)
+    _check_unpatched(model)
     check_unsharded(model)
-    check_fits(adapter, fingerprint(model, find_projections(model)))
-    check_base(model, adapter.base_digest, f"the adapter in {folder}", adapter.base_model, strict)
+    adapter = adapter_for(model, folder, revision, strict)
     handle = patch(model, adapter.config, name=name)
     try:
         handle.take(adapter)
@@ -343,6 +351,13 @@ def load(model: nn.Module, folder: Path | str, *, strict: bool = False, name: st
         handle.unpatch()
         raise
     return handle
+
+
+def _check_unpatched(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
+    if handle_of(model) is not None:
+        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
 
 
 def handle_of(model: nn.Module) -> LofitHandle | None:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.config import LofitConfig, shown
+from lofit_fast.patching.adapter_sources import read_source
 from lofit_fast.patching.architectures import Fingerprint, Projection
 from lofit_fast.patching.chosen_adapters import Chosen
+from lofit_fast.patching.hub_adapters import adapter_folder
 from lofit_fast.patching.layer import LofitLinear, plain_tensors
 from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable
 from lofit_fast.patching.one_at_a_time import CHANGING, one_at_a_time
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_whole
-from lofit_fast.patching.storage import Adapter, check_finite, check_fits, fill, read_adapter
+from lofit_fast.patching.storage import Adapter, check_finite, check_fits, fill
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
 from lofit_fast.patching.wrapping import around_module, build_layers
 
@@ -104,13 +106,19 @@ class SeveralAdapters:
 
     @one_at_a_time
     def add(
-        self, name: str, source: Path | str | LofitConfig, *, trained: bool | None = None, strict: bool = False
+        self,
+        name: str,
+        source: Path | str | LofitConfig | Adapter,
+        *,
+        trained: bool | None = None,
+        strict: bool = False,
     ) -> None:
         """Put one more adapter beside those that are there; which one is active stays as it is.
 
-        name: a new one. source: an adapter folder, or a LofitConfig for vectors drawn from its seed. trained: whether
-        its vectors are parameters that may be trained, `parameters(name)`; by default those of a config are. Others are
-        folded once, and cost nothing but their rows until they are used. strict: as of `lofit_fast.load`.
+        name: a new one. source: an adapter folder or a hub id, as of `lofit_fast.load`; what was read of one; or a
+        LofitConfig for vectors drawn from its seed. trained: whether its vectors are parameters that may be trained,
+        `parameters(name)`; by default those of a config are. Others are folded once, and cost nothing but their rows
+        until they are used. strict: as of `lofit_fast.load`.
         Raises ValueError for a name that is taken, scales (of the handle's own too), vectors that act on other
         positions, an adapter or heads of another model, and a sharded model; FileNotFoundError or ValueError for a
         folder that is no whole adapter. Nothing is changed then.
@@ -120,7 +128,7 @@ class SeveralAdapters:
             raise TypeError(f"expected the name of an adapter, got {shown(name)}")
         if name in self.adapters:
             raise ValueError(f"there is an adapter {name!r} already: got {shown(list(self.adapters))}; remove it first")
-        config, adapter = (source, None) if isinstance(source, LofitConfig) else _read(source)
+        config, adapter = (source, None) if isinstance(source, LofitConfig) else self._read(source, strict)
         self._check_offsets_alone(config, f"add {name!r}")
         if config.positions != self.config.positions:
             raise ValueError(
@@ -130,7 +138,8 @@ class SeveralAdapters:
         check_whole(self.model, f"add {name!r} to")
         if adapter is not None:
             check_fits(adapter, self.fingerprint)
-            check_base(self.model, adapter.base_digest, f"the adapter in {source}", adapter.base_model, strict)
+            where = f"the adapter {name}" if isinstance(source, Adapter) else f"the adapter in {source}"
+            check_base(self.model, adapter.base_digest, where, adapter.base_model, strict)
         made = build_layers(self.model, config, self.projections)
         if adapter is not None:
             fill({("offset", number): layer.offset for number, layer in made.items()}, adapter)
@@ -258,6 +267,13 @@ class SeveralAdapters:
                 f"Call set_active({self.own_name!r}) first, or load that adapter's folder by itself"
             )
 
+    def _read(self, source: Path | str | Adapter, strict: bool) -> tuple[LofitConfig, Adapter]:
+        adapter = source
+        if not isinstance(adapter, Adapter):
+            adapter = read_source(adapter_folder(adapter), self.model, self.projections, self.fingerprint, strict)
+            check_finite(adapter.tensors, f"the adapter in {source}")
+        return adapter.config, adapter
+
     def _named(self, name: str) -> Named | None:
         """An adapter beside the handle's own; None for its own. Raises ValueError for a name that is not there."""
         if name != self.own_name and name not in self._others:
@@ -322,9 +338,3 @@ class SeveralAdapters:
 def own_vectors(layer: LofitLinear) -> Iterator[nn.Parameter]:
     """The vectors of the handle's own adapter at a layer."""
     return (vectors for vectors in (layer.scale, layer.offset) if vectors is not None)
-
-
-def _read(folder: Path | str) -> tuple[LofitConfig, Adapter]:
-    adapter = read_adapter(folder)
-    check_finite(adapter.tensors, f"the adapter in {folder}")
-    return adapter.config, adapter

@@ -82,7 +82,8 @@ def check_base(model: nn.Module, digest: str, what: str, made_for: str, strict: 
     )
     if strict:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    # who has called `load`
+    warnings.warn(message, stacklevel=4)
 
 
 def base_name(model: nn.Module) -> str:

@@ -110,6 +110,14 @@ VALUES = {
         "--together": COUNTS,
         "--devices": (*WORDS, "cuda:99", "0,,1", "cpu,cpu", "cpu,meta", "-1"),
     },
+    "push": {"--repo": ("nobody", "a/b/c", "../up", "a/b@v1"), "--license": ("two\nlines", " ")},
+    "serve": {
+        "--adapter": ("nameless", "=a", "a=", "a b=c"),
+        "--host": ("no.such.host.invalid", "127.0.0.999"),
+        "--port": ("-1", "65536", "ninety"),
+        "--max-new-tokens": COUNTS,
+        "--queue": ("-1", *NO_NUMBER),
+    },
 }
 # command -> options that name what is read
 READ = {
@@ -119,6 +127,8 @@ READ = {
     "generate": ("--adapter", "--model"),
     "merge": ("--adapter", "--model"),
     "export": ("--adapter",),
+    "convert-adapter": ("--checkpoint", "--model"),
+    "push": ("--adapter", "--run"),
     "plan": ("--adapter", "--model"),
     "autotune": ("--model",),
     "sweep": ("",),
@@ -192,6 +202,9 @@ def rest_of(model, data, adapter, tmp_path, monkeypatch):
         "generate": {"--model": model, "--prompt": "a"},
         "merge": {"--model": model, "--adapter": adapter} | written,
         "export": {"--model": model, "--adapter": adapter} | written,
+        "convert-adapter": {"--model": model, "--checkpoint": adapter} | written,
+        "push": {"--model": model, "--adapter": adapter, "--repo": "me/mine"} | written,
+        "serve": {"--model": model, "--port": 0},
         "plan": {"--model": model, "--tokens": 8},
         "autotune": {"--model": model, "--tokens": 8, "--rounds": 1, "--device": "cpu", "--dtype": "float32"},
         "sweep": {"": grid} | written,

@@ -55,9 +55,18 @@ def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def write_tiny_gguf(
-    path: Path, model: nn.Module, more: dict | None = None, entries: dict | None = None, architecture: str = "llama"
+    path: Path,
+    model: nn.Module,
+    more: dict | None = None,
+    entries: dict | None = None,
+    tensors: dict | None = None,
+    raw: dict | None = None,
+    architecture: str = "llama",
 ) -> Path:
-    """A GGUF file of a tiny Llama. more: tensors besides (or instead); entries: metadata besides, by name."""
+    """A GGUF file of a tiny Llama.
+
+    more, entries: tensors and metadata besides. tensors: in place of the model's. raw: (array, type) in place of some.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -73,6 +82,7 @@ def write_tiny_gguf(
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(0)
     for name, value in (entries or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(name, value)
     writer.add_tokenizer_model("gpt2")
@@ -85,8 +95,9 @@ def write_tiny_gguf(
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for name, array in (tensors_of(model) | (more or {})).items():
-        writer.add_tensor(name, array)
+    for name, array in ((tensors_of(model) if tensors is None else tensors) | (more or {})).items():
+        array, kind = (raw or {}).get(name, (array, None))
+        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

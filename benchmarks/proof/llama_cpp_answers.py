@@ -25,12 +25,21 @@ TOGETHER, LONGEST = 20, 96
 F32 = 0
 
 
+class Model(LlamaModel):
+    """cyllama's, with the number that its `get_logits_ith` asks for and cyllama 0.2.18 forgets."""
+
+    @property
+    def n_vocab(self) -> int:
+        """How many logits a token has."""
+        return self.get_vocab().n_vocab
+
+
 def main(model_file: str, prompts_file: str, answers_file: str) -> None:
     """Answer all prompts."""
     disable_logging()
     with open(prompts_file, encoding="utf-8") as file:
         prompts = json.load(file)
-    model = LlamaModel(path_model=model_file, params=LlamaModelParams(), verbose=False)
+    model = Model(path_model=model_file, params=LlamaModelParams(), verbose=False)
     vocab, how = model.get_vocab(), LlamaContextParams()
     # in float32 throughout: the cache too
     how.type_k = how.type_v = F32

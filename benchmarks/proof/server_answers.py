@@ -175,7 +175,8 @@ def _answers(python: str, script: str, path: Path, place: Path) -> dict[str, np.
 _VERSIONS = {
     "llama.cpp": "from importlib.metadata import version; import json, cyllama, pathlib; "
     "path = pathlib.Path(cyllama.__file__).parent / 'build_config.json'; "
-    "print('cyllama', version('cyllama') + ', llama.cpp', json.loads(path.read_text())['versions']['llama_cpp_version'])",
+    "built = json.loads(path.read_text())['versions']['llama_cpp_version']; "
+    "print('cyllama', version('cyllama') + ', llama.cpp', built)",
     "vllm": "from importlib.metadata import version; print('vllm', version('vllm'))",
 }
 

@@ -50,7 +50,13 @@ command(
     "generate --model smollm2 --max-new-tokens 64 < prompts.txt",
 )(judge_commands.generate)
 command(app, "merge --model smollm2 --adapter runs/kinship/adapter --output merged")(export_commands.merge)
-command(app, "export --model smollm2 --adapter runs/kinship/adapter --output exported")(export_commands.export)
+command(
+    app,
+    "export --model smollm2 --adapter runs/kinship/adapter --output exported",
+    "export --model smollm2 --adapter runs/kinship/adapter --for llama.cpp --output gguf",
+    "export --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --for vllm --output served",
+    "export --model smollm2 --adapter runs/kinship/adapter --for peft --peft-method lora --output lora",
+)(export_commands.export)
 command(
     app,
     "select --model smollm2 --task clutrr --data DIR --top 0.1 --output heads.json",

@@ -15,7 +15,7 @@ from lofit_fast.models.gguf_contents import contents_of
 from lofit_kernels.answers import cache_folder
 
 _CONVERSION = "conversion.json"
-# of a conversion that holds all of its file's tensors; those of earlier releases lack biases that transformers passes over
+# of a conversion that holds all of its file's tensors: earlier releases' lack biases that transformers passes over
 _FORMAT = 2
 
 
@@ -40,14 +40,14 @@ def converted(gguf: Path) -> Path:
 def _convert(gguf: Path, folder: Path, checksum: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
-    contents, config = contents_of(gguf), AutoConfig.from_pretrained(**where)
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    contents, config = contents_of(gguf), AutoConfig.from_pretrained(**where, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{gguf} holds a {config.model_type}, expected a language model that transformers knows")
     config = contents.completed(config, AutoModelForCausalLM._model_mapping[type(config)])
     with _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=torch.float32, output_loading_info=True
+            **where, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     contents.check_loaded(model, set(info["missing_keys"]), set(info["unexpected_keys"]))
     # the weights are dequantized now: what says otherwise would refuse to save them
@@ -58,7 +58,7 @@ def _convert(gguf: Path, folder: Path, checksum: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder, last=_CONVERSION) as scratch:
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(scratch)
         sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
         sums = sums_of(scratch, _CONVERSION)
         note = {"format": _FORMAT, "source": gguf.name, "sha256": checksum, "sizes": sizes, "files": sums}

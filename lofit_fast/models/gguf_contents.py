@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lofit_fast.extras import needing
 from lofit_fast.patching.stock import Stock, with_biases
@@ -49,7 +48,7 @@ class GgufContents:
     architecture: str
     metadata: Mapping[str, Any]
     tensors: tuple[str, ...]
-    rope_factors: np.ndarray | None
+    rope_factors: Tensor | None
 
     def completed(self, config: Any, model_class: type) -> Any:
         """A config, as transformers reads it from the file, with what it has not read: biases and scaled positions.
@@ -111,11 +110,11 @@ class GgufContents:
                 f"{self.path} cannot be loaded: transformers does not read how its positions are scaled "
                 f"({self.architecture}.rope.scaling.type = {kind!r}), and would compute something else"
             )
-        if np.all(self.rope_factors == 1):
+        if bool((self.rope_factors == 1).all()):
             return config
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise self._refusal([_ROPE_FACTORS], f"a {config.model_type} has no place for them")
-        scaled = _scaled(config, {"rope_type": "llama3", "factor": float(self.rope_factors.max()), **_LLAMA3})
+        scaled = _scaled(config, {"rope_type": "llama3", "factor": round(self.rope_factors.max().item(), 3), **_LLAMA3})
         if not _gives(scaled, self.rope_factors):
             raise self._refusal([_ROPE_FACTORS], "they are not the factors of Llama 3, the only ones known here")
         return scaled
@@ -178,7 +177,7 @@ def contents_of(path: Path) -> GgufContents:
         if name.startswith(f"{architecture}.")
     }
     factors = next((t for t in reader.tensors if t.name == _ROPE_FACTORS), None)
-    numbers = None if factors is None else np.array(dequantize(factors.data, factors.tensor_type), dtype=np.float64)
+    numbers = None if factors is None else torch.tensor(dequantize(factors.data, factors.tensor_type)).double()
     return GgufContents(path, architecture, metadata, tuple(t.name for t in reader.tensors), numbers)
 
 
@@ -211,12 +210,11 @@ def _scaled(config: Any, scaling: dict[str, Any]) -> Any:
     return config
 
 
-def _gives(config: Any, factors: np.ndarray) -> bool:
+def _gives(config: Any, factors: Tensor) -> bool:
     """Whether transformers divides RoPE's frequencies by these factors."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = np.arange(len(scaled)) / len(scaled)
-    plain = config.rope_parameters["rope_theta"] ** -exponents
-    got = plain / scaled.double().numpy()
-    return got.shape == factors.shape and bool(np.allclose(got, factors, rtol=1e-4, atol=0))
+    exponents = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
+    got = config.rope_parameters["rope_theta"] ** -exponents / scaled.double()
+    return got.shape == factors.shape and torch.allclose(got, factors, rtol=1e-4, atol=0)

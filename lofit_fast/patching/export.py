@@ -41,10 +41,10 @@ def export(
     whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
     Llama). Tied tensors that have come to differ are written apart.
     tokenizer: saved beside the model when given. server: a key of `SERVERS`, whose code has to keep the offsets of the
-    folder's class too. Returns the folder, which holds the checksums of all its files too,
-    for `verify_export` and `load_model`.
-    Raises ValueError when the family, or the server, cannot carry the offsets, the base is not plain, or the folder holds a model that
-    is no export; OSError when the folder cannot be written. Nothing is left behind then.
+    folder's class too.
+    Returns the folder, which holds the checksums of all its files too, for `verify_export` and `load_model`.
+    Raises ValueError when the family, or the server, cannot carry the offsets, the base is not plain, or the folder
+    holds a model that is no export; OSError when the folder cannot be written. Nothing is left behind then.
     """
     handle.check_live()
     handle.check_everywhere("export")

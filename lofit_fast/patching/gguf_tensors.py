@@ -7,11 +7,11 @@ llama.cpp rotates neighbours where transformers rotates halves: rows of queries 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +26,8 @@ _SHAPE = {
 _NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 # derived from the config, of which no tensor of transformers is made
 _ROPE_FACTORS = "rope_freqs.weight"
+# what gguf's arrays of a type consist of, and how many of these a number takes
+_UNITS = {"F32": (torch.float32, 1), "F16": (torch.float16, 1), "BF16": (torch.uint8, 2)}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -51,8 +53,8 @@ class LlamaGguf:
         self.architecture = str(self._entry("general.architecture"))
         if self.architecture != ARCHITECTURE:
             raise ValueError(
-                f"{path} is of llama.cpp's architecture {self.architecture!r}: expected {ARCHITECTURE!r}, the one whose "
-                "files are written here with a bias on attn_output"
+                f"{path} is of llama.cpp's architecture {self.architecture!r}: expected {ARCHITECTURE!r}, the one that "
+                "is written here"
             )
         if (self._entry("split.count") or 1) > 1:
             raise ValueError(f"{path} is one of several parts: expected a model in one file")
@@ -80,7 +82,7 @@ class LlamaGguf:
                     "or give the file that it was loaded from"
                 )
 
-    def as_type(self, tensor: Any, kind: str | None, only_info: bool = False) -> tuple[np.ndarray, Any]:
+    def as_type(self, tensor: Any, kind: str | None, only_info: bool = False) -> tuple[Any, Any]:
         """(array, type) of a tensor of the file to be written: a matrix in another type, a vector in float32.
 
         kind: "F32", "F16" or "BF16"; None for what it is. only_info: an array of that shape whose numbers do not count.
@@ -92,9 +94,8 @@ class LlamaGguf:
         number = gguf.GGMLQuantizationType["F32" if len(tensor.shape) == 1 else kind]
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if only_info:
-            # gguf counts bfloat16 in bytes
-            unit, per_number = {"F32": (np.float32, 1), "F16": (np.float16, 1), "BF16": (np.uint8, 2)}[number.name]
-            return np.broadcast_to(np.zeros((), unit), (*shape[:-1], shape[-1] * per_number)), number
+            unit, per_number = _UNITS[number.name]
+            return torch.zeros((), dtype=unit).expand(*shape[:-1], shape[-1] * per_number).numpy(), number
         return gguf.quantize(gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape), number), number
 
     def _names(self, state: Mapping[str, Tensor], config: Any) -> dict[str, str]:
@@ -119,7 +120,7 @@ class LlamaGguf:
     def _is_equal(self, tensor: Any, want: Tensor, heads: int | None) -> bool:
         import gguf
 
-        got = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        got = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).float()
         if got.numel() != want.numel():
             return False
         got, want = got.reshape(want.shape), want.detach().cpu()
@@ -137,11 +138,11 @@ class LlamaGguf:
         for entry, want in expected.items():
             got = self._entry(f"{ARCHITECTURE}.{entry}")
             # the file may leave out what follows from the rest
-            if got is not None and want is not None and not np.isclose(got, want, rtol=1e-6):
+            if got is not None and want is not None and not math.isclose(got, want, rel_tol=1e-6):
                 raise ValueError(f"{self.path} is not {whose}: its {entry} is {got}, and there {want}")
         factors = next((t for t in self.reader.tensors if t.name == _ROPE_FACTORS), None)
         scaled = rope.get("rope_type", "default")
-        if (factors is not None and not np.all(factors.data == 1)) != (scaled == "llama3"):
+        if (factors is not None and not (factors.data == 1).all()) != (scaled == "llama3"):
             raise ValueError(f"{self.path} is not {whose}: only one of them scales its positions as Llama 3 does")
         kind = self._entry(f"{ARCHITECTURE}.rope.scaling.type") or "none"
         if (kind if kind != "none" else "default") != (scaled if scaled != "llama3" else "default"):

@@ -17,9 +17,9 @@ LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 class Server:
     """What was read of one server.
 
-    source: the release or commit that was read. date: of the release, or when it was read. keeps, drops: the classes whose code there has a bias on
-    the output projection, or has none, and the file that says so. otherwise: what becomes of a bias that has no place.
-    instead: what a user can do then.
+    source: the release or commit that was read. date: of the release, or when it was read. keeps, drops: the classes
+    whose code there has a bias on the output projection, or has none, and the file that says so. otherwise: what
+    becomes of a bias that has no place. instead: what a user can do then.
     """
 
     source: str
@@ -31,8 +31,8 @@ class Server:
 
 
 _TRANSFORMERS_CODE = (
-    "write the folder for transformers and start the server with {flag}, which runs transformers' own code, or keep the "
-    "adapter folder"
+    "write the folder for transformers and start the server with {flag}, which runs transformers' own code, or keep "
+    "the adapter folder"
 )
 _ADAPTER = "keep the adapter folder, or export for another server"
 

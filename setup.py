@@ -9,7 +9,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lofit_fast" / "__init__.py").read_text()).group(1)
 
-# accelerate and gguf are transformers' needs: of its Trainer, and of reading GGUF files
+# accelerate is a need of transformers' Trainer
 TRAIN = [
     "accelerate>=1.15",
     "datasets>=5.2",
@@ -19,6 +19,7 @@ TRAIN = [
     "rich>=14",
     "typer>=0.27",
 ]
+GGUF = ["gguf>=0.19"]
 PEFT = ["accelerate>=1.15", "peft>=0.21"]
 BENCH = [*TRAIN, *PEFT, "psutil", "pytest-benchmark>=5.3"]
 PREFERENCES = [*TRAIN, "trl>=1.16"]
@@ -73,6 +74,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "gguf": GGUF,
         "peft": PEFT,
         "preferences": PREFERENCES,
         "quantized": QUANTIZED,

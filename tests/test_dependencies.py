@@ -12,7 +12,7 @@ PRODUCT = [*sorted((ROOT / "lofit_fast").rglob("*.py")), *sorted((ROOT / "kernel
 PROGRAMS = [path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 OURS = {"lofit_fast", "lofit_kernels"}
 # declared and imported by nobody of us: transformers imports them, for training and for what it reads
-FOR_TRANSFORMERS = {"accelerate", "bitsandbytes", "gguf"}
+FOR_TRANSFORMERS = {"accelerate", "bitsandbytes"}
 
 # modules that are imported where preferences are trained or models are served, and where the extra is named if it is
 # missing
@@ -91,7 +91,8 @@ def test_what_is_installed_is_imported():
     library = set().union(*(extras[name] for name in ("train", "peft", "preferences", "quantized", "serve")))
     assert library - imported == FOR_TRANSFORMERS - {"accelerate"}
     # bench, test and dev are of the checkout alone
-    assert extras.keys() == {"", "train", "bench", "peft", "preferences", "quantized", "flash", "serve", "test", "dev"}
+    extras_of_users = {"train", "peft", "preferences", "quantized", "flash", "gguf", "serve"}
+    assert extras.keys() == {"", *extras_of_users, "bench", "test", "dev"}
 
 
 def test_an_error_names_the_extra_that_brings_the_package():

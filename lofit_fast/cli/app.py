@@ -60,7 +60,13 @@ command(
     across=DIVIDED,
 )(judge_commands.generate)
 command(app, "merge --model smollm2 --adapter runs/kinship/adapter --output merged")(export_commands.merge)
-command(app, "export --model smollm2 --adapter runs/kinship/adapter --output exported")(export_commands.export)
+command(
+    app,
+    "export --model smollm2 --adapter runs/kinship/adapter --output exported",
+    "export --model smollm2 --adapter runs/kinship/adapter --for llama.cpp --output gguf",
+    "export --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --for vllm --output served",
+    "export --model smollm2 --adapter runs/kinship/adapter --for peft --peft-method lora --output lora",
+)(export_commands.export)
 command(app, "convert-adapter --model meta-llama/Llama-2-7b-hf --checkpoint lofit/checkpoint-400 --output adapter")(
     adapter_commands.convert_adapter
 )

@@ -239,19 +239,29 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def resolve(name: str) -> str:
-    """What to hand to `from_pretrained`: aliases and GGUF files become a converted folder, the rest stays as it is."""
-    if not name.strip():
-        raise ValueError(f"expected the name of a model, got {name!r}")
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model is loaded from: a packaged model's, or the name itself; None for folders and hub ids.
+
+    Raises FileNotFoundError for a package or file that is not there.
+    """
     if name in ALIASES:
         path = ALIASES[name].locate()
         if path is None or not path.is_file():
             raise FileNotFoundError(f"the packaged model {name!r} is not installed: {ALIASES[name].install}")
+        return path
+    if not name.endswith(".gguf"):
+        return None
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no such GGUF file: {name}")
+    return Path(name)
+
+
+def resolve(name: str) -> str:
+    """What to hand to `from_pretrained`: aliases and GGUF files become a converted folder, the rest stays as it is."""
+    if not name.strip():
+        raise ValueError(f"expected the name of a model, got {name!r}")
+    if (path := gguf_file(name)) is not None:
         return str(converted(path))
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"no such GGUF file: {name}")
-        return str(converted(Path(name)))
     if (folder := Path(name).expanduser()).is_dir():
         _check_files(folder)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1

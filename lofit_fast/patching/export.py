@@ -15,6 +15,7 @@ from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
 from lofit_fast.patching.mergeable import why_not_dense
+from lofit_fast.patching.server_support import check_served
 from lofit_fast.patching.sharding import check_whole
 from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
@@ -28,23 +29,31 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "
 
 
 @torch.no_grad()
-def export(handle: LofitHandle, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+def export(
+    handle: LofitHandle,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    server: str | None = None,
+) -> Path:
     """Write the merged model as a folder that stock `from_pretrained` loads; the handle lives on.
 
     The folder is for the model's own class, with a bias switched on in its config where the offsets need one. Families
     whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
     Llama). Tied tensors that have come to differ are written apart.
-    tokenizer: saved beside the model when given. Returns the folder, which holds the checksums of all its files too,
-    for `verify_export` and `load_model`.
-    Raises ValueError when the family cannot carry the offsets, the base is not plain, or the folder holds a model that
-    is no export; OSError when the folder cannot be written. Nothing is left behind then.
+    tokenizer: saved beside the model when given. server: a key of `SERVERS`, whose code has to keep the offsets of the
+    folder's class too.
+    Returns the folder, which holds the checksums of all its files too, for `verify_export` and `load_model`.
+    Raises ValueError when the family, or the server, cannot carry the offsets, the base is not plain, or the folder
+    holds a model that is no export; OSError when the folder cannot be written. Nothing is left behind then.
     """
     handle.check_live()
     handle.check_everywhere("export")
     folder = given_path(folder)
     check_whole(handle.model, "export")
     plain = plain_model(handle)
-    _check_folder(handle, folder)
+    if server is not None:
+        check_served(server, type(plain), any(layer.offset is not None for layer in handle.layers.values()))
+    check_folder(handle, folder)
     # without a config nobody takes the folder for a model
     with whole_folder(folder, last="config.json", withdraw=True) as scratch:
         plain.save_pretrained(scratch)
@@ -205,7 +214,7 @@ def _forget_quantization(config: Any) -> None:
         del config.quantization_config
 
 
-def _check_folder(handle: LofitHandle, folder: Path) -> None:
+def check_folder(handle: LofitHandle, folder: Path) -> None:
     """Raise ValueError for a folder that the plain model must not go to."""
     if (folder / CONFIG_FILE).exists():
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lofit_fast.checksums import check_sums
+from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.handle import LofitHandle, handle_of
@@ -79,6 +81,45 @@ def verify_export(
                 f"and those of {folder} differ by {report.difference:.3g}, from rounding to {dtype}. "
                 + ("Load the base in float32, export and verify there" if dtype.itemsize < 4 else _NO_EFFECT)
             )
+    return report
+
+
+@torch.no_grad()
+def verify_peft(
+    handle: LofitHandle, folder: Path | str, tokens: Tensor | Mapping[str, Tensor] | None = None
+) -> ExportReport:
+    """Prove a folder of `export_peft`: stock PEFT loads it around a copy of the base, and the logits are compared.
+
+    tokens: as of `verify_export`. Both are computed in float32 at least; the copy takes 4 bytes per parameter.
+    Raises ValueError when the logits differ by more than rounding, or hardly at all from the base's.
+    """
+    with needing("peft", "peft", "an adapter for PEFT"):
+        from peft import PeftModel
+    handle.check_live()
+    if not handle.scopes.plain:
+        raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
+    inputs = _inputs(handle.model, tokens)
+    model = handle.model if _is_wide(handle.model) else _widened(handle.model)
+    expected, base, without = _seen(model, inputs)
+    copied = copy.deepcopy(model)
+    plain = handle_of(copied).unpatch()
+    with warnings.catch_warnings():
+        # that PEFT cannot merge it
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(plain, folder, trust_remote_code=False, use_safetensors=True)
+    got = _output(loaded.eval(), inputs)
+    size = expected.abs().max()
+
+    def relative(output: Tensor) -> float:
+        return ((output - expected).abs().max() / size).item()
+
+    tolerance = TOLERANCE[torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32]
+    effects = {component: relative(output) for component, output in without.items()}
+    report = ExportReport(relative(got), relative(base), tolerance, effects)
+    if not report.difference <= tolerance:
+        raise ValueError(f"the adapter in {folder} does not compute in PEFT what the patched model does: {report}")
+    if any(report.difference > _OF_THE_LOGITS * effect for effect in effects.values()):
+        raise ValueError(f"inconclusive: the offsets hardly change these logits: {report}. {_NO_EFFECT}")
     return report
 
 

@@ -86,7 +86,13 @@ VALUES = {
         "--task": ("nonsense", "clutrr", "truthfulqa"),
     },
     "generate": {"--max-new-tokens": (*COUNTS, "9" * 30), "--dtype": WORDS, "--device": DEVICES},
-    "export": {"--dtype": (*WORDS, "auto8")},
+    "export": {
+        "--dtype": (*WORDS, "auto8"),
+        "--for": WORDS,
+        "--gguf-type": WORDS,
+        "--peft-method": WORDS,
+        "--template": WORDS,
+    },
     "plan": {
         "--tokens": (*COUNTS, "9" * 30),
         "--scale": (*NO_NUMBER, "inf", "-inf", "1e400", "0", "-1", "1.5", "99", "some", "9" * 400),

@@ -341,3 +341,41 @@ def test_truthfulqa_is_trained_with_dpo_and_judged_by_choices(model, tmp_path):
     assert (report["task"], report["examples"]) == ("truthfulqa", 3)
     assert {key: report[key] for key in ("mc1", "mc2")} == {key: summary[key] for key in ("mc1", "mc2")}
     assert 0 < report["mc2"] < 1
+
+
+@pytest.fixture
+def gguf_model(tmp_path_factory):
+    """A GGUF file of the tiny Llama that `run_folder`'s adapter is for."""
+    from tests.tiny_gguf import write_tiny_gguf
+    from tests.tiny_models import tiny_model
+
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "base.gguf", tiny_model("llama"))
+
+
+def test_exports_for_servers_and_peft(run_folder, model, gguf_model, tmp_path):
+    adapted = ("--adapter", run_folder / "adapter")
+    report = as_json("export", "--model", model, *adapted, "--for", "vllm", "--output", tmp_path / "served")
+    assert report["for"] == "vllm"
+    assert report["difference"] <= report["tolerance"]
+    given = ("--for", "peft", "--peft-method", "lora")
+    report = as_json("export", "--model", model, *adapted, *given, "--output", tmp_path / "lora")
+    assert report["difference"] <= report["tolerance"] < report["base_difference"]
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+    # the file that the model is loaded from is the template, and one that is given
+    for name, more in ((gguf_model, ()), (model, ("--template", gguf_model))):
+        output = tmp_path / f"gguf{len(more)}"
+        report = as_json("export", "--model", name, *adapted, "--for", "llama.cpp", *more, "--output", output)
+        assert report == {"output": str(output), "for": "llama.cpp"}
+        assert (output / "model.gguf").is_file()
+    assert (tmp_path / "gguf0" / "model.gguf").read_bytes() == (tmp_path / "gguf2" / "model.gguf").read_bytes()
+
+
+def test_exports_that_are_refused(run_folder, model, tmp_path):
+    calling = ("export", "--model", model, "--adapter", run_folder / "adapter", "--output", tmp_path / "out")
+    assert "--for to be one of transformers, vllm, sglang, tgi, llama.cpp, peft" in error_of(
+        *calling, "--for", "ollama"
+    )
+    assert "no GGUF file of the base is known" in error_of(*calling, "--for", "llama.cpp")
+    assert "gguf_type is for target='llama.cpp'" in error_of(*calling, "--for", "tgi", "--gguf-type", "f16")
+    assert "no such GGUF file" in error_of(*calling, "--for", "llama.cpp", "--template", tmp_path / "no.gguf")
+    assert not (tmp_path / "out").exists()

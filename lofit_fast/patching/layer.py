@@ -13,6 +13,7 @@ from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
+from lofit_fast.patching.tensor_parallel import own_vectors, placed_weight, rejoined, share_of
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand
 from lofit_kernels.layer_fold import folded_linear
@@ -105,6 +106,9 @@ class LofitLinear(nn.Module):
             return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:
+            placed = placed_weight(inner)
+            if placed is not None:
+                return self._in_share(z, placed, mask)
             vectors = {}
             for component, heads in self._heads.items():
                 if heads is not None:
@@ -116,6 +120,25 @@ class LofitLinear(nn.Module):
         plain = plain_tensors(inner, moved=True)
         y = self._fused(z, plain) if mask is None else self._fused_where(mask.to(z.device), z, plain)
         return hook.post_forward(inner, y)
+
+    def _in_share(self, z: Tensor, placed: Tensor, mask: Tensor | None) -> Tensor:
+        """y of a projection that several processes compute together: this one's heads alone have vectors here.
+
+        The projection adds up what the processes have, W v among it, and adds its bias once.
+        placed: its weight. mask: where the vectors act, (..., 1); None for everywhere.
+        """
+        share = share_of(placed, z, self.n_heads, self.head_dim)
+        rows = {}
+        for component, heads in self._heads.items():
+            if heads is not None:
+                vectors, index = self._vectors(component)
+                rows[component] = (vectors, heads, index)
+        vectors = {}
+        for component, (own, index) in own_vectors(share, rows).items():
+            vectors[component], vectors[_HEADS[component]] = own, index
+        affine = head_affine(share.z, **vectors)
+        affine = affine if mask is None else torch.where(mask, affine, share.z)
+        return _through(self._modules["inner"], rejoined(affine, z))
 
     def _mask(self, z: Tensor) -> Tensor | None:
         """(..., 1) bool, true where the vectors act; None for everywhere. Raises ValueError where nobody has said."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel, why_not_parallel
+
 _BEFORE = (
     "Patch the model first and shard it afterwards (fully_shard), or train data-parallel, each process with the "
     "whole model"
@@ -27,7 +29,11 @@ _FRESH = (
 
 def check_unsharded(model: nn.Module) -> None:
     """Raise ValueError for a model that holds parts of its tensors, before it is patched."""
-    if (found := _first_part(model) or _gathered(model)) is not None:
+    if is_tensor_parallel(model):
+        found = why_not_parallel(model)
+    else:
+        found = _first_part(model) or _gathered(model)
+    if found is not None:
         raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
 
 

@@ -12,8 +12,9 @@ from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
-from lofit_fast.patching.tensor_parallel import own_vectors, placed_weight, rejoined, share_of
+from lofit_fast.patching.tensor_parallel import is_placed, own_input, own_vectors, placed_weight, rejoined, share_of, summed
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand
 from lofit_kernels.layer_fold import folded_linear
@@ -127,7 +128,11 @@ class LofitLinear(nn.Module):
         The projection adds up what the processes have, W v among it, and adds its bias once.
         placed: its weight. mask: where the vectors act, (..., 1); None for everywhere.
         """
+        inner = self._modules["inner"]
         share = share_of(placed, z, self.n_heads, self.head_dim)
+        known = None if is_placed(z) else row_parallel_tensors(inner)
+        cut = None if known is None else own_input(share, placed, self.head_dim)
+        share = cut or share
         rows = {}
         for component, heads in self._heads.items():
             if heads is not None:
@@ -136,9 +141,15 @@ class LofitLinear(nn.Module):
         vectors = {}
         for component, (own, index) in own_vectors(share, rows).items():
             vectors[component], vectors[_HEADS[component]] = own, index
-        affine = head_affine(share.z, **vectors)
-        affine = affine if mask is None else torch.where(mask, affine, share.z)
-        return _through(self._modules["inner"], rejoined(affine, z))
+        if cut is None:
+            affine = head_affine(share.z, **vectors)
+            affine = affine if mask is None else torch.where(mask, affine, share.z)
+            return _through(inner, rejoined(affine, z))
+        weight, bias = known
+        y = head_affine_linear(share.z, weight, **vectors, form=self.form)
+        if mask is not None:
+            y = torch.where(mask, y, nn.functional.linear(share.z, weight))
+        return summed(y, placed, bias)
 
     def _mask(self, z: Tensor) -> Tensor | None:
         """(..., 1) bool, true where the vectors act; None for everywhere. Raises ValueError where nobody has said."""

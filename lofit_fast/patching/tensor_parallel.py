@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -156,6 +156,40 @@ def own_vectors(share: Share, rows: dict[str, Rows]) -> dict[str, tuple[Tensor, 
         component: (vectors, index[begin:end] - first if begin < end else index.new_zeros(1))
         for (component, (_, _, index)), vectors, (begin, end) in zip(rows.items(), own, bounds, strict=True)
     }
+
+
+def own_input(share: Share, weight: Tensor, head_dim: int) -> Share | None:
+    """The share of the columns of the weight that this process has, also of an input that is whole on every process.
+
+    None where these columns are not whole heads.
+    """
+    first, last = _cut(weight) or (0, 0)
+    if not last - first or first % head_dim or last % head_dim:
+        return None
+    if share.z.shape[-1] == last - first:
+        return replace(share, gives=True)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    # the processes put the gradient of their parts together again
+    whole = DTensor.from_local(share.z, weight.device_mesh, [Replicate()], run_check=False)
+    z = whole.redistribute(placements=[Shard(-1)]).to_local()
+    return Share(z, (first // head_dim, last // head_dim), share.group, True)
+
+
+def summed(part: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the processes' parts (..., N) of a projection's output add up to, and its bias, in every process."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = weight.device_mesh
+    if part.requires_grad:
+        placed = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+        y = placed.redistribute(placements=[Replicate()]).to_local()
+    else:
+        y = part.clone() if part.is_inference() and not torch.is_inference_mode_enabled() else part
+        dist.all_reduce(y, group=mesh.get_group())
+    if bias is None:
+        return y
+    return y + (bias.to_local() if is_placed(bias) else bias).to(y.dtype)
 
 
 class _OwnRows(torch.autograd.Function):

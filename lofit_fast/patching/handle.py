@@ -29,7 +29,9 @@ from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.patching.wrapping import build_layers
+from lofit_fast.ranks import told
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -201,8 +203,14 @@ class LofitHandle:
             self.load_watch.settled()
 
     def save(self, folder: Path | str) -> Path:
-        """Write the adapter folder; see `storage.save_adapter`."""
-        return save_adapter(self.adapter(), folder)
+        """Write the adapter folder; see `storage.save_adapter`.
+
+        Of a tensor-parallel model every process must call it: the first one writes, the others wait.
+        """
+        adapter = self.adapter()
+        if is_tensor_parallel(self.model):
+            return told(lambda: save_adapter(adapter, folder))
+        return save_adapter(adapter, folder)
 
     @_one_at_a_time
     def unpatch(self) -> nn.Module:

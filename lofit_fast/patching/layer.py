@@ -16,7 +16,7 @@ from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
 from lofit_fast.patching.tensor_parallel import is_placed, own_input, own_vectors, placed_weight, rejoined, share_of, summed
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
-from lofit_kernels.dispatch import folds_beforehand
+from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
@@ -146,7 +146,10 @@ class LofitLinear(nn.Module):
             affine = affine if mask is None else torch.where(mask, affine, share.z)
             return _through(inner, rejoined(affine, z))
         weight, bias = known
-        y = head_affine_linear(share.z, weight, **vectors, form=self.form)
+        # where few heads have a scale, small ones act, also where they are many of this process's
+        few = self._heads["scale"] is not None and not is_many(len(self._heads["scale"]), self.n_heads)
+        form = "delta" if few and self.form == "auto" and weight.element_size() < 4 else self.form
+        y = head_affine_linear(share.z, weight, **vectors, form=form)
         if mask is not None:
             y = torch.where(mask, y, nn.functional.linear(share.z, weight))
         return summed(y, placed, bias)

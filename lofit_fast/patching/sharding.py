@@ -27,6 +27,12 @@ _FRESH = (
 )
 
 
+_ONE_PROCESS = (
+    "Save the adapter (handle.save, on every process), load it into a model that one process holds whole "
+    "(lofit_fast.load), and do it there"
+)
+
+
 def check_unsharded(model: nn.Module) -> None:
     """Raise ValueError for a model that holds parts of its tensors, before it is patched."""
     if is_tensor_parallel(model):
@@ -35,6 +41,17 @@ def check_unsharded(model: nn.Module) -> None:
         found = _first_part(model) or _gathered(model)
     if found is not None:
         raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+
+
+def check_fits_one(model: nn.Module) -> None:
+    """Raise ValueError for a model that `fit` cannot train: one in parts, tensor-parallel ones among them."""
+    check_unsharded(model)
+    if is_tensor_parallel(model):
+        raise ValueError(
+            "cannot fit a tensor-parallel model: fit would give each process other examples, or the same folder. "
+            "Patch it (lofit_fast.patch) and train it in a loop of your own, every process with the same batches; "
+            "or fit a model that each process holds whole, or that is fully sharded"
+        )
 
 
 def check_writable(model: nn.Module, action: str) -> None:
@@ -49,7 +66,8 @@ def check_writable(model: nn.Module, action: str) -> None:
 def check_whole(model: nn.Module, action: str) -> None:
     """Raise ValueError when a patched model, sharded since, holds parts of its tensors. action: what they are for."""
     if (found := _first_part(model)) is not None:
-        raise ValueError(f"cannot {action} a sharded model: {found}. {_GATHER}")
+        advice = _ONE_PROCESS if is_tensor_parallel(model) else _GATHER
+        raise ValueError(f"cannot {action} a sharded model: {found}. {advice}")
 
 
 def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, int]]], action: str) -> None:

@@ -11,7 +11,7 @@ from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.placement import check_hook, device_of, dtype_of, is_dense, moving_hook
 from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
 from lofit_fast.patching.tensor_parallel import is_placed, own_input, own_vectors, placed_weight, rejoined, share_of, summed
@@ -313,6 +313,11 @@ class LofitLinear(nn.Module):
             return found
         below = f"{prefix}.{INNER}" if prefix else INNER
         return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_hf_hook":
+            check_hook(value)
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict) -> "LofitLinear":
         # what PEFT does to a module that it trains whole: the copy would be out of the handle's reach

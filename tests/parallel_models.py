@@ -41,7 +41,7 @@ def row_wise(model: nn.Module, n: int, **layouts) -> nn.Module:
     return model
 
 
-def trained(model: nn.Module, handle, steps: int = 3) -> dict[str, list]:
+def trained(model: nn.Module, handle, steps: int = 2) -> dict[str, list]:
     """A loop of one's own: AdamW, an L1 term over the scales, clipping over all vectors."""
     model.train()
     optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2)

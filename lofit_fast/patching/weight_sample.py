@@ -146,7 +146,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 def _is_packed(module: nn.Module) -> bool:
     """Whether a module is a linear that keeps its weight in a form of its own."""
     weight = module._parameters.get("weight")
-    return inputs_of(module) is not None and (weight is None or not is_dense(weight))
+    return inputs_of(module) is not None and (weight is None or not (is_dense(weight) or is_spread(weight)))
 
 
 def _is_plain(tensor: Tensor) -> bool:

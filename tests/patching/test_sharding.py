@@ -79,11 +79,16 @@ def said_by_the_model(model, mesh):
     return model
 
 
+def sharded_around(model, mesh):
+    """As a part of something else: nothing in the model itself was given to fully_shard."""
+    fsdp.fully_shard(nn.Sequential(model), mesh=mesh)
+    return model
+
+
 FOUND = {
     tensor_parallel: r"layers\.1\.self_attn\.o_proj\.weight, a \w+ placed \('S\(1\)',\) over 1 processes",
     another_linear: r"layers\.2\.mlp\.up_proj\.weight, a \w+ placed",
-    fully_sharded: r"embed_tokens\.weight, a DTensor placed",
-    one_layer_sharded: r"layers\.0\.\S+weight, a DTensor placed",
+    sharded_around: r"embed_tokens\.weight, a DTensor placed",
     wrapped_inside: r"found a FullyShardedDataParallel around model\.layers\.1",
     wrapped_whole: r"found a FullyShardedDataParallel around the model",
     partitioned: r"embed_tokens\.weight, a parameter that is partitioned \(ZeRO stage 3\)",
@@ -143,20 +148,13 @@ def two_processes(rank, store, folder, results):
 
     model = type(tiny_model("llama")).from_pretrained(folder, tp_plan="auto")
     note("tp_plan", lambda: lf.patch(model, CONFIGS["both"]))
-    mesh = distributed.init_device_mesh("cpu", (2,))
-    sharded = tiny_model("llama")
-    handle = lf.patch(sharded, CONFIGS["both"])
-    fsdp.fully_shard(sharded, mesh=mesh)
-    note("fully_shard", handle.adapter)
-    sharded.unshard()
-    handle.save(f"{store}-adapter{rank}")
     flat = tiny_model("llama")
     handle = lf.patch(flat, CONFIGS["both"])
     wrapper = fsdp.FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
     note("flat", handle.adapter)
     note("flat merge", handle.merge)
     with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
-        handle.adapter()
+        handle.save(f"{store}-adapter{rank}")
     results[rank] = said
     distributed.destroy_process_group()
 
@@ -170,7 +168,7 @@ def test_models_in_two_processes(tmp_path):
         torch.multiprocessing.spawn(two_processes, arguments, nprocs=2)
         said = dict(results)
     for rank in (0, 1):
-        assert said[rank].keys() == {"tp_plan", "fully_shard", "flat", "flat merge"}
+        assert said[rank].keys() == {"tp_plan", "flat", "flat merge"}
         assert "cannot patch a sharded model" in said[rank]["tp_plan"]
         assert "cannot save the adapter of a sharded model" in said[rank]["flat"]
         assert "cannot merge a sharded model" in said[rank]["flat merge"]
@@ -204,63 +202,47 @@ def test_model_sharded_after_the_patch_trains_as_the_whole_one(mesh):
         assert relative(got.full_tensor(), expected) < 1e-5
 
 
-def test_sharded_vectors_are_neither_saved_nor_merged(mesh, tmp_path):
-    _, handle, whole = sharded_after(mesh)
-    lf.handle_of(whole).save(tmp_path / "whole")
-    adapter = lf.handle_of(whole).adapter()
-    refused = {
-        "save the adapter of": lambda: handle.save(tmp_path / "parts"),
-        "load the adapter of": lambda: handle.take(adapter),
-        "score the adapter of": lambda: lf.head_scores(handle),
-        "merge": handle.merge,
-        "export": lambda: lf.export(handle, tmp_path / "plain"),
-    }
-    for action, do in refused.items():
-        with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: .*a DTensor.*unshard\(\)"):
-            do()
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-    handle.check_live()
-
-
-def test_gathered_vectors_are_saved(mesh, tmp_path):
-    """What the refusal advises."""
-    model, handle, whole = sharded_after(mesh)
-    lf.handle_of(whole).save(tmp_path / "whole")
-    for module in (model, *model.model.layers):
-        module.unshard()
-    handle.save(tmp_path / "gathered")
-    for module in (model, *model.model.layers):
-        module.reshard()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
 def gather(model):
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.unshard()
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["parts", "gathered"])
+def test_sharded_model_is_saved_and_filled_but_not_merged(gathered, mesh, tmp_path):
+    model, handle, whole = sharded_after(mesh)
+    lf.handle_of(whole).save(tmp_path / "whole")
+    adapter = lf.handle_of(whole).adapter()
+    if gathered:
+        gather(model)
+    with pytest.raises(ValueError, match=r"cannot merge a sharded model: .*lofit_fast\.export"):
+        handle.merge()
+    with torch.no_grad():
+        for vectors in handle.parameters():
+            vectors.zero_()
+    if gathered:
+        # what is written into gathered tensors would be lost
+        gather(model)
+    handle.take(adapter)
+    handle.save(tmp_path / "sharded")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert relative(logits(model), logits(whole)) < 1e-6
+
+
 @pytest.mark.parametrize("shard", [fully_sharded, one_layer_sharded], ids=lambda shard: shard.__name__)
-def test_gathered_model_is_not_patched(shard, mesh):
-    # every tensor is an ordinary one, and what is put beside it would not be synchronised
+def test_gathered_model_is_patched(shard, mesh):
+    # every tensor is an ordinary one, and those that are trained are not: they come back
     model = shard(tiny_model("llama"), mesh)
     gather(model)
-    before = state(model)
-    with pytest.raises(ValueError, match="cannot patch a sharded model: .* was given to fully_shard.*data-parallel"):
-        lf.patch(model, CONFIGS["both"])
-    assert state(model) == before
-
-
-def test_nothing_is_written_into_a_gathered_model(mesh):
-    model, handle, whole = sharded_after(mesh)
+    handle = lf.patch(model, CONFIGS["both"])
+    ids = set(map(id, handle.parameters()))
+    assert all(p.requires_grad == (id(p) in ids) for p in model.parameters())
     gather(model)
-    before = state(model)
-    adapter = lf.handle_of(whole).adapter()
-    for action, do in (("merge", handle.merge), ("load the adapter of", lambda: handle.take(adapter))):
-        with pytest.raises(ValueError, match=f"cannot {action} a sharded model: .*fully_shard.*lost"):
-            do()
-    assert state(model) == before
+    handle.unpatch()
+    assert all(p.requires_grad for p in model.parameters())
+    gather(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def freed(vectors):

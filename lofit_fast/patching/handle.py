@@ -79,6 +79,8 @@ class LofitHandle:
         self.checkpoint_watch: CheckpointWatch | None = None
         self.vector_sync: VectorSync | None = None
         self._head: RemovableHandle | None = None
+        # of a model that was sharded when it was patched: all processes are here then, and need not be when one saves
+        self._digest = base_digest(model) if fully_sharded(model) else ""
         self._live = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -174,6 +176,11 @@ class LofitHandle:
             if (vectors := getattr(layer, component)) is not None
         }
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether each process has some rows of the vectors alone, as FSDP2 shards those of a model patched before."""
+        return any(map(is_placed, self.vectors().values()))
+
     def whole_vectors(self) -> dict[tuple[str, int], torch.Tensor]:
         """As `vectors`, with all their rows, detached: where FSDP2 shards them, all processes must call it."""
         return {key: whole(vectors) for key, vectors in self.vectors().items()}
@@ -181,8 +188,8 @@ class LofitHandle:
     def adapter(self) -> Adapter:
         """What `save` writes; the tensors are the handle's own, but for those that FSDP2 shards.
 
-        Of a model that FSDP2 shards all processes must call it, and each gets the whole adapter. Raises ValueError for
-        vectors that are in parts otherwise.
+        Where FSDP2 shards the vectors (`in_parts`) all processes must call it, and each gets the whole adapter. Raises
+        ValueError for vectors that are in parts otherwise.
         """
         self.check_vectors("save")
         if self.load_watch is not None:
@@ -193,7 +200,8 @@ class LofitHandle:
             p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
         }
         tensors = {key: whole(v) if is_placed(v) else v for key, v in self.vectors().items()}
-        return Adapter(self.config, tensors, self.fingerprint, base, modules, base_digest(self.model))
+        digest = self._digest or base_digest(self.model)
+        return Adapter(self.config, tensors, self.fingerprint, base, modules, digest)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same heads into the handle.
@@ -221,12 +229,15 @@ class LofitHandle:
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`.
 
-        Of a model that FSDP2 shards all processes must call it: the first one writes, and what it raises all raise.
+        Of a model that FSDP2 shards the first process writes. Where the vectors are sharded too (`in_parts`) all must
+        call it, and what the first one raises all raise.
         """
         adapter = self.adapter()
-        if fully_sharded(self.model):
+        if self.in_parts:
             return ranks.told(lambda: save_adapter(adapter, folder))
-        return save_adapter(adapter, folder)
+        if ranks.first() or not fully_sharded(self.model):
+            return save_adapter(adapter, folder)
+        return Path(folder)
 
     @_one_at_a_time
     def unpatch(self) -> nn.Module:

@@ -1,14 +1,13 @@
 """FSDP2: a model sharded before or after the patch trains, chooses, saves and exports as one process does."""
 
-import copy
-
 import pytest
 import torch
 from torch import distributed, nn
 
 import lofit_fast as lf
+from lofit_fast.patching.fully_sharded import spread_sample
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.patching.weight_sample import base_digest
+from lofit_fast.patching.weight_sample import base_digest, sample_places
 from tests.oracle import randomize
 from tests.patched_models import CONFIGS, relative
 from tests.several_processes import in_processes
@@ -16,7 +15,8 @@ from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model, tokens
 
 fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
-BATCH = 6
+# divided by 2, 3 and 4
+BATCH = 12
 
 
 def gpt2():
@@ -223,39 +223,95 @@ def ignoring(model, handle):
         fsdp.fully_shard(layer, ignored_params=own)
 
 
-def after_an_error(model, handle):
-    """Sharded before the patch; a backward pass ends with an error before any mean is taken."""
-    hook = layers_of(model)[0].self_attn.o_proj.inner.weight
-    broken = loss(model)
-    broken.register_hook(lambda gradient: gradient)
-    first = next(iter(handle.parameters()))
+def count_sums(monkeypatch):
+    """How many numbers each sum over the processes takes, from now on."""
+    sent, sums = [], distributed.all_reduce
+
+    def counted(tensor, *args, **options):
+        sent.append(tensor.numel())
+        return sums(tensor, *args, **options)
+
+    monkeypatch.setattr(distributed, "all_reduce", counted)
+    return sent
+
+
+def failed_pass(model, handle, rank, n):
+    """A backward pass that an error ends, after the first of the gradients has come."""
 
     def fail(gradient):
         raise RuntimeError("planted")
 
-    planted = first.register_hook(fail)
+    planted = list(handle.parameters())[0].register_hook(fail)
     with pytest.raises(RuntimeError, match="planted"):
-        broken.backward()
+        loss(model, rank, n).backward()
     planted.remove()
     for vector in handle.parameters():
         vector.grad = None
 
 
-def test_gradients_are_means(tmp_path):
-    """Of vectors that FSDP was told to ignore, of a layer that nobody sharded, accumulated, and on a mesh of two."""
+def test_gradients_are_means(tmp_path, monkeypatch):
+    """Of vectors that FSDP was told to ignore and of a layer that nobody sharded; three passes before a step."""
     model, handle = patched()
     handle.save(tmp_path / "one")
     expected = mean_gradients(model, handle, 0, 1, 1)
-    check = lambda got: all(relative(g, e) < 1e-5 for g, e in zip(got, expected, strict=True))  # noqa: E731
 
     def work(rank):
         model = MODELS["llama"]()
         handle = lf.load(model, tmp_path / "one")
         ignoring(model, handle)
+        assert not handle.in_parts
+        failed_pass(model, handle, rank, 2)
+        sent = count_sums(monkeypatch)
         got = mean_gradients(model, handle, rank, 2, 3)
         # of three passes, each the mean over a third of the examples
         assert all(relative(g / 3, e) < 1e-5 for g, e in zip(got, expected, strict=True))
-        # both halves of the batch in one process again: no gradient but the mean of them
-        assert not any(hasattr(v, "full_tensor") for v in handle.parameters())
+        # all vectors in one message of each pass, with a number for each that says whether it has a gradient
+        assert sent == [handle.n_parameters() + len(got)] * 3
 
     in_processes(2, work)
+
+
+def test_processes_patch_alike():
+    def work(rank):
+        model = sharded(MODELS["llama"]())
+        before = {name: id(p) for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="expected the same LofitConfig in every process"):
+            lf.patch(model, lf.LofitConfig(offset=[(0, rank)]))
+        assert {name: id(p) for name, p in model.named_parameters()} == before and lf.handle_of(model) is None
+
+    in_processes(2, work)
+
+
+def test_samples_of_parts_are_those_of_the_whole():
+    """Of matrices whose rows are not divided evenly, of experts' blocks, and of one number a row, -0.0 too."""
+
+    def work(rank):
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = distributed.init_device_mesh("cpu", (3,))
+        torch.manual_seed(0)
+        for shape, dtype in (((700, 301), torch.bfloat16), ((7, 130, 90), torch.float32), ((2, 70000), torch.float64)):
+            tensor = torch.randn(shape).to(dtype)
+            tensor.flatten()[::3] *= -0.0
+            for placement in (Shard(0), Replicate()):
+                part = distribute_tensor(tensor, mesh, [placement])
+                got, want = spread_sample(part, sample_places), tensor.reshape(-1, shape[-1])[sample_places(tensor)]
+                bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+                assert torch.equal(got.view(bits), want.view(bits))
+
+    in_processes(3, work)
+
+
+@pytest.mark.slow
+def test_two_steps_on_a_mesh_of_two_dimensions():
+    """Parts within a pair of processes, copies between the pairs."""
+    expected = two_steps(MODELS["qwen2"]())
+
+    def loss_of_four(rank):
+        mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+        for when in ("before", "after"):
+            check_same_steps(
+                two_steps(MODELS["qwen2"](), (when, lambda model: sharded(model, mesh=mesh)), rank, 4), expected
+            )
+
+    in_processes(4, loss_of_four, limit=200)

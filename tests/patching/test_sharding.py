@@ -277,6 +277,26 @@ def test_base_in_parts_is_not_merged(take, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    model, whole = tiny_model("llama"), tiny_model("llama")
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
+    handles = [lf.patch(each, CONFIGS["both"]) for each in (model, whole)]
+    for handle in handles:
+        randomize(handle)
+    vectors = {id(parameter) for parameter in handles[1].parameters()}
+    for parameter in whole.parameters():
+        parameter.data = parameter.data if id(parameter) in vectors else parameter.data.bfloat16()
+    assert relative(logits(model), logits(whole)) < 1e-6
+    loss(model).backward()
+    loss(whole).backward()
+    for got, expected in zip(*(handle.parameters() for handle in handles), strict=True):
+        assert got.dtype == got.grad.dtype == torch.float32
+        assert relative(got.grad, expected.grad) < 1e-6
+
+
 def test_mixed_precision_computes_with_rounded_vectors(mesh):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
     model, handle, whole = sharded_after(mesh, mp_policy=policy)

@@ -86,7 +86,7 @@ def _patched(model: nn.Module, state: Mapping[str, Tensor], adapter: Adapter) ->
     copied.load_state_dict(dict(state), assign=True)
     copied.tie_weights()
     buffers = dict(model.named_buffers())
-    for name, buffer in list(copied.named_buffers()):
+    for name, _ in list(copied.named_buffers()):
         if name not in state:
             path, _, own = name.rpartition(".")
             copied.get_submodule(path).register_buffer(own, buffers[name].cpu().clone(), persistent=False)

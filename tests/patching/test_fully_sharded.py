@@ -196,7 +196,7 @@ def test_export_is_that_of_one_process(name, tmp_path):
     lf.export(handle, tmp_path / "one")
 
     def work(rank):
-        for order, (model, handle) in enumerate(in_each_order(name, tmp_path / "adapter")):
+        for order, (_, handle) in enumerate(in_each_order(name, tmp_path / "adapter")):
             assert lf.export(handle, tmp_path / f"{order}") == tmp_path / f"{order}"
             report = lf.verify_export(handle, tmp_path / f"{order}")
             with pytest.raises(ValueError, match="cannot merge a sharded model: .*lofit_fast.export"):

@@ -66,7 +66,7 @@ WAYS = {
     "user": (sharding_fit, {}),
     "gemma": (asking_fit, {"model": "gemma"}),
     "biases": (asking_fit, {"model": "qwen2"}),
-    "accumulated": (asking_fit, {"recipe": changed(accumulation_steps=2)}),
+    "accumulated": (asking_fit, {"recipe": changed(accumulation_steps=2, batch_size=12)}),
     "saliency": (asking_fit, {"recipe": changed(select="saliency")}),
     "early_stop": (asking_fit, {"recipe": changed(select="early_stop")}),
     "answers": (asking_fit, {"recipe": changed(positions="answer")}),
@@ -80,8 +80,6 @@ WAYS = {
 def test_sharded_base_is_fitted_in_each_way(way, n, tmp_path):
     fitting, options = WAYS[way]
     options = {**options, "examples": EXAMPLES[:7], "eval_data": HELD_OUT}
-    if n == 3 and way == "accumulated":
-        options["recipe"] = changed(accumulation_steps=2, batch_size=12)
     expected = outcome(tmp_path / "one", **options)
     for got in in_processes(n, lambda rank: outcome(tmp_path / "many", fitting=fitting, **options), limit=200):
         assert_same_outcome(got, expected)

@@ -21,7 +21,7 @@ from lofit_fast.heads import heads_of
 from lofit_fast.locks import alone
 from lofit_fast.patching.fully_sharded import is_spread, whole
 from lofit_fast.patching.placement import is_dense, plain_attributes
-from lofit_fast.sealed import read_sealed, write_sealed
+from lofit_fast.sealed import SEAL, read_sealed, seal_of, write_sealed
 from lofit_fast.training.run_clearing import STATE, check_places, clear, clear_scratch, left_in
 
 _NEXT = {"select": "tune", "tune": "done"}
@@ -50,7 +50,7 @@ class RunFolder:
     """state.json (identity and stage), select/, heads.json, tune/, adapter/, history.jsonl.
 
     Every file is replaced whole, so that a killed run resumes from the last one written. Reading needs no lock; `open`
-    is for the one that trains. state.json and heads.json carry a checksum of their own content.
+    is for the one that trains. state.json, heads.json and each line of history.jsonl carry a checksum of their content.
     """
 
     path: Path
@@ -261,7 +261,7 @@ class RunFolder:
             self._write_history(kept)
 
     def _write_history(self, rows: Iterable[dict]) -> None:
-        write_text(self.path / "history.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        write_text(self.path / "history.jsonl", "".join(json.dumps(r | {SEAL: seal_of(r)}) + "\n" for r in rows))
 
 
 def data_digest(examples: Sequence[Encoded]) -> str:
@@ -352,6 +352,9 @@ def _row(path: Path, number: int, line: bytes) -> dict:
         row = json.loads(line)
         whole = isinstance(row, dict) and row["stage"] in _NEXT and isinstance(row["epoch"], int)
         problem = "it is no row of an epoch"
+        # rows of earlier releases carry no checksum
+        if whole and SEAL in row and row.pop(SEAL) != seal_of(row):
+            whole, problem = False, "it is not what was written: its content has another SHA-256 than it says"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         whole, problem = False, f"it is not whole JSON ({error})"
     if not whole:

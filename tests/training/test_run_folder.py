@@ -181,6 +181,23 @@ def test_run_with_a_damaged_history(tmp_path, line):
     assert opened(tmp_path, resume=False).history == []
 
 
+def test_a_number_that_changed_in_the_history_is_noticed(tmp_path):
+    run, path = opened(tmp_path), tmp_path / "history.jsonl"
+    run.append_history(row() | {"loss": 2.125})
+    path.write_text(path.read_text().replace("2.125", "2.126"))
+    with pytest.raises(ValueError, match=r"line 1 of .*history\.jsonl is damaged: it is not what was written"):
+        _ = run.history
+
+
+def test_a_history_of_an_earlier_release_is_read(tmp_path):
+    run = opened(tmp_path)
+    (tmp_path / "history.jsonl").write_text(json.dumps(row()) + "\n")
+    assert run.history == [row()]
+    # and gone on with
+    run.append_history(row() | {"epoch": 7})
+    assert [r["epoch"] for r in run.history] == [row()["epoch"], 7]
+
+
 def test_epochs_that_are_trained_again_are_forgotten(tmp_path):
     run = opened(tmp_path)
     rows = [row(epoch=1), row(epoch=2), row(epoch=3), row("tune", 1)]

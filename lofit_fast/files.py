@@ -41,10 +41,11 @@ def whole_folder(path: Path | str, *, last: str | None = None, withdraw: bool = 
 
     Raises:
         OSError: the folder cannot be written, or something fails to write in it; names it and the reason.
+        TypeError / ValueError: what is no name of a folder, see `given_path`.
     """
-    path = Path(path)
-    made = _absent(path)
+    path = given_path(path)
     with file_errors(path):
+        made = _absent(path)
         writable_folder(path)
         try:
             with scratch_folder(path) as scratch:
@@ -132,7 +133,7 @@ def _torch_error(folder: Path, error: RuntimeError) -> WriteError:
 
 def write_text(path: Path | str, text: str) -> None:
     """Replace a file's content in one step. Raises OSError naming the folder and the reason."""
-    path = Path(path)
+    path = given_path(path)
     with whole_folder(path.parent) as scratch:
         (scratch / path.name).write_text(text, encoding="utf-8")
 
@@ -172,11 +173,31 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return entries
 
 
+def given_path(path: Path | str) -> Path:
+    """The path that somebody has given.
+
+    Raises TypeError for what is no path, and ValueError for an empty name, which would stand for the folder that the
+    program happens to run in, and for one with a NUL, which no file has.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected the path of a file or folder, got {path!r}")
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise TypeError(f"expected the path of a file or folder as text, got {name!r}")
+    if not name or "\0" in name:
+        raise ValueError(f"expected the path of a file or folder, got {name!r}")
+    return Path(name)
+
+
 def writable_folder(path: Path | str) -> Path:
-    """Create the folder if need be and prove that it takes files. Raises OSError naming the folder and the reason."""
-    path = Path(path)
-    made = _absent(path)
+    """Create the folder if need be and prove that it takes files.
+
+    Raises OSError naming the folder and the reason, TypeError / ValueError as `given_path`.
+    """
+    path = given_path(path)
+    made: list[Path] = []
     try:
+        made = _absent(path)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass

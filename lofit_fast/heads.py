@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lofit_fast.config import Head, check_top, shown
-from lofit_fast.files import read_json
+from lofit_fast.files import given_path, read_json
 from lofit_fast.sealed import unsealed
 
 # no model has as many layers, or heads
@@ -62,7 +62,7 @@ def read_heads(path: Path | str) -> list[Head]:
 
     Raises FileNotFoundError for no such file, ValueError for one without heads, or damaged, see `heads_of`.
     """
-    path = Path(path)
+    path = given_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file of heads: {path}")
     try:

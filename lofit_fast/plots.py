@@ -1,6 +1,6 @@
-"""Pictures of a run: which heads were chosen, and how the loss fell."""
+"""Pictures of a run: which heads were chosen, how the loss fell, and where heads look."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,14 +25,40 @@ def heads_map(scores: Tensor, heads: Sequence[Head], path: Path | str, title: st
 
     select: the way the heads were scored, a key of SCORE_NAMES.
     """
-    figure, axes = new_figure((1.6 + 0.36 * scores.shape[1], 1.6 + 0.22 * scores.shape[0]))
-    image = axes.imshow(scores.numpy(), aspect="auto", origin="lower", cmap="viridis")
+    return _map_of_heads(scores, heads, path, title, SCORE_NAMES[select])
+
+
+def offsets_map(norms: Tensor, heads: Sequence[Head], path: Path | str, title: str = "") -> Path:
+    """A layer x head map of the offsets' lengths, heads that have one ringed. norms: (layers, heads). Writes a PNG."""
+    return _map_of_heads(norms, heads, path, title, "norm of the offset vector")
+
+
+def _map_of_heads(values: Tensor, heads: Sequence[Head], path: Path | str, title: str, label: str) -> Path:
+    figure, axes = new_figure((1.6 + 0.36 * values.shape[1], 1.6 + 0.22 * values.shape[0]))
+    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", cmap="viridis")
     if heads:
         layers, columns = zip(*heads, strict=True)
         axes.scatter(columns, layers, s=52, facecolors="none", edgecolors="red", linewidths=1.4, label="chosen")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    axes.set_xticks(range(scores.shape[1]))
-    figure.colorbar(image, ax=axes, label=SCORE_NAMES[select])
+    axes.set_xticks(range(values.shape[1]))
+    figure.colorbar(image, ax=axes, label=label)
+    return save_figure(figure, path)
+
+
+def attention_panels(maps: Mapping[Head, Tensor], tokens: Sequence[str], path: Path | str) -> Path:
+    """The attention of some heads over one text, side by side: a row per token that looks. maps: (S, S) each, S tokens.
+
+    Writes a PNG. Colours go with the root of a weight, so that small ones are seen beside the first token's.
+    """
+    side = 1.4 + 0.13 * len(tokens)
+    figure, axes = new_figure((side * len(maps), side), columns=len(maps))
+    for axis, ((layer, head), weights) in zip([axes] if len(maps) == 1 else axes, maps.items(), strict=True):
+        axis.imshow(weights.sqrt().numpy(), cmap="magma", vmin=0, vmax=1)
+        axis.set(title=f"head {layer}.{head}", xlabel="looked at")
+        # signs that a font or a layout language would take for its own are shown as they are typed
+        names = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
+        axis.set_xticks(range(len(tokens)), names, rotation=90, fontsize=6)
+        axis.set_yticks(range(len(tokens)), names, fontsize=6)
     return save_figure(figure, path)
 
 

@@ -6,22 +6,37 @@ process all of this costs nothing: it is the first, what it is told is its own, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from lofit_fast.launchers import join, launched
+from lofit_fast.roll_call import ElsewhereError, RollCall
+
+__all__ = ["ElsewhereError"]
 
 Value = TypeVar("Value")
 
-
-class ElsewhereError(RuntimeError):
-    """Another process of the run has failed: it is named, with what it said."""
+# of which every process must have the same release: what they compute is put together
+_LIBRARIES = ("torch", "transformers", "accelerate", "trl")
+# what the processes say of how they do; None before they have begun to
+_calls: RollCall | None = None
+_apart: ContextVar[bool] = ContextVar("lofit_fast_apart", default=False)
 
 
 def count() -> int:
     """How many processes the run has."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if _apart.get() or not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
 
 
 def rank() -> int:
@@ -34,12 +49,61 @@ def first() -> bool:
     return rank() == 0
 
 
+def begun() -> None:
+    """Join the processes that torchrun or accelerate has started this one with. Does nothing where there are none.
+
+    On CUDA each process takes the device of its local number. A second call does nothing, and a group that somebody
+    else has made is taken as it is.
+    Raises OSError where a port is in use or the others do not come, ElsewhereError after one of them has been lost.
+    """
+    if _apart.get():
+        return
+    if _calls is not None and _calls.lost is not None:
+        raise ElsewhereError(f"the processes of this run have lost each other ({_calls.lost}): start all of them again")
+    found = launched()
+    if found is not None and found.count > 1 and not dist.is_initialized():
+        join(found)
+
+
+@contextmanager
+def joined(what: str) -> Iterator[None]:
+    """A scope that the processes of a run are in together: whoever leaves it with an error, all of them do.
+
+    what: what is done inside, as in "training". A process that fails says so before it goes, so that the others end
+    at once, with an `ElsewhereError` that names it, and do not wait. Afterwards they are no group any more, unless all
+    have failed.
+    """
+    global _calls
+    begun()
+    if count() == 1 or (_calls is not None and _calls.inside):
+        yield
+        return
+    _calls = RollCall(rank(), count(), what, 0 if _calls is None else _calls.number + 1)
+    try:
+        with _calls.held():
+            check_same(_versions(), "versions of Python and of its libraries")
+            yield
+    except BaseException as error:
+        _calls.leave(error)
+        raise
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A scope in which this process is a run of its own, whatever it was started with: one of a sweep's, say."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def gathered(value: Value) -> list[Value]:
     """Every process's value, by rank, in every process. All of them must call it."""
     if count() == 1:
         return [value]
     values: list = [None] * count()
-    dist.all_gather_object(values, value)
+    _spoken(lambda: dist.all_gather_object(values, value))
     return values
 
 
@@ -55,11 +119,35 @@ def told(make: Callable[[], Value]) -> Value:
         try:
             said[0] = make()
         except Exception as error:
-            said[1] = error
-    dist.broadcast_object_list(said, src=0)
+            said[1] = _portable(error)
+    _spoken(lambda: dist.broadcast_object_list(said, src=0))
     if said[1] is not None:
         raise said[1]
     return said[0]
+
+
+def by_first(act: Callable[[], object]) -> None:
+    """What the first process does and the others wait for: what it raises, all of them raise."""
+    told(lambda: (act(), None)[1])
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, in the same bits everywhere. All must call it, with one shape and dtype."""
+    if count() == 1:
+        return values
+    total = values.detach().clone().contiguous()
+    _spoken(lambda: dist.all_reduce(total))
+    return total
+
+
+def as_first(tensors: Iterable[Tensor]) -> None:
+    """Make tensors in place what they are in the first process. All must call it, with the same shapes and dtypes."""
+    if count() > 1:
+        for tensor in tensors:
+            sent = tensor.detach().clone().contiguous()
+            _spoken(lambda sent=sent: dist.broadcast(sent, src=0))
+            with torch.no_grad():
+                tensor.copy_(sent)
 
 
 @contextmanager
@@ -89,3 +177,35 @@ def check_same(value: object, what: str) -> None:
     if any(other != values[0] for other in values[1:]):
         listed = "; ".join(f"process {number}: {other}" for number, other in enumerate(values))
         raise ValueError(f"expected the same {what} in every process, got {listed}")
+
+
+def _spoken(collective: Callable[[], object]) -> None:
+    """Call a collective. Raises ElsewhereError, naming whom it can, where another process does not take part."""
+    if _calls is not None and _calls.lost is not None:
+        raise ElsewhereError(f"the processes of this run have lost each other ({_calls.lost}): start all of them again")
+    try:
+        collective()
+    # torch's errors of communication are this one and its kin
+    except RuntimeError as error:
+        calls = _calls or RollCall(rank(), count(), "its work", -1)
+        raise ElsewhereError(calls.whom(error)) from error
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that reaches the other processes as it is; one that cannot be sent, as its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    # whoever has this module has that one
+    return found | {"lofit-fast": sys.modules["lofit_fast"].__version__}

@@ -4,6 +4,7 @@ seconds, since everything is imported already."""
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import signal
@@ -12,7 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ class RanksError(AssertionError):
     """Some of the processes have failed; the text has their tracebacks."""
 
 
-def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT) -> list:
+def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT, dying: Collection[int] = ()) -> list:
     """What `work(rank)` returns in each of n processes, by rank.
 
     work: runs in a forked process, in a gloo group of n, with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK,
-    LOCAL_WORLD_SIZE); what it returns is pickled. limit: seconds after which all are killed.
+    LOCAL_WORLD_SIZE); what it returns is pickled. limit: seconds after which all are killed. dying: the ranks that are
+    meant to end before they return, whose answer is None.
     Raises RanksError, with the tracebacks, unless every process returns; a process that was killed is named.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,8 @@ def in_processes(n: int, work: Callable[[int], object], *, limit: float = _LIMIT
         answers, failed = [], []
         for rank in range(n):
             path = where / f"{rank}.answer"
-            ok, value = pickle.loads(path.read_bytes()) if path.exists() else (False, f"ended with {ended[rank]}")
+            silent = (rank in dying, None if rank in dying else f"ended with {ended[rank]}")
+            ok, value = pickle.loads(path.read_bytes()) if path.exists() else silent
             answers.append(value)
             if not ok:
                 failed.append(f"rank {rank}: {value}")
@@ -76,13 +79,19 @@ def _in_group(rank: int, n: int, work: Callable[[int], object], where: Path) -> 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), TOKENIZERS_PARALLELISM="false"
     )
     torch.set_num_threads(1)
+    # what the test's process has made is not looked through for garbage again, nor copied for it
+    gc.freeze()
     store = dist.FileStore(str(where / "store"), n)
     limit = datetime.timedelta(seconds=_LIMIT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=limit)
+    # none leaves before all have met
+    dist.barrier()
     try:
         return work(rank)
     finally:
-        dist.destroy_process_group()
+        # one that has lost the others has left it
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _ends(children: dict[int, int], limit: float) -> dict[int, str]:

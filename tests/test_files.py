@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lofit_fast.files import WriteError, file_errors, read_json, whole_folder, writable_folder, write_json, write_text
+from lofit_fast.files import (
+    WriteError,
+    file_errors,
+    given_path,
+    read_json,
+    whole_folder,
+    writable_folder,
+    write_json,
+    write_text,
+)
 
 BIG = torch.zeros(100_000)
 
@@ -216,6 +225,26 @@ def test_the_number_of_the_error_is_kept(error, code, reason, tmp_path):
     assert raised.value.errno == code
     again = pickle.loads(pickle.dumps(raised.value))
     assert (str(again), again.errno) == (str(raised.value), code)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [("", ValueError), ("a\0b", ValueError), (b"a", TypeError), (None, TypeError), (3, TypeError)]
+)
+def test_what_is_no_path_is_refused(path, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (given_path, writable_folder, whole_folder, lambda given: write_text(given, "text")):
+        with pytest.raises(error, match="expected the path of a file or folder"):
+            scope = use(path)
+            with scope:
+                pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long_is_named(tmp_path):
+    path = tmp_path / ("a" * 300)
+    for use in (writable_folder, lambda folder: write_text(folder / "a.json", "text")):
+        with pytest.raises(WriteError, match="cannot write to output folder .*aaa: File name too long"):
+            use(path)
 
 
 def test_links_are_replaced_and_not_written_through(tmp_path):

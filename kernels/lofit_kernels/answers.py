@@ -84,14 +84,16 @@ def versions() -> dict[str, str | None]:
 def cache_folder() -> File:
     """Where lofit-fast keeps files of its own: $LOFIT_FAST_CACHE, or lofit-fast in the user's cache folder.
 
-    Raises FileNotFoundError where neither is known: no variable is set and the user has no home directory.
+    Raises FileNotFoundError where neither is known: no variable is set, or to a "~", and the user has no home
+    directory.
     """
-    if override := os.environ.get("LOFIT_FAST_CACHE"):
-        return File(override)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
+    override = os.environ.get("LOFIT_FAST_CACHE")
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if caches and not override:
         return File(caches) / "lofit-fast"
     try:
-        return File.home() / ".cache" / "lofit-fast"
+        # a shell leaves a quoted "~" as it is
+        return File(override).expanduser() if override else File.home() / ".cache" / "lofit-fast"
     except RuntimeError as error:
         raise FileNotFoundError(
             "there is no home directory to keep files in: set LOFIT_FAST_CACHE to a folder"

@@ -4,6 +4,7 @@ import typer
 
 from lofit_fast.cli import (
     export_commands,
+    heads_command,
     judge_commands,
     plan_commands,
     select_command,
@@ -56,6 +57,11 @@ command(
     "select --model smollm2 --task clutrr --data DIR --top 0.1 --output heads.json",
     "select --model smollm2 --method all --top 0.1 --output selections",
 )(select_command.select)
+command(
+    app,
+    "heads --model smollm2 --adapter runs/kinship/adapter",
+    "heads --model smollm2 --adapter runs/kinship/adapter --compare runs/clutrr/adapter --output heads.html",
+)(heads_command.heads)
 command(
     app,
     "plan --model smollm2 --tokens 4096",

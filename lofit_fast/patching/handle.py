@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from lofit_fast import ranks
 from lofit_fast.config import LofitConfig
 from lofit_fast.patching.acting import Acting, Mask, said
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
+from lofit_fast.patching.fully_sharded import fully_sharded, held, is_marked, is_placed, reshard, whole
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -26,12 +28,11 @@ from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
 from lofit_fast.patching.scopes import Scopes
-from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
+from lofit_fast.patching.sharding import check_no_merge, check_patchable, check_whole_vectors, is_shared
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
+from lofit_fast.patching.vector_sync import VectorSync, check_same_vectors
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
-from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.patching.wrapping import build_layers
-from lofit_fast.ranks import told
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -61,7 +62,8 @@ class LofitHandle:
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
     warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
-    with positions="answer", what finds where answers begin. All of them are None until the model is patched.
+    with positions="answer", what finds where answers begin. vector_sync: what averages gradients in a sharded model.
+    All of them are None until the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection]) -> None:
@@ -75,7 +77,11 @@ class LofitHandle:
         self.load_watch: LoadWatch | None = None
         self.answer_watch: AnswerWatch | None = None
         self.checkpoint_watch: CheckpointWatch | None = None
+        self.vector_sync: VectorSync | None = None
         self._head: RemovableHandle | None = None
+        # of a model that was sharded when it was patched: all processes are here then, and need not be when one saves
+        # while all processes are here: of weights in parts each knows some, and saving is not for all
+        self._digest = base_digest(model) if is_shared(model) else ""
         self._live = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -84,6 +90,7 @@ class LofitHandle:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("<layer>.<component>", parameter) of every component, by ascending layer."""
+        self._show_parts()
         for number, layer in self.layers.items():
             for name, parameter in layer.named_parameters(recurse=False):
                 yield f"{number}.{name}", parameter
@@ -158,7 +165,11 @@ class LofitHandle:
             )
 
     def vectors(self) -> dict[tuple[str, int], nn.Parameter]:
-        """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each."""
+        """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each.
+
+        Where FSDP2 shards them each process has some of their rows: see `whole_vectors`.
+        """
+        self._show_parts()
         return {
             (component, number): vectors
             for number, layer in self.layers.items()
@@ -166,8 +177,21 @@ class LofitHandle:
             if (vectors := getattr(layer, component)) is not None
         }
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether each process has some rows of the vectors alone, as FSDP2 shards those of a model patched before."""
+        return any(map(is_placed, self.vectors().values()))
+
+    def whole_vectors(self) -> dict[tuple[str, int], torch.Tensor]:
+        """As `vectors`, with all their rows, detached: where FSDP2 shards them, all processes must call it."""
+        return {key: whole(vectors) for key, vectors in self.vectors().items()}
+
     def adapter(self) -> Adapter:
-        """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        """What `save` writes; the tensors are the handle's own, but for those that FSDP2 shards.
+
+        Where FSDP2 shards the vectors (`in_parts`) all processes must call it, and each gets the whole adapter. Raises
+        ValueError for vectors that are in parts otherwise.
+        """
         self.check_vectors("save")
         if self.load_watch is not None:
             self.load_watch.remind()
@@ -176,7 +200,9 @@ class LofitHandle:
         modules = {
             p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
         }
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules, base_digest(self.model))
+        tensors = {key: whole(v) if is_placed(v) else v for key, v in self.vectors().items()}
+        digest = self._digest or base_digest(self.model)
+        return Adapter(self.config, tensors, self.fingerprint, base, modules, digest)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same heads into the handle.
@@ -197,7 +223,6 @@ class LofitHandle:
                 "cannot load vectors inside handle.folded(), of this thread or another, which computes with the old "
                 "ones: leave it first"
             )
-        check_writable(self.model, "load the adapter of")
         fill(self.vectors(), adapter)
         if self.load_watch is not None:
             self.load_watch.settled()
@@ -205,12 +230,15 @@ class LofitHandle:
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`.
 
-        Of a tensor-parallel model every process must call it: the first one writes, the others wait.
+        Of a model that FSDP2 shards, and of a tensor-parallel one, the first process writes. Where the vectors are
+        sharded too (`in_parts`) all must call it, and what the first one raises all raise.
         """
         adapter = self.adapter()
-        if is_tensor_parallel(self.model):
-            return told(lambda: save_adapter(adapter, folder))
-        return save_adapter(adapter, folder)
+        if self.in_parts:
+            return ranks.told(lambda: save_adapter(adapter, folder))
+        if ranks.first() or not is_shared(self.model):
+            return save_adapter(adapter, folder)
+        return Path(folder)
 
     @_one_at_a_time
     def unpatch(self) -> nn.Module:
@@ -225,6 +253,7 @@ class LofitHandle:
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        reshard(self.model)
         # then it is PEFT that holds the base frozen
         peft_entered = self.peft_watch.entered_since()
         for p in adapted:
@@ -234,6 +263,7 @@ class LofitHandle:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
+        self.vector_sync.remove()
         self.peft_watch.remove()
         self.load_watch.remove()
         self.checkpoint_watch.remove()
@@ -258,12 +288,16 @@ class LofitHandle:
         self.check_live()
         self.scopes.check_alone("merge")
         self.check_everywhere("merge")
-        check_whole(self.model, "merge")
-        check_writable(self.model, "merge")
+        check_no_merge(self.model)
         plan = plan_merge(self.model, self.layers, self.projections)
         self.unpatch()
         merge_into_base(self.model, self.layers, self.projections, plan)
         return self.model
+
+    def _show_parts(self) -> None:
+        """Have the layers show what is trained: after some forwards FSDP has left what it gathered in its place."""
+        if any(map(is_marked, self.layers.values())):
+            reshard(self.model)
 
     def _attach(self) -> None:
         self.model.requires_grad_(False)
@@ -276,6 +310,7 @@ class LofitHandle:
         layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, layers)
+        self.vector_sync = VectorSync(self.model, decoder, layers)
         ancestors = _ancestors(self.model, decoder)
         self.peft_watch = PeftWatch(decoder, ancestors, layers, list(self.parameters()))
         if self.acting is not None:
@@ -288,12 +323,17 @@ class LofitHandle:
         self._live = True
 
     def check_vectors(self, action: str) -> None:
-        """Raise ValueError when the vectors are not whole in this process. action: what they are for."""
+        """Raise ValueError when the vectors are not whole in this process, nor can be gathered.
+
+        action: what they are for.
+        """
+        self._show_parts()
+        known = held(self.model)
         vectors = (
             (f"layer {number}'s {component}", getattr(layer, component, None), (len(heads), layer.head_dim))
             for number, layer in self.layers.items()
             for component in COMPONENTS
-            if (heads := layer.heads(component))
+            if (heads := layer.heads(component)) and (id(layer), component) not in known
         )
         check_whole_vectors(vectors, action)
 
@@ -313,8 +353,10 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
     its parameters afterwards to train it. Undo with `handle.unpatch()`, which makes trainable again what was.
     Vectors with positions="answer" find where answers begin in what each forward is called with, see
     `answer_positions.where_it_acts`; one that does not say it is refused, outside of `handle.acting_on`.
-    Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
-    range. A refused model is as it was.
+    A model that was given to FSDP2's fully_shard is patched as it is, in every process with the same config: each holds
+    the vectors whole, and their gradients are averaged over the processes (`vector_sync`).
+    Raises TypeError or ValueError for an unknown model, a model already patched, or sharded by anything else, a layer
+    or head out of range. A refused model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model to patch, got {type(model).__name__}")
@@ -322,13 +364,17 @@ def patch(model: nn.Module, config: LofitConfig) -> LofitHandle:
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
     if handle_of(model) is not None:
         raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
-    check_unsharded(model)
+    check_patchable(model)
+    check_same_vectors(model, config)
     if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             "expected positions='all' for a model with an encoder: the prompt is there, and all that its decoder reads "
             "is the answer"
         )
-    handle = LofitHandle(model, config, find_projections(model))
+    projections = find_projections(model)
+    # what was gathered would be frozen in place of the parts
+    reshard(model)
+    handle = LofitHandle(model, config, projections)
     around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
     before = saved_names(model) if around_peft else {}
     trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
@@ -357,8 +403,9 @@ def load(model: nn.Module, folder: Path | str, *, strict: bool = False) -> Lofit
     Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
     shape (both shapes are named), and OSError for files that cannot be read. A refused model is as it was.
     """
-    adapter = read_adapter(folder)
-    check_unsharded(model)
+    with ranks.together("reading the adapter") if fully_sharded(model) else nullcontext():
+        adapter = read_adapter(folder)
+    check_patchable(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))
     check_base(model, adapter.base_digest, f"the adapter in {folder}", adapter.base_model, strict)
     handle = patch(model, adapter.config)

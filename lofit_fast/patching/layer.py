@@ -10,11 +10,12 @@ from torch.nn.modules import module as module_globals
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
+from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import check_hook, device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.placement import check_hook, computed_on, device_of, dtype_of, is_dense, moving_hook
 from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
-from lofit_fast.patching.tensor_parallel import is_placed, own_input, own_vectors, placed_weight, rejoined, share_of, summed
+from lofit_fast.patching.tensor_parallel import own_input, own_vectors, placed_weight, rejoined, share_of, summed
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
@@ -342,7 +343,7 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
-        super()._apply(at_least_float32(fn), recurse=False)
+        super()._apply(_in_memory(at_least_float32(fn)), recurse=False)
         self.place_heads()
         return self
 
@@ -350,7 +351,7 @@ class LofitLinear(nn.Module):
         """The lists of heads as indices beside the vectors: rebuilt, since to_empty() leaves buffers undefined."""
         for component, heads in self._heads.items():
             if heads is not None:
-                device = getattr(self, component).device
+                device = computed_on(getattr(self, component))
                 setattr(self, f"{component}_heads", head_index(heads, self.n_heads, device))
 
     def extra_repr(self) -> str:
@@ -398,6 +399,16 @@ def _through(base: nn.Module, affine: Tensor) -> Tensor:
     if affine.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
         raise ValueError(f"cannot train through a {type(base).__name__} {CUT_OFF}")
     return output
+
+
+def _in_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, except that nothing goes to the meta device: what brings a base back has no key for the vectors."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return tensor if out.is_meta else out
+
+    return apply
 
 
 def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -27,8 +27,16 @@ def device_of(*modules: nn.Module) -> torch.device:
             if tensor.device.type == "meta":
                 check_not_preloaded(modules)
                 return _execution_device(module)
-            return tensor.device
+            return computed_on(tensor)
     return torch.device("cpu")
+
+
+def computed_on(tensor: Tensor) -> torch.device:
+    """Where a tensor is computed with: that of a sharded one may wait on the CPU for its next use on a device."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or mesh.device_type == tensor.device.type:
+        return tensor.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def dtype_of(*modules: nn.Module) -> torch.dtype:

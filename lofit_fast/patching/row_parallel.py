@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.placement import is_dense
-from lofit_fast.patching.tensor_parallel import is_placed, placed_weight
+from lofit_fast.patching.tensor_parallel import placed_weight
 
 _TRANSFORMERS = "transformers.distributed.tensor_parallel"
 _TORCH = "torch.distributed.tensor.parallel.style"
@@ -49,7 +50,9 @@ def _by_transformers(linear: nn.Linear) -> bool:
     inside = _enclosed(forward)
     plan, below = inside.get("self"), inside.get("original_forward")
     of_torch = getattr(below, "__func__", None) is nn.Linear.forward and below.__self__ is linear
-    return of_torch and type(plan) is style.RowwiseParallel and _whole_outside(plan.output_layouts, plan.use_local_output)
+    return (
+        of_torch and type(plan) is style.RowwiseParallel and _whole_outside(plan.output_layouts, plan.use_local_output)
+    )
 
 
 def _by_torch(linear: nn.Linear) -> bool:

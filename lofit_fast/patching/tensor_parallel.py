@@ -20,13 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lofit_fast.patching.fully_sharded import is_marked, is_placed, shards
+
 # a component's rows (h, D), and the heads of these rows, ascending: as numbers, and as an index (h,) beside the rows
 Rows = tuple[Tensor, list[int], Tensor]
-
-
-def is_placed(tensor: object) -> bool:
-    """Whether a tensor is one of several processes (a DTensor), which knows where its parts are."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def placed_weight(projection: nn.Module) -> Tensor | None:
@@ -37,7 +34,7 @@ def placed_weight(projection: nn.Module) -> Tensor | None:
 
 def is_tensor_parallel(model: nn.Module) -> bool:
     """Whether the model's weights are placed over processes, and stay so while it computes, unlike those of FSDP."""
-    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+    if any(is_marked(module) or shards(module) for module in model.modules()):
         return False
     return any(is_placed(parameter) for parameter in model.parameters())
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
+from lofit_fast import ranks
+from lofit_fast.launchers import launched, unlaunched
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.device_queue import make_current, pins, runs_ahead
 from lofit_fast.training.stage_checkpoints import KEPT
@@ -67,7 +73,8 @@ def training_arguments(
     """A trainer's arguments on the device the model is on, where it stays; nothing is reported anywhere.
 
     Off the CPU nothing in them makes the host wait for the device within an epoch: batches come in pinned memory, and
-    no step's loss is looked at. One process of several goes where its launcher says, as ever.
+    no step's loss is looked at. One process of several trains as if it were alone, as far as transformers knows: what
+    they put together is in `shared_batches`. All but the first know that files and progress are not theirs.
 
     Args:
         model: what is trained.
@@ -101,7 +108,10 @@ def training_arguments(
         "logging_nan_inf_filter": not ahead,
         "report_to": "none",
     }
-    arguments = _in_place(kind)(**{**common, **saving, **more})
+    with unlaunched(), _not_said():
+        arguments = _in_place(kind)(**{**common, **saving, **more})
+    state = arguments.distributed_state
+    state.process_index = state.local_process_index = ranks.rank()
     # Trainer would spread each batch over every GPU it sees, and multiply the batch size by their number
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if ahead and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
@@ -109,6 +119,38 @@ def training_arguments(
         # transformers has just made the first device the current one
         make_current(device)
     return arguments
+
+
+@contextmanager
+def accelerate_as_it_was() -> Iterator[None]:
+    """A scope after which accelerate knows of the processes what it knew before: trainers tell it anew."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kinds = (PartialState, AcceleratorState, GradientState)
+    if ranks.count() == 1 and launched() is None:
+        yield
+        return
+    before = {kind: kind._shared_state for kind in kinds}
+    for kind in kinds:
+        # objects that are about keep theirs
+        kind._shared_state = {}
+    try:
+        yield
+    finally:
+        for kind, state in before.items():
+            kind._shared_state = state
+
+
+@contextmanager
+def _not_said() -> Iterator[None]:
+    """A scope in which transformers does not wonder at a group of processes of which it is told nothing."""
+    log = logging.getLogger(TrainingArguments.__module__)
+    before = log.disabled
+    log.disabled = before or dist.is_available() and dist.is_initialized()
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @cache

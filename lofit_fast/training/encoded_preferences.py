@@ -225,9 +225,9 @@ class EncodedPreferences:
             first_epoch(self.model, self.tokenizer, wrong, recipe, engine, False, order_of=right),
             strict=True,
         )
-        for better, worse in batches:
+        for (better, share), (worse, _) in batches:
             difference = loss_sum(self.model, better) - loss_sum(self.model, worse)
-            yield self.beta / 2 * difference / len(better["input_ids"])
+            yield self.beta / 2 * share.own(difference) / share.rows
 
     def _contrasted(self, recipe: Recipe) -> list[list[Encoded]]:
         drawn = looked_at(self.n_examples, recipe)

@@ -21,6 +21,10 @@ class Diverged(FloatingPointError):
         super().__init__(message)
         self.step, self.epoch, self.examples = step, epoch, list(examples)
 
+    def __reduce__(self) -> tuple:
+        # processes of a run hand it to each other
+        return type(self), (str(self), self.step, self.epoch, self.examples)
+
 
 class FiniteSteps:
     """Looks at the losses and gradients of an epoch's steps: at once on a CPU, at the end of the epoch elsewhere.
@@ -53,7 +57,11 @@ class FiniteSteps:
         """What the batches of a step so far have left in the parameters' gradients. Raises Diverged."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            self._see("gradient's norm", norm_of(gradients))
+            self.norm(norm_of(gradients))
+
+    def norm(self, norm: Tensor) -> None:
+        """A norm that is finite where those gradients are. Raises Diverged."""
+        self._see("gradient's norm", norm)
 
     def check(self) -> None:
         """The epoch is over: look at all that nobody has looked at yet. Raises Diverged."""

@@ -20,6 +20,7 @@ from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.task import draw
 from lofit_fast.training.engine import Engine, collator_of
+from lofit_fast.training.shared_batches import SHARE, Share, ShareCollator, n_labels_of
 
 
 def looked_at(n_examples: int, recipe: Recipe) -> list[int]:
@@ -36,22 +37,25 @@ def first_epoch(
     engine: Engine,
     progress: bool,
     order_of: Sequence[Encoded] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[tuple[Batch, Share]]:
     """The first epoch's batches, in micro-batches, on the model's device, as an engine lays them out.
 
-    order_of: rows by whose length to batch.
+    Each is what this process has of it, of several in a run, and how much of it that is. order_of: rows by whose length
+    to batch.
     """
     check_room(model, [row["input_ids"] for row in rows], 0)
     # of one length, their order is a plain shuffle
     lengths = [len(row["input_ids"]) if engine.group_by_length else 1 for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED))
+    collator = ShareCollator(collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED)), n_labels_of)
     size = recipe.batch_size // recipe.accumulation_steps
     device = device_of(model)
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), size):
             taken = order[start : start + size]
-            yield on_device(collator([rows[i] for i in taken]), device)
+            batch = collator([rows[i] for i in taken])
+            share = batch.pop(SHARE)
+            yield on_device(batch, device), share
             bar.update(len(taken))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from lofit_fast import ranks
 from lofit_fast.config import Head, Recipe
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
@@ -19,6 +20,8 @@ from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, 
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
 from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.sharded_base import sharded_as_asked
+from lofit_fast.training.told_run import quiet_unless_first
 from lofit_fast.training.two_steps import FitResult, TwoSteps
 
 
@@ -63,6 +66,10 @@ def fit(
         ImportError: accelerate is not installed, which transformers trains with.
 
     After an error the model is as it was, and the folder holds whole files only.
+
+    Called by each process that torchrun or accelerate has started, it trains data-parallel: the recipe's batch size is
+    that of all processes together, and the result is that of one process with it, which every process returns. The
+    first one writes and shows what one process would.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
     objective = Completions(train, () if eval_data is None else eval_data)
@@ -119,8 +126,16 @@ def fit_objective(
     progress: bool = True,
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
+    with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model):
+        how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
+        made = (model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+        return _both_steps(*made, output_dir=output_dir, **how)
+
+
+def _both_steps(model, *made, output_dir, heads, step1_dir, resume) -> FitResult:
     _check_unpatched(model)
-    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+    ranks.check_same({"output_dir": str(output_dir), "step1_dir": str(step1_dir), "resume": resume}, "arguments")
+    steps = _steps(model, *made)
     steps.check_heads(heads)
     result = None
     try:
@@ -152,7 +167,7 @@ def _choose(
 @contextmanager
 def _opened(steps: TwoSteps, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
     """The scope of `TwoSteps.opened`. What a new run is asked for and cannot have is refused before it has a folder."""
-    if not (resume and (Path(output_dir) / STATE).exists()):
+    if not (resume and ranks.told(lambda: (Path(output_dir) / STATE).exists())):
         steps.check_asked(heads)
     with steps.opened(output_dir, heads, resume) as run:
         yield run
@@ -198,12 +213,14 @@ def select_by_training(
 
     Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
-    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
-    steps.check_heads(None)
-    with steps.opened(output_dir, None, resume) as run:
-        if run.heads is None:
-            steps.select(run, resume)
-    return run
+    with ranks.joined("choosing heads"), quiet_unless_first():
+        steps = _steps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
+        steps.check_heads(None)
+        with steps.opened(output_dir, None, resume) as run:
+            if run.heads is None:
+                steps.select(run, resume)
+    # the others see it too
+    return RunFolder(run.path)
 
 
 def select_untrained(
@@ -222,9 +239,16 @@ def select_untrained(
     way = WAYS[recipe.select]
     if not isinstance(way, Untrained):
         raise ValueError(f"select={recipe.select!r} is trained in a folder: use select_by_training")
-    steps = TwoSteps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
-    steps.check_heads(None)
-    return steps.look(way, None)
+    with ranks.joined("choosing heads"), quiet_unless_first():
+        steps = _steps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
+        steps.check_heads(None)
+        return steps.look(way, None)
+
+
+def _steps(*made) -> TwoSteps:
+    """What the two steps share; where one process cannot make it, none of them goes on."""
+    with ranks.together("reading the data"):
+        return TwoSteps(*made)
 
 
 def _check_unpatched(model: nn.Module) -> None:

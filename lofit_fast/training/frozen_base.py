@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lofit_fast.patching.architectures import inputs_of
+from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.layer import CUT_OFF
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 
@@ -57,7 +58,7 @@ def check_passes_gradients(model: nn.Module) -> None:
     asked = set()
     for name, module in model.named_modules():
         width, weight = inputs_of(module), getattr(module, "weight", None)
-        if not width or is_dense(weight) or any(inputs_of(part) for part in module.children()):
+        if not width or is_dense(weight) or is_placed(weight) or any(inputs_of(part) for part in module.children()):
             continue
         kind = (type(module), type(weight), width)
         if kind not in asked and not _passes(module, width, model):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from lofit_fast.config import Recipe
-from lofit_fast.data.collate import n_labels
 from lofit_fast.data.encode import (
     Encoded,
     as_example,
@@ -105,7 +104,8 @@ class EncodedObjective(Protocol):
     def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """The loss of each batch of a first epoch over `looked_at`, with its graph, in the order of training.
 
-        engine: a usable one, in whose `prepared` scope the model is.
+        engine: a usable one, in whose `prepared` scope the model is. Of several processes in a run each has its own
+        part of every loss; their sum is the loss.
         """
 
 
@@ -257,8 +257,8 @@ class EncodedCompletions:
 
     def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """Mean cross-entropy of each batch."""
-        for batch in first_epoch(self.model, self.tokenizer, self.looked_at(recipe), recipe, engine, progress):
-            yield loss_sum(self.model, batch) / n_labels(batch)
+        for batch, share in first_epoch(self.model, self.tokenizer, self.looked_at(recipe), recipe, engine, progress):
+            yield share.own(loss_sum(self.model, batch)) / share.labels
 
 
 @dataclass(frozen=True)

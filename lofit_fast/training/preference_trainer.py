@@ -13,6 +13,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lofit_fast import ranks
 from lofit_fast.data.collate import Batch, Logits
 from lofit_fast.data.encode import IGNORED, Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
@@ -25,6 +26,7 @@ from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.finite_steps import Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
+from lofit_fast.training.shared_batches import ShareCollator
 from lofit_fast.training.trainer import AttachmentTraining, leave_in_place, report_epochs
 
 
@@ -88,6 +90,11 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
         grouped = lengths if group_by_length else [1] * len(lengths)
         self.sampler = GroupedByLength(grouped, args.per_device_train_batch_size, args.seed)
         collate = _with(add, DataCollatorForPreference(pad_token_id(processing_class)))
+
+        def drawn(batch: list[dict]) -> Batch:
+            # the sampler knows the epoch whose batches are being made
+            return collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch])
+
         super().__init__(
             attachment.model,
             head=head,
@@ -95,11 +102,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             callbacks=callbacks,
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
-            # the sampler knows the epoch whose batches are being made
-            data_collator=self.noted(
-                lambda batch: collate([rows[draws[self.sampler.epoch][row["question"]]] for row in batch]),
-                lambda row: row["question"],
-            ),
+            data_collator=self.noted(ShareCollator(drawn) if ranks.count() > 1 else drawn, lambda row: row["question"]),
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False
@@ -116,9 +119,7 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return loss
-        self.losses.add(loss.detach(), 1.0)
-        self.watch.loss(loss)
-        return loss + self.extra_loss().to(loss.device)
+        return self.noted_loss(loss if self.shared is None else self.shared.part_of_rows(loss), 1)
 
     def create_model_card(self, *_, **__) -> None:
         """Nothing: TRL would write one beside the checkpoints, which are a run's own."""

@@ -28,13 +28,19 @@ def left_in(folder: Path) -> list[str]:
     return [name for name in (*FOLDERS, *FILES) if _is_there(folder / name)]
 
 
-def check_no_links(folder: Path) -> None:
-    """Raise ValueError where one of a run's files or folders is a link: what it leads to is none of the run's."""
+def check_places(folder: Path) -> None:
+    """Raise ValueError for links in a run's places, which lead to none of the run's, and for a file in a folder's."""
     for name in (STATE, *FOLDERS, "select/adapter", *FILES):
         if (folder / name).is_symlink():
             raise ValueError(
                 f"{folder / name} is a link, and a run reads and writes in its own folder alone: put there what it "
                 "leads to, or start over with resume=False (--no-resume), which takes the link away"
+            )
+    for name in FOLDERS:
+        if (folder / name).is_file():
+            raise ValueError(
+                f"{folder / name} is a file, where a run has a folder: put it elsewhere, or start over with "
+                "resume=False (--no-resume), which takes it away"
             )
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import read_json, writable_folder, write_text
+from lofit_fast.files import given_path, read_json, writable_folder, write_text
 from lofit_fast.heads import heads_of
 from lofit_fast.locks import alone
+from lofit_fast.patching.fully_sharded import is_spread, whole
 from lofit_fast.patching.placement import is_dense, plain_attributes
-from lofit_fast.sealed import read_sealed, write_sealed
-from lofit_fast.training.run_clearing import STATE, check_no_links, clear, clear_scratch, left_in
+from lofit_fast.sealed import SEAL, read_sealed, seal_of, write_sealed
+from lofit_fast.training.run_clearing import STATE, check_places, clear, clear_scratch, left_in
 
 _NEXT = {"select": "tune", "tune": "done"}
 # what an earlier run has left is being taken away; the new one has not begun
@@ -49,7 +50,7 @@ class RunFolder:
     """state.json (identity and stage), select/, heads.json, tune/, adapter/, history.jsonl.
 
     Every file is replaced whole, so that a killed run resumes from the last one written. Reading needs no lock; `open`
-    is for the one that trains. state.json and heads.json carry a checksum of their own content.
+    is for the one that trains. state.json, heads.json and each line of history.jsonl carry a checksum of their content.
     """
 
     path: Path
@@ -84,7 +85,7 @@ class RunFolder:
             ValueError: it holds a run of another identity, or a damaged one, and resume is on; or such files without
                 being a run.
         """
-        run = cls(Path(path))
+        run = cls(given_path(path))
         # nothing is put into a folder of something else, not even a lock
         run._look()
         with held(run.path, wait=wait):
@@ -100,7 +101,7 @@ class RunFolder:
                 raise ValueError(f"{damage}: {_START_OVER}")
             print(f"warning: {damage}; the run begins anew", file=sys.stderr)
         if resume and state is not None and state["stage"] != _CLEARING:
-            check_no_links(self.path)
+            check_places(self.path)
             self._go_on(state, identity, as_now(state["identity"]))
             return
         # were this interrupted, the folder would say so, and be cleared again
@@ -260,7 +261,7 @@ class RunFolder:
             self._write_history(kept)
 
     def _write_history(self, rows: Iterable[dict]) -> None:
-        write_text(self.path / "history.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        write_text(self.path / "history.jsonl", "".join(json.dumps(r | {SEAL: seal_of(r)}) + "\n" for r in rows))
 
 
 def data_digest(examples: Sequence[Encoded]) -> str:
@@ -274,11 +275,13 @@ def data_digest(examples: Sequence[Encoded]) -> str:
 def weights_digest(projections: Iterable[nn.Module]) -> str:
     """SHA-256 over the first row of every projection's weight: tells models of one shape apart, in no time.
 
-    Of a projection without a dense weight (quantized, sharded, offloaded) everything that it holds is taken instead.
+    Of a projection without a dense weight (quantized, offloaded) everything that it holds is taken instead. One that
+    FSDP2 shards is gathered: all processes must call it.
     """
     digest = hashlib.sha256()
     for projection in projections:
         weight = getattr(projection, "weight", None)
+        weight = whole(weight) if is_spread(weight) else weight
         if is_dense(weight) and weight.dim() == 2 and weight.device.type != "meta":
             digest.update(weight[:1].detach().double().cpu().numpy().tobytes())
         else:
@@ -349,6 +352,9 @@ def _row(path: Path, number: int, line: bytes) -> dict:
         row = json.loads(line)
         whole = isinstance(row, dict) and row["stage"] in _NEXT and isinstance(row["epoch"], int)
         problem = "it is no row of an epoch"
+        # rows of earlier releases carry no checksum
+        if whole and SEAL in row and row.pop(SEAL) != seal_of(row):
+            whole, problem = False, "it is not what was written: its content has another SHA-256 than it says"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         whole, problem = False, f"it is not whole JSON ({error})"
     if not whole:

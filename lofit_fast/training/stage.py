@@ -11,18 +11,21 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded, pad_token_id
+from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.engine.auto import said, settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
+from lofit_fast.training.sharded_base import without_shortcuts
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -90,10 +93,18 @@ def settle_for(
 
     rows: what an epoch goes through, where that is not all of it.
     """
+    if fully_sharded(attachment.model):
+        # one process alone cannot try anything
+        engine = without_shortcuts(attachment.model, engine)
+        return engine, said(engine)
     if engine.prefix_cache_gb == "auto":
-        engine = settled_prefix(attachment, engine, *data.reads(schedule))
+        asked = engine
+        engine = ranks.told(lambda: settled_prefix(attachment, asked, *data.reads(schedule)))
     rows = data.rows if rows is None else rows
-    return settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+    # tried on one machine, and used on all
+    return ranks.told(
+        lambda: settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+    )
 
 
 def train(
@@ -138,6 +149,7 @@ def train(
     started = time.perf_counter()
     how = {"folder": folder, "on_epoch": report, "callbacks": callbacks, "progress": progress, "keep": keep}
     with (
+        accelerate_as_it_was(),
         current(device_of(model)),
         data.as_it_was(),
         prepared(model, engine),
@@ -152,7 +164,8 @@ def train(
             trainer.rate = schedule.lr
             with _verified(trainer, attachment, engine):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
-    return before, memory.peak_bytes
+    peaks = [peak for peak in ranks.gathered(memory.peak_bytes) if peak is not None]
+    return before, max(peaks, default=None)
 
 
 @contextmanager
@@ -163,7 +176,8 @@ def _verified(trainer, attachment: Attachment, engine: Engine) -> Iterator[None]
         return
     if not isinstance(attachment, LofitHandle):
         raise ValueError(f"verify=True looks at LoFiT's own layers: expected False for a {type(attachment).__name__}")
-    trainer.verify = StepCheck(attachment)
+    said = f"process {ranks.rank()}: " if ranks.count() > 1 else ""
+    trainer.verify = StepCheck(attachment, lambda line: print(f"{said}{line}", file=sys.stderr))
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
@@ -23,8 +24,9 @@ from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
-from lofit_fast.training.finite_steps import FiniteSteps, Shown
+from lofit_fast.training.finite_steps import FiniteSteps, Shown, norm_of
 from lofit_fast.training.frozen_base import admitted
+from lofit_fast.training.shared_batches import SHARE, ShareCollator, SharedSteps, n_labels_of, shared_steps
 from lofit_fast.training.stage_checkpoints import OURS, keep_newest, written_whole
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -37,9 +39,10 @@ class AttachmentTraining:
     loss (mean over its steps, without the L1 term), l1 (the term's last value), seconds, step_losses, and eval_loss
     where there is an evaluation set.
 
-    losses, watch, sender: of `report_epochs` and `leave_in_place`. rate: the learning rate that a resumed training goes
-    on with, where that is not the one of its checkpoint. saved: the steps of the checkpoints that it knows to be whole.
-    verify: what looks at batches of new shapes first.
+    losses, watch, sender: of `report_epochs` and `leave_in_place`. shared: what the processes of a run put together;
+    None where there is one. rate: the learning rate that a resumed training goes on with, where that is not the one of
+    its checkpoint. saved: the steps of the checkpoints that it knows to be whole. verify: what looks at batches of new
+    shapes first.
     """
 
     handle: Attachment
@@ -49,6 +52,7 @@ class AttachmentTraining:
     watch: FiniteSteps
     saved: list[int]
     sender: Sender | None = None
+    shared: SharedSteps | None = None
     verify: StepCheck | None = None
     rate: float | None = None
     _scratch: Path | None = None
@@ -75,19 +79,60 @@ class AttachmentTraining:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Trainer's batches of a step, on their way to the device, and how many labels they have in all."""
-        if self.sender is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
         # labels are counted where they are
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
+        counted_on = device if self.sender is None else torch.device("cpu")
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, counted_on)
+        if self.shared is not None:
+            n_labels = self.shared.begin(batches)
+            items = None if items is None else items.new_tensor(n_labels)
+        if self.sender is None:
+            return batches, items
         return self.sender.send(batches), self.sender.count(items)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's: forward and backward of a batch, whose gradients must be finite."""
+        if self.shared is not None:
+            return self._shared_step(model, inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # a scaler of 16-bit gradients finds infinities, and steps over them, by itself
-        if getattr(self.accelerator, "scaler", None) is None:
+        if not self._scales():
             self.watch.gradient(self.handle.parameters())
         return loss
+
+    def _shared_step(self, model, inputs, num_items_in_batch) -> Tensor:
+        """A batch of which this process has a share. Numbers are looked at where all processes have them: after the
+        last batch of a step, when gradients are summed."""
+        shared = self.shared
+        shared.next()
+        with shared.drawing(self.state.global_step):
+            total = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [p.grad for p in self.handle.parameters() if p.grad is not None]
+        norm = torch.zeros_like(total) if self._scales() or not gradients else norm_of(gradients)
+        shared.saw(self._part, total, norm)
+        if not shared.ends:
+            # Trainer adds up what it is given: all of it comes with the last one
+            return torch.zeros_like(total)
+        summed = shared.exchanged(self.handle.parameters())
+        for loss, _, norm in summed:
+            self.losses.add(loss, 1 / len(summed))
+            self.watch.loss(loss)
+            self.watch.norm(norm)
+        return torch.stack([total for _, total, _ in summed]).sum().to(total.device, total.dtype)
+
+    def _scales(self) -> bool:
+        """Whether 16-bit gradients are scaled: what does so finds infinities, and steps over them, by itself."""
+        return getattr(self.accelerator, "scaler", None) is not None
+
+    def noted_loss(self, loss: Tensor, batches: int) -> Tensor:
+        """A batch's loss, noted, with its part of what is added to a step's. batches: of a step."""
+        if self.shared is None:
+            self.losses.add(loss.detach(), 1 / batches)
+            self.watch.loss(loss)
+        else:
+            self._part = loss.detach()
+            # what is added is added once
+            if not ranks.first():
+                return loss
+        return loss + self.extra_loss().to(loss.device) / batches
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         # what is offloaded is brought for each forward, and is nowhere now
@@ -128,15 +173,25 @@ class AttachmentTraining:
         if args.world_size > 1 or args.push_to_hub or args.metric_for_best_model is not None:
             super()._save_checkpoint(model, trial)
             return
-        try:
-            ends = self.control.should_training_stop
-            with written_whole(args.output_dir, step, self.state.epoch or 0.0, ends) as self._scratch:
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._scratch = None
-        self.saved = [*(before for before in self.saved if before != step), step]
-        if args.save_total_limit is not None and args.save_total_limit > 0:
-            keep_newest(args.output_dir, self.saved[-args.save_total_limit :])
+        save = super()._save_checkpoint
+
+        def write() -> None:
+            try:
+                ends = self.control.should_training_stop
+                with written_whole(args.output_dir, step, self.state.epoch or 0.0, ends) as self._scratch:
+                    save(model, trial)
+            finally:
+                self._scratch = None
+            if args.save_total_limit is not None and args.save_total_limit > 0:
+                keep_newest(args.output_dir, self._kept(step))
+
+        ranks.by_first(write)
+        self.saved = self._kept(step)
+
+    def _kept(self, step: int) -> list[int]:
+        """The steps of the checkpoints that are left, once that of a step is written."""
+        saved, limit = [*(before for before in self.saved if before != step), step], self.args.save_total_limit
+        return saved[-limit:] if limit is not None and limit > 0 else saved
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)
@@ -180,6 +235,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
     ) -> None:
         numbers = _numbers(options.get("train_dataset"))
         if (collate := options.get("data_collator")) is not None:
+            collate = ShareCollator(collate, n_labels_of) if ranks.count() > 1 else collate
             options["data_collator"] = self.noted(collate, lambda row: numbers.get(id(row)))
         with admitted(handle.model):
             super().__init__(model=handle.model, **options)
@@ -203,10 +259,20 @@ class LofitTrainer(AttachmentTraining, Trainer):
         if not model.training:
             return result
         loss = result[0] if return_outputs else result
-        self.losses.add(loss.detach(), 1 / self.current_gradient_accumulation_steps)
-        self.watch.loss(loss)
-        total = loss + self.extra_loss().to(loss.device) / self.current_gradient_accumulation_steps
+        if self.shared is not None:
+            counted = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
+            loss = self.shared.part_of_labels(loss, counted)
+        total = self.noted_loss(loss, self.current_gradient_accumulation_steps)
         return (total, result[1]) if return_outputs else total
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Trainer's, of a batch of which this process has a share: the loss is that of the whole batch."""
+        if self.shared is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = dict(inputs)
+        self.shared.share = inputs.pop(SHARE)
+        loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return ranks.summed(self.shared.part_of_labels(loss, counted=False)), *others
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -282,6 +348,10 @@ class _EpochReport(TrainerCallback):
         self.devices = devices_of(trainer.handle.model)
         self.report: dict | None = None
 
+    def on_train_begin(self, args, state, control, **_):
+        # after a checkpoint was loaded
+        ranks.as_first(parameter.data for parameter in self.trainer.handle.parameters())
+
     def on_epoch_begin(self, args, state, control, **_):
         if args.device.type == "cpu":
             release_free_memory()
@@ -347,6 +417,7 @@ def report_epochs(trainer: AttachmentTraining, shown: Shown | None = None) -> No
     at_once = not runs_ahead(device_of(trainer.handle.model))
     steps = trainer.args.gradient_accumulation_steps
     trainer.losses, trainer.saved = _StepLosses(), []
+    trainer.shared = shared_steps(trainer.handle.model, trainer.args.seed)
     trainer.watch = FiniteSteps(at_once, steps, shown, trainer.last_good)
     trainer.remove_callback(PrinterCallback)
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):

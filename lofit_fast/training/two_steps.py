@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import TrainerCallback
 
+from lofit_fast import ranks
 from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
@@ -22,7 +23,7 @@ from lofit_fast.models.base_digest import base_digest, same_base, settings_of
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
-from lofit_fast.patching.sharding import check_fits_one
+from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
@@ -35,11 +36,16 @@ from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, weights_digest
+from lofit_fast.training.sharded_base import without_shortcuts
+from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage import cost_of, settle_for, train
 from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
+from lofit_fast.training.told_run import opened
 
 # the one that changes results beyond rounding
 _RESULTS = "frozen_products"
+# what is asked of all processes to be alike, in words
+_ALIKE = {"data": "training data", "eval_data": "evaluation data", "model": "model", "heads": "given heads"}
 # knobs that any model takes
 _FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
 
@@ -82,16 +88,18 @@ class TwoSteps:
 
     def __init__(self, model, tokenizer, objective: Objective, recipe: Recipe, engine: Engine, callbacks, progress):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
-        self.callbacks, self.progress = callbacks, progress
+        self.callbacks, self.progress = callbacks, progress and ranks.first()
         check_training()
-        check_fits_one(model)
+        check_fittable(model)
         check_passes_gradients(model)
         self.projections = find_projections(model)
         self.objective = objective
-        self.data = objective.encoded(model, tokenizer, recipe.max_length, progress)
+        self.data = objective.encoded(model, tokenizer, recipe.max_length, self.progress)
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
+        engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
+        check_shares(model, recipe.batch_size, recipe.accumulation_steps, self.data.n_examples)
         self._base = base_digest(model)
         self.way = WAYS[recipe.select]
         trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
@@ -144,11 +152,18 @@ class TwoSteps:
     def opened(self, output_dir: Path | str, heads: Sequence[Head] | None, resume: bool) -> Iterator[RunFolder]:
         """A scope with the run folder; raises as `RunFolder.open`, and ValueError for a stage with other products."""
         identity = self.identity(heads)
-        with RunFolder.open(output_dir, identity, resume, as_now=self._as_now(identity)) as run:
+        self._check_alike(identity)
+        with opened(output_dir, identity, resume, as_now=self._as_now(identity)) as run:
             # the one knob of the engine that changes results: a finished stage counts too
             for kept in filter(None, map(run.engine, ("select", "tune"))):
                 self._check_begun(run, kept, (_RESULTS,))
             yield run
+
+    def _check_alike(self, identity: dict) -> None:
+        """Raise ValueError in every process where one has other data, settings or weights than another."""
+        if ranks.count() > 1:
+            for name, value in {**identity, "recipe": asdict(self.recipe), "engine": asdict(self.asked)}.items():
+                ranks.check_same(value, _ALIKE.get(name, name))
 
     @staticmethod
     def _as_now(identity: dict):
@@ -199,7 +214,7 @@ class TwoSteps:
         try:
             schedule, ends = self._schedule(recipe.select_lr, recipe.select_epochs), way.callbacks(recipe)
             metrics = self._train(handle, run, "select", schedule, resume, ends)
-            handle.save(run.path / "select" / "adapter")
+            ranks.by_first(lambda: handle.save(run.path / "select" / "adapter"))
             return way.score(handle), metrics
         finally:
             handle.unpatch()
@@ -238,7 +253,7 @@ class TwoSteps:
             identity[_RESULTS] = products
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         # of several processes one trains it, and the others wait and read
-        with RunFolder.open(folder / digest, identity, resume=True, wait=True, mend=True) as shared:
+        with opened(folder / digest, identity, resume=True, wait=True, mend=True) as shared:
             if shared.heads is None:
                 self.select(shared, resume=True)
             run.adopt(shared, select_heads(shared.scores, self.recipe.top, self.recipe.min_layer))
@@ -255,7 +270,7 @@ class TwoSteps:
             metrics = self._train(handle, run, "tune", schedule, resume)
             if not all(vectors.isfinite().all() for vectors in handle.parameters()):
                 raise FloatingPointError("the tuned vectors are not finite: no adapter is saved")
-            handle.save(run.path / "adapter")
+            ranks.by_first(lambda: handle.save(run.path / "adapter"))
             run.record("tune", metrics)
             return FitResult(handle, run.heads, run.scores, run.history, run.metrics)
         except BaseException:
@@ -303,7 +318,9 @@ class TwoSteps:
 
         def report(row: dict) -> None:
             run.append_history({"stage": stage, **row})
-            sense.saw(row, min((r for r in run.history if r["stage"] == stage), key=lambda r: r["epoch"]))
+            epoch_1 = min((r for r in run.history if r["stage"] == stage), key=lambda r: r["epoch"])
+            if ranks.first():
+                sense.saw(row, epoch_1)
 
         try:
             with as_begun(run.made_with(stage), self.model, stage):
@@ -322,6 +339,7 @@ class TwoSteps:
         except Diverged as error:
             where = {"step": error.step, "epoch": error.epoch, "examples": error.examples}
             with suppress(OSError):
+                # all have it, with the same words
                 run.note_divergence(stage, schedule.lr, **where)
             raise Diverged(f"{error}. Run it again with a lower {stage}_lr to go on from there", **where) from error
         # the epochs from the history, so that an interrupted run counts whole
@@ -331,8 +349,8 @@ class TwoSteps:
 
     def _checkpoint(self, run: RunFolder, stage: str) -> Checkpoint | None:
         """The whole checkpoint that a stage goes on from; damaged ones are passed over, and that is said."""
-        found, passed = last_whole(run.path / stage)
-        if passed:
+        found, passed = ranks.told(lambda: last_whole(run.path / stage))
+        if passed and ranks.first():
             then = "begins anew" if found is None else f"goes on from {found.path.name}"
             print(f"warning: {'; '.join(passed)}; the step {stage!r} {then}", file=sys.stderr)
         run.forget_after(stage, 0.0 if found is None else found.epoch)

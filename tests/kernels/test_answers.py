@@ -179,6 +179,15 @@ def test_a_file_that_may_not_be_read_holds_nothing(written, monkeypatch):
         assert read_answers("A GPU (80 GB)") == {}
 
 
+def test_a_home_directory_in_the_variable_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOFIT_FAST_CACHE", "~/kept")
+    assert answers.cache_folder() == tmp_path / "kept"
+    monkeypatch.setenv("LOFIT_FAST_CACHE", "~nobody-of-this-name/kept")
+    with pytest.raises(FileNotFoundError, match="no home directory"):
+        answers.cache_folder()
+
+
 def test_without_a_home_directory_nothing_is_kept(monkeypatch):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")

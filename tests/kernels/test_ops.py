@@ -116,7 +116,12 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-@pytest.mark.parametrize("case, form", FORMS)
+def some_now(cases, *now):
+    """The parameters of a test, of which `make test` takes those named, and `make test-all` every one."""
+    return [case if case in now else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "pass"), ("offset", "fold"), ("scale_some", "delta")))
 def test_affine_linear_compiles_whole(case, form, dynamo):
     _, weight, bias = projection(grad=False)
     scale, scale_heads, offset, offset_heads = vectors(case)

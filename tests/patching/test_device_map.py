@@ -71,7 +71,8 @@ def run(model, parameters):
 
 
 @pytest.mark.parametrize(
-    ("spread", "dtype"), [*product(HELD, (torch.float32, torch.bfloat16)), ("disk", torch.float32), ("mixed", torch.float32)]
+    ("spread", "dtype"),
+    [*product(HELD, (torch.float32, torch.bfloat16)), ("disk", torch.float32), ("mixed", torch.float32)],
 )
 def test_a_spread_model_computes_what_it_computes_in_one_place(spread, dtype, build):
     (model, handle), (plain, expected) = build(spread, dtype), build(dtype=dtype)
@@ -174,7 +175,9 @@ def test_a_plain_linear_has_no_moving_hook():
     assert patched.is_plain_linear(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("spread", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("offloaded", "disk"))])
+@pytest.mark.parametrize(
+    "spread", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("offloaded", "disk"))]
+)
 def test_an_offloaded_model_is_saved_and_comes_back_and_is_not_merged(spread, build, tmp_path):
     from accelerate.hooks import remove_hook_from_submodules
 

@@ -49,6 +49,8 @@ def seen(base, tmp_path_factory):
         write = patching.save_adapter
         patching.save_adapter = lambda *arguments: found["written"].append(rank) or write(*arguments)
         handle.save(out / "adapter")
+        # who reads it waits for the one that writes it
+        torch.distributed.barrier()
         for action, do in {"merge": handle.merge, "export": lambda: lf.export(handle, out / "plain")}.items():
             with pytest.raises(ValueError) as refused:
                 do()
@@ -95,7 +97,10 @@ def test_base_layers_come_back_and_merging_is_refused(seen):
     for found in seen[0]:
         assert found["back"]
         for action, said in found["refused"].items():
-            assert f"cannot {action} a sharded model: it is tensor-parallel over 2" in said and "that one process holds whole" in said
+            assert (
+                f"cannot {action} a sharded model: it is tensor-parallel over 2" in said
+                and "that one process holds whole" in said
+            )
     assert not (seen[1] / "plain").exists()
 
 

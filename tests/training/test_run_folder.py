@@ -181,6 +181,23 @@ def test_run_with_a_damaged_history(tmp_path, line):
     assert opened(tmp_path, resume=False).history == []
 
 
+def test_a_number_that_changed_in_the_history_is_noticed(tmp_path):
+    run, path = opened(tmp_path), tmp_path / "history.jsonl"
+    run.append_history(row() | {"loss": 2.125})
+    path.write_text(path.read_text().replace("2.125", "2.126"))
+    with pytest.raises(ValueError, match=r"line 1 of .*history\.jsonl is damaged: it is not what was written"):
+        _ = run.history
+
+
+def test_a_history_of_an_earlier_release_is_read(tmp_path):
+    run = opened(tmp_path)
+    (tmp_path / "history.jsonl").write_text(json.dumps(row()) + "\n")
+    assert run.history == [row()]
+    # and gone on with
+    run.append_history(row() | {"epoch": 7})
+    assert [r["epoch"] for r in run.history] == [row()["epoch"], 7]
+
+
 def test_epochs_that_are_trained_again_are_forgotten(tmp_path):
     run = opened(tmp_path)
     rows = [row(epoch=1), row(epoch=2), row(epoch=3), row("tune", 1)]
@@ -268,6 +285,22 @@ def test_links_are_refused_or_taken_away_and_never_followed(tmp_path, name):
     assert opened(folder, resume=False).stage == "select"
     assert not (folder / name).is_symlink()
     assert (files_of(outside) if outside.is_dir() else outside.read_bytes()) == before
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_file_in_a_folders_place_is_named_or_taken_away(tmp_path, name):
+    opened(tmp_path)
+    (tmp_path / name).write_text("notes of mine")
+    with pytest.raises(ValueError, match=rf"{name} is a file, where a run has a folder"):
+        opened(tmp_path)
+    assert (tmp_path / name).read_text() == "notes of mine"
+    assert opened(tmp_path, resume=False).stage == "select" and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_folder_is_refused(path):
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got"):
+        opened(path)
 
 
 def test_a_folder_may_itself_be_reached_by_a_link(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lofit_fast import ranks
 from lofit_fast.config import Head, check_top
 from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.patching.handle import LofitHandle, handle_of
@@ -69,7 +70,8 @@ class SettledHeads(TrainerCallback, ExportableState):
         """Look, and stop if nothing has changed for long enough."""
         if self._handle is None or state.global_step % self._steps:
             return
-        heads = select_heads(head_scores(self._handle), self.top, self.min_layer)
+        # all processes of a run stop at the same step
+        heads = ranks.told(lambda: select_heads(head_scores(self._handle), self.top, self.min_layer))
         if self._before is not None:
             self.overlaps.append(jaccard(heads, self._before))
         self._before = heads

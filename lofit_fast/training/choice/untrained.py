@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.head_norms import no_scores
 
+Whole = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 # torch's default
 _ADAM_EPS = 1e-8
 
@@ -25,11 +26,14 @@ def random_scores(model: nn.Module, seed: int) -> Tensor:
     return scores
 
 
-def saliency_scores(handle: LofitHandle, losses: Iterable[Tensor], l1: float = 0.0) -> Tensor:
+def saliency_scores(
+    handle: LofitHandle, losses: Iterable[Tensor], l1: float = 0.0, whole: Whole = lambda gradients: gradients
+) -> Tensor:
     """How far step 1's optimizer would move every head's scale, judged from the gradients at zero: (layers, heads).
 
     losses: one scalar per batch, each with the graph of a forward pass of the handle's model, taken one at a time; the
-    scales should be zero (LofitConfig(scale="all", init_std=0)). Nothing is updated. l1: the recipe's.
+    scales should be zero (LofitConfig(scale="all", init_std=0)). Nothing is updated. l1: the recipe's. whole: makes
+    the gradients of a part of a batch those of all of it, where the losses are of parts.
     With m the mean and r the root mean square of the gradient over the batches, a component is pushed by
     s = (|m| - l1) / (r + 1e-8): Adam divides by r, and a push below l1 does not get past the penalty. The score is
     |max(s, 0)|, the L2 norm over the D components, or where none is positive the largest s, which is then negative.
@@ -44,7 +48,7 @@ def saliency_scores(handle: LofitHandle, losses: Iterable[Tensor], l1: float = 0
     count = 0
     for loss in losses:
         count += 1
-        for total, square, gradient in zip(sums, squares, torch.autograd.grad(loss, vectors), strict=True):
+        for total, square, gradient in zip(sums, squares, whole(torch.autograd.grad(loss, vectors)), strict=True):
             total += gradient
             square += gradient.double().square()
     if not count:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lofit_fast.files import read_json, writable_folder
+from lofit_fast.files import given_path, read_json, writable_folder
 from lofit_fast.locks import alone
 from lofit_fast.models.device import DTYPES, as_device, best_device, best_dtype
 from lofit_fast.training.run_folder import dtype_of_run
@@ -24,7 +24,7 @@ def opened(folder: Path | str, grid: Grid, resume: bool) -> Iterator[Path]:
     Raises BlockingIOError (an OSError) naming the process and the host of a sweep that is in there, OSError where it
     cannot be written, ValueError for a link in the place of a folder that is written to.
     """
-    folder = Path(folder)
+    folder = given_path(folder)
     for path in (folder / RUNS, folder / STEP1, *(folder / RUNS / run.name for run in grid.runs)):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, expected a folder of the sweep's own: a sweep writes nowhere else")

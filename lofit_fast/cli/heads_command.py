@@ -1,0 +1,151 @@
+"""The command `heads`: what an adapter's heads write and where they look, in a table and on a page."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from lofit_fast.cli.command import out
+from lofit_fast.cli.options import (
+    Adapter,
+    AtLeast,
+    Columns,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Split,
+    Subset,
+    TaskName,
+    reading_of,
+    task_name,
+)
+
+# heavy imports happen inside the command: --help must be instant
+_MOST_TOKENS = 96
+
+
+def heads(
+    model: Model,
+    adapter: Adapter,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option("--compare", help="Another adapter of the same base; may be repeated.", metavar="DIR"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="An HTML page with pictures.", metavar="FILE")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Read at its end. Default: the task's first held-out prompt.")
+    ] = None,
+    task: TaskName = None,
+    data: Data = None,
+    split: Split = None,
+    subset: Subset = None,
+    columns: Columns = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to name per head, of either kind."), AtLeast(1)] = 6,
+    pictures: Annotated[int, typer.Option(help="Heads whose attention the page shows."), AtLeast(1)] = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show what the offset of each head writes: the next tokens that it makes likelier and less likely.
+
+    The page adds the map of the heads and where they look; --compare adds how much adapters have in common.
+    """
+    from lofit_fast.cli.adapted_model import loaded
+    from lofit_fast.data.encode import encode_prompt
+    from lofit_fast.patching.handle import handle_of
+    from lofit_fast.selection.adapter_overlap import offsets_in, overlaps
+    from lofit_fast.selection.attention_maps import attention_maps
+    from lofit_fast.selection.heads_page import HeadsReport, write_page
+    from lofit_fast.selection.written_tokens import written_tokens
+
+    if prompt is not None and (task or data):
+        raise ValueError("--prompt is what is read, so there is nothing for --task or --data to give")
+    others = _others(adapter, compare or [])
+    base, tokenizer = loaded(model, adapter, dtype, device)
+    handle = handle_of(base)
+    text = prompt if prompt is not None else _first_prompt(task, data, tokenizer, split, subset, columns)
+    ids = encode_prompt(tokenizer, text)
+    written = written_tokens(handle, tokenizer, ids, tokens)
+    shape = (max(p.layer for p in handle.projections) + 1, max(p.n_heads for p in handle.projections))
+    every = {str(adapter): offsets_in(handle.adapter())} | _offsets(others, handle)
+    common = overlaps(every, sum(p.n_heads for p in handle.projections))
+    if output is not None:
+        if len(ids) > _MOST_TOKENS:
+            # what is beside the answer is looked at
+            ids = ids[-_MOST_TOKENS:]
+        names = [tokenizer.decode([token]) for token in ids]
+        maps = attention_maps(handle, ids, [one.head for one in written[:pictures]])
+        report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common)
+        write_page(report, output)
+    if as_json:
+        found = {"prompt": text, "heads": [asdict(one) for one in written], "overlaps": [asdict(o) for o in common]}
+        print(json.dumps(found | ({} if output is None else {"page": str(output)})))
+        return
+    out.print(_written_table(written, f"what {adapter} writes on {model}"))
+    if common:
+        out.print(_overlap_table(common))
+    if output is not None:
+        out.print(f"page: {output}", highlight=False)
+
+
+def _others(adapter: Path, compare: list[Path]) -> list[Path]:
+    """The adapters to compare with. Raises ValueError for one that is named twice."""
+    names = [str(adapter), *map(str, compare)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--compare: {', '.join(sorted(twice))} is named more than once, expected different adapters")
+    return compare
+
+
+def _offsets(folders: list[Path], handle) -> dict:
+    """name -> head -> offset, of folders of the same base. Raises ValueError for one of another shape, or of scales."""
+    from lofit_fast.patching.storage import check_fits, read_adapter
+    from lofit_fast.selection.adapter_overlap import offsets_in
+
+    found = {}
+    for folder in folders:
+        adapter = read_adapter(folder)
+        check_fits(adapter, handle.fingerprint)
+        found[str(folder)] = offsets_in(adapter)
+    return found
+
+
+def _first_prompt(task, data, tokenizer, split, subset, columns) -> str:
+    from lofit_fast.tasks import load_task
+
+    name = task_name(task, data)
+    examples = load_task(name, data, tokenizer, progress=False, **reading_of(split, subset, columns))
+    given = examples.validation or examples.choices or examples.train
+    if not given:
+        raise ValueError(f"the task {name} has no example to read: give a --prompt")
+    return given[0].prompt
+
+
+def _written_table(written, title: str) -> Table:
+    table = Table("head", "length", "of the stream", "raises", "lowers", title=title)
+    for one in written:
+        named = (Text(" ".join(repr(token) for token, _ in pairs)) for pairs in (one.promoted, one.suppressed))
+        table.add_row(f"{one.head[0]}.{one.head[1]}", f"{one.norm:.3g}", f"{one.part:.1%}", *named)
+    return table
+
+
+def _overlap_table(common) -> Table:
+    table = Table("adapters", "shared heads", "by chance", "Jaccard", "mean cosine", title="beside other adapters")
+    for one in common:
+        cosine = "-" if one.cosine is None else f"{one.cosine:.2f}"
+        names = Text(" and ".join(one.names))
+        table.add_row(
+            names,
+            f"{one.shared} of {one.heads[0]} and {one.heads[1]}",
+            f"{one.by_chance:.1f}",
+            f"{one.jaccard:.2f}",
+            cosine,
+        )
+    return table

@@ -1,0 +1,135 @@
+"""How a process learns which of several it is, and meets the others: what a launcher says in the environment.
+
+All that is read of torchrun's and accelerate's variables is read here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# minutes that one process waits for the others at the most
+TIMEOUT = "LOFIT_FAST_TIMEOUT_MINUTES"
+_MINUTES = 30.0
+# torchrun's name first, then those of mpirun, through which accelerate starts processes on CPUs
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+# what accelerate is told to do with the model, in whatever trainer
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher has said. rank, count: of all processes. local, local_count: of those on this machine."""
+
+    rank: int
+    count: int
+    local: int
+    local_count: int
+
+
+def launched() -> Launched | None:
+    """What the environment says; None where no launcher has started this process with others.
+
+    Raises ValueError for what are no numbers of a process.
+    """
+    count, number = _read(_COUNT), _read(_RANK)
+    if count is None or number is None:
+        return None
+    local, local_count = _read(_LOCAL), _read(_LOCAL_COUNT)
+    if not 0 <= number < count:
+        raise ValueError(f"the environment says that this is process {number} of {count}: expected 0 to {count - 1}")
+    return Launched(number, count, number if local is None else local, count if local_count is None else local_count)
+
+
+def limit() -> datetime.timedelta:
+    """How long a process waits for another. Raises ValueError for a variable that is no number of minutes."""
+    said = os.environ.get(TIMEOUT)
+    if not said:
+        return datetime.timedelta(minutes=_MINUTES)
+    try:
+        minutes = float(said)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= 1e6:
+        raise ValueError(f"{TIMEOUT} is {said!r}, expected minutes above 0")
+    return datetime.timedelta(minutes=minutes)
+
+
+def join(found: Launched) -> None:
+    """Make the group of a launcher's processes. Raises OSError where they cannot meet, ValueError for a bad address."""
+    where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise ValueError(
+            f"this is process {found.rank} of {found.count}, but {' and '.join(absent)} do not say where they meet: "
+            "start them with torchrun or accelerate launch"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(found.local % torch.cuda.device_count())
+        # what is no tensor of a GPU is said through the host
+        backend = "cpu:gloo,cuda:nccl"
+    options = {"rank": found.rank, "world_size": found.count, "timeout": limit()}
+    try:
+        dist.init_process_group(backend, **options)
+    except (RuntimeError, OSError) as error:
+        raise OSError(_unmet(found, where, " ".join(str(error).split()))) from error
+    # a group that outlives its threads makes a process end with a complaint
+    atexit.register(_left)
+
+
+def sharding_asked() -> str | None:
+    """What accelerate's configuration asks to be done with the model, in words; None where it is left whole."""
+    return next((what for name, what in _SHARDING.items() if os.environ.get(name, "").lower() in ("1", "true")), None)
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """A scope in which the environment says nothing of other processes, for a library that would act on it."""
+    before = {name: os.environ.pop(name) for name in (*_RANK, *_COUNT, *_LOCAL, *_LOCAL_COUNT) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _read(names: tuple[str, ...]) -> int | None:
+    said = next(((name, os.environ[name]) for name in names if os.environ.get(name)), None)
+    if said is None:
+        return None
+    try:
+        return int(said[1])
+    except ValueError:
+        raise ValueError(f"{said[0]} is {said[1]!r}, expected the number that a launcher gives a process") from None
+
+
+def _unmet(found: Launched, where: str, said: str) -> str:
+    this = f"process {found.rank} of {found.count}"
+    if "EADDRINUSE" in said or "in use" in said:
+        return f"{this} cannot meet the others at {where}: the port is in use; choose another (--master-port): {said}"
+    minutes = limit().total_seconds() / 60
+    return (
+        f"{this} has not met the others at {where} within {minutes:g} minutes ({TIMEOUT}): are all {found.count} "
+        f"started, and can they reach that address? {said}"
+    )
+
+
+def _left() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

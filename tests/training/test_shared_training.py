@@ -1,0 +1,236 @@
+"""fit in several processes: what one process does with the same batches, and one writer."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import lofit_fast as lf
+from lofit_fast import ranks
+from lofit_fast.training import told_run
+from lofit_fast.training.shared_batches import ShareCollator, own_rows
+from tests.several_processes import in_processes
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.shared_runs import (
+    SHARED,
+    assert_same_outcome,
+    changed,
+    dying_at,
+    outcome,
+    outcomes,
+)
+from tests.training.tiny_runs import EXAMPLES, HELD_OUT, assert_same_state, assert_whole, fit, state_of, vectors
+
+# several labels each, and their number differs, so that a mean of the processes' means would be another
+UNEVEN = [{"prompt": e["prompt"], "completion": e["completion"] * (1 + i % 4)} for i, e in enumerate(EXAMPLES)]
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C in the second epoch of step 2."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if args.learning_rate == SHARED.tune_lr and state.epoch is not None and state.epoch > 1.2:
+            raise KeyboardInterrupt
+
+
+class Fail(TrainerCallback):
+    """A full disk after two steps."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise OSError("disk full")
+
+
+def test_three_processes_do_what_one_does(tmp_path):
+    # the last batch has one example: two of the processes have none of it
+    data = {"examples": UNEVEN[:7], "eval_data": HELD_OUT}
+    expected = outcome(tmp_path / "one", **data)
+    for got in outcomes(3, tmp_path / "three", **data):
+        assert_same_outcome(got, expected)
+    files = [{p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (tmp_path / "one", tmp_path / "three")]
+    assert files[0] == files[1]
+    assert_whole(tmp_path / "three")
+    handle = lf.load(tiny_model("llama"), tmp_path / "three" / "adapter")
+    assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+def preferred(model, folder, recipe, **options):
+    rows = [
+        {"prompt": f"Q: {x}? A:", "chosen": f" {x}.", "rejected": [f" {y}!" for y in "xyz"[: 1 + i % 3]]}
+        for i, x in enumerate(("ab", "cde", "f", "ghij", "kl", "m", "no"))
+    ]
+    return lf.fit_preferences(model, tiny_tokenizer(), rows, recipe, output_dir=folder, progress=False, **options)
+
+
+WAYS = {
+    "accumulated": {"recipe": changed(batch_size=8, accumulation_steps=2)},
+    "a short last micro-batch": {"recipe": changed(batch_size=4, accumulation_steps=2), "examples": UNEVEN[:11]},
+    "early stop": {"recipe": changed(select="early_stop", select_epochs=4)},
+    "bias norm": {"recipe": changed(select="bias_norm")},
+    "saliency": {"recipe": changed(select="saliency"), "examples": UNEVEN[:7]},
+    "random": {"recipe": changed(select="random")},
+    "answers alone": {"recipe": changed(positions="answer")},
+    "prefix cache": {"recipe": changed(min_layer=1), "engine": lf.Engine(prefix_cache_gb=1.0)},
+    "packed": {"engine": lf.Engine(packing=True, narrow=True)},
+    "padded": {"engine": lf.Engine(packing=False, narrow=False, attention="eager")},
+    "not grouped": {"engine": lf.Engine(group_by_length=False)},
+    "looked at": {"engine": lf.Engine(verify=True)},
+    "float64": {"dtype": torch.float64},
+    "gemma2": {"model": "gemma2"},
+    "given heads": {"heads": [(0, 1), (2, 3)]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train(tmp_path, monkeypatch, way):
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
+    how = {"examples": UNEVEN, **WAYS[way]}
+    expected = outcome(tmp_path / "one", **how)
+    for got in outcomes(2, tmp_path / "two", **how):
+        assert_same_outcome(got, expected, 1e-12 if how.get("dtype") == torch.float64 else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [changed(), changed(batch_size=4, select="saliency"), changed(min_layer=1)])
+def test_preferences_are_shared_too(tmp_path, monkeypatch, recipe):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
+    cached = lf.Engine(prefix_cache_gb=1.0 if recipe.min_layer else 0.0)
+    how = {"recipe": recipe, "fitting": preferred, "engine": cached}
+    expected = outcome(tmp_path / "one", **how)
+    for got in outcomes(2, tmp_path / "two", **how):
+        assert_same_outcome(got, expected)
+
+
+def test_it_goes_on_with_another_number_of_processes(tmp_path):
+    expected = outcome(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        # after an epoch of each step
+        outcome(tmp_path / "cut", callbacks=[Stop()])
+    for got in outcomes(2, tmp_path / "cut"):
+        assert_same_outcome(got, expected)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path):
+    recipe = changed(select="random")
+    expected = outcomes(2, tmp_path / "whole", recipe)
+
+    def work(rank):
+        if rank == 1:
+            dying_at(3)
+        with pytest.raises(ranks.ElsewhereError) as found:
+            outcome(tmp_path / "cut", recipe)
+        return str(found.value)
+
+    said, _ = in_processes(2, work, dying={1})
+    assert "process 1 (" in said and "has ended or does not answer" in said
+    assert_whole(tmp_path / "cut")
+    for got, whole in zip(outcomes(2, tmp_path / "cut", recipe), expected, strict=True):
+        assert_same_outcome(got, whole, 0)
+
+
+class Poison(TrainerCallback):
+    """Gradients that are not numbers in a step of step 2."""
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if args.learning_rate == SHARED.tune_lr and state.global_step == 3:
+            next(iter(lf.handle_of(model).parameters())).register_hook(lambda gradient: gradient * math.nan)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_diverge_with_the_words_of_one_process(tmp_path, accumulation_steps):
+    recipe = changed(select="random", accumulation_steps=accumulation_steps)
+
+    def words(folder, poisoned):
+        with pytest.raises(FloatingPointError) as found:
+            outcome(folder, recipe, callbacks=[Poison()] * poisoned)
+        return str(found.value)
+
+    alone = words(tmp_path / "one", True)
+    # in one of the processes only
+    said = in_processes(2, lambda rank: words(tmp_path / "two", rank == 1))
+    assert [text.replace("/two/", "/one/") for text in said] == [alone] * 2
+    assert "in step 4" in alone and "checkpoint-2" in alone
+
+
+def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(told_run, "_SEEN_WITHIN", 0.05)
+    answer = [{"prompt": "a", "completion": "b"}]
+    # what each process calls fit with, and what all of them say
+    cases = [
+        (lambda rank: {"recipe": changed(batch_size=5)}, "batch_size 5 does not divide into 2 processes"),
+        (
+            lambda rank: {"recipe": changed(batch_size=6, accumulation_steps=2)},
+            "batch_size 6 does not divide into 2 processes x 2 accumulation_steps",
+        ),
+        (lambda rank: {"examples": answer}, "got 1 examples for 2 processes"),
+        (lambda rank: {"examples": EXAMPLES[rank:]}, "expected the same training data in every process"),
+        (lambda rank: {"eval_data": HELD_OUT[rank:]}, "expected the same evaluation data in every process"),
+        (lambda rank: {"recipe": changed(seed=rank)}, "expected the same recipe in every process"),
+        (lambda rank: {"engine": lf.Engine(packing=bool(rank))}, "expected the same engine in every process"),
+        (lambda rank: {"folder": tmp_path / f"{rank}"}, "expected the same arguments in every process"),
+        (lambda rank: {"folder": Path("mine")}, "is not the same folder for all processes: process 1 on"),
+        (lambda rank: {"dtype": torch.float64} if rank else {}, "expected the same"),
+        (lambda rank: {"wrong": rank}, "process 1"),
+    ]
+
+    def work(rank):
+        os.chdir(tempfile.mkdtemp(dir=tmp_path))
+        said = []
+        for case, _ in cases:
+            how = {"examples": EXAMPLES, "folder": tmp_path / "run", "recipe": SHARED, **case(rank)}
+            if how.pop("wrong", 0):
+                monkeypatch.setattr(ranks, "version", lambda name: "0.0")
+            model = tiny_model("llama", how.pop("dtype", torch.float32))
+            before = state_of(model)
+            with pytest.raises((ValueError, OSError)) as found:
+                fit(model, **how)
+            assert_same_state(model, before)
+            said.append(str(found.value))
+        return said
+
+    for said in in_processes(2, work):
+        assert [(text, part) for text, (_, part) in zip(said, cases, strict=True) if part not in text] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    def work(rank):
+        model = tiny_model("llama")
+        before = state_of(model)
+        with pytest.raises((OSError, ranks.ElsewhereError)) as found:
+            fit(model, tmp_path, SHARED, callbacks=[Fail()] * rank)
+        assert_same_state(model, before, but=("modes", "config"))
+        with pytest.raises(ranks.ElsewhereError, match="start all of them again"):
+            fit(model, tmp_path, SHARED)
+        return type(found.value).__name__, str(found.value)
+
+    (kind, said), own = in_processes(2, work)
+    assert own == ("OSError", "disk full")
+    assert kind == "ElsewhereError" and "process 1 failed in training: OSError: disk full" in said
+
+
+def test_every_process_has_its_own_rows_of_a_batch():
+    def work(rank):
+        batch = ShareCollator(lambda rows: {"rows": list(rows)}, len)(["a", "bb", "ccc", "dddd"])
+        return own_rows("abcd"), batch["rows"], own_rows("a")
+
+    got = in_processes(3, work)
+    assert got == [(["a", "d"], ["a", "dddd"], ["a"]), (["b"], ["bb"], []), (["c"], ["ccc"], [])]
+
+
+def test_one_that_is_apart_trains_alone(tmp_path):
+    def work(rank):
+        with ranks.apart():
+            return outcome(tmp_path / f"{rank}", changed(select="random", tune_epochs=1))
+
+    one, other = in_processes(2, work)
+    assert_same_outcome(one, other, 0)
+    assert json.loads((tmp_path / "1" / "state.json").read_text())["stage"] == "done"

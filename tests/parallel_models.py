@@ -26,12 +26,12 @@ def parallel(folder, kind: type, n: int, dtype: torch.dtype = torch.float32) -> 
     return kind.from_pretrained(folder, distributed_config=spread, dtype=dtype).eval()
 
 
-def row_wise(model: nn.Module, n: int, **layouts) -> nn.Module:
+def row_wise(model: nn.Module, n: int, mesh=None, **layouts) -> nn.Module:
     """The model with attention and MLP cut by torch's own styles. layouts: of the output projection's."""
     from torch.distributed import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (n,))
+    mesh = init_device_mesh("cpu", (n,)) if mesh is None else mesh
     for layer in model.model.layers:
         plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
         projection = "self_attn.o_proj.inner" if hasattr(layer.self_attn.o_proj, "inner") else "self_attn.o_proj"

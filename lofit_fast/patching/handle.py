@@ -20,7 +20,7 @@ from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
-from lofit_fast.patching.fully_sharded import fully_sharded, held, is_marked, is_placed, reshard, whole
+from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -403,7 +403,7 @@ def load(model: nn.Module, folder: Path | str, *, strict: bool = False) -> Lofit
     Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
     shape (both shapes are named), and OSError for files that cannot be read. A refused model is as it was.
     """
-    with ranks.together("reading the adapter") if fully_sharded(model) else nullcontext():
+    with ranks.together("reading the adapter") if is_shared(model) else nullcontext():
         adapter = read_adapter(folder)
     check_patchable(model)
     check_fits(adapter, fingerprint(model, find_projections(model)))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast import ranks
-from lofit_fast.patching.fully_sharded import divisor_of, fully_sharded, held, mesh_of, shards
+from lofit_fast.patching.fully_sharded import divisor_of, held, mesh_of, shards
 from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.sharding import is_shared
 
 
 class VectorSync:
@@ -104,5 +105,5 @@ def _device_of(mesh, flat: Tensor) -> torch.device:
 
 def check_same_vectors(model: nn.Module, config: object) -> None:
     """Raise ValueError in every process unless all of them patch a sharded model with the same config."""
-    if fully_sharded(model):
+    if is_shared(model):
         ranks.check_same(config, "LofitConfig")

@@ -6,7 +6,9 @@ from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.patching import handle as patching
+from lofit_fast.patching.fully_sharded import spread_sample
 from lofit_fast.patching.row_parallel import row_parallel_tensors
+from lofit_fast.patching.weight_sample import base_digest, sample_places
 from tests.accuracy_rule import check
 from tests.oracle import randomize
 from tests.parallel_models import everything, farthest, parallel, row_wise, saved, trained
@@ -56,6 +58,7 @@ def seen(base, tmp_path_factory):
                 do()
             found["refused"][action] = str(refused.value)
         handle.unpatch()
+        found["digest"] = handle.adapter().base_digest
         found["back"] = all(a is b.self_attn.o_proj for a, b in zip(objects, model.model.layers, strict=True))
         again = lf.load(model, out / "adapter")
         with torch.no_grad():
@@ -83,7 +86,9 @@ def test_adapter_is_written_once_and_whole(seen, base):
     assert (first["written"], second["written"]) == ([0], [])
     folder, kind = base
     model = kind.from_pretrained(folder).eval()
-    handle = lf.load(model, out / "adapter")
+    # the processes know together which base it is
+    assert first["digest"] == second["digest"] == base_digest(model)
+    handle = lf.load(model, out / "adapter", strict=True)
     for got, expected in zip(first["all"]["final"], handle.parameters(), strict=True):
         assert torch.equal(got, expected)
     with torch.no_grad():
@@ -139,7 +144,7 @@ def test_accuracy_in_16_bits(seen, base):
 
 def by_torch(rank):
     """A loop with a model that torch's styles have cut before the patch and after it, and single layers by the way."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     found = {}
     for way in ("before", "after"):
@@ -165,6 +170,10 @@ def by_torch(rank):
     with pytest.raises(ValueError, match="expected one that is cut by heads"):
         layer(DTensor.from_local(own, mesh, [Shard(1)], run_check=False))
     handle.unpatch()
+    large = torch.randn(300, 250, generator=torch.Generator().manual_seed(1))
+    for dim in (0, 1):
+        sample = spread_sample(distribute_tensor(large, mesh, [Shard(dim)]), sample_places)
+        assert torch.equal(sample, large[sample_places(large)])
     # each process has the outputs of half of the tokens
     row_wise(half := tiny_model("llama"), 2, output_layouts=Shard(1))
     handle = adapter_of(half)
@@ -173,6 +182,28 @@ def by_torch(rank):
         # added to, since what is on its way cannot be sent to the test
         found["sequence"] = handle.layers[1](own) + 0
     return found
+
+
+def test_columns_and_rows_at_once_are_refused():
+    def work(rank):
+        from torch.distributed import fsdp, init_device_mesh
+
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
+        model = row_wise(tiny_model("llama"), 2, mesh["tp"])
+        fsdp.fully_shard(model, mesh=mesh["fsdp"])
+        with pytest.raises(ValueError, match="cannot patch a sharded model: found"):
+            lf.patch(model, BOTH)
+
+    in_processes(2, work)
+
+
+def test_processes_must_agree():
+    def work(rank):
+        model = row_wise(tiny_model("llama"), 2)
+        with pytest.raises(ValueError, match="expected the same LofitConfig in every process"):
+            lf.patch(model, lf.LofitConfig(offset=[(0, rank)]))
+
+    in_processes(2, work)
 
 
 def test_styles_of_torch_before_the_patch_and_after():

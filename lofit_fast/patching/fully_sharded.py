@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.placement import computed_on
+from lofit_fast.patching.tensor_parallel import is_placed
 
 # what fully_shard leaves on every module whose parameters it looked at
 MARK = "_is_fsdp_managed_module"
@@ -92,11 +93,6 @@ def reshard(model: nn.Module) -> None:
     """Leave every module with its parts: between a forward and the next, some show what was gathered for it."""
     for module in fully_sharded(model):
         module.reshard()
-
-
-def is_placed(tensor: Tensor) -> bool:
-    """Whether a tensor is in parts, each of which a process of a mesh has."""
-    return hasattr(tensor, "full_tensor")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, decoder_of
-from lofit_fast.patching.fully_sharded import fully_sharded, held, is_marked, is_placed, reshard, whole
+from lofit_fast.patching.fully_sharded import fully_sharded, held, is_marked, reshard, whole
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -30,6 +30,7 @@ from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_nam
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_no_merge, check_patchable, check_whole_vectors
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, check_heads, fill, read_adapter, save_adapter
+from lofit_fast.patching.tensor_parallel import is_placed, is_tensor_parallel
 from lofit_fast.patching.vector_sync import VectorSync, check_same_vectors
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
 from lofit_fast.patching.wrapping import build_layers
@@ -229,11 +230,11 @@ class LofitHandle:
     def save(self, folder: Path | str) -> Path:
         """Write the adapter folder; see `storage.save_adapter`.
 
-        Of a model that FSDP2 shards the first process writes. Where the vectors are sharded too (`in_parts`) all must
-        call it, and what the first one raises all raise.
+        Of a model that FSDP2 shards the first process writes. Where the vectors are sharded too (`in_parts`), and of a
+        tensor-parallel model, all must call it, and what the first one raises all raise.
         """
         adapter = self.adapter()
-        if self.in_parts:
+        if self.in_parts or is_tensor_parallel(self.model):
             return ranks.told(lambda: save_adapter(adapter, folder))
         if ranks.first() or not fully_sharded(self.model):
             return save_adapter(adapter, folder)

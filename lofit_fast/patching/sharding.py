@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from torch import Tensor, nn
 
 from lofit_fast.patching.fully_sharded import fully_sharded, in_parts, mesh_of, sharded_from_outside, shards
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel, why_not_parallel
 
 _BEFORE = (
     "Patch the model first and shard it afterwards (fully_shard), or train data-parallel, each process with the "
@@ -28,15 +29,18 @@ _EXPORT = (
 )
 
 
-def check_unsharded(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds parts of its tensors, where these must be whole before it is patched."""
-    if (found := _first_part(model) or _gathered(model)) is not None:
-        raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+_ONE_PROCESS = (
+    "Save the adapter (handle.save, on every process), load it into a model that one process holds whole "
+    "(lofit_fast.load), and do it there"
+)
 
 
 def check_patchable(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds parts of its tensors, before it is patched; not for one of FSDP2."""
-    found = _first_part(model, in_parts(model))
+    """Raise ValueError for a model that holds parts of its tensors, before it is patched.
+
+    Not for one of FSDP2, or one that is tensor-parallel in a way that is known.
+    """
+    found = why_not_parallel(model) if is_tensor_parallel(model) else _first_part(model, in_parts(model))
     if found is None and (name := sharded_from_outside(model)) is not None:
         found = f"{name} is sharded as a part of a module around the model"
     if found is not None:
@@ -45,17 +49,28 @@ def check_patchable(model: nn.Module) -> None:
     mesh_of(model)
 
 
+def check_fits_one(model: nn.Module) -> None:
+    """Raise ValueError for a model that `fit` cannot train: one in parts, tensor-parallel ones among them."""
+    check_patchable(model)
+    if is_tensor_parallel(model):
+        raise ValueError(
+            "cannot fit a tensor-parallel model: fit would give each process other examples, or the same folder. "
+            "Patch it (lofit_fast.patch) and train it in a loop of your own, every process with the same batches; "
+            "or fit a model that each process holds whole, or that is fully sharded"
+        )
+
+
 def check_no_merge(model: nn.Module) -> None:
     """Raise ValueError for a sharded model: its projections would need biases that no part of it was made for."""
-    found = _first_part(model) or _gathered(model)
-    if found is not None:
-        raise ValueError(f"cannot merge a sharded model: {found}. {_EXPORT if fully_sharded(model) else _GATHER}")
+    if (found := _first_part(model) or _gathered(model)) is not None:
+        advice = _EXPORT if fully_sharded(model) else _advice(model)
+        raise ValueError(f"cannot merge a sharded model: {found}. {advice}")
 
 
 def check_whole(model: nn.Module, action: str) -> None:
     """Raise ValueError when a patched model, sharded since, holds parts of its tensors. action: what they are for."""
     if (found := _first_part(model)) is not None:
-        raise ValueError(f"cannot {action} a sharded model: {found}. {_GATHER}")
+        raise ValueError(f"cannot {action} a sharded model: {found}. {_advice(model)}")
 
 
 def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, int]]], action: str) -> None:
@@ -69,6 +84,10 @@ def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, i
             found = f"which has the shape {tuple(tensor.shape)}, expected {shape} with all its numbers here"
         if found is not None:
             raise ValueError(f"cannot {action} the adapter of a sharded model: found {name}, {found}. {_GATHER}")
+
+
+def _advice(model: nn.Module) -> str:
+    return _ONE_PROCESS if is_tensor_parallel(model) else _GATHER
 
 
 def _first_part(model: nn.Module, known: Collection[int] = ()) -> str | None:

@@ -23,7 +23,7 @@ from lofit_fast.models.base_digest import base_digest, same_base, settings_of
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
-from lofit_fast.patching.sharding import check_patchable
+from lofit_fast.patching.sharding import check_fits_one
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
@@ -90,7 +90,7 @@ class TwoSteps:
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.callbacks, self.progress = callbacks, progress and ranks.first()
         check_training()
-        check_patchable(model)
+        check_fits_one(model)
         check_passes_gradients(model)
         self.projections = find_projections(model)
         self.objective = objective

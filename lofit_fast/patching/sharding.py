@@ -40,9 +40,10 @@ def check_patchable(model: nn.Module) -> None:
 
     Not for one of FSDP2, or one that is tensor-parallel in a way that is known.
     """
-    found = why_not_parallel(model) if is_tensor_parallel(model) else _first_part(model, in_parts(model))
-    if found is None and (name := sharded_from_outside(model)) is not None:
+    if (name := sharded_from_outside(model)) is not None:
         found = f"{name} is sharded as a part of a module around the model"
+    else:
+        found = why_not_parallel(model) if is_tensor_parallel(model) else _first_part(model, in_parts(model))
     if found is not None:
         raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
     # raises for several

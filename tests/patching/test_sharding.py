@@ -270,6 +270,23 @@ def test_base_in_parts_is_not_merged(take, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_whole_weight_waits_for_the_backward(dtype, mesh):
+    """What a forward keeps of a projection is FSDP's own tensor, which is empty by then."""
+    model, handle, _ = sharded_after(mesh, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype))
+    shape, kept = handle.layers[1].weight.shape, []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(model)
+    weights = [tensor for tensor in kept if tensor.shape == shape or tensor.T.shape == shape]
+    assert weights and all(tensor.untyped_storage().nbytes() == 0 for tensor in weights)
+    value.backward()
+
+
 def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
     model, whole = tiny_model("llama"), tiny_model("llama")

@@ -37,8 +37,8 @@ def export(handle: LofitHandle, folder: Path | str, tokenizer: PreTrainedTokeniz
     whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
     Llama). Tied tensors that have come to differ are written apart.
     tokenizer: saved beside the model when given. Returns the folder, which holds the checksums of all its files too,
-    for `verify_export` and `load_model`. Of a model that FSDP2 shards all processes must call it; `with_whole_copy` says
-    what that takes.
+    for `verify_export` and `load_model`. Of a model that FSDP2 shards all processes must call it, see
+    `with_whole_copy`.
     Raises ValueError when the family cannot carry the offsets, the base is not plain, or the folder holds a model that
     is no export; OSError when the folder cannot be written. Nothing is left behind then.
     """

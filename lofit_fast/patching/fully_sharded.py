@@ -94,9 +94,9 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def is_placed(tensor: Tensor) -> bool:
-    """Whether a tensor is in parts, each of which a process of a mesh has."""
-    return hasattr(tensor, "full_tensor")
+def is_placed(tensor: object) -> bool:
+    """Whether a tensor is one of several processes (a DTensor), which knows where its parts are."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 @torch.no_grad()

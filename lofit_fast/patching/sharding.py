@@ -35,21 +35,16 @@ _ONE_PROCESS = (
 )
 
 
-def check_unsharded(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds parts of its tensors, where these must be whole before it is patched."""
-    if (found := _first_part(model) or _gathered(model)) is not None:
-        raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
-
-
 def check_patchable(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds parts of its tensors, before it is patched; not for one of FSDP2, or one
-    that is tensor-parallel."""
-    if is_tensor_parallel(model):
-        found = why_not_parallel(model)
-    else:
-        found = _first_part(model, in_parts(model))
-        if found is None and (name := sharded_from_outside(model)) is not None:
-            found = f"{name} is sharded as a part of a module around the model"
+    """Raise ValueError for a model that holds parts of its tensors, before it is patched.
+
+    Not for one of FSDP2, or one that is tensor-parallel in a way that is known.
+    """
+    found = _flattened(model)
+    if found is None and (name := sharded_from_outside(model)) is not None:
+        found = f"{name} is sharded as a part of a module around the model"
+    if found is None:
+        found = why_not_parallel(model) if is_tensor_parallel(model) else _first_part(model, in_parts(model))
     if found is not None:
         raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
     # raises for several
@@ -109,11 +104,16 @@ def _first_part(model: nn.Module, known: Collection[int] = ()) -> str | None:
     """What shows that a model is sharded, in words; None for a whole one. known: ids of parts that do not count."""
     if (size := getattr(model, "_tp_size", None)) is not None and size > 1:
         return f"it is tensor-parallel over {size} processes"
+    return _flattened(model) or next((f"found {name}, {kind}" for name, kind in _parts(model, known)), None)
+
+
+def _flattened(model: nn.Module) -> str | None:
+    """Which module the first FSDP is around, in words."""
     for name, module in model.named_modules():
-        # FSDP keeps what it wraps under this name, and its parts in one flat tensor that the parameters point into
+        # it keeps what it wraps under this name, and its parts in one flat tensor that the parameters point into
         if "_fsdp_wrapped_module" in module._modules:
             return f"found a {type(module).__name__} around {name or 'the model'}"
-    return next((f"found {name}, {kind}" for name, kind in _parts(model, known)), None)
+    return None
 
 
 def _gathered(model: nn.Module) -> str | None:

@@ -203,9 +203,9 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         now = [v.to_local() for v in self.handle.vectors().values()]
         if len(parts) != len(now) or not all(map(torch.equal, parts, now)):
             raise ValueError(
-                "cannot write sharded vectors into the trainer's state in one process: they are gathered when a step or an "
-                "epoch ends with a checkpoint. Patch the model after it was sharded, or save with handle.save() in "
-                "every process"
+                "cannot write sharded vectors into the trainer's state in one process: they are gathered when a step "
+                "or an epoch ends with a checkpoint to come. Patch the model after it was sharded, or call "
+                "handle.save() in every process"
             )
         return state
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lofit_fast.patching.architectures import inputs_of
-from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.layer import CUT_OFF
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
+from lofit_fast.patching.tensor_parallel import is_placed
 
 # what trainers ask a model
 _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")

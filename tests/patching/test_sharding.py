@@ -91,7 +91,7 @@ def sharded_around(model, mesh):
 
 FOUND = {
     rows_and_columns: r"layers\.1\.self_attn\.o_proj\.weight placed .* over 2 dimensions of processes",
-    sharded_around: r"embed_tokens\.weight, a DTensor placed",
+    sharded_around: r"the model is sharded as a part of a module around the model",
     wrapped_inside: r"found a FullyShardedDataParallel around model\.layers\.1",
     wrapped_whole: r"found a FullyShardedDataParallel around the model",
     partitioned: r"embed_tokens\.weight, a parameter that is partitioned \(ZeRO stage 3\)",
@@ -288,6 +288,23 @@ def test_base_in_parts_is_not_merged(take, tmp_path):
         with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: found \S+, which has the shape"):
             do()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_whole_weight_waits_for_the_backward(dtype, mesh):
+    """What a forward keeps of a projection is FSDP's own tensor, which is empty by then."""
+    model, handle, _ = sharded_after(mesh, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype))
+    shape, kept = handle.layers[1].weight.shape, []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(model)
+    weights = [tensor for tensor in kept if tensor.shape == shape or tensor.T.shape == shape]
+    assert weights and all(tensor.untyped_storage().nbytes() == 0 for tensor in weights)
+    value.backward()
 
 
 def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):

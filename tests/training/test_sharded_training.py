@@ -8,6 +8,7 @@ import lofit_fast as lf
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
 from tests.training.shared_runs import SHARED, assert_same_outcome, changed, outcome
+from tests.training.test_shared_training import Stop, preferred
 from tests.training.tiny_runs import EXAMPLES, HELD_OUT, fit, vectors
 
 fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
@@ -83,3 +84,33 @@ def test_sharded_base_is_fitted_in_each_way(way, n, tmp_path):
     expected = outcome(tmp_path / "one", **options)
     for got in in_processes(n, lambda rank: outcome(tmp_path / "many", fitting=fitting, **options), limit=200):
         assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_preferences_on_a_sharded_base(tmp_path):
+    pytest.importorskip("trl", reason="no TRL, which trains on preferences")
+    expected = outcome(tmp_path / "one", fitting=preferred)
+
+    def sharding(model, folder, recipe, **options):
+        os.environ |= ASKED
+        return preferred(model, folder, recipe, **options)
+
+    for got in in_processes(2, lambda rank: outcome(tmp_path / "two", fitting=sharding), limit=200):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_sharded_run_goes_on_where_one_process_ended(tmp_path):
+    """And one process where several have: a checkpoint has whole vectors."""
+    expected = outcome(tmp_path / "whole")
+
+    def cut(rank):
+        with pytest.raises(KeyboardInterrupt):
+            outcome(tmp_path / "several", fitting=asking_fit, callbacks=[Stop()])
+
+    with pytest.raises(KeyboardInterrupt):
+        outcome(tmp_path / "one", callbacks=[Stop()])
+    for got in in_processes(2, lambda rank: outcome(tmp_path / "one", fitting=asking_fit), limit=200):
+        assert_same_outcome(got, expected)
+    in_processes(2, cut, limit=200)
+    assert_same_outcome(outcome(tmp_path / "several"), expected)

@@ -74,7 +74,7 @@ def everything(model: nn.Module, config: lf.LofitConfig) -> dict[str, object]:
             seen["folded"] = model(ids).logits
         with handle.disabled():
             seen["disabled"] = model(ids).logits
-    seen["generated"] = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+    seen["generated"] = model.generate(ids[:, :4], max_new_tokens=2, do_sample=False)
     if config.scale is not None:
         scores = lf.head_scores(handle)
         seen["scores"], seen["heads"] = scores[scores.isfinite()], lf.select_heads(scores, top=2)

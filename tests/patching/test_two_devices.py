@@ -52,12 +52,13 @@ def used(model, handle, where="cpu", backward=True):
             assert vectors.grad.device == vectors.device
         nn.utils.clip_grad_norm_(list(handle.parameters()), 1.0)
         torch.optim.SGD(handle.parameters(), lr=0.1).step()
-    if handle.config.positions == "all":
+    if backward and handle.config.positions == "all":
         with handle.folded():
             model(input_ids=ids)
         lf.head_scores(handle)
-    with torch.no_grad(), handle.disabled():
-        model(input_ids=ids)
+    if backward:
+        with torch.no_grad(), handle.disabled():
+            model(input_ids=ids)
 
 
 def patched_after(config, *places, **options):
@@ -98,7 +99,7 @@ def mixes_are_noticed(*places):
         model(tokens().to(places[0]))
 
 
-def test_forwards_on_two_devices():
+def test_a_forward_on_two_devices():
     def work(rank):
         registered()
         with without_numbers():

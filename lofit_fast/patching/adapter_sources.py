@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
 
+from lofit_fast import ranks
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint
 from lofit_fast.patching.hub_adapters import adapter_folder
 from lofit_fast.patching.published_checkpoints import is_published, read_published
+from lofit_fast.patching.sharding import is_shared
 from lofit_fast.patching.storage import Adapter, check_fits, read_adapter
 from lofit_fast.patching.weight_sample import check_base
 
@@ -24,7 +27,9 @@ def adapter_for(model: nn.Module, name: Path | str, revision: str | None, strict
     """
     projections = find_projections(model)
     shape = fingerprint(model, projections)
-    adapter = read_source(adapter_folder(name, revision), model, projections, shape, strict)
+    # several processes that share the weights all stop where one cannot read
+    with ranks.together("reading the adapter") if is_shared(model) else nullcontext():
+        adapter = read_source(adapter_folder(name, revision), model, projections, shape, strict)
     check_fits(adapter, shape)
     check_base(model, adapter.base_digest, f"the adapter in {name}", adapter.base_model, strict)
     return adapter
@@ -38,5 +43,10 @@ def read_source(
     Raises what `storage.read_adapter` and `published_checkpoints.read_published` raise.
     """
     if is_published(folder):
+        if is_shared(model):
+            raise ValueError(
+                f"{folder} is another code's checkpoint, which is compared with whole weights, and several processes "
+                "share this model's: convert it in one process (lofit-fast convert-adapter), and load that folder"
+            )
         return read_published(folder, model, projections, shape, strict)
     return read_adapter(folder)

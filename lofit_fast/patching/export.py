@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
+from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
 from lofit_fast.patching.mergeable import why_not_dense
@@ -20,6 +21,7 @@ from lofit_fast.patching.sharding import check_whole
 from lofit_fast.patching.stock import Stock, ties, with_biases, with_ties_of
 from lofit_fast.patching.storage import CONFIG_FILE
 from lofit_fast.patching.weight_sample import base_name
+from lofit_fast.patching.whole_copy import with_whole_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +44,15 @@ def export(
     Llama). Tied tensors that have come to differ are written apart.
     tokenizer: saved beside the model when given. server: a key of `SERVERS`, whose code has to keep the offsets of the
     folder's class too.
-    Returns the folder, which holds the checksums of all its files too, for `verify_export` and `load_model`.
+    Returns the folder, which holds the checksums of all its files too, for `verify_export` and `load_model`. Of a model
+    that FSDP2 shards all processes must call it, see `with_whole_copy`.
     Raises ValueError when the family, or the server, cannot carry the offsets, the base is not plain, or the folder
     holds a model that is no export; OSError when the folder cannot be written. Nothing is left behind then.
     """
     handle.check_live()
     handle.check_everywhere("export")
+    if fully_sharded(handle.model):
+        return with_whole_copy(handle, folder, lambda copy: export(copy, folder, tokenizer, server))
     folder = given_path(folder)
     check_whole(handle.model, "export")
     plain = plain_model(handle)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lofit_fast import ranks
 from lofit_fast.config import LofitConfig, shown
 from lofit_fast.patching.acting import Mask, said
 from lofit_fast.patching.adapter_sources import adapter_for
@@ -18,6 +19,7 @@ from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
+from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
 from lofit_fast.patching.hub_push import push_adapter
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.load_watch import LoadWatch
@@ -27,8 +29,9 @@ from lofit_fast.patching.named_adapters import FIRST, SeveralAdapters
 from lofit_fast.patching.one_at_a_time import one_at_a_time
 from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
 from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
-from lofit_fast.patching.sharding import check_unsharded, check_whole, check_whole_vectors, check_writable
+from lofit_fast.patching.sharding import check_no_merge, check_patchable, check_whole_vectors, is_shared
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_heads, fill, save_adapter
+from lofit_fast.patching.vector_sync import VectorSync, check_same_vectors
 from lofit_fast.patching.weight_sample import base_digest, base_name
 from lofit_fast.patching.wrapping import build_layers
 
@@ -43,8 +46,8 @@ class LofitHandle(SeveralAdapters):
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
     warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
-    with positions="answer", what finds where answers begin. All of them are None until the model is patched.
-    own_name: what the adapter is called among several.
+    with positions="answer", what finds where answers begin. vector_sync: what averages gradients in a sharded model.
+    All of them are None until the model is patched. own_name: what the adapter is called among several.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection], name: str = FIRST) -> None:
@@ -59,7 +62,11 @@ class LofitHandle(SeveralAdapters):
         self.load_watch: LoadWatch | None = None
         self.answer_watch: AnswerWatch | None = None
         self.checkpoint_watch: CheckpointWatch | None = None
+        self.vector_sync: VectorSync | None = None
         self._head: RemovableHandle | None = None
+        # of a model that was sharded when it was patched: all processes are here then, and need not be when one saves
+        # while all processes are here: of weights in parts each knows some, and saving is not for all
+        self._digest = base_digest(model) if is_shared(model) else ""
         self._live = False
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
@@ -73,6 +80,7 @@ class LofitHandle(SeveralAdapters):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("<layer>.<component>", parameter) of every component, by ascending layer."""
+        self._show_parts()
         for number, layer in self.layers.items():
             for name, parameter in layer.named_parameters(recurse=False):
                 yield f"{number}.{name}", parameter
@@ -137,7 +145,11 @@ class LofitHandle(SeveralAdapters):
             )
 
     def vectors(self) -> dict[tuple[str, int], nn.Parameter]:
-        """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each."""
+        """The adapter's parameters by (component, layer), where component is "scale" or "offset": (h, D) each.
+
+        Where FSDP2 shards them each process has some of their rows: see `whole_vectors`.
+        """
+        self._show_parts()
         return {
             (component, number): vectors
             for number, layer in self.layers.items()
@@ -145,8 +157,21 @@ class LofitHandle(SeveralAdapters):
             if (vectors := getattr(layer, component)) is not None
         }
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether each process has some rows of the vectors alone, as FSDP2 shards those of a model patched before."""
+        return any(map(is_placed, self.vectors().values()))
+
+    def whole_vectors(self) -> dict[tuple[str, int], torch.Tensor]:
+        """As `vectors`, with all their rows, detached: where FSDP2 shards them, all processes must call it."""
+        return {key: whole(vectors) for key, vectors in self.vectors().items()}
+
     def adapter(self, name: str | None = None) -> Adapter:
-        """What `save` writes; the tensors are the handle's own. Raises ValueError for a sharded model's."""
+        """What `save` writes; the tensors are the handle's own, but for those that FSDP2 shards.
+
+        name: of several; None for the one active here. Where FSDP2 shards the vectors (`in_parts`) all processes must
+        call it, and each gets the whole adapter. Raises ValueError for vectors that are in parts otherwise.
+        """
         if (name := self.active if name is None else name) is None:
             raise ValueError("cannot save the base, which is active (set_active(None)): name the adapter")
         if self._named(name) is not None:
@@ -159,7 +184,9 @@ class LofitHandle(SeveralAdapters):
         modules = {
             p.layer: p.name.removeprefix("base_model.model.") for p in self.projections if p.layer in self.layers
         }
-        return Adapter(self.config, dict(self.vectors()), self.fingerprint, base, modules, base_digest(self.model))
+        tensors = {key: whole(v) if is_placed(v) else v for key, v in self.vectors().items()}
+        digest = self._digest or base_digest(self.model)
+        return Adapter(self.config, tensors, self.fingerprint, base, modules, digest)
 
     def take(self, adapter: Adapter) -> None:
         """Copy an adapter of the same heads into the handle's own, which must be active.
@@ -181,14 +208,22 @@ class LofitHandle(SeveralAdapters):
                 "cannot load vectors inside handle.folded(), of this thread or another, which computes with the old "
                 "ones: leave it first"
             )
-        check_writable(self.model, "load the adapter of")
         fill(self.vectors(), adapter)
         if self.load_watch is not None:
             self.load_watch.settled()
 
     def save(self, folder: Path | str, name: str | None = None) -> Path:
-        """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here."""
-        return save_adapter(self.adapter(name), folder)
+        """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here.
+
+        Of a model that FSDP2 shards, and of a tensor-parallel one, the first process writes. Where the vectors are
+        sharded too (`in_parts`) all must call it, and what the first one raises all raise.
+        """
+        adapter = self.adapter(name)
+        if self.in_parts:
+            return ranks.told(lambda: save_adapter(adapter, folder))
+        if ranks.first() or not is_shared(self.model):
+            return save_adapter(adapter, folder)
+        return Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors."""
@@ -207,6 +242,7 @@ class LofitHandle(SeveralAdapters):
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        reshard(self.model)
         # then it is PEFT that holds the base frozen
         peft_entered = self.peft_watch.entered_since()
         for p in adapted:
@@ -216,6 +252,7 @@ class LofitHandle(SeveralAdapters):
             if name in parameters:
                 parameters[name].requires_grad_(True)
         self.model_fold.remove()
+        self.vector_sync.remove()
         self.peft_watch.remove()
         self.load_watch.remove()
         self.checkpoint_watch.remove()
@@ -240,13 +277,17 @@ class LofitHandle(SeveralAdapters):
         self.check_live()
         self.scopes.check_alone("merge")
         self.check_everywhere("merge")
-        check_whole(self.model, "merge")
-        check_writable(self.model, "merge")
+        check_no_merge(self.model)
         layers = self.layers_with(self.active, "merge")
         plan = plan_merge(self.model, layers, self.projections)
         self.unpatch()
         merge_into_base(self.model, layers, self.projections, plan)
         return self.model
+
+    def _show_parts(self) -> None:
+        """Have the layers show what is trained: after some forwards FSDP has left what it gathered in its place."""
+        if any(map(is_marked, self.layers.values())):
+            reshard(self.model)
 
     def _attach(self) -> None:
         self.model.requires_grad_(False)
@@ -259,6 +300,7 @@ class LofitHandle(SeveralAdapters):
         layers = list(self.layers.values())
         decoder = decoder_of(self.model, [projection.name for projection in self.projections])
         self.model_fold = ModelFold(decoder, layers)
+        self.vector_sync = VectorSync(self.model, decoder, layers)
         ancestors = ancestors_of(self.model, decoder)
         self.peft_watch = PeftWatch(decoder, ancestors, layers, list(self.parameters()))
         if self.acting is not None:
@@ -271,12 +313,17 @@ class LofitHandle(SeveralAdapters):
         self._live = True
 
     def check_vectors(self, action: str) -> None:
-        """Raise ValueError when the vectors are not whole in this process. action: what they are for."""
+        """Raise ValueError when the vectors are not whole in this process, nor can be gathered.
+
+        action: what they are for.
+        """
+        self._show_parts()
+        known = held(self.model)
         vectors = (
             (f"layer {number}'s {component}", getattr(layer, component, None), (len(heads), layer.head_dim))
             for number, layer in self.layers.items()
             for component in COMPONENTS
-            if (heads := layer.heads(component))
+            if (heads := layer.heads(component)) and (id(layer), component) not in known
         )
         check_whole_vectors(vectors, action)
 
@@ -292,21 +339,27 @@ def patch(model: nn.Module, config: LofitConfig, *, name: str = FIRST) -> LofitH
     Vectors with positions="answer" find where answers begin in what each forward is called with, see
     `answer_positions.where_it_acts`; one that does not say it is refused, outside of `handle.acting_on`.
     name: of the adapter, should others be added beside it (`handle.add`).
-    Raises TypeError or ValueError for an unknown model, a model already patched or sharded, a layer or head out of
-    range. A refused model is as it was.
+    A model that was given to FSDP2's fully_shard is patched as it is, in every process with the same config: each holds
+    the vectors whole, and their gradients are averaged over the processes (`vector_sync`).
+    Raises TypeError or ValueError for an unknown model, a model already patched, or sharded by anything else, a layer
+    or head out of range. A refused model is as it was.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"expected the name of an adapter, got {shown(name)}")
     _check_unpatched(model)
     if not isinstance(config, LofitConfig):
         raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
-    check_unsharded(model)
+    check_patchable(model)
+    check_same_vectors(model, config)
     if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             "expected positions='all' for a model with an encoder: the prompt is there, and all that its decoder reads "
             "is the answer"
         )
-    handle = LofitHandle(model, config, find_projections(model), name)
+    projections = find_projections(model)
+    # what was gathered would be frozen in place of the parts
+    reshard(model)
+    handle = LofitHandle(model, config, projections, name)
     around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
     before = saved_names(model) if around_peft else {}
     trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
@@ -342,7 +395,7 @@ def load(
     model is as it was.
     """
     _check_unpatched(model)
-    check_unsharded(model)
+    check_patchable(model)
     adapter = adapter_for(model, folder, revision, strict)
     handle = patch(model, adapter.config, name=name)
     try:

@@ -32,10 +32,9 @@ def _norms(handle: LofitHandle, component: str) -> Tensor:
         raise ValueError(f"{name}: expected a handle patched with LofitConfig({component}=...)")
     handle.check_vectors("score")
     scores = no_scores(handle.projections)
-    for number, layer in handle.layers.items():
-        vectors = getattr(layer, component)
-        if vectors is not None:
-            scores[number, layer.heads(component)] = vectors.norm(dim=1).float().cpu()
+    for (kind, number), vectors in handle.whole_vectors().items():
+        if kind == component:
+            scores[number, handle.layers[number].heads(component)] = vectors.norm(dim=1).float().cpu()
     return scores
 
 

@@ -11,12 +11,15 @@ from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.chosen_adapters import projected_with
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
+from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.placement import check_hook, computed_on, device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
+from lofit_fast.patching.tensor_parallel import own_input, own_vectors, placed_weight, rejoined, share_of, summed
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
-from lofit_kernels.dispatch import folds_beforehand
+from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
@@ -114,6 +117,9 @@ class LofitLinear(nn.Module):
             return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:
+            placed = placed_weight(inner)
+            if placed is not None:
+                return self._in_share(z, placed, mask)
             vectors = {}
             for component, heads in self._heads.items():
                 if heads is not None:
@@ -125,6 +131,38 @@ class LofitLinear(nn.Module):
         plain = plain_tensors(inner, moved=True)
         y = self._fused(z, plain) if mask is None else self._fused_where(mask.to(z.device), z, plain)
         return hook.post_forward(inner, y)
+
+    def _in_share(self, z: Tensor, placed: Tensor, mask: Tensor | None) -> Tensor:
+        """y of a projection that several processes compute together: this one's heads alone have vectors here.
+
+        The projection adds up what the processes have, W v among it, and adds its bias once.
+        placed: its weight. mask: where the vectors act, (..., 1); None for everywhere.
+        """
+        inner = self._modules["inner"]
+        share = share_of(placed, z, self.n_heads, self.head_dim)
+        known = None if is_placed(z) else row_parallel_tensors(inner)
+        cut = None if known is None else own_input(share, placed, self.head_dim)
+        share = cut or share
+        rows = {}
+        for component, heads in self._heads.items():
+            if heads is not None:
+                vectors, index = self._vectors(component)
+                rows[component] = (vectors, heads, index)
+        vectors = {}
+        for component, (own, index) in own_vectors(share, rows).items():
+            vectors[component], vectors[_HEADS[component]] = own, index
+        if cut is None:
+            affine = head_affine(share.z, **vectors)
+            affine = affine if mask is None else torch.where(mask, affine, share.z)
+            return _through(inner, rejoined(affine, z))
+        weight, bias = known
+        # where few heads have a scale, small ones act, also where they are many of this process's
+        few = self._heads["scale"] is not None and not is_many(len(self._heads["scale"]), self.n_heads)
+        form = "delta" if few and self.form == "auto" and weight.element_size() < 4 else self.form
+        y = head_affine_linear(share.z, weight, **vectors, form=form)
+        if mask is not None:
+            y = torch.where(mask, y, nn.functional.linear(share.z, weight))
+        return summed(y, placed, bias)
 
     def _mask(self, z: Tensor) -> Tensor | None:
         """(..., 1) bool, true where the vectors act; None for everywhere. Raises ValueError where nobody has said."""
@@ -289,6 +327,11 @@ class LofitLinear(nn.Module):
         below = f"{prefix}.{INNER}" if prefix else INNER
         return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_hf_hook":
+            check_hook(value)
+        super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict) -> "LofitLinear":
         # what PEFT does to a module that it trains whole: the copy would be out of the handle's reach
         if not memo:
@@ -316,9 +359,9 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
-        super()._apply(at_least_float32(fn), recurse=False)
+        super()._apply(_in_memory(at_least_float32(fn)), recurse=False)
         if recurse and self.others is not None:
-            self.others._apply(at_least_float32(fn))
+            self.others._apply(_in_memory(at_least_float32(fn)))
         self.place_heads()
         return self
 
@@ -326,7 +369,7 @@ class LofitLinear(nn.Module):
         """The lists of heads as indices beside the vectors: rebuilt, since to_empty() leaves buffers undefined."""
         for component, heads in self._heads.items():
             if heads is not None:
-                device = getattr(self, component).device
+                device = computed_on(getattr(self, component))
                 setattr(self, f"{component}_heads", head_index(heads, self.n_heads, device))
 
     def extra_repr(self) -> str:
@@ -374,6 +417,16 @@ def _through(base: nn.Module, affine: Tensor) -> Tensor:
     if affine.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
         raise ValueError(f"cannot train through a {type(base).__name__} {CUT_OFF}")
     return output
+
+
+def _in_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, except that nothing goes to the meta device: what brings a base back has no key for the vectors."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return tensor if out.is_meta else out
+
+    return apply
 
 
 def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -30,6 +30,7 @@ class LoadWatch:
         self._owed: Any = None
         self._vectors_came_first = False
         self._hook = layer.register_load_state_dict_post_hook(self._loaded)
+        self._first_hook = layer.register_load_state_dict_pre_hook(self._about_to_load)
 
     def expect(self, restorer: object) -> None:
         """Trust an object, for as long as it lives, to restore the vectors after a load."""
@@ -55,6 +56,12 @@ class LoadWatch:
         """Watch no longer."""
         self.settled()
         self._hook.remove()
+        self._first_hook.remove()
+
+    def _about_to_load(self, module: nn.Module, *_: object) -> None:
+        # the base comes back from where the vectors do not go, as accelerate has it when it shards a model
+        if any(p.device.type == "meta" for p in module.inner.parameters()):
+            self.expect_base()
 
     def _loaded(self, module: nn.Module, incompatible_keys: object) -> None:
         if self._vectors_came_first:

@@ -21,7 +21,7 @@ from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable
 from lofit_fast.patching.one_at_a_time import CHANGING, one_at_a_time
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.patching.scopes import Scopes
-from lofit_fast.patching.sharding import check_whole
+from lofit_fast.patching.sharding import check_unshared
 from lofit_fast.patching.storage import Adapter, check_finite, check_fits, fill
 from lofit_fast.patching.weight_sample import base_digest, base_name, check_base
 from lofit_fast.patching.wrapping import around_module, build_layers
@@ -135,7 +135,7 @@ class SeveralAdapters:
                 f"cannot add {name!r}: its vectors have positions={config.positions!r}, expected those of the handle, "
                 f"{self.config.positions!r}"
             )
-        check_whole(self.model, f"add {name!r} to")
+        check_unshared(self.model, f"add {name!r} to")
         if adapter is not None:
             check_fits(adapter, self.fingerprint)
             where = f"the adapter {name}" if isinstance(source, Adapter) else f"the adapter in {source}"
@@ -213,6 +213,7 @@ class SeveralAdapters:
         if not names:
             raise ValueError("expected the name of an adapter, or None, for each row of a batch, got no names")
         self._check_offsets_alone(self.config, "give rows adapters of their own")
+        check_unshared(self.model, "give rows adapters of their own in")
         family = getattr(getattr(self.model, "config", None), "model_type", None)
         if family in _SEQUENCE_FIRST:
             raise ValueError(f"cannot give rows adapters of their own: {family} has its batch in the second dimension")

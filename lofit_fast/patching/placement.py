@@ -18,15 +18,25 @@ COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def device_of(*modules: nn.Module) -> torch.device:
     """Where the first module that holds a tensor computes: its parameters say it, else its buffers and attributes.
 
-    Raises ValueError for weights that are on the meta device, and not brought elsewhere for each forward.
+    Raises ValueError for weights that are on the meta device, and not brought elsewhere for each forward, or brought
+    together with all that is in a module around.
     """
     for module in modules:
         for tensor in _tensors(module):
             # accelerate keeps offloaded weights on meta, and brings them to this device for each forward
             if tensor.device.type == "meta":
+                check_not_preloaded(modules)
                 return _execution_device(module)
-            return tensor.device
+            return computed_on(tensor)
     return torch.device("cpu")
+
+
+def computed_on(tensor: Tensor) -> torch.device:
+    """Where a tensor is computed with: that of a sharded one may wait on the CPU for its next use on a device."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or mesh.device_type == tensor.device.type:
+        return tensor.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def dtype_of(*modules: nn.Module) -> torch.dtype:
@@ -75,6 +85,40 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
     yield from plain_attributes(module).values()
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some of a model's weights are brought for each forward, and are nowhere between."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether accelerate keeps what a module holds elsewhere, and brings it for each forward."""
+    return _offloading(vars(module).get("_hf_hook"))
+
+
+def check_not_preloaded(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError where a hook brings all that is in a module at once: it looks for what it has kept, by name."""
+    for module in modules:
+        if offloads(module) and vars(module)["_hf_hook"].place_submodules:
+            raise ValueError(
+                f"cannot patch a model of which a {type(module).__name__} is offloaded as a whole: what brings it "
+                "knows nothing of vectors in it. Offload without preload_module_classes, and patch then"
+            )
+
+
+def check_hook(hook: Any) -> None:
+    """Raise ValueError for a hook of accelerate that would keep vectors elsewhere: it has no copy of them to bring."""
+    if _offloading(hook):
+        raise ValueError(
+            "cannot offload a patched model: accelerate would lose the vectors. Unpatch it (or load it anew), offload "
+            "it, and patch it then"
+        )
+
+
+def _offloading(hook: Any) -> bool:
+    # of several hooks in a row any
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 def _execution_device(module: nn.Module) -> torch.device:

@@ -2,13 +2,18 @@
 
 Each process of a sharded model holds parts of its tensors. Head numbers are those of the whole, so that an adapter put
 into parts lands on other heads; and vectors that are made after the sharding are known to nobody who synchronises it.
+FSDP2 alone is known: it gathers each tensor whole where it is used, and `vector_sync` sees to the vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from lofit_fast.patching.fully_sharded import fully_sharded, in_parts, mesh_of, sharded_from_outside, shards
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel, why_not_parallel
 
 _BEFORE = (
     "Patch the model first and shard it afterwards (fully_shard), or train data-parallel, each process with the "
@@ -19,31 +24,77 @@ _GATHER = (
     "module.reshard() afterwards; FullyShardedDataParallel.summon_full_params; deepspeed.zero.GatheredParameters"
 )
 
-_FRESH = (
-    "What is written into gathered tensors is lost when they are sharded again: gather and save the adapter, and load "
-    "it into a model that is not sharded"
+_EXPORT = (
+    "lofit_fast.export, called in every process, writes the merged model as a plain folder and gathers one tensor at a "
+    "time for it"
 )
 
 
-def check_unsharded(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds parts of its tensors, before it is patched."""
-    if (found := _first_part(model) or _gathered(model)) is not None:
-        raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+_ONE_PROCESS = (
+    "Save the adapter (handle.save, on every process), load it into a model that one process holds whole "
+    "(lofit_fast.load), and do it there"
+)
 
 
-def check_writable(model: nn.Module, action: str) -> None:
-    """Raise ValueError when what is written into a model would be lost, as it is in tensors gathered for reading.
+def check_patchable(model: nn.Module) -> None:
+    """Raise ValueError for a model that holds parts of its tensors, before it is patched.
 
-    action: what they are to be written for.
+    Not for one of FSDP2, or one that is tensor-parallel in a way that is known.
     """
-    if (found := _gathered(model)) is not None:
-        raise ValueError(f"cannot {action} a sharded model: {found}. {_FRESH}")
+    found = _flattened(model)
+    if found is None and (name := sharded_from_outside(model)) is not None:
+        found = f"{name} is sharded as a part of a module around the model"
+    if found is None:
+        found = why_not_parallel(model) if is_tensor_parallel(model) else _first_part(model, in_parts(model))
+    if found is not None:
+        raise ValueError(f"cannot patch a sharded model: {found}. {_BEFORE}")
+    # raises for several
+    mesh_of(model)
+
+
+def check_fittable(model: nn.Module) -> None:
+    """Raise ValueError for a model that `fit` cannot train: what cannot be patched, and tensor-parallel ones."""
+    check_patchable(model)
+    if is_tensor_parallel(model):
+        raise ValueError(
+            "cannot fit a tensor-parallel model: fit would give each process other examples. Patch it "
+            "(lofit_fast.patch) and train it in a loop of your own, every process with the same batches; or fit a "
+            "model that each process holds whole, or one that FSDP2 shards"
+        )
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes hold a model's weights together, in a way that is known here."""
+    return bool(fully_sharded(model)) or is_tensor_parallel(model)
+
+
+def check_unshared(model: nn.Module, action: str) -> None:
+    """Raise ValueError for a model that several processes hold together, gathered or not. action: what is refused."""
+    # parts are of processes that talk to each other
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if (found := _first_part(model) or _gathered(model)) is not None:
+        raise ValueError(f"cannot {action} a sharded model: {found}. Use a model that this process holds whole")
+
+
+def check_no_merge(model: nn.Module) -> None:
+    """Raise ValueError for a sharded model: its projections would need biases that no part of it was made for."""
+    found = _first_part(model) or _gathered(model)
+    if found is not None:
+        raise ValueError(f"cannot merge a sharded model: {found}. {_instead(model)}")
 
 
 def check_whole(model: nn.Module, action: str) -> None:
     """Raise ValueError when a patched model, sharded since, holds parts of its tensors. action: what they are for."""
     if (found := _first_part(model)) is not None:
-        raise ValueError(f"cannot {action} a sharded model: {found}. {_GATHER}")
+        raise ValueError(f"cannot {action} a sharded model: {found}. {_instead(model)}")
+
+
+def _instead(model: nn.Module) -> str:
+    """What to do where a model must be whole."""
+    if is_tensor_parallel(model):
+        return _ONE_PROCESS
+    return _EXPORT if fully_sharded(model) else _GATHER
 
 
 def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, int]]], action: str) -> None:
@@ -59,29 +110,33 @@ def check_whole_vectors(vectors: Iterable[tuple[str, Tensor | None, tuple[int, i
             raise ValueError(f"cannot {action} the adapter of a sharded model: found {name}, {found}. {_GATHER}")
 
 
-def _first_part(model: nn.Module) -> str | None:
-    """What shows that a model is sharded, in words; None for a whole one."""
+def _first_part(model: nn.Module, known: Collection[int] = ()) -> str | None:
+    """What shows that a model is sharded, in words; None for a whole one. known: ids of parts that do not count."""
     if (size := getattr(model, "_tp_size", None)) is not None and size > 1:
         return f"it is tensor-parallel over {size} processes"
+    return _flattened(model) or next((f"found {name}, {kind}" for name, kind in _parts(model, known)), None)
+
+
+def _flattened(model: nn.Module) -> str | None:
+    """Which module the first FSDP is around, in words."""
     for name, module in model.named_modules():
-        # FSDP keeps what it wraps under this name, and its parts in one flat tensor that the parameters point into
+        # it keeps what it wraps under this name, and its parts in one flat tensor that the parameters point into
         if "_fsdp_wrapped_module" in module._modules:
             return f"found a {type(module).__name__} around {name or 'the model'}"
-    return next((f"found {name}, {kind}" for name, kind in _parts(model)), None)
+    return None
 
 
 def _gathered(model: nn.Module) -> str | None:
     """Which module was given to fully_shard, in words: its tensors look whole between a forward and the next step."""
     for name, module in model.named_modules():
-        # its class is a new one, of which this is a base
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        if shards(module):
             return f"{name or 'the model'} was given to fully_shard"
     return None
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _parts(model: nn.Module, known: Collection[int]) -> Iterator[tuple[str, str]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if (kind := kind_of_part(tensor)) is not None:
+        if id(tensor) not in known and (kind := kind_of_part(tensor)) is not None:
             yield name, kind
     for name, module in model.named_modules():
         expected = (getattr(module, "out_features", None), getattr(module, "in_features", None))

@@ -23,6 +23,7 @@ from lofit_fast.config import LofitConfig, shown
 from lofit_fast.files import given_path, read_json, whole_folder, write_json
 from lofit_fast.patching.architectures import Fingerprint
 from lofit_fast.patching.families import PROJECTIONS
+from lofit_fast.patching.fully_sharded import put
 from lofit_fast.patching.placement import COMPUTED_IN
 from lofit_fast.patching.seal import TENSOR_DIGEST, is_sealed, is_unchanged, sealed, tensors_digest
 
@@ -278,7 +279,7 @@ def fill(wanted: dict[tuple[str, int], Tensor], adapter: Adapter) -> None:
     rounded = {key: adapter.tensors[key].to(vectors.dtype) for key, vectors in wanted.items()}
     check_finite(rounded, "the adapter cannot be loaded")
     for key, vectors in wanted.items():
-        vectors.copy_(rounded[key])
+        put(rounded[key], vectors)
 
 
 def _checked_description(path: Path, description: object) -> dict:

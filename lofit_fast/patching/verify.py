@@ -16,10 +16,12 @@ from lofit_fast.checksums import check_sums
 from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
+from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
+from lofit_fast.patching.whole_copy import with_whole_copy
 
 # largest difference of logits over their largest magnitude; a 16-bit folder holds weights rounded once more
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -58,6 +60,8 @@ def verify_export(
     handle.check_live()
     if not handle.scopes.plain:
         raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
+    if fully_sharded(handle.model):
+        return with_whole_copy(handle, folder, lambda copy: verify_export(copy, folder, tokens))
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype
     tolerance = TOLERANCE[dtype]

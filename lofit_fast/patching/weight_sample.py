@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import inputs_of, text_config
+from lofit_fast.patching.fully_sharded import is_spread, reshard, spread_sample
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import is_dense
@@ -40,9 +41,11 @@ def base_digest(model: nn.Module) -> str:
 
     model: a whole model, the head and all; its decoder alone has a digest that `same_base` finds equal.
     Returns "<dtypes>:<decoder>/<rest>", the last two as "<rounded to bfloat16>.<rounded to float16>", with a "?" where
-    some weights are quantized, offloaded or sharded: of these only what this process holds is looked at. Never raises
-    for a model that computes.
+    some weights are quantized, offloaded or sharded: of these only what this process holds is looked at. Of a model
+    that FSDP2 shards the processes tell each other their part of the sample: all of them must call it. Never raises for
+    a model that computes.
     """
+    reshard(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = _decoder_in(base)
     seen: set[int] = set()
@@ -144,11 +147,13 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 def _is_packed(module: nn.Module) -> bool:
     """Whether a module is a linear that keeps its weight in a form of its own."""
     weight = module._parameters.get("weight")
-    return inputs_of(module) is not None and (weight is None or not is_dense(weight))
+    return inputs_of(module) is not None and (weight is None or not (is_dense(weight) or is_spread(weight)))
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are here, in a form in which they can be rounded."""
+    if is_spread(tensor):
+        return True
     if tensor.device.type == "meta" or kind_of_part(tensor) is not None:
         return False
     # whole numbers that stand beside the weights: positions, counters
@@ -175,21 +180,27 @@ def _digest(tensors: Iterable[Named], quantized: bool) -> str:
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Iterator[bytes]:
-    sample = _sample(tensor.detach())
+    sample = spread_sample(tensor.detach(), sample_places) if is_spread(tensor) else _sample(tensor.detach())
     # a float64 model of a float32 checkpoint is rounded as that is
     yield _bytes(sample.float().to(dtype) if _floats(sample) else sample)
 
 
 def _sample(tensor: Tensor) -> Tensor:
     """(n,) numbers of a tensor: all, or of a large one a diagonal over all rows and columns."""
-    if tensor.numel() <= WHOLE:
+    if (places := sample_places(tensor)) is None:
         return tensor.reshape(-1)
-    matrix = tensor.reshape(-1, tensor.shape[-1])
-    rows, columns = matrix.shape
+    return tensor.reshape(-1, tensor.shape[-1])[places]
+
+
+def sample_places(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(rows, columns) of a tensor's sample, in its matrix of as many columns as it has; None for all of a small one."""
+    if tensor.numel() <= WHOLE:
+        return None
+    rows, columns = tensor.shape[:-1].numel(), tensor.shape[-1]
     longer = max(rows, columns)
     # of what is packed into one column, or is one flat row, not all
     steps = torch.arange(0, longer, -(-longer // MOST), device=tensor.device)
-    return matrix[steps % rows, steps % columns]
+    return steps % rows, steps % columns
 
 
 def _stored(tensor: Tensor) -> Iterator[bytes]:

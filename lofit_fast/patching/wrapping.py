@@ -12,6 +12,7 @@ from lofit_fast.patching.acting import Acting
 from lofit_fast.patching.architectures import Projection
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.scopes import Scopes
+from lofit_fast.patching.tensor_parallel import check_projection
 
 
 def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
@@ -26,6 +27,7 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
         heads = (scale.get(p.layer), offset.get(p.layer))
         if heads == (None, None):
             continue
+        check_projection(p.name, p.module)
         layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(around_module(model, p.name)))
         layer.acting = acting
         for vectors in layer.parameters(recurse=False):

@@ -57,6 +57,8 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         if handle is not None and not isinstance(handle, LofitHandle):
             raise TypeError(f"expected the handle of a patched model, got {type(handle).__name__}")
         self.handle, self.save_base = handle, save_base
+        # of sharded vectors: (this process's parts, the state with all of them)
+        self._whole: tuple[list, dict] | None = None
         if handle is not None:
             handle.check_live()
             handle.load_watch.expect(self)
@@ -73,7 +75,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             raise ValueError("follow() needs to know the model: expected AdapterCheckpoints(handle), got no handle")
 
         def write(models: list, weights: list, folder: str) -> None:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process or self.handle.in_parts:
                 self.handle.save(Path(folder) / FOLDER)
 
         def read(models: list, folder: str) -> None:
@@ -88,8 +90,14 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         return self
 
     def state_dict(self) -> dict:
-        """The adapted heads, and the vectors by "<layer>.<component>": what a loop of one's own saves."""
-        vectors = {name: vector.detach().clone().cpu() for name, vector in self.handle.named_parameters()}
+        """The adapted heads, and the vectors by "<layer>.<component>": what a loop of one's own saves.
+
+        Where FSDP2 shards the vectors all processes must call it, and each gets them whole.
+        """
+        whole = self.handle.whole_vectors()
+        names = (name for name, _ in self.handle.named_parameters())
+        vectors = {f"{layer}.{kind}": v.clone().cpu() for (kind, layer), v in whole.items()}
+        vectors = {name: vectors[name] for name in names}
         return {"heads": _heads(self.handle.config), "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
@@ -102,7 +110,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         exported = {"args": {"save_base": self.save_base}, "attributes": {}}
         if self.handle is None:
             return exported
-        state = self.state_dict()
+        state = self._gathered_state() if self.handle.in_parts else self.state_dict()
         text = base64.b64encode(save(state["vectors"])).decode("ascii")
         return {**exported, "heads": state["heads"], "vectors": text, "sha256": _sum_of(text)}
 
@@ -143,6 +151,16 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             ) from error
         self._restore({**found, "vectors": vectors}, where)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before a checkpoint, while all processes are here: what one of them writes into its state."""
+        if (control.should_save or control.should_evaluate) and self.handle.in_parts:
+            self._gather()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """As `on_step_end`."""
+        if (control.should_save or control.should_evaluate) and self.handle.in_parts:
+            self._gather()
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -152,11 +170,11 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         """After a checkpoint was written: the adapter beside it."""
-        if not args.should_save:
+        if not (args.should_save or self.handle.in_parts):
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.handle.save(checkpoint / FOLDER)
-        if not self.save_base:
+        if args.should_save and not self.save_base:
             _drop_frozen(self.handle.model, checkpoint)
 
     def on_train_end(
@@ -172,8 +190,24 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             adapter = read_adapter(Path(state.best_model_checkpoint) / FOLDER)
             check_fits(adapter, self.handle.fingerprint)
             self.handle.take(adapter)
-        if args.should_save:
+        if args.should_save or self.handle.in_parts:
             self.handle.save(Path(args.output_dir) / FOLDER)
+
+    def _gather(self) -> None:
+        parts = [v.to_local().clone() for v in self.handle.vectors().values()]
+        self._whole = (parts, self.state_dict())
+
+    def _gathered_state(self) -> dict:
+        """What was gathered when all processes were here. Raises ValueError for vectors that have changed since."""
+        parts, state = self._whole or ([], {})
+        now = [v.to_local() for v in self.handle.vectors().values()]
+        if len(parts) != len(now) or not all(map(torch.equal, parts, now)):
+            raise ValueError(
+                "cannot write sharded vectors into the trainer's state in one process: they are gathered when a step "
+                "or an epoch ends with a checkpoint to come. Patch the model after it was sharded, or call "
+                "handle.save() in every process"
+            )
+        return state
 
     def _find(self, model: nn.Module | None) -> None:
         if self.handle is None:
@@ -219,8 +253,9 @@ def _heads(config: LofitConfig) -> dict:
 def _drop_frozen(model: nn.Module, checkpoint: Path) -> None:
     """Leave in a checkpoint's weights what is trained and no vector of ours."""
     files = sorted(checkpoint.glob("model*.safetensors"))
-    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
-    wanted = {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in trained}
+    # a sharded one has no numbers by whose place it could be told
+    state = model.state_dict(keep_vars=True)
+    wanted = {name for name, tensor in state.items() if getattr(tensor, "requires_grad", False)}
     kept: dict[str, torch.Tensor] = {}
     for file in files:
         kept |= {name: tensor for name, tensor in load_file(file).items() if name in wanted}

@@ -20,6 +20,7 @@ from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, 
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
 from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.sharded_base import sharded_as_asked
 from lofit_fast.training.shared_batches import check_places
 from lofit_fast.training.told_run import quiet_unless_first
 from lofit_fast.training.two_steps import FitResult, TwoSteps
@@ -126,7 +127,7 @@ def fit_objective(
     progress: bool = True,
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
-    with ranks.joined("training"), quiet_unless_first():
+    with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model):
         how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
         made = (model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         return _both_steps(*made, output_dir=output_dir, **how)

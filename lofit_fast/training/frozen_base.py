@@ -11,6 +11,7 @@ from torch import nn
 from lofit_fast.patching.architectures import inputs_of
 from lofit_fast.patching.layer import CUT_OFF
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
+from lofit_fast.patching.tensor_parallel import is_placed
 
 # what trainers ask a model
 _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -57,7 +58,7 @@ def check_passes_gradients(model: nn.Module) -> None:
     asked = set()
     for name, module in model.named_modules():
         width, weight = inputs_of(module), getattr(module, "weight", None)
-        if not width or is_dense(weight) or any(inputs_of(part) for part in module.children()):
+        if not width or is_dense(weight) or is_placed(weight) or any(inputs_of(part) for part in module.children()):
             continue
         kind = (type(module), type(weight), width)
         if kind not in asked and not _passes(module, width, model):

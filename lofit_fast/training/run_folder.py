@@ -19,6 +19,7 @@ from lofit_fast.data.encode import Encoded
 from lofit_fast.files import given_path, read_json, writable_folder, write_text
 from lofit_fast.heads import heads_of
 from lofit_fast.locks import alone
+from lofit_fast.patching.fully_sharded import is_spread, whole
 from lofit_fast.patching.placement import is_dense, plain_attributes
 from lofit_fast.sealed import SEAL, read_sealed, seal_of, write_sealed
 from lofit_fast.training.run_clearing import STATE, check_places, clear, clear_scratch, left_in
@@ -274,11 +275,13 @@ def data_digest(examples: Sequence[Encoded]) -> str:
 def weights_digest(projections: Iterable[nn.Module]) -> str:
     """SHA-256 over the first row of every projection's weight: tells models of one shape apart, in no time.
 
-    Of a projection without a dense weight (quantized, sharded, offloaded) everything that it holds is taken instead.
+    Of a projection without a dense weight (quantized, offloaded) everything that it holds is taken instead. One that
+    FSDP2 shards is gathered: all processes must call it.
     """
     digest = hashlib.sha256()
     for projection in projections:
         weight = getattr(projection, "weight", None)
+        weight = whole(weight) if is_spread(weight) else weight
         if is_dense(weight) and weight.dim() == 2 and weight.device.type != "meta":
             digest.update(weight[:1].detach().double().cpu().numpy().tobytes())
         else:

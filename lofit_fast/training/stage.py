@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded, pad_token_id
+from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
@@ -20,10 +21,11 @@ from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.engine.auto import said, settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
+from lofit_fast.training.sharded_base import without_shortcuts
 from lofit_fast.training.shared_batches import check_places, check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
@@ -100,6 +102,10 @@ def settle_for(
 
     rows: what an epoch goes through, where that is not all of it.
     """
+    if fully_sharded(attachment.model):
+        # one process alone cannot try anything
+        engine = without_shortcuts(attachment.model, engine)
+        return engine, said(engine)
     if engine.prefix_cache_gb == "auto":
         asked = engine
         engine = ranks.told(lambda: settled_prefix(attachment, asked, *data.reads(schedule)))

@@ -19,7 +19,7 @@ from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.modes import eval_mode
-from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.placement import device_of, is_offloaded
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
@@ -133,6 +133,11 @@ class AttachmentTraining:
             if not ranks.first():
                 return loss
         return loss + self.extra_loss().to(loss.device) / batches
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # what is offloaded is brought for each forward, and is nowhere now
+        if not is_offloaded(model):
+            super()._move_model_to_device(model, device)
 
     def noted(self, collate: Callable, number_of: Callable[[object], int | None]) -> Callable:
         """A collator that notes which examples each batch has, by a row's number; rows without one are let pass."""
@@ -400,7 +405,7 @@ def leave_in_place(trainer: AttachmentTraining) -> None:
     """
     device = getattr(trainer.args, "model_device", None)
     trainer.sender = None if device is None else Sender(device)
-    if device is not None:
+    if device is not None or is_offloaded(trainer.handle.model):
         trainer.accelerator.device_placement = False
 
 

@@ -23,7 +23,7 @@ from lofit_fast.models.base_digest import base_digest, same_base, settings_of
 from lofit_fast.patching.architectures import find_projections, fingerprint
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
-from lofit_fast.patching.sharding import check_unsharded
+from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
@@ -36,6 +36,7 @@ from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, weights_digest
+from lofit_fast.training.sharded_base import without_shortcuts
 from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage import cost_of, settle_for, train
 from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
@@ -89,13 +90,14 @@ class TwoSteps:
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.callbacks, self.progress = callbacks, progress and ranks.first()
         check_training()
-        check_unsharded(model)
+        check_fittable(model)
         check_passes_gradients(model)
         self.projections = find_projections(model)
         self.objective = objective
         self.data = objective.encoded(model, tokenizer, recipe.max_length, self.progress)
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
+        engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         check_shares(model, recipe.batch_size, recipe.accumulation_steps, self.data.n_examples)
         self._base = base_digest(model)

@@ -1,6 +1,7 @@
 """Models that accelerate spreads over devices or keeps offloaded: the fused path stays, and with it small scales."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -20,28 +21,47 @@ CONFIG = lf.LofitConfig(scale=[(0, 0), (1, 2)], offset=[(0, 1), (1, 0), (2, 3)])
 PARTS = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
 
 
-def resident(model):
+def resident(model, folder):
     from accelerate import dispatch_model
 
     places = {**dict.fromkeys(PARTS, "cpu"), **{f"model.layers.{n}": "cpu" for n in range(LAYERS)}}
     return dispatch_model(model, places, main_device="cpu", force_hooks=True)
 
 
-def offloaded(model):
+def offloaded(model, folder):
     from accelerate import cpu_offload
 
     cpu_offload(model, execution_device=torch.device("cpu"))
     return model
 
 
-SPREAD = {"resident": resident, "offloaded": offloaded}
+def on_disk(model, folder):
+    from accelerate import disk_offload
+
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+    return model
 
 
-def build(spread=None, dtype=torch.float32, config=CONFIG):
-    model = tiny_model("llama", dtype)
-    handle = lf.patch(model if spread is None else SPREAD[spread](model), config)
-    randomize(handle)
-    return model, handle
+def mixed(model, folder):
+    from accelerate import dispatch_model
+
+    places = {**dict.fromkeys(PARTS, "cpu"), **{f"model.layers.{n}": "disk" if n else "cpu" for n in range(LAYERS)}}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+SPREAD = {"resident": resident, "offloaded": offloaded, "disk": on_disk, "mixed": mixed}
+HELD = ("resident", "offloaded")
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(spread=None, dtype=torch.float32, config=CONFIG):
+        model = tiny_model("llama", dtype)
+        handle = lf.patch(model if spread is None else SPREAD[spread](model, tmp_path / "weights"), config)
+        randomize(handle)
+        return model, handle
+
+    return build
 
 
 def run(model, parameters):
@@ -50,9 +70,11 @@ def run(model, parameters):
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spread", SPREAD)
-def test_a_spread_model_computes_what_it_computes_in_one_place(spread, dtype):
+@pytest.mark.parametrize(
+    ("spread", "dtype"),
+    [*product(HELD, (torch.float32, torch.bfloat16)), ("disk", torch.float32), ("mixed", torch.float32)],
+)
+def test_a_spread_model_computes_what_it_computes_in_one_place(spread, dtype, build):
     (model, handle), (plain, expected) = build(spread, dtype), build(dtype=dtype)
     assert all(moving_hook(layer.inner) is not None for layer in handle.layers.values())
     got, wanted = run(model, list(handle.parameters())), run(plain, list(expected.parameters()))
@@ -64,8 +86,8 @@ def test_a_spread_model_computes_what_it_computes_in_one_place(spread, dtype):
         torch.testing.assert_close(folded, plain(tokens()).logits)
 
 
-@pytest.mark.parametrize("spread", SPREAD)
-def test_a_spread_model_equals_an_independent_hook(spread):
+@pytest.mark.parametrize("spread", HELD)
+def test_a_spread_model_equals_an_independent_hook(spread, build):
     model, handle = build(spread, torch.float64)
     got = run(model, list(handle.parameters()))
     plain = tiny_model("llama", torch.float64)
@@ -75,8 +97,8 @@ def test_a_spread_model_equals_an_independent_hook(spread):
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("spread", SPREAD)
-def test_a_spread_model_keeps_small_scales_in_16_bits(spread):
+@pytest.mark.parametrize("spread", HELD)
+def test_a_spread_model_keeps_small_scales_in_16_bits(spread, build):
     model, handle = build(spread, torch.bfloat16, lf.LofitConfig(scale=[(1, 2)]))
     layer = handle.layers[1]
     nn.init.constant_(layer.scale, 1e-3)
@@ -87,7 +109,7 @@ def test_a_spread_model_keeps_small_scales_in_16_bits(spread):
     assert not torch.equal(layer(z), base)
 
 
-def test_a_spread_model_is_folded_once(monkeypatch):
+def test_a_spread_model_is_folded_once(monkeypatch, build):
     seen = []
     folded = aten.grouped_fold
     monkeypatch.setattr(aten, "grouped_fold", lambda *of: seen.append(len(of[0])) or folded(*of))
@@ -96,7 +118,7 @@ def test_a_spread_model_is_folded_once(monkeypatch):
     assert seen == [3]
 
 
-def test_an_offloaded_weight_is_gone_after_its_forward():
+def test_an_offloaded_weight_is_gone_after_its_forward(build):
     model, handle = build("offloaded")
     run(model, list(handle.parameters()))
     assert all(layer.inner.weight.is_meta for layer in handle.layers.values())
@@ -131,7 +153,7 @@ def listened_to(linear):
 
 
 @pytest.mark.parametrize("change", [replaced_since, replaced_before, another_hook, listened_to])
-def test_whatever_else_is_on_a_projection_is_obeyed(change):
+def test_whatever_else_is_on_a_projection_is_obeyed(change, build):
     model, handle = build("resident")
     layer = handle.layers[0]
     z = torch.randn(5, layer.in_features)
@@ -141,7 +163,7 @@ def test_whatever_else_is_on_a_projection_is_obeyed(change):
 
 
 def test_a_copy_of_a_spread_model_moves_its_own():
-    linear = resident(tiny_model("llama")).model.layers[0].self_attn.o_proj
+    linear = resident(tiny_model("llama"), None).model.layers[0].self_attn.o_proj
     twin = copy.deepcopy(linear)
     assert moving_hook(linear) is not None
     # the copy's forward runs the copy, or it is not taken for one
@@ -151,3 +173,64 @@ def test_a_copy_of_a_spread_model_moves_its_own():
 def test_a_plain_linear_has_no_moving_hook():
     assert moving_hook(nn.Linear(2, 2)) is None
     assert patched.is_plain_linear(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "spread", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("offloaded", "disk"))]
+)
+def test_an_offloaded_model_is_saved_and_comes_back_and_is_not_merged(spread, build, tmp_path):
+    from accelerate.hooks import remove_hook_from_submodules
+
+    (model, handle), (plain, expected) = build(spread), build()
+    for do in (handle.merge, lambda: lf.export(handle, tmp_path / "plain")):
+        with pytest.raises(ValueError, match=r"cannot merge layer \d: .* not in memory \(offloaded"):
+            do()
+    assert torch.equal(lf.head_scores(handle), lf.head_scores(expected))
+    for one, folder in ((handle, "spread"), (expected, "alone")):
+        one.save(tmp_path / folder)
+    tensors = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("spread", "alone")]
+    assert tensors[0][-256:] == tensors[1][-256:]
+    with torch.no_grad():
+        wanted = plain(tokens()).logits
+        # the weights are where they were, and what brought them is gone
+        remove_hook_from_submodules(model)
+        torch.testing.assert_close(model(tokens()).logits, wanted)
+        handle.unpatch()
+        lf.load(model, tmp_path / "spread")
+        torch.testing.assert_close(model(tokens()).logits, wanted)
+
+
+@pytest.mark.parametrize("spread", ["offloaded", "disk"])
+def test_a_patched_model_is_not_offloaded(spread, build, tmp_path):
+    model, handle = build()
+    with pytest.raises(ValueError, match="cannot offload a patched model.*offload it, and patch it then"):
+        SPREAD[spread](model, tmp_path / "weights")
+
+
+def test_a_model_that_is_spread_after_the_patch_computes_the_same(build):
+    (model, handle), (plain, expected) = build(), build()
+    got = run(resident(model, None), list(handle.parameters()))
+    assert all(torch.equal(g, w) for g, w in zip(got, run(plain, list(expected.parameters())), strict=True))
+
+
+def test_a_layer_that_is_offloaded_as_a_whole_is_refused():
+    from accelerate import cpu_offload
+
+    model = tiny_model("llama")
+    cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=["LlamaAttention"])
+    with pytest.raises(ValueError, match="a LlamaAttention is offloaded as a whole.*without preload_module_classes"):
+        lf.patch(model, CONFIG)
+    model(tokens())
+
+
+@pytest.mark.slow
+def test_an_offloaded_model_is_fitted_like_another(tmp_path):
+    from tests.training.tiny_runs import QUICK, fit
+
+    fitted = [
+        fit(model, tmp_path / name, QUICK)
+        for name, model in (("spread", offloaded(tiny_model("llama"), None)), ("alone", tiny_model("llama")))
+    ]
+    assert fitted[0].heads == fitted[1].heads
+    for got, wanted in zip(*(one.handle.parameters() for one in fitted), strict=True):
+        assert torch.equal(got, wanted)

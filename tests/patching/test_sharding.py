@@ -24,19 +24,23 @@ def mesh(tmp_path_factory):
     distributed.destroy_process_group()
 
 
-def placed(linear, mesh, dim):
-    from torch.distributed.tensor import Shard, distribute_tensor
+def placed(linear, mesh, *places):
+    from torch.distributed.tensor import distribute_tensor
 
-    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)]))
-
-
-def tensor_parallel(model, mesh):
-    placed(model.model.layers[1].self_attn.o_proj, mesh, 1)
-    return model
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, places))
 
 
 def another_linear(model, mesh):
-    placed(model.model.layers[2].mlp.up_proj, mesh, 0)
+    from torch.distributed.tensor import Shard
+
+    placed(model.model.layers[2].mlp.up_proj, mesh, Shard(0))
+    return model
+
+
+def rows_and_columns(model, mesh):
+    from torch.distributed.tensor import Shard
+
+    placed(model.model.layers[1].self_attn.o_proj, distributed.init_device_mesh("cpu", (1, 1)), Shard(0), Shard(1))
     return model
 
 
@@ -79,11 +83,15 @@ def said_by_the_model(model, mesh):
     return model
 
 
+def sharded_around(model, mesh):
+    """As a part of something else: nothing in the model itself was given to fully_shard."""
+    fsdp.fully_shard(nn.Sequential(model), mesh=mesh)
+    return model
+
+
 FOUND = {
-    tensor_parallel: r"layers\.1\.self_attn\.o_proj\.weight, a \w+ placed \('S\(1\)',\) over 1 processes",
-    another_linear: r"layers\.2\.mlp\.up_proj\.weight, a \w+ placed",
-    fully_sharded: r"embed_tokens\.weight, a DTensor placed",
-    one_layer_sharded: r"layers\.0\.\S+weight, a DTensor placed",
+    rows_and_columns: r"layers\.1\.self_attn\.o_proj\.weight placed .* over 2 dimensions of processes",
+    sharded_around: r"the model is sharded as a part of a module around the model",
     wrapped_inside: r"found a FullyShardedDataParallel around model\.layers\.1",
     wrapped_whole: r"found a FullyShardedDataParallel around the model",
     partitioned: r"embed_tokens\.weight, a parameter that is partitioned \(ZeRO stage 3\)",
@@ -122,9 +130,22 @@ def test_sharded_model_is_refused_as_it_is(shard, mesh, tmp_path):
 def test_sharded_model_is_not_fitted(mesh, tmp_path):
     from tests.training.tiny_runs import fit
 
-    with pytest.raises(ValueError, match="cannot patch a sharded model"):
-        fit(fully_sharded(tiny_model("llama"), mesh), tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot fit a tensor-parallel model: .* loop of your own"):
+        fit(another_linear(tiny_model("llama"), mesh), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_columns_that_are_not_cut_one_after_another_are_refused(mesh):
+    from torch.distributed.tensor import DTensor, placement_types
+
+    model = tiny_model("llama")
+    o_proj = model.model.layers[1].self_attn.o_proj
+    packed = placement_types._StridedShard(dim=1, split_factor=2)
+    o_proj.weight = nn.Parameter(DTensor.from_local(o_proj.weight.detach(), mesh, [packed]))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight is placed .* one after another"):
+        lf.patch(model, CONFIGS["both"])
+    assert state(model) == before
 
 
 def two_processes(rank, store, folder, results):
@@ -141,22 +162,13 @@ def two_processes(rank, store, folder, results):
         except ValueError as error:
             said[name] = str(error)
 
-    model = type(tiny_model("llama")).from_pretrained(folder, tp_plan="auto")
-    note("tp_plan", lambda: lf.patch(model, CONFIGS["both"]))
-    mesh = distributed.init_device_mesh("cpu", (2,))
-    sharded = tiny_model("llama")
-    handle = lf.patch(sharded, CONFIGS["both"])
-    fsdp.fully_shard(sharded, mesh=mesh)
-    note("fully_shard", handle.adapter)
-    sharded.unshard()
-    handle.save(f"{store}-adapter{rank}")
     flat = tiny_model("llama")
     handle = lf.patch(flat, CONFIGS["both"])
     wrapper = fsdp.FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
     note("flat", handle.adapter)
     note("flat merge", handle.merge)
     with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
-        handle.adapter()
+        handle.save(f"{store}-adapter{rank}")
     results[rank] = said
     distributed.destroy_process_group()
 
@@ -170,8 +182,7 @@ def test_models_in_two_processes(tmp_path):
         torch.multiprocessing.spawn(two_processes, arguments, nprocs=2)
         said = dict(results)
     for rank in (0, 1):
-        assert said[rank].keys() == {"tp_plan", "fully_shard", "flat", "flat merge"}
-        assert "cannot patch a sharded model" in said[rank]["tp_plan"]
+        assert said[rank].keys() == {"flat", "flat merge"}
         assert "cannot save the adapter of a sharded model" in said[rank]["flat"]
         assert "cannot merge a sharded model" in said[rank]["flat merge"]
     handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
@@ -204,63 +215,47 @@ def test_model_sharded_after_the_patch_trains_as_the_whole_one(mesh):
         assert relative(got.full_tensor(), expected) < 1e-5
 
 
-def test_sharded_vectors_are_neither_saved_nor_merged(mesh, tmp_path):
-    _, handle, whole = sharded_after(mesh)
-    lf.handle_of(whole).save(tmp_path / "whole")
-    adapter = lf.handle_of(whole).adapter()
-    refused = {
-        "save the adapter of": lambda: handle.save(tmp_path / "parts"),
-        "load the adapter of": lambda: handle.take(adapter),
-        "score the adapter of": lambda: lf.head_scores(handle),
-        "merge": handle.merge,
-        "export": lambda: lf.export(handle, tmp_path / "plain"),
-    }
-    for action, do in refused.items():
-        with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: .*a DTensor.*unshard\(\)"):
-            do()
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-    handle.check_live()
-
-
-def test_gathered_vectors_are_saved(mesh, tmp_path):
-    """What the refusal advises."""
-    model, handle, whole = sharded_after(mesh)
-    lf.handle_of(whole).save(tmp_path / "whole")
-    for module in (model, *model.model.layers):
-        module.unshard()
-    handle.save(tmp_path / "gathered")
-    for module in (model, *model.model.layers):
-        module.reshard()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
 def gather(model):
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.unshard()
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["parts", "gathered"])
+def test_sharded_model_is_saved_and_filled_but_not_merged(gathered, mesh, tmp_path):
+    model, handle, whole = sharded_after(mesh)
+    lf.handle_of(whole).save(tmp_path / "whole")
+    adapter = lf.handle_of(whole).adapter()
+    if gathered:
+        gather(model)
+    with pytest.raises(ValueError, match=r"cannot merge a sharded model: .*lofit_fast\.export"):
+        handle.merge()
+    with torch.no_grad():
+        for vectors in handle.parameters():
+            vectors.zero_()
+    if gathered:
+        # what is written into gathered tensors would be lost
+        gather(model)
+    handle.take(adapter)
+    handle.save(tmp_path / "sharded")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert relative(logits(model), logits(whole)) < 1e-6
+
+
 @pytest.mark.parametrize("shard", [fully_sharded, one_layer_sharded], ids=lambda shard: shard.__name__)
-def test_gathered_model_is_not_patched(shard, mesh):
-    # every tensor is an ordinary one, and what is put beside it would not be synchronised
+def test_gathered_model_is_patched(shard, mesh):
+    # every tensor is an ordinary one, and those that are trained are not: they come back
     model = shard(tiny_model("llama"), mesh)
     gather(model)
-    before = state(model)
-    with pytest.raises(ValueError, match="cannot patch a sharded model: .* was given to fully_shard.*data-parallel"):
-        lf.patch(model, CONFIGS["both"])
-    assert state(model) == before
-
-
-def test_nothing_is_written_into_a_gathered_model(mesh):
-    model, handle, whole = sharded_after(mesh)
+    handle = lf.patch(model, CONFIGS["both"])
+    ids = set(map(id, handle.parameters()))
+    assert all(p.requires_grad == (id(p) in ids) for p in model.parameters())
     gather(model)
-    before = state(model)
-    adapter = lf.handle_of(whole).adapter()
-    for action, do in (("merge", handle.merge), ("load the adapter of", lambda: handle.take(adapter))):
-        with pytest.raises(ValueError, match=f"cannot {action} a sharded model: .*fully_shard.*lost"):
-            do()
-    assert state(model) == before
+    handle.unpatch()
+    assert all(p.requires_grad for p in model.parameters())
+    gather(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def freed(vectors):
@@ -293,6 +288,43 @@ def test_base_in_parts_is_not_merged(take, tmp_path):
         with pytest.raises(ValueError, match=rf"cannot {action} a sharded model: found \S+, which has the shape"):
             do()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_whole_weight_waits_for_the_backward(dtype, mesh):
+    """What a forward keeps of a projection is FSDP's own tensor, which is empty by then."""
+    model, handle, _ = sharded_after(mesh, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype))
+    shape, kept = handle.layers[1].weight.shape, []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(model)
+    weights = [tensor for tensor in kept if tensor.shape in (shape, shape[::-1])]
+    assert weights and all(tensor.untyped_storage().nbytes() == 0 for tensor in weights)
+    value.backward()
+
+
+def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    model, whole = tiny_model("llama"), tiny_model("llama")
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
+    handles = [lf.patch(each, CONFIGS["both"]) for each in (model, whole)]
+    for handle in handles:
+        randomize(handle)
+    vectors = {id(parameter) for parameter in handles[1].parameters()}
+    for parameter in whole.parameters():
+        parameter.data = parameter.data if id(parameter) in vectors else parameter.data.bfloat16()
+    assert relative(logits(model), logits(whole)) < 1e-6
+    loss(model).backward()
+    loss(whole).backward()
+    for got, expected in zip(*(handle.parameters() for handle in handles), strict=True):
+        assert got.dtype == got.grad.dtype == torch.float32
+        assert relative(got.grad, expected.grad) < 1e-6
 
 
 def test_mixed_precision_computes_with_rounded_vectors(mesh):

@@ -1,0 +1,109 @@
+"""One mean of gradients over the processes of a model that FSDP2 shards, for vectors that FSDP knows nothing of.
+
+They are those of a model that was sharded before it was patched, of layers that nobody sharded, and those that
+fully_shard was told to ignore. Each process has them whole. When a backward pass ends, one message sums all of their
+gradients, which is what FSDP does with those of its own; a second pass before the optimizer's step, as with gradients
+that are accumulated, sums what came to them, and the mean of a mean is that mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lofit_fast import ranks
+from lofit_fast.patching.fully_sharded import divisor_of, held, mesh_of, shards
+from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.sharding import is_shared
+
+
+class VectorSync:
+    """Listens for the gradients of vectors that are no part of FSDP's groups, from patching on until `remove`.
+
+    model: whatever of it was given to fully_shard, before or since, is found. decoder: before each of its forwards the
+    vectors are looked at again.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, layers: list[LofitLinear]) -> None:
+        self.model, self.layers = model, layers
+        self._listening: dict[int, tuple[Tensor, torch.utils.hooks.RemovableHandle]] = {}
+        # the backward pass at whose end the mean is taken
+        self._pass: int | None = None
+        self._hook = decoder.register_forward_pre_hook(self._before_forward)
+        self.look()
+
+    def __getstate__(self) -> dict:
+        # a copy's vectors have no hooks: it looks again before its first forward
+        return {**vars(self), "_listening": {}, "_pass": None}
+
+    def remove(self) -> None:
+        """Listen no more."""
+        self._hook.remove()
+        for _, hook in self._listening.values():
+            hook.remove()
+        self._listening.clear()
+
+    def look(self) -> None:
+        """Listen to the vectors that need it, which are none in a model that is not sharded."""
+        if not any(map(shards, self.model.modules())):
+            return
+        for vectors in self._own():
+            known = self._listening.get(id(vectors))
+            if known is None or known[0] is not vectors:
+                self._listening[id(vectors)] = (vectors, vectors.register_post_accumulate_grad_hook(self._came))
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        if ranks.count() > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.look()
+
+    def _own(self) -> list[Tensor]:
+        """The vectors that are trained and that FSDP has no part of, in an order that all processes share."""
+        theirs = held(self.model)
+        return [
+            vectors
+            for layer in self.layers
+            for name, vectors in layer.named_parameters(recurse=False)
+            if (id(layer), name) not in theirs and vectors.requires_grad
+        ]
+
+    def _came(self, vectors: Tensor) -> None:
+        # a pass that an error ended never came to its mean
+        if (current := torch._C._current_graph_task_id()) != self._pass:
+            self._pass = current
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self._pass = None
+        mesh, vectors = mesh_of(self.model), self._own()
+        if mesh is None or not vectors:
+            return
+        dtype = torch.promote_types(vectors[0].dtype, vectors[-1].dtype)
+        parts = [v.new_zeros(v.shape) if v.grad is None else v.grad for v in vectors]
+        # a process whose examples left a layer without a gradient has a mean of the others' all the same
+        there = torch.tensor([float(v.grad is not None) for v in vectors], dtype=dtype, device=parts[0].device)
+        flat = torch.cat([*(part.flatten().to(dtype) for part in parts), there])
+        sums = flat.to(_device_of(mesh, flat))
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(sums, group=group)
+        flat = sums.to(flat.device)
+        *means, there = flat.split([*(v.numel() for v in vectors), len(vectors)])
+        divisor = divisor_of(self.model) or mesh.size()
+        for v, total, somewhere in zip(vectors, means, there.tolist(), strict=True):
+            if somewhere:
+                mean = (total / divisor).view_as(v).to(v.dtype)
+                # the very tensor, which an optimizer or a clipping may hold
+                v.grad = mean if v.grad is None else v.grad.copy_(mean)
+
+
+def _device_of(mesh, flat: Tensor) -> torch.device:
+    """Where the mesh's processes can send a tensor from."""
+    if flat.device.type == mesh.device_type:
+        return flat.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def check_same_vectors(model: nn.Module, config: object) -> None:
+    """Raise ValueError in every process unless all of them patch a sharded model with the same config."""
+    if is_shared(model):
+        ranks.check_same(config, "LofitConfig")

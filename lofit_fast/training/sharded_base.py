@@ -1,0 +1,99 @@
+"""Training where FSDP2 shards the base over the processes: the base is sharded first, and then patched.
+
+So every process has the vectors whole, as in data parallelism: batches are cut and gradients put together as there, and
+one process writes. What the engine has to save work looks at weights outside of their layer's turn, or lets some
+processes pass a layer that others do not: none of it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lofit_fast import ranks
+from lofit_fast.patching.architectures import decoder_layers
+from lofit_fast.patching.fully_sharded import fully_sharded
+from lofit_fast.patching.placement import device_of
+from lofit_fast.training.engine import Engine
+
+_ASKED = "ACCELERATE_USE_FSDP"
+# knob -> what it is where nothing is tried or kept; "auto" of the attention leaves the model's own
+_PLAIN = {
+    "compile": False,
+    "packing": False,
+    "prefix_cache_gb": 0.0,
+    "prompt_cache_gb": 0.0,
+    "narrow": False,
+    "frozen_products": "full",
+    "large_pages": False,
+}
+
+
+@contextmanager
+def sharded_as_asked(model: nn.Module) -> Iterator[None]:
+    """A scope in which trainers hear nothing of accelerate's FSDP: where it is asked for the base is sharded here.
+
+    Each decoder layer is a group, and what is outside of them another; how they are gathered, offloaded and rounded is
+    what accelerate's configuration says. The model stays sharded.
+    Raises ValueError for FSDP of version 1, and for what is not done here.
+    """
+    asked = os.environ.get(_ASKED, "").lower() in ("1", "true")
+    if not asked or ranks.count() == 1:
+        yield
+        return
+    if not fully_sharded(model):
+        _shard(model)
+    said = os.environ.pop(_ASKED)
+    try:
+        yield
+    finally:
+        os.environ[_ASKED] = said
+
+
+def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
+    """The engine for a model that FSDP2 shards: nothing is tried, kept or compiled. Any other model's as it is.
+
+    Raises ValueError for a knob that was asked for.
+    """
+    if not fully_sharded(model):
+        return engine
+    for name, plain in {**_PLAIN, "verify": False}.items():
+        if (got := getattr(engine, name)) not in ("auto", plain):
+            raise ValueError(f"{name}={got!r} was asked for, but the model is sharded (FSDP2): expected {plain!r}")
+    return replace(engine, **_PLAIN)
+
+
+def _shard(model: nn.Module) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # reads the variables that accelerate's launcher sets
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"accelerate is configured for FSDP of version {plugin.fsdp_version}: expected fsdp_version: 2 in its file"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing is not applied here: expected false in accelerate's file; "
+            "model.gradient_checkpointing_enable() does the same"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        # transformers has loaded the numbers in the first process alone
+        ranks.as_first([*model.parameters(), *model.buffers()])
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    how = {
+        "mesh": torch.distributed.init_device_mesh(device_of(model).type, (ranks.count(),)),
+        "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }
+    for layer in decoder_layers(model):
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **how)
+    fully_shard(model, **how)

@@ -1,0 +1,116 @@
+"""fit where FSDP2 shards the base: what one process does, in each way to ask for it."""
+
+import os
+
+import pytest
+
+import lofit_fast as lf
+from tests.several_processes import in_processes
+from tests.tiny_models import tiny_model
+from tests.training.shared_runs import SHARED, assert_same_outcome, changed, outcome
+from tests.training.test_shared_training import Stop, preferred
+from tests.training.tiny_runs import EXAMPLES, HELD_OUT, fit, vectors
+
+fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
+ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def sharding_fit(model, folder, recipe, **options):
+    """Of a model that its user has sharded."""
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer)
+    return fit(fsdp.fully_shard(model), folder, recipe, **options)
+
+
+def asking_fit(model, folder, recipe, asked=ASKED, **options):
+    """Of a whole model, as accelerate's launcher asks for FSDP2."""
+    os.environ |= asked
+    result = fit(model, folder, recipe, **options)
+    assert isinstance(model, fsdp.FSDPModule) and not result.handle.in_parts
+    return result
+
+
+def test_sharded_base_is_fitted(tmp_path):
+    data = {"examples": EXAMPLES[:7], "eval_data": HELD_OUT}
+    expected = outcome(tmp_path / "one", **data)
+    for got in in_processes(2, lambda rank: outcome(tmp_path / "two", fitting=asking_fit, **data)):
+        assert_same_outcome(got, expected)
+    handle = lf.load(tiny_model("llama"), tmp_path / "two" / "adapter", strict=True)
+    assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+REFUSED = {
+    "version 1": ({"FSDP_VERSION": "1"}, {}, "FSDP of version 1: expected fsdp_version: 2"),
+    "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "fsdp_activation_checkpointing"),
+    "products": (
+        {},
+        {"engine": lf.Engine(frozen_products="int8")},
+        "frozen_products='int8' was asked for, but the mod",
+    ),
+    "prefix": ({}, {"engine": lf.Engine(prefix_cache_gb=1.0)}, "prefix_cache_gb=1.0 was asked for"),
+}
+
+
+def test_what_a_sharded_base_cannot_have_is_refused(tmp_path):
+    def work(rank):
+        for asked, options, words in REFUSED.values():
+            with pytest.raises(ValueError, match=words):
+                asking_fit(tiny_model("llama"), tmp_path / "run", SHARED, {**ASKED, **asked}, **options)
+            for name in asked:
+                del os.environ[name]
+        assert not (tmp_path / "run").exists()
+
+    in_processes(2, work)
+
+
+WAYS = {
+    "user": (sharding_fit, {}),
+    "gemma": (asking_fit, {"model": "gemma"}),
+    "biases": (asking_fit, {"model": "qwen2"}),
+    "accumulated": (asking_fit, {"recipe": changed(accumulation_steps=2, batch_size=12)}),
+    "saliency": (asking_fit, {"recipe": changed(select="saliency")}),
+    "early_stop": (asking_fit, {"recipe": changed(select="early_stop")}),
+    "answers": (asking_fit, {"recipe": changed(positions="answer")}),
+    "gathered": (lambda *args, **more: asking_fit(*args, {**ASKED, "FSDP_RESHARD_AFTER_FORWARD": "false"}, **more), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_base_is_fitted_in_each_way(way, n, tmp_path):
+    fitting, options = WAYS[way]
+    options = {**options, "examples": EXAMPLES[:7], "eval_data": HELD_OUT}
+    expected = outcome(tmp_path / "one", **options)
+    for got in in_processes(n, lambda rank: outcome(tmp_path / "many", fitting=fitting, **options), limit=200):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_preferences_on_a_sharded_base(tmp_path):
+    pytest.importorskip("trl", reason="no TRL, which trains on preferences")
+    expected = outcome(tmp_path / "one", fitting=preferred)
+
+    def sharding(model, folder, recipe, **options):
+        os.environ |= ASKED
+        return preferred(model, folder, recipe, **options)
+
+    for got in in_processes(2, lambda rank: outcome(tmp_path / "two", fitting=sharding), limit=200):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_sharded_run_goes_on_where_one_process_ended(tmp_path):
+    """And one process where several have: a checkpoint has whole vectors."""
+    expected = outcome(tmp_path / "whole")
+
+    def cut(rank):
+        with pytest.raises(KeyboardInterrupt):
+            outcome(tmp_path / "several", fitting=asking_fit, callbacks=[Stop()])
+
+    with pytest.raises(KeyboardInterrupt):
+        outcome(tmp_path / "one", callbacks=[Stop()])
+    for got in in_processes(2, lambda rank: outcome(tmp_path / "one", fitting=asking_fit), limit=200):
+        assert_same_outcome(got, expected)
+    in_processes(2, cut, limit=200)
+    assert_same_outcome(outcome(tmp_path / "several"), expected)

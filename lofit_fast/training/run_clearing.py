@@ -65,10 +65,12 @@ def clear(folder: Path) -> None:
 
 
 def clear_scratch(folder: Path) -> None:
-    """Take away the scratch folders that killed writes have left in a run folder and in the run's own folders."""
-    for place in (folder, *(folder / name for name in FOLDERS)):
-        if place == folder or not place.is_symlink():
-            remove_abandoned(place)
+    """Take away the scratch folders that killed writes have left in a run folder, its own folders and checkpoints."""
+    own = [folder / name for name in FOLDERS if not (folder / name).is_symlink()]
+    with suppress(OSError):
+        own += [path for stage in own for path in stage.glob("checkpoint-*") if not path.is_symlink()]
+    for place in (folder, *own):
+        remove_abandoned(place)
 
 
 def _is_there(path: Path) -> bool:

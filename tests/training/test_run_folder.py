@@ -297,6 +297,16 @@ def test_a_file_in_a_folders_place_is_named_or_taken_away(tmp_path, name):
     assert opened(tmp_path, resume=False).stage == "select" and not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("name", ["", "tune", "tune/checkpoint-2"])
+def test_what_refused_removals_have_left_goes_when_the_run_goes_on(tmp_path, name):
+    opened(tmp_path)
+    left = tmp_path / name / ".lofit-abcd1234"
+    left.mkdir(parents=True)
+    (left / "adapter_model.safetensors").write_bytes(b"0")
+    opened(tmp_path)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("path", ["", "a\0b"])
 def test_what_is_no_folder_is_refused(path):
     with pytest.raises(ValueError, match="expected the path of a file or folder, got"):

@@ -152,6 +152,7 @@ def test_every_way_to_train(tmp_path, monkeypatch, way):
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_real_model_learns_the_same(tmp_path, n):
     # the processes are forked, and have its pages in common

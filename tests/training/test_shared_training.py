@@ -278,6 +278,8 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+# of what ends all of them tests/test_ranks.py has a faster one
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
     monkeypatch.setattr(roll_call, "_GRACE", 0.5)
 

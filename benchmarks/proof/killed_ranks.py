@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import random
+import re
 import shutil
 import socket
 import tempfile
@@ -106,7 +107,7 @@ def _wrong(n: int, killed: int, folder: Path, whole: Path, ends: dict[int, Ended
     for rank, end in ends.items():
         if rank != killed and (end.hung or "ElsewhereError" not in end.raised):
             return f"process {rank} {'hangs' if end.hung else f'ends with {end.raised[:1]}: {end.message}'}"
-        if rank != killed and f"process {killed} " not in end.message:
+        if rank != killed and not re.search(rf"process {killed}\b(?! of)", end.message):
             return f"process {rank} does not name it: {end.message}"
     if part := partly_there(folder / "run"):
         return f"in part: {part}"

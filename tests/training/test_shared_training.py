@@ -152,6 +152,7 @@ def test_every_way_to_train(tmp_path, monkeypatch, way):
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_real_model_learns_the_same(tmp_path, n):
     # the processes are forked, and have its pages in common
@@ -277,6 +278,8 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+# of what ends all of them tests/test_ranks.py has a faster one
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
     monkeypatch.setattr(roll_call, "_GRACE", 0.5)
 

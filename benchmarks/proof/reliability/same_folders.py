@@ -54,7 +54,7 @@ def _same(first_of: tuple[Path, str], second_of: tuple[Path, str], near: bool) -
         first, second = (_content(*of) for of in (first_of, second_of))
         return first == second or (near and one.name in _OF_VECTORS)
     if one.suffix == ".jsonl":
-        first, second = ([_timeless(json.loads(line)) for line in p.read_text().splitlines()] for p in (one, other))
+        first, second = ([_row(line) for line in p.read_text().splitlines()] for p in (one, other))
         return first == second or (near and _epochs(first) == _epochs(second))
     if one.suffix == ".safetensors":
         # what stands beside the tensors may name a folder, and stands in a JSON file too
@@ -68,6 +68,14 @@ def _content(path: Path, folder: str) -> object:
         # of the file with its seconds
         content.pop("sha256", None)
     return content
+
+
+def _row(line: str) -> object:
+    row = _timeless(json.loads(line))
+    if isinstance(row, dict):
+        # of the line with its seconds
+        row.pop("sha256", None)
+    return row
 
 
 def _timeless(content: object) -> object:

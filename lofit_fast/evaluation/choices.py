@@ -98,7 +98,9 @@ def score_choices(
     division = Division(model, "scoring", even=score is not _score_by_question)
     division.check_same(list(zip(prompts, endings, strict=True)), "questions and choices")
     found: dict[tuple[int, int], float] = {}
-    with division.together(), evaluating(model), division.bar(sum(map(len, endings)), progress) as bar:
+    # by forwards, of which some have more choices than others
+    total = sum(map(len, endings)) if division.same else None
+    with division.together(), evaluating(model), division.bar(total, progress) as bar:
         for question, choice, value in score(model, prompts, endings, max_tokens, division):
             found[question, choice] = value
             bar.update()

@@ -55,14 +55,14 @@ class Division:
 
     def batches(self, batches: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[Sequence[int], bool]]:
         """The same, of batches of rows, with a bar of rows."""
-        with self.bar(sum(map(len, batches)), progress) as bar:
-            for rows, counts in self.mine(batches):
+        share = self.mine(batches)
+        with self.bar(sum(len(rows) * counts for rows, counts in share), progress) as bar:
+            for rows, counts in share:
                 yield rows, counts
                 bar.update(len(rows) * counts)
 
-    def bar(self, total: int, progress: bool) -> tqdm:
-        """A bar that the first process shows: of its own share of the total."""
-        total = total if self.same else -(-total // self.count)
+    def bar(self, total: int | None, progress: bool) -> tqdm:
+        """A bar that the first process shows, of what it does itself."""
         return tqdm(total=total, desc=self.what, disable=not (progress and self.rank == 0), leave=False)
 
     def together(self) -> AbstractContextManager[None]:

@@ -126,6 +126,7 @@ def test_different_work_is_refused_in_all():
     assert len(first) == 5 and len(second) == 4
 
 
+@pytest.mark.slow
 def test_an_error_in_one_share_is_raised_in_all():
     model = patched()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,10 @@ def test_the_file_for_data_parallel_trains_what_one_process_does(tmp_path):
     train = ["train", "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--dtype", "float32"]
     train += ["--device", "cpu", "--top", "2", "--batch-size", "4", "--select-epochs", "1", "--tune-epochs", "2"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate" / "ddp.yaml"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "lofit_fast.cli"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch += ["--num_processes", "2", "--main_process_port", port, "-m", "lofit_fast.cli"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
     found = {}
     for name, how in (("one", ["-m", "lofit_fast.cli"]), ("two", launch)):

@@ -46,7 +46,11 @@ def held_by(model):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # as their pages on the hub say
-    [("Llama-3.2-1B", 1235814400), ("Llama-3-8B", 8030261248), ("Llama-3-70B", 70553706496)],
+    [
+        ("Llama-3.2-1B", 1235814400),
+        pytest.param("Llama-3-8B", 8030261248, marks=pytest.mark.slow),
+        pytest.param("Llama-3-70B", 70553706496, marks=pytest.mark.slow),
+    ],
 )
 def test_published_models_have_the_parameters_that_are_published(name, parameters):
     weights = weights_of(decoder_of(name, torch.bfloat16))
@@ -180,8 +184,8 @@ def sharded(model):
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fsdp_gathers_what_the_formula_says(tied, tmp_path):
+@pytest.mark.parametrize(("n", "tied"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
+def test_fsdp_gathers_what_the_formula_says(n, tied, tmp_path):
     tiny_model("llama", tie_word_embeddings=tied).config.save_pretrained(tmp_path)
 
     def work(rank):
@@ -193,17 +197,16 @@ def test_fsdp_gathers_what_the_formula_says(tied, tmp_path):
             found.append((here, *counted_step(model)))
         return found
 
-    for n in (2, 3):
-        shards = shard_of(decoder_of(tmp_path), n)
-        for found in in_processes(n, work):
-            for layer, (here, forward, both) in enumerate(found):
-                expected = arithmetic.fsdp_payload(shards, layer, n)
-                assert [*forward.values()] == [expected[0]]
-                assert [*both.values()] == [sum(expected)]
-                assert here == shards.total - shards.buffers
+    shards = shard_of(decoder_of(tmp_path), n)
+    for found in in_processes(n, work):
+        for layer, (here, forward, both) in enumerate(found):
+            expected = arithmetic.fsdp_payload(shards, layer, n)
+            assert [*forward.values()] == [expected[0]]
+            assert [*both.values()] == [sum(expected)]
+            assert here == shards.total - shards.buffers
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tensor_parallelism_sends_what_the_formula_says(tied, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers cuts models otherwise")
     tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
@@ -258,7 +261,10 @@ def test_more_devices_keep_less_of_what_is_divided(folder):
         assert plans[mode].memory[0].bytes < 0.7 * alone.memory[0].bytes
     numbers = LAYERS * HEADS * 16
     assert plans["ddp"].sent == plans["ddp"].payload[0].bytes == 4 * numbers
-    # sizes of a real model, whose heads are views of what is cut
+
+
+@pytest.mark.slow
+def test_a_cut_model_of_real_sizes_keeps_a_part():
     wide = plan_devices("Llama-3.2-1B", "tp", 8, T, torch.bfloat16, [32] * 16, [0] * 16)
     weights = plan_devices("Llama-3.2-1B", "ddp", 8, T, torch.bfloat16, [32] * 16, [0] * 16).memory[0].bytes
     assert wide.memory[0].bytes == pytest.approx(weights / 8, rel=0.01)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import out, say_error
-from lofit_fast.cli.options import Fast, Jobs, Json, check_output
+from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
@@ -20,9 +20,7 @@ def sweep(
         typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
     ] = None,
     jobs: Jobs = 1,
-    together: Annotated[
-        int, typer.Option(min=1, help="Runs whose second steps share each pass: more runs an hour.", metavar="M")
-    ] = 1,
+    together: Together = 1,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,

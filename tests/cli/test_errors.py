@@ -116,7 +116,7 @@ COUNTS = {
         **{f"--{name}": 1 for name in ("train-size", "batch-size", "select-examples")},
         **{f"--{name}": 0 for name in ("select-epochs", "min-layer")},
     },
-    "sweep": {"--jobs": 1},
+    "sweep": {"--jobs": 1, "--together": 1},
     "plan": {"--tokens": 1},
     "autotune": {"--tokens": 1, "--rounds": 1},
 }

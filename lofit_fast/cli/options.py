@@ -77,6 +77,7 @@ MaxLength = Annotated[int | None, typer.Option(help="Longest example in tokens."
 Jobs = Annotated[
     int, typer.Option("--jobs", "-j", help="Processes that train at the same time, each with a base."), AtLeast(1)
 ]
+Together = Annotated[int, typer.Option(help="Runs whose second steps share each pass.", metavar="M"), AtLeast(1)]
 Positions = Annotated[
     str | None,
     typer.Option(help="Tokens to act on: 'all' (default) or 'answer', from the last of the prompt on."),

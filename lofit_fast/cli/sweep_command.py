@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import out, say_error
-from lofit_fast.cli.options import AtLeast, Fast, Jobs, Json, check_output
+from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
@@ -28,9 +28,7 @@ def sweep(
             metavar="LIST",
         ),
     ] = None,
-    together: Annotated[
-        int, typer.Option(help="Runs whose second steps share each pass: more runs an hour.", metavar="M"), AtLeast(1)
-    ] = 1,
+    together: Together = 1,
     fast: Fast = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished runs, go on with interrupted ones.")] = True,

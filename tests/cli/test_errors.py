@@ -118,6 +118,7 @@ COUNTS = {
     },
     "sweep": {"--jobs": 1, "--together": 1},
     "plan": {"--tokens": 1, "--devices": 1},
+    "heads": {"--tokens": 1, "--pictures": 1},
     "autotune": {"--tokens": 1, "--rounds": 1},
     "serve": {"--port": 0, "--max-new-tokens": 1, "--queue": 0},
 }

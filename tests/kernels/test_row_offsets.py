@@ -35,8 +35,7 @@ def test_row_offsets_are_rounded_once(dtype, masked):
 @pytest.mark.parametrize("masked", [False, True])
 def test_row_offsets_gradients(index, masked):
     y, table, mask = inputs(torch.float64, torch.float64)
-    y.requires_grad_()
-    table.requires_grad_()
+    y, table = y[..., :3].clone().requires_grad_(), table[:, :3].clone().requires_grad_()
     mask = mask if masked else None
     assert torch.autograd.gradcheck(lambda y, t: add_row_offsets(y, t, index, mask), (y, table))
 

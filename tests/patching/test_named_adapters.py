@@ -20,15 +20,8 @@ HEADS = {"default": [(1, 0), (1, 3)], "a": SOME, "b": [(0, 0), (2, 1)], "c": "al
 class Shared:
     """A model with four adapters on it, and what each computes by itself, hooked by nobody of ours."""
 
-    def __init__(self, folder, family="llama", dtype=torch.float32, **options) -> None:
-        self.folders = {}
-        self.vectors = {}
-        for number, (name, heads) in enumerate(HEADS.items()):
-            model = tiny_model(family, dtype)
-            handle = lf.patch(model, lf.LofitConfig(offset=heads, **options))
-            randomize(handle, seed=number)
-            self.vectors[name] = vectors_of(handle)
-            self.folders[name] = handle.save(folder / name)
+    def __init__(self, folder, family="llama", dtype=torch.float32, saved=None, **options) -> None:
+        self.folders, self.vectors = made(folder, family, dtype, **options) if saved is None else saved
         self.model = tiny_model(family, dtype)
         self.handle = lf.load(self.model, self.folders["default"])
         for name in "abc":
@@ -46,9 +39,24 @@ class Shared:
             hook.remove()
 
 
+def made(folder, family, dtype, **options):
+    """(folders, vectors) of the adapters, by name."""
+    folders, vectors = {}, {}
+    for number, (name, heads) in enumerate(HEADS.items()):
+        handle = lf.patch(tiny_model(family, dtype), lf.LofitConfig(offset=heads, **options))
+        randomize(handle, seed=number)
+        vectors[name], folders[name] = vectors_of(handle), handle.save(folder / name)
+    return folders, vectors
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("adapters"), "llama", torch.float32)
+
+
 @pytest.fixture
-def shared(tmp_path):
-    return Shared(tmp_path)
+def shared(tmp_path, saved):
+    return Shared(tmp_path, saved=saved)
 
 
 def logits(model, ids) -> Tensor:
@@ -105,7 +113,7 @@ def test_rows_in_16_bits_are_as_exact_as_a_hook(tmp_path, dtype):
         check(got[row], exact, torch.nn.functional.linear(z[row] + v.flatten().to(dtype), layer.weight))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_generation_with_rows_is_that_of_each_prompt(shared, side):
     model, handle = shared.model, shared.handle
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -156,7 +164,7 @@ def test_beams_and_returned_sequences_have_their_prompts_adapter(shared, options
         logits(shared.model, tokens(4, 6))
 
 
-def test_gradients_reach_each_adapter_from_its_own_rows(shared):
+def test_gradients_reach_each_adapter_from_its_own_rows(shared, tmp_path):
     handle, ids = shared.handle, tokens(4)
     handle.add("t", shared.folders["a"], trained=True)
     handle.add("new", lf.LofitConfig(offset=[(2, 0)], seed=3))
@@ -178,7 +186,7 @@ def test_gradients_reach_each_adapter_from_its_own_rows(shared):
             p.add_(0.1)
         handle.set_active("t")
         now = logits(shared.model, ids)
-        saved = handle.save(shared.folders["a"].parent / "t")
+        saved = handle.save(tmp_path / "t")
     assert relative(now, logits(lf.load(tiny_model("llama"), saved).model, ids)) < 1e-5
     assert relative(now, shared.alone("a", lambda m: logits(m, ids))) > 1e-3
 
@@ -231,11 +239,11 @@ def test_a_base_that_is_hooked_is_called_with_each_rows_vectors(shared):
         assert relative(got[row : row + 1], expected) < 1e-5
 
 
-def test_the_active_adapter_is_merged_and_the_model_is_as_it_was_otherwise(shared):
+def test_the_active_adapter_is_merged_and_the_model_is_as_it_was_otherwise(shared, tmp_path):
     ids = tokens()
     shared.handle.set_active("b")
     with pytest.raises(ValueError, match="export while 'b' is active"):
-        lf.export(shared.handle, shared.folders["a"].parent / "exported")
+        lf.export(shared.handle, tmp_path / "exported")
     merged = shared.handle.merge()
     assert relative(logits(merged, ids), shared.alone("b", lambda m: logits(m, ids))) < 1e-5
     assert lf.handle_of(merged) is None

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import lofit_fast as lf
+from lofit_fast.patching import hub_push
 from lofit_fast.patching.storage import read_adapter
 from tests.cli.calling import as_json, call, error_of
 from tests.fake_hub import fake_hub
@@ -40,7 +41,8 @@ def test_convert_adapter(model, tmp_path):
     assert "none is no adapter folder" in message
 
 
-def test_push_writes_the_folder_alone(model, adapter, tmp_path):
+def test_push_writes_the_folder_alone(model, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_push, "can_draw", lambda: False)
     out = tmp_path / "page"
     options = ("--model", model, "--adapter", adapter, "--repo", "me/mine", "--license", "mit")
     assert as_json("push", *options, "--dry-run", "--output", out)["folder"] == str(out)

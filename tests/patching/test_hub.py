@@ -9,14 +9,23 @@ import torch
 from huggingface_hub import constants
 
 from lofit_fast import LofitConfig, handle_of, load, patch
+from lofit_fast.patching import hub_push
 from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.patching.storage import CONFIG_FILE, TENSOR_FILE
 from tests.fake_hub import fake_hub
+from tests.library_versions import PICTURES
 from tests.oracle import randomize
 from tests.patched_models import SOME, logits, snapshot
 from tests.tiny_models import tiny_model
 
 REPO = "somebody/kinship"
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Pictures cost a second; one test has one drawn."""
+    if "drawn" not in request.node.name:
+        monkeypatch.setattr(hub_push, "can_draw", lambda: False)
 
 
 @pytest.fixture
@@ -202,9 +211,13 @@ def test_what_is_not_pushed(adapter, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "other"]
 
 
-def test_the_base_is_named_only_where_the_hub_has_it(adapter, tmp_path):
+def test_a_drawn_picture_and_a_base_of_ones_own(adapter, tmp_path):
     handle = load(tiny_model("llama"), adapter[0])
     handle.model.config._name_or_path = str(tmp_path / "secret" / "place")
     handle.push_to_hub(REPO, folder=tmp_path / "out", dry_run=True)
     card = (tmp_path / "out" / "README.md").read_text()
+    # the base is named only where the hub has it
     assert "secret" not in card and "base_model" not in card
+    if PICTURES:
+        assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
+        assert "](heads.png)" in card

@@ -47,15 +47,15 @@ def refusal(response, status):
 
 
 def test_each_adapter_answers_as_it_does_by_itself(app, folders):
-    answers = {name: expected(folders, name) for name in NAMES}
+    answers = {name: expected(folders, name, tokens=4) for name in NAMES}
     assert len(set(answers.values())) == len(NAMES)
     # there and back, all asked at once
-    order = [*NAMES, *reversed(NAMES)]
-    responses = posted(app, *({**ASK, "model": name} for name in order))
+    order = [*NAMES, *NAMES[-2::-1]]
+    responses = posted(app, *({**ASK, "model": name, "max_tokens": 4} for name in order))
     assert [text_of(response) for response in responses] == [answers[name] for name in order]
     assert [response.json()["model"] for response in responses] == order
     usage = responses[0].json()["usage"]
-    assert usage == {"prompt_tokens": 12, "completion_tokens": 6, "total_tokens": 18}
+    assert usage == {"prompt_tokens": 12, "completion_tokens": 4, "total_tokens": 16}
 
 
 def test_models_and_health(app):
@@ -180,14 +180,15 @@ def test_a_hundred_clients_at_once(app, folders):
     names = ("base", "moved")
     answers = {name: expected(folders, name, tokens=1) for name in names}
     bodies = [{**ASK, "max_tokens": 1, "model": names[i // 50]} for i in range(100)]
-    # among them every tenth is wrong
-    bodies[::10] = [{**ASK, "model": "none"}] * 10
+    # every other one is wrong, in one of these ways
+    wrong = [({**ASK, "model": "none"}, 404), ({**ASK, "prompt": "x" * 70}, 400), (b"{", 400), (b" " * 2**21, 413)]
+    bodies[::2] = [wrong[i % len(wrong)][0] for i in range(50)]
     responses = posted(app, *bodies)
-    for body, response in zip(bodies, responses, strict=True):
-        if body["model"] == "none":
-            refusal(response, 404)
-        else:
+    for i, (body, response) in enumerate(zip(bodies, responses, strict=True)):
+        if i % 2:
             assert text_of(response) == answers[body["model"]]
+        else:
+            refusal(response, wrong[i // 2 % len(wrong)][1])
     assert got(app, "/health").json()["pending"] == 0
 
 

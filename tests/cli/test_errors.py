@@ -122,7 +122,12 @@ COUNTS = {
     "autotune": {"--tokens": 1, "--rounds": 1},
     "serve": {"--port": 0, "--max-new-tokens": 1, "--queue": 0},
 }
-NEEDED = {"sweep": ("grid.toml",), "autotune": (), "plan": ("--model", "Llama-3-8B")}
+NEEDED = {
+    "sweep": ("grid.toml",),
+    "autotune": (),
+    "plan": ("--model", "Llama-3-8B"),
+    "heads": ("--model", "no-such-model", "--adapter", "none"),
+}
 
 
 @pytest.mark.parametrize("command", COUNTS)

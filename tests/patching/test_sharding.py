@@ -1,7 +1,6 @@
 """Sharded models: refused before anything changes, or right."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import distributed, nn
 import lofit_fast as lf
 from tests.oracle import randomize
 from tests.patched_models import CONFIGS, HOOKS, logits, loss, relative
+from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
 
 fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
@@ -148,47 +148,26 @@ def test_columns_that_are_not_cut_one_after_another_are_refused(mesh):
     assert state(model) == before
 
 
-def two_processes(rank, store, folder, results):
-    """What each of two processes does to models that are really in parts; reports what the refusals say."""
-    torch.set_num_threads(1)
-    # as torchrun sets them, which transformers reads
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    said = {}
-
-    def note(name, do):
-        try:
-            do()
-        except ValueError as error:
-            said[name] = str(error)
-
-    flat = tiny_model("llama")
-    handle = lf.patch(flat, CONFIGS["both"])
-    wrapper = fsdp.FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
-    note("flat", handle.adapter)
-    note("flat merge", handle.merge)
-    with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
-        handle.save(f"{store}-adapter{rank}")
-    results[rank] = said
-    distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_models_in_two_processes(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        arguments = (str(tmp_path / "store"), str(tmp_path / "model"), results)
-        torch.multiprocessing.spawn(two_processes, arguments, nprocs=2)
-        said = dict(results)
-    for rank in (0, 1):
-        assert said[rank].keys() == {"flat", "flat merge"}
-        assert "cannot save the adapter of a sharded model" in said[rank]["flat"]
-        assert "cannot merge a sharded model" in said[rank]["flat merge"]
+    """Of the first FSDP: what is refused while the vectors are in parts, and what gathering them gives."""
     handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
     handle.save(tmp_path / "alone")
-    for rank in (0, 1):
-        gathered = tmp_path / f"store-adapter{rank}" / "adapter_model.safetensors"
+
+    def work(rank):
+        model = tiny_model("llama")
+        handle = lf.patch(model, CONFIGS["both"])
+        wrapper = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="cannot save the adapter of a sharded model"):
+            handle.adapter()
+        with pytest.raises(ValueError, match="cannot merge a sharded model"):
+            handle.merge()
+        with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
+            handle.save(tmp_path / f"{rank}")
+
+    in_processes(2, work)
+    for rank in ("0", "1"):
+        gathered = tmp_path / rank / "adapter_model.safetensors"
         assert gathered.read_bytes() == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
 
 

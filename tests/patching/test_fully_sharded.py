@@ -105,7 +105,7 @@ def check_two_steps(name, n, ways):
             got = two_steps(MODELS[name](), (when, lambda model, how=how: sharded(model, **how)), rank, n)
             check_same_steps(got, expected)
 
-    in_processes(n, work)
+    in_processes(n, work, limit=250)
 
 
 @pytest.mark.parametrize(("name", "n"), [("llama", 2), ("odd", 3)])

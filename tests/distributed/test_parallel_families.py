@@ -14,7 +14,7 @@ pytest.importorskip("torch.distributed.tensor.parallel", reason="torch without t
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="transformers without tp_plan")
 pytestmark = pytest.mark.slow
 
-# six heads of which three have keys and values, so that two and three processes can share them; 2 needs 4 or 6
+# six heads, which two processes can share, and three
 SHARED = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48, "head_dim": 8}
 GROUPED = {**SHARED, "num_key_value_heads": 3}
 FAMILIES = {
@@ -100,3 +100,23 @@ def test_other_ways_to_run(how, tmp_path):
         assert len(found) == len(expected)
         for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.real
+def test_a_real_model_trains_as_in_one_process():
+    """SmolLM2 has nine heads, three with keys and values."""
+    import transformers
+
+    from lofit_fast.models.load import load_model
+
+    model, _ = load_model("smollm2", dtype="float32", device="cpu")
+    folder, kind = model.config._name_or_path, transformers.LlamaForCausalLM
+    config = lf.LofitConfig(scale=[(0, 2), (12, 8), (29, 0)], offset=[(0, 1), (12, 0), (12, 5), (29, 8)])
+    expected = everything(model, config)
+    for found in in_processes(3, lambda rank: everything(parallel(folder, kind, 3), config), limit=280):
+        # logits of 20 and more, of which the base's own differ as much
+        assert farthest(found, expected) < 1e-3
+        for a, b in zip(found["final"], expected["final"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        for a, b in zip(found["loss"], expected["loss"], strict=True):
+            assert abs(a - b) < 1e-5

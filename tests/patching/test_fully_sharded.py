@@ -105,7 +105,7 @@ def check_two_steps(name, n, ways):
             got = two_steps(MODELS[name](), (when, lambda model, how=how: sharded(model, **how)), rank, n)
             check_same_steps(got, expected)
 
-    in_processes(n, work)
+    in_processes(n, work, limit=250)
 
 
 @pytest.mark.parametrize(("name", "n"), [("llama", 2), ("odd", 3)])
@@ -315,3 +315,26 @@ def test_two_steps_on_a_mesh_of_two_dimensions():
             )
 
     in_processes(4, loss_of_four, limit=200)
+
+
+@pytest.mark.slow
+def test_models_in_two_processes(tmp_path):
+    """Of the first FSDP: what is refused while the vectors are in parts, and what gathering them gives."""
+    handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
+    handle.save(tmp_path / "alone")
+
+    def work(rank):
+        model = tiny_model("llama")
+        handle = lf.patch(model, CONFIGS["both"])
+        wrapper = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="cannot save the adapter of a sharded model"):
+            handle.adapter()
+        with pytest.raises(ValueError, match="cannot merge a sharded model"):
+            handle.merge()
+        with fsdp.FullyShardedDataParallel.summon_full_params(wrapper):
+            handle.save(tmp_path / f"{rank}")
+
+    in_processes(2, work)
+    for rank in ("0", "1"):
+        gathered = tmp_path / rank / "adapter_model.safetensors"
+        assert gathered.read_bytes() == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()

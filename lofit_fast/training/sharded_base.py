@@ -20,6 +20,7 @@ from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.objectives import Objective, Preferences
 
 _ASKED = "ACCELERATE_USE_FSDP"
 # knob -> what it is where nothing is tried or kept; "auto" of the attention leaves the model's own
@@ -66,6 +67,15 @@ def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
         if (got := getattr(engine, name)) not in ("auto", plain):
             raise ValueError(f"{name}={got!r} was asked for, but the model is sharded (FSDP2): expected {plain!r}")
     return replace(engine, **_PLAIN)
+
+
+def check_objective(model: nn.Module, objective: Objective) -> None:
+    """Raise ValueError for preferences and a model that FSDP2 shards: TRL's trainer looks at whole weights."""
+    if fully_sharded(model) and isinstance(objective, Preferences):
+        raise ValueError(
+            "cannot train on preferences: the model is sharded (FSDP2), and TRL's trainer looks at whole weights. "
+            "Train data-parallel, each process with the whole model"
+        )
 
 
 def _shard(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
 from lofit_fast.training.run_folder import RunFolder, weights_digest
-from lofit_fast.training.sharded_base import without_shortcuts
+from lofit_fast.training.sharded_base import check_objective, without_shortcuts
 from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage import cost_of, settle_for, train
 from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
@@ -97,6 +97,7 @@ class TwoSteps:
         self.data = objective.encoded(model, tokenizer, recipe.max_length, self.progress)
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
+        check_objective(model, objective)
         engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         check_shares(model, recipe.batch_size, recipe.accumulation_steps, self.data.n_examples)

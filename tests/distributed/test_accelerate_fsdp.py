@@ -95,20 +95,3 @@ def test_trainer_shards_what_was_patched(how, tmp_path):
         )
         pairs = zip(one.parameters(), two.parameters(), strict=True)
         assert max(relative(got, want) for want, got in pairs) < 1e-5
-
-
-def test_trainer_goes_on_from_a_sharded_checkpoint(tmp_path):
-    handle = lf.patch(tiny_model("llama"), CONFIGS["both"])
-    losses = trained(handle, tmp_path / "one", 1)
-    expected = handle.whole_vectors()
-
-    def work(rank):
-        shard_on_cpus()
-        folder = tmp_path / "two"
-        trained(lf.patch(tiny_model("llama"), CONFIGS["both"]), folder, 2, {})
-        handle = lf.patch(tiny_model("llama"), lf.LofitConfig(**vars(CONFIGS["both"]) | {"seed": 1}))
-        checkpoint = str(folder / "checkpoint-2")
-        assert trained(handle, folder, 2, {}, resume_from_checkpoint=checkpoint) == pytest.approx(losses, rel=1e-5)
-        return max(relative(v, expected[key]) for key, v in handle.whole_vectors().items())
-
-    assert max(in_processes(2, work, limit=200)) < 1e-5

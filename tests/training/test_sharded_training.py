@@ -86,22 +86,21 @@ def test_sharded_base_is_fitted_in_each_way(way, n, tmp_path):
         assert_same_outcome(got, expected)
 
 
-@pytest.mark.slow
-def test_preferences_on_a_sharded_base(tmp_path):
+def test_preferences_on_a_sharded_base_are_refused(tmp_path):
     pytest.importorskip("trl", reason="no TRL, which trains on preferences")
-    expected = outcome(tmp_path / "one", fitting=preferred)
 
-    def sharding(model, folder, recipe, **options):
+    def work(rank):
         os.environ |= ASKED
-        return preferred(model, folder, recipe, **options)
+        with pytest.raises(ValueError, match="cannot train on preferences: the model is sharded"):
+            preferred(tiny_model("llama"), tmp_path / "run", SHARED)
 
-    for got in in_processes(2, lambda rank: outcome(tmp_path / "two", fitting=sharding), limit=200):
-        assert_same_outcome(got, expected)
+    in_processes(2, work)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_sharded_run_goes_on_where_one_process_ended(tmp_path):
-    """And one process where several have: a checkpoint has whole vectors."""
+def test_one_process_goes_on_where_a_sharded_run_ended(tmp_path):
+    """A checkpoint has whole vectors. The other way the run says what it was begun with."""
     expected = outcome(tmp_path / "whole")
 
     def cut(rank):
@@ -110,7 +109,11 @@ def test_sharded_run_goes_on_where_one_process_ended(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         outcome(tmp_path / "one", callbacks=[Stop()])
-    for got in in_processes(2, lambda rank: outcome(tmp_path / "one", fitting=asking_fit), limit=200):
-        assert_same_outcome(got, expected)
+
+    def refused(rank):
+        with pytest.raises(ValueError, match="holds a run that was begun with"):
+            outcome(tmp_path / "one", fitting=asking_fit)
+
+    in_processes(2, refused, limit=200)
     in_processes(2, cut, limit=200)
     assert_same_outcome(outcome(tmp_path / "several"), expected)

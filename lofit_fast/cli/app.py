@@ -14,7 +14,7 @@ from lofit_fast.cli import (
     train_command,
 )
 from lofit_fast.cli.command import command
-from lofit_fast.cli.company import DIVIDED, EACH
+from lofit_fast.cli.company import DIVIDED, EACH, refused
 
 app = typer.Typer(
     help="LoFiT: find the attention heads that matter, then tune offsets on those alone.",
@@ -96,4 +96,5 @@ command(
     app,
     "serve --model smollm2 --adapter kinship=runs/kinship/adapter",
     "serve --model smollm2 --adapter mine=me/kinship --adapter theirs=you/kinship --port 8080",
+    across=refused("its processes would all ask for one port, so start one server by itself"),
 )(serve_command.serve)

@@ -6,12 +6,13 @@ process all of this costs nothing: it is the first, what it is told is its own, 
 
 from __future__ import annotations
 
-import pickle
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,8 @@ Value = TypeVar("Value")
 
 # of which every process must have the same release: what they compute is put together
 _LIBRARIES = ("torch", "transformers", "accelerate", "trl")
+# of what an error holds: plain data, which is sent as it is
+_SENT = (str, bytes, int, float, tuple, list, dict, Path, type(None))
 # what the processes say of how they do; None before they have begun to
 _calls: RollCall | None = None
 _apart: ContextVar[bool] = ContextVar("lofit_fast_apart", default=False)
@@ -194,8 +197,8 @@ def _check_not_lost() -> None:
 
 def _sendable(tensor: Tensor) -> Tensor:
     """A copy that a group can send: from other devices than CUDA's through the host."""
-    copy = tensor.detach().clone().contiguous()
-    return copy if copy.device.type == "cuda" else copy.cpu()
+    own = tensor.detach().clone().contiguous()
+    return own if own.device.type == "cuda" else own.cpu()
 
 
 def _spoken(collective: Callable[[], object]) -> None:
@@ -211,11 +214,15 @@ def _spoken(collective: Callable[[], object]) -> None:
 
 def _portable(error: Exception) -> Exception:
     """An error that reaches the other processes as it is; one that cannot be sent, as its words."""
+    holds = (*error.args, *vars(error).values())
     try:
-        pickle.loads(pickle.dumps(error))
-        return error
+        copy.copy(error)
+        if "<locals>" not in type(error).__qualname__ and all(isinstance(one, _SENT) for one in holds):
+            return error
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        # made of other arguments than it keeps
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _versions() -> dict[str, str]:

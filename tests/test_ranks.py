@@ -149,7 +149,6 @@ def test_an_error_that_cannot_be_sent_is_sent_as_words():
     ("said", "found"),
     [
         ({}, None),
-        ({"WORLD_SIZE": "4"}, None),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, launchers.Launched(1, 4, 1, 2)),
         ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, launchers.Launched(2, 3, 2, 3)),
     ],
@@ -165,6 +164,7 @@ def test_what_a_launcher_says(monkeypatch, said, found):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
+        ({"WORLD_SIZE": "4"}, "this is one of 4 processes (WORLD_SIZE), but not which"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', expected the number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "this is process 2 of 2: expected 0 to 1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT do not say where they meet"),

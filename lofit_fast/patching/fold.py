@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.fully_sharded import is_marked
+from lofit_fast.patching.fully_sharded import MARK
 from lofit_fast.patching.layer import LofitLinear
 from lofit_kernels import fold_offsets
 from lofit_kernels.layer_fold import LayerFold
@@ -56,8 +56,10 @@ class ModelFold:
             found = layer.foldable()
             # one that was interrupted may have left something
             layer.here.folded = layer.here.ready = None
-            # FSDP may free what it has left here before the one gradient of all folds reads it
-            if found is not None and not is_marked(layer.inner) and _is_there(found[0], found[1], compiling):
+            # FSDP may free what it has left here before the one gradient of all folds reads it. Looked up without a
+            # call: this is asked of every layer in every forward
+            marked = MARK in layer._modules["inner"].__dict__
+            if found is not None and not marked and _is_there(found[0], found[1], compiling):
                 members.append(layer)
                 tensors.append(found)
         if not members:

@@ -53,7 +53,8 @@ class VectorSync:
                 self._listening[id(vectors)] = (vectors, vectors.register_post_accumulate_grad_hook(self._came))
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        if ranks.count() > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # a compiler is asked first: it cannot follow the rest
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and ranks.count() > 1:
             self.look()
 
     def _own(self) -> list[Tensor]:

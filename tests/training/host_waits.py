@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+import lofit_fast as lf
+
 META = torch.device("meta")
 # need a value, or how many there are
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "item")
@@ -24,6 +26,11 @@ _MADE = (torch.tensor, torch.as_tensor)
 def on_meta(model):
     """The model, its parameters and all on the meta device, as if it computed there."""
     model.to(META)
+    # which keeps vectors in memory otherwise
+    for layer in lf.handle_of(model).layers.values():
+        for name, vectors in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, torch.nn.Parameter(vectors.to(META), vectors.requires_grad))
+        layer.place_heads()
     # what accelerate leaves on a model whose weights are elsewhere
     model._hf_hook = SimpleNamespace(execution_device=META)
     return model

@@ -81,7 +81,8 @@ def test_saliency_of_long_answers(chunks):
     handle = lf.patch(model, lf.LofitConfig(scale="all"))
 
     def gradients():
-        total = sum(loss_sum(model, batch) for batch in first_epoch(model, TOKENIZER, rows, recipe, Engine(), False))
+        batches = first_epoch(model, TOKENIZER, rows, recipe, Engine(), False)
+        total = sum(loss_sum(model, batch) for batch, _ in batches)
         return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(handle.parameters()))])
 
     plain, seen = gradients(), chunks()

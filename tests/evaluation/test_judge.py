@@ -243,6 +243,7 @@ def test_judge_by_choices(llama):
     assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}
 
 
+@pytest.mark.slow
 def test_many_threads_judge_as_one_does(llama):
     _spread(llama)
     handle = lf.patch(llama, lf.LofitConfig(offset=[(0, 1), (2, 3)], scale=[(1, 0)]))

@@ -76,6 +76,7 @@ def test_demo_is_silent_when_asked(model, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_demo_with_few_stories(model, tmp_path):
     # the timing takes what there is
     assert demo.run_demo(tmp_path, "tiny", 14, 1, Console(quiet=True))["tokens_per_s"] > 0

@@ -55,6 +55,7 @@ def test_linear_loss_is_as_accurate_as_all_logits(dtype, after, bias):
         assert (got.double() - truth).abs().max() <= max(2 * (eager.double() - truth).abs().max(), ulp)
 
 
+@pytest.mark.slow
 def test_linear_loss_in_float64_is_the_derivative():
     hidden, head, targets, _ = drawn(torch.float64, True, multiply=0.5, cap=2.0)
     assert torch.autograd.gradcheck(lambda h: token_log_probs(h, head, targets)[0], (hidden,))

@@ -293,7 +293,9 @@ def test_folding_leaves_replicas_alone(calls):
     assert calls["fold"] == [1, 1]
 
 
-@pytest.mark.parametrize("whole", [pytest.param(True, marks=compiles_hooks), False])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, marks=compiles_hooks), pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_folding_compiles(dynamo, calls, whole):
     expected = by_layer()
     for seen in calls.values():

@@ -108,7 +108,7 @@ def check_two_steps(name, n, ways):
     in_processes(n, work, limit=250)
 
 
-@pytest.mark.parametrize(("name", "n"), [("llama", 2), ("odd", 3)])
+@pytest.mark.parametrize(("name", "n"), [("llama", 2), pytest.param("odd", 3, marks=pytest.mark.slow)])
 def test_two_steps_are_those_of_one_process(name, n):
     check_two_steps(name, n, [("before", {}), ("after", {})])
 
@@ -189,6 +189,7 @@ def test_whole_in_every_process(tmp_path):
         assert files(tmp_path / order) == files(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["odd"])
 def test_export_is_that_of_one_process(name, tmp_path):
     _, handle = patched(name)

@@ -36,7 +36,11 @@ def is_same(got, expected) -> bool:
     return got.config == expected.config and got.tensors.keys() == expected.tensors.keys() and equal
 
 
-CASES = [("this release", "killed"), ("this release", "full"), ("an earlier release", "killed"), ("nothing", "killed")]
+CASES = [("this release", "killed")]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("this release", "full"), ("an earlier release", "killed"), ("nothing", "killed"))
+]
 
 
 @pytest.mark.parametrize("before, how", CASES)

@@ -91,7 +91,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[pytest.mark.slow] * (run == "compiled layers")) for run in RUNS]
+)
 def test_gradients_in_a_loop_are_a_hooks(dynamo, run):
     handle = patched()
     called = RUNS[run](handle.model)

@@ -51,6 +51,7 @@ class ForEverybody:
         self.value = value
 
 
+@pytest.mark.slow
 def test_scopes_that_all_threads_see_are_found(monkeypatch):
     monkeypatch.setattr(scopes, "_ENTERED", ForEverybody())
     tally = soak(0.0, threads=8, round_seconds=0.5)

@@ -24,7 +24,7 @@ from typing import IO, Any
 RESULT = Path("docs/results/distributed/two_processes.json")
 STAGES = {"select": "step 1, scales on every head", "tune": "step 2, offsets on a tenth of the heads"}
 # examples of a round, examples of a step, rounds that count
-_FULL, _QUICK = (96, 16, 7), (16, 8, 2)
+_FULL, _QUICK = (48, 16, 5), (16, 8, 2)
 
 
 def train(model: Any, tokenizer: Any, examples: list, batch_size: int) -> dict[str, float]:

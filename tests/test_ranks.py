@@ -114,6 +114,7 @@ def test_where_all_fail_they_stay_a_group():
     assert in_processes(2, work) == [[0, 1], [0, 1]]
 
 
+@pytest.mark.slow
 def test_one_that_does_not_answer_is_named_within_the_time_limit(monkeypatch):
     monkeypatch.setattr(roll_call, "_GRACE", 0.5)
 

@@ -111,6 +111,7 @@ def test_train_refuses_another_run_in_the_folder(run_folder, model, data):
     assert "recipe" in message
 
 
+@pytest.mark.slow
 def test_train_starts_over(run_folder, model, data, tmp_path):
     arguments = ("train", "--model", model, "--data", data, "--output", tmp_path, *QUICK)
     as_json(*arguments)
@@ -318,6 +319,7 @@ def test_sweep_lists_its_runs(grid, tmp_path):
     assert "top=3" in call("sweep", grid, "--output", tmp_path / "sweep", "--dry-run").stdout
 
 
+@pytest.mark.slow
 def test_sweep_runs_them_and_fails_at_the_end(grid, tmp_path):
     assert [run["status"] for run in as_json("sweep", grid, "--output", tmp_path / "sweep")["runs"]] == ["done"] * 2
     grid.write_text(grid.read_text().replace("[2, 3]", "[99, 3]"))

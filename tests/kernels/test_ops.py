@@ -47,7 +47,12 @@ def passed(op, args) -> bool:
     return set(torch.library.opcheck(op, tuple(args)).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("case, form", FORMS)
+def some_now(cases, *now):
+    """The parameters of a test, of which `make test` takes those named, and `make test-all` every one."""
+    return [case if case in now else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "delta"), ("offset_some", "fold"), ("scale", "pass")))
 def test_affine_linear_opcheck(case, form):
     assert passed(ops.affine_linear, [*projection(), *vectors(case), None, form, "aten"])
 
@@ -116,12 +121,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-def some_now(cases, *now):
-    """The parameters of a test, of which `make test` takes those named, and `make test-all` every one."""
-    return [case if case in now else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "pass"), ("offset", "fold"), ("scale_some", "delta")))
+@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "pass"), ("offset", "fold")))
 def test_affine_linear_compiles_whole(case, form, dynamo):
     _, weight, bias = projection(grad=False)
     scale, scale_heads, offset, offset_heads = vectors(case)
@@ -208,6 +208,7 @@ def test_affine_compiles_whole(dynamo):
         assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_affine_linear_compiles_whole_under_autocast(dynamo):
     z, weight, bias = projection(grad=False)
     scale, scale_heads, offset, offset_heads = vectors("both")

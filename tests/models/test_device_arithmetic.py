@@ -206,7 +206,9 @@ def test_fsdp_gathers_what_the_formula_says(n, tied, tmp_path):
             assert here == shards.total - shards.buffers
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tied", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_tensor_parallelism_sends_what_the_formula_says(tied, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers cuts models otherwise")
     tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)

@@ -199,6 +199,7 @@ def test_other_configs_elsewhere_and_rows_cut_beside_columns_are_refused():
     in_processes(2, work)
 
 
+@pytest.mark.slow
 def test_styles_of_torch_before_the_patch_and_after():
     both = in_processes(2, by_torch)
     model = tiny_model("llama")

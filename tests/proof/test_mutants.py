@@ -67,6 +67,7 @@ def test_every_operator_reaches_every_family_with_thirty_mutants(everything):
     assert [m.key for m in everything] == [m.key for m in mutants()]
 
 
+@pytest.mark.slow
 def test_mutants_change_one_statement_and_compile(everything):
     for mutant in everything[::40]:
         before = ast.unparse(mutant.module.tree).splitlines()

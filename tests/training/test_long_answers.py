@@ -65,6 +65,7 @@ def test_fit_on_long_answers(tmp_path, chunks, engine):
     assert (vectors(ours) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_of_long_answers(tmp_path, chunks):
     recipe = lf.Recipe(**{**vars(QUICK), "batch_size": 4, "accumulation_steps": 2})
     model = spread(tiny_model("llama"))

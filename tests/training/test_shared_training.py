@@ -183,6 +183,7 @@ def test_preferences_are_shared_too(tmp_path, monkeypatch, recipe):
         assert_same_outcome(got, expected)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_another_number_of_processes(tmp_path):
     expected = outcome(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -50,6 +50,7 @@ def test_the_report_has_every_table_and_figure(finished):
     assert "TriviaQA, NQ-open, MMLU: not run" in text
 
 
+@pytest.mark.slow
 def test_a_report_is_the_same_again(finished):
     files = [finished.output / "report.md", *(finished.output / "figures").iterdir()]
     before = [path.read_bytes() for path in files]
@@ -126,6 +127,7 @@ def test_cells_made_on_several_machines_say_so(tmp_path):
         assert words in text
 
 
+@pytest.mark.slow
 def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     settings = replace(FULL, tasks=("clutrr", "truthfulqa"), n_tuning=10, only=("table1",))
     made = session(tmp_path, settings)

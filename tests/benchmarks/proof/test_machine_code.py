@@ -77,6 +77,7 @@ print(json.dumps([[*key, value] for key, value in found.items()]))
 """
 
 
+@pytest.mark.slow
 def test_machine_code_planted_defects_are_seen():
     done = python("-c", PLANTED)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -111,6 +112,7 @@ def test_machine_code_budgets(change, expected):
     assert problems(dataclasses.replace(GREEN, **change)) == expected
 
 
+@pytest.mark.slow
 def test_machine_code_refuses_a_process_that_interprets():
     code = (
         "import os; os.environ['TRITON_INTERPRET'] = '1'; import triton, benchmarks.proof.machine_code as m; m.main([])"

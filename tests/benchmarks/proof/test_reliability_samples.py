@@ -109,6 +109,7 @@ def test_damaged_files_are_refused_or_give_the_same(tmp_path, name, count):
     assert [words for words in found if words is not None] == []
 
 
+@pytest.mark.slow
 def test_a_careless_reader_is_noticed(tmp_path, monkeypatch):
     # what reads a pipe waits for ever
     monkeypatch.setattr(corrupt_anything, "_SECONDS", 0.2)

@@ -50,6 +50,7 @@ def run(tmp_path, *arguments):
     return done, json.loads(written.read_text()) if written.exists() else None
 
 
+@pytest.mark.slow
 def test_rehearsal_from_checks_to_report(tmp_path):
     done, found = run(tmp_path, "--only", "ours", "hook", "original", "delta triton fused_backward", "fold triton")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -50,7 +50,14 @@ def test_whole_runs_see_as_many_examples(work, peer):
     assert all(0 < loss < 20 for loss in seen)
 
 
-@pytest.mark.parametrize(("attention", "packing"), [("eager", False), ("eager", True), (GROUPED, True)])
+@pytest.mark.parametrize(
+    ("attention", "packing"),
+    [
+        pytest.param("eager", False, marks=pytest.mark.slow),
+        pytest.param("eager", True, marks=pytest.mark.slow),
+        (GROUPED, True),
+    ],
+)
 def test_our_losses_are_the_hooks(work, attention, packing, monkeypatch):
     used, find = [], PrefixStore.find
     monkeypatch.setattr(PrefixStore, "find", lambda store, ids: used.append(ids) or find(store, ids))

@@ -107,6 +107,7 @@ def test_step_1_alone_is_that_of_fit_which_goes_on_from_it(tmp_path):
     assert on.metrics["select"] == run.metrics["select"]
 
 
+@pytest.mark.slow
 def test_offsets_and_scales_do_not_share_a_folder(tmp_path):
     model = tiny_model("llama")
     by_scale = step1(tmp_path, model=model).scores

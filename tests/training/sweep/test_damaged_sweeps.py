@@ -77,7 +77,11 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
+# the others are slow ones
+_NOW = ("no weights", "cut heads", "half a state")
+
+
+@pytest.mark.parametrize("harm", [pytest.param(h, marks=[pytest.mark.slow] * (h not in _NOW)) for h in HARMS])
 def test_a_damaged_finished_run_is_a_failed_row(again, harm):
     _, folder, rerun = again
     HARMS[harm](folder)

@@ -126,6 +126,7 @@ def test_a_sweep_leaves_its_tables(data, tmp_path):
     assert lines[0].startswith("| name | tune_lr | status | accuracy_after_select | accuracy_after_tune | loss")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_new_ones_added(data, tmp_path, trainings):
     first = run(grid_of(data, tune_lr=[1e-2]), tmp_path)
     trainings.clear()
@@ -155,6 +156,7 @@ def test_an_interrupted_sweep_goes_on(data, tmp_path, trainings, monkeypatch):
     assert trainings == [("tune", 2e-2)]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_in_the_dtype_it_was_begun_in(data, tmp_path, trainings, monkeypatch):
     asked, rule = [], [torch.bfloat16]
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+# of which processes whose results are put together must have the same releases
+_SHARED = ("torch", "transformers", "accelerate", "trl", "datasets", "safetensors", "tokenizers")
 
 
 @contextmanager
@@ -32,6 +38,18 @@ def can_draw() -> bool:
     if not there:
         warnings.warn(f"no pictures: matplotlib is not installed: {install('train')}", stacklevel=2)
     return there
+
+
+def shared_versions() -> dict[str, str]:
+    """What processes that work together must have alike: library -> version, "none" where it is not installed."""
+    # whoever has this module has that one, installed or in a checkout
+    found = {"python": platform.python_version(), "lofit-fast": sys.modules["lofit_fast"].__version__}
+    for name in _SHARED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def install(extra: str) -> str:

@@ -10,7 +10,7 @@ import datetime
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 # minutes that one process waits for the others at the most
@@ -22,8 +22,9 @@ _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 # what accelerate is told to do with the model, in whatever trainer
+_FSDP = "ACCELERATE_USE_FSDP"
 _SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
+    _FSDP: "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
@@ -132,13 +133,37 @@ def join(found: Launched) -> None:
 
 def sharding_asked() -> str | None:
     """What accelerate's configuration asks to be done with the model, in words; None where it is left whole."""
-    return next((what for name, what in _SHARDING.items() if os.environ.get(name, "").lower() in ("1", "true")), None)
+    return next((what for name, what in _SHARDING.items() if _is_on(name)), None)
+
+
+def fsdp_asked() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return _is_on(_FSDP)
+
+
+def precision_asked() -> str | None:
+    """The mixed precision that accelerate's configuration asks for, "bf16" say; None for none."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return None if asked == "no" else asked
+
+
+def unlaunched() -> AbstractContextManager[None]:
+    """A scope in which the environment says nothing of other processes, for a library that would act on it."""
+    return _unsaid(*_RANK, *_COUNT, *_LOCAL, *_LOCAL_COUNT)
+
+
+def without_fsdp() -> AbstractContextManager[None]:
+    """A scope in which the environment says nothing of FSDP, for a trainer that would shard the model itself."""
+    return _unsaid(_FSDP)
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
 
 
 @contextmanager
-def unlaunched() -> Iterator[None]:
-    """A scope in which the environment says nothing of other processes, for a library that would act on it."""
-    before = {name: os.environ.pop(name) for name in (*_RANK, *_COUNT, *_LOCAL, *_LOCAL_COUNT) if name in os.environ}
+def _unsaid(*names: str) -> Iterator[None]:
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:

@@ -7,11 +7,9 @@ process all of this costs nothing: it is the first, what it is told is its own, 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lofit_fast.extras import shared_versions
 from lofit_fast.launchers import join, launched
 from lofit_fast.roll_call import ElsewhereError, RollCall
 
@@ -26,8 +25,6 @@ __all__ = ["ElsewhereError"]
 
 Value = TypeVar("Value")
 
-# of which every process must have the same release: what they compute is put together
-_LIBRARIES = ("torch", "transformers", "accelerate", "trl")
 # of what an error holds: plain data, which is sent as it is
 _SENT = (str, bytes, int, float, tuple, list, dict, Path, type(None))
 # what the processes say of how they do; None before they have begun to
@@ -88,7 +85,7 @@ def joined(what: str) -> Iterator[None]:
     _calls = RollCall(rank(), count(), what, 0 if _calls is None else _calls.number + 1)
     try:
         with _calls.held():
-            check_same(_versions(), "versions of Python and of its libraries")
+            check_same(shared_versions(), "versions of Python and of its libraries")
             yield
     except BaseException as error:
         _calls.leave(error)
@@ -223,14 +220,3 @@ def _portable(error: Exception) -> Exception:
         # made of other arguments than it keeps
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    # whoever has this module has that one
-    return found | {"lofit-fast": sys.modules["lofit_fast"].__version__}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import socket
 import sys
 import time
@@ -17,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lofit_fast.extras import shared_versions
 from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, unlaunched
 
 # seconds that another process, which knows more, is given to say what is wrong
@@ -27,7 +26,6 @@ _PATIENCE = 3.0
 # until the others have ended too, once this one has
 _LAST_SECONDS = 30.0
 _LOOK = 0.02
-_LIBRARIES = ("lofit-fast", "torch", "transformers", "accelerate", "trl", "datasets", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Across:
 
 DIVIDED = Across("Under torchrun or accelerate launch the processes divide the work.", divided=True)
 FIRST = Across("Under torchrun or accelerate launch one process does the work, and the others wait for it.")
-
 EACH = Across("Under torchrun or accelerate launch each process takes a share of the runs.", each=True)
 
 
@@ -195,7 +192,8 @@ def _store(found: Launched) -> Any:
 
 
 def _introduction() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "process": os.getpid(), "versions": _versions(), "command": sys.argv[1:]}
+    where = {"host": socket.gethostname(), "process": os.getpid()}
+    return where | {"versions": shared_versions(), "command": sys.argv[1:]}
 
 
 def _take_place(found: Launched, store: Any, mine: Mapping[str, Any]) -> None:
@@ -238,16 +236,6 @@ def _check_alike(processes: list[Mapping[str, Any]]) -> None:
                 f"expected the same command in every process: process 0 on {first['host']} runs "
                 f"{' '.join(first['command'])!r}, process {rank} on {other['host']} runs {' '.join(other['command'])!r}"
             )
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = None
-    return found
 
 
 def _check_devices(found: Launched, device: str) -> None:

@@ -15,19 +15,9 @@ from lofit_fast.cli.command import command
 from lofit_fast.cli.company import refused
 from tests.cli.calling import as_json, call
 from tests.distributed.launches import launched
-from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 ON_CPU = ("--dtype", "float32", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +25,6 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{a}=", "completion": a * 2}) + "\n" for a in "abcdefghijkl"))
     return str(path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOFIT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def error_of(ended, code=1):
@@ -133,8 +116,8 @@ def test_help_says_what_several_processes_do():
 @pytest.mark.slow
 def test_other_libraries_are_named():
     def before(rank):
-        versions = company._versions() | {"torch": f"2.{rank}"}
-        company._versions = lambda: versions
+        versions = company.shared_versions() | {"torch": f"2.{rank}"}
+        company.shared_versions = lambda: versions
 
     message = error_of(launched(2, "plan", "--model", "x", "--tokens", "1", before=before))
     host = socket.gethostname()

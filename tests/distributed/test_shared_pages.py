@@ -33,13 +33,6 @@ def saved(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOFIT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def memory(file: str | None = None) -> dict[str, int]:
     """Bytes of this process's pages by kind, of what it maps of files of that name, or of all."""
     sums: dict[str, int] = {}

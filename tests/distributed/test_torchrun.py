@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 
 import lofit_fast as lf
 from lofit_fast.models.load import load_model
-from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
 
 # launchers and libraries start anew for each process
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,14 +43,6 @@ def command(cache, tmp_path):
         return done.returncode, done.stdout, done.stderr
 
     return run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

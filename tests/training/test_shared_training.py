@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from transformers import TrainerCallback
 
 import lofit_fast as lf
-from lofit_fast import ranks, roll_call
+from lofit_fast import extras, ranks, roll_call
 from lofit_fast.models.load import load_model
 from lofit_fast.training import told_run, trainer
 from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
@@ -264,7 +264,7 @@ def test_what_cannot_be_shared_is_refused_in_every_process(tmp_path, monkeypatch
         for case, _ in cases:
             how = {"examples": EXAMPLES, "folder": tmp_path / "run", "recipe": SHARED, **case(rank)}
             if how.pop("wrong", 0):
-                monkeypatch.setattr(ranks, "version", lambda name: "0.0")
+                monkeypatch.setattr(extras, "version", lambda name: "0.0")
             model = tiny_model("llama", how.pop("dtype", torch.float32))
             before = state_of(model)
             with pytest.raises((ValueError, OSError, ranks.ElsewhereError)) as found:

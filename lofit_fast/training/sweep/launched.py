@@ -47,7 +47,7 @@ def launched() -> Launch:
     Raises ValueError for variables that are no numbers of a process.
     """
     found = launchers.launched()
-    if found is not None and "MASTER_ADDR" in os.environ:
+    if found is not None and launchers.meets():
         return _by_torchrun(found)
     return _by_slurm(os.environ) if "SLURM_JOB_ID" in os.environ else Launch()
 

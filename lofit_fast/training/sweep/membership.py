@@ -7,7 +7,6 @@ torchrun or SLURM a late process belongs to the sweep of the others even when th
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lofit_fast.extras import shared_versions
 from lofit_fast.files import read_json, write_json
 from lofit_fast.locks import alone
 from lofit_fast.training.sweep.grid import Grid
@@ -27,8 +27,6 @@ from lofit_fast.training.sweep.launched import Launch
 LOCK, QUEUE = "sweep.lock", "queue"
 CLAIMS, ROWS, MEMBERS = "claims", "rows", "members"
 _SESSION = "session.json"
-# what decides a run's numbers beside the grid
-_LIBRARIES = ("torch", "transformers", "accelerate")
 # how long others may have the folder before it is said that they are waited for
 _PATIENCE = 10.0
 
@@ -137,15 +135,9 @@ def digest_of_grid(grid: Grid) -> str:
 
 
 def _about(grid: Grid, resume: bool) -> dict:
-    return {"grid": digest_of_grid(grid), "asked_dtype": grid.dtype, "resume": resume, "versions": _versions()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    about = {"grid": digest_of_grid(grid), "asked_dtype": grid.dtype, "resume": resume}
+    # what decides a run's numbers beside the grid
+    return about | {"versions": shared_versions()}
 
 
 def _check_same(folder: Path, kept: dict, mine: dict, others: list[str]) -> None:
@@ -160,12 +152,10 @@ def _check_same(folder: Path, kept: dict, mine: dict, others: list[str]) -> None
             f"cannot start over in {folder}: {who} is in a sweep there that goes on with what was left; wait until it "
             "has ended"
         )
-    if kept["versions"] != mine["versions"]:
+    ours, theirs = mine["versions"], kept["versions"]
+    if differing := [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]:
+        here, there = (", ".join(f"{name} {has.get(name)}" for name in differing) for has in (ours, theirs))
         raise ValueError(
-            f"expected the same libraries in all processes of the sweep in {folder}, got {_listed(mine['versions'])} "
-            f"here and {_listed(kept['versions'])} where it was begun"
+            f"expected the same libraries in all processes of the sweep in {folder}, got {here} here and {there} where "
+            "it was begun"
         )
-
-
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())

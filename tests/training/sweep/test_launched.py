@@ -12,7 +12,14 @@ from lofit_fast.training.sweep.run import workers_of
 from lofit_fast.training.sweep.worker_devices import inside, launched_device, worker_devices
 from tests.several_processes import in_processes
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "first"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "first",
+    "MASTER_PORT": "29500",
+}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_ID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1"}
 

@@ -258,7 +258,8 @@ def test_another_grid_other_libraries_and_starting_over_are_refused(tmp_path, mo
         with begun(tmp_path, replace(grid, device="cpu")) as (_, session):
             assert len(session.others) == 1
             assert not session.begun_here
-        monkeypatch.setattr(membership, "_versions", lambda: {"torch": "1.0"})
+        other = {**membership.shared_versions(), "torch": "1.0"}
+        monkeypatch.setattr(membership, "shared_versions", lambda: other)
         with pytest.raises(ValueError, match="got torch 1.0 here and torch 2"):
             begun(tmp_path, grid).__enter__()
     # nobody is there any more

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lofit_fast import ranks
+from lofit_fast.patching.sharding import gathers_weights
 
 Unit = TypeVar("Unit")
 Key = TypeVar("Key")
@@ -34,7 +35,7 @@ class Division:
         self.what = what
         self.count, self.rank = ranks.count(), ranks.rank()
         cut = self.count > 1 and _is_cut(model)
-        self.gathers = self.count > 1 and not cut and _is_fully_sharded(model)
+        self.gathers = self.count > 1 and not cut and gathers_weights(model)
         # everything by everybody
         self.same = self.count == 1 or cut or (self.gathers and not even)
 
@@ -76,21 +77,11 @@ class Division:
         return {key: value for share in ranks.gathered(dict(results)) for key, value in share.items()}
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either generation, keeps the weights apart and gathers them for each forward."""
-    for module in model.modules():
-        if "_fsdp_wrapped_module" in module._modules or "FSDPModule" in {
-            kind.__name__ for kind in type(module).__mro__
-        }:
-            return True
-    return False
-
-
 def _is_cut(model: nn.Module) -> bool:
     """Whether processes compute parts of one forward together: such need the same inputs at the same time."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return True
-    fully = _is_fully_sharded(model)
+    fully = gathers_weights(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if (mesh := getattr(tensor, "device_mesh", None)) is not None and (not fully or mesh.ndim > 1):
             return True

@@ -68,6 +68,11 @@ def is_shared(model: nn.Module) -> bool:
     return bool(fully_sharded(model)) or is_tensor_parallel(model)
 
 
+def gathers_weights(model: nn.Module) -> bool:
+    """Whether FSDP, of either generation, keeps the weights apart and gathers them for each forward."""
+    return bool(fully_sharded(model)) or _flattened(model) is not None
+
+
 def check_unshared(model: nn.Module, action: str) -> None:
     """Raise ValueError for a model that several processes hold together, gathered or not. action: what is refused."""
     # parts are of processes that talk to each other

@@ -87,15 +87,10 @@ class EncodedPreferences:
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """Without packing and narrowing, and no micro-batches."""
-        for name, unused in self.UNUSED.items():
-            asked = getattr(engine, name)
-            if asked not in ("auto", unused):
-                raise ValueError(
-                    f"{name}={asked} was asked for, but training on preferences (DPO) cannot use it: expected {unused}"
-                )
+        plain = engine.with_plain(self.UNUSED, "training on preferences (DPO) cannot use it")
         if accumulation_steps > 1:
             raise ValueError(f"got accumulation_steps={accumulation_steps}, expected 1: DPO here takes whole batches")
-        return replace(engine, attention=self._attention(engine.attention), **self.UNUSED)
+        return replace(plain, attention=self._attention(engine.attention))
 
     def _attention(self, asked: str) -> str:
         """On a CPU the model's own for "auto": the one chosen there rounds otherwise where there are gradients.

@@ -7,22 +7,19 @@ processes pass a layer that others do not: none of it is used.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from lofit_fast import ranks
+from lofit_fast import launchers, ranks
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.objectives import Objective, Preferences
 
-_ASKED = "ACCELERATE_USE_FSDP"
 # knob -> what it is where nothing is tried or kept; "auto" of the attention leaves the model's own
 _PLAIN = {
     "compile": False,
@@ -32,6 +29,7 @@ _PLAIN = {
     "narrow": False,
     "frozen_products": "full",
     "large_pages": False,
+    "verify": False,
 }
 
 
@@ -43,17 +41,13 @@ def sharded_as_asked(model: nn.Module) -> Iterator[None]:
     what accelerate's configuration says. The model stays sharded.
     Raises ValueError for FSDP of version 1, and for what is not done here.
     """
-    asked = os.environ.get(_ASKED, "").lower() in ("1", "true")
-    if not asked or ranks.count() == 1:
+    if not launchers.fsdp_asked() or ranks.count() == 1:
         yield
         return
     if not fully_sharded(model):
         _shard(model)
-    said = os.environ.pop(_ASKED)
-    try:
+    with launchers.without_fsdp():
         yield
-    finally:
-        os.environ[_ASKED] = said
 
 
 def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
@@ -63,10 +57,7 @@ def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
     """
     if not fully_sharded(model):
         return engine
-    for name, plain in {**_PLAIN, "verify": False}.items():
-        if (got := getattr(engine, name)) not in ("auto", plain):
-            raise ValueError(f"{name}={got!r} was asked for, but the model is sharded (FSDP2): expected {plain!r}")
-    return replace(engine, **_PLAIN)
+    return engine.with_plain(_PLAIN, "the model is sharded (FSDP2)")
 
 
 def check_objective(model: nn.Module, objective: Objective) -> None:
@@ -96,8 +87,7 @@ def _shard(model: nn.Module) -> None:
     if plugin.cpu_ram_efficient_loading:
         # transformers has loaded the numbers in the first process alone
         ranks.as_first([*model.parameters(), *model.buffers()])
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
+    if (precision := launchers.precision_asked()) is not None:
         plugin.set_mixed_precision(precision)
     how = {
         "mesh": torch.distributed.init_device_mesh(device_of(model).type, (ranks.count(),)),

@@ -45,7 +45,7 @@ REFUSED = {
     "products": (
         {},
         {"engine": lf.Engine(frozen_products="int8")},
-        "frozen_products='int8' was asked for, but the mod",
+        "frozen_products=int8 was asked for, but the mod",
     ),
     "prefix": ({}, {"engine": lf.Engine(prefix_cache_gb=1.0)}, "prefix_cache_gb=1.0 was asked for"),
 }

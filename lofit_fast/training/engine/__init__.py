@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -104,6 +104,17 @@ class Engine:
         Raises what `Engine` raises.
         """
         return cls(**{**FAST_ENGINE, **knobs})
+
+    def with_plain(self, plain: Mapping[str, object], why: str) -> Engine:
+        """This one with other values of some knobs, where nothing else is to be had.
+
+        plain: knob -> its value there; "auto" is taken for it. why: a clause for the error.
+        Raises ValueError, naming the knob and both values, where something else was asked for.
+        """
+        for name, value in plain.items():
+            if (asked := getattr(self, name)) not in ("auto", value):
+                raise ValueError(f"{name}={asked} was asked for, but {why}: expected {value}")
+        return replace(self, **plain)
 
 
 @contextmanager

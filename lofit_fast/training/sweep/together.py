@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.data.encode import pad_token_id
+from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import remembering
@@ -52,14 +53,7 @@ _OWN = "nobody's"
 
 def joint_engine(asked: Engine) -> Engine:
     """The engine of a joint step. Raises ValueError for what was asked for and is not to be had there."""
-    for name, instead in _INSTEAD.items():
-        # prefix_cache_gb 0 and False are the same to have
-        if getattr(asked, name) not in ("auto", instead):
-            raise ValueError(
-                f"{name}={getattr(asked, name)} was asked for, but runs that are trained together have "
-                f"{name}={instead}: leave it out, or train them one by one (together=1)"
-            )
-    return replace(asked, **_INSTEAD)
+    return asked.with_plain(_INSTEAD, "runs that are trained together (together above 1) cannot have it")
 
 
 def check_together(grid: Grid, together: int, jobs: int) -> None:
@@ -240,10 +234,8 @@ def _patched(model: nn.Module, members: Sequence[_Member]) -> Iterator[LofitHand
 
 def check_no_dropout(model: nn.Module) -> None:
     """Raise ValueError for a model with dropout, whose random numbers are drawn for a whole batch."""
-    modules = (name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0)
-    config = {k: v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float) and v > 0}
-    if (found := next(modules, None)) is not None or config:
+    if (found := next(filter(None, map(dropout_of, model.modules())), None)) is not None:
         raise ValueError(
-            f"runs cannot be trained together in a model with dropout ({found or config}), which draws random numbers "
-            "for a whole batch: expected together=1"
+            f"runs cannot be trained together in a model with dropout, which draws random numbers for a whole batch: "
+            f"{found}; expected together=1"
         )

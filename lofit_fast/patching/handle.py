@@ -64,8 +64,7 @@ class LofitHandle(SeveralAdapters):
         self.checkpoint_watch: CheckpointWatch | None = None
         self.vector_sync: VectorSync | None = None
         self._head: RemovableHandle | None = None
-        # of a model that was sharded when it was patched: all processes are here then, and need not be when one saves
-        # while all processes are here: of weights in parts each knows some, and saving is not for all
+        # of weights in parts each process knows some: all are here now, and need not be when one saves
         self._digest = base_digest(model) if is_shared(model) else ""
         self._live = False
 

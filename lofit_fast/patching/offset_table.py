@@ -33,7 +33,8 @@ class OffsetTable(nn.Module):
         super().__init__()
         self.n_heads, self.head_dim = n_heads, head_dim
         self.heads: dict[int, list[int]] = {}
-        self.stale = True
+        # whether all is to be folded anew; else only the slots that have changed since
+        self.stale, self._changed = True, set()
         # where the weight was that the table has been folded with
         self._folded_with: tuple | None = None
         self.register_buffer("folded", None, persistent=False)
@@ -48,13 +49,13 @@ class OffsetTable(nn.Module):
         else:
             self.register_buffer(f"offset_{slot}", own, persistent=False)
         self.heads[slot] = list(heads)
-        self.stale = True
+        self._changed.add(slot)
 
     def drop(self, slot: int) -> None:
         """Empty a slot, if this projection has anything of it."""
         if self.heads.pop(slot, None) is not None:
             delattr(self, f"offset_{slot}")
-            self.stale = True
+            self._changed.add(slot)
 
     def vectors(self, slot: int) -> Vectors | None:
         """(vectors (h, D), heads (h,)) of a slot; None where this projection has nothing of it."""
@@ -70,23 +71,35 @@ class OffsetTable(nn.Module):
         while size < room:
             size *= 2
         where = size, None if weight is None else (weight.data_ptr(), weight.dtype, weight.device)
-        if self.stale or where != self._folded_with:
+        if self.stale or self._changed or where != self._folded_with:
             # adapters come and go in other threads
             with CHANGING, torch.inference_mode(False), torch.no_grad():
-                self._fold_all(weight, where)
+                self._fold(weight, where)
 
-    def _fold_all(self, weight: Tensor | None, where: tuple) -> None:
-        size = where[0]
-        slots = [slot for slot in self.heads if f"offset_{slot}" in self._buffers]
-        spread = self.spread.new_zeros(size, self.n_heads, self.head_dim)
-        folded = None if weight is None else self.spread.new_zeros(size, weight.shape[0])
+    def _fold(self, weight: Tensor | None, where: tuple) -> None:
+        """New tables: a thread that has the old ones goes on with them."""
+        if self.stale or where != self._folded_with:
+            spread = self.spread.new_zeros(where[0], self.n_heads, self.head_dim)
+            folded = None if weight is None else self.spread.new_zeros(where[0], weight.shape[0])
+            slots = set(self.heads)
+        else:
+            # of a hundred adapters that come one by one each is folded once
+            spread = self.spread.unflatten(1, (self.n_heads, self.head_dim)).clone()
+            folded = None if weight is None else self.folded.clone()
+            slots = self._changed
         for slot in slots:
+            spread[slot] = 0
+            if folded is not None:
+                folded[slot] = 0
+            # those that are trained are folded when they are used
+            if f"offset_{slot}" not in self._buffers:
+                continue
             vectors, heads = self.vectors(slot)
             spread[slot, heads] = vectors
             if folded is not None:
                 folded[slot] = fold_offset(weight, vectors, heads)
         self.spread, self.folded = spread.flatten(1), folded
-        self.stale, self._folded_with = False, where
+        self.stale, self._changed, self._folded_with = False, set(), where
 
     def rows(
         self, fresh: Sequence[int], old: Tensor, weight: Tensor | None, own: Vectors | None, kept: Tensor | None

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lofit_fast as lf
+from benchmarks.speed.timing import machine
+from lofit_fast.files import write_json
 from lofit_fast.models.load import load_model
 
 # of all heads, how many an adapter has; the size of its vectors; rows that are compared with a hook
@@ -205,9 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     model, _ = load_model(options.model, dtype="float32", device="cpu")
     found = measured(model.eval(), options.adapters, options.tokens)
+    found = {"machine": machine(), **found}
     print(json.dumps(found, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(options.json, found)
     right = max(found["apart"]["one by one"], found["apart"]["hook"]) < 1e-5 < found["apart"]["base"]
     switched = found["switching"]
     return 0 if right and switched["graphs_before"] == switched["graphs_after"] else 1

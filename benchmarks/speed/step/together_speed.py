@@ -21,6 +21,8 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.speed.timing import machine
+from lofit_fast.files import write_json
 from lofit_fast.models.load import load_model
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.training.sweep.grid import Grid, parse_grid
@@ -111,9 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = measured(load_model(options.model, dtype="float32", device="cpu"), options.runs, options.rounds)
+    found = {"machine": machine(), **found}
     print(json.dumps(found, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(options.json, found)
     return 0 if found["losses_apart"] < 1e-4 else 1
 
 

@@ -7,8 +7,6 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
-from lofit_fast.training import objectives
-from lofit_fast.training import summary as report_module
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
 from lofit_fast.training.sweep.together_step import JointStep
@@ -16,16 +14,10 @@ from lofit_fast.training.sweep.together_turns import Turn
 from tests.patched_models import snapshot
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.sweep.test_sweep import bare
 
+assert bare  # a fixture
 BASE = {"model": "tiny", "top": 2, "select_epochs": 1, "tune_epochs": 2, "batch_size": 4, "max_grad_norm": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    """Without the pictures and the answers of each run, which are tested elsewhere."""
-    for name in ("heads_map", "loss_curves"):
-        monkeypatch.setattr(report_module, name, lambda *_: None)
-    monkeypatch.setattr(objectives, "exact_match_accuracy", lambda *_, **__: 0.5)
 
 
 @pytest.fixture

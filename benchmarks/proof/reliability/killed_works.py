@@ -5,6 +5,7 @@ Each works in one folder, and goes on with what an earlier call has left there. 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,8 @@ def convert_gguf(folder: Path) -> torch.nn.Module:
 
     file = folder / "some.gguf"
     if not file.is_file():
-        file.write_bytes(b"GGUF and so on")
+        # a header of version 3 without tensors or entries
+        file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
     _read_gguf_as(transformers.AutoModelForCausalLM, tiny_base)
     _read_gguf_as(transformers.AutoTokenizer, character_tokenizer)
     return load_model(str(file), dtype="float32", device="cpu")[0]

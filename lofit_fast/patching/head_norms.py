@@ -27,6 +27,8 @@ def offset_norms(handle: LofitHandle) -> Tensor:
 
 
 def _norms(handle: LofitHandle, component: str) -> Tensor:
+    if not isinstance(handle, LofitHandle):
+        raise TypeError(f"expected the handle of a patched model, got a {type(handle).__name__}")
     if getattr(handle.config, component) is None:
         name = "head scores need scales" if component == "scale" else "offset norms need offsets"
         raise ValueError(f"{name}: expected a handle patched with LofitConfig({component}=...)")

@@ -18,6 +18,7 @@ from lofit_fast.data.encode import encode_pair, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
+from lofit_fast.evaluation.finite_logits import check_activations
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
@@ -40,7 +41,7 @@ def head_activations(
     right and the wrong answer of contrast i. Layers are numbered as in the model; where one has no attention or fewer
     heads than others, the rest is NaN. No end-of-sequence token follows an answer.
     Raises ValueError for no contrasts, an answer without tokens or too long for the model's context, or a model whose
-    layers have heads of different sizes.
+    layers have heads of different sizes; FloatingPointError for activations that are not finite.
     """
     if not contrasts:
         raise ValueError("activations need at least one contrast, got none")
@@ -64,6 +65,8 @@ def head_activations(
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
             for p in projections:
                 z = inputs.taken.pop(p.layer).float().cpu()
+                # NaN would say that the head is not there
+                check_activations(z, p.layer)
                 activations[rows, p.layer, : p.n_heads] = z.view(len(rows), p.n_heads, p.head_dim)
     return activations, torch.tensor([True, False]).repeat(len(contrasts))
 

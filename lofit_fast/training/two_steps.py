@@ -230,7 +230,8 @@ class TwoSteps:
                 scores, metrics = look(way, handle, self.data, self.recipe, engine, self.progress)
         finally:
             handle.unpatch()
-        if scores.isnan().any():
+        # minus infinity is that of a head out of the running
+        if scores.isnan().any() or scores.isposinf().any():
             raise FloatingPointError(
                 "the gradients of step 1 are not finite, so no head can be chosen by them: look at the data and the "
                 "base model, or try float32"

@@ -57,10 +57,11 @@ def _own_numbers(module: nn.Module) -> Iterator[tuple[str, float]]:
         return
     for name in module._non_persistent_buffers_set:
         value = module._buffers.get(name)
+        here = isinstance(value, Tensor) and is_dense(value) and value.device.type != "meta"
         # sines that are kept for the longest text so far follow it too
-        if isinstance(value, Tensor) and is_dense(value) and value.device.type != "meta" and "cache" not in name:
-            if math.isfinite(norm := value.double().norm().item()):
-                yield name, norm
+        norm = value.double().norm().item() if here and "cache" not in name else math.nan
+        if math.isfinite(norm):
+            yield name, norm
 
 
 def _adapters_of(model: nn.Module) -> str | None:

@@ -29,6 +29,7 @@ from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.ranks import apart
+from lofit_fast.torch_defaults import on_the_cpu
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
 MAX_TOKENS = 256
@@ -47,6 +48,7 @@ _COUNT = "logits_to_keep"
 _log = logging.getLogger(__name__)
 
 
+@on_the_cpu
 def score_choices(
     model: nn.Module,
     tokenizer,
@@ -108,7 +110,8 @@ def score_choices(
             bar.update()
     found = division.put_together(found)
     check_scores(found, dict(enumerate(questions)))
-    return [torch.tensor([found[q, c] for c in range(len(rows))]) for q, rows in enumerate(endings)]
+    rows = ([found[q, c] for c in range(len(of))] for q, of in enumerate(endings))
+    return [torch.tensor(row, dtype=torch.float32) for row in rows]
 
 
 def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:

@@ -23,6 +23,7 @@ from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
 from lofit_fast.tasks.task import Example, Task, exact_match
+from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -134,7 +135,7 @@ def score_candidates(
     if not candidates:
         raise ValueError("expected candidates to score, got none")
     rows = score_choices(model, tokenizer, prompts, [candidates] * len(prompts), end=True, **options)
-    return torch.stack(rows) if rows else torch.zeros(0, len(candidates))
+    return torch.stack(rows) if rows else torch.zeros(0, len(candidates), dtype=torch.float32)
 
 
 def constrained_accuracy(
@@ -190,6 +191,7 @@ def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
     return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
 
 
+@on_the_cpu
 @torch.no_grad()
 def _generated(
     model: nn.Module,

@@ -25,6 +25,7 @@ from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
+from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,6 +104,7 @@ def reference_logprobs(
     return dataset
 
 
+@on_the_cpu
 def log_probs(
     model: nn.Module,
     rows: Sequence[Encoded],

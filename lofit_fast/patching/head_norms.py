@@ -42,4 +42,4 @@ def _norms(handle: LofitHandle, component: str) -> Tensor:
 
 def no_scores(projections: Sequence[Projection]) -> Tensor:
     """Minus infinity for every head: (layers, heads) float32, for the scores that are known to be put in."""
-    return torch.full((projections[-1].layer + 1, max(p.n_heads for p in projections)), -math.inf)
+    return torch.full((projections[-1].layer + 1, max(p.n_heads for p in projections)), -math.inf, dtype=torch.float32)

@@ -45,7 +45,10 @@ def _beft(constant: Tensor, inputs: int) -> dict[str, Tensor]:
 
 
 def _lora(constant: Tensor, inputs: int) -> dict[str, Tensor]:
-    empty = {"lora_A.weight": torch.zeros(1, inputs), "lora_B.weight": torch.zeros(len(constant), 1)}
+    empty = {
+        "lora_A.weight": torch.zeros(1, inputs, dtype=torch.float32),
+        "lora_B.weight": torch.zeros(len(constant), 1, dtype=torch.float32),
+    }
     return empty | {"lora_B.bias": constant}
 
 

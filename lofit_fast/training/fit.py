@@ -15,6 +15,7 @@ from lofit_fast.files import given_path
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.tasks.task import Preference
+from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.choice.ways import WAYS, Untrained
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.given_arguments import check_given, given_heads
@@ -115,6 +116,7 @@ def fit_preferences(
     )
 
 
+@with_gradients
 def fit_objective(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,6 +184,7 @@ def opened_run(
         yield run
 
 
+@with_gradients
 def rehearse(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,6 +211,7 @@ def rehearse(
         return steps.data, *steps.engines(heads)
 
 
+@with_gradients
 def select_by_training(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -236,6 +240,7 @@ def select_by_training(
     return RunFolder(run.path)
 
 
+@with_gradients
 def select_untrained(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

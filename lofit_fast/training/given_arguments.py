@@ -12,9 +12,16 @@ from lofit_fast.training.engine import Engine
 
 
 def check_given(model: object, tokenizer: object, recipe: object, engine: object, callbacks: object = ()) -> None:
-    """Raise TypeError for what is no model, tokenizer, Recipe, Engine (or None), or no list of callbacks."""
+    """Raise TypeError for what is no model, tokenizer, Recipe, Engine (or None), or no list of callbacks.
+
+    Raises ValueError for a model that no gradient passes, since it was made in inference mode.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {shown(model)}: lofit_fast.load_model loads one by name")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode(), so nothing trains through it: load it outside"
+        )
     if not hasattr(tokenizer, "eos_token_id"):
         raise TypeError(f"expected the model's tokenizer, got {shown(tokenizer)}")
     for name, value, kind in (("recipe", recipe, Recipe), ("engine", engine, Engine)):

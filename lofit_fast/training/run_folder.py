@@ -220,7 +220,11 @@ class RunFolder:
     def scores(self) -> Tensor | None:
         """The (layers, heads) scores the heads were chosen by; None when they were given."""
         content = self._heads_file()
-        return None if content is None or content.get("scores") is None else torch.tensor(content["scores"])
+        return (
+            None
+            if content is None or content.get("scores") is None
+            else torch.tensor(content["scores"], dtype=torch.float32)
+        )
 
     @property
     def chosen_by(self) -> str | None:

@@ -41,7 +41,10 @@ def run(model, folder, **options):
     fit(model, folder, QUICKEST, heads=[(0, 0)], **options).handle.unpatch()
 
 
-@pytest.mark.parametrize("change", (rotary, rotary_scaling, one_attention, norm, dropout))
+@pytest.mark.parametrize(
+    "change",
+    (rotary, *(pytest.param(c, marks=pytest.mark.slow) for c in (rotary_scaling, one_attention, norm, dropout))),
+)
 def test_a_base_that_computes_otherwise_is_another(tmp_path, change):
     run(tiny_model("llama"), tmp_path)
     other = tiny_model("llama")
@@ -51,6 +54,7 @@ def test_a_base_that_computes_otherwise_is_another(tmp_path, change):
     run(tiny_model("llama"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_setting_is_named(tmp_path):
     run(tiny_model("llama"), tmp_path)
     other = tiny_model("llama")
@@ -59,6 +63,7 @@ def test_a_setting_is_named(tmp_path):
         run(other, tmp_path)
 
 
+@pytest.mark.slow
 def test_step_1_of_another_base_is_not_shared(tmp_path):
     recipe = lf.Recipe(top=2, select="random", tune_epochs=0)
     for number in range(2):
@@ -94,6 +99,7 @@ def test_angles_that_follow_the_text_are_left_out():
     json.dumps(before)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft_is_part_of_the_base(tmp_path):
     peft = pytest.importorskip("peft")
 

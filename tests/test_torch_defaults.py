@@ -31,6 +31,7 @@ DEFAULTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
 }
+OTHERS = [name for name in DEFAULTS if name not in ("float64", "meta")]
 RECIPE = lf.Recipe(top=2, select_epochs=1, tune_epochs=1)
 
 
@@ -51,7 +52,7 @@ def asked(model, scope):
         return answers, score_choices(model, tokenizer, ["a="], [["b", "c"]])[0].tolist()
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", ["float64", "meta", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_vectors_and_scores_are_the_same(name):
     plain = lambda: default_dtype(torch.float32)  # noqa: E731
     assert drawn(tiny_model("llama"), DEFAULTS[name]).equal(drawn(tiny_model("llama"), plain))
@@ -64,7 +65,8 @@ def expected(tmp_path_factory):
     return result.heads, vectors(result.handle)
 
 
-@pytest.mark.parametrize("name", ["meta", *(pytest.param(n, marks=pytest.mark.slow) for n in DEFAULTS if n != "meta")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_a_run_is_the_same(tmp_path, expected, name):
     model = tiny_model("llama")
     with DEFAULTS[name]():

@@ -36,7 +36,7 @@ def overflowing(value, where="head"):
     return model
 
 
-@pytest.mark.parametrize("value", (math.nan, math.inf))
+@pytest.mark.parametrize("value", (math.nan, pytest.param(math.inf, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("asked", ASKED)
 def test_what_is_not_finite_is_no_result(asked, value):
     with pytest.raises(FloatingPointError, match="not finite|is -?inf|is nan"):

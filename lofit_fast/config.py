@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import sys
@@ -50,18 +51,21 @@ class LofitConfig:
             object.__setattr__(self, component, _head_set(component, getattr(self, component)))
         if self.scale is None and self.offset is None:
             raise ValueError("nothing to adapt: expected scale and/or offset to be 'all' or a list of (layer, head)")
-        if not isinstance(self.init_std, numbers.Real) or not 0 <= self.init_std <= sys.float_info.max:
-            raise ValueError(f"expected a finite number init_std >= 0, got {self.init_std!r}")
+        std = plain_number(self.init_std)
+        if std is None or not 0 <= std <= sys.float_info.max:
+            raise ValueError(f"expected a finite number init_std >= 0, got {shown(self.init_std)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"expected seed to be a whole number, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"expected seed in [-2**63, 2**64), which torch's generators take, got {shown(self.seed)}")
+        object.__setattr__(self, "init_std", std)
+        object.__setattr__(self, "seed", int(self.seed))
         check_positions(self.positions)
 
 
 def check_positions(positions: object) -> None:
     """Raise ValueError for what is none of POSITIONS."""
-    if positions not in POSITIONS:
+    if not isinstance(positions, str) or positions not in POSITIONS:
         raise ValueError(f"expected positions to be 'all' or 'answer', got {shown(positions)}")
 
 
@@ -83,8 +87,23 @@ def _head_set(component: str, heads: object) -> HeadSet:
 
 def shown(value: object) -> str:
     """A value in an error message, which must not be as long as the file that it comes from."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    # a number of thousands of digits
+    except ValueError:
+        text = f"a {type(value).__name__} that is too long to be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def plain_number(value: object) -> int | float | None:
+    """A real number as files have it, whoever's it is: numpy's, a fraction. None for what is none; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return value if type(value) in (int, float) else float(value)
+    # a fraction of two huge numbers
+    except OverflowError:
+        return math.inf
 
 
 def _pair(component: str, item: Any) -> Head:
@@ -113,6 +132,8 @@ SELECT: dict[str, tuple[str, ...]] = {
 LOOKING_ONCE = ("saliency",)
 # what `Recipe.fast` has instead of the paper's
 FAST_RECIPE: dict[str, object] = {"select": "saliency", "select_examples": 128}
+# of a whole number: what counts examples, epochs or layers is far below it
+_MOST = 2**31 - 1
 # settings that runs of earlier releases lack, and what these did
 _LATER = {"positions": "all", "select": "lofit", "select_examples": None}
 
@@ -159,11 +180,18 @@ class Recipe:
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"expected {name} to be an integer, got {shown(getattr(self, name))}")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"expected seed in [0, 2**32), got {self.seed}")
+            raise ValueError(f"expected seed in [0, 2**32), got {shown(self.seed)}")
+        for name in (*whole, "eval_batch_size"):
+            if name != "seed" and getattr(self, name) > _MOST:
+                raise ValueError(f"expected {name} <= {_MOST}, got {shown(getattr(self, name))}")
         for name in ("select_lr", "tune_lr", "l1", "max_grad_norm", "init_std"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"expected {name} to be a number, got {shown(value)}")
+            value = plain_number(getattr(self, name))
+            if value is None:
+                raise TypeError(f"expected {name} to be a number, got {shown(getattr(self, name))}")
+            # max_grad_norm may be infinite: nothing is clipped then
+            if abs(value) > sys.float_info.max and (name != "max_grad_norm" or value != math.inf):
+                raise ValueError(f"expected a finite {name}, got {shown(value)}")
+            object.__setattr__(self, name, value)
         if self.max_length is not None and type(self.max_length) is not int:
             raise TypeError(f"expected max_length to be an integer or None, got {shown(self.max_length)}")
         positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
@@ -173,10 +201,6 @@ class Recipe:
         for name in ("select_epochs", "min_layer", "tune_epochs", "l1", "init_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
-        # max_grad_norm may be infinite: nothing is clipped then
-        for name in ("select_lr", "tune_lr", "l1", "init_std"):
-            if getattr(self, name) > sys.float_info.max:
-                raise ValueError(f"expected a finite {name}, got {shown(getattr(self, name))}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"expected max_length > 0, or None, got {self.max_length}")
         if self.batch_size % self.accumulation_steps:

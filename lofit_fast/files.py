@@ -158,14 +158,15 @@ def read_json(path: Path | str) -> object:
         if len(raw) > JSON_BYTES:
             raise ValueError(f"it has more than {JSON_BYTES} bytes")
         # editors on Windows put a mark before UTF-8
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_each_once)
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=each_once)
     except RecursionError as error:
         raise ValueError(f"{path} is not whole JSON: it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
 
 
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, for the hook of `json.loads`. Raises ValueError for two entries of one name."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)

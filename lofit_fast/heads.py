@@ -22,9 +22,12 @@ def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[H
     scores: (layers, heads), minus infinity where a head is out of the running.
     top: a count, or a fraction of the heads in the running (rounded, at least one).
     min_layer: heads of layers below it are out of the running.
-    Raises ValueError for a top out of range, more heads than there are, or a score that is not a number.
+    Raises ValueError for a top out of range, more heads than there are, or a score that is not a number; TypeError for
+    scores that are no tensor.
     """
     check_top(top)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"expected scores to be a tensor (layers, heads), got {type(scores).__name__}")
     if scores.dim() != 2:
         raise ValueError(f"expected scores of shape (layers, heads), got {tuple(scores.shape)}")
     if scores.isnan().any() or scores.isposinf().any():

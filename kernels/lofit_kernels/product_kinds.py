@@ -156,7 +156,7 @@ def trial_error(kind: ProductKind, device: torch.device) -> str | None:
     rows, weight = (rows + kind.zero).to(kind.rows), weight.to(kind.weights)
     exact = (rows.double() - kind.zero) @ weight.double().t()
     try:
-        packed = kind.pack(weight.to(device), torch.ones(N, device=device))
+        packed = kind.pack(weight.to(device), torch.ones(N, device=device, dtype=torch.float32))
         got = kind.run(rows.to(device), *packed).double().cpu()
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"{kind.name} failed: {str(error).splitlines()[0]}"

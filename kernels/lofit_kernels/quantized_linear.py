@@ -32,7 +32,8 @@ class FullColumns:
 
     def __init__(self, kept: Tensor, width: int) -> None:
         self.kept = nn.Parameter(kept, requires_grad=False)
-        self.rest = nn.Parameter(torch.ones(width, device=kept.device).index_fill_(0, kept, 0), requires_grad=False)
+        ones = torch.ones(width, device=kept.device, dtype=torch.float32)
+        self.rest = nn.Parameter(ones.index_fill_(0, kept, 0), requires_grad=False)
 
 
 class FrozenWeight:

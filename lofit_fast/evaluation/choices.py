@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from lofit_fast.data.encode import branches, noted
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.division import Division
+from lofit_fast.evaluation.finite_logits import check_scores
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
@@ -27,6 +29,7 @@ from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.ranks import apart
+from lofit_fast.torch_defaults import on_the_cpu
 
 # tokens per forward: attention is dense over the row, so that a longer one spends more on what the mask hides
 MAX_TOKENS = 256
@@ -45,6 +48,7 @@ _COUNT = "logits_to_keep"
 _log = logging.getLogger(__name__)
 
 
+@on_the_cpu
 def score_choices(
     model: nn.Module,
     tokenizer,
@@ -71,7 +75,7 @@ def score_choices(
     In a launch of several processes all must call it with the same questions; they divide the forwards.
     A model with a module whose `depends_on_prompt` is true runs every prompt whole, and by itself, before its choices.
     Raises ValueError for a question without choices, a choice without tokens, tokens that the model has no embedding
-    for, or a prompt and choice that do not fit the model's context.
+    for, or a prompt and choice that do not fit the model's context; FloatingPointError where logits are not finite.
     """
     if len(questions) != len(choices):
         raise ValueError(f"expected a list of choices per question, got {len(choices)} for {len(questions)} questions")
@@ -105,7 +109,9 @@ def score_choices(
             found[question, choice] = value
             bar.update()
     found = division.put_together(found)
-    return [torch.tensor([found[q, c] for c in range(len(rows))]) for q, rows in enumerate(endings)]
+    check_scores(found, dict(enumerate(questions)))
+    rows = ([found[q, c] for c in range(len(of))] for q, of in enumerate(endings))
+    return [torch.tensor(row, dtype=torch.float32) for row in rows]
 
 
 def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:
@@ -424,7 +430,8 @@ def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
     norms = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(max(1, _SLICE // logits.shape[1]))])
     at = torch.tensor(rows, device=logits.device)
     picked = logits[at, torch.tensor(tokens, device=logits.device)].to(wide) - norms[at]
-    return picked.tolist()
+    # beside an infinite logit any other would have no probability at all
+    return picked.where(norms[at].isfinite(), math.nan).tolist()
 
 
 def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.config import shown
 from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.division import Division
+from lofit_fast.evaluation.finite_logits import FiniteLogits
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
 from lofit_fast.tasks.task import Example, Task, exact_match
+from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -96,7 +99,7 @@ def generate_answers(
     shared: see `judge`.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
     model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
-    act on them.
+    act on them; FloatingPointError, naming the prompt, where logits are not finite.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
     rows = _generated(model, tokenizer, prompts, **options)
@@ -132,7 +135,7 @@ def score_candidates(
     if not candidates:
         raise ValueError("expected candidates to score, got none")
     rows = score_choices(model, tokenizer, prompts, [candidates] * len(prompts), end=True, **options)
-    return torch.stack(rows) if rows else torch.zeros(0, len(candidates))
+    return torch.stack(rows) if rows else torch.zeros(0, len(candidates), dtype=torch.float32)
 
 
 def constrained_accuracy(
@@ -188,6 +191,7 @@ def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
     return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
 
 
+@on_the_cpu
 @torch.no_grad()
 def _generated(
     model: nn.Module,
@@ -203,6 +207,9 @@ def _generated(
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
     check_count("batch_size", batch_size)
     check_count("max_new_tokens", max_new_tokens)
+    if isinstance(prompts, str):
+        raise TypeError(f"expected a list of prompts, got the one text {shown(prompts)}")
+    prompts = list(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, "prompt")
     check_padding(model, pad_token_id(tokenizer), encoded)
@@ -222,8 +229,10 @@ def _generated(
             past = {} if given is None else {"past_key_values": given}
             # every step gathers weights: who is done goes on until all are
             synced = {"synced_gpus": True} if division.gathers else {}
-            how = {"generation_config": greedy, **synced, **past}
+            finite = FiniteLogits()
+            how = {"generation_config": greedy, "logits_processor": [finite], **synced, **past}
             out = model.generate(input_ids=ids, attention_mask=mask, **how)
+            finite.check({row: f"prompt {i + 1} ({shown(prompts[i])})" for row, i in enumerate(rows)})
             if counts:
                 answers |= zip(rows, out[:, ids.shape[1] :].tolist(), strict=True)
     answers = division.put_together(answers)

@@ -15,6 +15,7 @@ from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_i
 from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.evaluation.division import Division
+from lofit_fast.evaluation.finite_logits import check_log_probs
 from lofit_fast.models.head_trial import longest_head, withheld
 from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
@@ -24,6 +25,7 @@ from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
+from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,6 +104,7 @@ def reference_logprobs(
     return dataset
 
 
+@on_the_cpu
 def log_probs(
     model: nn.Module,
     rows: Sequence[Encoded],
@@ -116,6 +119,7 @@ def log_probs(
     In a launch of several processes all must call it with the same rows; they divide the batches.
     add: adds to a batch (input_ids, attention_mask) what else the model is to be called with for these rows.
     as_trained: whether the model computes as in a training step, which matters where such a step rounds otherwise.
+    Raises FloatingPointError for a sum that is not finite.
     """
     division = Division(model, "reference")
     division.check_same(rows, "rows")
@@ -139,6 +143,7 @@ def log_probs(
             if counts:
                 values |= zip(chosen, logp.detach().sum(1).tolist(), strict=True)
     values = division.put_together(values)
+    check_log_probs(values)
     return [values[i] for i in range(len(rows))]
 
 

@@ -6,6 +6,7 @@ of them.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ class SharedPrompts:
     """
 
     def __init__(self, gb: float = 2.0) -> None:
-        if not gb >= 0:
-            raise ValueError(f"expected gb >= 0, got {gb}")
+        if not 0 <= gb < math.inf:
+            raise ValueError(f"expected a finite gb >= 0, got {gb}")
         self.gb = gb
         self.computed = 0
         self._room = int(gb * 1e9)

@@ -27,6 +27,8 @@ def offset_norms(handle: LofitHandle) -> Tensor:
 
 
 def _norms(handle: LofitHandle, component: str) -> Tensor:
+    if not isinstance(handle, LofitHandle):
+        raise TypeError(f"expected the handle of a patched model, got a {type(handle).__name__}")
     if getattr(handle.config, component) is None:
         name = "head scores need scales" if component == "scale" else "offset norms need offsets"
         raise ValueError(f"{name}: expected a handle patched with LofitConfig({component}=...)")
@@ -40,4 +42,4 @@ def _norms(handle: LofitHandle, component: str) -> Tensor:
 
 def no_scores(projections: Sequence[Projection]) -> Tensor:
     """Minus infinity for every head: (layers, heads) float32, for the scores that are known to be put in."""
-    return torch.full((projections[-1].layer + 1, max(p.n_heads for p in projections)), -math.inf)
+    return torch.full((projections[-1].layer + 1, max(p.n_heads for p in projections)), -math.inf, dtype=torch.float32)

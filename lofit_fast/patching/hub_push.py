@@ -105,9 +105,8 @@ def _norms(adapter: Adapter, component: str) -> torch.Tensor:
     """The norm of each head's vector, nought where it has none: (layers, heads) float32."""
     layers, counts = adapter.fingerprint.layers, adapter.fingerprint.heads
     vectors = {layer: t.detach().float().cpu() for (kind, layer), t in adapter.tensors.items() if kind == component}
-    norms = torch.zeros(
-        max([layers, *(layer + 1 for layer in vectors)]), counts if isinstance(counts, int) else max(counts)
-    )
+    shape = max([layers, *(layer + 1 for layer in vectors)]), counts if isinstance(counts, int) else max(counts)
+    norms = torch.zeros(shape, dtype=torch.float32)
     heads = getattr(adapter.config, component)
     for layer, rows in vectors.items():
         columns = range(len(rows)) if heads == "all" else sorted(head for at, head in heads if at == layer)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
 from lofit_fast.files import whole_folder
+from lofit_fast.patching.adapter_places import check_no_model
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.mergeable import is_transposed, why_not_plain
@@ -44,7 +45,10 @@ def _beft(constant: Tensor, inputs: int) -> dict[str, Tensor]:
 
 
 def _lora(constant: Tensor, inputs: int) -> dict[str, Tensor]:
-    empty = {"lora_A.weight": torch.zeros(1, inputs), "lora_B.weight": torch.zeros(len(constant), 1)}
+    empty = {
+        "lora_A.weight": torch.zeros(1, inputs, dtype=torch.float32),
+        "lora_B.weight": torch.zeros(len(constant), 1, dtype=torch.float32),
+    }
     return empty | {"lora_B.bias": constant}
 
 
@@ -77,6 +81,7 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists() and CONFIG_FILE not in written_sums(folder):
         raise ValueError(f"{folder} holds an adapter that lofit_fast.export has not written: choose another folder")
+    check_no_model(folder)
     tensors = {
         f"base_model.model.{name}.{suffix}": tensor.contiguous().cpu()
         for name, (constant, inputs) in constants.items()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lofit_fast.config import LofitConfig, shown
 from lofit_fast.files import given_path, read_json, whole_folder, write_json
+from lofit_fast.patching.adapter_places import check_place
 from lofit_fast.patching.architectures import Fingerprint
 from lofit_fast.patching.families import PROJECTIONS
 from lofit_fast.patching.fully_sharded import put
@@ -64,9 +65,11 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     Tensors are named as PEFT would name them, "base_model.model.<projection>.lofit_<component>": (heads in that layer,
     D) in their own dtype, float32 or float64, rows by ascending head. Digests of the tensors and of the config are in
     the config, and `read_adapter` checks them.
-    Raises ValueError for vectors that are not finite, OSError when the folder cannot be written: it is as it was then.
+    Raises ValueError for vectors that are not finite, or a folder with a model or an adapter of another kind in it;
+    OSError when the folder cannot be written. It is as it was then.
     """
     check_finite(adapter.tensors, "cannot save the adapter")
+    check_place(given_path(folder), CONFIG_FILE, "LOFIT")
     config, tensors = adapter.config, {key: t.detach().cpu().contiguous() for key, t in adapter.tensors.items()}
     description = {
         "peft_type": PEFT_TYPE,

@@ -13,13 +13,15 @@ from lofit_fast.patching.architectures import Projection
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.tensor_parallel import check_projection
+from lofit_fast.torch_defaults import on_the_cpu
 
 
+@on_the_cpu
 def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projection]) -> dict[int, LofitLinear]:
     """The wrappers, filled from the config's seed, attached to nothing yet."""
     scale = _heads_by_layer("scale", config.scale, projections)
     offset = _heads_by_layer("offset", config.offset, projections)
-    # drawn on the CPU, so that a seed means the same on every device
+    # drawn on the CPU in float32, whatever torch does by default: a seed means the same on every device
     generator = torch.Generator().manual_seed(config.seed)
     acting = None if config.positions == "all" else Acting()
     layers = {}
@@ -31,8 +33,8 @@ def build_layers(model: nn.Module, config: LofitConfig, projections: list[Projec
         layer = LofitLinear(p.module, p.n_heads, p.head_dim, *heads, around=list(around_module(model, p.name)))
         layer.acting = acting
         for vectors in layer.parameters(recurse=False):
-            draw = torch.randn(vectors.shape, generator=generator) * config.init_std
-            vectors.data.copy_(draw)
+            draw = torch.randn(vectors.shape, generator=generator, dtype=torch.float32)
+            vectors.data.copy_(draw * config.init_std)
         layers[p.layer] = layer
     scopes = Scopes([layer.here for layer in layers.values()])
     for layer in layers.values():

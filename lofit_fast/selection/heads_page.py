@@ -50,7 +50,7 @@ def write_page(report: HeadsReport, path: Path | str) -> Path:
 
 
 def _page(report: HeadsReport, scratch: Path) -> str:
-    norms = torch.zeros(report.shape)
+    norms = torch.zeros(report.shape, dtype=torch.float32)
     for one in report.written:
         norms[one.head] = one.norm
     title = html.escape(report.title)

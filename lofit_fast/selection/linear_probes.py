@@ -18,11 +18,13 @@ from lofit_fast.data.encode import encode_pair, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
+from lofit_fast.evaluation.finite_logits import check_activations
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.contrast import Contrast
+from lofit_fast.torch_defaults import on_the_cpu
 
 SPLITS = 5
 _ITERATIONS, _HALVINGS = 50, 20
@@ -30,6 +32,7 @@ _ITERATIONS, _HALVINGS = 50, 20
 _CHUNK_BYTES = 2**27
 
 
+@on_the_cpu
 @torch.no_grad()
 def head_activations(
     model: nn.Module, tokenizer, contrasts: Sequence[Contrast], *, batch_size: int = 16, progress: bool = False
@@ -40,7 +43,7 @@ def head_activations(
     right and the wrong answer of contrast i. Layers are numbered as in the model; where one has no attention or fewer
     heads than others, the rest is NaN. No end-of-sequence token follows an answer.
     Raises ValueError for no contrasts, an answer without tokens or too long for the model's context, or a model whose
-    layers have heads of different sizes.
+    layers have heads of different sizes; FloatingPointError for activations that are not finite.
     """
     if not contrasts:
         raise ValueError("activations need at least one contrast, got none")
@@ -53,7 +56,7 @@ def head_activations(
     check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, 0)
     shape = (len(encoded), projections[-1].layer + 1, max(p.n_heads for p in projections), *sizes)
-    activations = torch.full(shape, math.nan)
+    activations = torch.full(shape, math.nan, dtype=torch.float32)
     device = device_of(model)
     lengths = [len(row) for row in encoded]
     with evaluating(model), _LastInputs({p.layer: p.module for p in projections}) as inputs:
@@ -64,6 +67,8 @@ def head_activations(
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
             for p in projections:
                 z = inputs.taken.pop(p.layer).float().cpu()
+                # NaN would say that the head is not there
+                check_activations(z, p.layer)
                 activations[rows, p.layer, : p.n_heads] = z.view(len(rows), p.n_heads, p.head_dim)
     return activations, torch.tensor([True, False]).repeat(len(contrasts))
 
@@ -136,7 +141,7 @@ def fit_probes(features: Tensor, labels: Tensor, l2: float = 1.0) -> tuple[Tenso
     x = features if basis is None else features @ basis
     x = torch.cat((x, x.new_ones(*x.shape[:2], 1)), 2)
     sign = torch.where(labels, 1.0, -1.0).to(x)
-    penalty = torch.full((x.shape[2],), l2).to(x)
+    penalty = torch.full((x.shape[2],), l2, dtype=x.dtype, device=x.device)
     penalty[-1] = 0.0
     w = x.new_zeros(x.shape[0], x.shape[2])
 
@@ -205,7 +210,7 @@ def _held_out_accuracy(features, labels, splits: int, l2: float, seed: int, labe
     """(P,) float32 on the CPU for features (P, 2n, F); minus infinity where they are NaN."""
     labels = labels.to(features.device)
     split = split_of(len(labels) // 2, splits, seed).repeat_interleave(2).to(features.device)
-    accuracy = torch.full((len(features),), -math.inf)
+    accuracy = torch.full((len(features),), -math.inf, dtype=torch.float32)
     known = (~features.isnan().any(2).any(1)).nonzero()[:, 0]
     with tqdm(total=splits * len(known), desc=label, disable=not progress, leave=False) as bar:
         for chunk in known.split(max(1, _CHUNK_BYTES // (8 * features[0].numel()))):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lofit_fast.data.encode import pad_token_id
+from lofit_fast.evaluation.finite_logits import FiniteLogits
 from lofit_fast.patching.placement import device_of
 from lofit_fast.serving.adapter_switch import AdapterSwitch
 from lofit_fast.serving.token_text import TokenText
@@ -146,6 +147,7 @@ class AnswerQueue:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._config(sampling),
+                logits_processor=[FiniteLogits(at_once=True)],
                 streamer=told,
                 stopping_criteria=[told.is_over],
             )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lofit_fast.config import shown
+from lofit_fast.files import each_once
 
 # parameters of the protocol -> the values that change nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -157,7 +158,7 @@ _Kind = TypeVar("_Kind", CompletionRequest, ChatRequest)
 def parsed(kind: type[_Kind], body: bytes) -> _Kind:
     """A request of a kind. Raises BadRequestError for what is no JSON, and for what is asked for and cannot be done."""
     try:
-        given = json.loads(body)
+        given = json.loads(body, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is no JSON: {error}") from error
     try:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lofit_fast.extras import needing
+from lofit_fast.files import each_once
 
 # characters in a cell of CSV: a whole document may stand in one
 LONGEST_CELL = 2**31 - 1
@@ -80,11 +81,11 @@ def _json_rows(path: Path) -> Rows:
 
 def _parsed(text, path, line):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         at = f"{path}: line {line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{at}: expected JSON, got what is not: {error.msg}") from error
-    # a number of thousands of digits
+    # a number of thousands of digits, or two values under one name
     except ValueError as error:
         raise ValueError(f"{path}: line {line}: expected JSON, got what cannot be read: {error}") from error
     except RecursionError as error:

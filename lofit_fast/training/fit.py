@@ -11,11 +11,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.config import Head, Recipe
+from lofit_fast.files import given_path
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.tasks.task import Preference
+from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.choice.ways import WAYS, Untrained
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.given_arguments import check_given, given_heads
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
@@ -59,6 +62,7 @@ def fit(
         progress: whether bars and the engine's choice are shown.
 
     Raises:
+        TypeError: what is no model, tokenizer, Recipe, Engine, callback or path.
         ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
             there are, a sharded model, a quantized one that cannot be trained through.
         OSError: a folder that cannot be written; BlockingIOError, naming it, where another process trains in it.
@@ -112,6 +116,7 @@ def fit_preferences(
     )
 
 
+@with_gradients
 def fit_objective(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,6 +132,9 @@ def fit_objective(
     progress: bool = True,
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
+    check_given(model, tokenizer, recipe, engine, callbacks)
+    heads, output_dir = given_heads(heads), given_path(output_dir)
+    step1_dir = None if step1_dir is None else given_path(step1_dir)
     with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model):
         how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
         made = (model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
@@ -176,6 +184,7 @@ def opened_run(
         yield run
 
 
+@with_gradients
 def rehearse(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -193,6 +202,8 @@ def rehearse(
     Everything that can be refused before training is refused here, with the same sentences. Nothing is changed or
     written; the engines are settled, as a new run's would be. Arguments and errors are those of `fit`.
     """
+    check_given(model, tokenizer, recipe, engine)
+    heads = given_heads(heads)
     _check_unpatched(model)
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
     steps.check_heads(heads)
@@ -200,6 +211,7 @@ def rehearse(
         return steps.data, *steps.engines(heads)
 
 
+@with_gradients
 def select_by_training(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -216,6 +228,8 @@ def select_by_training(
 
     Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
+    check_given(model, tokenizer, recipe, engine, callbacks)
+    output_dir = given_path(output_dir)
     with ranks.joined("choosing heads"), quiet_unless_first():
         steps = _steps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         steps.check_heads(None)
@@ -226,6 +240,7 @@ def select_by_training(
     return RunFolder(run.path)
 
 
+@with_gradients
 def select_untrained(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

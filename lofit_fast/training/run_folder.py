@@ -141,9 +141,11 @@ class RunFolder:
         differing = sorted(k for k in identity.keys() | before.keys() if identity.get(k) != before.get(k))
         changed = _rate_changed(state, before, identity) if differing == ["recipe"] else None
         if differing and changed is None:
+            paths = [path for name in differing for path in _inside(name, before.get(name), identity.get(name))]
+            told = f"; what differs is {', '.join(paths)}" if paths != differing else ""
             raise ValueError(
                 f"{self.path} holds a run with another {', '.join(differing)}: choose another folder, or start over "
-                "with resume=False (--no-resume)"
+                f"with resume=False (--no-resume){told}"
             )
         if changed is not None:
             changes = [*state.get("changed", []), changed]
@@ -218,7 +220,11 @@ class RunFolder:
     def scores(self) -> Tensor | None:
         """The (layers, heads) scores the heads were chosen by; None when they were given."""
         content = self._heads_file()
-        return None if content is None or content.get("scores") is None else torch.tensor(content["scores"])
+        return (
+            None
+            if content is None or content.get("scores") is None
+            else torch.tensor(content["scores"], dtype=torch.float32)
+        )
 
     @property
     def chosen_by(self) -> str | None:
@@ -345,6 +351,14 @@ def _rate_changed(state: dict, before: dict, identity: dict) -> dict | None:
     if not isinstance(was, dict) or {**was, name: None} != {**now, name: None}:
         return None
     return {"setting": name, "was": was.get(name), "now": now[name], "after": diverged}
+
+
+def _inside(name: str, kept: object, now: object) -> list[str]:
+    """The entries in which two values differ, by their paths: "model.settings.rope_parameters"."""
+    if not isinstance(kept, dict) or not isinstance(now, dict):
+        return [name]
+    differing = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
+    return [path for key in differing for path in _inside(f"{name}.{key}", kept.get(key), now.get(key))]
 
 
 def _row(path: Path, number: int, line: bytes) -> dict:

@@ -17,6 +17,7 @@ from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
@@ -31,6 +32,7 @@ from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
 
 
+@with_gradients
 def train_attachment(
     attachment: Attachment,
     tokenizer,

@@ -19,12 +19,12 @@ from lofit_fast.config import Head, LofitConfig, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
-from lofit_fast.models.base_digest import base_digest, same_base, settings_of
-from lofit_fast.patching.architectures import find_projections, fingerprint
+from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.base_of_run import as_now, base_of
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
@@ -35,7 +35,7 @@ from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
-from lofit_fast.training.run_folder import RunFolder, weights_digest
+from lofit_fast.training.run_folder import RunFolder
 from lofit_fast.training.sharded_base import check_objective, without_shortcuts
 from lofit_fast.training.shared_batches import check_shares
 from lofit_fast.training.stage import cost_of, settle_for, train
@@ -101,7 +101,7 @@ class TwoSteps:
         engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         check_shares(model, recipe.batch_size, recipe.accumulation_steps, self.data.n_examples)
-        self._base = base_digest(model)
+        self._base = base_of(model, self.projections)
         self.way = WAYS[recipe.select]
         trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
         if min(trained) < self.data.least_epochs:
@@ -135,13 +135,7 @@ class TwoSteps:
         return special | {
             "objective": self.objective.name,
             "recipe": self.recipe.identity(),
-            "model": {
-                **fingerprint(self.model, self.projections).as_dict(),
-                # of packed weights, which a base's digest cannot tell apart; and all that earlier releases knew
-                "weights": weights_digest(p.module for p in self.projections),
-                "base": self._base,
-                "settings": settings_of(self.model),
-            },
+            "model": self._base,
             "dtype": str(dtype_of(self.model)).removeprefix("torch."),
             **self.data.identity(),
             "heads": None if heads is None else [list(pair) for pair in heads],
@@ -154,7 +148,7 @@ class TwoSteps:
         """A scope with the run folder; raises as `RunFolder.open`, and ValueError for a stage with other products."""
         identity = self.identity(heads)
         self._check_alike(identity)
-        with opened(output_dir, identity, resume, as_now=self._as_now(identity)) as run:
+        with opened(output_dir, identity, resume, as_now=as_now(identity["model"])) as run:
             # the one knob of the engine that changes results: a finished stage counts too
             for kept in filter(None, map(run.engine, ("select", "tune"))):
                 self._check_begun(run, kept, (_RESULTS,))
@@ -165,26 +159,6 @@ class TwoSteps:
         if ranks.count() > 1:
             for name, value in {**identity, "recipe": asdict(self.recipe), "engine": asdict(self.asked)}.items():
                 ranks.check_same(value, _ALIKE.get(name, name))
-
-    @staticmethod
-    def _as_now(identity: dict):
-        """What turns the identity that a run has kept into this one, where it is of the same base model."""
-        now = identity["model"]
-
-        def as_now(before: dict) -> dict:
-            model = before.get("model")
-            if not isinstance(model, dict):
-                return before
-            kept, settings = model.get("base", ""), model.get("settings")
-            # an earlier release knew the first rows of the projections alone; of packed weights digests cannot tell
-            if kept == "" or (isinstance(kept, str) and same_base(kept, now["base"]) is not False):
-                model = {**model, "base": now["base"]}
-            # what another version of transformers has no entry for, or an earlier release did not keep, tells nothing
-            known = settings if isinstance(settings, dict) else {}
-            settings = {name: known.get(name, value) for name, value in now["settings"].items()}
-            return {**before, "model": {**model, "settings": settings}}
-
-        return as_now
 
     def _check_begun(self, run: RunFolder, kept: Mapping[str, object], names: Iterable[str]) -> None:
         """Raise ValueError for a knob that is asked for otherwise than a stage was begun with."""
@@ -230,7 +204,8 @@ class TwoSteps:
                 scores, metrics = look(way, handle, self.data, self.recipe, engine, self.progress)
         finally:
             handle.unpatch()
-        if scores.isnan().any():
+        # minus infinity is that of a head out of the running
+        if scores.isnan().any() or scores.isposinf().any():
             raise FloatingPointError(
                 "the gradients of step 1 are not finite, so no head can be chosen by them: look at the data and the "
                 "base model, or try float32"

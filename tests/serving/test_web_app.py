@@ -1,9 +1,11 @@
 """The server's answers are the model's own, adapter by adapter; bad requests are refused and lose nobody else's."""
 
 import json
+import math
 import time
 
 import pytest
+import torch
 
 import lofit_fast as lf
 from lofit_fast.evaluation.judge import generate_answers
@@ -155,6 +157,25 @@ def test_a_bad_chat_is_named(app, name):
     messages, reason = BAD_CHATS[name]
     error = refusal(*posted(app, {**CHAT, "messages": messages}, path="/v1/chat/completions"), 400)
     assert error["param"].startswith("messages") and reason in error["message"], error
+
+
+def test_a_request_that_says_two_things_is_refused(app):
+    body = json.dumps({**ASK, "model": "moved"})[:-1] + ', "model": "base"}'
+    assert "'model' is there twice" in refusal(*posted(app, body.encode()), 400)["message"]
+
+
+def test_logits_that_are_not_finite_are_no_answer(folders, capsys):
+    with running({}) as (app, switch):
+        weight = switch.model.lm_head.weight
+        with torch.no_grad():
+            before = weight[5].clone()
+            weight[5] = math.nan
+        for temperature in (0, 1):
+            (response,) = posted(app, {**ASK, "temperature": temperature})
+            assert "logits are not finite" in refusal(response, 500)["message"]
+        with torch.no_grad():
+            weight[5] = before
+        text_of(*posted(app, ASK))
 
 
 def test_what_is_no_request(app):

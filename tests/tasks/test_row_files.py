@@ -143,6 +143,9 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' * 100_000, "nested too deeply"),
         ("9" * 5000, "Exceeds the limit"),
+        # the first of them used to be dropped without a word
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "'prompt' is there twice"),
+        ('{"messages": [{"role": "user", "role": "assistant"}]}', "'role' is there twice"),
     ],
 )
 def test_json_that_python_cannot_hold_is_refused_with_its_line(tmp_path, text, message):

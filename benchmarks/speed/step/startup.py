@@ -24,8 +24,8 @@ LEAST_SHARE = 0.8
 PHASES = {
     "digest": (
         ("lofit_fast.models.gguf", "digest_of"),
-        ("lofit_fast.training.two_steps", "weights_digest"),
-        ("lofit_fast.training.two_steps", "base_digest"),
+        ("lofit_fast.training.base_of_run", "weights_digest"),
+        ("lofit_fast.training.base_of_run", "base_digest"),
     ),
     "encode": (("lofit_fast.training.objectives", "encode_all"),),
     "patch": (("lofit_fast.training.two_steps", "patch"),),

@@ -20,7 +20,7 @@ def random_scores(model: nn.Module, seed: int) -> Tensor:
     """A number from [0, 1) per head, the same on every device: (layers, heads) float32, shaped as `head_scores`."""
     projections = find_projections(model)
     scores = no_scores(projections)
-    drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     for p in projections:
         scores[p.layer, : p.n_heads] = drawn[p.layer, : p.n_heads]
     return scores

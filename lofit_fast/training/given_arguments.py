@@ -1,0 +1,44 @@
+"""What a training is called with: refused by name where it is of another kind, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import TrainerCallback
+
+from lofit_fast.config import GivenHeads, Head, LofitConfig, Recipe, shown
+from lofit_fast.training.engine import Engine
+
+
+def check_given(model: object, tokenizer: object, recipe: object, engine: object, callbacks: object = ()) -> None:
+    """Raise TypeError for what is no model, tokenizer, Recipe, Engine (or None), or no list of callbacks.
+
+    Raises ValueError for a model that no gradient passes, since it was made in inference mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {shown(model)}: lofit_fast.load_model loads one by name")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode(), so nothing trains through it: load it outside"
+        )
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"expected the model's tokenizer, got {shown(tokenizer)}")
+    for name, value, kind in (("recipe", recipe, Recipe), ("engine", engine, Engine)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"expected {name} to be a lofit_fast.{kind.__name__}, or None, got {shown(value)}")
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for one in listed:
+        # transformers makes one of a class
+        if not isinstance(one, TrainerCallback) and not (isinstance(one, type) and issubclass(one, TrainerCallback)):
+            raise TypeError(f"expected callbacks to be a list of TrainerCallback, got {shown(one)}")
+
+
+def given_heads(heads: GivenHeads) -> tuple[Head, ...] | None:
+    """The heads that a training is told to tune, as plain pairs; None for those that step 1 chooses.
+
+    Raises ValueError / TypeError for anything but different pairs of non-negative integers.
+    """
+    if isinstance(heads, str):
+        raise TypeError(f"expected heads to be a list of (layer, head), or None for step 1 to choose, got {heads!r}")
+    return None if heads is None else LofitConfig(offset=heads).offset

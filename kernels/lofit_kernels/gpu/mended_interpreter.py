@@ -1,4 +1,4 @@
-"""What of Triton's interpreter stops our kernels, mended. Imported only where it interprets: compiled ones never meet it.
+"""What of Triton's interpreter stops our kernels, mended. Compiled kernels never meet this file.
 
 * Before 3.7 with numpy 2.4 or newer, no loop over a range runs. A loop's bound is an array of one element. Triton 3.6
   gives it to `int`, which numpy refuses; Triton 3.7 squeezes it to no dimensions first. Here 3.6 does the same.

@@ -58,7 +58,7 @@ test-all: $(STAMP) ## these and the slow ones that rarely fail, without real mod
 $(OLDEST)/installed: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . accelerate rich typer \
-		pytest pytest-timeout pytest-xdist
+		pytest pytest-timeout pytest-xdist setuptools
 	touch $@
 
 test-oldest: $(OLDEST)/installed ## the tests on the oldest supported versions, without the optional packages (5 GB)
@@ -67,7 +67,7 @@ test-oldest: $(OLDEST)/installed ## the tests on the oldest supported versions, 
 # no constraints: what the index has today. torch with the newest Triton that it takes; NEWEST holds packages back
 $(NEWEST_ENV)/installed: setup.py
 	$(PYTHON) -m venv $(NEWEST_ENV)
-	$(NEWEST_ENV)/bin/python -m pip install --quiet --upgrade -e '.[test]' $(NEWEST)
+	$(NEWEST_ENV)/bin/python -m pip install --quiet --upgrade -e '.[test]' setuptools $(NEWEST)
 	touch $@
 
 test-newest: $(NEWEST_ENV)/installed ## the tests on the newest versions that can be installed (NEWEST='torch==...' holds some back)

@@ -12,8 +12,8 @@ from pathlib import Path
 CLOCKED = {"seconds", "tokens_per_s", "examples_per_s", "wall_seconds", "peak_memory_bytes", "process", "host"}
 # pictures and tables of what stands in the JSON, with its seconds; answers of a clock
 _SHOWN = (".png", ".csv", ".md", ".gguf")
-# folders of what a clock has measured, and of when files were changed; and of locks
-_BY_CLOCK = ("autotune", "digests", "locks")
+# folders of what a clock has measured, and of when files were changed; of locks; and of who is in a sweep
+_BY_CLOCK = ("autotune", "digests", "locks", "queue")
 # what tells vectors apart to the last bit
 _OF_VECTORS = ("state.json", "summary.json", "adapter_config.json")
 # relative difference of vectors where one of two runs went on without its cache

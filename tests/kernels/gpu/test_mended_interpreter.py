@@ -34,13 +34,13 @@ def _listed_rows_kernel(x, y, n, row, D: tl.constexpr):
 
 @pytest.mark.parametrize("row", [-1, 0, 1])
 def test_a_compared_number_is_a_mask_and_a_bound_ends_a_loop(mends, monkeypatch, row):
-    masks, load = set(), interpreter.interpreter_builder.create_masked_load
+    masks, load = set(), interpreter.InterpreterBuilder.create_masked_load
 
-    def seen(pointers, mask, *others):
+    def seen(self, pointers, mask, *others):
         masks.add(mask.data.dtype)
-        return load(pointers, mask, *others)
+        return load(self, pointers, mask, *others)
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_masked_load", seen)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", seen)
     x, y = torch.arange(16.0).view(2, 8), torch.full((8,), torch.nan)
     _listed_rows_kernel[(1,)](x, y, 3, row, 8)
     assert torch.equal(y, (x[row] if row >= 0 else torch.zeros(8)) + 3)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.proof.reliability.whole_suites oldest|newest --python PYTHON REPORT ...
 
-A report is what `pytest --junitxml` writes; `make test-oldest` and `make test-newest` do. Of a test that stands in two
-reports the later one counts: files that were run again after they were mended need not be a whole run.
+A report is what `pytest --junitxml` writes; `make test-oldest` and `make test-newest` do. Of a file of tests that stands
+in two reports the later one counts: files that were run again after they were mended need not be a whole run.
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ class Outcome:
 
 
 def outcomes(reports: Sequence[Path]) -> dict[str, Outcome]:
-    """Test -> what came of it in the last of the reports that has it."""
-    found = {}
+    """Test -> what came of it in the last of the reports that has its file."""
+    files: dict[str, dict[str, Outcome]] = {}
     for report in reports:
+        here: dict[str, dict[str, Outcome]] = {}
         for case in xml.parse(report).getroot().iter("testcase"):
-            found[f"{case.get('classname')}.{case.get('name')}"] = _outcome(case)
-    return found
+            # a file that could not be read, or was skipped whole, has no class
+            file, name = case.get("classname") or case.get("name") or "", case.get("name") or ""
+            here.setdefault(file, {})[file if file == name else f"{file}.{name}"] = _outcome(case)
+        files |= here
+    return {test: outcome for file in files.values() for test, outcome in file.items()}
 
 
 def _outcome(case: xml.Element) -> Outcome:

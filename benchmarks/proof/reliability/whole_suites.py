@@ -2,8 +2,8 @@
 
 python -m benchmarks.proof.reliability.whole_suites oldest|newest --python PYTHON REPORT ...
 
-A report is what `pytest --junitxml` writes; `make test-oldest` and `make test-newest` do. Of a file of tests that stands
-in two reports the later one counts: files that were run again after they were mended need not be a whole run.
+A report is what `pytest --junitxml` writes; `make test-oldest` and `make test-newest` do. Of a file of tests in two
+reports the later one counts: files that were run again after they were mended need not be a whole run.
 """
 
 from __future__ import annotations

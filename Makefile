@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 OLDEST := .venv-oldest
 NEWEST_ENV := .venv-newest
+# what the whole runs on either leave, of which `make old-and-new` makes rows
+OLDEST_REPORT := runs/reliability/oldest.xml
+NEWEST_REPORT := runs/reliability/newest.xml
 AUDIT := .venv-audit
 LLAMA_CPP := .venv-llamacpp
 # a Python that has vLLM: make verify-vllm VLLM_PYTHON=/path/to/python
@@ -15,7 +18,7 @@ DEMO := runs/demo
 SANITIZER := build/ttsem
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows serve-browser bench bench-gpu gpu-hour bench-full report paper paper-quick real support verify-llamacpp verify-vllm clean
+.PHONY: help demo test coverage test-distributed test-all test-oldest test-newest lint types format wheel-twice dist audit aot mutants sanitize reliability kill corrupt threads processes determinism soak properties tested-rows old-and-new serve-browser bench bench-gpu gpu-hour bench-full report paper paper-quick real support verify-llamacpp verify-vllm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -55,21 +58,21 @@ test-all: $(STAMP) ## these and the slow ones that rarely fail, without real mod
 $(OLDEST)/installed: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . accelerate rich typer \
-		pytest pytest-timeout pytest-xdist
+		pytest pytest-timeout pytest-xdist setuptools
 	touch $@
 
 test-oldest: $(OLDEST)/installed ## the tests on the oldest supported versions, without the optional packages (5 GB)
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --junitxml=$(OLDEST_REPORT)
 
 # no constraints: what the index has today. torch with the newest Triton that it takes; NEWEST holds packages back
 $(NEWEST_ENV)/installed: setup.py
 	$(PYTHON) -m venv $(NEWEST_ENV)
-	$(NEWEST_ENV)/bin/python -m pip install --quiet --upgrade -e '.[test]' $(NEWEST)
+	$(NEWEST_ENV)/bin/python -m pip install --quiet --upgrade -e '.[test]' setuptools $(NEWEST)
 	touch $@
 
 test-newest: $(NEWEST_ENV)/installed ## the tests on the newest versions that can be installed (NEWEST='torch==...' holds some back)
 	$(NEWEST_ENV)/bin/python -m pip list | grep -iE '^(accelerate|datasets|filelock|peft|safetensors|tokenizers|torch|torchao|tqdm|transformers|triton|trl) '
-	$(NEWEST_ENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(NEWEST_ENV)/bin/python -m pytest -n 2 --dist loadfile --junitxml=$(NEWEST_REPORT)
 
 lint: $(STAMP) ## ruff's rules and format, and who may import whom
 	$(BIN)/ruff check .
@@ -141,6 +144,12 @@ tested-rows: $(STAMP) ## the rows of docs/reliability.md that are tests: wrong n
 	$(PROVE) $(RELIABILITY).tested_rows wrong_numbers
 	$(PROVE) $(RELIABILITY).tested_rows old_and_new
 	$(PROVE) $(RELIABILITY).tested_rows supply_chain
+
+# not among the proofs that `make reliability` runs: two more environments, 10 GB
+old-and-new: $(STAMP) ## the rows that are the whole suite on the oldest and on the newest versions (10 GB)
+	-$(MAKE) --keep-going test-oldest test-newest
+	$(PROVE) $(RELIABILITY).whole_suites oldest $(OLDEST_REPORT) --python $(OLDEST)/bin/python
+	$(PROVE) $(RELIABILITY).whole_suites newest $(NEWEST_REPORT) --python $(NEWEST_ENV)/bin/python
 
 properties: $(STAMP) ## thousands of random operations on random models, each compared with a plain hook
 	$(PROVE) tests.proof.properties $(ARGS)

@@ -1,6 +1,7 @@
 """The least versions that setup.py asks for are the very ones that `make test-oldest` installs."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -47,6 +48,11 @@ def test_floors_are_the_oldest_versions_that_are_run():
 def test_floors_are_no_newer_than_the_tested_versions():
     tested = pinned("constraints.txt")
     assert {name: version for name, (version,) in floors().items() if version > min(tested.get(name, {version}))} == {}
+
+
+def test_the_oldest_package_that_builds_ours_is_run():
+    (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert pinned("constraints-oldest.txt")["setuptools"] == {Version(needed.removeprefix("setuptools>="))}
 
 
 def test_the_gpu_script_needs_what_the_package_needs():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from lofit_fast.config import Recipe
+from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import (
     Encoded,
     as_example,
@@ -198,13 +199,13 @@ class EncodedCompletions:
         keep: bool,
     ) -> Iterator[Trainer]:
         """The prefix cache, or that of prompts, is filled first."""
-        # tried before anything hangs on the head
-        largest = max(schedule.batch_size, schedule.eval_batch_size)
+        # both are tried before anything hangs on the head
+        logits, largest = logit_rows(self.model, SCOPED), max(schedule.batch_size, schedule.eval_batch_size)
         head = longest_head(self.model, self.rows + self.judged_rows, largest)
         with (
             selecting_rows(self.model),
             chunked_losses(self.model, head),
-            self._batches(attachment, engine, progress) as collator,
+            self._batches(attachment, engine, logits, progress) as collator,
         ):
             yield LofitTrainer(
                 attachment,
@@ -232,9 +233,9 @@ class EncodedCompletions:
         return self.tokenizer.decode(self.rows[number]["input_ids"][:SHOWN], skip_special_tokens=True)[:SHOWN]
 
     @contextmanager
-    def _batches(self, attachment: Attachment, engine: Engine, progress: bool) -> Iterator[Callable]:
+    def _batches(self, attachment: Attachment, engine: Engine, logits: Logits, progress: bool) -> Iterator[Callable]:
         """The collator to train with, in a scope in which the model takes its batches."""
-        pad, logits, seen = pad_token_id(self.tokenizer), logit_rows(self.model, SCOPED), self.rows + self.judged_rows
+        pad, seen = pad_token_id(self.tokenizer), self.rows + self.judged_rows
         collator = collator_of(engine, pad, logits)
         prompts = {"pad_token_id": pad, "logits": logits, "gb": engine.prompt_cache_gb, "progress": progress}
         with ExitStack() as scopes:

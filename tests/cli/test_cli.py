@@ -348,21 +348,30 @@ def test_truthfulqa_is_trained_with_dpo_and_judged_by_choices(model, tmp_path):
 @pytest.fixture
 def gguf_model(tmp_path_factory):
     """A GGUF file of the tiny Llama that `run_folder`'s adapter is for."""
+    pytest.importorskip("gguf")
     from tests.tiny_gguf import write_tiny_gguf
     from tests.tiny_models import tiny_model
 
     return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "base.gguf", tiny_model("llama"))
 
 
-def test_exports_for_servers_and_peft(run_folder, model, gguf_model, tmp_path):
+def test_exports_for_servers(run_folder, model, tmp_path):
     adapted = ("--adapter", run_folder / "adapter")
     report = as_json("export", "--model", model, *adapted, "--for", "vllm", "--output", tmp_path / "served")
     assert report["for"] == "vllm"
     assert report["difference"] <= report["tolerance"]
-    given = ("--for", "peft", "--peft-method", "lora")
-    report = as_json("export", "--model", model, *adapted, *given, "--output", tmp_path / "lora")
+
+
+def test_exports_for_peft(run_folder, model, tmp_path):
+    pytest.importorskip("peft")
+    given = ("--adapter", run_folder / "adapter", "--for", "peft", "--peft-method", "lora")
+    report = as_json("export", "--model", model, *given, "--output", tmp_path / "lora")
     assert report["difference"] <= report["tolerance"] < report["base_difference"]
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_exports_for_llama_cpp(run_folder, model, gguf_model, tmp_path):
+    adapted = ("--adapter", run_folder / "adapter")
     # the file that the model is loaded from is the template, and one that is given
     for name, more in ((gguf_model, ()), (model, ("--template", gguf_model))):
         output = tmp_path / f"gguf{len(more)}"
@@ -377,7 +386,14 @@ def test_exports_that_are_refused(run_folder, model, tmp_path):
     assert "--for to be one of transformers, vllm, sglang, tgi, llama.cpp, peft" in error_of(
         *calling, "--for", "ollama"
     )
-    assert "no GGUF file of the base is known" in error_of(*calling, "--for", "llama.cpp")
     assert "gguf_type is for target='llama.cpp'" in error_of(*calling, "--for", "tgi", "--gguf-type", "f16")
-    assert "no such GGUF file" in error_of(*calling, "--for", "llama.cpp", "--template", tmp_path / "no.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_templates_that_are_not_there(run_folder, model, tmp_path):
+    pytest.importorskip("gguf")
+    calling = ("export", "--model", model, "--adapter", run_folder / "adapter", "--for", "llama.cpp")
+    calling = (*calling, "--output", tmp_path / "out")
+    assert "no GGUF file of the base is known" in error_of(*calling)
+    assert "no such GGUF file" in error_of(*calling, "--template", tmp_path / "no.gguf")
     assert not (tmp_path / "out").exists()

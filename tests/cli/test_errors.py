@@ -170,6 +170,7 @@ def test_a_broken_model_folder(model, data, tmp_path, name):
 
 
 def test_a_broken_gguf_file(data, tmp_path):
+    pytest.importorskip("gguf")
     (tmp_path / "a.gguf").write_bytes(b"GGUFxxxx")
     assert f"{tmp_path}/a.gguf cannot be loaded" in error_of("eval", "--model", tmp_path / "a.gguf", "--data", data)
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -201,17 +202,19 @@ def test_autotune_command_prints_a_table(folder, cache):
 def test_a_second_autotune_waits_and_adds_its_answers(folder, cache, caplog):
     arguments = ("autotune", "--model", folder, "--device", "cpu", "--dtype", "float32", "--rounds", 1, "--tokens")
     as_json(*arguments, 20)
-    inside, leave = threading.Event(), threading.Event()
+    inside = threading.Event()
 
     def hold():
         with alone(cache / "autotune" / "cpu.json.lock", "measure"):
             inside.set()
-            leave.wait(30)
+            # until the other one waits, however long it takes to come that far
+            ends = time.monotonic() + 60
+            while "waiting to measure" not in caplog.text and time.monotonic() < ends:
+                time.sleep(0.01)
 
     thread = threading.Thread(target=hold)
     thread.start()
     assert inside.wait(30)
-    threading.Timer(0.2, leave.set).start()
     as_json(*arguments, 100)
     thread.join()
     assert f"waiting to measure on cpu: process {os.getpid()} on host" in caplog.text

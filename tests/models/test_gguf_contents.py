@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+pytest.importorskip("gguf")
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

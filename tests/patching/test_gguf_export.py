@@ -1,7 +1,9 @@
 """GGUF files for llama.cpp: what is in them, what is refused. `make verify-llamacpp` runs llama.cpp itself."""
 
-import gguf
 import pytest
+
+pytest.importorskip("gguf")
+import gguf
 import torch
 
 import lofit_fast as lf

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("peft")
 import torch
 from peft import PeftModel
 

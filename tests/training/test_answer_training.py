@@ -19,6 +19,7 @@ from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.stage import train_attachment
 from lofit_fast.training.two_steps import check_one_answer
 from tests.evaluation.test_logprobs import spread
+from tests.library_versions import BY_ROW, called
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
 from tests.tiny_models import LAYERS, tiny_model
@@ -225,10 +226,10 @@ def test_attention_made_for_cpus_takes_masks_of_shared_beginnings():
     handle = lf.patch(model, lf.LofitConfig(scale=[(1, 2)], offset="all", positions="answer"))
     randomize(handle)
     hook = MaskedHook(plain, PLACE, vectors_of(handle))
-    batch = PackedCollator(0, logits="rows")(rows)
+    batch = PackedCollator(0, logits=BY_ROW)(rows)
     assert batch["input_ids"].shape[1] < sum(len(row["input_ids"]) for row in rows) / 1.5
     with attending(model, "lofit_grouped"):
-        got = model(**batch).logits.flatten(0, -2)
+        got = called(model, batch).logits.flatten(0, -2)
     found = []
     for row in rows:
         cut = row["labels"].count(IGNORED)

@@ -9,6 +9,7 @@ from lofit_fast.data.encode import encode_all
 from lofit_fast.evaluation.logprobs import log_probs
 from lofit_fast.models import head_trial, linear_loss
 from lofit_fast.tasks.task import Example, Preference
+from lofit_fast.training import objectives
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.first_epoch import first_epoch, loss_sum
 from lofit_fast.training.fit import fit_preferences
@@ -52,14 +53,17 @@ def vectors(result):
 
 
 @pytest.mark.parametrize("engine", [Engine(), Engine(packing=False, narrow=False)], ids=["packed", "padded"])
-def test_fit_on_long_answers(tmp_path, chunks, engine):
+def test_fit_on_long_answers(tmp_path, chunks, engine, monkeypatch):
     model = spread(tiny_model("gemma2"))
     how = {"eval_data": HELD_OUT, "engine": engine, "progress": False}
     plain = lf.fit(model, TOKENIZER, EXAMPLES, QUICK, output_dir=tmp_path / "plain", **how)
     expected = vectors(plain)
-    seen = chunks()
+    seen, asked, collator = chunks(), [], objectives.collator_of
+    monkeypatch.setattr(objectives, "collator_of", lambda *given: asked.append(given[2]) or collator(*given))
     ours = lf.fit(model, TOKENIZER, EXAMPLES, QUICK, output_dir=tmp_path / "ours", **how)
     assert 0 < max(seen) <= 5
+    # the model was tried before its head gave empty logits
+    assert set(asked) == {"index"}
     assert ours.heads == plain.heads
     assert losses(ours, "loss", "eval_loss") == pytest.approx(losses(plain, "loss", "eval_loss"), rel=1e-5)
     assert (vectors(ours) - expected).abs().max() <= 1e-4 * expected.abs().max()

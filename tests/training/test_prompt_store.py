@@ -13,6 +13,7 @@ from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.training.answer_batches import AnswerCollator, prompts_of, span
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.prompt_store import prompts_kept
+from tests.library_versions import BY_ROW, called, takes_masks
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
 from tests.tiny_families import tiny_family
@@ -72,14 +73,14 @@ def kept(handle, folder, rows=ROWS, whole=WHOLE, gb=1.0):
 
 
 def results(model, batch, parameters):
-    out = model(**{**batch, "use_cache": False})
+    out = called(model, batch)
     return [out.logits.detach(), out.loss.detach(), *torch.autograd.grad(out.loss, parameters)]
 
 
 def by_hooks(model, place, given, rows):
     """The same of whole sequences padded on the right, by hooks that write where a mask is true."""
     hook = MaskedHook(model, place, given)
-    batch = CompletionCollator(0, logits="rows")(rows)
+    batch = CompletionCollator(0, logits=BY_ROW)(rows)
     hook.mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for i, one in enumerate(rows):
         first = next(at for at, label in enumerate(one["labels"]) if label != IGNORED)
@@ -114,7 +115,7 @@ def test_attentions(attention, tmp_path):
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["rows", "columns", "all"])
+@pytest.mark.parametrize("way", [pytest.param("rows", marks=takes_masks), "columns", "all"])
 def test_every_way_to_ask_for_logits(way, tmp_path):
     handle = patched(tiny_model("llama"))
     whole = CompletionCollator(0, logits=way)
@@ -197,7 +198,7 @@ def test_what_all_prompts_begin_with_runs_once(name, tmp_path):
     begin = tokens(1, 9, 99)[0].tolist()
     rows = [{"input_ids": begin + one["input_ids"], "labels": [IGNORED] * 9 + one["labels"]} for one in ROWS]
     handle, seen = patched(make()), []
-    expected = results(handle.model, CompletionCollator(0)(rows), list(handle.parameters()))
+    expected = results(handle.model, CompletionCollator(0, logits=BY_ROW)(rows), list(handle.parameters()))
     embedding = handle.model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     with kept(handle, tmp_path, rows) as collator:

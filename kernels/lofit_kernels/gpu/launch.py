@@ -16,9 +16,9 @@ from lofit_kernels.gpu import tiles
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 if INTERPRET:
-    from lofit_kernels.gpu import old_interpreter
+    from lofit_kernels.gpu import mended_interpreter
 
-    old_interpreter.mend()
+    mended_interpreter.mend()
 
 # enough programs for every multiprocessor to hold several, few enough for the partial sums to stay cheap
 PROGRAMS = 2048

@@ -55,7 +55,8 @@ def test_a_kernel_that_fails_leaves_nothing_behind(own, rows, monkeypatch):
         raise RuntimeError("planted")
 
     with monkeypatch.context() as broken:
-        broken.setattr(interpreter.interpreter_builder, "create_masked_load", fails)
+        # of the class: undone on the object, its own method would stay on it, and hide what is put on the class
+        broken.setattr(interpreter.InterpreterBuilder, "create_masked_load", fails)
         with pytest.raises(Exception, match="planted"):
             computed(rows, torch.float32)
     assert tl.load is before

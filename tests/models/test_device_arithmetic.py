@@ -11,9 +11,10 @@ from lofit_fast.models import device_arithmetic as arithmetic
 from lofit_fast.models import meta_counts
 from lofit_fast.models.device_arithmetic import MODES, plan_devices
 from lofit_fast.models.meta_counts import Decoder, meta_model, saved_for_backward, shard_of, weights_of
-from lofit_fast.models.tensor_cuts import cut, sent_per_token
+from lofit_fast.models.tensor_cuts import cut, planned, sent_per_token
 from tests.counted_collectives import CollectiveBytes
 from tests.several_processes import in_processes
+from tests.tiny_families import family_config
 from tests.tiny_models import HEADS, HIDDEN, LAYERS, VOCAB, tiny_model, tokens
 
 B, T = tokens().shape
@@ -244,6 +245,38 @@ def test_layers_are_dealt_by_bytes():
     assert arithmetic.stages_of(weights, 6, 2) == [range(0, 4), range(4, 8)]
     assert [len(stage) for stage in arithmetic.stages_of(weights, 0, 3)] == [1, 3, 4]
     assert arithmetic.stages_of(weights, 0, 1) == [range(8)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "outside", "head", "n", "borders"),
+    [
+        ((10,) * 8, 12, 6, 2, [4]),
+        # an output head that is the embedding is where that is
+        ((10,) * 8, 6, 0, 2, [3, 8]),
+        ((1, 1), 100, 0, 2, [0, 2]),
+        # a head alone on its device, and devices that have nothing
+        ((1, 1), 100, 100, 2, [2]),
+        ((1, 1), 4, 2, 8, [0, 1, 2]),
+        ((1, 1), 4, 2, 1, []),
+    ],
+)
+def test_hidden_states_go_where_the_next_weights_are(layers, outside, head, n, borders):
+    weights = meta_counts.Weights(layers, outside, 0)
+    assert arithmetic.borders_of(weights, head, arithmetic.stages_of(weights, head, n)) == borders
+
+
+def test_an_attention_of_a_family_s_own_is_no_reason_to_refuse_it(tmp_path):
+    family_config("falcon").save_pretrained(tmp_path)
+    layers = len(Decoder.of(meta_model(str(tmp_path), torch.float32)).projections)
+    plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [1] * layers, [0] * layers)
+    assert plan.total > 0 and "attention is counted as" in plan.notes[0]
+
+
+def test_a_plan_that_cuts_other_parameters_is_not_counted():
+    model = tiny_model("llama")
+    model.tp_plan = {**model.tp_plan, "model.norm.weight": "colwise"}
+    with pytest.raises(ValueError, match="treats model.norm.weight as 'colwise': it is not counted here"):
+        planned(model)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -190,7 +190,8 @@ def test_a_port_in_use_is_named(monkeypatch):
             ranks.begun()
 
 
-def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeypatch):
+def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(launchers, "_QUIET", 0.05)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -198,6 +199,8 @@ def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeyp
     _say(monkeypatch, said | {launchers.TIMEOUT: "0.005"})
     with pytest.raises(OSError, match=r"process 0 of 2 has not met the others at .* within 0.005 minutes"):
         ranks.begun()
+    said = capsys.readouterr().err
+    assert f"process 0 of 2 waits at 127.0.0.1:{port} for the others to join, 0.005 minutes at the most" in said
 
 
 def _say(monkeypatch, said):

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from lofit_fast.extras import shared_versions
-from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, unlaunched
+from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, said_in_time, unlaunched
 
 # seconds that another process, which knows more, is given to say what is wrong
 _PATIENCE = 3.0
@@ -57,8 +57,8 @@ def refused(reason: str) -> Across:
 class Company:
     """This process by itself, or one of those of a launch, once they have met (`met`).
 
-    here: the numbers of those on this machine. works: whether it does what the command is for. across: what the command does as several processes. lost: what has
-    become of the first process while this one waited for it, or None.
+    here: the numbers of those on this machine. works: whether it does what the command is for. across: what the command
+    does as several processes. lost: what has become of the first process while this one waited for it, or None.
     """
 
     launched: Launched | None = None
@@ -87,7 +87,8 @@ class Company:
             _take_place(found, store, mine)
             # from here on all hear what one says
             self.store = store
-            others = _introduced(found, store)
+            with said_in_time(f"process {found.rank} of {found.count} waits for the others to join"):
+                others = _introduced(found, store)
         # of torch, where the store goes with its keeper
         except RuntimeError as error:
             self.store = None

@@ -346,8 +346,8 @@ class LofitLinear(nn.Module):
             raise ValueError("nn.DataParallel takes a batch apart: expected no handle.rows() or set_active() around it")
         if self.acting is not None and said_for(self.acting) is not None:
             raise ValueError(
-                "nn.DataParallel takes a batch apart, and leaves a mask whole: expected no handle.acting_on() around it, "
-                "but labels in the batch, which say where the answers begin"
+                "nn.DataParallel takes a batch apart, and leaves a mask whole: expected no handle.acting_on() around "
+                "it, but labels in the batch, which say where the answers begin"
             )
         replica = super()._replicate_for_data_parallel()
         replica.here, replica.scopes = Fixed(self.here.off), Scopes()

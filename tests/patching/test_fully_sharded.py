@@ -339,3 +339,23 @@ def test_models_in_two_processes(tmp_path):
     for rank in ("0", "1"):
         gathered = tmp_path / rank / "adapter_model.safetensors"
         assert gathered.read_bytes() == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
+
+
+def test_vectors_that_data_parallelism_has_not_seen_are_refused():
+    """Its processes would train adapters of their own."""
+
+    def work(rank):
+        model, ids = tiny_model("llama"), tokens(2, 5, seed=rank)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        handle = lf.patch(wrapped.module, lf.LofitConfig(offset=[(0, 1)]))
+        with pytest.raises(ValueError, match="does not know 1 of the 1 vectors, which are newer than it"):
+            wrapped(ids, labels=ids)
+        with torch.no_grad():
+            wrapped(ids)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped(ids, labels=ids).loss.backward()
+        return [vectors.grad for vectors in handle.parameters()]
+
+    one, other = in_processes(2, work)
+    assert all(map(torch.equal, one, other))

@@ -21,7 +21,7 @@ class VectorSync:
     """Listens for the gradients of vectors that are no part of FSDP's groups, from patching on until `remove`.
 
     model: whatever of it was given to fully_shard, before or since, is found. decoder: before each of its forwards the
-    vectors are looked at again. Vectors that are newer than a DistributedDataParallel around the model are refused then.
+    vectors are looked at again; those that are newer than a DistributedDataParallel around the model are refused then.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module, layers: list[LofitLinear]) -> None:

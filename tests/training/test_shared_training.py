@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 import lofit_fast as lf
 from lofit_fast import extras, ranks, roll_call
 from lofit_fast.models.device import name_of_chip
 from lofit_fast.models.load import load_model
 from lofit_fast.training import told_run, trainer
+from lofit_fast.training.agreed_control import AgreedControl
 from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
@@ -226,7 +227,24 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypa
         assert_same_outcome(got, whole, 0)
 
 
-@pytest.mark.parametrize("asked", [("should_save",), pytest.param(("should_evaluate",), marks=pytest.mark.slow)])
+def test_callbacks_agree_on_what_any_of_them_asks():
+    def work(rank):
+        control, agreed = TrainerControl(should_log=True), AgreedControl(rank == 1)
+        agreed.on_train_begin(None, None, control)
+        control.should_training_stop = rank == 1
+        agreed.on_step_end(None, None, control)
+        # where no process has callbacks that may ask nothing is sent
+        silent = AgreedControl(False)
+        silent.on_train_begin(None, None, control)
+        other = TrainerControl(should_save=rank == 1)
+        silent.on_step_end(None, None, other)
+        return control.should_training_stop, control.should_log, control.should_save, other.should_save
+
+    assert in_processes(2, work) == [(True, True, False, False), (True, True, False, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [("should_save",), ("should_evaluate",)])
 def test_what_a_callback_asks_of_one_process_all_do(tmp_path, asked):
     how = {"heads": [(1, 0)], "eval_data": HELD_OUT if "should_evaluate" in asked else None}
     expected = outcome(tmp_path / "one", callbacks=[StopThis(0, *asked)], **how)
@@ -358,11 +376,13 @@ def test_one_accelerator_is_one_process_s(monkeypatch):
             check_devices([[("a", "cuda:0")], [("a", "cuda:1")], third])
     # where each process sees one of its own, all are the first
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=f"of-{os.getpid()}"))
-    first, second = in_processes(2, lambda rank: [("a", name_of_chip(torch.device("cuda:0")))])
-    check_devices([first, second])
-    with pytest.raises(ValueError, match="both have their model on GPU-of-"):
-        check_devices([first, first])
+    seen = []
+    for uuid in ("b", "c"):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid))
+        seen.append([("a", name_of_chip(torch.device("cuda:0")))])
+    check_devices(seen)
+    with pytest.raises(ValueError, match="both have their model on GPU-b"):
+        check_devices(seen[:1] * 2)
     assert name_of_chip(torch.device("cpu")) == "cpu"
 
 

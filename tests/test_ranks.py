@@ -151,6 +151,7 @@ def test_an_error_that_cannot_be_sent_is_sent_as_words():
     [
         ({}, None),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, launchers.Launched(1, 4, 1, 2)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "SLURM_LOCALID": "1"}, launchers.Launched(9, 16, 1, 16)),
         ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, launchers.Launched(2, 3, 2, 3)),
     ],
 )

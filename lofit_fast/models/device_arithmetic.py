@@ -7,7 +7,7 @@ here, with its source, and a test holds it to a count on tiny models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -136,7 +136,12 @@ def plan_devices(
     decoder = Decoder.of(model)
     scaled = any(n_scale) and n_scale[next(i for i, count in enumerate(counts) if count)] > 0
     step = _Step(decoder, devices, tokens, dtype, numbers, decoder.lowest(counts), scaled)
-    return MODES[mode](step)
+    planned = MODES[mode](step)
+    if (packed := getattr(model.config, "quantization_config", None)) is None:
+        return planned
+    kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    note = f"The weights are quantized ({getattr(kind, 'value', kind)}), and counted as if they were {dtype}."
+    return replace(planned, notes=(note, *planned.notes))
 
 
 @dataclass(frozen=True)

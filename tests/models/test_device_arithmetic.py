@@ -298,6 +298,14 @@ def test_more_devices_keep_less_of_what_is_divided(folder):
     assert plans["ddp"].sent == plans["ddp"].payload[0].bytes == 4 * numbers
 
 
+def test_quantized_weights_are_said_to_be_counted_whole(tmp_path):
+    config = tiny_model("llama").config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [0] * LAYERS, [0, 1, 2])
+    assert plan.notes == ("The weights are quantized (gptq), and counted as if they were torch.float32.",)
+
+
 @pytest.mark.slow
 def test_a_cut_model_of_real_sizes_keeps_a_part():
     wide = plan_devices("Llama-3.2-1B", "tp", 8, T, torch.bfloat16, [32] * 16, [0] * 16)

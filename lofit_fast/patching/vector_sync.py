@@ -8,6 +8,8 @@ that are accumulated, sums what came to them, and the mean of a mean is that mea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,23 +63,8 @@ class VectorSync:
             self.look()
 
     def _check_known(self) -> None:
-        """Raise ValueError where torch's wrapper for data parallelism goes forward that has not seen the vectors."""
-        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-        if wrapper is None:
-            return
         held_here = (module for layer in self.layers for module in (layer, layer.others) if module is not None)
-        trained = {id(v): v for module in held_here for v in module.parameters(recurse=False) if v.requires_grad}
-        if self._known == (seen := (id(wrapper), *trained)):
-            return
-        left_out = wrapper.parameters_to_ignore
-        own = {id(p) for name, p in wrapper.module.named_parameters() if name in left_out}
-        if unknown := trained.keys() - own - {id(p) for p in wrapper._module_parameters}:
-            raise ValueError(
-                f"DistributedDataParallel does not know {len(unknown)} of the {len(trained)} vectors, which are newer "
-                "than it, and would leave each process with gradients of its own: patch the model first, and wrap it "
-                "then"
-            )
-        self._known = seen
+        self._known = check_seen([v for module in held_here for v in module.parameters(recurse=False)], self._known)
 
     def _own(self) -> list[Tensor]:
         """The vectors that are trained and that FSDP has no part of, in an order that all processes share."""
@@ -117,6 +104,27 @@ class VectorSync:
                 mean = (total / divisor).view_as(v).to(v.dtype)
                 # the very tensor, which an optimizer or a clipping may hold
                 v.grad = mean if v.grad is None else v.grad.copy_(mean)
+
+
+def check_seen(vectors: Iterable[Tensor], known: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Raise ValueError where a DistributedDataParallel goes forward that has not seen vectors which are trained.
+
+    known: what this has returned before, so that the same is looked at once.
+    """
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return known
+    trained = {id(v) for v in vectors if v.requires_grad}
+    if known == (seen := (id(wrapper), *sorted(trained))):
+        return known
+    left_out = wrapper.parameters_to_ignore
+    own = {id(p) for name, p in wrapper.module.named_parameters() if name in left_out}
+    if unknown := trained - own - {id(p) for p in wrapper._module_parameters}:
+        raise ValueError(
+            f"DistributedDataParallel does not know {len(unknown)} of the {len(trained)} vectors, which are newer than "
+            "it, and would leave each process with gradients of its own: patch the model first, and wrap it then"
+        )
+    return seen
 
 
 def _device_of(mesh, flat: Tensor) -> torch.device:

@@ -9,6 +9,8 @@ import atexit
 import datetime
 import math
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,10 +18,14 @@ from dataclasses import dataclass
 # minutes that one process waits for the others at the most
 TIMEOUT = "LOFIT_FAST_TIMEOUT_MINUTES"
 _MINUTES = 30.0
+# seconds until it says that it waits
+_QUIET = 15.0
 # torchrun's name first, then those of mpirun, through which accelerate starts processes on CPUs
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+# srun's, for scripts that give its tasks torchrun's other variables
+_LOCAL += ("SLURM_LOCALID",)
 _LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 # what accelerate is told to do with the model, in whatever trainer
 _FSDP = "ACCELERATE_USE_FSDP"
@@ -87,6 +93,20 @@ def limit() -> datetime.timedelta:
     return datetime.timedelta(minutes=minutes)
 
 
+@contextmanager
+def said_in_time(what: str) -> Iterator[None]:
+    """A scope that says on stderr what it does if it takes long, as it does where no launcher has started others."""
+    minutes = limit().total_seconds() / 60
+    said = f"{what}, {minutes:g} minutes at the most ({TIMEOUT}). One process by itself has neither RANK nor WORLD_SIZE"
+    timer = threading.Timer(_QUIET, lambda: print(said, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def meets() -> bool:
     """Whether the environment says where the processes meet."""
     return not _absent()
@@ -124,7 +144,8 @@ def join(found: Launched) -> None:
         backend = "cpu:gloo,cuda:nccl"
     options = {"rank": found.rank, "world_size": found.count, "timeout": limit()}
     try:
-        dist.init_process_group(backend, **options)
+        with said_in_time(f"process {found.rank} of {found.count} waits at {where} for the others to join"):
+            dist.init_process_group(backend, **options)
     except (RuntimeError, OSError) as error:
         raise OSError(_unmet(found, where, " ".join(str(error).split()))) from error
     # a group that outlives its threads makes a process end with a complaint

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lofit_fast.config import HeadSet, LofitConfig, shown
 from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
+from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
@@ -34,6 +35,7 @@ from lofit_fast.patching.storage import (
     description_in,
     parse_tensor_name,
 )
+from lofit_fast.patching.vector_sync import check_seen
 from lofit_fast.patching.weight_sample import base_digest, check_base
 from lofit_fast.patching.wrapping import build_layers
 
@@ -139,6 +141,14 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         self._patched: dict[str, LofitLinear] = {}
         # weight and bias as they were, while an adapter is merged
         self._unmerged: tuple[Tensor | None, Tensor | None] = (None, None)
+        # see `check_seen`
+        self._seen: tuple[int, ...] = ()
+
+    def _replicate_for_data_parallel(self) -> LofitPeftLayer:
+        replica = super()._replicate_for_data_parallel()
+        # in a thread of its own, with vectors of its own
+        replica._patched = {}
+        return replica
 
     def update_layer(self, adapter: str, made: LofitLinear) -> None:
         """Take an adapter's vectors and heads from what `patch` would have put here."""
@@ -160,7 +170,10 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         adapter = next((name for name in self.active_adapters if name in self.lofit_heads), None)
         if self.disable_adapters or self.merged or adapter is None:
             return self.base_layer(z)
-        return self.as_patched(adapter)(z)
+        layer = self.as_patched(adapter)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._seen = check_seen(layer.parameters(recurse=False), self._seen)
+        return layer(z)
 
     def as_patched(self, adapter: str) -> LofitLinear:
         """What `lofit_fast.patch` would put here, with the adapter's own vectors; attached to nothing."""
@@ -170,6 +183,9 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         if not fits or any(getattr(layer, c) is not vectors.get(c) for c in COMPONENTS):
             layer = LofitLinear(self.base_layer, self.n_heads, self.head_dim, *self.lofit_heads[adapter])
             for component, parameter in vectors.items():
+                # a replica's are plain tensors
+                if not isinstance(parameter, nn.Parameter):
+                    layer._parameters.pop(component)
                 setattr(layer, component, parameter)
             self._patched[adapter] = layer
         if any(getattr(layer, f"{c}_heads").device != parameter.device for c, parameter in vectors.items()):
@@ -247,6 +263,11 @@ class LofitModel(BaseTuner):
         """Find the projections and draw the vectors. Raises ValueError for whatever does not fit, nothing changed."""
         if handle_of(model) is not None:
             raise ValueError("the model is patched by lofit_fast.patch: unpatch() or merge() its handle first")
+        if fully_sharded(model) and not peft_config.inference_mode:
+            raise ValueError(
+                "the model is sharded (FSDP2), and nobody would average the gradients of vectors that come later: put "
+                "the adapter in first and shard then, or use lofit_fast.patch, which sees to them"
+            )
         projections = find_projections(model)
         layers = build_layers(model, peft_config.heads(), projections)
         adapted = [p for p in projections if p.layer in layers]

@@ -151,6 +151,7 @@ def test_an_error_that_cannot_be_sent_is_sent_as_words():
     [
         ({}, None),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, launchers.Launched(1, 4, 1, 2)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "SLURM_LOCALID": "1"}, launchers.Launched(9, 16, 1, 16)),
         ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, launchers.Launched(2, 3, 2, 3)),
     ],
 )
@@ -190,7 +191,8 @@ def test_a_port_in_use_is_named(monkeypatch):
             ranks.begun()
 
 
-def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeypatch):
+def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(launchers, "_QUIET", 0.05)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -198,6 +200,8 @@ def test_others_that_do_not_come_are_waited_for_no_longer_than_the_limit(monkeyp
     _say(monkeypatch, said | {launchers.TIMEOUT: "0.005"})
     with pytest.raises(OSError, match=r"process 0 of 2 has not met the others at .* within 0.005 minutes"):
         ranks.begun()
+    said = capsys.readouterr().err
+    assert f"process 0 of 2 waits at 127.0.0.1:{port} for the others to join, 0.005 minutes at the most" in said
 
 
 def _say(monkeypatch, said):

@@ -12,14 +12,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from lofit_fast.extras import shared_versions
-from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, unlaunched
+from lofit_fast.launchers import TIMEOUT, Launched, launched, limit, meeting, meets, said_in_time, unlaunched
 
 # seconds that another process, which knows more, is given to say what is wrong
 _PATIENCE = 3.0
@@ -57,12 +57,13 @@ def refused(reason: str) -> Across:
 class Company:
     """This process by itself, or one of those of a launch, once they have met (`met`).
 
-    works: whether it does what the command is for. across: what the command does as several processes. lost: what has
-    become of the first process while this one waited for it, or None.
+    here: the numbers of those on this machine. works: whether it does what the command is for. across: what the command
+    does as several processes. lost: what has become of the first process while this one waited for it, or None.
     """
 
     launched: Launched | None = None
     store: Any = None
+    here: tuple[int, ...] = ()
     works: bool = True
     across: Across = FIRST
     lost: str | None = None
@@ -86,12 +87,14 @@ class Company:
             _take_place(found, store, mine)
             # from here on all hear what one says
             self.store = store
-            others = _introduced(found, store)
+            with said_in_time(f"process {found.rank} of {found.count} waits for the others to join"):
+                others = _introduced(found, store)
         # of torch, where the store goes with its keeper
         except RuntimeError as error:
             self.store = None
             raise ConnectionError(f"process 0 of {found.count} has ended while the others joined") from error
         _check_alike(others)
+        self.here = tuple(rank for rank, other in enumerate(others) if other["host"] == mine["host"])
         if across.refusal is not None:
             raise ValueError(f"expected one process for this command, got {found.count}: {across.refusal}")
         self.across, self.works = across, across.divided or across.each or found.rank == 0
@@ -109,7 +112,7 @@ class Company:
             with unlaunched():
                 yield
             return
-        _check_devices(self.launched, device)
+        _check_devices(self.launched, device, self._chips)
         from lofit_fast.ranks import joined
 
         with joined(what):
@@ -156,6 +159,11 @@ class Company:
         with suppress(RuntimeError):
             code = _agreed(self.launched, store, code)
         return code
+
+    def _chips(self, own: str) -> list[str]:
+        """What the processes of this machine compute on, by name. own: what this one does."""
+        self.store.set(f"chip/{self.launched.rank}", own)
+        return [self.store.get(f"chip/{rank}").decode() for rank in self.here]
 
     def _has(self, key: str) -> bool:
         return bool(self.store.check([key]))
@@ -238,8 +246,11 @@ def _check_alike(processes: list[Mapping[str, Any]]) -> None:
             )
 
 
-def _check_devices(found: Launched, device: str) -> None:
-    """Raise ValueError where the processes cannot have a device each."""
+def _check_devices(found: Launched, device: str, chips: Callable[[str], list[str]]) -> None:
+    """Raise ValueError where the processes cannot have a device each.
+
+    chips: what the processes of this machine compute on, given what this one does; all of them must ask.
+    """
     if ":" in device:
         raise ValueError(
             f"--device {device} is one device for {found.count} processes: expected its name alone, of which each "
@@ -250,10 +261,16 @@ def _check_devices(found: Launched, device: str) -> None:
     import torch
 
     gpus = torch.cuda.device_count()
-    if gpus and found.local >= gpus:
+    if not gpus:
+        return
+    from lofit_fast.models.device import name_of_chip
+
+    # SLURM, say, may let each process see one of its own: the first, to all of them
+    used = chips(name_of_chip(torch.device("cuda", found.local % gpus)))
+    if len(set(used)) < len(used):
         raise ValueError(
-            f"{found.local_count} processes for the {gpus} GPUs of {socket.gethostname()}: expected --nproc-per-node "
-            f"{gpus} or fewer, or --device cpu"
+            f"{len(used)} processes for the {len(set(used))} GPUs of {socket.gethostname()}: expected --nproc-per-node "
+            f"{len(set(used))} or fewer, or --device cpu"
         )
 
 

@@ -67,8 +67,14 @@ class Division:
         return tqdm(total=total, desc=self.what, disable=not (progress and self.rank == 0), leave=False)
 
     def together(self) -> AbstractContextManager[None]:
-        """A scope for the computing: an error in one process is raised in all."""
-        return nullcontext() if self.same else ranks.together(self.what)
+        """A scope for the computing: an error in one process is raised in all, or ends all.
+
+        Processes that compute a forward together are in the midst of it where one of them fails: what that one would
+        tell them, they would take for weights.
+        """
+        if self.count == 1:
+            return nullcontext()
+        return ranks.joined(self.what) if self.same or self.gathers else ranks.together(self.what)
 
     def put_together(self, results: Mapping[Key, Value]) -> dict[Key, Value]:
         """Everybody's results."""

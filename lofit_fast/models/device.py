@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def as_device(device: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise ValueError(f"cannot use device {name!r}: it keeps no numbers, expected one that computes")
     return device
+
+
+def name_of_chip(device: torch.device) -> str:
+    """What tells a device from the others of its machine: on CUDA its UUID where torch knows it, else its name.
+
+    By names alone processes that see a GPU each, as under SLURM, all have cuda:0.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        # one that cannot be used says so when it is
+        with suppress(RuntimeError):
+            uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+            return str(device) if uuid is None else f"GPU-{uuid}"
+    return str(device)
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ here, with its source, and a test holds it to a count on tiny models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -18,6 +18,7 @@ from lofit_fast.models.meta_counts import (
     Lowest,
     Saved,
     Weights,
+    attention_of,
     meta_model,
     saved_for_backward,
     shard_of,
@@ -135,7 +136,12 @@ def plan_devices(
     decoder = Decoder.of(model)
     scaled = any(n_scale) and n_scale[next(i for i, count in enumerate(counts) if count)] > 0
     step = _Step(decoder, devices, tokens, dtype, numbers, decoder.lowest(counts), scaled)
-    return MODES[mode](step)
+    planned = MODES[mode](step)
+    if (packed := getattr(model.config, "quantization_config", None)) is None:
+        return planned
+    kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    note = f"The weights are quantized ({getattr(kind, 'value', kind)}), and counted as if they were {dtype}."
+    return replace(planned, notes=(note, *planned.notes))
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,10 @@ class _Step:
         return Item("logits, were every token labelled and none in chunks", size)
 
     def saved(self) -> tuple[Saved | None, tuple[str, ...]]:
+        own = attention_of(self.model)
+        notes = () if own is None else (f"attention is counted as {own!r} computes it: the family takes no other",)
         try:
-            return saved_for_backward(self.decoder, self.tokens, self.lowest, self.scaled), ()
+            return saved_for_backward(self.decoder, self.tokens, self.lowest, self.scaled), notes
         except ValueError as error:
             return None, (f"activations are not counted: {error}",)
 
@@ -227,19 +235,31 @@ def _tp(step: _Step) -> DevicePlan:
     return DevicePlan((weights, step.trained, *_activations(saved and saved.total), logits), payload, sent, notes)
 
 
+def borders_of(weights: Weights, head: int, stages: Sequence[range]) -> list[int]:
+    """Before which layers hidden states change devices; as many as there are layers for the output head.
+
+    head: bytes of an output head of its own, on the last device; 0 for one that is the embedding, on the first.
+    """
+    last = len(weights.layers)
+    # what is outside of the layers is in front of them
+    holds = [bool(stage) or (place == 0 and weights.outside > head) for place, stage in enumerate(stages)]
+    where = [place for place, stage in enumerate(stages) for _ in stage]
+    path = [holds.index(True), *where, len(stages) - 1 if head else 0]
+    return [layer for layer in range(last + 1) if path[layer] != path[layer + 1]]
+
+
 def _device_map(step: _Step) -> DevicePlan:
     saved, notes = step.saved()
     weights = weights_of(step.decoder)
     head = 0 if step.tied else step.head.weight.numel() * step.head.weight.itemsize
     stages = stages_of(weights, head, step.n)
-    used = [stage for stage in stages if stage]
     shares = [sum(weights.layers[layer] for layer in stage) for stage in stages]
     shares[0] += weights.outside - head
     shares[-1] += head
     shares = [share + weights.buffers for share in shares]
     kept = saved and saved.outside + max(sum(saved.layers[layer] for layer in stage) for stage in stages)
     hidden = step.tokens * step.dtype.itemsize * step.model.get_input_embeddings().weight.shape[1]
-    borders = [stage[0] for stage in used[1:]]
+    borders = borders_of(weights, head, stages)
     payload = (
         Item("hidden states, from device to device", len(borders) * hidden),
         Item("their gradients, back", sum(border > step.lowest.index for border in borders) * hidden),

@@ -7,6 +7,7 @@ attention saves.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.models.load import auto_classes, naming_broken_files, resolve
-from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_kernels.shapes import SHAPES
 
 _ATTENTION = "lofit_fast_counted"
@@ -86,11 +87,19 @@ def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
             config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     with naming_broken_files(name), torch.device("meta"), _counted_attention():
         try:
-            model = auto_classes(config)[0].from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
-        # of families that take only attentions of their own
-        except (ValueError, AttributeError, ImportError):
+            # which is left in the config, also where a family does not take it
+            given = copy.deepcopy(config)
+            model = auto_classes(config)[0].from_config(given, dtype=dtype, attn_implementation=_ATTENTION)
+        # of families that take only attentions of their own, and say so in many ways; others fail again
+        except Exception:
             model = auto_classes(config)[0].from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """What a meta model computes attention by; None for what stands for flash attention."""
+    said = getattr(text_config(model), "_attn_implementation", None)
+    return None if said == _ATTENTION else said
 
 
 @dataclass(frozen=True)

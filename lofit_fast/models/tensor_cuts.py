@@ -51,6 +51,13 @@ def planned(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
                 f"the plan for a {type(model).__name__} treats {name} as {style!r}: it is not counted here"
             )
         found[name] = module, style
+    # a plan may cut parameters that are no module's weight, such as those of experts
+    for name, _ in model.named_parameters():
+        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if style is not None and _CUT.get(style, 0) is not None and name.removesuffix(".weight") not in found:
+            raise ValueError(
+                f"the plan for a {type(model).__name__} treats {name} as {style!r}: it is not counted here"
+            )
     return found
 
 

@@ -225,8 +225,17 @@ class LofitHandle(SeveralAdapters):
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors."""
-        return push_adapter(self.adapter(), repo_id, **options)
+        """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors.
+
+        Of a model that several processes hold together the first one pushes, as `save` writes. Where the vectors are in
+        parts all get the address of the commit; elsewhere the others get repo_id.
+        """
+        adapter = self.adapter()
+        if self.in_parts:
+            return ranks.told(lambda: push_adapter(adapter, repo_id, **options))
+        if ranks.first() or not is_shared(self.model):
+            return push_adapter(adapter, repo_id, **options)
+        return repo_id
 
     @one_at_a_time
     def unpatch(self) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
+from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.chosen_adapters import projected_with
 from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
@@ -344,6 +344,11 @@ class LofitLinear(nn.Module):
         # threads of its own run a replica, and are in none of our scopes
         if self.here.chosen is not None:
             raise ValueError("nn.DataParallel takes a batch apart: expected no handle.rows() or set_active() around it")
+        if self.acting is not None and said_for(self.acting) is not None:
+            raise ValueError(
+                "nn.DataParallel takes a batch apart, and leaves a mask whole: expected no handle.acting_on() around "
+                "it, but labels in the batch, which say where the answers begin"
+            )
         replica = super()._replicate_for_data_parallel()
         replica.here, replica.scopes = Fixed(self.here.off), Scopes()
         return replica

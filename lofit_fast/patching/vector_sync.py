@@ -8,6 +8,8 @@ that are accumulated, sums what came to them, and the mean of a mean is that mea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class VectorSync:
     """Listens for the gradients of vectors that are no part of FSDP's groups, from patching on until `remove`.
 
     model: whatever of it was given to fully_shard, before or since, is found. decoder: before each of its forwards the
-    vectors are looked at again.
+    vectors are looked at again; those that are newer than a DistributedDataParallel around the model are refused then.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module, layers: list[LofitLinear]) -> None:
@@ -29,12 +31,14 @@ class VectorSync:
         self._listening: dict[int, tuple[Tensor, torch.utils.hooks.RemovableHandle]] = {}
         # the backward pass at whose end the mean is taken
         self._pass: int | None = None
+        # what was seen last around the model, with the vectors that it knows: ids
+        self._known: tuple[int, ...] = ()
         self._hook = decoder.register_forward_pre_hook(self._before_forward)
         self.look()
 
     def __getstate__(self) -> dict:
         # a copy's vectors have no hooks: it looks again before its first forward
-        return {**vars(self), "_listening": {}, "_pass": None}
+        return {**vars(self), "_listening": {}, "_pass": None, "_known": ()}
 
     def remove(self) -> None:
         """Listen no more."""
@@ -55,7 +59,12 @@ class VectorSync:
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # a compiler is asked first: it cannot follow the rest
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and ranks.count() > 1:
+            self._check_known()
             self.look()
+
+    def _check_known(self) -> None:
+        held_here = (module for layer in self.layers for module in (layer, layer.others) if module is not None)
+        self._known = check_seen([v for module in held_here for v in module.parameters(recurse=False)], self._known)
 
     def _own(self) -> list[Tensor]:
         """The vectors that are trained and that FSDP has no part of, in an order that all processes share."""
@@ -95,6 +104,27 @@ class VectorSync:
                 mean = (total / divisor).view_as(v).to(v.dtype)
                 # the very tensor, which an optimizer or a clipping may hold
                 v.grad = mean if v.grad is None else v.grad.copy_(mean)
+
+
+def check_seen(vectors: Iterable[Tensor], known: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Raise ValueError where a DistributedDataParallel goes forward that has not seen vectors which are trained.
+
+    known: what this has returned before, so that the same is looked at once.
+    """
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return known
+    trained = {id(v) for v in vectors if v.requires_grad}
+    if known == (seen := (id(wrapper), *sorted(trained))):
+        return known
+    left_out = wrapper.parameters_to_ignore
+    own = {id(p) for name, p in wrapper.module.named_parameters() if name in left_out}
+    if unknown := trained - own - {id(p) for p in wrapper._module_parameters}:
+        raise ValueError(
+            f"DistributedDataParallel does not know {len(unknown)} of the {len(trained)} vectors, which are newer than "
+            "it, and would leave each process with gradients of its own: patch the model first, and wrap it then"
+        )
+    return seen
 
 
 def _device_of(mesh, flat: Tensor) -> torch.device:

@@ -36,10 +36,11 @@ def with_whole_copy(handle: LofitHandle, folder: Path | str, do: Callable[[Lofit
     """
     model = handle.model
     _check_stock(model)
-    adapter = handle.adapter()
-    reshard(model)
-    state = model.state_dict()
-    with ExitStack() as stack:
+    # whoever is gone meanwhile is named
+    with ranks.joined("gathering the model"), ExitStack() as stack:
+        adapter = handle.adapter()
+        reshard(model)
+        state = model.state_dict()
         files: dict[str, Tensor] = {}
         ranks.told(lambda: files.update(_made(state, Path(folder), stack)))
         for name, tensor in state.items():

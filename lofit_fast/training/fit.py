@@ -57,7 +57,8 @@ def fit(
         heads: skip step 1 and tune these.
         step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
             has left it, and trained there otherwise.
-        callbacks: of transformers' Trainer, for what is trained of both steps.
+        callbacks: of transformers' Trainer, for what is trained of both steps; of several processes in each, and what
+            one asks for all do.
         resume: whether to go on with the run in the folder.
         progress: whether bars and the engine's choice are shown.
 

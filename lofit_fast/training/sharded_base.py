@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lofit_fast import launchers, ranks
+from lofit_fast.models.base_digest import base_digest
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.placement import device_of
@@ -87,6 +88,8 @@ def _shard(model: nn.Module) -> None:
     if plugin.cpu_ram_efficient_loading:
         # transformers has loaded the numbers in the first process alone
         ranks.as_first([*model.parameters(), *model.buffers()])
+    # parts of several models would make one that nobody has loaded
+    ranks.check_same(base_digest(model), "model")
     if (precision := launchers.precision_asked()) is not None:
         plugin.set_mixed_precision(precision)
     how = {

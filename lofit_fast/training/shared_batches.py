@@ -21,8 +21,8 @@ from lofit_fast import ranks
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.launchers import sharding_asked
 from lofit_fast.models.base_digest import dropout_of
+from lofit_fast.models.device import name_of_chip
 from lofit_fast.patching.architectures import text_config
-from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.device_queue import devices_of
 
 # of a batch, under a name that no model takes
@@ -73,18 +73,22 @@ def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_e
 
 def check_places(model: nn.Module) -> None:
     """Raise ValueError in every process where two of them have their models on one accelerator. All must call it."""
-    check_devices(ranks.gathered((socket.gethostname(), str(device_of(model)))))
+    if ranks.count() > 1:
+        host = socket.gethostname()
+        check_devices(ranks.gathered([(host, name_of_chip(device)) for device in devices_of(model)]))
 
 
-def check_devices(places: Sequence[tuple[str, str]]) -> None:
+def check_devices(places: Sequence[Sequence[tuple[str, str]]]) -> None:
     """Raise ValueError for processes that have their models on one accelerator. places: (host, device) by process."""
-    for number, place in enumerate(places):
-        if place in places[:number] and not place[1].startswith("cpu"):
-            host, device = place
-            raise ValueError(
-                f"processes {places.index(place)} and {number} both have their model on {device} of {host}, expected a "
-                "device of its own for each: load it on the device of the process's local number (LOCAL_RANK)"
-            )
+    taken: dict[tuple[str, str], int] = {}
+    for number, own in enumerate(places):
+        for host, device in own:
+            other = taken.setdefault((host, device), number)
+            if other != number and not device.startswith("cpu"):
+                raise ValueError(
+                    f"processes {other} and {number} both have their model on {device} of {host}, expected a device of "
+                    "its own for each: load it on the device of the process's local number (LOCAL_RANK)"
+                )
 
 
 def own_rows(rows: Sequence) -> list:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast import ranks
@@ -21,6 +21,7 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of, is_offloaded
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.training.agreed_control import AgreedControl
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
@@ -424,6 +425,11 @@ def report_epochs(trainer: AttachmentTraining, shown: Shown | None = None) -> No
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_QuietProgress)
     trainer.add_callback(_EpochReport(trainer))
+    if trainer.shared is not None:
+        # these decide by the step alone
+        steady = (DefaultFlowCallback, ProgressCallback, _EpochReport)
+        others = [one for one in trainer.callback_handler.callbacks if not isinstance(one, steady)]
+        trainer.add_callback(AgreedControl(bool(others)))
 
 
 def _numbers(dataset: Rows | list | None) -> dict[int, int]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,7 +102,6 @@ class TwoSteps:
         engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)
         check_shares(model, recipe.batch_size, recipe.accumulation_steps, self.data.n_examples)
-        self._base = base_of(model, self.projections)
         self.way = WAYS[recipe.select]
         trained = [recipe.tune_epochs] + [recipe.select_epochs] * isinstance(self.way, Trained)
         if min(trained) < self.data.least_epochs:
@@ -109,6 +109,11 @@ class TwoSteps:
                 f"training on {objective.name} takes at least {self.data.least_epochs} epoch in each step, got "
                 f"select_epochs={recipe.select_epochs} and tune_epochs={recipe.tune_epochs}"
             )
+
+    @cached_property
+    def _base(self) -> dict[str, object]:
+        """What tells the base. Of a model in parts all processes must ask at once, so it waits until all are ready."""
+        return base_of(self.model, self.projections)
 
     def check_heads(self, heads: Sequence[Head] | None) -> None:
         """Fail before training, not after it, on heads that cannot be chosen."""

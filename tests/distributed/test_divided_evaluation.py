@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import lofit_fast as lf
-from lofit_fast import ranks
+from lofit_fast import ranks, roll_call
 from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.judge import generate_answers, judge
@@ -170,6 +170,27 @@ def test_fully_sharded_weights_are_gathered_equally_often():
     torch.testing.assert_close(logs, expected[3], rtol=0, atol=1e-5)
     for row, right in zip(scores, expected[1], strict=True):
         torch.testing.assert_close(row, right, rtol=0, atol=1e-5)
+
+
+def test_an_error_in_the_midst_of_a_shared_forward_ends_all(monkeypatch):
+    """What the one that fails says is not taken for weights."""
+    monkeypatch.setattr(roll_call, "_GRACE", 0.3)
+    model = patched()
+
+    def work(rank):
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if rank == 1:
+            model.generate = lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room"))
+        with pytest.raises((MemoryError, ranks.ElsewhereError)) as raised:
+            generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=2, batch_size=2)
+        return str(raised.value)
+
+    first, second = in_processes(2, work)
+    assert "process 1 failed in generating: MemoryError: no room" in first and second == "no room"
 
 
 def test_a_model_cut_through_its_layers_is_asked_by_all():

@@ -213,9 +213,22 @@ def test_processes_of_other_kinds_are_named():
 
 def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--device cuda:0 is one device for 2 processes"):
-        company._check_devices(company.Launched(0, 2, 0, 2), "cuda:0")
+        company._check_devices(company.Launched(0, 2, 0, 2), "cuda:0", None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    company._check_devices(company.Launched(1, 3, 1, 3), "auto")
-    company._check_devices(company.Launched(2, 3, 2, 3), "cpu")
+    company._check_devices(company.Launched(1, 3, 1, 3), "auto", lambda own: ["cuda:0", own])
+    company._check_devices(company.Launched(2, 3, 2, 3), "cpu", None)
     with pytest.raises(ValueError, match="3 processes for the 2 GPUs of .*: expected --nproc-per-node 2 or fewer"):
-        company._check_devices(company.Launched(2, 3, 2, 3), "auto")
+        company._check_devices(company.Launched(2, 3, 2, 3), "auto", lambda own: ["cuda:0", "cuda:1", own])
+
+
+def test_processes_that_each_see_a_device_of_their_own_share_none(monkeypatch):
+    store = HashStore()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    both = [company.Company(company.Launched(rank, 2, rank, 2), store, (0, 1)) for rank in range(2)]
+    store.set("chip/1", "GPU-b")
+    monkeypatch.setattr("lofit_fast.models.device.name_of_chip", lambda device: f"{device} is GPU-a")
+    company._check_devices(both[0].launched, "auto", both[0]._chips)
+    assert store.get("chip/0") == b"cuda:0 is GPU-a"
+    # of one machine with one GPU
+    with pytest.raises(ValueError, match="2 processes for the 1 GPUs"):
+        company._check_devices(both[1].launched, "auto", both[1]._chips)

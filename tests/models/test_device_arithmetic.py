@@ -11,9 +11,10 @@ from lofit_fast.models import device_arithmetic as arithmetic
 from lofit_fast.models import meta_counts
 from lofit_fast.models.device_arithmetic import MODES, plan_devices
 from lofit_fast.models.meta_counts import Decoder, meta_model, saved_for_backward, shard_of, weights_of
-from lofit_fast.models.tensor_cuts import cut, sent_per_token
+from lofit_fast.models.tensor_cuts import cut, planned, sent_per_token
 from tests.counted_collectives import CollectiveBytes
 from tests.several_processes import in_processes
+from tests.tiny_families import family_config
 from tests.tiny_models import HEADS, HIDDEN, LAYERS, VOCAB, tiny_model, tokens
 
 B, T = tokens().shape
@@ -246,6 +247,38 @@ def test_layers_are_dealt_by_bytes():
     assert arithmetic.stages_of(weights, 0, 1) == [range(8)]
 
 
+@pytest.mark.parametrize(
+    ("layers", "outside", "head", "n", "borders"),
+    [
+        ((10,) * 8, 12, 6, 2, [4]),
+        # an output head that is the embedding is where that is
+        ((10,) * 8, 6, 0, 2, [3, 8]),
+        ((1, 1), 100, 0, 2, [0, 2]),
+        # a head alone on its device, and devices that have nothing
+        ((1, 1), 100, 100, 2, [2]),
+        ((1, 1), 4, 2, 8, [0, 1, 2]),
+        ((1, 1), 4, 2, 1, []),
+    ],
+)
+def test_hidden_states_go_where_the_next_weights_are(layers, outside, head, n, borders):
+    weights = meta_counts.Weights(layers, outside, 0)
+    assert arithmetic.borders_of(weights, head, arithmetic.stages_of(weights, head, n)) == borders
+
+
+def test_an_attention_of_a_family_s_own_is_no_reason_to_refuse_it(tmp_path):
+    family_config("falcon").save_pretrained(tmp_path)
+    layers = len(Decoder.of(meta_model(str(tmp_path), torch.float32)).projections)
+    plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [1] * layers, [0] * layers)
+    assert plan.total > 0 and "attention is counted as" in plan.notes[0]
+
+
+def test_a_plan_that_cuts_other_parameters_is_not_counted():
+    model = tiny_model("llama")
+    model.tp_plan = {**model.tp_plan, "model.norm.weight": "colwise"}
+    with pytest.raises(ValueError, match="treats model.norm.weight as 'colwise': it is not counted here"):
+        planned(model)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_device_sends_nothing(mode, folder):
     plan = plan_devices(folder, mode, 1, T, torch.float32, [0] * LAYERS, [0, 1, 2])
@@ -263,6 +296,14 @@ def test_more_devices_keep_less_of_what_is_divided(folder):
         assert plans[mode].memory[0].bytes < 0.7 * alone.memory[0].bytes
     numbers = LAYERS * HEADS * 16
     assert plans["ddp"].sent == plans["ddp"].payload[0].bytes == 4 * numbers
+
+
+def test_quantized_weights_are_said_to_be_counted_whole(tmp_path):
+    config = tiny_model("llama").config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [0] * LAYERS, [0, 1, 2])
+    assert plan.notes == ("The weights are quantized (gptq), and counted as if they were torch.float32.",)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lofit_fast.patching.acting import Acting
+from lofit_fast.patching.acting import Acting, said
 from lofit_fast.patching.layer import LofitLinear
 from tests.accuracy_rule import check
 
@@ -200,3 +200,12 @@ def test_a_copy_has_forwards_of_its_own():
         assert copied[0].acting is not layer[0].acting
         assert copied[0].acting.mask is None
     assert "on answers alone" in repr(layer)
+
+
+@pytest.mark.parametrize("mask", ["all", torch.ones(B, S, dtype=torch.bool)])
+def test_a_mask_is_no_replica_s(mask):
+    # its thread is not in the scope, and would go by the labels of its part of the batch
+    layer = wrapped()
+    with said(layer.acting, mask), pytest.raises(ValueError, match="expected no handle.acting_on"):
+        layer._replicate_for_data_parallel()
+    assert layer._replicate_for_data_parallel().acting is layer.acting

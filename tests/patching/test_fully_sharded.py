@@ -151,7 +151,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_whole_in_every_process(tmp_path):
+def test_whole_in_every_process(tmp_path, monkeypatch):
     """What is saved, scored, told of the base and computed, in both orders; and nothing of it changes the model."""
     model, handle = patched()
     handle.save(tmp_path / "one")
@@ -162,9 +162,12 @@ def test_whole_in_every_process(tmp_path):
         with handle.disabled():
             base = model(tokens()).logits
 
+    monkeypatch.setattr("lofit_fast.patching.handle.push_adapter", lambda adapter, name: f"by {distributed.get_rank()}")
+
     def work(rank):
         for order, (model, handle) in enumerate(in_each_order("llama", tmp_path / "one")):
             assert torch.equal(lf.head_scores(handle), scores)
+            assert handle.push_to_hub("me/it") == ("by 0" if handle.in_parts or rank == 0 else "me/it")
             assert base_digest(model) == digest
             # after a forward FSDP leaves what it has gathered for the root
             for scope, want in ((handle.folded, expected), (handle.disabled, base)):
@@ -339,3 +342,23 @@ def test_models_in_two_processes(tmp_path):
     for rank in ("0", "1"):
         gathered = tmp_path / rank / "adapter_model.safetensors"
         assert gathered.read_bytes() == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
+
+
+def test_vectors_that_data_parallelism_has_not_seen_are_refused():
+    """Its processes would train adapters of their own."""
+
+    def work(rank):
+        model, ids = tiny_model("llama"), tokens(2, 5, seed=rank)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        handle = lf.patch(wrapped.module, lf.LofitConfig(offset=[(0, 1)]))
+        with pytest.raises(ValueError, match="does not know 1 of the 1 vectors, which are newer than it"):
+            wrapped(ids, labels=ids)
+        with torch.no_grad():
+            wrapped(ids)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped(ids, labels=ids).loss.backward()
+        return [vectors.grad for vectors in handle.parameters()]
+
+    one, other = in_processes(2, work)
+    assert all(map(torch.equal, one, other))

@@ -25,6 +25,7 @@ from lofit_fast.patching.storage import PEFT_TYPE
 from lofit_fast.peft import LofitPeftConfig, LofitPeftLayer
 from tests.patched_models import CONFIGS, SOME, logits, loss, relative, snapshot
 from tests.peft.peft_models import base_of, fill, quietly
+from tests.several_processes import in_processes
 from tests.tiny_models import HEADS, LAYERS, tiny_model, tokens
 
 NEAR = 1e-5
@@ -508,3 +509,44 @@ def test_the_model_takes_it_without_a_peft_model(tmp_path):
     again = tiny_model("llama")
     again.load_adapter(tmp_path)
     assert torch.equal(logits(again), on)
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a module for a device."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        setattr(replica, name, replicated(child))
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    return replica
+
+
+def test_a_replica_computes_with_vectors_of_its_own():
+    layer = base_of(adapted()).model.layers[SOME[0][0]].self_attn.o_proj
+    fill(layer)
+    z = torch.randn(2, 3, layer.in_features)
+    with torch.no_grad():
+        expected, replica = layer(z), replicated(layer)
+        assert torch.equal(replica(z), expected) and replica._patched.keys() == layer._patched.keys()
+        next(iter(replica.lofit_offset.values())).zero_()
+        assert not torch.equal(replica(z), expected) and torch.equal(layer(z), expected)
+
+
+def test_vectors_that_come_after_what_averages_gradients_are_refused():
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
+
+    def work(rank):
+        sharded = fsdp.fully_shard(tiny_model("llama"))
+        with pytest.raises(ValueError, match="is sharded .*: put the adapter in first"):
+            get_peft_model(sharded, peft_config("offset_some"))
+        model, ids = tiny_model("llama"), tokens(2, 5, seed=rank)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        held = get_peft_model(wrapped.module, peft_config("offset_some"))
+        with pytest.raises(ValueError, match="DistributedDataParallel does not know"):
+            wrapped(ids, labels=ids)
+        wrapped = nn.parallel.DistributedDataParallel(held)
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in held.parameters() if p.requires_grad]
+
+    one, other = in_processes(2, work)
+    assert one and all(map(torch.equal, one, other))

@@ -1,10 +1,13 @@
 """fit where FSDP2 shards the base: what one process does, in each way to ask for it."""
 
 import os
+import signal
 
 import pytest
 
 import lofit_fast as lf
+from lofit_fast import ranks, roll_call
+from lofit_fast.training import trainer
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
 from tests.training.shared_runs import SHARED, assert_same_outcome, changed, outcome
@@ -49,6 +52,49 @@ REFUSED = {
     ),
     "prefix": ({}, {"engine": lf.Engine(prefix_cache_gb=1.0)}, "prefix_cache_gb=1.0 was asked for"),
 }
+
+
+def test_what_is_wrong_in_one_process_ends_all_before_weights_are_gathered(tmp_path):
+    """One that says so while another gathers weights would be taken for weights, and torch ends the process."""
+
+    def work(rank):
+        said = []
+        for how in ({"examples": EXAMPLES * (1 - rank)}, {"recipe": changed(batch_size=6 - rank)}, {"seed": rank}):
+            given = {"examples": EXAMPLES, "recipe": SHARED, **how}
+            with pytest.raises((ValueError, ranks.ElsewhereError)) as found:
+                asking_fit(tiny_model("llama", seed=given.pop("seed", 0)), tmp_path / "run", **given)
+            said.append(str(found.value))
+        return said
+
+    first, second = in_processes(2, work)
+    assert first[0].startswith("process 1 of 2 failed in reading the data") and "is empty" in first[0]
+    assert "batch_size 5 does not divide" in first[1] and "batch_size 5 does not divide" in second[1]
+    assert first[2] == second[2] and first[2].startswith("expected the same model in every process")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_one_that_is_gone_in_the_midst_of_a_forward_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call, "_GRACE", 0.5)
+    compute, seen = trainer.LofitTrainer.compute_loss, []
+
+    def work(rank, end):
+        def failing(self, *args, **options):
+            seen.append(None)
+            return end() if rank == 1 and len(seen) == 2 else compute(self, *args, **options)
+
+        monkeypatch.setattr(trainer.LofitTrainer, "compute_loss", failing)
+        with pytest.raises((MemoryError, ranks.ElsewhereError)) as found:
+            asking_fit(tiny_model("llama"), tmp_path, changed(select="random"), examples=EXAMPLES)
+        return str(found.value)
+
+    def fail():
+        raise MemoryError("no room")
+
+    first, second = in_processes(2, lambda rank: work(rank, fail))
+    assert "process 1 failed in training: MemoryError: no room" in first and second == "no room"
+    first, _ = in_processes(2, lambda rank: work(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), dying={1})
+    assert "process 1 (" in first and "has ended or does not answer" in first
 
 
 def test_what_a_sharded_base_cannot_have_is_refused(tmp_path):

@@ -5,17 +5,20 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 import lofit_fast as lf
 from lofit_fast import extras, ranks, roll_call
+from lofit_fast.models.device import name_of_chip
 from lofit_fast.models.load import load_model
 from lofit_fast.training import told_run, trainer
+from lofit_fast.training.agreed_control import AgreedControl
 from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
@@ -40,6 +43,18 @@ class Stop(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if args.learning_rate == SHARED.tune_lr and state.epoch is not None and state.epoch > 1.2:
             raise KeyboardInterrupt
+
+
+class StopThis(TrainerCallback):
+    """A clock that says stop to one process, after its first step. asked: what else it asks for."""
+
+    def __init__(self, number, *asked):
+        self.number, self.asked = number, asked
+
+    def on_step_end(self, args, state, control, **_):
+        if ranks.rank() == self.number:
+            for name in ("should_training_stop", *self.asked):
+                setattr(control, name, True)
 
 
 class Fail(TrainerCallback):
@@ -212,6 +227,37 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypa
         assert_same_outcome(got, whole, 0)
 
 
+def test_callbacks_agree_on_what_any_of_them_asks():
+    def work(rank):
+        control, agreed = TrainerControl(should_log=True), AgreedControl(rank == 1)
+        agreed.on_train_begin(None, None, control)
+        control.should_training_stop = rank == 1
+        agreed.on_step_end(None, None, control)
+        # where no process has callbacks that may ask nothing is sent
+        silent = AgreedControl(False)
+        silent.on_train_begin(None, None, control)
+        other = TrainerControl(should_save=rank == 1)
+        silent.on_step_end(None, None, other)
+        return control.should_training_stop, control.should_log, control.should_save, other.should_save
+
+    assert in_processes(2, work) == [(True, True, False, False), (True, True, False, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [("should_save",), ("should_evaluate",)])
+def test_what_a_callback_asks_of_one_process_all_do(tmp_path, asked):
+    how = {"heads": [(1, 0)], "eval_data": HELD_OUT if "should_evaluate" in asked else None}
+    expected = outcome(tmp_path / "one", callbacks=[StopThis(0, *asked)], **how)
+    assert [len(row["step_losses"]) for row in expected[2] if "step_losses" in row] == [1]
+
+    def work(rank):
+        return outcome(tmp_path / "two", callbacks=[StopThis(1, *asked)], **how)
+
+    for got in in_processes(2, work, timeout=10.0):
+        assert_same_outcome(got, expected)
+    assert_whole(tmp_path / "two")
+
+
 class Poison(TrainerCallback):
     """Gradients that are not numbers in a step of step 2."""
 
@@ -322,11 +368,22 @@ def test_what_is_dropped_at_random_is_drawn_for_each_process_and_step(monkeypatc
     assert torch.random.get_rng_state().equal(before)
 
 
-def test_one_accelerator_is_one_process_s():
-    check_devices([("a", "cpu"), ("a", "cpu")])
-    check_devices([("a", "cuda:0"), ("b", "cuda:0"), ("a", "cuda:1")])
-    with pytest.raises(ValueError, match="processes 0 and 2 both have their model on cuda:0 of a"):
-        check_devices([("a", "cuda:0"), ("a", "cuda:1"), ("a", "cuda:0")])
+def test_one_accelerator_is_one_process_s(monkeypatch):
+    check_devices([[("a", "cpu")], [("a", "cpu")]])
+    check_devices([[("a", "cuda:0")], [("b", "cuda:0")], [("a", "cuda:1"), ("a", "cuda:2")]])
+    for third in ([("a", "cuda:0")], [("a", "cuda:2"), ("a", "cuda:0")]):
+        with pytest.raises(ValueError, match="processes 0 and 2 both have their model on cuda:0 of a"):
+            check_devices([[("a", "cuda:0")], [("a", "cuda:1")], third])
+    # where each process sees one of its own, all are the first
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    seen = []
+    for uuid in ("b", "c"):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid))
+        seen.append([("a", name_of_chip(torch.device("cuda:0")))])
+    check_devices(seen)
+    with pytest.raises(ValueError, match="both have their model on GPU-b"):
+        check_devices(seen[:1] * 2)
+    assert name_of_chip(torch.device("cpu")) == "cpu"
 
 
 def test_one_that_is_apart_trains_alone(tmp_path):

@@ -16,21 +16,25 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lofit_fast.files import writable_folder
-from lofit_fast.ranks import check_same, rank, together, told
+from lofit_fast.ranks import check_same, gathered, rank, together, told
+from lofit_fast.training.shared_batches import check_devices
 from lofit_fast.training.sweep.launched import Launch
+from lofit_fast.training.sweep.worker_devices import CPU
 
 # seconds that the others may take to come, and a shared file system to show a new file
 _COMING, _SHOWING = 300, 20.0
 
 
-def meet(launch: Launch, folder: Path, grid: str) -> None:
+def meet(launch: Launch, folder: Path, grid: str, chip: str = CPU) -> None:
     """Raise in every process what is wrong in one: another grid (a digest of it), or a folder that is not shared.
 
+    chip: what this process computes on, see `chip_of`; two of one machine on one are refused too.
     Raises ValueError for either, `ElsewhereError` naming the process that failed, OSError where the processes cannot
     reach each other.
     """
     with _group(launch):
         check_same(grid, "sweep file, read with the same options,")
+        check_devices([[place] for place in gathered((socket.gethostname(), chip))])
         made = told(lambda: _made(folder))
         try:
             with together("looking for the sweep's folder"):

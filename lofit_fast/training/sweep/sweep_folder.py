@@ -16,6 +16,7 @@ from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.launched import Launch
 from lofit_fast.training.sweep.meeting import meet
 from lofit_fast.training.sweep.membership import CLAIMS, LOCK, MEMBERS, QUEUE, Session, digest_of_grid, member
+from lofit_fast.training.sweep.worker_devices import chip_of
 
 RUNS, STEP1, TABLE = "runs", "step1", "sweep.json"
 
@@ -39,7 +40,7 @@ def opened(
     made = not folder.exists()
     try:
         if launch.meets:
-            meet(launch, folder, digest_of_grid(grid))
+            meet(launch, folder, digest_of_grid(grid), chip_of(launch, grid.device))
         writable_folder(folder)
         clear = partial(shutil.rmtree, folder / STEP1, ignore_errors=True)
         with member(folder, grid, resume, launch, lambda: dtype(folder), clear) as session:

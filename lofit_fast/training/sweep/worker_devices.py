@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lofit_fast.models.device import best_device
+from lofit_fast.models.device import best_device, name_of_chip
 from lofit_fast.training.sweep.launched import VISIBLE, Launch
 
 CPU = "cpu"
@@ -49,19 +49,27 @@ def _device(part: str, kind: str, count: int) -> str:
 def launched_device(launch: Launch, here: Callable[[], tuple[str, int]] = accelerators) -> str:
     """The device of one of several processes that were started together: each has its own of the machine's.
 
-    Raises ValueError where a machine has more processes than accelerators.
+    Raises ValueError where a machine has more processes than accelerators. Of one accelerator it cannot be told here:
+    SLURM may let each task see its own alone, which is the first to all of them. Processes that meet compare
+    `chip_of`.
     """
     kind, count = here()
     if kind == CPU:
         return CPU
-    # srun may let each task see its own alone
-    if count == 1 and launch.local_count > 1 and not launch.meets:
+    if count == 1 and launch.local_count > 1:
         return f"{kind}:0"
     if launch.local >= count:
         raise ValueError(
             f"got {launch.local_count} processes on a machine of {count} {kind} devices: expected one each at most"
         )
     return f"{kind}:{launch.local}"
+
+
+def chip_of(launch: Launch, grid_device: str) -> str:
+    """What tells the device of one of several processes from those of the others on its machine."""
+    if grid_device == CPU or launch.local_count == 1:
+        return CPU
+    return name_of_chip(torch.device(launched_device(launch)))
 
 
 def inside(device: str | None) -> str | None:

@@ -122,7 +122,8 @@ def test_the_device_of_one_of_several_processes():
     assert launched_device(Launch(5, 8, 1, 4, meets=True), four) == "cuda:1"
     assert launched_device(Launch(5, 8, 1, 4, meets=True), none) == "cpu"
     # srun shows each task its own alone
-    assert launched_device(Launch(3, 6, 1, 2), lambda: ("cuda", 1)) == "cuda:0"
+    for meets in (False, True):
+        assert launched_device(Launch(3, 6, 1, 2, meets=meets), lambda: ("cuda", 1)) == "cuda:0"
     with pytest.raises(ValueError, match="got 5 processes on a machine of 4 cuda devices"):
         launched_device(Launch(4, 5, 4, 5, meets=True), four)
 
@@ -201,6 +202,9 @@ def test_processes_meet_and_find_what_differs(tmp_path, monkeypatch):
         shared, other = tmp_path / "sweep", tmp_path / f"of{rank}"
         return said(rank, shared, "same"), said(rank, shared, str(rank)), said(rank, other, "same")
 
+    def on_one(rank):
+        return said(rank, tmp_path / "sweep", "same", "GPU-a"), said(rank, tmp_path / "sweep", "same", f"GPU-{rank}")
+
     def unshared(rank):
         # as two hosts have a folder each under one name
         monkeypatch.setattr(meeting.Path, "exists", lambda path: rank == 0)
@@ -210,6 +214,8 @@ def test_processes_meet_and_find_what_differs(tmp_path, monkeypatch):
         assert fine is None
         assert "expected the same sweep file" in grids
         assert folders is None
+    for one, each in in_processes(2, on_one):
+        assert "processes 0 and 1 both have their model on GPU-a" in one and each is None
     first, second = in_processes(2, unshared)
     assert "expected an output folder that all of them share" in first
     assert "expected an output folder that all of them share" in second

@@ -26,7 +26,7 @@ from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.finite_steps import Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
-from lofit_fast.training.shared_batches import ShareCollator
+from lofit_fast.training.shared_batches import ShareCollator, sharers
 from lofit_fast.training.trainer import AttachmentTraining, leave_in_place, report_epochs
 
 
@@ -102,7 +102,9 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             callbacks=callbacks,
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
-            data_collator=self.noted(ShareCollator(drawn) if ranks.count() > 1 else drawn, lambda row: row["question"]),
+            data_collator=self.noted(
+                ShareCollator(drawn) if sharers(attachment.model) > 1 else drawn, lambda row: row["question"]
+            ),
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False

@@ -26,7 +26,7 @@ from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
 from lofit_fast.training.finite_steps import FiniteSteps, Shown, norm_of
 from lofit_fast.training.frozen_base import admitted
-from lofit_fast.training.shared_batches import SHARE, ShareCollator, SharedSteps, n_labels_of, shared_steps
+from lofit_fast.training.shared_batches import SHARE, ShareCollator, SharedSteps, n_labels_of, shared_steps, sharers
 from lofit_fast.training.stage_checkpoints import OURS, keep_newest, written_whole
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -40,7 +40,7 @@ class AttachmentTraining:
     where there is an evaluation set.
 
     losses, watch, sender: of `report_epochs` and `leave_in_place`. shared: what the processes of a run put together;
-    None where there is one. rate: the learning rate that a resumed training goes on with, where that is not the one of
+    None where they share no batches. rate: the learning rate that a resumed training goes on with, where that is not the one of
     its checkpoint. saved: the steps of the checkpoints that it knows to be whole. verify: what looks at batches of new
     shapes first.
     """
@@ -235,7 +235,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
     ) -> None:
         numbers = _numbers(options.get("train_dataset"))
         if (collate := options.get("data_collator")) is not None:
-            collate = ShareCollator(collate, n_labels_of) if ranks.count() > 1 else collate
+            collate = ShareCollator(collate, n_labels_of) if sharers(handle.model) > 1 else collate
             options["data_collator"] = self.noted(collate, lambda row: numbers.get(id(row)))
         with admitted(handle.model):
             super().__init__(model=handle.model, **options)

@@ -88,7 +88,11 @@ def joined(what: str) -> Iterator[None]:
             check_same(shared_versions(), "versions of Python and of its libraries")
             yield
     except BaseException as error:
-        _calls.leave(error)
+        # of a model that all hold together each forward waits for all
+        elsewhere = _calls.broken_off(error)
+        _calls.leave(elsewhere or error)
+        if elsewhere is not None:
+            raise elsewhere from error
         raise
 
 

@@ -17,9 +17,12 @@ from torch import nn
 from lofit_fast import launchers, ranks
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.fully_sharded import fully_sharded
+from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.objectives import Objective, Preferences
 
 # knob -> what it is where nothing is tried or kept; "auto" of the attention leaves the model's own
@@ -77,6 +80,17 @@ def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
     if fully_sharded(model):
         return engine.with_plain(_PLAIN, "the model is sharded (FSDP2)")
     return engine.with_plain(_CUT, "the model is tensor-parallel") if is_tensor_parallel(model) else engine
+
+
+def check_together(attachment: Attachment) -> None:
+    """Raise ValueError for a tensor-parallel model that not all processes of the run hold, and for peers in one."""
+    check_fittable(attachment.model)
+    if not isinstance(attachment, LofitHandle):
+        raise ValueError(
+            f"cannot train a {type(attachment).__name__} in a tensor-parallel model, where each process has some "
+            "of the heads: only LoFiT's vectors are known to be put together there. Use a model that each process "
+            "holds whole"
+        )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lofit_fast.training.engine.auto import said, settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
-from lofit_fast.training.sharded_base import taken_for_whole, without_shortcuts
+from lofit_fast.training.sharded_base import check_together, taken_for_whole, without_shortcuts
 from lofit_fast.training.shared_batches import check_places, check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
@@ -79,6 +79,8 @@ def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, 
             f"prefix_cache_gb={asked_gb} was asked for, but only LoFiT's layers are known to leave those "
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
+    if is_tensor_parallel(attachment.model):
+        check_together(attachment)
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
     check_places(attachment.model)
     check_shares(attachment.model, schedule.batch_size, schedule.accumulation_steps, data.n_examples)

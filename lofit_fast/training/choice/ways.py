@@ -52,6 +52,8 @@ WAYS: dict[str, Way] = {
     "lofit": Trained("scale", head_scores),
     "early_stop": Trained("scale", head_scores, lambda recipe: [SettledHeads(recipe.top, recipe.min_layer)]),
     "bias_norm": Trained("offset", offset_norms),
-    "saliency": Untrained(lambda handle, losses, recipe: saliency_scores(handle, losses, recipe.l1, whole_gradients(handle.model))),
+    "saliency": Untrained(
+        lambda handle, losses, recipe: saliency_scores(handle, losses, recipe.l1, whole_gradients(handle.model))
+    ),
     "random": Untrained(lambda handle, losses, recipe: random_scores(handle.model, recipe.seed), looks=False),
 }

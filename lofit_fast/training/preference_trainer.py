@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -42,7 +43,7 @@ class ReferencedDPOTrainer(DPOTrainer):
 
     def __init__(self, model: nn.Module, *, head: FrozenHead | None = None, **options) -> None:
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
-        with admitted(model):
+        with admitted(model), _unhashed(model):
             super().__init__(model=model, **options)
         if device_of(model).type == "cpu":
             model.forward = labelled_only(given, logits, head)
@@ -156,6 +157,21 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
+
+
+@contextmanager
+def _unhashed(model: nn.Module) -> Iterator[None]:
+    """A scope in which TRL finds no weights to hash, as it does to know references that it has kept.
+
+    These references are given. All weights would be read for it, and weights that processes hold together cannot be.
+    """
+    own = {"state_dict": vars(model)["state_dict"]} if "state_dict" in vars(model) else {}
+    vars(model)["state_dict"] = dict
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+        vars(model).update(own)
 
 
 def _with(add: Callable | None, collate: Callable) -> Callable[[list[dict]], Batch]:

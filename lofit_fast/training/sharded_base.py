@@ -43,6 +43,7 @@ _CUT = {
     "prompt_cache_gb": 0.0,
     "frozen_products": "full",
     "large_pages": False,
+    "verify": False,
 }
 # by which transformers' Trainer knows a model that it would divide batches for, and keep no checkpoints of
 _DISTRIBUTED = {"_tp_size": None, "_is_distributed_loading_by_transformers": False}

@@ -25,6 +25,7 @@ from tests.training.tiny_runs import CLOCKED, HELD_OUT, assert_whole, fit, vecto
 
 pytest.importorskip("torch.distributed.tensor.parallel", reason="torch without torch.distributed")
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="transformers without tp_plan")
+pytestmark = pytest.mark.distributed
 
 # six heads on three of keys and values, which three processes can share
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
@@ -114,9 +115,7 @@ WAYS = {
     "packed": {"engine": lf.Engine(packing=True, narrow=True)},
     "padded": {"engine": lf.Engine(packing=False, narrow=False, attention="eager")},
     "not grouped": {"engine": lf.Engine(group_by_length=False)},
-    "looked at": {"engine": lf.Engine(verify=True)},
     "float64": {"dtype": torch.float64},
-    "fast": {"recipe": lf.Recipe.fast(top=3, tune_epochs=2, batch_size=6), "engine": lf.Engine.fast()},
     # all of one process's
     "given heads": {"heads": [(0, 0), (2, 1)]},
     "one example": {"examples": UNEVEN[:1]},
@@ -134,6 +133,15 @@ def test_every_way_to_train(base, tmp_path, way):
     expected = alone(base, tmp_path / "one", **how)
     for got in together(base, tmp_path / "two", **how):
         assert_same_outcome(got, expected, 1e-12 if how.get("dtype") == torch.float64 else 1e-5)
+
+
+@pytest.mark.slow
+def test_fast_settings_take_what_there_is(base, tmp_path):
+    how = {"recipe": lf.Recipe.fast(top=3, tune_epochs=2, batch_size=6), "examples": UNEVEN}
+    # "auto" is no products in 8 bits, and no cache
+    expected = alone(base, tmp_path / "one", **how)
+    for got in together(base, tmp_path / "two", engine=lf.Engine.fast(), **how):
+        assert_same_outcome(got, expected)
 
 
 @pytest.mark.slow
@@ -227,6 +235,7 @@ REFUSED = {
     "products": ({"engine": lf.Engine(frozen_products="int8")}, "frozen_products=int8 was asked for, but the model is"),
     "compiled": ({"engine": lf.Engine(compile=True)}, "compile=True was asked for, but the model is tensor-parallel"),
     "pages": ({"engine": lf.Engine(large_pages=True)}, "large_pages=True was asked for"),
+    "verify": ({"engine": lf.Engine(verify=True)}, "verify=True was asked for, but the model is tensor-parallel"),
     "FSDP": ({"asked": "ACCELERATE_USE_FSDP"}, "configured for FSDP, but the model is tensor-parallel already"),
     "ZeRO": ({"asked": "ACCELERATE_USE_DEEPSPEED"}, "configured for DeepSpeed, but the model is tensor-parallel alrea"),
     "other data": ({"uneven": True}, "expected the same training data in every process"),

@@ -21,6 +21,7 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of, is_offloaded
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.training.alike_steps import AlikeSteps
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
@@ -333,6 +334,10 @@ class _StepLosses:
             self.steps.append(self.loss)
             self.loss, self.part = 0.0, 0.0
 
+    def last(self) -> float:
+        """That of the last step."""
+        return self.steps[-1].item()
+
     def take(self) -> list[float]:
         """The losses so far; starts anew."""
         losses = torch.stack(self.steps).tolist()
@@ -423,6 +428,8 @@ def report_epochs(trainer: AttachmentTraining, shown: Shown | None = None) -> No
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_QuietProgress)
+    if sharers(trainer.handle.model) < ranks.count():
+        trainer.add_callback(AlikeSteps(trainer.handle.model, trainer.handle.parameters, trainer.losses.last))
     trainer.add_callback(_EpochReport(trainer))
 
 

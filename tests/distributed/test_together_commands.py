@@ -63,6 +63,7 @@ def test_heads_are_chosen_as_in_one_process(model, data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_is_refused(model, data, tmp_path):
     words = "--nproc-per-node N"
     assert words in call("generate", "--model", model, "--prompt", "a", *CUT, code=1).output

@@ -55,6 +55,6 @@ class AlikeSteps(TrainerCallback):
             listed = "; ".join(f"process {number}: {value}" for number, value in enumerate(values))
             raise ValueError(
                 f"the processes hold one model together, but after step {step} their {what} differ ({listed}): "
-                "expected a tensor-parallel plan that gives each of them whole logits, and layers that drop the same in "
-                "all"
+                "expected a tensor-parallel plan that gives each of them whole logits, and layers that drop the same "
+                "numbers in all"
             )

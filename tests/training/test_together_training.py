@@ -11,12 +11,15 @@ from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast import ranks, roll_call
+from lofit_fast.evaluation.choices import score_choices
+from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.dry_run import dry_run
 from lofit_fast.training.objectives import Completions
 from lofit_fast.training.stage import train_attachment
-from tests.parallel_models import parallel, row_wise, saved
+from tests.parallel_models import parallel, row_wise, saved, written
 from tests.several_processes import in_processes
+from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.shared_runs import SHARED, assert_same_outcome, changed
@@ -86,6 +89,8 @@ def test_two_processes_do_what_one_does(base, tmp_path, data):
     assert all(torch.equal(a, b) for a, b in zip(vectors(handle), first[3], strict=True))
 
 
+# six heads, each with its own keys and values, of families that plans cut in other ways
+EACH = {**GROUPED, "num_key_value_heads": 6}
 FAMILIES = {
     "gemma": (2, "gemma", {}),
     "gemma2, three processes": (3, "gemma2", GROUPED),
@@ -94,6 +99,11 @@ FAMILIES = {
     "mistral": (2, "mistral", {}),
     "qwen2": (2, "qwen2", {}),
     "qwen3": (2, "qwen3", {}),
+    # projections of whole inputs
+    "phi3": (3, "phi3", EACH),
+    "gpt_neox": (2, "gpt_neox", EACH),
+    # experts, some inner rows of each
+    "mixtral": (2, "mixtral", EACH),
 }
 
 
@@ -101,7 +111,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path, family):
     n, name, changes = FAMILIES[family]
-    base = tmp_path, saved(tmp_path, name, **changes)
+    base = tmp_path, (saved if name in TINY else written)(tmp_path, name, **changes)
     data = {"examples": UNEVEN, "eval_data": HELD_OUT}
     expected = alone(base, tmp_path / "one", **data)
     for got in together(base, tmp_path / "several", n, **data):
@@ -148,6 +158,56 @@ def test_fast_settings_take_what_there_is(base, tmp_path):
     expected = alone(base, tmp_path / "one", **how)
     for got in together(base, tmp_path / "two", engine=lf.Engine.fast(), **how):
         assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_is_gone_on_with_together(base, tmp_path):
+    how = {"examples": UNEVEN, "engine": PLAIN}
+    expected = alone(base, tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        alone(base, tmp_path / "cut", callbacks=[Stop()], **how)
+    for got in together(base, tmp_path / "cut", **how):
+        assert_same_outcome(got, expected)
+
+
+@pytest.mark.slow
+def test_a_choice_that_runs_share_and_layers_that_are_computed_twice(base, tmp_path):
+    def checkpointed(model, folder, recipe, **options):
+        model.gradient_checkpointing_enable()
+        return fit(model, folder, recipe, **options)
+
+    how = {"examples": UNEVEN, "fitting": checkpointed}
+    expected = alone(base, tmp_path / "one", step1_dir=tmp_path / "shared one", **how)
+    # both take it from there, and the second trains none
+    for name in ("two", "three"):
+        for got in together(base, tmp_path / name, step1_dir=tmp_path / "shared", **how):
+            assert got[0] == expected[0]
+            assert all((a - b).abs().max() <= 1e-5 for a, b in zip(got[3], expected[3], strict=True))
+
+
+@pytest.mark.slow
+def test_answers_and_choices_are_those_of_one_process(base):
+    prompts, choices = ["ab=", "c", "def+"], [["x", "yz"], ["q", "rs", "t"], ["u", "v"]]
+
+    def asked(model):
+        handle = lf.patch(model, lf.LofitConfig(offset=[(0, 1), (1, 3)], init_std=0.5))
+        answers = generate_answers(model, tiny_tokenizer(), prompts, max_new_tokens=4, batch_size=2)
+        scores = score_choices(model, tiny_tokenizer(), prompts, choices)
+        handle.unpatch()
+        return answers, scores
+
+    answers, scores = asked(base[1].from_pretrained(base[0]).eval())
+
+    def work(rank):
+        model = parallel(*base, 2)
+        found = asked(model)
+        with pytest.raises(ValueError, match="expected the same prompts in every process"):
+            generate_answers(model, tiny_tokenizer(), prompts[rank:], max_new_tokens=4)
+        return found
+
+    for got, its in in_processes(2, work):
+        assert got == answers
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(its, scores, strict=True))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lofit_fast.models.file_digest import digest_of
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
 from lofit_fast.models.shared_pages import as_mapped, in_turns, processes_here
-from lofit_fast.models.spread_load import check_spread, spread
+from lofit_fast.models.spread_load import check_cut, check_spread, spread
 from lofit_kernels.answers import cache_folder
 
 if TYPE_CHECKING:
@@ -152,6 +152,8 @@ def _loaded(
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
+    if tensor_parallel:
+        check_cut(name, model)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from lofit_fast import ranks
 from lofit_fast.models.whole_heads import check_heads
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 
-# what transformers 5.18 and later cut models with
+# what transformers cuts models with; earlier releases did so in another way
 _CUTS_WITH = "transformers.distributed.tensor_parallel"
 
 
@@ -38,6 +40,15 @@ def check_spread(name: str, device: torch.device) -> None:
         raise ValueError(
             f"transformers cuts a model over devices of type {there} here, got the device {device}: expected {there}, "
             "or processes that see no accelerator"
+        )
+
+
+def check_cut(name: str, model: nn.Module) -> None:
+    """Raise ValueError for a loaded base of which this process has all: its plan has cut nothing."""
+    if not is_tensor_parallel(model):
+        raise ValueError(
+            f"transformers has cut nothing of {name} ({type(model).__name__}) over {ranks.count()} processes: train "
+            "data-parallel, or with FSDP2 (docs/scaling_out.md)"
         )
 
 

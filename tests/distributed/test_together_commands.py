@@ -64,6 +64,19 @@ def test_heads_are_chosen_as_in_one_process(model, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_dry_run_and_a_profiled_fast_one(model, data, tmp_path):
+    asked = ("train", "--model", model, "--data", data, "--top", "2", "--dry-run")
+    first, second = launched(2, *asked, *CUT, "--json")
+    report, alone = json.loads(first.out), as_json(*asked, *ON_CPU)
+    assert report["engine"] == alone["engine"] and (second.code, second.out) == (0, ""), first.err
+    asked = ("train", "--model", model, "--data", data, "--top", "2", "--fast", "--profile")
+    asked += ("--tune-epochs", "1", "--batch-size", "1")
+    first, second = launched(2, *asked, *CUT, "--json", "-o", tmp_path / "run")
+    assert json.loads(first.out)["n_heads"] == 2 and (second.code, second.out) == (0, ""), first.err + second.err
+    assert list((tmp_path / "run" / "profile").iterdir()) and (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.slow
 def test_what_cannot_be_cut_is_refused(model, data, tmp_path):
     words = "--nproc-per-node N"
     assert words in call("generate", "--model", model, "--prompt", "a", *CUT, code=1).output

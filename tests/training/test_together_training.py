@@ -13,6 +13,7 @@ import lofit_fast as lf
 from lofit_fast import ranks, roll_call
 from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.judge import generate_answers
+from lofit_fast.models.load import load_model
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.dry_run import dry_run
 from lofit_fast.training.objectives import Completions
@@ -401,3 +402,24 @@ def test_processes_that_come_apart_are_noticed_at_the_first_step(base, tmp_path,
 
     in_processes(2, work)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.timeout(1200)
+def test_a_real_model_learns_the_same(tmp_path):
+    """SmolLM2 has nine heads, three with keys and values."""
+    names = ("Ann", "Bob", "Cid", "Dora", "Eve")
+    pairs = zip(names, names[::-1], strict=True)
+    rows = [{"prompt": f"Q: Who is {x}'s friend?\nA:", "completion": f" {y}" * (1 + len(x) % 2)} for x, y in pairs]
+    recipe = changed(top=5, select_epochs=1, tune_epochs=1, batch_size=2)
+
+    def real(folder, **how):
+        model, tokenizer = load_model("smollm2", dtype="float32", device="cpu", **how)
+        options = {"output_dir": folder, "engine": PLAIN, "progress": False}
+        return outcome(model, folder, fitting=lambda *_: lf.fit(model, tokenizer, rows, recipe, **options))
+
+    expected = real(tmp_path / "one")
+    several = in_processes(3, lambda rank: real(tmp_path / "three", tensor_parallel=True), limit=600.0, timeout=600.0)
+    for got in several:
+        assert_same_outcome(got, expected)

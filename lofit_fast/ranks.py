@@ -88,12 +88,11 @@ def joined(what: str) -> Iterator[None]:
             check_same(shared_versions(), "versions of Python and of its libraries")
             yield
     except BaseException as error:
-        if _is_of_talk(error):
-            # of a message that is not ours, such as one of weights that are gathered
-            named = ElsewhereError(_calls.whom(error))
-            _calls.leave(named)
-            raise named from error
-        _calls.leave(error)
+        # of a model that all hold together each forward waits for all
+        elsewhere = _calls.broken_off(error)
+        _calls.leave(elsewhere or error)
+        if elsewhere is not None:
+            raise elsewhere from error
         raise
 
 
@@ -186,14 +185,6 @@ def check_same(value: object, what: str) -> None:
     if any(other != values[0] for other in values[1:]):
         listed = "; ".join(f"process {number}: {other}" for number, other in enumerate(values))
         raise ValueError(f"expected the same {what} in every process, got {listed}")
-
-
-def _is_of_talk(error: BaseException) -> bool:
-    """Whether torch says that processes could not speak to each other."""
-    if not isinstance(error, RuntimeError) or isinstance(error, ElsewhereError):
-        return False
-    # gloo's errors have no class of their own
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _is_lost() -> bool:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 _GRACE = 3.0
 _LOOK = 0.02
 _ROOM = 500
+# in what gloo raises, which has no class of its own, and some of NCCL's
+_BACKENDS = ("gloo", "nccl")
 
 
 class ElsewhereError(RuntimeError):
@@ -55,6 +57,14 @@ class RollCall:
             self.lost = self.lost or said
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def broken_off(self, error: BaseException) -> ElsewhereError | None:
+        """What names the process that a collective waited for in vain, outside of `ranks` too; None of other errors."""
+        known = self.lost is not None or isinstance(error, ElsewhereError) or not isinstance(error, RuntimeError)
+        said = str(error).lower()
+        if known or not (isinstance(error, dist.DistError) or any(name in said for name in _BACKENDS)):
+            return None
+        return ElsewhereError(self.whom(error))
 
     def whom(self, error: Exception) -> str:
         """A sentence on who does not take part any more. error: torch's, of what could not be said."""

@@ -5,6 +5,7 @@ import transformers
 from torch import nn
 
 import lofit_fast as lf
+from tests.tiny_families import tiny_config
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -102,3 +103,13 @@ def saved(folder, family: str, **changes) -> type:
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     return type(model)
+
+
+def written(folder, name: str, **changes) -> type:
+    """The same, of any family, by its config's `model_type`."""
+    config = tiny_config(name, **changes)
+    torch.manual_seed(0)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    transformers.utils.logging.disable_progress_bar()
+    with_biases(kind(config)).save_pretrained(folder)
+    return kind

@@ -81,7 +81,9 @@ def test_sums_and_what_the_first_has():
     assert ranks.summed(alone) is alone
 
 
-def test_one_that_fails_ends_the_others_at_once_and_by_name(monkeypatch):
+# as a model that all hold together waits, in each of its forwards
+@pytest.mark.parametrize("wait", [lambda x: ranks.summed(x), lambda x: torch.distributed.all_reduce(x)])
+def test_one_that_fails_ends_the_others_at_once_and_by_name(monkeypatch, wait):
     monkeypatch.setattr(roll_call, "_GRACE", 0.5)
 
     def work(rank):
@@ -89,7 +91,7 @@ def test_one_that_fails_ends_the_others_at_once_and_by_name(monkeypatch):
             with ranks.joined("counting"):
                 if rank == 2:
                     raise OSError("disk full")
-                ranks.summed(torch.ones(1))
+                wait(torch.ones(1))
         except Exception as error:
             # nothing is sent to a group that is none any more, and nobody takes itself for the first
             assert (ranks.count(), ranks.rank()) == (3, rank)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 
-def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, strict: bool = False):
-    """(model, tokenizer). strict: whether an adapter of other base weights is refused.
+def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, strict: bool = False, spread: bool = False):
+    """(model, tokenizer). strict: whether an adapter of other base weights is refused. spread: whether the
+    processes of the launch hold the base together.
 
     Raises what loading either raises.
     """
@@ -14,7 +15,7 @@ def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, stri
 
     # before the base is loaded, which takes longer
     folder = None if adapter is None else adapter_folder(adapter)
-    base, tokenizer = load_model(model, dtype=dtype, device=device)
+    base, tokenizer = load_model(model, dtype=dtype, device=device, tensor_parallel=spread)
     if folder is not None:
         load(base, folder, strict=strict)
     return base, tokenizer

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lofit_fast.cli.company import FIRST, Across, Company, speaking
+from lofit_fast.cli.company import DIVIDED, FIRST, Across, Company, speaking
 from lofit_fast.cli.options import check_counts
 
 FAILED, FAULT, INTERRUPTED, UNREAD = 1, 70, 130, 141
@@ -63,7 +63,8 @@ def command(
             _quiet_libraries()
             company, result = Company(), None
             try:
-                company.meet(across)
+                # a base that all hold together takes all of them, whatever is done with it
+                company.meet(DIVIDED if options.get("tensor_parallel") else across)
                 if company.works:
                     check_counts(function, options)
                     with company.at_work(f"lofit-fast {name or function.__name__}", options.get("device") or "auto"):

@@ -22,6 +22,7 @@ from lofit_fast.cli.options import (
     Strict,
     Subset,
     TaskName,
+    TensorParallel,
     TrainOn,
     reading_of,
     task_name,
@@ -45,6 +46,7 @@ def eval(
     batch_size: PromptsPerBatch = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tensor_parallel: TensorParallel = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +60,7 @@ def eval(
     reading = reading_of(split, subset, columns, train_on)
     with together("loading the model"):
         folder = None if adapter is None else adapter_folder(adapter)
-        base, tokenizer = loaded(model, folder, dtype, device, strict)
+        base, tokenizer = loaded(model, folder, dtype, device, strict, tensor_parallel)
     with together("reading the data"):
         seed = data_seed_of(folder) if seed is None else seed
         examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
@@ -78,6 +80,7 @@ def generate(
     max_new_tokens: NewTokens = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tensor_parallel: TensorParallel = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +93,7 @@ def generate(
     if not prompts:
         raise ValueError("no prompt: expected --prompt, or lines on standard input")
     with together("loading the model"):
-        base, tokenizer = loaded(model, adapter, dtype, device, strict)
+        base, tokenizer = loaded(model, adapter, dtype, device, strict, tensor_parallel)
     answers = generate_answers(base, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=not as_json)
     if as_json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))

@@ -3,6 +3,8 @@
 import json
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,7 @@ from lofit_fast.cli.options import (
     Split,
     Subset,
     TaskName,
+    TensorParallel,
     Top,
     TrainOn,
     TrainSize,
@@ -38,6 +41,7 @@ from lofit_fast.cli.options import (
 
 # heavy imports happen inside the command: --help must be instant
 METHODS = ("lofit", "random", "bias_norm", "iti_probe", "probing_layers", "saliency", "early_stop")
+PROBING = ("iti_probe", "probing_layers")
 
 
 def select(
@@ -71,6 +75,7 @@ def select(
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tensor_parallel: TensorParallel = False,
     as_json: Json = False,
 ) -> None:
     """Choose heads without tuning them: by LoFiT's step 1, by what it is compared with, or by one pass of gradients.
@@ -81,10 +86,16 @@ def select(
     from lofit_fast.config import LOOKING_ONCE
     from lofit_fast.heads import jaccard, read_heads
     from lofit_fast.models.load import load_model
+    from lofit_fast.ranks import by_first, together
     from lofit_fast.selection.methods import SELECTORS
     from lofit_fast.tasks import load_task
 
     names = _methods(method)
+    if tensor_parallel and (probing := [name for name in names if name in PROBING]):
+        raise ValueError(
+            f"--tensor-parallel is not for {', '.join(probing)}, which read all heads in one process: expected "
+            f"{', '.join(name for name in METHODS if name not in PROBING)}"
+        )
     _check_output(output, names)
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
@@ -96,17 +107,20 @@ def select(
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
     reading = reading_of(split, subset, columns, train_on)
     expected = None if reference is None else [tuple(pair) for pair in read_heads(reference)]
-    base, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
+    with together("loading the model"):
+        base, tokenizer = load_model(model, dtype=dtype, device=device, tensor_parallel=tensor_parallel)
+    with together("reading the data"):
+        examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     found = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         for key in names:
             path = _file(output, key, len(names))
-            work = Path(scratch) / key if path is None else path.with_name(f"{path.stem}-step1")
+            work = scratch / key if path is None else path.with_name(f"{path.stem}-step1")
             options = {"output_dir": work, "seed": seed, "progress": not as_json}
             found[key] = SELECTORS[key](base, tokenizer, examples, recipe, **options)
             if path is not None:
-                _write(path, found[key], {"method": key, "model": model, "task": examples.name})
+                about = {"method": key, "model": model, "task": examples.name}
+                by_first(lambda path=path, chosen=found[key], about=about: _write(path, chosen, about))
     if expected is None and "lofit" in found:
         expected = found["lofit"].heads
     rows = [{"method": key, "seconds": s.seconds, "heads": s.heads} for key, s in found.items()]
@@ -116,6 +130,17 @@ def select(
         print(json.dumps({"model": model, "task": examples.name, "top": recipe.top, "methods": rows}))
         return
     out.print(_table(rows, f"heads for {examples.name} on {model}"))
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards: one for all processes of a launch, of the first."""
+    from lofit_fast.ranks import gathered, told
+
+    with ExitStack() as stack:
+        yield Path(told(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
+        # all have read what is in it
+        gathered(None)
 
 
 def _methods(asked: list[str] | None) -> list[str]:

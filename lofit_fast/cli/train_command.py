@@ -30,6 +30,7 @@ from lofit_fast.cli.options import (
     Split,
     Subset,
     TaskName,
+    TensorParallel,
     Top,
     TrainOn,
     TrainSize,
@@ -81,6 +82,7 @@ def train(
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tensor_parallel: TensorParallel = False,
     attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash_attention_2, ...")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the layers. Default: where it pays.")] = None,
     packing: Annotated[bool | None, typer.Option(help="Pack instead of pad. Default: where it pays.")] = None,
@@ -157,7 +159,7 @@ def train(
         # a run goes on in the dtype that it was begun in
         dtype = told(lambda: dtype_of_run(output)) or dtype
     with together("loading the model"):
-        base, tokenizer = load_model(model, dtype=dtype, device=device)
+        base, tokenizer = load_model(model, dtype=dtype, device=device, tensor_parallel=tensor_parallel)
     with together("reading the data"):
         examples = load_task(name, data, tokenizer, train_size=train_size, seed=seed, progress=not as_json, **reading)
     objective = objective_of(examples)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lofit_fast import ranks
 from lofit_fast.patching.sharding import gathers_weights
+from lofit_fast.patching.tensor_parallel import n_holding
 
 Unit = TypeVar("Unit")
 Key = TypeVar("Key")
@@ -38,10 +39,12 @@ class Division:
         self.gathers = self.count > 1 and not cut and gathers_weights(model)
         # everything by everybody
         self.same = self.count == 1 or cut or (self.gathers and not even)
+        # of several models, each of which some processes hold together, each may be asked something else
+        self.asked_alike = self.count > 1 and (not cut or n_holding(model) == {self.count})
 
     def check_same(self, work: Sequence[object], named: str) -> None:
         """Raise ValueError in every process where they were given different work. named: what it is, in words."""
-        if not self.same:
+        if self.asked_alike:
             digest = hashlib.sha256(repr(work).encode()).hexdigest()[:12]
             ranks.check_same(f"{len(work)} with the digest {digest}", named)
 

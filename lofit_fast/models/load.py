@@ -20,6 +20,7 @@ from lofit_fast.models.file_digest import digest_of
 from lofit_fast.models.gguf import converted
 from lofit_fast.models.quantization import quantizer_of
 from lofit_fast.models.shared_pages import as_mapped, in_turns, processes_here
+from lofit_fast.models.spread_load import check_cut, check_spread, spread
 from lofit_kernels.answers import cache_folder
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def load_model(
     attention: str = "auto",
     quantization: str | None = None,
     shared: bool | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode.
 
@@ -90,22 +92,27 @@ def load_model(
     (see `shared_pages`), for which it is written into `cache_folder()` if its files are of another dtype; on
     accelerators they load in turns where each would need room for a whole copy on the way. None: where torchrun or
     accelerate has started several.
+    tensor_parallel: whether the processes that torchrun has started hold one base together, each some of its heads, as
+    transformers' plan for the family cuts it; all of them must call it.
     A model of images or sounds and text is loaded whole, unless transformers has a class for its language model alone.
     Weights are read from safetensors files, and code that comes with a model is not run: a model that needs it can be
     loaded by transformers and given to `patch`.
-    Raises ValueError for an unknown dtype or quantization, a second one, an attention that the model or machine does
-    not have, a config of something else than a language model, weights that are not there, or files that are broken
-    (of an export of ours: of which a byte has changed),
+    Raises ValueError for an unknown dtype or quantization, a second one, tensor parallelism of one process, of a number
+    that does not divide the heads, of a quantized base or a family that transformers has no plan for, an attention that
+    the model or machine does not have, a config of something else than a language model, weights that are not there,
+    or files that are broken (of an export of ours: of which a byte has changed),
     FileNotFoundError for a package or file that is not there, ImportError where nothing is installed to quantize with,
     OSError from transformers for a hub id it cannot resolve.
     """
     device = best_device() if device == "auto" else as_device(device)
     dtype = best_dtype(device) if dtype == "auto" else as_dtype(dtype)
-    shared = processes_here() > 1 if shared is None else shared
+    shared = (processes_here() > 1 if shared is None else shared) and not tensor_parallel
+    if tensor_parallel:
+        check_spread(name, device)
     with naming_broken_files(name):
         source = resolve(name)
         check_sums(Path(source), digest=digest_of)
-        return _loaded(name, source, dtype, device, attention, quantization, shared)
+        return _loaded(name, source, dtype, device, attention, quantization, shared, tensor_parallel)
 
 
 def _loaded(
@@ -116,6 +123,7 @@ def _loaded(
     attention: str,
     quantization: str | None,
     shared: bool,
+    tensor_parallel: bool,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -127,7 +135,9 @@ def _loaded(
     if quantization is not None:
         asked["quantization_config"] = quantizer_of(quantization).make(dtype)
     quantized = packed or quantization is not None
-    if quantized:
+    if tensor_parallel:
+        asked |= spread(name, config, quantized)
+    elif quantized:
         # packed weights are made on their device, and not all of them can be moved
         asked["device_map"] = {"": device}
 
@@ -142,10 +152,12 @@ def _loaded(
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{name} cannot be loaded with attention {attention!r}: {reason}") from error
+    if tensor_parallel:
+        check_cut(name, model)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return (model if quantized else model.to(device)).eval(), tokenizer
+    return (model if quantized or tensor_parallel else model.to(device)).eval(), tokenizer
 
 
 def _shared(load: Callable[[str], nn.Module], source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

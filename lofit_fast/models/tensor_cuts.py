@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lofit_fast.models.meta_counts import Decoder, Lowest
+from lofit_fast.models.whole_heads import check_heads
 
 # styles of a plan -> the dimension of the weight that is cut; None for whole ones
 _CUT = {
@@ -96,9 +97,7 @@ def cut(model: nn.Module, n: int) -> None:
     """
     found = planned(model)
     text = getattr(model.config, "get_text_config", lambda: model.config)()
-    heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-    if uneven := [count for count in heads if isinstance(count, int) and count % n]:
-        raise ValueError(f"{n} devices do not divide {uneven[0]} heads: tensor parallelism cuts by whole heads")
+    check_heads(text, model.tp_plan, n, f"{n} devices")
     # an output head that is the embedding stays it
     parts: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
     for module, style in found.values():

@@ -19,6 +19,8 @@ from lofit_fast.patching.placement import computed_on
 
 # what fully_shard leaves on every module whose parameters it looked at
 MARK = "_is_fsdp_managed_module"
+# torch's placement of several slices of a dimension, as of two weights in one of which each process has a part
+_IN_PIECES = "_StridedShard"
 
 
 def shards(module: nn.Module) -> bool:
@@ -150,14 +152,33 @@ def _groups(module: nn.Module) -> list[Any]:
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether the parts of a tensor are blocks of rows or of columns, or copies of it."""
+    """Whether the parts of a tensor are slices of it along one dimension, in one piece or several, or copies of it."""
     if not is_placed(tensor):
         return False
-    ends = (0, tensor.dim() - 1)
-    # of two cuts of the rows, as beside tensor parallelism, the second need not be of whole blocks
-    return all(
-        p.is_replicate() or (type(p).__name__ == "Shard" and p.dim % tensor.dim() in ends) for p in tensor.placements
-    ) and (sum(p.is_shard() for p in tensor.placements) <= 1)
+    # of two cuts, as beside tensor parallelism, the second need not be of whole slices
+    cuts = [place for place in tensor.placements if not place.is_replicate()]
+    return len(cuts) < 2 and all(type(place).__name__ in ("Shard", _IN_PIECES) for place in cuts)
+
+
+def _own_places(tensor: Tensor) -> tuple[int, Tensor] | None:
+    """(the dimension along which a tensor is cut, this process's places along it, in order); None for a copy."""
+    found = [(n, place) for n, place in enumerate(tensor.placements) if not place.is_replicate()]
+    if not found:
+        return None
+    number, place = found[0]
+    dim = place.dim % tensor.dim()
+    if type(place).__name__ == _IN_PIECES:
+        from torch.distributed.tensor import distribute_tensor
+
+        # a row of numbers, cut as the dimension is
+        along = type(place)(0, split_factor=place.split_factor)
+        row = torch.arange(tensor.shape[dim], device=computed_on(tensor))
+        laid = [along if n == number else other for n, other in enumerate(tensor.placements)]
+        return dim, distribute_tensor(row, tensor.device_mesh, laid, src_data_rank=None).to_local()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return dim, torch.arange(offset[dim], offset[dim] + shape[dim], device=computed_on(tensor))
 
 
 Places = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -165,28 +186,28 @@ Places = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 
 @torch.no_grad()
 def spread_sample(tensor: Tensor, places: Places) -> Tensor:
-    """(n,) numbers of a tensor whose parts are blocks, see `is_spread`, in every process; only these are sent.
+    """(n,) numbers of a tensor whose parts are slices, see `is_spread`, in every process; only these are sent.
 
     places: (rows, columns) of the numbers, in the tensor's matrix of as many columns as it has; None for all of them.
     """
     found = places(tensor)
     if found is None:
         return whole(tensor).reshape(-1)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     rows, columns = (place.to(computed_on(tensor)) for place in found)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    # rows of the matrix for each of the first dimension; one dimension is one row
-    per = tensor.shape[1:-1].numel()
-    first, count = (offset[0] * per, shape[0] * per) if tensor.dim() > 1 else (0, 1)
-    left, width = offset[-1], shape[-1]
-    mine = (rows >= first) & (rows < first + count) & (columns >= left) & (columns < left + width)
-    local = tensor.to_local().to(computed_on(tensor)).reshape(-1, width)
+    at = [*(torch.unravel_index(rows, tensor.shape[:-1]) if tensor.dim() > 1 else ()), columns]
+    mine = torch.ones_like(rows, dtype=torch.bool)
+    if (cut := _own_places(tensor)) is not None:
+        dim, own = cut
+        local = torch.full((tensor.shape[dim],), -1, device=own.device)
+        local[own] = torch.arange(len(own), device=own.device)
+        at[dim] = local[at[dim]]
+        mine = at[dim] >= 0
     # as whole numbers: zeros beside them change no bit, that of a negative zero neither
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     sample = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    sample[mine] = local[rows[mine] - first, columns[mine] - left].view(kind).to(torch.int64)
+    numbers = tensor.to_local().to(computed_on(tensor))
+    sample[mine] = numbers[tuple(place[mine] for place in at)].view(kind).to(torch.int64)
     for dim, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():
             torch.distributed.all_reduce(sample, group=tensor.device_mesh.get_group(dim))
     return sample.to(kind).view(tensor.dtype)

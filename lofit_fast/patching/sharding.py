@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Iterator
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lofit_fast import ranks
 from lofit_fast.patching.fully_sharded import fully_sharded, in_parts, mesh_of, sharded_from_outside, shards
-from lofit_fast.patching.tensor_parallel import is_tensor_parallel, why_not_parallel
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel, n_holding, why_not_parallel
 
 _BEFORE = (
     "Patch the model first and shard it afterwards (fully_shard), or train data-parallel, each process with the "
@@ -53,13 +54,16 @@ def check_patchable(model: nn.Module) -> None:
 
 
 def check_fittable(model: nn.Module) -> None:
-    """Raise ValueError for a model that `fit` cannot train: what cannot be patched, and tensor-parallel ones."""
+    """Raise ValueError for a model that `fit` cannot train: what cannot be patched, and a tensor-parallel one that not
+    all processes of the run hold together."""
     check_patchable(model)
-    if is_tensor_parallel(model):
+    here = ranks.count()
+    if is_tensor_parallel(model) and (over := n_holding(model)) != {here}:
+        held = " and ".join(map(str, sorted(over)))
         raise ValueError(
-            "cannot fit a tensor-parallel model: fit would give each process other examples. Patch it "
-            "(lofit_fast.patch) and train it in a loop of your own, every process with the same batches; or fit a "
-            "model that each process holds whole, or one that FSDP2 shards"
+            f"cannot fit this tensor-parallel model: it is cut over {held} processes, and the run has {here}. Data "
+            "parallelism beside tensor parallelism is not done: expected one model that all processes of the run hold "
+            "together"
         )
 
 

@@ -39,6 +39,11 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     return any(is_placed(parameter) for parameter in model.parameters())
 
 
+def n_holding(model: nn.Module) -> set[int]:
+    """Over how many processes the weights of a tensor-parallel model are placed: one number, where all are alike."""
+    return {parameter.device_mesh.size() for _, parameter in _placed(model)}
+
+
 def why_not_parallel(model: nn.Module) -> str | None:
     """What keeps a tensor-parallel model from being patched, in words; None where nothing does."""
     for name, parameter in _placed(model):

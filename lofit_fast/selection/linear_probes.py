@@ -23,6 +23,7 @@ from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.tasks.contrast import Contrast
 from lofit_fast.torch_defaults import on_the_cpu
 
@@ -42,11 +43,17 @@ def head_activations(
     Returns ((2n, layers, heads, D) float32, (2n,) bool), both on the CPU, for n contrasts: rows 2i and 2i + 1 are the
     right and the wrong answer of contrast i. Layers are numbered as in the model; where one has no attention or fewer
     heads than others, the rest is NaN. No end-of-sequence token follows an answer.
-    Raises ValueError for no contrasts, an answer without tokens or too long for the model's context, or a model whose
-    layers have heads of different sizes; FloatingPointError for activations that are not finite.
+    Raises ValueError for a tensor-parallel model, no contrasts, an answer without tokens or too long for the model's
+    context, or a model whose layers have heads of different sizes; FloatingPointError for activations that are not
+    finite.
     """
     if not contrasts:
         raise ValueError("activations need at least one contrast, got none")
+    if is_tensor_parallel(model):
+        raise ValueError(
+            "cannot read the heads of a tensor-parallel model, of which each process has some: expected a model that "
+            "this process holds whole"
+        )
     projections = find_projections(model)
     sizes = {p.head_dim for p in projections}
     if len(sizes) > 1:

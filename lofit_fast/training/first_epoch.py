@@ -20,7 +20,7 @@ from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.task import draw
 from lofit_fast.training.engine import Engine, collator_of
-from lofit_fast.training.shared_batches import SHARE, Share, ShareCollator, n_labels_of
+from lofit_fast.training.shared_batches import SHARE, Share, ShareCollator, n_labels_of, sharers
 
 
 def looked_at(n_examples: int, recipe: Recipe) -> list[int]:
@@ -47,7 +47,8 @@ def first_epoch(
     # of one length, their order is a plain shuffle
     lengths = [len(row["input_ids"]) if engine.group_by_length else 1 for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collator = ShareCollator(collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED)), n_labels_of)
+    collate = collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED))
+    collator = ShareCollator(collate, n_labels_of, cut=sharers(model) > 1)
     size = recipe.batch_size // recipe.accumulation_steps
     device = device_of(model)
     with tqdm(total=len(rows), desc="saliency", disable=not progress, leave=False) as bar:

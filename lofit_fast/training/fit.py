@@ -65,7 +65,7 @@ def fit(
     Raises:
         TypeError: what is no model, tokenizer, Recipe, Engine, callback or path.
         ValueError: empty data, an example without labels or too long, a folder with another run in it, more heads than
-            there are, a sharded model, a quantized one that cannot be trained through.
+            there are, a model sharded in a way that is not known, a quantized one that cannot be trained through.
         OSError: a folder that cannot be written; BlockingIOError, naming it, where another process trains in it.
         FloatingPointError: a loss, a gradient or a vector is not finite. It names the step, its examples and the last
             good checkpoint. The run goes on from there with another learning rate of the step that diverged.
@@ -75,7 +75,8 @@ def fit(
 
     Called by each process that torchrun or accelerate has started, it trains data-parallel: the recipe's batch size is
     that of all processes together, and the result is that of one process with it, which every process returns. The
-    first one writes and shows what one process would.
+    first one writes and shows what one process would. A tensor-parallel model, which all of them hold together, is
+    trained by each with whole batches, to the same result.
     """
     how = {"engine": engine, "heads": heads, "step1_dir": step1_dir, "callbacks": callbacks}
     objective = Completions(train, () if eval_data is None else eval_data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -26,7 +27,7 @@ from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.finite_steps import Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
-from lofit_fast.training.shared_batches import ShareCollator
+from lofit_fast.training.shared_batches import ShareCollator, sharers
 from lofit_fast.training.trainer import AttachmentTraining, leave_in_place, report_epochs
 
 
@@ -42,7 +43,7 @@ class ReferencedDPOTrainer(DPOTrainer):
 
     def __init__(self, model: nn.Module, *, head: FrozenHead | None = None, **options) -> None:
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
-        with admitted(model):
+        with admitted(model), _unhashed(model):
             super().__init__(model=model, **options)
         if device_of(model).type == "cpu":
             model.forward = labelled_only(given, logits, head)
@@ -102,7 +103,9 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
             callbacks=callbacks,
             processing_class=processing_class,
             train_dataset=Dataset.from_dict({"question": range(len(lengths))}),
-            data_collator=self.noted(ShareCollator(drawn) if ranks.count() > 1 else drawn, lambda row: row["question"]),
+            data_collator=self.noted(
+                ShareCollator(drawn) if sharers(attachment.model) > 1 else drawn, lambda row: row["question"]
+            ),
         )
         # the routers are frozen, and a penalty on them is no part of DPO
         self.aux_loss_enabled = False
@@ -154,6 +157,21 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
+
+
+@contextmanager
+def _unhashed(model: nn.Module) -> Iterator[None]:
+    """A scope in which TRL finds no weights to hash, as it does to know references that it has kept.
+
+    These references are given. All weights would be read for it, and weights that processes hold together cannot be.
+    """
+    own = {"state_dict": vars(model)["state_dict"]} if "state_dict" in vars(model) else {}
+    vars(model)["state_dict"] = dict
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+        vars(model).update(own)
 
 
 def _with(add: Callable | None, collate: Callable) -> Callable[[list[dict]], Batch]:

@@ -1,8 +1,9 @@
-"""Training where FSDP2 shards the base over the processes: the base is sharded first, and then patched.
+"""Training where several processes hold the base together, by FSDP2 or tensor parallelism.
 
-So every process has the vectors whole, as in data parallelism: batches are cut and gradients put together as there, and
-one process writes. What the engine has to save work looks at weights outside of their layer's turn, or lets some
-processes pass a layer that others do not: none of it is used.
+The base is sharded first, and then patched, so every process has the vectors whole, as in data parallelism, and one
+process writes. Under FSDP2 batches are cut and gradients put together as there. What the engine has to save work looks
+at weights outside of their layer's turn, or lets some processes pass a layer that others do not: none of it is used.
+Under tensor parallelism each process computes with whole batches, and what reads or makes weights is not used.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from lofit_fast import launchers, ranks
 from lofit_fast.models.base_digest import base_digest
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.fully_sharded import fully_sharded
+from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.sharding import check_fittable
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.objectives import Objective, Preferences
 
 # knob -> what it is where nothing is tried or kept; "auto" of the attention leaves the model's own
@@ -32,6 +37,17 @@ _PLAIN = {
     "large_pages": False,
     "verify": False,
 }
+# the same where weights are cut, which layers compute with all the same
+_CUT = {
+    "compile": False,
+    "prefix_cache_gb": 0.0,
+    "prompt_cache_gb": 0.0,
+    "frozen_products": "full",
+    "large_pages": False,
+    "verify": False,
+}
+# by which transformers' Trainer knows a model that it would divide batches for, and keep no checkpoints of
+_DISTRIBUTED = {"_tp_size": None, "_is_distributed_loading_by_transformers": False}
 
 
 @contextmanager
@@ -40,8 +56,13 @@ def sharded_as_asked(model: nn.Module) -> Iterator[None]:
 
     Each decoder layer is a group, and what is outside of them another; how they are gathered, offloaded and rounded is
     what accelerate's configuration says. The model stays sharded.
-    Raises ValueError for FSDP of version 1, and for what is not done here.
+    Raises ValueError for FSDP of version 1, a tensor-parallel base, and for what is not done here.
     """
+    if launchers.fsdp_asked() and is_tensor_parallel(model):
+        raise ValueError(
+            "accelerate is configured for FSDP, but the model is tensor-parallel already: expected one of the two. "
+            "Start it with torchrun, or with a configuration without FSDP"
+        )
     if not launchers.fsdp_asked() or ranks.count() == 1:
         yield
         return
@@ -52,13 +73,46 @@ def sharded_as_asked(model: nn.Module) -> Iterator[None]:
 
 
 def without_shortcuts(model: nn.Module, engine: Engine) -> Engine:
-    """The engine for a model that FSDP2 shards: nothing is tried, kept or compiled. Any other model's as it is.
+    """The engine for a model that several processes hold together; any other model's as it is.
+
+    Under FSDP2 nothing is tried, kept or compiled; under tensor parallelism nothing is kept, compiled or quantized.
 
     Raises ValueError for a knob that was asked for.
     """
-    if not fully_sharded(model):
-        return engine
-    return engine.with_plain(_PLAIN, "the model is sharded (FSDP2)")
+    if fully_sharded(model):
+        return engine.with_plain(_PLAIN, "the model is sharded (FSDP2)")
+    return engine.with_plain(_CUT, "the model is tensor-parallel") if is_tensor_parallel(model) else engine
+
+
+def check_together(attachment: Attachment) -> None:
+    """Raise ValueError for a tensor-parallel model that not all processes of the run hold, and for peers in one."""
+    check_fittable(attachment.model)
+    if not isinstance(attachment, LofitHandle):
+        raise ValueError(
+            f"cannot train a {type(attachment).__name__} in a tensor-parallel model, where each process has some "
+            "of the heads: only LoFiT's vectors are known to be put together there. Use a model that each process "
+            "holds whole"
+        )
+
+
+@contextmanager
+def taken_for_whole(model: nn.Module) -> Iterator[None]:
+    """A scope in which a Trainer takes a tensor-parallel model for one that a process has by itself.
+
+    It then gives every process all rows of every batch, wraps nothing, and writes checkpoints: what is trained is whole
+    everywhere. The layers of the model do not ask.
+    """
+    own = [module for module in model.modules() if _DISTRIBUTED.keys() & vars(module).keys()]
+    before = [{name: vars(module)[name] for name in _DISTRIBUTED if name in vars(module)} for module in own]
+    for module in own:
+        vars(module).update(_DISTRIBUTED)
+    try:
+        yield
+    finally:
+        for module, had in zip(own, before, strict=True):
+            for name in _DISTRIBUTED:
+                vars(module).pop(name)
+            vars(module).update(had)
 
 
 def check_objective(model: nn.Module, objective: Objective) -> None:

@@ -3,6 +3,9 @@
 Every process draws the same batches in the same order and takes its own rows of each. The gradients of a step are
 summed over the processes in one message, some kilobytes, before they are clipped: the base is frozen, so nothing else
 moves. Its wrapper for data parallelism would send the base, and average where labels are to be counted.
+
+Where the processes hold one model together (tensor parallel) nothing is cut: each computes with whole batches, and has
+whole gradients already.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from lofit_fast.launchers import sharding_asked
 from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.models.device import name_of_chip
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.training.engine.device_queue import devices_of
 
 # of a batch, under a name that no model takes
@@ -46,9 +50,19 @@ class Share:
         return value if self.here_rows else value * 0.0
 
 
+def sharers(model: nn.Module) -> int:
+    """How many processes share each batch of a model: all of the run, or one where they hold the model together."""
+    return 1 if is_tensor_parallel(model) else ranks.count()
+
+
 def check_shares(model: nn.Module, batch_size: int, accumulation_steps: int, n_examples: int) -> None:
     """Raise ValueError for what the processes of a run cannot share, before anything is changed."""
-    n = ranks.count()
+    n = sharers(model)
+    if n < ranks.count() and (asked := sharding_asked()):
+        raise ValueError(
+            f"accelerate is configured for {asked}, but the model is tensor-parallel already, and each process trains "
+            "with whole batches: start it with torchrun, or with a configuration without sharding"
+        )
     if n == 1:
         return
     if batch_size % (n * accumulation_steps):
@@ -100,15 +114,17 @@ def own_rows(rows: Sequence) -> list:
 class ShareCollator:
     """A collator of whole batches -> one of this process's rows, with a Share under SHARE.
 
-    collate: makes a batch of rows. labels: how many labels a row has; None where nobody counts them.
+    collate: makes a batch of rows. labels: how many labels a row has; None where nobody counts them. cut: whether
+    batches are cut among the processes; all rows are this one's otherwise.
     """
 
     collate: Callable[[Sequence], Mapping]
     labels: Callable[[object], int] | None = None
+    cut: bool = True
 
     def __call__(self, rows: Sequence) -> dict:
         """A batch of the process's own rows, or of the first row where it has none."""
-        mine = own_rows(rows)
+        mine = own_rows(rows) if self.cut else list(rows)
         count = self.labels or (lambda row: 0)
         share = Share(len(rows), sum(map(count, rows)), len(mine), sum(map(count, mine)))
         return {**self.collate(mine or rows[:1]), SHARE: share}
@@ -199,6 +215,11 @@ def all_summed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
 
 
+def whole_gradients(model: nn.Module) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """What makes gradients of a process's part of a batch those of all of it."""
+    return all_summed if sharers(model) > 1 else list
+
+
 def shared_steps(model: nn.Module, seed: int) -> SharedSteps | None:
-    """Of a run with several processes; None where there is one."""
-    return SharedSteps(model, seed) if ranks.count() > 1 else None
+    """Of a run whose processes share batches; None of any other."""
+    return SharedSteps(model, seed) if sharers(model) > 1 else None

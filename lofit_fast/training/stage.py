@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -17,6 +18,7 @@ from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
+from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.cost import peak_memory, rates
@@ -26,7 +28,7 @@ from lofit_fast.training.engine.auto import said, settle
 from lofit_fast.training.engine.device_queue import current, devices_of
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
-from lofit_fast.training.sharded_base import without_shortcuts
+from lofit_fast.training.sharded_base import check_together, taken_for_whole, without_shortcuts
 from lofit_fast.training.shared_batches import check_places, check_shares
 from lofit_fast.training.stage_checkpoints import Checkpoint
 from lofit_fast.training.verify_steps import StepCheck
@@ -79,6 +81,8 @@ def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, 
             f"prefix_cache_gb={asked_gb} was asked for, but only LoFiT's layers are known to leave those "
             f"below them alone: expected 0 for a {type(attachment).__name__}"
         )
+    if is_tensor_parallel(attachment.model):
+        check_together(attachment)
     data = objective.encoded(attachment.model, tokenizer, schedule.max_length, progress)
     check_places(attachment.model)
     check_shares(attachment.model, schedule.batch_size, schedule.accumulation_steps, data.n_examples)
@@ -104,18 +108,25 @@ def settle_for(
 
     rows: what an epoch goes through, where that is not all of it.
     """
+    engine = without_shortcuts(attachment.model, engine)
     if fully_sharded(attachment.model):
         # one process alone cannot try anything
-        engine = without_shortcuts(attachment.model, engine)
         return engine, said(engine)
     if engine.prefix_cache_gb == "auto":
         asked = engine
         engine = ranks.told(lambda: settled_prefix(attachment, asked, *data.reads(schedule)))
     rows = data.rows if rows is None else rows
-    # tried on one machine, and used on all
-    return ranks.told(
-        lambda: settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
-    )
+
+    def tried() -> tuple[Engine, str]:
+        return settle(attachment, engine, rows, pad_token_id(tokenizer), schedule.batch_size, schedule.epochs)
+
+    if not is_tensor_parallel(attachment.model):
+        # tried on one machine, and used on all
+        return ranks.told(tried)
+    # no process can try anything by itself
+    found = tried()
+    ranks.check_same(asdict(found[0]), "engine")
+    return found
 
 
 def train(
@@ -161,6 +172,7 @@ def train(
     how = {"folder": folder, "on_epoch": report, "callbacks": callbacks, "progress": progress, "keep": keep}
     with (
         accelerate_as_it_was(),
+        taken_for_whole(model),
         current(device_of(model)),
         data.as_it_was(),
         prepared(model, engine),

@@ -22,12 +22,13 @@ from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of, is_offloaded
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.agreed_control import AgreedControl
+from lofit_fast.training.alike_steps import AlikeSteps
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.cpu_extras import release_free_memory
 from lofit_fast.training.engine.device_queue import Sender, devices_of, runs_ahead, wait_for
 from lofit_fast.training.finite_steps import FiniteSteps, Shown, norm_of
 from lofit_fast.training.frozen_base import admitted
-from lofit_fast.training.shared_batches import SHARE, ShareCollator, SharedSteps, n_labels_of, shared_steps
+from lofit_fast.training.shared_batches import SHARE, ShareCollator, SharedSteps, n_labels_of, shared_steps, sharers
 from lofit_fast.training.stage_checkpoints import OURS, keep_newest, written_whole
 from lofit_fast.training.verify_steps import StepCheck
 
@@ -41,9 +42,9 @@ class AttachmentTraining:
     where there is an evaluation set.
 
     losses, watch, sender: of `report_epochs` and `leave_in_place`. shared: what the processes of a run put together;
-    None where there is one. rate: the learning rate that a resumed training goes on with, where that is not the one of
-    its checkpoint. saved: the steps of the checkpoints that it knows to be whole. verify: what looks at batches of new
-    shapes first.
+    None where they share no batches. rate: the learning rate that a resumed training goes on with, where that is not
+    the one of its checkpoint. saved: the steps of the checkpoints that it knows to be whole. verify: what looks at
+    batches of new shapes first.
     """
 
     handle: Attachment
@@ -236,7 +237,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
     ) -> None:
         numbers = _numbers(options.get("train_dataset"))
         if (collate := options.get("data_collator")) is not None:
-            collate = ShareCollator(collate, n_labels_of) if ranks.count() > 1 else collate
+            collate = ShareCollator(collate, n_labels_of) if sharers(handle.model) > 1 else collate
             options["data_collator"] = self.noted(collate, lambda row: numbers.get(id(row)))
         with admitted(handle.model):
             super().__init__(model=handle.model, **options)
@@ -334,6 +335,10 @@ class _StepLosses:
             self.steps.append(self.loss)
             self.loss, self.part = 0.0, 0.0
 
+    def last(self) -> float:
+        """That of the last step."""
+        return self.steps[-1].item()
+
     def take(self) -> list[float]:
         """The losses so far; starts anew."""
         losses = torch.stack(self.steps).tolist()
@@ -424,10 +429,12 @@ def report_epochs(trainer: AttachmentTraining, shown: Shown | None = None) -> No
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_QuietProgress)
+    if sharers(trainer.handle.model) < ranks.count():
+        trainer.add_callback(AlikeSteps(trainer.handle.model, trainer.handle.parameters, trainer.losses.last))
     trainer.add_callback(_EpochReport(trainer))
-    if trainer.shared is not None:
+    if ranks.count() > 1:
         # these decide by the step alone
-        steady = (DefaultFlowCallback, ProgressCallback, _EpochReport)
+        steady = (DefaultFlowCallback, ProgressCallback, AlikeSteps, _EpochReport)
         others = [one for one in trainer.callback_handler.callbacks if not isinstance(one, steady)]
         trainer.add_callback(AgreedControl(bool(others)))
 

@@ -5,9 +5,8 @@ import torch
 
 import lofit_fast as lf
 from tests.oracle import randomize
-from tests.parallel_models import everything, farthest, parallel, with_biases
+from tests.parallel_models import everything, farthest, parallel, written
 from tests.several_processes import in_processes
-from tests.tiny_families import tiny_config
 from tests.tiny_models import tokens
 
 pytest.importorskip("torch.distributed.tensor.parallel", reason="torch without torch.distributed")
@@ -40,35 +39,24 @@ UNEVEN = {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 40,
 BOTH = lf.LofitConfig(scale=[(0, 0), (0, 4), (1, 1)], offset=[(0, 1), (1, 0), (1, 3), (1, 4)])
 
 
-def written(folder, name, changes):
-    """Write a tiny model of a family; its class."""
-    import transformers
-
-    config = tiny_config(name.split()[0], **changes)
-    torch.manual_seed(0)
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with_biases(kind(config)).save_pretrained(folder)
-    return kind
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_trains_as_in_one_process(name, tmp_path):
     n, changes = FAMILIES[name]
-    kind = written(tmp_path, name, changes)
+    kind = written(tmp_path, name.split()[0], **changes)
     expected = everything(kind.from_pretrained(tmp_path).eval(), BOTH)
     for found in in_processes(n, lambda rank: everything(parallel(tmp_path, kind, n), BOTH)):
         assert farthest(found, expected) < 1e-5
 
 
 def test_all_heads_have_scales(tmp_path):
-    kind, config = written(tmp_path, "llama", GROUPED), lf.LofitConfig(scale="all")
+    kind, config = written(tmp_path, "llama", **GROUPED), lf.LofitConfig(scale="all")
     expected = everything(kind.from_pretrained(tmp_path).eval(), config)
     for found in in_processes(3, lambda rank: everything(parallel(tmp_path, kind, 3), config)):
         assert farthest(found, expected) < 1e-5
 
 
 def test_heads_that_processes_share_unevenly(tmp_path):
-    kind = written(tmp_path, "phi3", UNEVEN)
+    kind = written(tmp_path, "phi3", **UNEVEN)
     expected = everything(kind.from_pretrained(tmp_path).eval(), BOTH)
     for found in in_processes(3, lambda rank: everything(parallel(tmp_path, kind, 3), BOTH)):
         assert farthest(found, expected) < 1e-5
@@ -94,7 +82,7 @@ def one_step(model, how):
 
 @pytest.mark.parametrize("how", ["answers", "checkpoints", "scales frozen"])
 def test_other_ways_to_run(how, tmp_path):
-    kind = written(tmp_path, "llama", GROUPED)
+    kind = written(tmp_path, "llama", **GROUPED)
     expected = one_step(kind.from_pretrained(tmp_path), how)
     for found in in_processes(2 + 1, lambda rank: one_step(parallel(tmp_path, kind, 3), how)):
         assert len(found) == len(expected)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import lofit_fast as lf
 from lofit_fast.models.load import load_model
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
 
 # launchers and libraries start anew for each process
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -95,6 +97,20 @@ def test_train_on_a_tiny_model(command, model, data, tmp_path, processes):
     assert command(*ONE, *asked, "-o", tmp_path / "one")[0] == 0
     assert_same_run(tmp_path / "several", tmp_path / "one")
     assert_same_logits(model, tmp_path / "several", tmp_path / "one")
+
+
+def test_train_a_model_that_processes_hold_together(command, data, tmp_path):
+    pytest.importorskip("transformers.distributed.tensor_parallel", reason="transformers without tp_plan")
+    folder = tmp_path / "model"
+    tiny_model("gemma").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    asked = ("train", "--model", folder, "--data", data, "--top", "3", "--batch-size", "5", *ON_CPU, "--json")
+    asked += ("--select-epochs", "2", "--tune-epochs", "2")
+    code, out, err = command(*TORCHRUN, 2, *MODULE, *asked, "--tensor-parallel", "-o", tmp_path / "two")
+    assert code == 0 and json.loads(out)["n_heads"] == 3, err
+    assert command(*ONE, *asked, "-o", tmp_path / "one")[0] == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert_same_logits(str(folder), tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.real

@@ -5,7 +5,7 @@ import torch
 from torch import distributed, nn
 
 import lofit_fast as lf
-from lofit_fast.patching.fully_sharded import spread_sample
+from lofit_fast.patching.fully_sharded import is_spread, spread_sample
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.patching.weight_sample import base_digest, sample_places
 from tests.oracle import randomize
@@ -291,6 +291,7 @@ def test_samples_of_parts_are_those_of_the_whole():
 
     def work(rank):
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+        from torch.distributed.tensor.placement_types import _StridedShard
 
         mesh = distributed.init_device_mesh("cpu", (3,))
         torch.manual_seed(0)
@@ -302,6 +303,13 @@ def test_samples_of_parts_are_those_of_the_whole():
                 got, want = spread_sample(part, sample_places), tensor.reshape(-1, shape[-1])[sample_places(tensor)]
                 bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
                 assert torch.equal(got.view(bits), want.view(bits))
+
+        # experts, of which each process has some inner rows, or some of both halves of these
+        experts = torch.randn(4, 96, 200, generator=torch.Generator().manual_seed(2))
+        for placement in (Shard(1), _StridedShard(1, split_factor=2)):
+            part = distribute_tensor(experts, mesh, [placement], src_data_rank=None)
+            assert is_spread(part) and part.to_local().shape == (4, 32, 200)
+            assert torch.equal(spread_sample(part, sample_places), experts.view(-1, 200)[sample_places(experts)])
 
     in_processes(3, work)
 

@@ -29,13 +29,6 @@ def placed(linear, mesh, *places):
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, places))
 
 
-def another_linear(model, mesh):
-    from torch.distributed.tensor import Shard
-
-    placed(model.model.layers[2].mlp.up_proj, mesh, Shard(0))
-    return model
-
-
 def rows_and_columns(model, mesh):
     from torch.distributed.tensor import Shard
 
@@ -124,14 +117,6 @@ def test_sharded_model_is_refused_as_it_is(shard, mesh, tmp_path):
             put_in()
         assert state(model) == before
     assert lf.handle_of(model) is None
-
-
-def test_sharded_model_is_not_fitted(mesh, tmp_path):
-    from tests.training.tiny_runs import fit
-
-    with pytest.raises(ValueError, match="cannot fit a tensor-parallel model: .* loop of your own"):
-        fit(another_linear(tiny_model("llama"), mesh), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_columns_that_are_not_cut_one_after_another_are_refused(mesh):

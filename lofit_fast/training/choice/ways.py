@@ -17,7 +17,7 @@ from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.head_norms import head_scores, offset_norms
 from lofit_fast.training.choice.early_stop import SettledHeads
 from lofit_fast.training.choice.untrained import random_scores, saliency_scores
-from lofit_fast.training.shared_batches import all_summed
+from lofit_fast.training.shared_batches import whole_gradients
 
 Component = Literal["scale", "offset"]
 
@@ -52,6 +52,8 @@ WAYS: dict[str, Way] = {
     "lofit": Trained("scale", head_scores),
     "early_stop": Trained("scale", head_scores, lambda recipe: [SettledHeads(recipe.top, recipe.min_layer)]),
     "bias_norm": Trained("offset", offset_norms),
-    "saliency": Untrained(lambda handle, losses, recipe: saliency_scores(handle, losses, recipe.l1, all_summed)),
+    "saliency": Untrained(
+        lambda handle, losses, recipe: saliency_scores(handle, losses, recipe.l1, whole_gradients(handle.model))
+    ),
     "random": Untrained(lambda handle, losses, recipe: random_scores(handle.model, recipe.seed), looks=False),
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.patching.cache_names import given_cache
 
 _PACKED = "prompts cannot be told apart in a packed row: train without packing"
 
@@ -37,7 +38,7 @@ def prompt_edges(given: dict, first: int, last: int) -> Tensor | None:
     (logits_to_keep), or else with its row; padding on either side does not count.
     Raises ValueError for a packed row, in which prompts cannot be told apart.
     """
-    cache = given.get("past_key_values")
+    cache = given_cache(given)
     if cache is not None and int(cache.get_seq_length()) > 0:
         return None
     ids = given.get("input_ids")

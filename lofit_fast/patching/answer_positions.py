@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.acting import EVERYWHERE, SAY_IT, UNKNOWN, Acting, Mask, said_for
+from lofit_fast.patching.cache_names import given_cache
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lofit_fast.patching.layer import LofitLinear
     from lofit_fast.patching.peft_layers import PeftWatch
 
-_CACHES = ("past_key_values", "cache_params")
 _GENERATION = "transformers.generation.utils"
 _GENERATING = ("_prefill", "_assisted_decoding", "_sample", "_beam_search")
 
@@ -124,7 +124,7 @@ def where_it_acts(given: Mapping[str, Any]) -> Mask:
     """
     if "labels" in given or "shift_labels" in given:
         return _by_labels(given)
-    cache = next((given[name] for name in _CACHES if name in given), None)
+    cache = given_cache(given)
     if cache is not None:
         return _by_cache(given, cache)
     raise ValueError(UNKNOWN)

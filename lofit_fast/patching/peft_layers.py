@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from lofit_fast.patching.cache_names import given_cache
+
 # what a wrapper of ours calls the module that it holds
 INNER = "inner"
 # the adapter in which TRL keeps the policy as it was, by copying "default"
@@ -169,7 +171,7 @@ class PeftWatch:
 
 def _prompts(kwargs: dict) -> Iterator[torch.Tensor]:
     """What a decoder is given in the place of token ids, or as if it had read them already."""
-    cached = getattr(kwargs.get("past_key_values"), "layers", ())
+    cached = getattr(given_cache(kwargs), "layers", ())
     for tensor in (kwargs.get("inputs_embeds"), *(getattr(layer, "keys", None) for layer in cached[:1])):
         if isinstance(tensor, torch.Tensor):
             yield tensor

@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     found = outcomes(chosen.reports)
     row = row_of(chosen.name, found, versions(chosen.python), chosen.commits)
+    if len(chosen.reports) > 1:
+        row["what"] = f"{row['what']}; files that failed in the whole run were run again after they were mended"
     write_json(chosen.output / f"{chosen.name}.json", row)
     for why, times in Counter(outcome.why for outcome in found.values() if outcome.kind == "skipped").most_common():
         print(f"skipped {times}: {why}")

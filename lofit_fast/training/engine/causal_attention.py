@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import KEPT_ROWS
 from lofit_fast.data.padding import PADDED_RIGHT
 from lofit_fast.models.prompt_states import PROMPTS
+from lofit_fast.patching.cache_names import given_cache
 
 CAUSAL = "lofit_causal"
 # the largest head that kernels with shared keys take; others would write out all scores
@@ -45,7 +46,7 @@ def marked_batches(model: nn.Module) -> Iterator[None]:
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         marked = any(all(kwargs.get(name) is not None for name in names) for names in _MARKS)
         # prompts that are given as keys and values are padded on the left
-        marked = marked and PROMPTS not in kwargs and kwargs.get("past_key_values") is None
+        marked = marked and PROMPTS not in kwargs and given_cache(kwargs) is None
         entered.tokens.append(PADDED_RIGHT.set(PADDED_RIGHT.get() or marked))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:

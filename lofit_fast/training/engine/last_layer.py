@@ -21,11 +21,12 @@ from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import n_tokens, selecting_rows
 from lofit_fast.models.trials import difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import architecture_of, decoder_layers, text_config
+from lofit_fast.patching.cache_names import CACHES
 from lofit_fast.patching.placement import device_of
 
 _MASK = "logits_to_keep"
 # who asks for one of these may read more of the last layer than what its logits need
-_ASKS_FOR_MORE = ("output_hidden_states", "use_cache", "past_key_values")
+_ASKS_FOR_MORE = ("output_hidden_states", "use_cache", *CACHES)
 
 
 @contextmanager

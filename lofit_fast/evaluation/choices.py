@@ -25,6 +25,7 @@ from lofit_fast.evaluation.finite_logits import check_scores
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.patching.handle import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
@@ -311,7 +312,7 @@ def _takes_caches(model) -> bool:
     """Whether the forward names a cache, or names nothing: one put around another by who only listens."""
     kinds = inspect.signature(model.forward).parameters.values()
     named = {one.name for one in kinds if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
-    return "past_key_values" in named or not named
+    return bool(named & {"past_key_values", "cache"}) or not named
 
 
 def _takes_counts(model) -> bool:
@@ -359,8 +360,8 @@ def _forward(
             input_ids=torch.tensor([tree.tokens], device=model.device),
             position_ids=positions[None].to(model.device),
             attention_mask=masks,
-            past_key_values=prefix,
             use_cache=True,
+            **{cache_name(model): prefix},
             **({"logits_to_keep": keep} if takes else {}),
         )
     return out.logits[0] if takes else out.logits[0, keep]

@@ -19,6 +19,7 @@ from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import FiniteLogits
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
+from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
@@ -226,7 +227,7 @@ def _generated(
             ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
             ids, mask = ids.to(device), mask.to(device)
             given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
-            past = {} if given is None else {"past_key_values": given}
+            past = {} if given is None else {cache_name(model): given}
             # every step gathers weights: who is done goes on until all are
             synced = {"synced_gpus": True} if division.gathers else {}
             finite = FiniteLogits()

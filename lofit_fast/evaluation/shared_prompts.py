@@ -20,6 +20,7 @@ from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.models.prompt_states import NotPlain, Slots, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.architectures import find_projections
+from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.fold import decoder_of
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.placement import device_of
@@ -122,7 +123,7 @@ class SharedPrompts:
             return out.logits[0]
 
         with _base_of(model):
-            away = difference(first(past_key_values=self._laid(model, ends)), first())
+            away = difference(first(**{cache_name(model): self._laid(model, ends)}), first())
         return None if away <= rounding(model) else f"after kept prompts the model's logits differ by {away:.1e}"
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lofit_fast.data.padding import rectangle
+from lofit_fast.patching.cache_names import cache_name
 
 # the prompts' keys and values, in a batch
 PROMPTS = "prompt_states"
@@ -108,7 +109,7 @@ def prompt_states(
     if beginning is not None:
         states, slots = beginning
         cache = slots.cache(states.expand(len(rows), -1, -1), grows=True)
-    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids, use_cache=True, **{cache_name(decoder): cache})
     shape = (len(rows), known + ids.shape[1])
     tensors = [tensor for layer in cache.layers for tensor in _plain(layer, shape)]
     if not tensors:
@@ -135,7 +136,7 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
         scope.enter_context(acting())
         going.scopes.append(scope)
         given = {name: value for name, value in kwargs.items() if name != PROMPTS}
-        return args, {**given, "past_key_values": slots.cache(kwargs[PROMPTS]), "use_cache": False}
+        return args, {**given, cache_name(module): slots.cache(kwargs[PROMPTS]), "use_cache": False}
 
     def drop(module: nn.Module, args: tuple, output: object) -> None:
         while going.scopes:

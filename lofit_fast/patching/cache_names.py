@@ -1,6 +1,9 @@
 """What the forwards of models call the keys, values and states of tokens that they have seen."""
 
+import inspect
 from collections.abc import Mapping
+
+from torch import nn
 
 # transformers 5.24 calls all of them "cache", and takes the older names until 5.40
 CACHES = ("past_key_values", "cache_params", "cache")
@@ -9,3 +12,9 @@ CACHES = ("past_key_values", "cache_params", "cache")
 def given_cache(kwargs: Mapping[str, object]) -> object | None:
     """The cache among the keywords of a call, or None."""
     return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+
+
+def cache_name(model: nn.Module) -> str:
+    """The name by which a model's forward takes a cache; the older one where it names none."""
+    named = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in named), CACHES[0])

@@ -129,7 +129,7 @@ def test_a_conversation_is_judged_by_the_content_of_its_last_turn(model, monkeyp
     talk = conversation([{"role": "user", "content": "2?"}, {"role": "assistant", "content": "Four."}], tokenizer)
     asked = []
 
-    def generate(input_ids, attention_mask, generation_config):
+    def generate(input_ids, attention_mask, generation_config, **_):
         asked.append((input_ids, generation_config))
         answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (right, wrong)]
         longest = max(map(len, answers))

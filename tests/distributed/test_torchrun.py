@@ -85,7 +85,9 @@ def assert_same_logits(model, got, expected):
         lf.load(base, folder / "adapter")
         with torch.no_grad():
             logits.append(base(ids).logits)
-    torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE)
+    # of the largest: float32 numbers about SmolLM2's, 34, are 4e-6 apart
+    largest = max(1.0, logits[1].abs().max().item())
+    torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE * largest)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

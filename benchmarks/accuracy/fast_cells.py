@@ -39,6 +39,7 @@ def _saliency(examples: int | None) -> dict[str, object]:
     return {"select": "saliency", "select_examples": examples}
 
 
+_WIDE: dict[str, object] = {"positions": "answer", "top": 0.3, "tune_lr": 4e-2, "tune_epochs": 10}
 SETTINGS: dict[str, Setting] = {
     FULL: Setting("step 1, full precision"),
     "saliency-64": Setting("saliency, 64 examples", _saliency(64)),
@@ -54,10 +55,16 @@ SETTINGS: dict[str, Setting] = {
         {"positions": "answer"},
         tries=({}, {"tune_lr": 4e-2}, {"top": 0.2}, {"tune_epochs": 10}),
     ),
+    # vectors on fewer tokens have room for more heads, larger steps and more epochs
+    "answer-wide": Setting("step 1, answers' tokens alone, 30 % of the heads", _WIDE),
+    "saliency-64-answer-wide": Setting(
+        "saliency, 64 examples, answers' tokens alone, 30 % of the heads", {**_saliency(64), **_WIDE}
+    ),
 }
 # settings in the order of what matters most: all seeds and tasks of a group come before the next group
 GROUPS = (
     (FULL, "saliency-64", "saliency-128", "saliency-all"),
+    ("saliency-64-answer-wide", "answer-wide"),
     ("saliency-64-int8", "int8"),
     ("answer",),
     ("saliency-32", "random"),

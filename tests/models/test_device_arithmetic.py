@@ -266,7 +266,7 @@ def test_hidden_states_go_where_the_next_weights_are(layers, outside, head, n, b
 
 
 def test_an_attention_of_a_family_s_own_is_no_reason_to_refuse_it(tmp_path):
-    family_config("falcon").save_pretrained(tmp_path)
+    family_config("gptj").save_pretrained(tmp_path)
     layers = len(Decoder.of(meta_model(str(tmp_path), torch.float32)).projections)
     plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [1] * layers, [0] * layers)
     assert plan.total > 0 and "attention is counted as" in plan.notes[0]

@@ -266,10 +266,12 @@ def test_hidden_states_go_where_the_next_weights_are(layers, outside, head, n, b
 
 
 def test_an_attention_of_a_family_s_own_is_no_reason_to_refuse_it(tmp_path):
-    family_config("gptj").save_pretrained(tmp_path)
+    family_config("falcon").save_pretrained(tmp_path)
     layers = len(Decoder.of(meta_model(str(tmp_path), torch.float32)).projections)
     plan = plan_devices(str(tmp_path), "ddp", 2, T, torch.float32, [1] * layers, [0] * layers)
-    assert plan.total > 0 and "attention is counted as" in plan.notes[0]
+    # transformers 5.24 has a forward that asks for numbers, which a plan has none of
+    said = ("attention is counted as", "activations are not counted: the forward of a Falcon")
+    assert plan.total > 0 and any(words in plan.notes[0] for words in said)
 
 
 def test_a_plan_that_cuts_other_parameters_is_not_counted():

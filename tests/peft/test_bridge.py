@@ -24,7 +24,7 @@ import lofit_fast.peft as bridge
 from lofit_fast.patching.storage import PEFT_TYPE
 from lofit_fast.peft import LofitPeftConfig, LofitPeftLayer
 from tests.patched_models import CONFIGS, SOME, logits, loss, relative, snapshot
-from tests.peft.peft_models import base_of, fill, quietly
+from tests.peft.peft_models import add_adapter, base_of, fill, quietly
 from tests.several_processes import in_processes
 from tests.tiny_models import HEADS, LAYERS, tiny_model, tokens
 
@@ -497,7 +497,7 @@ def test_stock_trainer_accepts_a_quantized_base(tmp_path):
 
 def test_the_model_takes_it_without_a_peft_model(tmp_path):
     model = tiny_model("llama")
-    model.add_adapter(LofitPeftConfig(offset=SOME), "mine")
+    add_adapter(model, LofitPeftConfig(offset=SOME), "mine")
     with torch.no_grad():
         for rows in vectors(model, "mine").values():
             rows.copy_(torch.randn_like(rows))

@@ -15,14 +15,6 @@ ON_CPU = ("--dtype", "float32", "--device", "cpu")
 CUT = ("--tensor-parallel", *ON_CPU)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"{a * (1 + i % 5)}=", "completion": a * 2} for i, a in enumerate("abcdefghijklmnopqrst")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_answers_are_those_of_one_process(model):
     asked = ("generate", "--model", model, "--max-new-tokens", "4", "--prompt", "ab", "--prompt", "cd=")
     first, second = launched(2, *asked, *CUT)

@@ -47,15 +47,6 @@ def command(cache, tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twenty examples of unequal lengths, two of which are held out."""
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"{a * (1 + i % 5)}=", "completion": a * 2} for i, a in enumerate("abcdefghijklmnopqrst")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def of_run(folder):
     """(heads, losses of every step by stage, vectors) of a finished run."""
     heads = json.loads((folder / "heads.json").read_text())["heads"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import lofit_fast as lf
@@ -60,4 +61,5 @@ def test_our_own_and_damaged_ones_are_replaced(handle, tmp_path):
     handle.save(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LO')
     handle.save(tmp_path)
-    lf.load(tiny_model("llama"), tmp_path)
+    loaded = dict(lf.load(tiny_model("llama"), tmp_path).named_parameters())
+    assert all(torch.equal(loaded[name], vectors) for name, vectors in handle.named_parameters())

@@ -23,6 +23,7 @@ from tests.several_processes import in_processes
 from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training import test_shared_training as data_parallel
 from tests.training.shared_runs import SHARED, assert_same_outcome, changed
 from tests.training.test_shared_training import UNEVEN, Fail, Stop, preferred
 from tests.training.tiny_runs import CLOCKED, HELD_OUT, assert_whole, fit, vectors
@@ -119,12 +120,9 @@ def test_families(tmp_path, family):
         assert_same_outcome(got, expected)
 
 
+ALIKE = ("accumulated", "a short last micro-batch", "early stop", "bias norm", "saliency")
 WAYS = {
-    "accumulated": {"recipe": changed(batch_size=8, accumulation_steps=2)},
-    "a short last micro-batch": {"recipe": changed(batch_size=4, accumulation_steps=2), "examples": UNEVEN[:11]},
-    "early stop": {"recipe": changed(select="early_stop", select_epochs=4)},
-    "bias norm": {"recipe": changed(select="bias_norm")},
-    "saliency": {"recipe": changed(select="saliency"), "examples": UNEVEN[:7]},
+    **{name: data_parallel.WAYS[name] for name in ALIKE},
     "saliency of some": {"recipe": changed(select="saliency", select_examples=5, accumulation_steps=2)},
     "random": {"recipe": changed(select="random")},
     "answers alone": {"recipe": changed(positions="answer")},

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from benchmarks.accuracy.paper_cells import TUNING, VALIDATION, CellFolder, Options, as_options, main_metric
-from lofit_fast.config import RECIPES, Recipe
+from lofit_fast.config import FAST_ANSWER, RECIPES, Recipe
 from lofit_fast.training.engine import Engine
 
 FULL = "full"
@@ -39,7 +39,8 @@ def _saliency(examples: int | None) -> dict[str, object]:
     return {"select": "saliency", "select_examples": examples}
 
 
-_WIDE: dict[str, object] = {"positions": "answer", "top": 0.3, "tune_lr": 4e-2, "tune_epochs": 10}
+# what `--fast --positions answer` tunes with
+_WIDE: dict[str, object] = {"positions": "answer", **FAST_ANSWER}
 SETTINGS: dict[str, Setting] = {
     FULL: Setting("step 1, full precision"),
     "saliency-64": Setting("saliency, 64 examples", _saliency(64)),
@@ -60,11 +61,14 @@ SETTINGS: dict[str, Setting] = {
     "saliency-64-answer-wide": Setting(
         "saliency, 64 examples, answers' tokens alone, 30 % of the heads", {**_saliency(64), **_WIDE}
     ),
+    "saliency-all-answer-wide": Setting(
+        "saliency, all examples, answers' tokens alone, 30 % of the heads", {**_saliency(None), **_WIDE}
+    ),
 }
 # settings in the order of what matters most: all seeds and tasks of a group come before the next group
 GROUPS = (
     (FULL, "saliency-64", "saliency-128", "saliency-all"),
-    ("saliency-64-answer-wide", "answer-wide"),
+    ("saliency-64-answer-wide", "saliency-all-answer-wide", "answer-wide"),
     ("saliency-64-int8", "int8"),
     ("answer",),
     ("saliency-32", "random"),

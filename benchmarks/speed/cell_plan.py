@@ -93,7 +93,7 @@ def _headline(model: str) -> list[Cell]:
     steps = Cell(f"{model}/steps", partial(_core, model), 11.7 if model == FIRST else 14.1)
     memory = [_memory(model, row, minutes) for row, minutes in memory]
     answers = Cell(f"{model}/answer only", partial(_answers, model), 2)
-    return [steps, *memory, answers, Cell(f"{model}/fast run", partial(_fast_run, model), 7)]
+    return [steps, *memory, answers, Cell(f"{model}/fast run", partial(_fast_run, model, "answer"), 5)]
 
 
 def _whole_of(model: str) -> list[Cell]:
@@ -119,6 +119,7 @@ def _more(models: list[str]) -> list[Cell]:
         if model != models[0]:
             cells += [cell for cell in _whole_of(model) if cell.name != "ops"]
         cells += [Cell(f"{model}/losses float32", partial(_losses, model, "float32"), 2.7)]
+        cells += [Cell(f"{model}/fast run all positions", partial(_fast_run, model, "all"), 7)]
         cells += [Cell(f"{model}/careful steps", partial(_careful, model), 8)]
         cells += [_whole_run(model, "lora_all", 1.4), _peer_cell(model, AS_RUN, STEPS, 5.3)]
         cells += [Cell(f"{model}/generation", partial(_generation, model), 1)]
@@ -159,11 +160,11 @@ def _answers(model: str, options: Options) -> dict:
     return answer_speed.answer_speedup(base, work, rounds=options.rounds or ANSWER_ROUNDS, examples=options.examples)
 
 
-def _fast_run(model: str, options: Options) -> dict:
+def _fast_run(model: str, positions: str, options: Options) -> dict:
     _, _, work = loaded(model, options.data, size=fast_run.EXAMPLES)
     of_task = task(options.data, fast_run.EXAMPLES).train[: len(work.rows)]
     inputs = fast_run.Loaded(partial(alone_with_tokenizer, model), of_task, work)
-    return fast_run.fast_run_seconds(inputs, part=FAST_PART)
+    return fast_run.fast_run_seconds(inputs, part=FAST_PART, positions=positions)
 
 
 def _own_processes(model: str) -> Host:

@@ -51,8 +51,9 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
     summary |= _one("prefix_cache_speedup", _ratio(seconds.get("off"), seconds.get("on")))
     answers, fast = (read(f"{model}/{name}") or {} for name in ("answer only", "fast run"))
     summary |= _answers(answers)
-    summary |= _one("fast_run_vs_hook", fast.get("ratios", {}).get("hook"))
-    summary |= _one("fast_run_vs_lora_all", fast.get("ratios", {}).get("lora_all"))
+    for run, cell in (("fast_run", fast), ("fast_run_all_positions", read(f"{model}/fast run all positions") or {})):
+        for peer in ("hook", "lora_all"):
+            summary |= _one(f"{run}_vs_{peer}", cell.get("ratios", {}).get(peer))
     careful = read(f"{model}/careful steps")
     for peer in ("hook", "lora_all"):
         pair = (

@@ -188,10 +188,11 @@ def recipe_of(task: str, seed: int, top: str | None, fast: bool = False, **given
 
     Raises what `Recipe` raises, and ValueError for a top that is no number of heads.
     """
-    from lofit_fast.config import RECIPES, Recipe
+    from lofit_fast.config import RECIPES, Recipe, fast_settings
 
+    of_task = RECIPES.get(task, {})
     chosen = {key: value for key, value in {**given, "top": parse_top(top)}.items() if value is not None}
-    return (Recipe.fast if fast else Recipe)(**{**RECIPES.get(task, {}), "seed": seed, **chosen})
+    return Recipe(seed=seed, **(fast_settings(chosen, of_task) if fast else {**of_task, **chosen}))
 
 
 def task_name(task: str | None, data: str | None) -> str:

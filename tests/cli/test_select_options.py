@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lofit_fast.config import FAST_RECIPE
+from lofit_fast.config import FAST_ANSWER, FAST_RECIPE
 from tests.cli.calling import QUICK, as_json, error_of
 
 
@@ -29,6 +29,8 @@ def test_fast_sets_what_it_says_and_gives_way(where):
     plain, fast = recipe_of(where), recipe_of(where, "--fast")
     assert {key: value for key, value in fast.items() if value != plain[key]} == FAST_RECIPE
     assert recipe_of(where, "--fast", "--select", "lofit") == plain
+    answers = recipe_of(where, "--fast", "--positions", "answer")
+    assert (answers["tune_lr"], answers["top"]) == (FAST_ANSWER["tune_lr"], plain["top"])
     assert recipe_of(where, "--fast", "--select-examples", "7")["select_examples"] == 7
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.config import FAST_RECIPE, LOOKING_ONCE, SELECT
+from lofit_fast.config import FAST_ANSWER, FAST_RECIPE, LOOKING_ONCE, RECIPES, SELECT, fast_settings
 from lofit_fast.heads import select_heads
 from lofit_fast.plots import SCORE_NAMES
 from lofit_fast.selection.methods import SELECTORS
@@ -226,10 +226,20 @@ def test_fast_is_what_its_tables_say_and_gives_way():
     assert lf.Recipe.fast() == lf.Recipe(**FAST_RECIPE)
     assert lf.Recipe.fast(top=0.1, select_examples=9) == lf.Recipe(**{**FAST_RECIPE, "select_examples": 9}, top=0.1)
     assert lf.Recipe.fast(select="lofit") == lf.Recipe()
+    assert lf.Recipe.fast(positions="answer") == lf.Recipe(**FAST_RECIPE, **FAST_ANSWER, positions="answer")
+    assert lf.Recipe.fast(positions="answer", top=3).top == 3
     assert lf.Engine.fast() == lf.Engine(**FAST_ENGINE)
     assert lf.Engine.fast(attention="eager").attention == "eager"
     with pytest.raises(ValueError, match="expected None with select='lofit'"):
         lf.Recipe.fast(select="lofit", select_examples=9)
+
+
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_task_wins_over_the_preset_but_not_over_that_of_answers(positions):
+    of_task = RECIPES["clutrr"]
+    settings = fast_settings({"positions": positions, "l1": 0.25}, of_task)
+    tuned = {**of_task, **(FAST_ANSWER if positions == "answer" else {}), "l1": 0.25}
+    assert settings == {**FAST_RECIPE, **tuned, "positions": positions}
 
 
 def test_a_look_acts_on_answers_alone_where_the_vectors_do():

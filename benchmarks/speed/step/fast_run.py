@@ -1,4 +1,4 @@
-"""A whole run of the paper's length with `Recipe.fast()`, beside hooks and LoRA as their users run them.
+"""A whole run on as many examples as the paper's with `--fast`, beside hooks and LoRA as their users run them.
 
 A stock loop has nothing but steps, and its steps are alike: the seconds of its run are counted up from a part of it,
 whole epochs over some of the examples, in proportion to the tokens. The parts are timed before and after our run. Ours
@@ -9,18 +9,20 @@ model is loaded before the clock starts.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from unittest import mock
 
 from torch import nn
 
 import lofit_fast as lf
 from benchmarks.speed.step.whole_run import RECIPE, RUNS
 from benchmarks.speed.step.workload import Workload, real_tokens
-from lofit_fast.config import RECIPES
+from lofit_fast.config import RECIPES, fast_settings
 from lofit_fast.tasks import Example
 
 # the paper's: examples, and epochs of each step
@@ -38,10 +40,13 @@ class Loaded:
     work: Workload
 
 
-def fast_run_seconds(loaded: Loaded, *, part: int, epochs: int = EPOCHS, processes: bool = True) -> dict:
+def fast_run_seconds(
+    loaded: Loaded, *, part: int, positions: str, epochs: int | None = None, processes: bool = True
+) -> dict:
     """Seconds of our whole run and of the peers' parts, and the ratios of whole runs, as plain data.
 
-    part: how many of the examples the peers are timed on. epochs: of step 2. processes: False runs all of it here.
+    part: how many of the examples the peers are timed on. positions: where our vectors act, "all" or "answer". epochs:
+    of our step 2; default the preset's. processes: False runs all of it here.
     """
     first = replace(loaded, examples=loaded.examples[:part], work=replace(loaded.work, rows=loaded.work.rows[:part]))
     share = real_tokens(first.work.rows) / real_tokens(loaded.work.rows)
@@ -58,26 +63,39 @@ def fast_run_seconds(loaded: Loaded, *, part: int, epochs: int = EPOCHS, process
             parts[peer].append(timed(_part, peer, first)["seconds"])
 
     time_parts()
-    ours = timed(_ours, loaded, epochs)
+    recipe = _recipe(positions, epochs)
+    ours = timed(_ours, loaded, recipe)
     time_parts()
     done = RECIPE.select_epochs + RECIPE.tune_epochs
-    whole = {peer: [s / share * PEERS[peer] / done * epochs / EPOCHS for s in parts[peer]] for peer in PEERS}
+    whole = {peer: [s / share * PEERS[peer] / done for s in parts[peer]] for peer in PEERS}
     return {
         "ours": ours,
         "parts": {"examples": part, "epochs": done, "share_of_tokens": share, "seconds": parts},
         "whole_run_seconds": whole,
         "ratios": {peer: _plain(seconds, ours["seconds"]) for peer, seconds in whole.items()},
         "workload": loaded.work.describe(),
-        "epochs": {"ours": epochs, **{peer: count * epochs / EPOCHS for peer, count in PEERS.items()}},
+        "epochs": {"ours": recipe.tune_epochs, **PEERS},
+        "recipe": asdict(recipe),
     }
 
 
-def _ours(loaded: Loaded, epochs: int) -> dict:
+def _recipe(positions: str, epochs: int | None) -> lf.Recipe:
+    """What `lofit-fast train --fast --positions ...` has; at all positions the heads and epochs of the hook's run."""
+    said: dict[str, object] = {"positions": positions}
+    if positions == "all":
+        said |= {"top": RECIPE.top, "tune_epochs": EPOCHS}
+    if epochs is not None:
+        said["tune_epochs"] = epochs
+    return lf.Recipe(**fast_settings(said, RECIPES["clutrr"]))
+
+
+def _ours(loaded: Loaded, recipe: lf.Recipe) -> dict:
     model, tokenizer = loaded.load()
-    recipe, engine = lf.Recipe.fast(**RECIPES["clutrr"], top=RECIPE.top, tune_epochs=epochs), lf.Engine.fast()
-    with tempfile.TemporaryDirectory() as folder:
+    how = {"engine": lf.Engine.fast(), "progress": False}
+    # prompts that an earlier run has kept would be a part of the run that is not timed
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"LOFIT_FAST_CACHE": f"{folder}/cache"}):
         started = time.perf_counter()
-        result = lf.fit(model, tokenizer, loaded.examples, recipe, engine=engine, output_dir=folder, progress=False)
+        result = lf.fit(model, tokenizer, loaded.examples, recipe, output_dir=f"{folder}/run", **how)
         seconds = time.perf_counter() - started
     losses = [row["loss"] for row in result.history if row["stage"] == "tune"]
     return {"seconds": seconds, "stages": result.metrics, "losses": losses}

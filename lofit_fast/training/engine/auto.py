@@ -70,7 +70,8 @@ def settle(
     device = device_of(model)
     check_head_counts(model)
     engine = with_prompts(attachment, engine)
-    engine = replace(engine, frozen_products=settled_products(model, engine.frozen_products))
+    products = settled_products(model, engine.frozen_products, few_rows=engine.prompt_cache_gb > 0)
+    engine = replace(engine, frozen_products=products)
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
     with attachment.disabled():

@@ -76,9 +76,11 @@ def kind_for_model(model: nn.Module, precision: str) -> ProductKind:
     return kind
 
 
-def settled_products(model: nn.Module, asked: str) -> str:
+def settled_products(model: nn.Module, asked: str, *, few_rows: bool = False) -> str:
     """What "auto" means: "int8" where a float32 model is on a CPU that is known to be faster so, else "full".
 
+    few_rows: whether a batch is a few tokens through layers that are not compiled, as answers after kept prompts are.
+    Quantizing them takes longer than it saves: "auto" is "full" there.
     Anything else that was asked for is returned as it is. Raises ValueError where it is not to be had.
     """
     if asked == "full":
@@ -86,7 +88,7 @@ def settled_products(model: nn.Module, asked: str) -> str:
     if asked != "auto":
         kind_for_model(model, asked)
         return asked
-    if device_of(model).type != "cpu" or dtype_of(model) != torch.float32 or not is_fast_on_cpu():
+    if few_rows or device_of(model).type != "cpu" or dtype_of(model) != torch.float32 or not is_fast_on_cpu():
         return "full"
     try:
         kind_for_model(model, "int8")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from lofit_fast.config import RECIPES, Head, Recipe
+from lofit_fast.config import RECIPES, Head, Recipe, fast_settings
 from lofit_fast.heads import read_heads
 from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
@@ -160,9 +160,10 @@ def _listed(rows: list[Mapping[str, object]], where: str) -> Iterable[tuple[str,
 
 
 def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str, fast: bool) -> Run:
-    settings = {**RECIPES.get(task, {}), **{key: base[key] for key in RUN_KEYS if key in base}, **own}
+    settings = {**{key: base[key] for key in RUN_KEYS if key in base}, **own}
+    of_task, said = RECIPES.get(task, {}), {key: settings[key] for key in RECIPE_KEYS if key in settings}
     try:
-        recipe = (Recipe.fast if fast else Recipe)(**{key: settings[key] for key in RECIPE_KEYS if key in settings})
+        recipe = Recipe(**(fast_settings(said, of_task) if fast else {**of_task, **said}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: run {name}: {error}") from error
     try:

@@ -212,6 +212,7 @@ def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
     keys = {"vs_hook_as_run", "vs_lora_all_as_run", "vs_floor", "peak_memory_vs_hook"}
     keys |= {"prefix_cache_speedup", "mc_scoring_speedup", "int8_speedup", "vs_hook_as_run_int8"}
     keys |= {"answer_only_epoch_speedup", "fast_run_vs_hook", "fast_run_vs_lora_all"}
+    keys |= {"fast_run_all_positions_vs_hook", "fast_run_all_positions_vs_lora_all"}
     assert all(keys <= summary[model].keys() for model in ("SmolLM2-135M", "Gemma-3-270M"))
     assert summary["meta"].keys() >= {"device", "versions", "commit", "results", "data", "evidence"}
     assert summary["meta"]["planned"] == ["M/steps"]

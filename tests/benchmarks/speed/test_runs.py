@@ -132,17 +132,21 @@ def test_the_profile_adds_up(work):
     assert report["row"] == "ours, step 1, same engine"
 
 
-def test_a_fast_run_is_timed_whole_and_a_stock_loop_in_part(work):
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_fast_run_is_timed_whole_and_a_stock_loop_in_part(positions, work):
     pytest.importorskip("peft")
     inputs = fast_run.Loaded(lambda: (tiny(), word_tokenizer()), task(None, SIZE).train, work)
-    report = fast_run.fast_run_seconds(inputs, part=SIZE // 2, epochs=1, processes=False)
+    how = {"positions": positions, "epochs": 1, "processes": False}
+    report = fast_run.fast_run_seconds(inputs, part=SIZE // 2, **how)
     assert report["ratios"].keys() == report["whole_run_seconds"].keys() == fast_run.PEERS.keys()
     assert all(0 < made["low"] <= made["median"] <= made["high"] for made in report["ratios"].values())
     assert 0.3 < report["parts"]["share_of_tokens"] < 0.7
-    # a part of one epoch of each step stands for as many epochs of all examples
+    # a part of one epoch of each step stands for five of each over all examples
     seconds, share = report["parts"]["seconds"]["hook"][0], report["parts"]["share_of_tokens"]
-    assert report["whole_run_seconds"]["hook"][0] == pytest.approx(seconds / share)
+    assert report["whole_run_seconds"]["hook"][0] == pytest.approx(5 * seconds / share)
     assert len(report["ours"]["losses"]) == 1
+    assert (report["recipe"]["positions"], report["recipe"]["select"]) == (positions, "saliency")
+    assert report["recipe"]["top"] == {"all": 0.1, "answer": 0.3}[positions]
 
 
 def test_what_a_careful_user_switches_on_changes_no_batch(work):

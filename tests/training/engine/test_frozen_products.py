@@ -15,6 +15,7 @@ from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.sealed import read_sealed, write_sealed
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.engine import Engine, frozen_products, prepared
+from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 from tests.oracle import Hook, randomize, vectors_of
@@ -243,11 +244,22 @@ def test_linears_under_lora_compute_in_full(llama):
     handle.unpatch()
 
 
+@pytest.mark.parametrize("prompts, expected", [(1.0, "full"), (0.0, "int8")])
+def test_auto_is_full_where_prompts_are_kept(prompts, expected, llama, monkeypatch):
+    monkeypatch.setattr(frozen_products, "is_fast_on_cpu", lambda: True)
+    handle = lf.patch(llama.requires_grad_(False), lf.LofitConfig(offset="all", positions="answer"))
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2
+    engine = Engine(frozen_products="auto", prompt_cache_gb=prompts)
+    assert settle(handle, engine, rows, 0, 2, 1)[0].frozen_products == expected
+
+
 def test_auto_is_int8_for_float32_on_a_fast_cpu_alone(llama, monkeypatch):
     llama.requires_grad_(False)
     monkeypatch.setattr(frozen_products, "is_fast_on_cpu", lambda: True)
     assert settled_products(llama, "auto") == "int8"
     assert settled_products(llama, "full") == "full"
+    assert settled_products(llama, "auto", few_rows=True) == "full"
+    assert settled_products(llama, "int8", few_rows=True) == "int8"
     assert settled_products(tiny_model("llama", torch.bfloat16).requires_grad_(False), "auto") == "full"
     assert settled_products(tiny_model("llama"), "auto") == "full"
     monkeypatch.setattr(frozen_products, "is_fast_on_cpu", lambda: False)

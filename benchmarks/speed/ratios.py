@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.speed.cells import Store
+from benchmarks.speed.elsewhere import filled
 from benchmarks.speed.step.packaged_models import MODELS
 from benchmarks.speed.timing import Ratio, machine, ratio
 from lofit_fast.files import write_json
@@ -14,7 +15,7 @@ STEPS = ("step 1", "step 2")
 
 
 def write_summary(results: Path, store: Store, planned: Sequence[str] = ()) -> Path:
-    """Write <results>/summary.json from the cells of one machine, whatever is there of them.
+    """Write <results>/summary.json from the cells of one machine, whatever is there of them; see `elsewhere` too.
 
     planned: names of the cells there should be, so that the report can say which are not.
     """
@@ -27,7 +28,8 @@ def write_summary(results: Path, store: Store, planned: Sequence[str] = ()) -> P
         "evidence": "GPU clock" if machine()["device"] != "cpu" else "CPU clock",
     }
     path = results / "summary.json"
-    write_json(path, {**{model: summarize(store.read, model) for model in MODELS}, "meta": meta})
+    summary = {**{model: summarize(store.read, model) for model in MODELS}, "meta": meta}
+    write_json(path, filled(summary, results))
     return path
 
 

@@ -176,7 +176,8 @@ def _measured(target: Target) -> str:
     if target.value is None:
         return "not measured"
     interval = "" if target.interval is None else " ({:.2f} to {:.2f})".format(*target.interval)
-    return f"{target.value:.2f}{interval}"
+    of_machine = f" [{target.elsewhere}]" if target.elsewhere else ""
+    return f"{target.value:.2f}{interval}{of_machine}"
 
 
 def _bound(target: Target) -> str:
@@ -185,10 +186,15 @@ def _bound(target: Target) -> str:
 
 def _provenance(results: BenchResults) -> str:
     meta = results.summary["meta"]
+    others = [f"[{name}]: {_machine(other)}." for name, other in meta.get("elsewhere", {}).items()]
+    return " ".join([f"Evidence: {_machine(meta)}.", *others])
+
+
+def _machine(meta: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     where = meta["device"] if meta["device"] != "cpu" else f"{meta['processor']}, {meta['threads']} threads"
     commit = f"commit {(meta['commit'] or 'unknown')[:12]}{' with changes' if meta.get('dirty') else ''}"
-    return f"Evidence: {meta['evidence']}, one machine ({where}), {meta['data']} examples, {commit}; {versions}."
+    return f"{meta['evidence']}, one machine ({where}), {meta['data']} examples, {commit}; {versions}"
 
 
 def main(

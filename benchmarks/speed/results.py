@@ -43,7 +43,10 @@ TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A promised ratio and what was measured. interval: 95 %, None where the ratio has none (memory)."""
+    """A promised ratio and what was measured. interval: 95 %, None where the ratio has none (memory).
+
+    elsewhere: the folder of the machine that it is of, None for the summary's own.
+    """
 
     model: str
     key: str
@@ -52,6 +55,7 @@ class Target:
     at_least: bool
     value: float | None
     interval: tuple[float, float] | None
+    elsewhere: str | None = None
 
     @property
     def met(self) -> bool | None:
@@ -101,8 +105,9 @@ class BenchResults:
         for model in self.models():
             for key, words, bound, at_least in TARGETS.get(model, ()):
                 of_model = self.summary[model]
-                interval = of_model.get(f"{key}_interval")
-                rows.append(Target(model, key, words, bound, at_least, of_model.get(key), interval and tuple(interval)))
+                interval, elsewhere = of_model.get(f"{key}_interval"), of_model.get("elsewhere", {}).get(key)
+                found = (of_model.get(key), interval and tuple(interval), elsewhere)
+                rows.append(Target(model, key, words, bound, at_least, *found))
         return rows
 
     def timed(self, name: str) -> list[dict]:

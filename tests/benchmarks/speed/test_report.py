@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from benchmarks.speed import elsewhere
 from benchmarks.speed.report import main, markdown_table, write_report
 from benchmarks.speed.results import BenchResults
 
@@ -116,6 +117,23 @@ def test_the_table_is_markdown(results):
     assert any("4.20 (4.00 to 4.40) | not measured | 4 or more / 7 or more" in line for line in table)
     assert any("runs per hour | not measured | - |" in line for line in table)
     assert "CPU clock" in table[-1]
+
+
+def test_what_a_machine_lacks_is_anothers_and_says_so(results):
+    other = {"SmolLM2-135M": {"int8_speedup": 1.4, "int8_speedup_interval": [1.3, 1.5], "vs_hook_as_run": 9.0}}
+    (results / "slow").mkdir()
+    (results / "slow" / "summary.json").write_text(json.dumps({**other, "meta": {**META, "commit": "f" * 40}}))
+    for _ in range(2):
+        elsewhere.main(results)
+    read = BenchResults.read(results)
+    found = {t.key: (t.value, t.elsewhere) for t in read.targets() if t.model == "SmolLM2-135M"}
+    assert found["int8_speedup"] == (1.4, "slow") and found["vs_hook_as_run"] == (4.2, None)
+    assert read.summary["SmolLM2-135M"]["elsewhere"] == {"int8_speedup": "slow"}
+    table = markdown_table(read)
+    assert "1.40 (1.30 to 1.50) [slow]" in table and "[slow]: CPU clock, one machine" in table
+    (results / "slow" / "summary.json").unlink()
+    elsewhere.main(results)
+    assert BenchResults.read(results).summary["SmolLM2-135M"]["int8_speedup"] is None
 
 
 def test_the_command(results, tmp_path, capsys):

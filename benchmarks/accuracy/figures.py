@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.bootstrap import mean_hits, paired_bootstrap, stars
-from benchmarks.accuracy.contrast import accuracy
+from benchmarks.accuracy.comparison import accuracy
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.tables import Naming, Results
 from lofit_fast.plots import new_figure
@@ -38,7 +38,7 @@ def dots(slots: Sequence[Slot], results: Results, title: str, rows: Naming = lab
                     0.02, at, _MISSING, color="grey", va="center", fontsize=7, transform=axes.get_yaxis_transform()
                 )
         axes.set(xlabel="accuracy, %", ylim=(len(lines) - 0.5, -0.5))
-        axes.set_xlim(left=0, right=max(1.0, axes.get_xlim()[1]))
+        axes.set_xlim(left=0, right=max(10.0, axes.get_xlim()[1]))
         axes.set_title(labelled(column), fontsize=9)
         axes.set_yticks(range(len(lines)), names if number == 0 else [""] * len(lines), fontsize=8)
         axes.grid(axis="x", alpha=0.3)

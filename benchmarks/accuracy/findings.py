@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
 
-from benchmarks.accuracy.contrast import (
+from benchmarks.accuracy.comparison import (
     BELOW,
     LEVEL,
     NO_DIFFERENCE,
     Comparison,
     accuracy,
-    contrast,
+    difference,
     enumerated,
     in_percent,
     tally,
@@ -38,9 +38,10 @@ def ways_to_choose(slots: Sequence[Slot], results: Results) -> str:
 
 
 def own_heads(slots: Sequence[Slot], results: Results) -> str:
-    """Heads chosen on the task itself beside heads of other tasks, random ones, and no tuning."""
+    """Heads chosen on the task itself beside heads of other tasks and random ones."""
     name = "the task's own choice of heads"
-    return _beside(name, _comparisons(slots, results, name, None, heads_of))
+    tuned = [slot for slot in slots if slot.row != "zero_shot"]
+    return _beside(name, _comparisons(tuned, results, name, None, heads_of))
 
 
 def out_of_domain(slots: Sequence[Slot], results: Results) -> str:
@@ -100,19 +101,27 @@ def more_examples(slots: Sequence[Slot], results: Results) -> str:
             lines.append(f"* {name}: {only}, so nothing is said.")
             continue
         few, many = sizes[0], sizes[-1]
-        gain = contrast(found[many], found[few])
+        gain = difference(found[many], found[few])
         lines.append(
             f"* {name}: {in_percent(found[few])} with {few} examples, {in_percent(found[many])} with {many}:"
             f" {_moved(gain)}."
         )
+    if not any(by_row.values()):
+        return _NOTHING
     comparisons = []
-    for task in dict.fromkeys(row.partition("/")[0] for row in by_row):
-        lofit, *rest = [row for row in by_row if row.partition("/")[0] == task]
+    for lofit in (row for row in by_row if row.endswith("/lofit")):
+        task = lofit.partition("/")[0]
+        own: list[Comparison] = []
         for size in dict.fromkeys(slot.column for slot in slots if slot.row == lofit):
+            rest = [row for row in by_row if row.startswith(f"{task}/") and row != lofit]
             others = {labelled(row.partition("/")[2]): by_row[row].get(size, []) for row in rest}
-            comparisons.append(Comparison(f"{labelled(task)}, {size}", "LoFiT", by_row[lofit].get(size, []), others))
-    at_sizes = "At the same size as LoRA: " + tally("LoFiT", comparisons)
-    return f"{at_sizes}\n\n" + "\n".join(lines) if any(by_row.values()) else _NOTHING
+            own.append(Comparison(str(size), "LoFiT", by_row[lofit].get(size, []), others))
+        made = [(one.where, other, found) for one in own for other, found in one.differences().items() if found]
+        if made:
+            each = enumerated([f"{other} with {size} ({found.words()})" for size, other, found in made])
+            lines.append(f"* **{labelled(task)}**: LoFiT beside {each}.")
+        comparisons += own
+    return f"Beside LoRA at the same number of examples: {tally('LoFiT', comparisons)}\n\n" + "\n".join(lines)
 
 
 def more_heads(slots: Sequence[Slot], results: Results) -> str:
@@ -132,7 +141,7 @@ def more_heads(slots: Sequence[Slot], results: Results) -> str:
         if level[0] == best:
             text += "; nothing smaller keeps up" if lower else ""
         else:
-            beside = contrast(found[level[0]], found[best])
+            beside = difference(found[level[0]], found[best])
             text += f"; the fewest that keep up are {_share(level[0], found)} ({beside.words()} points)"
         if lower:
             text += f"; {enumerated([_share(top, found) for top in sorted(lower)])} are below"
@@ -168,7 +177,7 @@ def _finished(slots: Sequence[Slot], results: Results, row: str) -> dict:
 
 
 def _verdict(first: Sequence[dict], second: Sequence[dict]) -> str | None:
-    made = contrast(first, second)
+    made = difference(first, second)
     return made and made.verdict
 
 

@@ -41,7 +41,7 @@ class Section:
 SECTIONS = {
     "table1": Section(
         "Table 1: LoFiT, 0-shot, ITI, RepE, and controls",
-        "Does LoFiT learn what methods that train nothing do not have?",
+        "Is LoFiT better than methods that do not train the model?",
         figures.dots,
         findings.beside_lofit,
         tables.accuracy_table,
@@ -75,7 +75,8 @@ SECTIONS = {
         size_table,
         "Every finished cell of a method that is trained by gradients on all examples, LoFiT with its own choice of"
         " heads, at every number of heads. A size belongs to the nearest power of ten. A size keeps up when the"
-        " questions do not tell it apart from the most accurate. Seconds are with those of choosing heads, and are"
+        " questions do not tell it apart from the most accurate, which the same questions pick: its own number"
+        " flatters it. Seconds are with those of choosing heads, and are"
         " compared among the cells of one device alone.",
         ("table1", "table3", "tops"),
         of_one_size,
@@ -140,7 +141,7 @@ def write_report(
             f"![{section.title}](figures/{name}.png)",
             f"{_caption(own, results)} Also as [SVG](figures/{name}.svg).",
             _missing(own, results),
-            f"**Answer.** {_below(section.answer(own, results))}",
+            _answer(section.answer(own, results)),
             section.says,
             section.table(own, results),
         ]
@@ -153,9 +154,9 @@ def write_report(
     return path
 
 
-def _below(answer: str) -> str:
-    """An answer that begins with a list goes below its heading."""
-    return f"\n\n{answer}" if answer.startswith("* ") else answer
+def _answer(text: str) -> str:
+    """A list goes below its heading, a sentence beside it."""
+    return "**Answer.**" + ("\n\n" if text.startswith("* ") else " ") + text
 
 
 def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: str, summary: dict | None) -> str:
@@ -183,8 +184,8 @@ _READING = (
     " same questions and seeds of both, resampled 10,000 times, seeds and questions at once. *Above* and *below* mean"
     " that the interval leaves out 0. *No difference that the questions can show* means that it holds 0, not that the"
     " two are equal. With one seed the interval knows nothing of other seeds, with two little.\n"
-    "* **Bars in pictures**, and brackets after an accuracy, are 95 % intervals made the same way. Where every answer is"
-    " wrong the interval has no width; that is no certainty.\n"
+    "* **Bars in pictures**, and brackets after an accuracy, are 95 % intervals made the same way. Where every answer"
+    " is wrong the interval has no width; that is no certainty.\n"
     "* **Stars**: paired bootstrap over questions, seeds averaged, two-sided, \\* p < 0.05, \\*\\* p < 0.01,"
     " \\*\\*\\* p < 0.001.\n"
     "* Neither stars nor intervals are corrected for the number of comparisons."
@@ -215,12 +216,13 @@ def _counted(counter: Counter) -> str:
 
 def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
     if not settings.n_tuning:
-        return "## Tuning\n\nNone: every method ran with its default settings, ours included. The full run tunes each alike."
+        text = "None: every method ran with its default settings, ours included. The full run tunes each alike."
+        return f"## Tuning\n\n{text}"
     choices = choices_made(slots, results)
     lines = [
         "## Tuning",
         "**Question.** Were the settings chosen inside of what was tried?",
-        f"**Answer.** {edges_answer(choices)}",
+        _answer(edges_answer(choices)),
         "Every method that is trained or fitted gets the same number of runs, with one seed, judged by training"
         " examples set aside; the chosen settings are bold. All ways to choose heads use LoFiT's. *At an edge* names"
         " the settings of the chosen run that are the smallest or largest number tried for that method, task and model;"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.accuracy.contrast import accuracy
+from benchmarks.accuracy.comparison import accuracy
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import SizePoint, of_one_device, of_one_size, size_points
@@ -56,15 +56,13 @@ def _panel(
             continue
         first = model == kinds[0][0]
         means, lows, highs = zip(*(accuracy(point.results) for point in own), strict=True)
-        ends = [
-            [m - low for m, low in zip(means, lows, strict=True)],
-            [h - m for m, h in zip(means, highs, strict=True)],
-        ]
+        below = [mean - low for mean, low in zip(means, lows, strict=True)]
+        above = [high - mean for mean, high in zip(means, highs, strict=True)]
         number = methods.index(method)
         axes.errorbar(
             [across(point) for point in own],
             means,
-            yerr=ends,
+            yerr=[below, above],
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markerfacecolor=None if first else "white",

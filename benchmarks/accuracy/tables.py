@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import fmean
 
 from benchmarks.accuracy.bootstrap import mean_and_spread, mean_hits, paired_bootstrap, stars
-from benchmarks.accuracy.contrast import elsewhere
+from benchmarks.accuracy.comparison import elsewhere
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.paper_cells import CellFolder, main_metric

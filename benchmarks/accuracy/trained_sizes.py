@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.accuracy.contrast import BELOW, LEVEL, accuracy, contrast, enumerated, in_percent
+from benchmarks.accuracy.comparison import BELOW, LEVEL, accuracy, difference, enumerated, in_percent
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.method_table import METHODS
 from benchmarks.accuracy.tables import Results, markdown, score
@@ -98,7 +98,7 @@ def best_of(points: Sequence[SizePoint]) -> Best:
     places: dict[str | None, list[SizePoint]] = {LEVEL: [], BELOW: [], None: []}
     for point in points:
         if point is not best:
-            found = contrast(point.results, best.results)
+            found = difference(point.results, best.results)
             places[BELOW if found and found.verdict == BELOW else found and LEVEL].append(point)
     return Best(best, places[LEVEL], places[BELOW], places[None])
 
@@ -120,13 +120,18 @@ def size_answer(slots: Sequence[Slot], results: Results) -> str:
     tried = {point.power for points in by_place.values() for point in points}
     lines = []
     for power in sorted(tried | set(POWERS)):
-        places = [f"{place}: {_best_words(_near(points, power))}" for place, points in by_place.items()]
-        lines.append(f"* **About 10^{power} trained numbers** ({_span(power)}). {' '.join(places)}")
-    sentences: tuple[Callable[[Sequence[SizePoint]], str], ...] = (_fewest, _quickest)
-    for title, sentence in zip(("The fewest that keep up", "The quickest that keep up"), sentences, strict=True):
+        near = {place: [point for point in points if point.power == power] for place, points in by_place.items()}
+        words = [f"{place}: {_best_words(points)}" for place, points in near.items() if points]
+        if nothing := [place for place, points in near.items() if not points]:
+            words.append(f"Nothing was tried, or it is not finished, on {enumerated(nothing)}.")
+        lines.append(f"* **About 10^{power} trained numbers** ({_span(power)}). {' '.join(words)}")
+    sentences: dict[str, Callable[[Sequence[SizePoint]], str]] = {"fewest": _fewest, "quickest": _quickest}
+    for title, sentence in sentences.items():
         places = [f"{place}: {sentence(points)}" for place, points in by_place.items() if len(points) > 1]
         if places:
-            lines.append(f"* **{title}** with the most accurate of a task. {' '.join(places)}")
+            lines.append(f"* **The {title} that keep up** with the most accurate of a task. {' '.join(places)}")
+    if open_ones := _unfinished(slots, results):
+        lines.append(f"* **Planned and not finished**: {'; '.join(open_ones)}.")
     return "\n".join(lines)
 
 
@@ -158,8 +163,16 @@ def _by_place(slots: Sequence[Slot], results: Results) -> dict[str, list[SizePoi
     return {words: [point for point in points if (point.model, point.task) == place] for place, words in places.items()}
 
 
-def _near(points: Sequence[SizePoint], power: int) -> list[SizePoint]:
-    return [point for point in points if point.power == power]
+def _unfinished(slots: Sequence[Slot], results: Results) -> list[str]:
+    """Method and task, with the shares of heads where those are what differs, of slots without a finished cell."""
+    found: dict[str, list[str]] = {}
+    for slot in of_one_size(slots):
+        cell = slot.cells[0]
+        if not results.of(slot):
+            share = dict(cell.options).get("top")
+            shares = found.setdefault(f"{labelled(cell.method)} on {labelled(cell.task)}, {cell.model}", [])
+            shares += [] if share is None else [f"{100 * share:g} %"]
+    return [words + (f", {enumerated(shares)} of the heads" if shares else "") for words, shares in found.items()]
 
 
 def _span(power: int) -> str:
@@ -185,7 +198,7 @@ def _fewest(points: Sequence[SizePoint]) -> str:
     fewest = min([best.point, *best.level], key=lambda point: point.numbers)
     if fewest is best.point:
         return f"{fewest.label} is the most accurate, and nothing smaller keeps up."
-    beside = contrast(fewest.results, best.point.results)
+    beside = difference(fewest.results, best.point.results)
     return f"{fewest.label} ({beside.words()} points beside {best.point.label}, the most accurate)."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.accuracy.contrast import enumerated
+from benchmarks.accuracy.comparison import enumerated
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.paper_cells import Cell
 from benchmarks.accuracy.tables import Results, markdown, score
@@ -56,7 +56,8 @@ def edges_answer(choices: Sequence[Choice]) -> str:
     if inside:
         text += f". Every choice of {enumerated([labelled(method) for method in inside])} lies inside"
     waiting = len(choices) - len(made)
-    return text + "." + f" {waiting} more wait for missing runs." * bool(waiting)
+    waits = "waits" if waiting == 1 else "wait"
+    return text + "." + f" {waiting} more {waits} for missing runs." * bool(waiting)
 
 
 def tuning_table(choices: Sequence[Choice], results: Results) -> str:

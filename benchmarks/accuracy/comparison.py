@@ -19,7 +19,7 @@ Hits = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Difference:
     """A mean difference in points, and its 95 % interval over seeds and questions."""
 
     mean: float
@@ -36,7 +36,7 @@ class Contrast:
         return f"{self.mean:+.1f}, {self.low:+.1f} to {self.high:+.1f}"
 
 
-def contrast(first: Sequence[dict], second: Sequence[dict]) -> Contrast | None:
+def difference(first: Sequence[dict], second: Sequence[dict]) -> Difference | None:
     """first - second on the same questions and seeds; None where they share no seed, or one has no result.
 
     What learns nothing answers the same whatever the seed, and counts for each of the other's.
@@ -56,11 +56,11 @@ def contrast(first: Sequence[dict], second: Sequence[dict]) -> Contrast | None:
     low, high = _interval(*pair, RESAMPLES)
     mean = fmean(map(fmean, pair[0])) - fmean(map(fmean, pair[1]))
     # thirds of hits must not fall on either side of 0 by rounding
-    return Contrast(*(round(100 * value, 9) for value in (mean, low, high)))
+    return Difference(*(round(100 * value, 9) for value in (mean, low, high)))
 
 
 def accuracy(found: Sequence[dict]) -> tuple[float, float, float]:
-    """Mean hits in percent, and the ends of their 95 % interval over seeds and questions. Raises ValueError for none."""
+    """Mean hits in percent, and the ends of their 95 % interval over seeds and questions. At least one result."""
     hits = tuple(_by_seed(found).values())
     none = tuple((0.0,) * len(row) for row in hits)
     low, high = _interval(hits, none, _BAR_RESAMPLES)
@@ -84,21 +84,22 @@ class Comparison:
     main: Sequence[dict]
     others: Mapping[str, Sequence[dict]]
 
-    def contrasts(self) -> dict[str, Contrast | None]:
+    def differences(self) -> dict[str, Difference | None]:
         """By the other's name; None while it cannot be made."""
-        return {name: contrast(self.main, found) for name, found in self.others.items()}
+        return {name: difference(self.main, found) for name, found in self.others.items()}
 
     def sentence(self) -> str:
         """How the row does, what it is above, below and level with, and what is missing."""
         if not self.main:
             return f"**{self.where}**: {self.name} is not finished, so nothing is said."
-        by_verdict: dict[str | None, dict[str, Contrast | None]] = {ABOVE: {}, BELOW: {}, LEVEL: {}, None: {}}
-        for name, found in self.contrasts().items():
+        by_verdict: dict[str | None, dict[str, Difference | None]] = {ABOVE: {}, BELOW: {}, LEVEL: {}, None: {}}
+        for name, found in self.differences().items():
             by_verdict[found and found.verdict][name] = found
         parts = [f"**{self.where}**: {self.name} has {in_percent(self.main)}"]
         if above := by_verdict[ABOVE]:
             nearest = min(above, key=lambda name: above[name].mean)
-            parts.append(f"above {enumerated(above)} (nearest: {nearest}, {above[nearest].words()})")
+            by = f"nearest: {nearest}, {above[nearest].words()}" if len(above) > 1 else above[nearest].words()
+            parts.append(f"above {enumerated(above)} ({by})")
         if below := by_verdict[BELOW]:
             parts.append(f"below {_each(below)}")
         if level := by_verdict[LEVEL]:
@@ -110,16 +111,14 @@ class Comparison:
 
 def tally(name: str, comparisons: Sequence[Comparison]) -> str:
     """In how many comparisons a row is above, below and level, and how many cannot be made yet."""
-    found = [one for comparison in comparisons for one in comparison.contrasts().values()]
+    found = [one for comparison in comparisons for one in comparison.differences().values()]
     made = [one.verdict for one in found if one is not None]
     waiting = len(found) - len(made)
     if not made:
         return f"Nothing can be said yet: cells of all {waiting} comparisons are missing."
-    text = (
-        f"Of {len(made)} comparisons {name} is above in {made.count(ABOVE)}, below in {made.count(BELOW)}, and"
-        f" {made.count(LEVEL)} show {NO_DIFFERENCE}."
-    )
-    return text + f" {waiting} more wait for missing cells." * bool(waiting)
+    text = f"{_counted(len(made), 'comparison')}: {name} is above in {made.count(ABOVE)}, below in {made.count(BELOW)},"
+    text += f" and in {made.count(LEVEL)} there is {NO_DIFFERENCE}."
+    return text + f" Missing cells leave {_counted(waiting, 'more comparison')} open." * bool(waiting)
 
 
 def enumerated(names: Sequence[str] | Mapping[str, object]) -> str:
@@ -133,8 +132,12 @@ def elsewhere(found: Sequence[dict], task: str) -> list[dict]:
     return [{**result, **result["outside"][task]} for result in found if task in result["outside"]]
 
 
-def _each(contrasts: Mapping[str, Contrast]) -> str:
-    return enumerated([f"{name} ({found.words()})" for name, found in contrasts.items()])
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" + "s" * (count != 1)
+
+
+def _each(differences: Mapping[str, Difference]) -> str:
+    return enumerated([f"{name} ({found.words()})" for name, found in differences.items()])
 
 
 def _by_seed(found: Sequence[dict]) -> dict[int, tuple[float, ...]]:

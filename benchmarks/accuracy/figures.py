@@ -105,6 +105,8 @@ def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
+        # the places that were found for the first file hold for the second: finding them is most of the work
+        figure.set_layout_engine("none")
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 

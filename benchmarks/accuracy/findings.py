@@ -77,7 +77,9 @@ def where_heads_are(slots: Sequence[Slot], results: Results) -> str:
         text = f"* **{name}**: the middle half of the chosen heads is in layers {first} to {last} (of {layers[0]} to"
         text += f" {layers[-1]} that hold any)"
         if len(own) > 1:
-            text += f"; choices of two seeds share {fmean(jaccard(a, b) for a, b in combinations(own, 2)):.2f}"
+            text += (
+                f"; choices of two seeds share {fmean(jaccard(a, b) for a, b in combinations(own, 2)):.2f} (Jaccard)"
+            )
         lines.append(text + ".")
         chosen[name] = own
     if len(chosen) > 1:
@@ -121,7 +123,7 @@ def more_examples(slots: Sequence[Slot], results: Results) -> str:
             each = enumerated([f"{other} with {size} ({found.words()})" for size, other, found in made])
             lines.append(f"* **{labelled(task)}**: LoFiT beside {each}.")
         comparisons += own
-    return f"Beside LoRA at the same number of examples: {tally('LoFiT', comparisons)}\n\n" + "\n".join(lines)
+    return f"LoFiT beside LoRA at the same number of examples. {tally('LoFiT', comparisons)}\n\n" + "\n".join(lines)
 
 
 def more_heads(slots: Sequence[Slot], results: Results) -> str:

@@ -29,6 +29,8 @@ def parameters(slots: Sequence[Slot], results: Results, title: str):
         upper.set_xlabel("trained numbers")
         lower.set_xlabel("seconds of training")
         upper.set_xscale("log")
+        upper.xaxis.set_major_formatter(lambda numbers, _: f"{numbers:,.0f}")
+        upper.minorticks_off()
     for axes in panels.flat:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

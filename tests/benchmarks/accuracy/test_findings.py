@@ -119,7 +119,7 @@ def test_where_heads_are(tmp_path):
     text = answer(tmp_path, "layers", placed, TWO)
     assert text == (
         "* **MQuAKE**: the middle half of the chosen heads is in layers 4 to 4 (of 2 to 9 that hold any);"
-        " choices of two seeds share 1.00."
+        " choices of two seeds share 1.00 (Jaccard)."
     )
     assert [middle_half(list(range(n))) for n in (1, 2, 4, 8)] == [(0, 0), (0, 1), (1, 2), (2, 5)]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.accuracy import tables
+from benchmarks.accuracy import figures, tables
 from benchmarks.accuracy.experiments import Available
 from benchmarks.accuracy.paper_report import SECTIONS
 from benchmarks.accuracy.session import Session, settings_of
@@ -20,9 +20,11 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A quick session with every cell."""
-    made = session(tmp_path_factory.mktemp("paper"))
-    made.run(made_up, progress=False)
+    """A quick session with every cell. All pictures are drawn, one is written: each takes a second."""
+    made, save = session(tmp_path_factory.mktemp("paper")), figures.save
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(figures, "save", lambda figure, path: save(figure, path) if path.name == "layers" else None)
+        made.run(made_up, progress=False)
     return made
 
 
@@ -44,9 +46,9 @@ def test_the_report_has_every_table_and_figure(finished):
     for number in (1, 2, 3, 4):
         assert f"## Figure {number}:" in text
     assert text.count("**Question.**") == text.count("**Answer.**") == len(SECTIONS) == text.count("![")
-    for path in re.findall(r"\((figures/[^)]*)\)", text):
-        assert (finished.output / path).stat().st_size > 5000
-    assert len(list((finished.output / "figures").iterdir())) == 2 * len(SECTIONS)
+    shown = set(re.findall(r"\((figures/[^)]*)\)", text))
+    assert shown == {f"figures/{name}.{ending}" for name in SECTIONS for ending in ("png", "svg")}
+    assert all((finished.output / f"figures/layers.{ending}").stat().st_size > 5000 for ending in ("png", "svg"))
     assert "cells are missing" not in text
     assert "Model: smollm2. CLUTRR: 64 training examples, n = 48 questions" in text
     assert "TriviaQA, NQ-open, MMLU: not run" in text
@@ -54,7 +56,10 @@ def test_the_report_has_every_table_and_figure(finished):
 
 @pytest.mark.slow
 def test_a_report_is_the_same_again(finished):
-    files = [finished.output / "report.md", *(finished.output / "figures").iterdir()]
+    Session.read(finished.output, of=grid).report()
+    pictures = list((finished.output / "figures").iterdir())
+    assert len(pictures) == 2 * len(SECTIONS) and all(path.stat().st_size > 5000 for path in pictures)
+    files = [finished.output / "report.md", *pictures]
     before = [path.read_bytes() for path in files]
     Session.read(finished.output, of=grid).report()
     assert [path.read_bytes() for path in files] == before

@@ -82,8 +82,8 @@ def size_points(slots: Sequence[Slot], results: Results) -> list[SizePoint]:
 class Best:
     """The most accurate of some points, of equals the smallest, and the others beside it.
 
-    level: those that the questions do not tell apart from it. lower: those they show to be below. open: those that
-    share no seed with it.
+    level: those that the questions do not tell apart from it. lower: those they show to be below. open: the rest, which
+    share too few seeds with it.
     """
 
     point: SizePoint
@@ -99,7 +99,8 @@ def best_of(points: Sequence[SizePoint]) -> Best:
     for point in points:
         if point is not best:
             found = difference(point.results, best.results)
-            places[BELOW if found and found.verdict == BELOW else found and LEVEL].append(point)
+            # on the seeds they share the best of all may be the lower one: that says nothing of which is best
+            places[found.verdict if found and found.verdict in places else None].append(point)
     return Best(best, places[LEVEL], places[BELOW], places[None])
 
 
@@ -197,7 +198,8 @@ def _fewest(points: Sequence[SizePoint]) -> str:
     best = best_of(points)
     fewest = min([best.point, *best.level], key=lambda point: point.numbers)
     if fewest is best.point:
-        return f"{fewest.label} is the most accurate, and nothing smaller keeps up."
+        smaller = any(point.numbers < fewest.numbers for point in points)
+        return f"{fewest.label} is the most accurate, and nothing smaller {'keeps up' if smaller else 'is finished'}."
     beside = difference(fewest.results, best.point.results)
     return f"{fewest.label} ({beside.words()} points beside {best.point.label}, the most accurate)."
 

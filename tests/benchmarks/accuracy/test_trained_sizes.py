@@ -89,10 +89,11 @@ def test_the_table_has_every_point(whole):
 
 
 def test_where_nothing_is_the_answer_says_so(tmp_path):
-    made = session(tmp_path, replace(SETTINGS, tasks=("clutrr", "mquake"), sweep_tasks=("clutrr",)))
+    tasks = {"tasks": ("clutrr", "mquake"), "sweep_tasks": ("clutrr",)}
+    made = session(tmp_path, replace(SETTINGS, **tasks, only=("table3", "tops"), seeds=(("default", 1),)))
 
     def some(cell):
-        if cell.task == "clutrr" and (cell.method != "lora" or cell.train_size < 64):
+        if cell.task == "clutrr" and cell.method != "lora":
             raise FloatingPointError("stopped")
         return execute(cell)
 

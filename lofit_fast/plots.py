@@ -95,8 +95,11 @@ def sweep_chart(rows: Sequence[dict], metric: str, path: Path | str, title: str 
     return save_figure(figure, path)
 
 
-def new_figure(size: tuple[float, float], columns: int = 1):
-    """(figure, its axes: one, or an array of as many as columns) of a size in inches. ImportError: no matplotlib."""
+def new_figure(size: tuple[float, float], columns: int = 1, rows: int = 1):
+    """(figure, its axes: one, or an array of as many as columns, or of rows by columns) of a size in inches.
+
+    Raises ImportError without matplotlib.
+    """
     # the object interface leaves pyplot's global state, and the user's backend, alone
     with needing("matplotlib", "train", "a picture"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,7 +107,7 @@ def new_figure(size: tuple[float, float], columns: int = 1):
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def save_figure(figure, path: Path | str) -> Path:

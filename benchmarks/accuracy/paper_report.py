@@ -1,59 +1,126 @@
-"""report.md: every table and figure, from the plan and the cells that are there."""
+"""report.md: per section the question, the picture, the answer and the table, from the cells that are there."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks.accuracy import figures, tables
+from benchmarks.accuracy import figures, findings, tables
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Available, Plan, Slot, labelled
-from benchmarks.accuracy.method_table import METHODS, TASKS
+from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.settings import Settings
+from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
+from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
+from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
 from lofit_fast.files import write_text
+
+Part = Callable[[Sequence[Slot], Results], str]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what is to be known to read what follows, and the table or figure."""
+    """A heading, a question, its picture, its answer by rule, and its table. says: what is to be known to read them.
+
+    experiments: whose slots it shows; those of the section's own name where none are given. of: which of them.
+    """
 
     title: str
-    says: str
-    table: Callable[[Sequence[Slot], Results], str] | None = None
+    question: str
+    picture: Callable
+    answer: Part
+    table: Part
+    says: str = ""
+    experiments: tuple[str, ...] = ()
+    of: Callable[[Sequence[Slot]], list[Slot]] = list
 
 
 SECTIONS = {
     "table1": Section(
         "Table 1: LoFiT, 0-shot, ITI, RepE, and controls",
+        "Is LoFiT better than methods that do not train the model?",
+        figures.dots,
+        findings.beside_lofit,
+        tables.accuracy_table,
         "Majority answers the commonest training answer; constrained 0-shot takes the best-scoring of all answers of"
         " the task; 5-shot puts five training examples before the question. Stars: another accuracy than LoFiT's on"
         " the same questions.",
-        tables.accuracy_table,
     ),
     "table2": Section(
         "Table 2: ways to choose heads",
+        "Does it matter how the heads are chosen?",
+        partial(figures.dots, rows=SELECTOR_LABELS.get),
+        findings.ways_to_choose,
+        tables.selection_table,
         "The same step 2 on heads chosen in different ways. Overlap is with the choice of LoFiT's step 1 of the same"
         " seed. All use the settings of LoFiT.",
-        tables.selection_table,
     ),
     "table3": Section(
         "Table 3: LoFiT and other trained methods",
+        "How does LoFiT do beside methods that train more numbers?",
+        figures.dots,
+        findings.beside_lofit,
+        tables.peers_table,
         "Seconds are of training, with those of choosing heads, on this machine and uncompiled; LoFiT goes through its"
         " epochs twice, once per step, the others once.",
-        tables.peers_table,
     ),
-    "table5": Section("Table 5: out of domain", "", tables.outside_table),
+    "parameters": Section(
+        "Accuracy per parameter",
+        "What is the best use of about 10^3, 10^4 or 10^5 trained numbers, and of the seconds to train them?",
+        parameters,
+        size_answer,
+        size_table,
+        "Every finished cell of a method that is trained by gradients on all examples, LoFiT with its own choice of"
+        " heads, at every number of heads. A size belongs to the nearest power of ten. A size keeps up when the"
+        " questions do not tell it apart from the most accurate, which the same questions pick: its own number"
+        " flatters it. Seconds are with those of choosing heads, and are"
+        " compared among the cells of one device alone.",
+        ("table1", "table3", "tops"),
+        of_one_size,
+    ),
+    "table5": Section(
+        "Table 5: out of domain",
+        "Does tuning on TruthfulQA cost what the model could do elsewhere?",
+        figures.dots,
+        findings.out_of_domain,
+        tables.outside_table,
+    ),
     "transfer": Section(
         "Figure 1: heads of another task",
+        "Do the chosen heads belong to their task?",
+        figures.transfer,
+        findings.own_heads,
+        partial(tables.grid_table, rows=figures.heads_of, columns=lambda task: f"tuned on {labelled(task)}"),
         "Offsets tuned on heads that step 1 chose on each task. Stars: another accuracy than with own heads.",
     ),
     "layers": Section(
-        "Figure 2: where the chosen heads are", "Heads chosen by step 1 in every layer, mean over seeds."
+        "Figure 2: where the chosen heads are",
+        "In which layers are the heads that step 1 chooses?",
+        figures.layers,
+        findings.where_heads_are,
+        tables.layers_table,
+        "Heads chosen by step 1 in every layer, mean over seeds.",
     ),
-    "sizes": Section("Figure 3: accuracy over training size", "Settings are those tuned with all examples."),
-    "tops": Section("Figure 4: accuracy over the number of heads", "One step 1 per task and seed, cut at each number."),
+    "sizes": Section(
+        "Figure 3: accuracy over training size",
+        "How much do more examples bring?",
+        figures.sizes,
+        findings.more_examples,
+        partial(tables.grid_table, rows=figures.swept, columns=lambda size: f"{size} examples"),
+        "Settings are those tuned with all examples.",
+    ),
+    "tops": Section(
+        "Figure 4: accuracy over the number of heads",
+        "How many heads are enough?",
+        figures.tops,
+        findings.more_heads,
+        partial(tables.grid_table, columns=lambda top: f"{100 * top:g} % of the heads"),
+        "One step 1 per task and seed, cut at each number. A number keeps up when the questions do not tell it apart"
+        " from the most accurate.",
+    ),
 }
 
 
@@ -64,23 +131,32 @@ def write_report(
     slots = Plan(settings, available).slots()
     parts = [_head(slots, results, settings, command, summary)]
     for name, section in SECTIONS.items():
-        own = [slot for slot in slots if slot.experiment == name]
+        own = section.of([slot for slot in slots if slot.experiment in (section.experiments or (name,))])
         if not own:
             continue
-        lines = [f"## {section.title}", section.says, _missing(own, results)]
-        caption = _caption(own, results)
-        if section.table is not None:
-            lines += [section.table(own, results) + f"\n{caption}"]
-        else:
-            figures.save(figures.FIGURES[name](own, results, _short(own)), output / "figures" / name)
-            lines += [f"![{section.title}](figures/{name}.png)", f"{caption} Also as [SVG](figures/{name}.svg)."]
+        figures.save(section.picture(own, results, _short(own)), output / "figures" / name)
+        lines = [
+            f"## {section.title}",
+            f"**Question.** {section.question}",
+            f"![{section.title}](figures/{name}.png)",
+            f"{_caption(own, results)} Also as [SVG](figures/{name}.svg).",
+            _missing(own, results),
+            _answer(section.answer(own, results)),
+            section.says,
+            section.table(own, results),
+        ]
         if name == "table5":
             lines.append(_outside(available))
-        parts.append("\n\n".join(line for line in lines if line))
+        parts.append("\n\n".join(line.rstrip() for line in lines if line))
     parts.append(_tuning(slots, results, settings))
     path = output / "report.md"
     write_text(path, "\n\n".join(parts).rstrip() + "\n")
     return path
+
+
+def _answer(text: str) -> str:
+    """A list goes below its heading, a sentence beside it."""
+    return "**Answer.**" + ("\n\n" if text.startswith("* ") else " ") + text
 
 
 def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: str, summary: dict | None) -> str:
@@ -90,9 +166,7 @@ def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: 
         "# The paper's experiments",
         f"Made by `{command}`; every number comes from a JSON file under [cells/](cells/).",
         f"{len(cells) - missing} of {len(cells)} cells are finished; what is missing is blank.",
-        "Accuracy in percent, on validation questions; ± is the sample standard deviation over seeds, left out for one"
-        " seed. Stars: paired bootstrap over questions, two-sided, \\* p < 0.05, \\*\\* p < 0.01, \\*\\*\\* p < 0.001,"
-        " not corrected for the number of comparisons.",
+        _READING,
     ]
     if made := _made(slots, results):
         lines.append(made)
@@ -100,6 +174,22 @@ def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: 
         failed = "".join(f"\n* `{one['cell']}`: {one['error']}" for one in summary["failed"])
         lines.append(f"Failed in the last run, and tried again by the next:{failed}")
     return "\n\n".join(lines)
+
+
+_READING = (
+    "How to read it:\n\n"
+    "* **Accuracy** is in percent, on validation questions. ± in tables is the sample standard deviation over seeds,"
+    " left out for one seed. Where TruthfulQA has one number, it is MC1.\n"
+    "* **Answers** are written by rule from the finished cells. A difference is in points, with its 95 % interval: the"
+    " same questions and seeds of both, resampled 10,000 times, seeds and questions at once. *Above* and *below* mean"
+    " that the interval leaves out 0. *No difference that the questions can show* means that it holds 0, not that the"
+    " two are equal. With one seed the interval knows nothing of other seeds, with two little.\n"
+    "* **Bars in pictures**, and brackets after an accuracy, are 95 % intervals made the same way. Where every answer"
+    " is wrong the interval has no width; that is no certainty.\n"
+    "* **Stars**: paired bootstrap over questions, seeds averaged, two-sided, \\* p < 0.05, \\*\\* p < 0.01,"
+    " \\*\\*\\* p < 0.001.\n"
+    "* Neither stars nor intervals are corrected for the number of comparisons."
+)
 
 
 def _made(slots: Sequence[Slot], results: Results) -> str:
@@ -127,12 +217,19 @@ def _counted(counter: Counter) -> str:
 def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
     if not settings.n_tuning:
         text = "None: every method ran with its default settings, ours included. The full run tunes each alike."
-    else:
-        text = (
-            "Every method that is trained or fitted gets the same number of runs, with one seed, judged by training"
-            " examples set aside; the chosen settings are bold. All ways to choose heads use LoFiT's.\n\n"
-        ) + tables.tuning_table(slots, results)
-    return f"## Tuning\n\n{text}"
+        return f"## Tuning\n\n{text}"
+    choices = choices_made(slots, results)
+    lines = [
+        "## Tuning",
+        "**Question.** Were the settings chosen inside of what was tried?",
+        _answer(edges_answer(choices)),
+        "Every method that is trained or fitted gets the same number of runs, with one seed, judged by training"
+        " examples set aside; the chosen settings are bold. All ways to choose heads use LoFiT's. *At an edge* names"
+        " the settings of the chosen run that are the smallest or largest number tried for that method, task and model;"
+        " of two numbers tried each is one.",
+        tuning_table(choices, results),
+    ]
+    return "\n\n".join(lines)
 
 
 def _outside(available: Available) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 
 from benchmarks.accuracy.bootstrap import mean_and_spread, mean_hits, paired_bootstrap, stars
+from benchmarks.accuracy.comparison import elsewhere
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.paper_cells import CellFolder, main_metric
@@ -14,6 +16,7 @@ from benchmarks.accuracy.tuning import Tuning
 from lofit_fast.heads import jaccard
 
 Rows = list[list[str]]
+Naming = Callable[[object], str]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Results:
         settled = [self.tuning.settled(cell) for cell in slot.cells]
         found = [self.folder.result(cell) for cell in settled if cell is not None]
         return [result for result in found if result is not None]
+
+    def judged(self, slot: Slot) -> list[dict]:
+        """As `of`, with hits and metrics of the task in the slot's column where the cells are judged there as well."""
+        found = self.of(slot)
+        return elsewhere(found, slot.column) if slot.column in slot.cells[0].outside else found
 
     def missing(self, slots: Sequence[Slot]) -> int:
         """How many of the slots' cells have no result."""
@@ -122,23 +130,45 @@ def outside_table(slots: Sequence[Slot], results: Results) -> str:
         at = {task: results.of(_at(slots, method, task)) for task in judged}
         cells = [score(at[task], None if task == TRAINED_FOR_OUTSIDE else task) for task in judged]
         rows.append([METHODS[method].label, *cells])
-    return markdown(["tuned on TruthfulQA, judged on", *(_with_metric(task) for task in judged)], rows)
+    return markdown(
+        [f"tuned on {labelled(TRAINED_FOR_OUTSIDE)}, judged on", *(_with_metric(task) for task in judged)], rows
+    )
 
 
-def tuning_table(slots: Sequence[Slot], results: Results) -> str:
-    """Every tuning run: method, task, what was tried, and how it did on examples set aside; the chosen one in bold."""
+def grid_table(slots: Sequence[Slot], results: Results, rows: Naming = labelled, columns: Naming = labelled) -> str:
+    """A figure's numbers: rows by columns, as the figure has them. rows, columns: what each is called."""
+    across, down = (list(dict.fromkeys(getattr(slot, name) for slot in slots)) for name in ("column", "row"))
+    if all(not isinstance(column, str) for column in across):
+        across.sort()
+    lines = []
+    for row in down:
+        at = [_at(slots, row, column) for column in across]
+        lines.append([str(rows(row)), *("n/a" if slot is None else score(results.of(slot)) for slot in at)])
+    return markdown(["", *(str(columns(column)) for column in across)], lines)
+
+
+def layers_table(slots: Sequence[Slot], results: Results) -> str:
+    """Where chosen heads are: heads, layers that hold them, the middle half's layers, overlap between seeds."""
     rows = []
-    for runs in dict.fromkeys(tuple(results.tuning.runs(cell)) for slot in slots for cell in slot.cells):
-        best = results.tuning.best(runs) if runs else None
-        for run in runs:
-            found = results.folder.result(run)
-            tried = ", ".join(f"{key} {value}" for key, value in run.options) or "as they are"
-            mark = "**" if run == best else ""
-            done = f"{mark}{score([found])}{mark}" if found else ""
-            sizes = f"{run.train_size} / {run.n_validation}"
-            where = f"{labelled(run.task)}, {run.model}"
-            rows.append([METHODS[run.method].label, where, f"{mark}{tried}{mark}", done, sizes])
-    return markdown(["", "task", "settings tried", "accuracy, %", "trained on / judged by"], rows) if rows else ""
+    for slot in slots:
+        found = results.of(slot)
+        layers = sorted(layer for result in found for layer, _ in result["heads"])
+        overlaps = [jaccard(_heads(a["heads"]), _heads(b["heads"])) for a, b in combinations(found, 2)]
+        rows.append(
+            [
+                labelled(slot.column),
+                _mean(found, lambda result: len(result["heads"]), "{:.0f}"),
+                f"{layers[0]} to {layers[-1]}" if layers else "",
+                "{} to {}".format(*middle_half(layers)) if layers else "",
+                f"{fmean(overlaps):.2f}" if overlaps else "",
+            ]
+        )
+    return markdown(["task", "heads", "layers", "layers of the middle half", "overlap between seeds (Jaccard)"], rows)
+
+
+def middle_half(layers: Sequence[int]) -> tuple[int, int]:
+    """The layers of the first and the last quartile of heads. layers: of every head, ascending."""
+    return layers[len(layers) // 4], layers[(3 * len(layers) - 1) // 4]
 
 
 def _starred(slot: Slot, lofit: Slot | None, results: Results) -> str:

@@ -12,6 +12,8 @@ from benchmarks.accuracy.paper_cells import TUNING
 from benchmarks.accuracy.settings import QUICK
 from tests.benchmarks.accuracy.stub import made_up, session
 
+pytestmark = pytest.mark.usefixtures("unsaved_pictures")
+
 SMALL = replace(QUICK, tasks=("clutrr", "mquake"), only=("table1", "tops"))
 TUNED = replace(SMALL, n_tuning=10, only=("table1",), models=("smollm2", "gemma3-270m"))
 

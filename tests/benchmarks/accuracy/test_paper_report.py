@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.accuracy import tables
+from benchmarks.accuracy import figures, tables
 from benchmarks.accuracy.experiments import Available
+from benchmarks.accuracy.paper_report import SECTIONS
 from benchmarks.accuracy.session import Session, settings_of
 from benchmarks.accuracy.settings import EXPERIMENTS, FULL, QUICK
 from benchmarks.accuracy.tables import Results
@@ -19,9 +20,11 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A quick session with every cell."""
-    made = session(tmp_path_factory.mktemp("paper"))
-    made.run(made_up, progress=False)
+    """A quick session with every cell. All pictures are drawn, one is written: each takes a second."""
+    made, save = session(tmp_path_factory.mktemp("paper")), figures.save
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(figures, "save", lambda figure, path: save(figure, path) if path.name == "layers" else None)
+        made.run(made_up, progress=False)
     return made
 
 
@@ -42,9 +45,10 @@ def test_the_report_has_every_table_and_figure(finished):
         assert f"## Table {number}:" in text
     for number in (1, 2, 3, 4):
         assert f"## Figure {number}:" in text
-    for path in re.findall(r"\((figures/[^)]*)\)", text):
-        assert (finished.output / path).stat().st_size > 5000
-    assert len(list((finished.output / "figures").iterdir())) == 8
+    assert text.count("**Question.**") == text.count("**Answer.**") == len(SECTIONS) == text.count("![")
+    shown = set(re.findall(r"\((figures/[^)]*)\)", text))
+    assert shown == {f"figures/{name}.{ending}" for name in SECTIONS for ending in ("png", "svg")}
+    assert all((finished.output / f"figures/layers.{ending}").stat().st_size > 5000 for ending in ("png", "svg"))
     assert "cells are missing" not in text
     assert "Model: smollm2. CLUTRR: 64 training examples, n = 48 questions" in text
     assert "TriviaQA, NQ-open, MMLU: not run" in text
@@ -52,7 +56,10 @@ def test_the_report_has_every_table_and_figure(finished):
 
 @pytest.mark.slow
 def test_a_report_is_the_same_again(finished):
-    files = [finished.output / "report.md", *(finished.output / "figures").iterdir()]
+    Session.read(finished.output, of=grid).report()
+    pictures = list((finished.output / "figures").iterdir())
+    assert len(pictures) == 2 * len(SECTIONS) and all(path.stat().st_size > 5000 for path in pictures)
+    files = [finished.output / "report.md", *pictures]
     before = [path.read_bytes() for path in files]
     Session.read(finished.output, of=grid).report()
     assert [path.read_bytes() for path in files] == before
@@ -88,6 +95,7 @@ def test_table5_judges_other_tasks(finished):
     assert rows[-1] == ["LoFiT", "90.0 / 45.0", "50.0", "50.0"]
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_out_of_domain_tasks_of_the_folder_are_judged(tmp_path):
     available = replace(AVAILABLE, outside=("triviaqa", "nq_open", "mmlu"))
     made = session(tmp_path, replace(QUICK, only=("table5",)), available)
@@ -98,6 +106,7 @@ def test_out_of_domain_tasks_of_the_folder_are_judged(tmp_path):
     assert "not run" not in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_missing_cells_are_blank_and_counted(tmp_path):
     made = session(tmp_path, replace(QUICK, only=("table1", "transfer")))
     made.run(lambda cell: 1 / 0 if cell.method != "zero_shot" else made_up(cell), progress=False)
@@ -111,6 +120,7 @@ def test_missing_cells_are_blank_and_counted(tmp_path):
     assert "ZeroDivisionError" in text
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_cells_made_on_several_machines_say_so(tmp_path):
     made = session(tmp_path, replace(QUICK, only=("table1",), tasks=("clutrr",)))
 
@@ -128,6 +138,7 @@ def test_cells_made_on_several_machines_say_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     settings = replace(FULL, tasks=("clutrr", "truthfulqa"), n_tuning=10, only=("table1",))
     made = session(tmp_path, settings)
@@ -143,6 +154,7 @@ def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     assert {row[2] for row in bold} == {"**lr 0.4**"}
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_settings_survive_the_plan(tmp_path):
     settings = settings_of(False, tasks=("clutrr",), seeds=3, only=("table1",))
     assert settings.seeds_of("truthfulqa") == range(42, 45)

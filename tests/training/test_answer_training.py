@@ -18,11 +18,10 @@ from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.stage import train_attachment
 from lofit_fast.training.two_steps import check_one_answer
-from tests.evaluation.test_logprobs import spread
 from tests.library_versions import BY_ROW, called
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
-from tests.tiny_models import LAYERS, tiny_model
+from tests.tiny_models import LAYERS, spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES as SHORT
 from tests.training.tiny_runs import fit as quick_fit

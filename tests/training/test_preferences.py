@@ -17,10 +17,9 @@ from lofit_fast.training.fit import fit_preferences
 from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.profiling import ProfileSteps
 from lofit_fast.training.stage import train_attachment
-from tests.evaluation.test_logprobs import spread
 from tests.oracle import randomize
 from tests.tiny_families import tiny_family
-from tests.tiny_models import tiny_model
+from tests.tiny_models import spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
 pytest.importorskip("trl")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import lofit_fast as lf
 from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.collate import kept
 from lofit_fast.data.encode import IGNORED
@@ -16,18 +15,21 @@ from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.prefix_cache.cache import STATES
 from tests.library_versions import BY_ROW
 from tests.tiny_models import FAMILIES, HIDDEN, tokens
-from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.prefix_cache.prefixed import (
     COLLATE,
+    EXAMPLES,
     MIXED,
     ROWS,
     TOKENS,
     Passes,
     cached,
     deep,
+    fit,
+    losses,
     results,
     stores,
     tuned,
+    vectors,
 )
 
 
@@ -226,34 +228,6 @@ def test_prefix_draws_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     with cached(handle, tmp_path):
         assert torch.get_rng_state().equal(before)
-
-
-EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
-HELD_OUT = [{"prompt": "a+x=", "completion": "xa"}, {"prompt": "bb+w=", "completion": "wb"}]
-RECIPE = lf.Recipe(top=2, min_layer=2, select_epochs=1, tune_epochs=3)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The user's cache folder."""
-    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def fit(model, folder, gb=1.0, **options):
-    engine = Engine(prefix_cache_gb=gb)
-    options = {"eval_data": HELD_OUT, "progress": False, "engine": engine, **options}
-    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=folder, **options)
-    result.handle.unpatch()
-    return result
-
-
-def vectors(result):
-    return torch.cat([parameter.detach().flatten() for parameter in result.handle.parameters()])
-
-
-def losses(result):
-    return [value for row in result.history for value in (row["loss"], row["eval_loss"])]
 
 
 def test_fit_with_the_prefix_cache(cache, tmp_path):

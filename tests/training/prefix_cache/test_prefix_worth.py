@@ -18,10 +18,19 @@ from lofit_fast.training.prefix_cache import proven_store, worth
 from lofit_fast.training.prefix_cache.worth import settled_prefix, worth_of
 from tests.tiny_models import HIDDEN
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.prefix_cache.prefixed import ROWS, TOKENS, deep, stores, tuned
-from tests.training.prefix_cache.test_prefix_cache import EXAMPLES, HELD_OUT, RECIPE, cache, fit, losses, vectors
-
-assert cache  # a fixture
+from tests.training.prefix_cache.prefixed import (
+    EXAMPLES,
+    HELD_OUT,
+    RECIPE,
+    ROWS,
+    TOKENS,
+    deep,
+    fit,
+    losses,
+    stores,
+    tuned,
+    vectors,
+)
 
 
 @pytest.fixture

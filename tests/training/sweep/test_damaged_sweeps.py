@@ -23,9 +23,9 @@ from lofit_fast.training.sweep.run import sweep
 from tests.damaging import VALUES, damaged
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.sweep.test_sweep import bare, data, grid_of, run, trainings
+from tests.training.sweep.small_sweeps import grid_of, run
 
-assert bare and data and trainings  # fixtures
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,17 @@
+"""Sweeps of short runs on a tiny model."""
+
+from lofit_fast.training.sweep.grid import parse_grid
+from lofit_fast.training.sweep.run import sweep
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+
+BASE = {"model": "tiny", "top": 2, "select_epochs": 1, "tune_epochs": 1, "batch_size": 4}
+
+
+def grid_of(data, base=None, **grid):
+    return parse_grid({"base": {**BASE, "data": data, **(base or {})}, "grid": grid})
+
+
+def run(grid, folder, model=None, **options):
+    base = (model or tiny_model("llama"), tiny_tokenizer())
+    return sweep(grid, folder, base=base, progress=False, **options)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
 from tests.tiny_models import LAYERS, spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.dpo_by_hand import dpo_loss
 from tests.training.tiny_runs import EXAMPLES as SHORT
 from tests.training.tiny_runs import fit as quick_fit
 
@@ -176,14 +178,7 @@ def test_preferences_are_dpo_of_a_masked_hook(tmp_path):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for epoch, draws in enumerate(draw_rejected(PREFERENCES, epochs, 7)):
         optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
-        margins = []
-        for preference, drawn in zip(PREFERENCES, draws, strict=True):
-            pair = (preference.chosen, preference.rejected[drawn])
-            with torch.no_grad():
-                base = [log_p(reference, preference, answer) for answer in pair]
-            ratios = [log_p(plain, preference, a) - b for a, b in zip(pair, base, strict=True)]
-            margins.append(ratios[0] - ratios[1])
-        loss = -nn.functional.logsigmoid(beta * torch.stack(margins)).mean()
+        loss = dpo_loss(PREFERENCES, draws, beta, partial(log_p, plain), partial(log_p, reference))
         assert got[epoch] == pytest.approx(loss.item(), rel=1e-3)
         optimizer.zero_grad()
         loss.backward()

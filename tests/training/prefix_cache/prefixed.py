@@ -3,12 +3,14 @@
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from lofit_fast.training.run_folder import RunFolder
 from tests.library_versions import BY_ROW, taking_rows
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
@@ -96,6 +98,21 @@ def fit(model, folder, gb=1.0, **options):
     result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=folder, **options)
     result.handle.unpatch()
     return result
+
+
+@contextmanager
+def stopped(monkeypatch):
+    """A scope in which Ctrl-C ends a fit in the second epoch of a step."""
+    append = RunFolder.append_history
+
+    def raising(self, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "append_history", raising)
+        yield
 
 
 def vectors(result):

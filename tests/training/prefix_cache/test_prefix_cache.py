@@ -27,6 +27,7 @@ from tests.training.prefix_cache.prefixed import (
     fit,
     losses,
     results,
+    stopped,
     stores,
     tuned,
     vectors,
@@ -260,21 +261,10 @@ def test_fit_shares_the_prefix_with_other_runs(cache, tmp_path):
 
 
 def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
-    from lofit_fast.training.run_folder import RunFolder
-
     model = deep()
     whole = fit(model, tmp_path / "whole", heads=[(2, 1)], eval_data=None)
-    append = RunFolder.append_history
-
-    def raising(self, row):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        append(self, row)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "append_history", raising)
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
+    with stopped(monkeypatch):
+        fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
     resumed = fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
     assert vectors(resumed).equal(vectors(whole))
     assert len(stores(cache / "prefix")) == 1

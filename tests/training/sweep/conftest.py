@@ -1,11 +1,10 @@
 """What several tests of sweeps stand on."""
 
-import json
-
 import pytest
 
 from lofit_fast.training import objectives, two_steps
 from lofit_fast.training import summary as report_module
+from tests.training.sweep.small_sweeps import written_data
 
 
 @pytest.fixture
@@ -18,10 +17,8 @@ def bare(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghij"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    """The path of ten examples."""
+    return written_data(tmp_path)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.evaluation.choices import length_refusal
+from lofit_fast.evaluation.token_trees import common_beginning
 from lofit_fast.models.base_digest import base_modules, dropout_of, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
@@ -196,12 +197,6 @@ def _key(base: _Base, prompts: Sequence[Sequence[int]], sample: Tensor, slots: S
 
 def _computing(base: _Base, prompts: Rows) -> Callable[[Rows], Tensor]:
     """What makes a batch of these prompts into keys and values; what they all begin with runs once."""
-    shared = _common(prompts)
-    beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
+    shared = common_beginning(prompts)
+    beginning = base.run([shared]) if len(shared) >= _LEAST_SHARED and len(prompts) > 1 else None
     return lambda batch: base.run(batch, beginning)[0]
-
-
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, each with one more of its own at least."""
-    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)

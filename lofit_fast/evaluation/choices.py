@@ -132,7 +132,7 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
 
 
 def length_refusal(model: nn.Module) -> str | None:
-    """Why sequences in one row are not what they are apart in a way that a few tokens do not show; None if nothing."""
+    """Why sequences give other results in one row than apart, where a trial of a few tokens cannot show it; or None."""
     config = text_config(model)
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
@@ -151,7 +151,7 @@ def _tree_refusal(model: nn.Module) -> str | None:
     with trying(model):
         try:
             expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS, everything)}
-        # it needs more than tokens: the way that asks least of it says so
+        # the model needs more than tokens: the simplest call shows it
         except Exception as error:
             return f"{type(model).__name__} cannot be tried: {said_of(error)}"
         try:
@@ -202,7 +202,7 @@ def _score_packed(model, prompts, endings, max_tokens: int, division: Division) 
     shared = common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        # all of it is prompt, and short of the last token of any
+        # no vector acts here: it ends before the last token of every prompt
         _forward(model, TokenTree.chain(shared), prefix, 0, [len(shared) - 1], acting=())
     prefix.filling = False
     max_rows = _max_rows(model)
@@ -260,20 +260,20 @@ def _score_singly(model, prompts, endings, _, division: Division) -> Iterator[tu
 
 
 def _takes_caches(model) -> bool:
-    """Whether the forward names a cache, or names nothing: one put around another by who only listens."""
+    """Whether the forward names a cache, or names nothing, as one does that somebody has put around it to listen."""
     kinds = inspect.signature(model.forward).parameters.values()
     named = {one.name for one in kinds if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
     return bool(named & {"past_key_values", "cache"}) or not named
 
 
 def _takes_counts(model) -> bool:
-    """Whether a forward names logits_to_keep; a wrapper's does where that of what it wraps does."""
+    """Whether the model's forward names logits_to_keep, or that of the model inside a wrapper."""
     return any(_names_count(module) for module in model.modules() if hasattr(module, "get_output_embeddings"))
 
 
 def _names_count(module: nn.Module) -> bool:
     own = inspect.signature(module.forward).parameters
-    # one that somebody has put around the class's hands on what it does not name
+    # a forward that somebody has put around the class's own passes on what it does not name
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return _COUNT in own or (passes_on and _COUNT in inspect.signature(type(module).forward).parameters)
 
@@ -292,7 +292,7 @@ def _forward(
     acting: the nodes where vectors for answers alone act; None for those whose logits are wanted, as these predict a
     token of a choice.
     """
-    # places, which forwards take that take no mask
+    # as places in the row, which every forward with logits_to_keep takes
     keep = torch.tensor(nodes, device=model.device)
     takes = _takes_counts(model)
     positions = torch.tensor(tree.depths) + offset

@@ -147,7 +147,7 @@ def _check_steady(base: _Base) -> None:
 
 
 def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
-    """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
+    """How the results of the shortest and the longest prompt differ with the store; None where they do not."""
     ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
@@ -162,12 +162,12 @@ def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Enco
         got, short_loss = _labelled(model, batch)
     allowed = rounding(model)
     away = max(difference(got, expected), abs(float(short_loss / loss) - 1))
-    # not a number is not near
+    # written so that NaN is a difference
     return None if away <= allowed else f"with kept prompts the model's results differ by {away:.1e}"
 
 
 def _ends(store: PrefixStore, sequences: Sequence[Encoded]) -> list[Encoded]:
-    """Of the sequences whose prompts are in a store the one with the shortest prompt and the one with the longest."""
+    """The sequences with the shortest and the longest of the prompts that are in the store."""
     starts = [(found[0], place) for place, row in enumerate(sequences) if (found := span(row)) and found[0]]
     kept = [at for start, at in sorted(starts) if store.find(sequences[at]["input_ids"][:start]) is not None]
     return [sequences[kept[0]], sequences[kept[-1]]]

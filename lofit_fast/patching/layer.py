@@ -63,16 +63,16 @@ class LofitLinear(nn.Module):
         super().__init__()
         self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
-        # what scopes and forwards of the model say, to each thread by itself; a handle's layers share its scopes
+        # what scopes and forwards say to this layer, for each thread apart; a handle's layers share its scopes
         self.here = Here()
         self.scopes = Scopes((self.here,))
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
-        # of vectors that act on answers alone: where that is in the forward that goes on
+        # where vectors for answers alone act in the forward that is running; None for vectors that act everywhere
         self.acting: Acting | None = None
-        # what it has of adapters beside the handle's own
+        # the offsets of adapters beside the handle's own
         self.others: OffsetTable | None = None
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
         device = device_of(inner, *around)
@@ -164,7 +164,7 @@ class LofitLinear(nn.Module):
             affine = affine if mask is None else torch.where(mask, affine, share.z)
             return _through(inner, rejoined(affine, z))
         weight, bias = known
-        # where few heads have a scale, small ones act, also where they are many of this process's
+        # where few of all heads have a scale, small scales act, even if those are many of this process's heads
         few = self._heads["scale"] is not None and not is_many(len(self._heads["scale"]), self.n_heads)
         form = "delta" if few and self.form == "auto" and weight.element_size() < 4 else self.form
         y = head_affine_linear(share.z, weight, **vectors, form=form)
@@ -182,8 +182,8 @@ class LofitLinear(nn.Module):
     def _fused_where(self, mask: Tensor, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
         """y (..., N) with the vectors where the mask (..., 1) is true, and the base's elsewhere.
 
-        y = z W^T + b + mask (W v): an offset by itself takes one product; a scale takes two, and its numbers where it
-        acts are those that it has everywhere.
+        y = z W^T + b + mask (W v). An offset by itself takes one product. A scale takes two: where it acts, y has the
+        very numbers that a scale on every token gives.
         """
         weight, bias = plain
         y = nn.functional.linear(z, weight, bias)

@@ -28,10 +28,10 @@ class AttachmentTraining:
     loss (mean over its steps, without the L1 term), l1 (the term's last value), seconds, step_losses, and eval_loss
     where there is an evaluation set.
 
-    losses, watch, sender: of `report_epochs` and `leave_in_place`. shared: what the processes of a run put together;
-    None where they share no batches. rate: the learning rate that a resumed training goes on with, where that is not
-    the one of its checkpoint. saved: the steps of the checkpoints that it knows to be whole. verify: what looks at
-    batches of new shapes first.
+    losses, watch, sender: set by `report_epochs` and `leave_in_place`. shared: what the processes of a run put
+    together; None where they share no batches. rate: the learning rate that a resumed training goes on with, where that
+    is not the one of its checkpoint. saved: the steps of the checkpoints that are known to be whole. verify: what looks
+    at batches of new shapes first.
     """
 
     handle: Attachment

@@ -80,7 +80,7 @@ def launched() -> Launched | None:
 
 
 def limit() -> datetime.timedelta:
-    """How long a process waits for another. Raises ValueError for a variable that is no number of minutes."""
+    """How long a process waits for another. Raises ValueError where the variable is no number of minutes."""
     said = os.environ.get(TIMEOUT)
     if not said:
         return datetime.timedelta(minutes=_MINUTES)
@@ -140,7 +140,7 @@ def join(found: Launched) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local % torch.cuda.device_count())
-        # what is no tensor of a GPU is said through the host
+        # tensors that are on no GPU are sent by the host
         backend = "cpu:gloo,cuda:nccl"
     options = {"rank": found.rank, "world_size": found.count, "timeout": limit()}
     try:
@@ -148,7 +148,7 @@ def join(found: Launched) -> None:
             dist.init_process_group(backend, **options)
     except (RuntimeError, OSError) as error:
         raise OSError(_unmet(found, where, " ".join(str(error).split()))) from error
-    # a group that outlives its threads makes a process end with a complaint
+    # a process that ends with the group still there prints a warning
     atexit.register(_left)
 
 

@@ -22,9 +22,11 @@ from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint, outputs_of
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import handle_of
-from lofit_fast.patching.layer import LofitLinear, at_least_float32, is_plain_linear
+from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merge_into_base, merged_tensors, plan_merge
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
+from lofit_fast.patching.placement import at_least_float32
+from lofit_fast.patching.plain_linear import is_plain_linear
 from lofit_fast.patching.seal import CONFIG_DIGEST, TENSOR_DIGEST, sealed, tensors_digest
 from lofit_fast.patching.sharding import kind_of_part
 from lofit_fast.patching.storage import (

@@ -1,5 +1,7 @@
 """Pictures of a run: which heads were chosen, how the loss fell, and where heads look."""
 
+import base64
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -119,3 +121,10 @@ def save_figure(figure, path: Path | str) -> Path:
     with whole_folder(path.parent) as scratch:
         figure.savefig(scratch / path.name, dpi=150)
     return path
+
+
+def picture_html(title: str, path: Path) -> str:
+    """A heading and a PNG below it as HTML, which holds the picture itself."""
+    image = base64.b64encode(path.read_bytes()).decode()
+    title = html.escape(title)
+    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">'

@@ -71,7 +71,7 @@ def begun() -> None:
 
 @contextmanager
 def joined(what: str) -> Iterator[None]:
-    """A scope that the processes of a run are in together: whoever leaves it with an error, all of them do.
+    """A scope that the processes of a run are in together: an error that ends it in one ends it in all.
 
     what: what is done inside, as in "training". A process that fails says so before it goes, so that the others end
     at once, with an `ElsewhereError` that names it, and do not wait. Afterwards they are no group any more, unless all
@@ -88,7 +88,7 @@ def joined(what: str) -> Iterator[None]:
             check_same(shared_versions(), "versions of Python and of its libraries")
             yield
     except BaseException as error:
-        # of a model that all hold together each forward waits for all
+        # where all hold one model together, each forward waits for all
         elsewhere = _calls.broken_off(error)
         _calls.leave(elsewhere or error)
         if elsewhere is not None:
@@ -98,7 +98,7 @@ def joined(what: str) -> Iterator[None]:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """A scope in which this process is a run of its own, whatever it was started with: one of a sweep's, say."""
+    """A scope in which this process is a run of its own, such as one run of a sweep, whatever it was started with."""
     token = _apart.set(True)
     try:
         yield
@@ -135,7 +135,7 @@ def told(make: Callable[[], Value]) -> Value:
 
 
 def by_first(act: Callable[[], object]) -> None:
-    """What the first process does and the others wait for: what it raises, all of them raise."""
+    """Let the first process act while the others wait. What it raises, all of them raise."""
     told(lambda: (act(), None)[1])
 
 
@@ -221,6 +221,6 @@ def _portable(error: Exception) -> Exception:
         if "<locals>" not in type(error).__qualname__ and all(isinstance(one, _SENT) for one in holds):
             return error
     except Exception:
-        # made of other arguments than it keeps
+        # its class takes other arguments than it keeps
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")

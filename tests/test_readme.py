@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import lofit_fast as lf
+from tests.markdown_tables import cells_of
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,6 @@ def test_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "plain" / "config.json").is_file()
     assert lf.handle_of(names["model"]) is None
     assert isinstance(names["model"](torch.tensor([[3, 4]])).logits, torch.Tensor)
-
-
-def cells_of(text: str) -> list[list[str]]:
-    """The first table of a Markdown text: a list of cells per row, the header first, without the rule below it."""
-    table = re.search(r"(?:^\|.*\n?)+", text, re.MULTILINE).group()
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
-    return [row for row in rows if not all(set(cell) <= set("-:") and cell for cell in row)]
 
 
 def section(title: str) -> str:

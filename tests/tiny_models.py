@@ -43,3 +43,12 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
 def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:
     """(batch, length) token ids without the special ones."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def spread(model):
+    """The model with larger weights, so that its logits lie far apart."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0 if "embed" not in name else 2.0)
+    return model

@@ -157,3 +157,19 @@ def chat_tokenizer(kind: str, template: str, special: Iterable[str], preamble: s
         processor = processors.TemplateProcessing(single=f"{preamble} $A", special_tokens=pairs)
         tokenizer.backend_tokenizer.post_processor = processor
     return tokenizer
+
+
+class Slow:
+    """The same tokens without offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, add_special_tokens=True):
+        assert isinstance(text, str)
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}

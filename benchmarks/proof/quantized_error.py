@@ -31,7 +31,7 @@ from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.models.load import load_model
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.architectures import decoder_layers
-from lofit_fast.patching.layer import is_plain_linear
+from lofit_fast.patching.plain_linear import is_plain_linear
 from lofit_fast.tasks import load_task
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.outlier_columns import outlier_columns

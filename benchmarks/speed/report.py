@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from benchmarks.speed.cells import RESULTS
 from benchmarks.speed.charts import draw_all
 from benchmarks.speed.results import BenchResults, Target, label, peer_label
 from lofit_fast.files import whole_folder
+from lofit_fast.plots import picture_html
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:.25em .8em;text-align:left}
@@ -54,7 +54,7 @@ def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
         f"<h1>lofit-fast: benchmark</h1><p>{html.escape(_provenance(results))}</p>",
         _reading(),
         _section("Targets", ("model", "ratio", "measured (95 %)", "target", ""), targets),
-        *(_picture(title, path) for title, path in pictures.items()),
+        *(picture_html(title, path) for title, path in pictures.items()),
         _profiles(results),
         _losses(results),
         _generation(results),
@@ -65,12 +65,6 @@ def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
     ]
     head = f'<meta charset="utf-8"><title>lofit-fast: benchmark</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{"".join(body)}</html>\n'
-
-
-def _picture(title: str, path: Path) -> str:
-    image = base64.b64encode(path.read_bytes()).decode()
-    title = html.escape(title)
-    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">'
 
 
 def _reading() -> str:

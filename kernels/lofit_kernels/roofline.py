@@ -267,8 +267,7 @@ def _fused_delta(s: Shape) -> Steps:
 
 
 def _epilogue_bwd(s: Shape) -> Steps:
-    product = _product_bwd(s)._replace(read=s.y + s.weight + s.z_scaled, by=TRITON)
-    return [product, *_second_stage(), *_folded_bwd(s)]
+    return [*_dither_epilogue_bwd(s), *_folded_bwd(s)]
 
 
 def _dither_epilogue_bwd(s: Shape) -> Steps:

@@ -12,7 +12,7 @@ from lofit_fast.tasks.row_source import check_columns
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Of an option that counts something: the least that it takes."""
+    """The least value of an option that counts something."""
 
     least: int
 
@@ -27,7 +27,7 @@ OptionalAdapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help=f"{_ADAPTER}; without it, the base model.", metavar="NAME")
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse an adapter that was trained on other base weights; else it is said.")
+    bool, typer.Option("--strict", help="Refuse an adapter that was trained on other base weights. Default: warn.")
 ]
 TaskName = Annotated[
     str | None,

@@ -12,7 +12,6 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import check_scores
+from lofit_fast.evaluation.token_trees import TokenTree, common_beginning, question_trees, side_by_side
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
@@ -132,7 +132,7 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
 
 
 def length_refusal(model: nn.Module) -> str | None:
-    """Why sequences in one row are not what they are apart in a way that a few tokens do not show; None if nothing."""
+    """Why sequences give other results in one row than apart, where a trial of a few tokens cannot show it; or None."""
     config = text_config(model)
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
@@ -151,7 +151,7 @@ def _tree_refusal(model: nn.Module) -> str | None:
     with trying(model):
         try:
             expected = {(q, c): value for q, c, value in _score_singly(model, starts, endings, MAX_TOKENS, everything)}
-        # it needs more than tokens: the way that asks least of it says so
+        # the model needs more than tokens: the simplest call shows it
         except Exception as error:
             return f"{type(model).__name__} cannot be tried: {said_of(error)}"
         try:
@@ -174,55 +174,6 @@ def check_room(model: nn.Module, encoded: list[list[int]], more: int) -> None:
             f"a prompt of {longest} tokens and {more} more do not fit the model's context of {context}: shorten the "
             "prompt" + (", or ask for fewer new tokens" if more else "")
         )
-
-
-@dataclass
-class _Tree:
-    """Token sequences with common beginnings: node i is tokens[i], after node parents[i] (-1: after the prefix).
-
-    depths: of each node below the prefix, from 0. targets: (node, token, question, choice): the token is scored there.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    targets: list[tuple[int, int, int, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._children: dict[tuple[int, int], int] = {}
-
-    def add(self, question: int, choice: int, start: Sequence[int], ending: Sequence[int]) -> None:
-        """A prompt's tokens, not yet run, and the choice's, all of which are scored; the last needs not be run."""
-        node = -1
-        for i, token in enumerate([*start, *ending]):
-            if i >= len(start):
-                self.targets.append((node, token, question, choice))
-            if i < len(start) + len(ending) - 1:
-                node = self._child(node, token)
-
-    def rows(self) -> int:
-        """How many nodes need logits."""
-        return len(self.predicting())
-
-    def predicting(self) -> set[int]:
-        """The nodes at which a token of a choice is scored: the last one of each prompt, and those of the choices."""
-        return {node for node, *_ in self.targets}
-
-    def append(self, other: _Tree) -> None:
-        """Put another tree beside this one."""
-        shift = len(self.tokens)
-        self.tokens += other.tokens
-        self.parents += [parent if parent < 0 else parent + shift for parent in other.parents]
-        self.depths += other.depths
-        self.targets += [(node + shift, *rest) for node, *rest in other.targets]
-
-    def _child(self, node: int, token: int) -> int:
-        if (node, token) not in self._children:
-            self._children[node, token] = len(self.tokens)
-            self.tokens.append(token)
-            self.parents.append(node)
-            self.depths.append(0 if node < 0 else self.depths[node] + 1)
-        return self._children[node, token]
 
 
 class _Prefix:
@@ -248,15 +199,15 @@ class _Prefix:
 
 def _score_packed(model, prompts, endings, max_tokens: int, division: Division) -> Iterator[tuple[int, int, float]]:
     """(question, choice, score) of every choice that is this process's."""
-    shared = _common_beginning(prompts)
+    shared = common_beginning(prompts)
     prefix = _Prefix()
     if shared:
-        # all of it is prompt, and short of the last token of any
-        _forward(model, _chain(shared), prefix, 0, [len(shared) - 1], acting=())
+        # no vector acts here: it ends before the last token of every prompt
+        _forward(model, TokenTree.chain(shared), prefix, 0, [len(shared) - 1], acting=())
     prefix.filling = False
     max_rows = _max_rows(model)
-    trees = _trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
-    for tree, counts in division.mine(list(_packed(trees, max_tokens, max_rows))):
+    trees = question_trees([prompt[len(shared) :] for prompt in prompts], endings, max_tokens, max_rows)
+    for tree, counts in division.mine(list(side_by_side(trees, max_tokens, max_rows))):
         scores = list(_tree_scores(model, tree, prefix, len(shared)))
         yield from scores if counts else ()
 
@@ -269,9 +220,9 @@ def _score_by_question(
     for question, _ in division.mine(range(len(prompts))):
         prompt, rows = prompts[question], endings[question]
         prefix = _Prefix()
-        first = _forward(model, _chain(prompt), prefix, 0, [len(prompt) - 1])
+        first = _forward(model, TokenTree.chain(prompt), prefix, 0, [len(prompt) - 1])
         prefix.filling = False
-        for tree in _trees([[]], [rows], max_tokens, max_rows):
+        for tree in question_trees([[]], [rows], max_tokens, max_rows):
             for _, choice, value in _tree_scores(model, tree, prefix, len(prompt), first):
                 yield question, choice, value
 
@@ -309,27 +260,22 @@ def _score_singly(model, prompts, endings, _, division: Division) -> Iterator[tu
 
 
 def _takes_caches(model) -> bool:
-    """Whether the forward names a cache, or names nothing: one put around another by who only listens."""
+    """Whether the forward names a cache, or names nothing, as one does that somebody has put around it to listen."""
     kinds = inspect.signature(model.forward).parameters.values()
     named = {one.name for one in kinds if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
     return bool(named & {"past_key_values", "cache"}) or not named
 
 
 def _takes_counts(model) -> bool:
-    """Whether a forward names logits_to_keep; a wrapper's does where that of what it wraps does."""
+    """Whether the model's forward names logits_to_keep, or that of the model inside a wrapper."""
     return any(_names_count(module) for module in model.modules() if hasattr(module, "get_output_embeddings"))
 
 
 def _names_count(module: nn.Module) -> bool:
     own = inspect.signature(module.forward).parameters
-    # one that somebody has put around the class's hands on what it does not name
+    # a forward that somebody has put around the class's own passes on what it does not name
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return _COUNT in own or (passes_on and _COUNT in inspect.signature(type(module).forward).parameters)
-
-
-def _chain(tokens: Sequence[int]) -> _Tree:
-    """A tree without branches."""
-    return _Tree(list(tokens), list(range(-1, len(tokens) - 1)), list(range(len(tokens))))
 
 
 def _max_rows(model) -> int:
@@ -339,18 +285,18 @@ def _max_rows(model) -> int:
 
 
 def _forward(
-    model, tree: _Tree, prefix: _Prefix, offset: int, nodes: list[int], acting: Sequence[int] | None = None
+    model, tree: TokenTree, prefix: _Prefix, offset: int, nodes: list[int], acting: Sequence[int] | None = None
 ) -> Tensor:
     """(nodes, vocabulary): logits of some nodes of a tree that follows `offset` tokens of prefix.
 
     acting: the nodes where vectors for answers alone act; None for those whose logits are wanted, as these predict a
     token of a choice.
     """
-    # places, which forwards take that take no mask
+    # as places in the row, which every forward with logits_to_keep takes
     keep = torch.tensor(nodes, device=model.device)
     takes = _takes_counts(model)
     positions = torch.tensor(tree.depths) + offset
-    seen = _sight(tree.parents, offset)
+    seen = tree.sight(offset)
     key_positions = torch.cat((torch.arange(offset), positions))
     masks = _masks(text_config(model), seen, positions[:, None] - key_positions, model)
     acts = torch.zeros(1, len(tree.tokens), dtype=torch.bool)
@@ -365,17 +311,6 @@ def _forward(
             **({"logits_to_keep": keep} if takes else {}),
         )
     return out.logits[0] if takes else out.logits[0, keep]
-
-
-def _sight(parents: Sequence[int], offset: int) -> Tensor:
-    """(n, offset + n) bool: whether a node sees each token of the prefix (always) and each node (its ancestors)."""
-    seen = torch.zeros(len(parents), offset + len(parents), dtype=torch.bool)
-    seen[:, :offset] = True
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            seen[node] = seen[parent]
-        seen[node, offset + node] = True
-    return seen
 
 
 def _masks(config, seen: Tensor, distance: Tensor, model) -> Tensor | dict[str, Tensor]:
@@ -396,35 +331,6 @@ def _masks(config, seen: Tensor, distance: Tensor, model) -> Tensor | dict[str, 
     return additive(seen & (distance < window) if slides else seen)
 
 
-def _trees(starts, endings, max_tokens: int, max_rows: int) -> Iterator[_Tree]:
-    """A tree per question; one that is too large is split between its choices."""
-    for question, (start, rows) in enumerate(zip(starts, endings, strict=True)):
-        groups = [list(enumerate(rows))]
-        while groups:
-            group = groups.pop()
-            tree = _Tree()
-            for choice, ending in group:
-                tree.add(question, choice, start, ending)
-            if len(group) > 1 and (len(tree.tokens) > max_tokens or tree.rows() > max_rows):
-                groups += [group[len(group) // 2 :], group[: len(group) // 2]]
-            else:
-                yield tree
-
-
-def _packed(trees: Iterator[_Tree], max_tokens: int, max_rows: int) -> Iterator[_Tree]:
-    """Trees side by side, as many as the limits let."""
-    row, rows = _Tree(), 0
-    for tree in trees:
-        more = tree.rows()
-        if row.tokens and (len(row.tokens) + len(tree.tokens) > max_tokens or rows + more > max_rows):
-            yield row
-            row, rows = _Tree(), 0
-        row.append(tree)
-        rows += more
-    if row.tokens:
-        yield row
-
-
 def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
     """log softmax(logits)[row, token] of each pair, in float32 at least. logits: (rows, vocabulary)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -433,16 +339,6 @@ def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
     picked = logits[at, torch.tensor(tokens, device=logits.device)].to(wide) - norms[at]
     # beside an infinite logit any other would have no probability at all
     return picked.where(norms[at].isfinite(), math.nan).tolist()
-
-
-def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens all prompts begin with, short of the last token of any: that one gives its question's first logits."""
-    if not prompts:
-        return []
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    length = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return list(first[:length])
 
 
 def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], end: bool):

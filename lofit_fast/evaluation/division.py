@@ -26,9 +26,10 @@ Value = TypeVar("Value")
 class Division:
     """Who computes which of some forwards of a model.
 
-    what: is done, in words: "generating". Where every process has the whole model, forwards are dealt out like cards.
-    Under FSDP each forward gathers weights from all, so that all make the same number: who has less repeats one, whose
-    result is dropped. Where a model is cut in other ways (tensor parallel), every process computes everything.
+    what: what is done, in words: "generating". Where every process has the whole model, they take forwards in turns.
+    Under FSDP each forward gathers weights from all processes, so all must make the same number: a process with fewer
+    repeats one, whose result is dropped. Where a model is cut in other ways (tensor parallel), every process computes
+    everything.
     even: whether a unit is one forward, so that equal numbers of units are equal numbers of forwards.
     """
 
@@ -39,11 +40,11 @@ class Division:
         self.gathers = self.count > 1 and not cut and gathers_weights(model)
         # everything by everybody
         self.same = self.count == 1 or cut or (self.gathers and not even)
-        # of several models, each of which some processes hold together, each may be asked something else
+        # where some processes hold one model together and some another, the two may be asked different things
         self.asked_alike = self.count > 1 and (not cut or n_holding(model) == {self.count})
 
     def check_same(self, work: Sequence[object], named: str) -> None:
-        """Raise ValueError in every process where they were given different work. named: what it is, in words."""
+        """Raise ValueError in every process where they were given different work. named: the work, in words."""
         if self.asked_alike:
             digest = hashlib.sha256(repr(work).encode()).hexdigest()[:12]
             ranks.check_same(f"{len(work)} with the digest {digest}", named)
@@ -72,8 +73,8 @@ class Division:
     def together(self) -> AbstractContextManager[None]:
         """A scope for the computing: an error in one process is raised in all, or ends all.
 
-        Processes that compute a forward together are in the midst of it where one of them fails: what that one would
-        tell them, they would take for weights.
+        Processes that compute a forward together may be in the midst of it when one of them fails. They would take a
+        message about the error for weights, so they are ended.
         """
         if self.count == 1:
             return nullcontext()
@@ -87,14 +88,14 @@ class Division:
 
 
 def _is_cut(model: nn.Module) -> bool:
-    """Whether processes compute parts of one forward together: such need the same inputs at the same time."""
+    """Whether processes compute parts of one forward together, so that they need the same inputs at the same time."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return True
     fully = gathers_weights(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if (mesh := getattr(tensor, "device_mesh", None)) is not None and (not fully or mesh.ndim > 1):
             return True
-        # DeepSpeed's mark, of which it is not known when it gathers
+        # DeepSpeed's mark: nobody knows when it gathers
         if hasattr(tensor, "ds_id"):
             return True
     return False

@@ -57,8 +57,8 @@ def judge(
     """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
-    share of probability on all correct ones (arXiv:2109.07958). batch_size: prompts at a time, of generation.
-    shared: of several adapters of one base that act on answers alone, judged one after the other: prompts to be
+    share of probability on all correct ones (arXiv:2109.07958). batch_size: how many prompts are continued at a time.
+    shared: for several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
     In a launch of several processes all of them must call it, with the same task: they divide the work by whole
     batches, and each returns all of the result, which is the one that a single process has.
@@ -130,7 +130,7 @@ def score_candidates(
 ) -> Tensor:
     """log p(candidate, end of sequence | prompt), summed over tokens: (prompts, candidates) float32 on the CPU.
 
-    The same candidates for every prompt; see `choices.score_choices` for the options, and for how little of it runs.
+    The same candidates for every prompt; see `choices.score_choices` for the options, and for what runs only once.
     The end token is scored too, so that no candidate gains by being the beginning of another.
     """
     if not candidates:
@@ -156,7 +156,7 @@ def constrained_accuracy(
 def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, progress: bool) -> Judgement:
     prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
     scores = score_choices(model, tokenizer, prompts, choices, shared_prefix=task.shared_prefix, progress=progress)
-    # of MC1's choices one is correct: the best answer
+    # MC1 has one correct choice, the best answer
     listed = [
         row[[c.best, *(i for i in range(len(row)) if i not in c.correct)]]
         for row, c in zip(scores, task.choices, strict=True)
@@ -177,7 +177,7 @@ def _hits(
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int]) -> str:
-    """What was written, without special tokens; of a conversation's turn the content."""
+    """The generated text without special tokens; of a turn of a conversation, its content."""
     if not isinstance(example, Conversation):
         return tokenizer.decode(row, skip_special_tokens=True)
     content = example.said(tokenizer.decode(row, skip_special_tokens=False))
@@ -228,7 +228,7 @@ def _generated(
             ids, mask = ids.to(device), mask.to(device)
             given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
             past = {} if given is None else {cache_name(model): given}
-            # every step gathers weights: who is done goes on until all are
+            # every step gathers weights: a process that is done goes on until all are
             synced = {"synced_gpus": True} if division.gathers else {}
             finite = FiniteLogits()
             how = {"generation_config": greedy, "logits_processor": [finite], **synced, **past}

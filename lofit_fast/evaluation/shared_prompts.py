@@ -49,11 +49,11 @@ class SharedPrompts:
         self._lock = threading.RLock()
 
     def cache(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> DynamicCache | None:
-        """A cache to generate on from: of prompts without their last tokens, padded on the left; None if it cannot be.
+        """A cache to generate from: of prompts without their last tokens, padded on the left; None if there is none.
 
         model: patched with vectors that act on answers alone, or not at all; in eval mode, without gradients.
-        rows: token ids of the prompts, whole. A model that keeps more of a token than keys and values, whose keys
-        depend on the length of a whole sequence, or whose logits are others so, gets None, and a warning says why.
+        rows: token ids of the prompts, whole. None, with a warning that says why, for a model that keeps more of
+        a token than keys and values, whose keys depend on the length of a whole sequence, or whose logits differ so.
         Raises ValueError for vectors that act on prompts too, and for another model than before.
         """
         handle = handle_of(model)
@@ -73,7 +73,7 @@ class SharedPrompts:
         if self._unfit or max(map(len, rows)) < 2:
             return None
         try:
-            # a batch may show nothing of it, and the next one be of another length
+            # a trial of this batch cannot show what depends on the length of the next one
             if not self._proved and (reason := length_refusal(model)):
                 raise NotPlain(reason)
             cache = self._laid(model, rows)

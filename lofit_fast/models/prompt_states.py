@@ -24,7 +24,7 @@ PROMPTS = "prompt_states"
 
 
 class NotPlain(Exception):
-    """Why a model's prompts cannot be kept as keys and values."""
+    """A model's prompts cannot be kept as keys and values; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Slots:
         laid = prompts[0].new_empty((len(prompts), width, sum(self.widths)), pin_memory=pinned)
         for place, states in zip(laid, prompts, strict=True):
             place[width - len(states) :] = states
-            # hidden, but a number: nothing times what is none would be none
+            # the mask hides them, but they must be numbers: 0 times NaN is NaN
             place[: width - len(states)] = 0
         return laid
 
@@ -98,12 +98,12 @@ def prompt_states(
 ) -> tuple[Tensor, Slots]:
     """The keys and values of rows of tokens, (B, S, W), those of shorter rows at their beginning.
 
-    decoder: what makes hidden states of tokens, in the state in which it is to be recorded. beginning: what this gave
-    of tokens (1, n, W) that all rows begin with, each with more of its own: those are not run again. Raises NotPlain
-    for a model that keeps anything but keys and values of every token.
+    decoder: the module that turns tokens into hidden states; it runs as it is. beginning: what this function returned
+    for the tokens that all rows begin with, (1, n, W), which are not run again; every row must have more tokens than
+    those. Raises NotPlain for a model that keeps anything but keys and values of every token.
     """
     known = 0 if beginning is None else beginning[0].shape[1]
-    # nothing sees what stands on its right, so that padding needs no mask, and is a token like any other
+    # no token sees what stands on its right, so that padding there needs no mask
     ids = rectangle([row[known:] for row in rows], 0).to(device)
     cache = DynamicCache()
     if beginning is not None:
@@ -125,7 +125,8 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
     """A scope in which a batch with PROMPTS, (B, P, W), goes on from these prompts; the model itself never sees them.
 
     model: what is called with the batches. Such a batch brings position_ids (B, A) of its A tokens a row, and an
-    attention_mask (B, P + A). acting: the scope that such a forward runs in. A batch without runs as ever.
+    attention_mask (B, P + A). acting: the scope that such a forward runs in. A batch without
+    PROMPTS runs as it always does.
     """
     going = _Going()
 
@@ -143,7 +144,7 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
             going.scopes.pop().close()
 
     hooks = [
-        # before all that reads what a batch brings
+        # before other hooks read the batch
         model.register_forward_pre_hook(take, with_kwargs=True, prepend=True),
         model.register_forward_hook(drop, always_call=True),
     ]

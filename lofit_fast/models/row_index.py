@@ -20,7 +20,7 @@ def selecting_rows(model: nn.Module) -> Iterator[None]:
     """A scope in which a batch with KEPT_ROWS gets logits (rows, vocabulary) of those tokens, and of no others.
 
     model: what is called with the batches, a Hugging Face model or PEFT's wrapper of one. KEPT_ROWS: (rows,) int64,
-    places in the flattened (B, S) tokens; the model itself never sees it. A batch without it runs as ever. Gradients
+    places in the flattened (B, S) tokens; the model itself never sees it. A batch without it runs as always. Gradients
     are those of the same rows of all logits. What is added is hooks, and all of them go.
     `logit_rows.logit_rows` tries whether a model is one that this works for. One without an output head is left alone,
     and takes no such batch.

@@ -16,6 +16,6 @@ def given_cache(kwargs: Mapping[str, object]) -> object | None:
 
 def cache_name(model: nn.Module) -> str:
     """The name by which a model's forward takes a cache; the older one where it names none."""
-    # one that somebody has put around the class's hands on what it does not name
+    # a forward that somebody has put around the class's own passes on what it does not name
     named = [name for forward in (model.forward, type(model).forward) for name in inspect.signature(forward).parameters]
     return next((name for name in named if name in CACHES), CACHES[0])

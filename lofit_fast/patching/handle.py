@@ -293,7 +293,7 @@ class LofitHandle(SeveralAdapters):
         return self.model
 
     def _show_parts(self) -> None:
-        """Have the layers show what is trained: after some forwards FSDP has left what it gathered in its place."""
+        """Put the trained parts back into the layers: some forwards of FSDP leave gathered vectors in their place."""
         if any(map(is_marked, self.layers.values())):
             reshard(self.model)
 
@@ -428,7 +428,7 @@ def handle_of(model: nn.Module) -> LofitHandle | None:
 
 @contextmanager
 def acting_on(model: nn.Module, mask: Mask) -> Iterator[None]:
-    """`handle.acting_on` of a model whose vectors act on answers alone; of any other nothing changes."""
+    """`handle.acting_on` of a model whose vectors act on answers alone; nothing changes for any other."""
     handle = handle_of(model)
     alone = handle is not None and handle.acting is not None
     with handle.acting_on(mask) if alone else nullcontext():

@@ -5,16 +5,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.chosen_adapters import projected_with
-from lofit_fast.patching.frozen_linear import PRODUCTS, products_of
+from lofit_fast.patching.frozen_linear import PRODUCTS
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import check_hook, computed_on, device_of, dtype_of, is_dense, moving_hook
+from lofit_fast.patching.placement import (
+    at_least_float32,
+    check_hook,
+    computed_on,
+    device_of,
+    dtype_of,
+    in_memory,
+    moving_hook,
+)
+from lofit_fast.patching.plain_linear import plain_tensors
 from lofit_fast.patching.row_parallel import row_parallel_tensors
 from lofit_fast.patching.scopes import Fixed, Here, Scopes
 from lofit_fast.patching.tensor_parallel import own_input, own_vectors, placed_weight, rejoined, share_of, summed
@@ -55,16 +63,16 @@ class LofitLinear(nn.Module):
         super().__init__()
         self.inner = inner
         self.n_heads, self.head_dim = n_heads, head_dim
-        # what scopes and forwards of the model say, to each thread by itself; a handle's layers share its scopes
+        # what scopes and forwards say to this layer, for each thread apart; a handle's layers share its scopes
         self.here = Here()
         self.scopes = Scopes((self.here,))
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
         self.form = "auto"
-        # of vectors that act on answers alone: where that is in the forward that goes on
+        # where vectors for answers alone act in the forward that is running; None for vectors that act everywhere
         self.acting: Acting | None = None
-        # what it has of adapters beside the handle's own
+        # the offsets of adapters beside the handle's own
         self.others: OffsetTable | None = None
         dtype = torch.promote_types(dtype_of(inner, *around), torch.float32)
         device = device_of(inner, *around)
@@ -156,7 +164,7 @@ class LofitLinear(nn.Module):
             affine = affine if mask is None else torch.where(mask, affine, share.z)
             return _through(inner, rejoined(affine, z))
         weight, bias = known
-        # where few heads have a scale, small ones act, also where they are many of this process's
+        # where few of all heads have a scale, small scales act, even if those are many of this process's heads
         few = self._heads["scale"] is not None and not is_many(len(self._heads["scale"]), self.n_heads)
         form = "delta" if few and self.form == "auto" and weight.element_size() < 4 else self.form
         y = head_affine_linear(share.z, weight, **vectors, form=form)
@@ -174,8 +182,8 @@ class LofitLinear(nn.Module):
     def _fused_where(self, mask: Tensor, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
         """y (..., N) with the vectors where the mask (..., 1) is true, and the base's elsewhere.
 
-        y = z W^T + b + mask (W v): an offset by itself takes one product; a scale takes two, and its numbers where it
-        acts are those that it has everywhere.
+        y = z W^T + b + mask (W v). An offset by itself takes one product. A scale takes two: where it acts, y has the
+        very numbers that a scale on every token gives.
         """
         weight, bias = plain
         y = nn.functional.linear(z, weight, bias)
@@ -364,9 +372,9 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
-        super()._apply(_in_memory(at_least_float32(fn)), recurse=False)
+        super()._apply(in_memory(at_least_float32(fn)), recurse=False)
         if recurse and self.others is not None:
-            self.others._apply(_in_memory(at_least_float32(fn)))
+            self.others._apply(in_memory(at_least_float32(fn)))
         self.place_heads()
         return self
 
@@ -383,63 +391,9 @@ class LofitLinear(nn.Module):
         return ", ".join(adapted if self.acting is None else [*adapted, "on answers alone"])
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly an nn.Linear, dense, that nobody listens to and that computes in full."""
-    return plain_tensors(module) is not None and products_of(module) is None
-
-
-# asked in every forward: straight, since what is generated or fetched by name takes as long as a launch
-def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of a module that the fused path may stand in for; None of any other.
-
-    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not.
-    moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
-    """
-    if type(module) is not nn.Linear:
-        return None
-    own = vars(module)
-    if "forward" in own and not moved and products_of(module) is None:
-        return None
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return None
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return None
-    all_of = module_globals
-    if all_of._global_forward_hooks or all_of._global_forward_pre_hooks:
-        return None
-    if all_of._global_backward_hooks or all_of._global_backward_pre_hooks:
-        return None
-    parameters = own["_parameters"]
-    # a packed layer may be called nn.Linear and have neither; sharded ones have theirs as plain attributes
-    weight = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
-    bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
-    return (weight, bias) if is_dense(weight) and (bias is None or is_dense(bias)) else None
-
-
 def _through(base: nn.Module, affine: Tensor) -> Tensor:
     """The base module's output. Raises ValueError where it would cut the gradient off without a word."""
     output = base(affine)
     if affine.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
         raise ValueError(f"cannot train through a {type(base).__name__} {CUT_OFF}")
     return output
-
-
-def _in_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """fn, except that nothing goes to the meta device: what brings a base back has no key for the vectors."""
-
-    def apply(tensor: Tensor) -> Tensor:
-        out = fn(tensor)
-        return tensor if out.is_meta else out
-
-    return apply
-
-
-def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """fn, except that a cast below float32 leaves float32: the vectors are too small to live in 16 bits."""
-
-    def apply(tensor: Tensor) -> Tensor:
-        out = fn(tensor)
-        narrow = out.is_floating_point() and out.element_size() < 4
-        return tensor.to(device=out.device, dtype=torch.float32) if narrow else out
-
-    return apply

@@ -16,10 +16,11 @@ from lofit_fast.patching.adapter_sources import read_source
 from lofit_fast.patching.architectures import Fingerprint, Projection
 from lofit_fast.patching.chosen_adapters import Chosen
 from lofit_fast.patching.hub_adapters import adapter_folder
-from lofit_fast.patching.layer import LofitLinear, plain_tensors
+from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable
 from lofit_fast.patching.one_at_a_time import CHANGING, one_at_a_time
 from lofit_fast.patching.placement import device_of, dtype_of
+from lofit_fast.patching.plain_linear import plain_tensors
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unshared
 from lofit_fast.patching.storage import Adapter, check_finite, check_fits, fill

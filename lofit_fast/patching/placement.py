@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -127,3 +127,24 @@ def _execution_device(module: nn.Module) -> torch.device:
     if device is None:
         raise ValueError("cannot patch a model whose weights are on the meta device: load it first")
     return torch.device(device)
+
+
+def in_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, except that nothing goes to the meta device: what brings a base back has no key for the vectors."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return tensor if out.is_meta else out
+
+    return apply
+
+
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, except that a cast below float32 leaves float32: the vectors are too small to live in 16 bits."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        narrow = out.is_floating_point() and out.element_size() < 4
+        return tensor.to(device=out.device, dtype=torch.float32) if narrow else out
+
+    return apply

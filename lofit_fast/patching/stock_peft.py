@@ -62,8 +62,8 @@ PEFT_METHODS: dict[str, PeftMethod] = {
 def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "beft") -> Path:
     """Write the offsets as an adapter folder of PEFT, which `PeftModel.from_pretrained` loads without this library.
 
-    peft_method: "beft", a bias per projection, or "lora", for what knows LoRA alone: matrices of zeros with
-    `lora_bias`. The folder has W v in float32, of the base that is in memory, and fits no other.
+    peft_method: "beft", a bias per projection, or "lora", for software that knows LoRA alone: matrices of zeros with
+    `lora_bias`. The folder has W v in float32. W is that of the base in memory: the adapter fits no other base.
     Returns the folder. Raises ValueError for an unknown method, scales, vectors that act on answers alone, projections
     that are not plain, a model with other adapters around it, or a folder with another adapter; ImportError without
     peft; OSError when the folder cannot be written. Nothing is left behind then.

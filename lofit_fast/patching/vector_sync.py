@@ -1,9 +1,9 @@
 """One mean of gradients over the processes of a model that FSDP2 shards, for vectors that FSDP knows nothing of.
 
-They are those of a model that was sharded before it was patched, of layers that nobody sharded, and those that
-fully_shard was told to ignore. Each process has them whole. When a backward pass ends, one message sums all of their
-gradients, which is what FSDP does with those of its own; a second pass before the optimizer's step, as with gradients
-that are accumulated, sums what came to them, and the mean of a mean is that mean.
+These are the vectors of a model that was sharded before it was patched, of layers that nobody sharded, and those that
+fully_shard was told to ignore. Each process has them whole. When a backward pass ends, one message sums their
+gradients over the processes, as FSDP does with the parameters that it shards. Where gradients are accumulated, every
+pass sends all of them again; those of earlier passes are the same everywhere by then, and their mean changes nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lofit_fast.patching.sharding import is_shared
 
 
 class VectorSync:
-    """Listens for the gradients of vectors that are no part of FSDP's groups, from patching on until `remove`.
+    """Listens, until `remove`, for the gradients of vectors that are in no group of FSDP's.
 
-    model: whatever of it was given to fully_shard, before or since, is found. decoder: before each of its forwards the
-    vectors are looked at again; those that are newer than a DistributedDataParallel around the model are refused then.
+    model: its parts that were given to fully_shard are found, whenever that was. decoder: before each of its forwards
+    the vectors are looked at again; those that a DistributedDataParallel around the model does not know are refused.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module, layers: list[LofitLinear]) -> None:
@@ -57,7 +57,7 @@ class VectorSync:
                 self._listening[id(vectors)] = (vectors, vectors.register_post_accumulate_grad_hook(self._came))
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        # a compiler is asked first: it cannot follow the rest
+        # asked first, since a compiler cannot follow the rest
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and ranks.count() > 1:
             self._check_known()
             self.look()
@@ -77,7 +77,7 @@ class VectorSync:
         ]
 
     def _came(self, vectors: Tensor) -> None:
-        # a pass that an error ended never came to its mean
+        # the pass before may have ended in an error, before its mean was taken
         if (current := torch._C._current_graph_task_id()) != self._pass:
             self._pass = current
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
@@ -90,7 +90,7 @@ class VectorSync:
             return
         dtype = torch.promote_types(vectors[0].dtype, vectors[-1].dtype)
         parts = [v.new_zeros(v.shape) if v.grad is None else v.grad for v in vectors]
-        # a process whose examples left a layer without a gradient has a mean of the others' all the same
+        # a process whose examples gave a layer no gradient gets the mean all the same
         there = torch.tensor([float(v.grad is not None) for v in vectors], dtype=dtype, device=parts[0].device)
         flat = torch.cat([*(part.flatten().to(dtype) for part in parts), there])
         sums = flat.to(_device_of(mesh, flat))
@@ -107,9 +107,9 @@ class VectorSync:
 
 
 def check_seen(vectors: Iterable[Tensor], known: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Raise ValueError where a DistributedDataParallel goes forward that has not seen vectors which are trained.
+    """Raise ValueError in the forward of a DistributedDataParallel that does not know all of the trained vectors.
 
-    known: what this has returned before, so that the same is looked at once.
+    known: what the last call returned, so that nothing is looked at twice.
     """
     wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
     if wrapper is None:

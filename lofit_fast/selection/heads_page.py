@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lofit_fast.config import Head
 from lofit_fast.files import write_text
-from lofit_fast.plots import attention_panels, offsets_map
+from lofit_fast.plots import attention_panels, offsets_map, picture_html
 from lofit_fast.selection.adapter_overlap import Overlap
 from lofit_fast.selection.written_tokens import Written
 
@@ -59,7 +58,7 @@ def _page(report: HeadsReport, scratch: Path) -> str:
         f"<h1>{title}</h1>",
         "<p>Read at the last token of this prompt, where an answer would begin:</p>",
         f"<pre>{html.escape(report.prompt)}</pre>",
-        _picture("Where the offsets are", where),
+        picture_html("Where the offsets are", where),
         "<h2>What each head's offset writes</h2><p>The next tokens whose logits it raises and lowers most, by its "
         "direct path: W v is added behind the last layer, and goes through the model's own norm and head. What the "
         "layers in between make of it is left out.</p>",
@@ -87,7 +86,7 @@ def _attention(report: HeadsReport, scratch: Path) -> list[str]:
     if not report.maps:
         return ["<h2>Where the heads look</h2><p>This model's attention keeps no weights to show.</p>"]
     path = attention_panels(report.maps, report.tokens, scratch / "attention.png")
-    return [_picture("Where the heads look, the adapter acting: a row for each token that looks", path)]
+    return [picture_html("Where the heads look, the adapter acting: a row for each token that looks", path)]
 
 
 def _overlap(overlaps: Sequence[Overlap]) -> list[str]:
@@ -117,9 +116,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{lines}</table>"
-
-
-def _picture(title: str, path: Path) -> str:
-    image = base64.b64encode(path.read_bytes()).decode()
-    title = html.escape(title)
-    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">'

@@ -158,8 +158,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """As `on_step_end`."""
-        if (control.should_save or control.should_evaluate) and self.handle.in_parts:
-            self._gather()
+        self.on_step_end(args, state, control)
 
     def on_save(
         self,

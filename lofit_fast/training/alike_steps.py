@@ -1,8 +1,8 @@
-"""Processes that hold one model together train the same vectors, each by itself: a look at whether they still do.
+"""A check that processes which hold one model together still train the same vectors.
 
-Their gradients are put together where they arise, so that the vectors stay the same to the last bit, and outputs are
-whole in each. A plan that gives a process parts of the logits, or layers that drop other numbers in each, would go on
-without a word.
+Each trains by itself. Gradients are summed where they arise, and outputs are whole in each process, so that the
+vectors stay the same to the last bit. A plan that gives a process only parts of the logits, or dropout that differs
+between processes, would break this without an error.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from lofit_fast.models.trials import rounding
 
 
 class AlikeSteps(TrainerCallback):
-    """Looks after the first step, and at the end of each epoch, before it is saved.
+    """Compares losses and vectors after the first step, and at the end of each epoch, before it is saved.
 
-    model: held together. vectors: gives those that are trained. last_loss: gives that of the last step.
+    model: the one that the processes hold together. vectors: returns the trained ones. last_loss: returns the loss of
+    the last step.
     Raises ValueError, in every process, where losses differ by more than rounding, or the vectors at all.
     """
 
@@ -35,13 +36,13 @@ class AlikeSteps(TrainerCallback):
         self._looked = False
 
     def on_step_end(self, args, state, control, **_):
-        """Look at the first one."""
+        """Compare after the first step."""
         if not self._looked:
             self._looked = True
             self._look(state.global_step)
 
     def on_epoch_end(self, args, state, control, **_):
-        """Look at the last one."""
+        """Compare after the last step."""
         self._look(state.global_step)
 
     def _look(self, step: int) -> None:

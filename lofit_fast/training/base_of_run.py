@@ -15,7 +15,7 @@ from lofit_fast.patching.peft_layers import tuner_layers
 from lofit_fast.patching.placement import is_dense
 from lofit_fast.training.run_folder import weights_digest
 
-# of a number that is computed, such as a rotary angle: its last bits are those of the machine
+# digits kept of a number, and how near it must be: the last bits of a computed one depend on the machine
 _DIGITS, _CLOSE = 4, 2e-3
 # rotary angles that follow the longest text so far
 _FOLLOWING = ("dynamic", "longrope")
@@ -38,8 +38,8 @@ def base_of(model: nn.Module, projections: Sequence[Projection]) -> dict[str, ob
 def numbers_of(model: nn.Module) -> dict[str, list[float]]:
     """By name, the different numbers that a model's modules compute with beside their weights, ascending.
 
-    A number is an attribute, as the scaling of an attention is, or the norm of a buffer that no file holds, as rotary
-    angles are. A config says them when a model is made, and may be changed afterwards, as they may.
+    A number is an attribute, such as the scaling of an attention, or the norm of a buffer that no file holds, such as
+    rotary angles. They come from the config when a model is made, but either may be changed afterwards.
     """
     found: dict[str, set[float]] = {}
     for module in base_modules(model):
@@ -58,7 +58,7 @@ def _own_numbers(module: nn.Module) -> Iterator[tuple[str, float]]:
     for name in module._non_persistent_buffers_set:
         value = module._buffers.get(name)
         here = isinstance(value, Tensor) and is_dense(value) and value.device.type != "meta"
-        # sines that are kept for the longest text so far follow it too
+        # cached sines have the length of the longest text so far
         norm = value.double().norm().item() if here and "cache" not in name else math.nan
         if math.isfinite(norm):
             yield name, norm
@@ -84,7 +84,7 @@ def _adapters_of(model: nn.Module) -> str | None:
 
 
 def as_now(now: Mapping[str, object]) -> Callable[[dict], dict]:
-    """What turns the identity that a run has kept into this one, where it is of the same base. now: its "model"."""
+    """A function that brings a kept identity up to date where the base is the same. now: today's "model"."""
 
     def turned(before: dict) -> dict:
         model = before.get("model")
@@ -106,7 +106,7 @@ def as_now(now: Mapping[str, object]) -> Callable[[dict], dict]:
 
 
 def _known(kept: object, now: Mapping[str, object]) -> dict[str, object]:
-    """What was kept of entries, and today's of those that another version has no word for, or an earlier release."""
+    """The entries as they were kept, and today's where a run of an earlier release, or of another version, has none."""
     known = kept if isinstance(kept, dict) else {}
     return {name: known.get(name, value) for name, value in now.items()}
 

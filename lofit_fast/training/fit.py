@@ -57,8 +57,8 @@ def fit(
         heads: skip step 1 and tune these.
         step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
             has left it, and trained there otherwise.
-        callbacks: of transformers' Trainer, for what is trained of both steps; of several processes in each, and what
-            one asks for all do.
+        callbacks: of transformers' Trainer, for each step that trains. In a run of several processes each has them, and
+            what a callback asks of one process all of them do.
         resume: whether to go on with the run in the folder.
         progress: whether bars and the engine's choice are shown.
 

@@ -1,7 +1,7 @@
 """What a training learns from: completions, or preferences. Everything that differs between the two is here.
 
-An objective holds the data. `encoded` turns it into what one model and tokenizer make of it, checked, which is what
-`stage.train` and the two-step driver `fit.fit_objective` work with.
+An objective holds the data. Its `encoded` checks the data and turns it into one model's tokens, with which
+`stage.train` and the two-step driver `fit.fit_objective` work.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Objective(Protocol):
 class EncodedObjective(Protocol):
     """An objective's data as one model's tokens.
 
-    rows: what an epoch goes through, as the engine's choices see it. n_examples: of an epoch. least_epochs: that a
-    step can be trained for. chance: the loss of a guess, or None.
+    rows: the sequences of an epoch, by which the engine is chosen. n_examples: how many examples an epoch has.
+    least_epochs: the fewest that a step can be trained for. chance: the loss of a guess, or None.
     """
 
     rows: list[Encoded]
@@ -76,7 +76,7 @@ class EncodedObjective(Protocol):
     chance: float | None
 
     def identity(self) -> dict[str, object]:
-        """What of it makes two runs the same one: plain data."""
+        """Plain data by which two runs on the same data are known."""
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """The engine without what this objective has no use for. Raises ValueError where that was asked for."""

@@ -23,12 +23,13 @@ from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled
 from lofit_fast.models.linear_loss import FrozenHead
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.patching.placement import device_of
+from lofit_fast.training.attachment_training import AttachmentTraining
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.finite_steps import Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.preference_loss import NOT_THE_MODELS, dpo_loss
 from lofit_fast.training.shared_batches import ShareCollator, sharers
-from lofit_fast.training.trainer import AttachmentTraining, leave_in_place, report_epochs
+from lofit_fast.training.trainer import leave_in_place, report_epochs
 
 
 class ReferencedDPOTrainer(DPOTrainer):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.evaluation.choices import length_refusal
+from lofit_fast.evaluation.token_trees import common_beginning
 from lofit_fast.models.base_digest import base_modules, dropout_of, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
@@ -146,7 +147,7 @@ def _check_steady(base: _Base) -> None:
 
 
 def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Encoded]) -> str | None:
-    """What the model says otherwise with the store than without, on its shortest and longest; None if nothing."""
+    """How the results of the shortest and the longest prompt differ with the store; None where they do not."""
     ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
@@ -161,12 +162,12 @@ def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Enco
         got, short_loss = _labelled(model, batch)
     allowed = rounding(model)
     away = max(difference(got, expected), abs(float(short_loss / loss) - 1))
-    # not a number is not near
+    # written so that NaN is a difference
     return None if away <= allowed else f"with kept prompts the model's results differ by {away:.1e}"
 
 
 def _ends(store: PrefixStore, sequences: Sequence[Encoded]) -> list[Encoded]:
-    """Of the sequences whose prompts are in a store the one with the shortest prompt and the one with the longest."""
+    """The sequences with the shortest and the longest of the prompts that are in the store."""
     starts = [(found[0], place) for place, row in enumerate(sequences) if (found := span(row)) and found[0]]
     kept = [at for start, at in sorted(starts) if store.find(sequences[at]["input_ids"][:start]) is not None]
     return [sequences[kept[0]], sequences[kept[-1]]]
@@ -196,12 +197,6 @@ def _key(base: _Base, prompts: Sequence[Sequence[int]], sample: Tensor, slots: S
 
 def _computing(base: _Base, prompts: Rows) -> Callable[[Rows], Tensor]:
     """What makes a batch of these prompts into keys and values; what they all begin with runs once."""
-    shared = _common(prompts)
-    beginning = base.run([prompts[0][:shared]]) if shared >= _LEAST_SHARED and len(prompts) > 1 else None
+    shared = common_beginning(prompts)
+    beginning = base.run([shared]) if len(shared) >= _LEAST_SHARED and len(prompts) > 1 else None
     return lambda batch: base.run(batch, beginning)[0]
-
-
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, each with one more of its own at least."""
-    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)

@@ -1,8 +1,8 @@
 """Training where several processes hold the base together, by FSDP2 or tensor parallelism.
 
-The base is sharded first, and then patched, so every process has the vectors whole, as in data parallelism, and one
-process writes. Under FSDP2 batches are cut and gradients put together as there. What the engine has to save work looks
-at weights outside of their layer's turn, or lets some processes pass a layer that others do not: none of it is used.
+The base is sharded first, and then patched. So every process has the vectors whole, as in data parallelism, and one
+process writes. Under FSDP2 batches are cut and gradients summed as in data parallelism. None of the engine's ways to
+save work is used: they read weights before their layer's turn, or let some processes skip a layer that others run.
 Under tensor parallelism each process computes with whole batches, and what reads or makes weights is not used.
 """
 
@@ -37,7 +37,7 @@ _PLAIN = {
     "large_pages": False,
     "verify": False,
 }
-# the same where weights are cut, which layers compute with all the same
+# the same for tensor parallelism, under which packing and narrowing work
 _CUT = {
     "compile": False,
     "prefix_cache_gb": 0.0,
@@ -46,16 +46,16 @@ _CUT = {
     "large_pages": False,
     "verify": False,
 }
-# by which transformers' Trainer knows a model that it would divide batches for, and keep no checkpoints of
+# by these transformers' Trainer knows a tensor-parallel model: it would divide batches, and write no checkpoints
 _DISTRIBUTED = {"_tp_size": None, "_is_distributed_loading_by_transformers": False}
 
 
 @contextmanager
 def sharded_as_asked(model: nn.Module) -> Iterator[None]:
-    """A scope in which trainers hear nothing of accelerate's FSDP: where it is asked for the base is sharded here.
+    """A scope in which the base is sharded as accelerate's configuration asks, and no trainer shards it again.
 
-    Each decoder layer is a group, and what is outside of them another; how they are gathered, offloaded and rounded is
-    what accelerate's configuration says. The model stays sharded.
+    Each decoder layer is a group, and what is outside of them is another. How they are gathered, offloaded and rounded
+    is what the configuration says. The model stays sharded.
     Raises ValueError for FSDP of version 1, a tensor-parallel base, and for what is not done here.
     """
     if launchers.fsdp_asked() and is_tensor_parallel(model):
@@ -99,8 +99,8 @@ def check_together(attachment: Attachment) -> None:
 def taken_for_whole(model: nn.Module) -> Iterator[None]:
     """A scope in which a Trainer takes a tensor-parallel model for one that a process has by itself.
 
-    It then gives every process all rows of every batch, wraps nothing, and writes checkpoints: what is trained is whole
-    everywhere. The layers of the model do not ask.
+    The Trainer then gives every process all rows of every batch, wraps nothing, and writes checkpoints. That is right,
+    since every process has the vectors whole. The layers of the model do not read these marks.
     """
     own = [module for module in model.modules() if _DISTRIBUTED.keys() & vars(module).keys()]
     before = [{name: vars(module)[name] for name in _DISTRIBUTED if name in vars(module)} for module in own]

@@ -2,7 +2,7 @@
 
 Every process draws the same batches in the same order and takes its own rows of each. The gradients of a step are
 summed over the processes in one message, some kilobytes, before they are clipped: the base is frozen, so nothing else
-moves. Its wrapper for data parallelism would send the base, and average where labels are to be counted.
+moves. torch's wrapper for data parallelism would send the base, and average over processes instead of over labels.
 
 Where the processes hold one model together (tensor parallel) nothing is cut: each computes with whole batches, and has
 whole gradients already.
@@ -35,9 +35,9 @@ SHARE = "share_of_batch"
 
 @dataclass(frozen=True)
 class Share:
-    """What of a batch is a process's own. rows, labels: of all rows. here_rows, here_labels: of its own.
+    """A process's share of a batch. rows, labels: how many the batch has. here_rows, here_labels: how many are its own.
 
-    A process without a row of its own goes through the first one for nothing, so that all pass the same layers.
+    A process without a row of its own computes the first one for nothing, so that all run the same layers.
     """
 
     rows: int

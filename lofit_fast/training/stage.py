@@ -148,7 +148,7 @@ def train(
         attachment, data, schedule: what is trained, on what, and how.
         engine: a settled one.
         folder: where the trainer writes.
-        on_epoch: called with a dict after every epoch, see `trainer.AttachmentTraining`, with rates in real tokens.
+        on_epoch: called with a dict after every epoch, see `AttachmentTraining`, with rates in real tokens.
         callbacks: of transformers' Trainer.
         progress: whether bars are shown.
         keep: whether checkpoints are left in the folder.

@@ -43,9 +43,9 @@ from lofit_fast.training.stage import cost_of, settle_for, train
 from lofit_fast.training.stage_checkpoints import Checkpoint, last_whole
 from lofit_fast.training.told_run import opened
 
-# the one that changes results beyond rounding
+# the one knob of the engine that changes results beyond rounding
 _RESULTS = "frozen_products"
-# what is asked of all processes to be alike, in words
+# what must be the same in all processes, as an error names it
 _ALIKE = {"data": "training data", "eval_data": "evaluation data", "model": "model", "heads": "given heads"}
 # knobs that any model takes
 _FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
@@ -57,7 +57,7 @@ class FitResult:
 
     handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
     what they were chosen by (by default the scale norms of step 1), or None when the heads were given.
-    history: a dict per epoch and stage; of a choice without training one that has seconds and no loss.
+    history: a dict per epoch and stage; for a choice without training, one with seconds and no loss.
     metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
     peak_memory_bytes (above what was held before the stage; see `cost.peak_memory`), exact_match (of what was trained).
     """
@@ -70,9 +70,9 @@ class FitResult:
 
 
 def check_one_answer(rows: Sequence[Encoded]) -> None:
-    """Raise ValueError for an example that goes on with prompt after an answer, which vectors for answers leave alone.
+    """Raise ValueError for an example with several answers: one row has a single place from which vectors may act.
 
-    Of several answers each has a prompt of its own, the answers before included: one row has room for one of them.
+    The prompt of a later answer holds the answers before it, which the vectors would have to leave alone.
     """
     for number, row in enumerate(rows, start=1):
         learned = [label != IGNORED for label in row["labels"]]

@@ -20,7 +20,7 @@ from lofit_fast.data.encode import (
 from lofit_fast.models.load import ALIASES, resolve
 from lofit_fast.tasks import Example
 from lofit_fast.tasks.chat import Rendered
-from tests.tiny_tokenizers import BOS, EOS, KINDS, kind_tokenizer, tiny_tokenizer
+from tests.tiny_tokenizers import BOS, EOS, KINDS, Slow, kind_tokenizer, tiny_tokenizer
 
 PIECES = (
     *("the", "who", "Paris", "letter", "x", "y", "12", "46", "def", "it's", "caf\u00e9", "\u6771\u4eac", "\U0001f642"),
@@ -134,22 +134,6 @@ def test_a_first_token_of_both_is_tokenized_apart():
     with_bos.add_tokens(["ab"])
     with pytest.warns(BoundaryWarning):
         assert encode(with_bos, Example("a", "b"), None)["labels"] == [IGNORED, with_bos.vocab["ab"], 2]
-
-
-class Slow:
-    """The same tokens without offsets."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, text, add_special_tokens=True):
-        assert isinstance(text, str)
-        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2_legacy", "mistral_v01"])

@@ -113,3 +113,12 @@ def _code(pid: int) -> int:
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def error_of(ended, code=1):
+    """The one line that all processes together print, where all end with the same code."""
+    assert [one.code for one in ended] == [code] * len(ended), ended
+    assert not any(one.out for one in ended)
+    lines = [line for one in ended for line in one.err.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix("error: ")

@@ -14,7 +14,7 @@ from lofit_fast.cli import app, company, judge_commands
 from lofit_fast.cli.command import command
 from lofit_fast.cli.company import refused
 from tests.cli.calling import as_json, call
-from tests.distributed.launches import launched
+from tests.distributed.launches import error_of, launched
 
 pytestmark = pytest.mark.distributed
 ON_CPU = ("--dtype", "float32", "--device", "cpu")
@@ -25,15 +25,6 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{a}=", "completion": a * 2}) + "\n" for a in "abcdefghijkl"))
     return str(path)
-
-
-def error_of(ended, code=1):
-    """The one line that all processes together print, where all end with the same code."""
-    assert [one.code for one in ended] == [code] * len(ended), ended
-    assert not any(one.out for one in ended)
-    lines = [line for one in ended for line in one.err.splitlines() if "error" in line.lower()]
-    assert len(lines) == 1, lines
-    return lines[0].removeprefix("error: ")
 
 
 def test_answers_are_printed_once_in_the_order_of_the_prompts(model):

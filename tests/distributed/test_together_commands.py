@@ -5,9 +5,8 @@ import json
 import pytest
 
 from tests.cli.calling import as_json, call
-from tests.distributed.launches import launched
-from tests.distributed.test_launched_commands import error_of
-from tests.distributed.test_torchrun import assert_same_logits, assert_same_run
+from tests.distributed.launches import error_of, launched
+from tests.distributed.same_runs import assert_same_logits, assert_same_run
 
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="transformers without tp_plan")
 pytestmark = pytest.mark.distributed

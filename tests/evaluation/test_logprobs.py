@@ -8,7 +8,7 @@ from lofit_fast.data.encode import IGNORED, encode_prompt
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
 from tests.library_versions import takes_masks
 from tests.oracle import randomize
-from tests.tiny_models import tiny_model, tokens
+from tests.tiny_models import spread, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -21,15 +21,6 @@ ROWS = {
 
 def data_set(columns):
     return pytest.importorskip("datasets").Dataset.from_dict(columns)
-
-
-def spread(model):
-    """Logits far apart."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4.0 if "embed" not in name else 2.0)
-    return model
 
 
 @torch.no_grad()

@@ -188,26 +188,26 @@ def test_a_home_directory_in_the_variable_is_found(monkeypatch, tmp_path):
         answers.cache_folder()
 
 
-def test_without_a_home_directory_nothing_is_kept(monkeypatch):
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a home directory, who names no cache folder."""
+
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(answers.File, "home", nowhere)
+
+
+def test_without_a_home_directory_nothing_is_kept(homeless):
     assert read_answers("A GPU (80 GB)") == {}
     assert [row["path"] for row in answers_content("A", {CASE: (ANSWER, {})})["answers"]] == [ANSWER._asdict()]
     with pytest.raises(FileNotFoundError, match="no home directory .* LOFIT_FAST_CACHE"):
         answers.cache_folder()
 
 
-def test_without_a_home_directory_a_forward_takes_the_default(monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("LOFIT_FAST_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(answers.File, "home", nowhere)
+def test_without_a_home_directory_a_forward_takes_the_default(homeless, monkeypatch):
     monkeypatch.setitem(answers_for.__globals__, "_ANSWERS", {})
     forget_plans()
     try:

@@ -25,28 +25,6 @@ def head_dim_of(family: str) -> int:
     return 8 if family == "qwen2" else 16
 
 
-def other_family():
-    """A model of a family without a row, with a linear called o_proj."""
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    config = OlmoConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    return OlmoForCausalLM(config).eval()
-
-
-def without_attention():
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    return Mamba2ForCausalLM(Mamba2Config(vocab_size=97, hidden_size=8, num_hidden_layers=1, num_heads=2, head_dim=8))
-
-
 def test_find_projections(family):
     model = tiny_model(family)
     found = find_projections(model)
@@ -102,9 +80,10 @@ def test_find_projections_under_peft():
 
 
 def test_other_families_are_found_by_the_generic_row():
-    model = other_family()
+    model = tiny_family("olmo")
     assert architecture_of(model) is GENERIC
-    assert [(p.layer, p.n_heads, p.head_dim) for p in find_projections(model)] == [(0, 4, 8), (1, 4, 8)]
+    found = [(p.layer, p.n_heads, p.head_dim) for p in find_projections(model)]
+    assert found == [(layer, HEADS, 8) for layer in range(LAYERS)]
 
 
 def test_text_config_is_the_decoders():
@@ -124,7 +103,7 @@ def test_find_projections_refuses_what_is_no_model(model):
 
 def test_find_projections_says_what_it_looked_for():
     with pytest.raises(ValueError, match=r"Mamba2ForCausalLM.*'mamba2'.*'layers\.<n>\.self_attn\.o_proj'"):
-        find_projections(without_attention())
+        find_projections(tiny_family("mamba2"))
 
 
 def test_find_projections_refuses_inputs_that_are_no_heads():

@@ -9,8 +9,8 @@ from torch import nn
 
 import lofit_fast as lf
 from benchmarks.peers.hook import HookLofit, vectors_of
-from lofit_fast.patching import layer as patched
 from lofit_fast.patching.placement import moving_hook
+from lofit_fast.patching.plain_linear import is_plain_linear
 from lofit_kernels import aten
 from tests.oracle import randomize
 from tests.tiny_models import LAYERS, tiny_model, tokens
@@ -172,7 +172,7 @@ def test_a_copy_of_a_spread_model_moves_its_own():
 
 def test_a_plain_linear_has_no_moving_hook():
     assert moving_hook(nn.Linear(2, 2)) is None
-    assert patched.is_plain_linear(nn.Linear(2, 2))
+    assert is_plain_linear(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
 
-from lofit_fast.patching.layer import LofitLinear, is_plain_linear
+from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.plain_linear import is_plain_linear
 from lofit_kernels import reference
 
 H, D, N = 4, 8, 12

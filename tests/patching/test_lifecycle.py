@@ -6,43 +6,23 @@ import torch
 import lofit_fast as lf
 from benchmarks.peers.hook import vectors_of
 from tests.oracle import randomize
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model, tokens
 
 CONFIG = lf.LofitConfig(scale=[(1, 0)], offset=[(0, 1), (2, 3)])
 
 
-def hybrid():
-    """Attention in layers 1 and 3 only."""
-    import transformers
-
-    sizes = {name: 8 for name in ("linear_key_head_dim", "linear_value_head_dim")}
-    sizes |= {name: 16 for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "head_dim")}
-    sizes |= {name: 2 for name in ("linear_num_key_heads", "linear_num_value_heads", "num_experts")}
-    config = transformers.Qwen3NextConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts_per_tok=1,
-        layer_types=["linear_attention", "full_attention"] * 2,
-        mlp_only_layers=[0, 1, 2, 3],
-        **sizes,
-    )
-    return transformers.Qwen3NextForCausalLM(config).eval()
-
-
 def test_heads_of_a_hybrid_are_named_by_their_layer():
-    model = hybrid()
+    # attention in layers 1 and 2 alone
+    model = tiny_family("qwen3_next")
     handle = lf.patch(model, lf.LofitConfig(scale="all"))
-    assert list(handle.layers) == [1, 3]
+    assert list(handle.layers) == [1, 2]
     with torch.no_grad():
-        handle.layers[3].scale[2] = 5.0
+        handle.layers[2].scale[3] = 5.0
     (best,) = lf.select_heads(lf.head_scores(handle), top=1)
-    assert best == (3, 2)
+    assert best == (2, 3)
     handle.unpatch()
-    assert list(lf.patch(model, lf.LofitConfig(offset=[best])).layers) == [3]
+    assert list(lf.patch(model, lf.LofitConfig(offset=[best])).layers) == [2]
 
 
 @pytest.mark.parametrize("end", ["unpatch", "merge"])

@@ -11,7 +11,7 @@ from lofit_fast.patching.merge import merged_tensors
 from lofit_fast.patching.verify import TOLERANCE
 from tests.oracle import randomize
 from tests.patched_models import SOME, logits, relative, snapshot
-from tests.patching.test_architectures import other_family
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model
 
 CONFIGS = {
@@ -191,7 +191,7 @@ def test_merge_under_a_wrapped_head():
 
 
 def test_merge_of_another_family():
-    model = other_family()
+    model = tiny_family("olmo")
     handle = patch(model, LofitConfig(scale="all", offset="all"))
     randomize(handle)
     expected = logits(model)
@@ -288,14 +288,14 @@ def test_export_of_scales_under_a_sliding_window(tmp_path):
 
 
 def test_export_of_offsets_in_another_family(tmp_path):
-    handle = patch(other_family(), LofitConfig(offset="all"))
+    handle = patch(tiny_family("olmo"), LofitConfig(offset="all"))
     randomize(handle)
     export(handle, tmp_path)
     assert verify_export(handle, tmp_path).difference < 1e-5
 
 
 def test_export_of_scales_in_another_family(tmp_path):
-    handle = patch(other_family(), LofitConfig(scale="all"))
+    handle = patch(tiny_family("olmo"), LofitConfig(scale="all"))
     randomize(handle)
     export(handle, tmp_path)
     assert verify_export(handle, tmp_path).difference < 1e-5

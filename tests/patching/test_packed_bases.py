@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lofit_fast as lf
-from lofit_fast.patching.layer import LofitLinear, is_plain_linear
+from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.placement import device_of, dtype_of
+from lofit_fast.patching.plain_linear import is_plain_linear
 from tests.oracle import Hook, randomize, vectors_of
 from tests.packed_linears import KINDS, STAND_INS, Float8Linear, cuts_gradients, packed_model
 from tests.patched_models import CONFIGS, logits, loss, relative

@@ -10,7 +10,7 @@ from lofit_fast import LofitConfig, handle_of, patch
 from lofit_fast.patching.layer import LofitLinear
 from tests.oracle import randomize
 from tests.patched_models import CONFIGS, SOME, logits, loss, snapshot
-from tests.patching.test_architectures import without_attention
+from tests.tiny_families import tiny_family
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model, tokens
 
 
@@ -71,7 +71,7 @@ def test_patch_keeps_the_training_mode(llama, training):
 
 REFUSED = {
     "no_model": (lambda: nn.Sequential(nn.Linear(4, 4)), CONFIGS["both"], TypeError, "Hugging Face model"),
-    "unknown_model": (without_attention, LofitConfig(scale="all"), ValueError, "Mamba2ForCausalLM.*not supported"),
+    "unknown_model": (lambda: tiny_family("mamba2"), CONFIGS["scale_all"], ValueError, "Mamba2ForC.* not supported"),
     "head_beyond": (None, LofitConfig(offset=[(0, 1), (1, HEADS)]), ValueError, r"offset names heads.*\[\(1, 4\)\]"),
     "layer_beyond": (None, LofitConfig(scale=[(LAYERS, 0)]), ValueError, r"scale names.*\(3, 0\).*layers up to 2"),
     "no_config": (None, {"scale": "all"}, TypeError, "expected a LofitConfig, got dict"),

@@ -11,7 +11,7 @@ import lofit_fast as lf
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.models.load import load_model
 from tests.oracle import randomize
-from tests.serving.test_real_server import options, served  # noqa: F401
+from tests.serving.served_process import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def wait(page, holds, seconds=60):
         page.wait_for_timeout(50)
 
 
-def expected(options, tokens):  # noqa: F811
+def expected(options, tokens):
     given = dict(zip(options[2::2], options[3::2], strict=True))
     folder = next(str(word).partition("=")[2] for word in options if str(word).startswith("moved="))
     assert given["--dtype"] == "float32"
@@ -75,7 +75,7 @@ def expected(options, tokens):  # noqa: F811
     return base, adapted
 
 
-def test_an_adapter_answers_beside_the_base(browser, options, tmp_path):  # noqa: F811
+def test_an_adapter_answers_beside_the_base(browser, options, tmp_path):
     tokens = 24
     base, adapted = expected(options, tokens)
     with served(*options) as (_, port):
@@ -117,7 +117,7 @@ def test_an_adapter_answers_beside_the_base(browser, options, tmp_path):  # noqa
         assert [text for text in errors if "400" not in text] == []
 
 
-def test_stop_in_the_middle(browser, options):  # noqa: F811
+def test_stop_in_the_middle(browser, options):
     with served(*options) as (_, port):
         page, _, errors = open_page(browser, port)
         page.fill("#max_tokens", "50000")

@@ -2,51 +2,16 @@
 
 import http.client
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.cli.calling import error_of
-from tests.serving.tiny_server import adapter_folders
-from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.serving.served_process import served
 
-ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def served(*options):
-    """A scope with (process, port) of `lofit-fast serve` on a free port."""
-    command = [sys.executable, "-m", "lofit_fast.cli", "serve", *map(str, options), "--port", "0", "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        line = process.stdout.readline()
-        assert line, process.communicate(timeout=60)[1][-2000:]
-        yield process, int(json.loads(line)["url"].rpartition(":")[2])
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    """Of a tiny model with room for long answers, and two adapters."""
-    folder = tmp_path_factory.mktemp("served")
-    # no answer ends by itself
-    tiny_model("llama", max_position_embeddings=100_000, eos_token_id=None).save_pretrained(folder / "model")
-    tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder / "model")
-    named = {name: path for name, path in adapter_folders(folder).items() if name in ("moved", "scaled")}
-    adapters = [word for name, path in named.items() for word in ("--adapter", f"{name}={path}")]
-    return ["--model", folder / "model", *adapters, "--dtype", "float32", "--device", "cpu"]
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 
 def pending(port):

@@ -13,7 +13,7 @@ from lofit_fast.data.encode import IGNORED, encode, encode_prompt
 from lofit_fast.tasks.chat import Conversation, Rendered, conversation, conversation_of
 from lofit_fast.tasks.completion import completion
 from tests.chat_templates import CHATML, FAMILIES, GPT_OSS, MARKED, PHI, QWEN3, TOOLS
-from tests.tiny_tokenizers import chat_tokenizer, kind_tokenizer
+from tests.tiny_tokenizers import Slow, chat_tokenizer, kind_tokenizer
 
 IM = ("<|im_start|>", "<|im_end|>")
 MESSAGES = [
@@ -149,8 +149,6 @@ def test_a_mark_that_begins_with_a_space_is_no_reason_to_lose_the_turns():
 
 
 def test_turns_are_found_without_offsets_where_they_can_be():
-    from tests.data.test_joined import Slow
-
     tokenizer = chat_tokenizer("qwen", CHATML, IM)
     talk = conversation(MESSAGES, tokenizer)
     assert encode(Slow(tokenizer), talk, None) == encode(tokenizer, talk, None)

@@ -7,7 +7,7 @@ import pytest
 from lofit_fast.tasks import load_task
 from lofit_fast.tasks.task import Example, Preference
 from tests.damaging import VALUES, damaged, revalued
-from tests.tasks.test_row_files import write
+from tests.tasks.row_writers import write
 
 PAIRS = [{"prompt": f"{a}é=", "completion": a * 2} for a in "abcdefgh"]
 CHATS = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a}]} for a in "abcd"]

@@ -8,7 +8,7 @@ from lofit_fast.tasks import load_task
 from lofit_fast.tasks.completion import completion
 from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import MultipleChoice, Preference
-from tests.tasks.test_row_files import write
+from tests.tasks.row_writers import write
 from tests.tiny_tokenizers import tiny_tokenizer
 
 PAIRS = [{"prompt": f"Q{i}:", "chosen": f" yes {i}", "rejected": " no"} for i in range(20)]

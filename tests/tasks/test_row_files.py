@@ -1,12 +1,12 @@
 """The same rows from every type of file, and what is said about files that are not right."""
 
 import csv
-import json
 
 import pytest
 
 from lofit_fast.tasks.completion import completion
 from lofit_fast.tasks.row_files import READERS, file_rows
+from tests.tasks.row_writers import write
 
 # quotes, separators, line ends, and a sign that some readers take for a line end
 ROWS = [
@@ -14,26 +14,6 @@ ROWS = [
     {"prompt": "x\u2028y é 漢", "completion": "4"},
     {"prompt": "  spaces  ", "completion": "\ttab"},
 ]
-
-
-def write(path, rows, encoding="utf-8"):
-    """A file of rows, of the type that its name says."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif suffix in (".csv", ".tsv"):
-        with path.open("w", encoding=encoding, newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == ".csv" else "\t")
-            table.writeheader()
-            table.writerows(rows)
-    elif suffix == ".json":
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
-    else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=encoding)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [*READERS, ".CSV", ".JSONL"])

@@ -7,7 +7,7 @@ import pytest
 from lofit_fast.tasks import load_task
 from lofit_fast.tasks.completion import completion
 from lofit_fast.tasks.row_source import source_rows
-from tests.tasks.test_row_files import write
+from tests.tasks.row_writers import write
 
 ROWS = [{"prompt": f"{i}", "completion": f" {i}!"} for i in range(6)]
 THEIRS = [{"id": i, "question": f"{i}", "answer": f" {i}!"} for i in range(6)]

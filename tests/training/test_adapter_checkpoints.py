@@ -7,31 +7,19 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lofit_fast as lf
-from lofit_fast.data.encode import encode
-from lofit_fast.training import CompletionCollator
 from tests.patched_models import snapshot
 from tests.tiny_models import tiny_model, tokens
-from tests.tiny_tokenizers import tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-CONFIG = lf.LofitConfig(scale=[(1, 2)], offset=[(0, 1), (1, 3), (2, 0)], init_std=0.1)
-TEXTS = [{"prompt": f"{n}: ", "completion": "abc"[n % 3] * 2} for n in range(8)]
-PAIRS = [{"prompt": f"{n}: ", "chosen": "ab"[n % 2], "rejected": "xyz"[n % 3]} for n in range(8)]
-COMMON = {
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "learning_rate": 0.05,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "report_to": "none",
-    "logging_strategy": "no",
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "bf16": False,
-}
+from tests.training.stock_trainers import (
+    CONFIG,
+    TRAINERS,
+    patched,
+    stock,
+    told,
+    vectors,
+)
 
 
 class StopAt(TrainerCallback):
@@ -44,47 +32,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def data_set(rows):
-    return pytest.importorskip("datasets").Dataset.from_list(rows)
-
-
-def stock(handle, folder, callbacks, **changes):
-    rows = [encode(TOKENIZER, row, None) for row in TEXTS]
-    args = TrainingArguments(
-        str(folder), **COMMON, **changes, remove_unused_columns=False, prediction_loss_only=True, label_names=["labels"]
-    )
-    how = {"train_dataset": rows, "eval_dataset": rows[:3], "data_collator": CompletionCollator(0)}
-    return Trainer(handle.model, args, **how, callbacks=callbacks)
-
-
-def sft(handle, folder, callbacks, **changes):
-    trl = pytest.importorskip("trl")
-    args = trl.SFTConfig(str(folder), **COMMON, **changes, max_length=None)
-    rows = data_set(TEXTS)
-    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
-    return trl.SFTTrainer(handle.model, args=args, **how, callbacks=callbacks)
-
-
-def dpo(handle, folder, callbacks, **changes):
-    trl = pytest.importorskip("trl")
-    from lofit_fast.training.preference_trainer import ReferencedDPOTrainer
-
-    rows = lf.reference_logprobs(handle, data_set(PAIRS), TOKENIZER)
-    args = trl.DPOConfig(str(folder), **COMMON, **changes, precompute_ref_log_probs=True)
-    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
-    return ReferencedDPOTrainer(handle.model, args=args, **how, callbacks=callbacks)
-
-
-def own_dpo(handle, folder, callbacks, **changes):
-    trl = pytest.importorskip("trl")
-    args = trl.DPOConfig(str(folder), **COMMON, **changes)
-    rows = data_set(PAIRS)
-    reference = tiny_model("llama")
-    how = {"train_dataset": rows, "eval_dataset": rows.select(range(3)), "processing_class": TOKENIZER}
-    return trl.DPOTrainer(handle.model, reference, args=args, **how, callbacks=callbacks)
-
-
-TRAINERS = {"Trainer": stock, "SFTTrainer": sft, "ReferencedDPOTrainer": dpo, "DPOTrainer": own_dpo}
 # TRL's own DPO loads a second model; ours, a subclass, stays in the quick run
 EACH = [name if name != "DPOTrainer" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
 BEST = {
@@ -95,18 +42,6 @@ BEST = {
     # the loss falls: the greatest is the first, so that the best vectors are not the last
     "greater_is_better": True,
 }
-
-
-def patched(**changes):
-    return lf.patch(tiny_model("llama"), lf.LofitConfig(**{**vars(CONFIG), **changes}))
-
-
-def vectors(handle):
-    return torch.cat([parameter.detach().flatten() for parameter in handle.parameters()])
-
-
-def told(caught):
-    return [str(one.message) for one in caught if "LoFiT vectors" in str(one.message)]
 
 
 # train() is given a folder, a flag, a folder that was moved, a checkpoint without the base's weights

@@ -1,29 +1,33 @@
 """Training of vectors that act on answers alone: every engine against a masked hook in a plain loop."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import lofit_fast as lf
-from benchmarks.speed.step.losses import recorded_batches
-from lofit_fast.config import Recipe
+from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import IGNORED, encode
 from lofit_fast.heads import jaccard
+from lofit_fast.models.prompt_states import PROMPTS
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.encoded_preferences import draw_rejected
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.objectives import Preferences
+from lofit_fast.training.prefix_cache.cache import STATES
 from lofit_fast.training.stage import train_attachment
+from lofit_fast.training.trainer import AttachmentTraining, Rows
 from lofit_fast.training.two_steps import check_one_answer
-from tests.evaluation.test_logprobs import spread
 from tests.library_versions import BY_ROW, called
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
-from tests.tiny_models import LAYERS, tiny_model
+from tests.tiny_models import LAYERS, spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.dpo_by_hand import dpo_loss
 from tests.training.tiny_runs import EXAMPLES as SHORT
 from tests.training.tiny_runs import fit as quick_fit
 
@@ -35,14 +39,19 @@ EXAMPLES = [
     for a, b in zip("abcdef", "uvwxyz", strict=True)
 ]
 RECIPE = lf.Recipe(top=4, select_epochs=2, tune_epochs=2, batch_size=4, l1=2e-3, init_std=1e-2, positions="answer")
+# whole sequences go through the model
+WHOLE = {"prompt_cache_gb": 0.0}
+# name -> (engine, what batches of each step have of what is kept)
 ENGINES = {
-    "left to the rules": lf.Engine(),
-    "padded": lf.Engine(attention="sdpa", packing=False, narrow=False),
-    "one row": lf.Engine(attention="sdpa", packing=True),
-    "shared beginnings": lf.Engine(attention="lofit_grouped", packing=True),
-    "causal": lf.Engine(attention="lofit_causal", packing=False, narrow=True),
-    "cached": lf.Engine(attention="sdpa", packing=False, prefix_cache_gb=0.01),
+    "left to the rules": (lf.Engine(), [{PROMPTS}, {PROMPTS}]),
+    "kept prompts": (lf.Engine(attention="sdpa", packing=False, prompt_cache_gb=0.01), [{PROMPTS}, {PROMPTS}]),
+    "kept layers": (lf.Engine(attention="sdpa", packing=False, prefix_cache_gb=0.01, **WHOLE), [set(), {STATES}]),
+    "padded": (lf.Engine(attention="sdpa", packing=False, narrow=False, **WHOLE), [set(), set()]),
+    "one row": (lf.Engine(attention="sdpa", packing=True, **WHOLE), [set(), set()]),
+    "shared beginnings": (lf.Engine(attention="lofit_grouped", packing=True, **WHOLE), [set(), set()]),
+    "causal": (lf.Engine(attention="lofit_causal", packing=False, narrow=True, **WHOLE), [set(), set()]),
 }
+SLOW = ("kept prompts", "padded", "causal")
 
 
 def hook_on(model, **heads):
@@ -78,27 +87,42 @@ def plain_loop(model, hook, epochs, lr, l1=0.0):
     return means
 
 
+def recorded(monkeypatch):
+    """Lists to which every batch of training is added: as whole padded sequences, and what of it was kept."""
+    batches, kept, noted = [], [], AttachmentTraining.noted
+
+    def recording(trainer, collate, number_of):
+        def collated(rows):
+            batch = collate(rows)
+            batches.append(CompletionCollator(0, logits="all")(rows))
+            kept.append({PROMPTS, STATES} & batch.keys())
+            return batch
+
+        return noted(trainer, collated, number_of)
+
+    monkeypatch.setattr(AttachmentTraining, "noted", recording)
+    return batches, kept
+
+
 def losses_of(result, stage):
     return [row["loss"] for row in result.history if row["stage"] == stage]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=pytest.mark.slow if kind in ("padded", "causal") else ()) for kind in ENGINES],
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in ENGINES])
 def test_both_steps_are_those_of_a_masked_hook(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
     family = "gemma3" if kind == "left to the rules" else "llama"
     model = spread(tiny_model(family))
-    recipe = RECIPE if kind != "cached" else Recipe(**{**vars(RECIPE), "min_layer": 1})
-    with recorded_batches(model) as recorded:
-        how = {"output_dir": tmp_path / "run", "progress": False, "engine": ENGINES[kind]}
-        result = lf.fit(model, tiny_tokenizer(), EXAMPLES, recipe, **how)
+    engine, expected = ENGINES[kind]
+    recipe = RECIPE if kind != "kept layers" else replace(RECIPE, min_layer=1)
+    batches, kept = recorded(monkeypatch)
+    how = {"output_dir": tmp_path / "run", "progress": False, "engine": engine}
+    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, recipe, **how)
     assert result.handle.config.positions == "answer"
     tuned = vectors_of(result.handle)
     result.handle.unpatch()
-    epochs = [recorded[i : i + 3] for i in range(0, len(recorded), 3)]
-    assert len(epochs) == 4
+    epochs = [batches[i : i + 3] for i in range(0, len(batches), 3)]
+    assert len(epochs) == 4 and kept == [of for of in expected for _ in range(6)]
 
     model.train()
     hook = hook_on(model, scale="all")
@@ -154,14 +178,7 @@ def test_preferences_are_dpo_of_a_masked_hook(tmp_path):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for epoch, draws in enumerate(draw_rejected(PREFERENCES, epochs, 7)):
         optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
-        margins = []
-        for preference, drawn in zip(PREFERENCES, draws, strict=True):
-            pair = (preference.chosen, preference.rejected[drawn])
-            with torch.no_grad():
-                base = [log_p(reference, preference, answer) for answer in pair]
-            ratios = [log_p(plain, preference, a) - b for a, b in zip(pair, base, strict=True)]
-            margins.append(ratios[0] - ratios[1])
-        loss = -nn.functional.logsigmoid(beta * torch.stack(margins)).mean()
+        loss = dpo_loss(PREFERENCES, draws, beta, partial(log_p, plain), partial(log_p, reference))
         assert got[epoch] == pytest.approx(loss.item(), rel=1e-3)
         optimizer.zero_grad()
         loss.backward()
@@ -195,9 +212,6 @@ def test_a_conversation_of_several_answers_is_refused():
 
 def test_stock_trainer_and_its_evaluation():
     from transformers import Trainer, TrainingArguments
-
-    from lofit_fast.data.collate import CompletionCollator
-    from lofit_fast.training.trainer import Rows
 
     tokenizer = tiny_tokenizer()
     rows = [encode(tokenizer, example, None) for example in SHORT]

@@ -14,7 +14,7 @@ from lofit_fast.training.objectives import Completions, Preferences
 from lofit_fast.training.run_folder import RunFolder
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.test_run_folder import Killed, killed_at
+from tests.training.killed_changes import Killed, killed_at
 from tests.training.tiny_runs import CLOCKED, EXAMPLES, assert_equal_vectors, assert_same_state, state_of, vectors
 
 RECIPE = lf.Recipe(top=2, select_epochs=2, tune_epochs=2, batch_size=4)

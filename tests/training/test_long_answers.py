@@ -13,8 +13,7 @@ from lofit_fast.training import objectives
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.first_epoch import first_epoch, loss_sum
 from lofit_fast.training.fit import fit_preferences
-from tests.evaluation.test_logprobs import spread
-from tests.tiny_models import VOCAB, tiny_model
+from tests.tiny_models import VOCAB, spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES, HELD_OUT, QUICK
 

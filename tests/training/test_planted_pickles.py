@@ -11,7 +11,7 @@ import torch
 import lofit_fast as lf
 from tests.planted_pickle import Planted
 from tests.tiny_models import tiny_model, tokens
-from tests.training.test_adapter_checkpoints import patched, stock, told, vectors
+from tests.training.stock_trainers import patched, stock, told, vectors
 
 # the second is accelerate's own way, which unpickles what it has written
 WITH_ACCELERATE = {

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from lofit_fast.training.fit import fit_preferences
 from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.profiling import ProfileSteps
 from lofit_fast.training.stage import train_attachment
-from tests.evaluation.test_logprobs import spread
 from tests.oracle import randomize
 from tests.tiny_families import tiny_family
-from tests.tiny_models import tiny_model
+from tests.tiny_models import spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.dpo_by_hand import dpo_loss
 
 pytest.importorskip("trl")
 
@@ -38,8 +39,8 @@ def train_dpo(attachment, folder, preferences=PREFERENCES, tokenizer=TOKENIZER, 
     return train_attachment(attachment, tokenizer, Preferences(preferences, beta), schedule, **how)
 
 
-def log_p(model, prompt, answer):
-    row = encode(TOKENIZER, Example(prompt, answer), None)
+def log_p(model, preference, answer):
+    row = encode(TOKENIZER, Example(preference.prompt, answer), None)
     ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
     rows = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
     return rows.gather(1, ids[1:, None])[:, 0][labels[1:] != IGNORED].sum()
@@ -51,14 +52,7 @@ def by_hand(model, handle, reference, lr, epochs, beta, l1):
     losses = []
     for epoch, draws in enumerate(draw_rejected(PREFERENCES, epochs, 7)):
         optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
-        margins = []
-        for preference, drawn in zip(PREFERENCES, draws, strict=True):
-            pair = (preference.chosen, preference.rejected[drawn])
-            with torch.no_grad():
-                base = [log_p(reference, preference.prompt, answer) for answer in pair]
-            ratios = [log_p(model, preference.prompt, a) - b for a, b in zip(pair, base, strict=True)]
-            margins.append(ratios[0] - ratios[1])
-        loss = -nn.functional.logsigmoid(beta * torch.stack(margins)).mean()
+        loss = dpo_loss(PREFERENCES, draws, beta, partial(log_p, model), partial(log_p, reference))
         losses.append(loss.item())
         optimizer.zero_grad()
         (loss + l1 * sum(layer.scale.abs().sum() for layer in handle.layers.values())).backward()
@@ -200,9 +194,7 @@ def test_fit_preferences_writes_a_run(tmp_path, monkeypatch):
     margins = []
     for scope in (contextlib.nullcontext(), result.handle.disabled()):
         with scope, torch.no_grad():
-            margins.append(
-                [log_p(model, p.prompt, p.chosen) - log_p(model, p.prompt, p.rejected[0]) for p in PREFERENCES]
-            )
+            margins.append([log_p(model, p, p.chosen) - log_p(model, p, p.rejected[0]) for p in PREFERENCES])
     assert sum(margins[0]) > sum(margins[1])
     # a finished run is only loaded
     monkeypatch.setattr("lofit_fast.training.two_steps.train", None)

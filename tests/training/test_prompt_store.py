@@ -23,7 +23,6 @@ from tests.training.tiny_runs import HELD_OUT, fit
 # longer than a batch's own padding, and shorter than most prompts
 WINDOW = {"sliding_window": 5}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-STILL = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 O_PROJ = "model.layers.N.self_attn.o_proj"
 # name -> (what makes the model, where its projections are)
 MODELS = {

@@ -10,6 +10,7 @@ import torch
 
 from lofit_fast.training.run_clearing import FILES, FOLDERS
 from lofit_fast.training.run_folder import RunFolder, data_digest, dtype_of_run, held
+from tests.training.killed_changes import Killed, killed_at
 
 IDENTITY = {"recipe": {"top": 2}, "model": {"layers": 3}, "data": "abc", "heads": None}
 
@@ -318,31 +319,6 @@ def test_a_folder_may_itself_be_reached_by_a_link(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     opened(tmp_path / "runs" / "a").record("select", {})
     assert opened(tmp_path / "disk" / "a").stage == "tune"
-
-
-class Killed(BaseException):
-    """As a kill: nothing that is done to a file after it has an effect."""
-
-
-CHANGES = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir")
-
-
-def killed_at(patched, number):
-    """Let the process die before its change of a file of this number. Returns how many there have been."""
-    seen = []
-
-    def dying(change):
-        def at(*args, **options):
-            seen.append(change.__name__)
-            if len(seen) >= number:
-                raise Killed
-            return change(*args, **options)
-
-        return at
-
-    for name in CHANGES:
-        patched.setattr(os, name, dying(getattr(os, name)))
-    return seen
 
 
 def test_a_run_that_is_killed_anywhere_while_it_starts_over_has_nothing_of_the_old_one(tmp_path, monkeypatch):

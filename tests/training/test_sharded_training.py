@@ -10,8 +10,7 @@ from lofit_fast import ranks, roll_call
 from lofit_fast.training import trainer
 from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
-from tests.training.shared_runs import SHARED, assert_same_outcome, changed, outcome
-from tests.training.test_shared_training import Stop, preferred
+from tests.training.shared_runs import SHARED, Stop, assert_same_outcome, changed, outcome, preferred
 from tests.training.tiny_runs import EXAMPLES, HELD_OUT, fit, vectors
 
 fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")

@@ -22,27 +22,20 @@ from lofit_fast.training.agreed_control import AgreedControl
 from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps, check_devices, own_rows
 from tests.several_processes import in_processes
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.shared_runs import (
     SHARED,
+    UNEVEN,
+    WAYS,
+    Fail,
+    Stop,
     assert_same_outcome,
     changed,
     dying_at,
     outcome,
     outcomes,
+    preferred,
 )
 from tests.training.tiny_runs import EXAMPLES, HELD_OUT, assert_same_state, assert_whole, fit, state_of, vectors
-
-# several labels each, and their number differs, so that a mean of the processes' means would be another
-UNEVEN = [{"prompt": e["prompt"], "completion": e["completion"] * (1 + i % 4)} for i, e in enumerate(EXAMPLES)]
-
-
-class Stop(TrainerCallback):
-    """Ctrl-C in the second epoch of step 2."""
-
-    def on_step_begin(self, args, state, control, **_):
-        if args.learning_rate == SHARED.tune_lr and state.epoch is not None and state.epoch > 1.2:
-            raise KeyboardInterrupt
 
 
 class StopThis(TrainerCallback):
@@ -55,14 +48,6 @@ class StopThis(TrainerCallback):
         if ranks.rank() == self.number:
             for name in ("should_training_stop", *self.asked):
                 setattr(control, name, True)
-
-
-class Fail(TrainerCallback):
-    """A full disk after two steps."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 2:
-            raise OSError("disk full")
 
 
 def test_three_processes_do_what_one_does(tmp_path):
@@ -128,38 +113,19 @@ def test_faults_are_noticed(tmp_path, monkeypatch, plant):
             assert_same_outcome(got, expected)
 
 
-def preferred(model, folder, recipe, **options):
-    rows = [
-        {"prompt": f"Q: {x}? A:", "chosen": f" {x}.", "rejected": [f" {y}!" for y in "xyz"[: 1 + i % 3]]}
-        for i, x in enumerate(("ab", "cde", "f", "ghij", "kl", "m", "no"))
-    ]
-    return lf.fit_preferences(model, tiny_tokenizer(), rows, recipe, output_dir=folder, progress=False, **options)
-
-
-WAYS = {
-    "accumulated": {"recipe": changed(batch_size=8, accumulation_steps=2)},
-    "a short last micro-batch": {"recipe": changed(batch_size=4, accumulation_steps=2), "examples": UNEVEN[:11]},
-    "early stop": {"recipe": changed(select="early_stop", select_epochs=4)},
-    "bias norm": {"recipe": changed(select="bias_norm")},
-    "saliency": {"recipe": changed(select="saliency"), "examples": UNEVEN[:7]},
-    "random": {"recipe": changed(select="random")},
-    "answers alone": {"recipe": changed(positions="answer")},
+OWN_WAYS = {
     "prefix cache": {"recipe": changed(min_layer=1), "engine": lf.Engine(prefix_cache_gb=1.0)},
-    "packed": {"engine": lf.Engine(packing=True, narrow=True)},
-    "padded": {"engine": lf.Engine(packing=False, narrow=False, attention="eager")},
-    "not grouped": {"engine": lf.Engine(group_by_length=False)},
     "looked at": {"engine": lf.Engine(verify=True)},
-    "float64": {"dtype": torch.float64},
     "gemma2": {"model": "gemma2"},
     "given heads": {"heads": [(0, 1), (2, 3)]},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *OWN_WAYS])
 def test_every_way_to_train(tmp_path, monkeypatch, way):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
-    how = {"examples": UNEVEN, **WAYS[way]}
+    how = {"examples": UNEVEN, **{**WAYS, **OWN_WAYS}[way]}
     expected = outcome(tmp_path / "one", **how)
     for got in outcomes(2, tmp_path / "two", **how):
         assert_same_outcome(got, expected, 1e-12 if how.get("dtype") == torch.float64 else 1e-5)

@@ -23,10 +23,18 @@ from tests.several_processes import in_processes
 from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training import test_shared_training as data_parallel
-from tests.training.shared_runs import SHARED, assert_same_outcome, changed
-from tests.training.test_shared_training import UNEVEN, Fail, Stop, preferred
-from tests.training.tiny_runs import CLOCKED, HELD_OUT, assert_whole, fit, vectors
+from tests.training.shared_runs import (
+    SHARED,
+    UNEVEN,
+    WAYS,
+    Fail,
+    Stop,
+    assert_same_outcome,
+    changed,
+    outcome_of,
+    preferred,
+)
+from tests.training.tiny_runs import HELD_OUT, assert_whole, fit, vectors
 
 pytest.importorskip("torch.distributed.tensor.parallel", reason="torch without torch.distributed")
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="transformers without tp_plan")
@@ -43,23 +51,16 @@ def base(tmp_path_factory):
     return folder, saved(folder, "llama", num_hidden_layers=2)
 
 
-def outcome(model, folder, recipe=SHARED, fitting=fit, **options):
-    """(heads, scores, history without clocks, vectors) of a fit of a model in this process."""
-    result = fitting(model, folder, recipe, **options)
-    history = [{key: row[key] for key in row.keys() - CLOCKED} for row in result.history]
-    return result.heads, result.scores, history, vectors(result.handle)
-
-
 def alone(base, folder, *, dtype=torch.float32, **options):
     """The outcome in one process."""
-    return outcome(base[1].from_pretrained(base[0], dtype=dtype).eval(), folder, **options)
+    return outcome_of(base[1].from_pretrained(base[0], dtype=dtype).eval(), folder, **options)
 
 
 def together(base, folder, n=2, *, dtype=torch.float32, limit=60.0, **options):
     """The outcome in each of n processes that hold the model together."""
     return in_processes(
         n,
-        lambda rank: outcome(parallel(*base, n, dtype), folder, **options),
+        lambda rank: outcome_of(parallel(*base, n, dtype), folder, **options),
         limit=limit,
         timeout=limit,
     )
@@ -120,17 +121,9 @@ def test_families(tmp_path, family):
         assert_same_outcome(got, expected)
 
 
-ALIKE = ("accumulated", "a short last micro-batch", "early stop", "bias norm", "saliency")
-WAYS = {
-    **{name: data_parallel.WAYS[name] for name in ALIKE},
+OWN_WAYS = {
     "saliency of some": {"recipe": changed(select="saliency", select_examples=5, accumulation_steps=2)},
-    "random": {"recipe": changed(select="random")},
-    "answers alone": {"recipe": changed(positions="answer")},
     "upper layers": {"recipe": changed(min_layer=1)},
-    "packed": {"engine": lf.Engine(packing=True, narrow=True)},
-    "padded": {"engine": lf.Engine(packing=False, narrow=False, attention="eager")},
-    "not grouped": {"engine": lf.Engine(group_by_length=False)},
-    "float64": {"dtype": torch.float64},
     # all of one process's
     "given heads": {"heads": [(0, 0), (1, 1)]},
     "one example": {"examples": UNEVEN[:1]},
@@ -140,11 +133,13 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *OWN_WAYS])
 def test_every_way_to_train(base, tmp_path, way):
-    how = {**({} if "fitting" in WAYS[way] else {"examples": UNEVEN}), **WAYS[way]}
+    how = {**WAYS, **OWN_WAYS}[way]
     if how.get("fitting") is preferred:
         pytest.importorskip("trl")
+    else:
+        how = {"examples": UNEVEN, **how}
     expected = alone(base, tmp_path / "one", **how)
     for got in together(base, tmp_path / "two", **how):
         assert_same_outcome(got, expected, 1e-12 if how.get("dtype") == torch.float64 else 1e-5)
@@ -211,10 +206,10 @@ def test_answers_and_choices_are_those_of_one_process(base):
 
 @pytest.mark.slow
 def test_a_model_that_torch_has_cut(tmp_path):
-    expected = outcome(tiny_model("llama"), tmp_path / "one", examples=UNEVEN, eval_data=HELD_OUT)
+    expected = outcome_of(tiny_model("llama"), tmp_path / "one", examples=UNEVEN, eval_data=HELD_OUT)
 
     def work(rank):
-        return outcome(row_wise(tiny_model("llama"), 2), tmp_path / "two", examples=UNEVEN, eval_data=HELD_OUT)
+        return outcome_of(row_wise(tiny_model("llama"), 2), tmp_path / "two", examples=UNEVEN, eval_data=HELD_OUT)
 
     for got in in_processes(2, work):
         assert_same_outcome(got, expected)
@@ -240,7 +235,7 @@ def test_it_goes_on_with_any_number_of_processes(tmp_path, processes):
 
     def cut(rank):
         with pytest.raises(KeyboardInterrupt):
-            outcome(parallel(*base, 3), tmp_path / "cut", callbacks=[Stop()])
+            outcome_of(parallel(*base, 3), tmp_path / "cut", callbacks=[Stop()])
 
     in_processes(3, cut)
     if processes == 2:
@@ -270,7 +265,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(base, tmp_path, mo
 
     def work(rank):
         with pytest.raises(ranks.ElsewhereError) as found:
-            outcome(parallel(*base, 2), tmp_path / "cut", recipe, callbacks=[killed_at(3)] * rank)
+            outcome_of(parallel(*base, 2), tmp_path / "cut", recipe, callbacks=[killed_at(3)] * rank)
         return str(found.value)
 
     said, _ = in_processes(2, work, dying={1})
@@ -286,7 +281,7 @@ def test_one_that_fails_is_named_by_the_others(base, tmp_path, monkeypatch):
 
     def work(rank):
         with pytest.raises((OSError, ranks.ElsewhereError)) as found:
-            outcome(parallel(*base, 2), tmp_path / "run", changed(select="random"), callbacks=[Fail()] * rank)
+            outcome_of(parallel(*base, 2), tmp_path / "run", changed(select="random"), callbacks=[Fail()] * rank)
         return str(found.value)
 
     first, second = in_processes(2, work)
@@ -415,7 +410,7 @@ def test_a_real_model_learns_the_same(tmp_path):
     def real(folder, **how):
         model, tokenizer = load_model("smollm2", dtype="float32", device="cpu", **how)
         options = {"output_dir": folder, "engine": PLAIN, "progress": False}
-        return outcome(model, folder, fitting=lambda *_: lf.fit(model, tokenizer, rows, recipe, **options))
+        return outcome_of(model, folder, fitting=lambda *_: lf.fit(model, tokenizer, rows, recipe, **options))
 
     expected = real(tmp_path / "one")
     several = in_processes(3, lambda rank: real(tmp_path / "three", tensor_parallel=True), limit=600.0, timeout=600.0)

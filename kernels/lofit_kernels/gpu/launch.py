@@ -120,11 +120,6 @@ def current_arch(like: torch.Tensor) -> str:
     return _active.arch if _active else tiles.architecture(like.device)
 
 
-def tile_for(kernel: str, like: torch.Tensor, D: int = 1) -> tiles.Tile:
-    """The tile of `kernel` for the device of `like`."""
-    return tiles.tile(kernel, current_arch(like), D)
-
-
 def planned(plan: Callable) -> Callable:
     """plan(arch, *sizes), computed once for the same sizes: called as found(like, *sizes), for the device of `like`.
 

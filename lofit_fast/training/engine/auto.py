@@ -93,9 +93,9 @@ def settle(
 
 
 def with_prompts(attachment: Attachment, engine: Engine) -> Engine:
-    """The engine with what is kept of prompts settled. Raises ValueError where none of it could be used, but was asked.
+    """The engine with its prompt cache settled. Raises ValueError for one that nothing would use, or beside compile.
 
-    Layers that go on from kept prompts are not compiled: each reads its own cache, and would be a graph.
+    Layers that go on from kept prompts are not compiled: each reads a cache of its own and would need its own graph.
     """
     alone = getattr(getattr(attachment, "config", None), "positions", "all") == "answer"
     if not alone:

@@ -12,9 +12,9 @@ from torch import nn
 
 from lofit_fast.patching.architectures import decoder_layers, inputs_of
 from lofit_fast.patching.frozen_linear import compute_in_8_bits, compute_in_full, products_of
-from lofit_fast.patching.layer import plain_tensors
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of
+from lofit_fast.patching.plain_linear import plain_tensors
 from lofit_fast.training.engine.outlier_columns import outlier_columns
 from lofit_kernels.product_kinds import ProductKind, is_fast_on_cpu, kind_for
 

@@ -1,9 +1,12 @@
-"""What the peers' tests share: a wide enough random edit, a batch with a prompt, and logits in float64."""
+"""What the peers' tests share: contrasts, a wide enough random edit, a batch with a prompt, and logits in float64."""
 
 import torch
 
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.tasks.contrast import Contrast
 from tests.tiny_models import tokens
+
+CONTRASTS = [Contrast(f"is {n} odd? ", "yes" if n % 2 else "no", "no" if n % 2 else "yes") for n in range(12)]
 
 
 @torch.no_grad()

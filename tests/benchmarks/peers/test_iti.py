@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from benchmarks.peers import iti
-from lofit_fast.tasks.contrast import Contrast
 from tests.accuracy_rule import check
-from tests.benchmarks.peers.edited import logits
+from tests.benchmarks.peers.edited import CONTRASTS, logits
 from tests.oracle import Hook, vectors_of
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
-
-CONTRASTS = [Contrast(f"is {n} odd? ", "yes" if n % 2 else "no", "no" if n % 2 else "yes") for n in range(12)]
 
 
 def test_iti_shifts_by_the_deviation_along_the_mean_shift():

@@ -17,8 +17,7 @@ from lofit_fast.tasks.task import Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.objectives import Completions, Preferences
 from lofit_fast.training.stage import train_attachment
-from tests.benchmarks.peers.edited import logits, shake
-from tests.benchmarks.peers.test_iti import CONTRASTS
+from tests.benchmarks.peers.edited import CONTRASTS, logits, shake
 from tests.tiny_models import HEAD_DIM, tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 

@@ -5,8 +5,7 @@ import torch
 
 from benchmarks.peers import repe
 from lofit_fast.data.encode import encode_prompt
-from tests.benchmarks.peers.edited import logits
-from tests.benchmarks.peers.test_iti import CONTRASTS
+from tests.benchmarks.peers.edited import CONTRASTS, logits
 from tests.tiny_models import HIDDEN, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 

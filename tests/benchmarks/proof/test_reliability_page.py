@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.proof.reliability.reliability_page import ITEMS, NEEDED, PAGE, RESULTS, page, records
 from benchmarks.proof.reliability.tested_rows import ROWS
-from tests.test_readme import cells_of
+from tests.markdown_tables import cells_of
 
 ROOT = Path(__file__).parents[3]
 ROW = {

@@ -6,6 +6,9 @@ import inspect
 
 import torch
 
+from lofit_fast.data.encode import IGNORED
+from tests.tiny_models import tokens
+
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -243,3 +246,11 @@ def family_model(family: str, seed: int = 0):
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
     return model.eval()
+
+
+def examples(shared=4, lengths=(9, 6, 3)):
+    """Rows of these lengths after a beginning that they share."""
+    beginning = tokens(1, shared, 99)[0].tolist()
+    ids = [[*beginning, 3 + seed, *tokens(1, length, seed)[0].tolist()] for seed, length in enumerate(lengths)]
+    # two runs of labels, with a row between them that nobody reads
+    return [{"input_ids": row, "labels": [IGNORED] * (shared + 1) + row[5:-2] + [IGNORED, row[-1]]} for row in ids]

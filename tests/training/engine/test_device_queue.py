@@ -13,7 +13,7 @@ from lofit_fast.training.cost import peak_memory
 from lofit_fast.training.engine import device_queue
 from lofit_fast.training.engine.device_queue import Sender, current, devices_of, wait_for
 from lofit_fast.training.trainer import AttachmentTraining
-from tests.training.test_trainer import scaled, trainer_on
+from tests.training.small_trainers import scaled, trainer_on
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 

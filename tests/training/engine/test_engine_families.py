@@ -23,8 +23,7 @@ from lofit_fast.training.engine.last_layer import narrowed, narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak
 from tests.library_versions import BY_ROW, called, takes_masks
 from tests.tiny_families import tiny_family
-from tests.tiny_models import tokens
-from tests.training.engine.engine_families import FAMILIES, WRAPPERS, family_model
+from tests.training.engine.engine_families import FAMILIES, WRAPPERS, examples, family_model
 
 # one of each kind; the others are slow in sum only
 QUICK = ("gemma2", "gemma3n", "qwen3_next_dense", "qwen3_5", "deepseek_v3", "gpt_oss", "jamba", "falcon_h1", "llama4")
@@ -42,13 +41,6 @@ LINEAR_LAST = ("qwen3_next_dense", "qwen3_5", "llava_hybrid")
 
 def marked(names):
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def examples(shared=4, lengths=(9, 6, 3)):
-    beginning = tokens(1, shared, 99)[0].tolist()
-    ids = [[*beginning, 3 + seed, *tokens(1, length, seed)[0].tolist()] for seed, length in enumerate(lengths)]
-    # two runs of labels, with a row between them that nobody reads
-    return [{"input_ids": row, "labels": [IGNORED] * (shared + 1) + row[5:-2] + [IGNORED, row[-1]]} for row in ids]
 
 
 def results(model, batch, parameters):

@@ -21,7 +21,7 @@ from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 from tests.oracle import Hook, randomize, vectors_of
 from tests.tiny_models import LAYERS, tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.engine.test_engine import belongings, gradients
+from tests.training.engine.engine_effects import belongings, gradients
 from tests.training.tiny_runs import HELD_OUT, fit
 
 INT8 = Engine(frozen_products="int8")

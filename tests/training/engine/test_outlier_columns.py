@@ -11,7 +11,7 @@ from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.outlier_columns import outlier_columns
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model
-from tests.training.engine.test_engine import belongings, gradients
+from tests.training.engine.engine_effects import belongings, gradients
 
 INT8 = Engine(frozen_products="int8")
 

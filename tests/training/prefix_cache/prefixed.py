@@ -1,17 +1,20 @@
-"""What the tests of the prefix cache share: models with a prefix, sequences, and the scope under test."""
+"""What the tests of the prefix cache share: models with a prefix, sequences, the scope under test, and fits."""
 
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from lofit_fast.training.run_folder import RunFolder
 from tests.library_versions import BY_ROW, taking_rows
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
+from tests.tiny_tokenizers import tiny_tokenizer
 
 COLLATE = CompletionCollator(0, logits=BY_ROW)
 HEADS = [(2, 1), (3, 0), (3, 3)]
@@ -20,6 +23,10 @@ HEADS = [(2, 1), (3, 0), (3, 3)]
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 WINDOW = {"sliding_window": 11, "layer_types": MIXED}
 CHANGES = {"gemma2": WINDOW, "gemma3": WINDOW}
+
+EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
+HELD_OUT = [{"prompt": "a+x=", "completion": "xa"}, {"prompt": "bb+w=", "completion": "wb"}]
+RECIPE = lf.Recipe(top=2, min_layer=2, select_epochs=1, tune_epochs=3)
 
 
 def rows(count=12):
@@ -82,3 +89,35 @@ class Passes:
     def take(self):
         taken, self.tokens = self.tokens, [0] * len(self.tokens)
         return taken
+
+
+def fit(model, folder, gb=1.0, **options):
+    """A fit of EXAMPLES with a prefix cache of at most gb. The model is unpatched after it."""
+    engine = lf.Engine(prefix_cache_gb=gb)
+    options = {"eval_data": HELD_OUT, "progress": False, "engine": engine, **options}
+    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=folder, **options)
+    result.handle.unpatch()
+    return result
+
+
+@contextmanager
+def stopped(monkeypatch):
+    """A scope in which Ctrl-C ends a fit in the second epoch of a step."""
+    append = RunFolder.append_history
+
+    def raising(self, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "append_history", raising)
+        yield
+
+
+def vectors(result):
+    return torch.cat([parameter.detach().flatten() for parameter in result.handle.parameters()])
+
+
+def losses(result):
+    return [value for row in result.history for value in (row["loss"], row["eval_loss"])]

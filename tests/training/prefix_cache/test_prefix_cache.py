@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import lofit_fast as lf
 from lofit_fast.cpu.attention import GROUPED, register
 from lofit_fast.data.collate import kept
 from lofit_fast.data.encode import IGNORED
@@ -16,18 +15,22 @@ from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.prefix_cache.cache import STATES
 from tests.library_versions import BY_ROW
 from tests.tiny_models import FAMILIES, HIDDEN, tokens
-from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.prefix_cache.prefixed import (
     COLLATE,
+    EXAMPLES,
     MIXED,
     ROWS,
     TOKENS,
     Passes,
     cached,
     deep,
+    fit,
+    losses,
     results,
+    stopped,
     stores,
     tuned,
+    vectors,
 )
 
 
@@ -228,34 +231,6 @@ def test_prefix_draws_no_random_numbers(tmp_path):
         assert torch.get_rng_state().equal(before)
 
 
-EXAMPLES = [{"prompt": f"{a}+{b}=", "completion": b + a} for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
-HELD_OUT = [{"prompt": "a+x=", "completion": "xa"}, {"prompt": "bb+w=", "completion": "wb"}]
-RECIPE = lf.Recipe(top=2, min_layer=2, select_epochs=1, tune_epochs=3)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The user's cache folder."""
-    monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def fit(model, folder, gb=1.0, **options):
-    engine = Engine(prefix_cache_gb=gb)
-    options = {"eval_data": HELD_OUT, "progress": False, "engine": engine, **options}
-    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=folder, **options)
-    result.handle.unpatch()
-    return result
-
-
-def vectors(result):
-    return torch.cat([parameter.detach().flatten() for parameter in result.handle.parameters()])
-
-
-def losses(result):
-    return [value for row in result.history for value in (row["loss"], row["eval_loss"])]
-
-
 def test_fit_with_the_prefix_cache(cache, tmp_path):
     model = deep("gemma3")
     plain = fit(model, tmp_path / "plain", gb=0.0)
@@ -286,21 +261,10 @@ def test_fit_shares_the_prefix_with_other_runs(cache, tmp_path):
 
 
 def test_fit_goes_on_with_the_prefix_cache(cache, tmp_path, monkeypatch):
-    from lofit_fast.training.run_folder import RunFolder
-
     model = deep()
     whole = fit(model, tmp_path / "whole", heads=[(2, 1)], eval_data=None)
-    append = RunFolder.append_history
-
-    def raising(self, row):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        append(self, row)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "append_history", raising)
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
+    with stopped(monkeypatch):
+        fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
     resumed = fit(model, tmp_path / "run", heads=[(2, 1)], eval_data=None)
     assert vectors(resumed).equal(vectors(whole))
     assert len(stores(cache / "prefix")) == 1

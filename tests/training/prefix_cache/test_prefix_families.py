@@ -9,8 +9,7 @@ import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
-from tests.training.engine.engine_families import family_model
-from tests.training.engine.test_engine_families import examples
+from tests.training.engine.engine_families import examples, family_model
 
 # layers that read what lower ones have left beside the hidden states: nothing is cached then
 TANGLED = ("gemma3n", "gemma4")

@@ -8,13 +8,11 @@ import torch
 import lofit_fast as lf
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.fit import fit_preferences
-from tests.evaluation.test_logprobs import spread
+from tests.tiny_models import spread
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.prefix_cache.prefixed import Passes, deep, stores
-from tests.training.prefix_cache.test_prefix_cache import cache, vectors
+from tests.training.prefix_cache.prefixed import Passes, deep, stores, vectors
 
 pytest.importorskip("trl")
-assert cache  # a fixture
 
 PAIRS = [
     Preference(f"Q: {name}? A:", f" {name}.", tuple(f" {wrong}!" for wrong in "xyz"[: 1 + number % 3]))

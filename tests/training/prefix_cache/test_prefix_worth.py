@@ -18,10 +18,20 @@ from lofit_fast.training.prefix_cache import proven_store, worth
 from lofit_fast.training.prefix_cache.worth import settled_prefix, worth_of
 from tests.tiny_models import HIDDEN
 from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.prefix_cache.prefixed import ROWS, TOKENS, deep, stores, tuned
-from tests.training.prefix_cache.test_prefix_cache import EXAMPLES, HELD_OUT, RECIPE, cache, fit, losses, vectors
-
-assert cache  # a fixture
+from tests.training.prefix_cache.prefixed import (
+    EXAMPLES,
+    HELD_OUT,
+    RECIPE,
+    ROWS,
+    TOKENS,
+    deep,
+    fit,
+    losses,
+    stopped,
+    stores,
+    tuned,
+    vectors,
+)
 
 
 @pytest.fixture
@@ -124,19 +134,9 @@ def test_fit_with_auto(cache, tmp_path, free, capsys):
 
 
 def test_a_run_goes_on_with_what_auto_was(cache, tmp_path, free, monkeypatch):
-    from lofit_fast.training.run_folder import RunFolder
-
-    model, append = deep(), RunFolder.append_history
-
-    def raising(self, row):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        append(self, row)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "append_history", raising)
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, tmp_path / "run", gb="auto", heads=[(2, 1)])
+    model = deep()
+    with stopped(monkeypatch):
+        fit(model, tmp_path / "run", gb="auto", heads=[(2, 1)])
     # a rule would say no by now
     free.free = 0
     shutil.rmtree(cache / "prefix")

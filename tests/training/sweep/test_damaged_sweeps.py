@@ -22,19 +22,16 @@ from lofit_fast.training.sweep.launched import Launch
 from lofit_fast.training.sweep.run import sweep
 from tests.damaging import VALUES, damaged
 from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.sweep.test_sweep import bare, data, grid_of, run, trainings
+from tests.training.sweep.small_sweeps import grid_of, run, written_base, written_data
 
-assert bare and data and trainings  # fixtures
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """(grid, a finished sweep of two runs, its rows)."""
     folder = tmp_path_factory.mktemp("sound")
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{a}=", "completion": a * 2}) + "\n" for a in "abcdefghij"))
-    grid = grid_of(str(path), tune_lr=[1e-2, 2e-2])
+    grid = grid_of(written_data(folder), tune_lr=[1e-2, 2e-2])
     return grid, folder / "sweep", run(grid, folder / "sweep")
 
 
@@ -240,16 +237,13 @@ def begun(folder, grid, jobs, others=0):
 @pytest.fixture
 def grid_file(tmp_path):
     """A sweep of four runs, each long enough to be killed in."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghij"]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, data = written_base(tmp_path), written_data(tmp_path)
     path = tmp_path / "grid.toml"
     path.write_text(
         f"""
         [base]
-        model = "{tmp_path}/model"
-        data = "{tmp_path}/data.jsonl"
+        model = "{model}"
+        data = "{data}"
         top = 2
         batch_size = 4
         select_epochs = 2

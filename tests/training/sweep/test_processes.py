@@ -12,8 +12,7 @@ from lofit_fast.training.sweep import processes
 from lofit_fast.training.sweep import run as run_module
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
-from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.sweep.small_sweeps import written_base, written_data
 
 SEEDS_AND_RATES = {"seed": [1, 2], "tune_lr": [1e-2, 2e-2]}
 
@@ -24,11 +23,7 @@ def dying(*_):
 
 @pytest.fixture
 def grid(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghij"]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl"), "top": 2, "batch_size": 4}
+    base = {"model": written_base(tmp_path), "data": written_data(tmp_path), "top": 2, "batch_size": 4}
     return parse_grid({"base": {**base, "select_epochs": 1, "tune_epochs": 1}, "grid": SEEDS_AND_RATES})
 
 

@@ -11,8 +11,6 @@ import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.tasks.task import Preference
-from lofit_fast.training import objectives, two_steps
-from lofit_fast.training import summary as report_module
 from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.sweep import one_run as run_module
 from lofit_fast.training.sweep import sweep_folder
@@ -22,47 +20,9 @@ from lofit_fast.training.sweep.sweep_tables import failures
 from tests.library_versions import PICTURES
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+from tests.training.sweep.small_sweeps import BASE, grid_of, run
 
-BASE = {"model": "tiny", "top": 2, "select_epochs": 1, "tune_epochs": 1, "batch_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    """Without the pictures and the answers of each run, which are tested elsewhere."""
-    for name in ("heads_map", "loss_curves"):
-        monkeypatch.setattr(report_module, name, lambda *_: None)
-    monkeypatch.setattr(objectives, "exact_match_accuracy", lambda *_, **__: 0.5)
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"{a}=", "completion": a * 2} for a in "abcdefghij"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    """The stages that were really trained, as (stage, learning rate)."""
-    done = []
-    train = two_steps.train
-
-    def noting(handle, data, schedule, engine, *, folder, **how):
-        done.append((folder.name, schedule.lr))
-        return train(handle, data, schedule, engine, folder=folder, **how)
-
-    monkeypatch.setattr(two_steps, "train", noting)
-    return done
-
-
-def grid_of(data, base=None, **grid):
-    return parse_grid({"base": {**BASE, "data": data, **(base or {})}, "grid": grid})
-
-
-def run(grid, folder, model=None, **options):
-    base = (model or tiny_model("llama"), tiny_tokenizer())
-    return sweep(grid, folder, base=base, progress=False, **options)
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 def tensors(folder):

@@ -13,10 +13,9 @@ from lofit_fast.training.sweep.together_step import JointStep
 from lofit_fast.training.sweep.together_turns import Turn
 from tests.patched_models import snapshot
 from tests.tiny_models import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
-from tests.training.sweep.test_sweep import bare
+from tests.training.sweep.small_sweeps import run
 
-assert bare  # a fixture
+pytestmark = pytest.mark.usefixtures("bare")
 BASE = {"model": "tiny", "top": 2, "select_epochs": 1, "tune_epochs": 2, "batch_size": 4, "max_grad_norm": 0.5}
 
 
@@ -44,19 +43,14 @@ def grid_of(data, tmp_path, base=None, runs=None):
     return parse_grid({"base": {**BASE, "data": data, **(base or {})}, "runs": runs})
 
 
-def run(grid, folder, model=None, **options):
-    base = (model or tiny_model("llama"), tiny_tokenizer())
-    return sweep(grid, folder, base=base, progress=False, **options)
-
-
 def history(folder):
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [row for row in rows if row["stage"] == "tune"]
 
 
 def assert_alike(got, expected, grid):
-    for run in grid.runs:
-        ours, alone = (folder / "runs" / run.name for folder in (got, expected))
+    for planned in grid.runs:
+        ours, alone = (folder / "runs" / planned.name for folder in (got, expected))
         losses = [[x for row in history(folder) for x in row["step_losses"]] for folder in (ours, alone)]
         assert len(losses[0]) == len(losses[1]) > 0
         assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4

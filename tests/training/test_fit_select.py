@@ -196,6 +196,9 @@ def test_step_1_is_shared_by_what_it_depends_on(tmp_path):
         result.handle.unpatch()
         folders.append(len(list(shared.iterdir())))
         assert json.loads((tmp_path / str(number) / "heads.json").read_text())["select"] == recipe.select
+        # what is tuned with other products than the heads were chosen with would be neither's run
+        engines = json.loads((tmp_path / str(number) / "state.json").read_text())["engine"]
+        assert list(engines) == (["tune"] if recipe.select == "random" else ["select", "tune"])
     assert folders == [1, 1, 2]
 
 

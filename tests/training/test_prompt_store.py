@@ -248,3 +248,18 @@ def test_fit_with_kept_prompts_and_without(tmp_path, monkeypatch):
 def test_a_bound_for_vectors_that_act_everywhere_is_refused(tmp_path):
     with pytest.raises(ValueError, match="prompt_cache_gb=1.0 was asked for, but these vectors act on prompts too"):
         fit(tiny_model("llama"), tmp_path, engine=lf.Engine(prompt_cache_gb=1.0))
+
+
+def test_an_interrupt_leaves_no_scope_around(tmp_path):
+    handle = patched(tiny_model("llama"))
+    expected = handle.model(**CompletionCollator(0, logits="all")(ROWS), use_cache=False).loss
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with kept(handle, tmp_path) as collator:
+        hook = handle.model.model.norm.register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handle.model(**collator(ROWS))
+        hook.remove()
+    assert handle.model(**CompletionCollator(0, logits="all")(ROWS), use_cache=False).loss == expected

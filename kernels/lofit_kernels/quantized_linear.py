@@ -68,7 +68,8 @@ class FrozenWeight:
         not seen.
         """
         version = _version_of(self.weight)
-        if version != self._version and (self._packed or self.y_scales is not None):
+        used = self._packed or self.y_scales is not None or self.thin is not None
+        if version != self._version and used:
             raise RuntimeError(
                 "a weight has changed after it was quantized: load weights before the scope of frozen_products"
             )
@@ -94,7 +95,8 @@ class FrozenWeight:
 
     def __deepcopy__(self, memo: dict) -> FrozenWeight:
         # a copied model has weights of its own, which may be given other numbers
-        copied = FrozenWeight(copy.deepcopy(self.weight, memo), KINDS[self.kind])
+        columns = None if self.columns is None else copy.deepcopy(self.columns, memo)
+        copied = FrozenWeight(copy.deepcopy(self.weight, memo), KINDS[self.kind], columns)
         self._copies.append(copied)
         return copied
 

@@ -109,6 +109,8 @@ def chunked_losses(model: nn.Module, head: FrozenHead | None) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        # what a keyboard's interrupt has ended runs no hooks, and would leave the head without rows
+        losses.drop(model, (), None)
 
 
 class _Losses(threading.local):

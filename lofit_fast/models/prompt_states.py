@@ -153,6 +153,8 @@ def going_on(model: nn.Module, slots: Slots, acting: Callable[[], AbstractContex
     finally:
         for hook in hooks:
             hook.remove()
+        # what a keyboard's interrupt has ended runs no hooks
+        drop(model, (), None)
 
 
 class _Going(threading.local):

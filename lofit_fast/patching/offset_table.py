@@ -35,7 +35,7 @@ class OffsetTable(nn.Module):
         self.heads: dict[int, list[int]] = {}
         # whether all is to be folded anew; else only the slots that have changed since
         self.stale, self._changed = True, set()
-        # where the weight was that the table has been folded with
+        # what tells the weight that the table has been folded with
         self._folded_with: tuple | None = None
         self.register_buffer("folded", None, persistent=False)
         self.register_buffer("spread", torch.zeros(0, n_heads * head_dim, dtype=dtype, device=device), persistent=False)
@@ -70,7 +70,7 @@ class OffsetTable(nn.Module):
         size = max(_FIRST_ROOM, len(self.spread))
         while size < room:
             size *= 2
-        where = size, None if weight is None else (weight.data_ptr(), weight.dtype, weight.device)
+        where = size, None if weight is None else _told_by(weight)
         if self.stale or self._changed or where != self._folded_with:
             # adapters come and go in other threads
             with CHANGING, torch.inference_mode(False), torch.no_grad():
@@ -132,6 +132,12 @@ class OffsetTable(nn.Module):
         # the weight beside it may have changed too
         self.stale = True
         return self
+
+
+def _told_by(weight: Tensor) -> tuple:
+    """What tells a weight from another, and from what it was before it was written to, unless through `.data`."""
+    written = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.dtype, weight.device, written
 
 
 def _folds(weight: Tensor, there: dict[int, Vectors], kept: Tensor | None) -> dict[int, Tensor]:

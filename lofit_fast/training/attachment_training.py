@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,12 +71,16 @@ class AttachmentTraining:
         # labels are counted where they are
         counted_on = device if self.sender is None else torch.device("cpu")
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, counted_on)
+        self.begin_step(batches)
         if self.shared is not None:
             n_labels = self.shared.begin(batches)
             items = None if items is None else items.new_tensor(n_labels)
         if self.sender is None:
             return batches, items
         return self.sender.send(batches), self.sender.count(items)
+
+    def begin_step(self, batches: Sequence[Mapping]) -> None:
+        """The batches of a step are here, still where they were made."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's: forward and backward of a batch, whose gradients must be finite."""

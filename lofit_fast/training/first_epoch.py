@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ def first_epoch(
 ) -> Iterator[tuple[Batch, Share]]:
     """The first epoch's batches, in micro-batches, on the model's device, as an engine lays them out.
 
-    Each is what this process has of it, of several in a run, and how much of it that is. order_of: rows by whose length
-    to batch.
+    Each is what this process has of it, of several in a run, and how much that is of its optimizer step: the rows and
+    labels of a share are those of all micro-batches of the step. order_of: rows by whose length to batch.
     """
     check_room(model, [row["input_ids"] for row in rows], 0)
     # of one length, their order is a plain shuffle
@@ -55,8 +56,10 @@ def first_epoch(
         for start in range(0, len(order), size):
             taken = order[start : start + size]
             batch = collator([rows[i] for i in taken])
-            share = batch.pop(SHARE)
-            yield on_device(batch, device), share
+            begin = start - start % recipe.batch_size
+            step = order[begin : begin + recipe.batch_size]
+            whole = {"rows": len(step), "labels": sum(n_labels_of(rows[i]) for i in step)}
+            yield on_device(batch, device), replace(batch.pop(SHARE), **whole)
             bar.update(len(taken))
 
 
@@ -64,4 +67,5 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of all labelled tokens, summed."""
     head = longest_head(model, [{"labels": row.tolist()} for row in batch["labels"]], len(batch["labels"]))
     with torch.enable_grad(), eval_mode(model), selecting_rows(model), chunked_losses(model, head):
-        return model(**batch, use_cache=False).loss * n_labels(batch)
+        # a packed batch says it too
+        return model(**{**batch, "use_cache": False}).loss * n_labels(batch)

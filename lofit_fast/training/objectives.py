@@ -29,6 +29,7 @@ from lofit_fast.data.given_examples import given_examples
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.models.head_trial import chunked_losses, longest_head
+from lofit_fast.models.label_counts import divides_by_count
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.vocabulary import check_ids, check_padding
@@ -103,10 +104,11 @@ class EncodedObjective(Protocol):
         """The rows that `losses` goes through: of `recipe.select_examples` examples, drawn by the seed."""
 
     def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
-        """The loss of each batch of a first epoch over `looked_at`, with its graph, in the order of training.
+        """The losses of a first epoch over `looked_at`, with their graphs, in the order of training.
 
-        engine: a usable one, in whose `prepared` scope the model is. Of several processes in a run each has its own
-        part of every loss; their sum is the loss.
+        One for each micro-batch: those of an optimizer step, `recipe.accumulation_steps` of them but for the last, add
+        up to the step's loss. engine: a usable one, in whose `prepared` scope the model is. Of several processes in a
+        run each has its own part of every loss; their sum is the loss.
         """
 
 
@@ -202,6 +204,7 @@ class EncodedCompletions:
         # both are tried before anything hangs on the head
         logits, largest = logit_rows(self.model, SCOPED), max(schedule.batch_size, schedule.eval_batch_size)
         head = longest_head(self.model, self.rows + self.judged_rows, largest)
+        divides = schedule.accumulation_steps == 1 or divides_by_count(self.model)
         with (
             selecting_rows(self.model),
             chunked_losses(self.model, head),
@@ -213,6 +216,7 @@ class EncodedCompletions:
                 group_by_length=engine.group_by_length,
                 on_epoch=on_epoch,
                 shown=self.shown,
+                divides=divides,
                 callbacks=list(callbacks),
                 args=training_arguments(
                     self.model,
@@ -257,7 +261,7 @@ class EncodedCompletions:
         return [self.rows[i] for i in looked_at(self.n_examples, recipe)]
 
     def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
-        """Mean cross-entropy of each batch."""
+        """What each micro-batch adds to the mean cross-entropy of its step."""
         for batch, share in first_epoch(self.model, self.tokenizer, self.looked_at(recipe), recipe, engine, progress):
             yield share.own(loss_sum(self.model, batch)) / share.labels
 

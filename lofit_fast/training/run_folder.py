@@ -203,11 +203,21 @@ class RunFolder:
         self._update(diverged={"stage": stage, "lr": lr, **where})
 
     def adopt(self, other: RunFolder, heads: Sequence[Head]) -> None:
-        """Take step 1 from another run that has finished it: its epochs, metrics and scores, and `heads` of those."""
+        """Take step 1 from another run that has finished it: its epochs, metrics and scores, and `heads` of those.
+
+        The engine that it ran with comes along: with another one that changes results, the run is another.
+        """
         for row in other.history:
             if row["stage"] == "select":
                 self.append_history(row)
-        self.record("select", other.metrics["select"])
+        own, theirs = self._state(), other._state()
+        begun = {
+            name: {**own.get(name, {}), "select": theirs[name]["select"]}
+            for name in ("engine", "made_with")
+            if "select" in theirs.get(name, {})
+        }
+        metrics = {**own["metrics"], "select": theirs["metrics"]["select"]}
+        self._update(stage=_NEXT["select"], metrics=metrics, **begun)
         self.write_heads(heads, other.scores, other.chosen_by)
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast import ranks
+from lofit_fast.data.collate import n_labels
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
@@ -33,7 +35,9 @@ class LofitTrainer(AttachmentTraining, Trainer):
     """Trains a handle's vectors, or any attachment's parameters, on completions; the rest of it is Trainer's.
 
     handle, l1, on_epoch: see `AttachmentTraining`. group_by_length: draw batches of examples of like length, see
-    `GroupedByLength`. shown: a short text of a training example, by its number from 0.
+    `GroupedByLength`. shown: a short text of a training example, by its number from 0. divides: whether the model's
+    loss is divided by the number of labels that it is called with, see `label_counts`; where it is not, each batch's
+    mean counts by the part that its labels are of the step's. Those that take no such number never are.
     Raises FloatingPointError at the first epoch (on a CPU: step) whose loss or gradient is not finite, see
     `finite_steps`; nothing of that epoch is saved.
     """
@@ -46,6 +50,7 @@ class LofitTrainer(AttachmentTraining, Trainer):
         on_epoch: Callable[[dict], None],
         group_by_length: bool = False,
         shown: Shown | None = None,
+        divides: bool = True,
         **options,
     ) -> None:
         numbers = _numbers(options.get("train_dataset"))
@@ -55,10 +60,20 @@ class LofitTrainer(AttachmentTraining, Trainer):
         with admitted(handle.model):
             super().__init__(model=handle.model, **options)
         self.handle, self.l1, self.on_epoch, self.group_by_length = handle, l1, on_epoch, group_by_length
-        # the model's loss is a mean over the whole accumulated batch already
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides
+        # of each batch of the step that goes on, where its loss is a mean of its own
+        self._parts: deque[float] = deque()
+        # the loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
         leave_in_place(self)
         report_epochs(self, shown)
+
+    def begin_step(self, batches: Sequence[Mapping]) -> None:
+        """Count the labels of each batch, where the model does not divide by those of all."""
+        alone = self.model_accepts_loss_kwargs or len(batches) < 2
+        counted = () if alone else batches
+        counts = [batch[SHARE].labels if SHARE in batch else n_labels(batch) for batch in counted]
+        self._parts = deque(count / max(1, sum(counts)) for count in counts)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's, after a look at a batch of a new shape where that is asked for."""
@@ -77,6 +92,8 @@ class LofitTrainer(AttachmentTraining, Trainer):
         if self.shared is not None:
             counted = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
             loss = self.shared.part_of_labels(loss, counted)
+        if self._parts:
+            loss = loss * self._parts.popleft()
         total = self.noted_loss(loss, self.current_gradient_accumulation_steps)
         return (total, result[1]) if return_outputs else total
 

@@ -69,17 +69,18 @@ class FitResult:
     metrics: dict[str, dict[str, float]]
 
 
-def check_one_answer(rows: Sequence[Encoded]) -> None:
+def check_one_answer(rows: Sequence[Encoded], what: str = "example") -> None:
     """Raise ValueError for an example with several answers: one row has a single place from which vectors may act.
 
-    The prompt of a later answer holds the answers before it, which the vectors would have to leave alone.
+    The prompt of a later answer holds the answers before it, which the vectors would have to leave alone. what: an
+    example is called in the error.
     """
     for number, row in enumerate(rows, start=1):
         learned = [label != IGNORED for label in row["labels"]]
         begins = sum(here and not before for before, here in pairwise([False, *learned]))
         if begins > 1:
             raise ValueError(
-                f"example {number} has {begins} answers, expected 1 for vectors that act on answers alone "
+                f"{what} {number} has {begins} answers, expected 1 for vectors that act on answers alone "
                 "(positions='answer'): learn the last turn of each conversation (train_on='last', --train-on last)"
             )
 
@@ -98,6 +99,8 @@ class TwoSteps:
         self.data = objective.encoded(model, tokenizer, recipe.max_length, self.progress)
         if recipe.positions == "answer":
             check_one_answer(self.data.rows)
+            # whose loss would be that of vectors which act on later prompts too
+            check_one_answer(getattr(self.data, "judged_rows", ()), "evaluation example")
         check_objective(model, objective)
         engine = without_shortcuts(model, engine)
         self.asked, self.engine = engine, self.data.usable(engine, recipe.accumulation_steps)

@@ -234,3 +234,22 @@ def test_another_threads_rows_are_not_withheld():
         other.join()
         shapes.append(model(ids).logits.shape)
     assert shapes == [(1, 3, VOCAB), (1, 0, VOCAB)]
+
+
+def test_an_interrupt_leaves_the_head_its_rows():
+    model = spread(tiny_model("llama"))
+    head, batch = (
+        frozen_head(model),
+        CompletionCollator(0, logits="all")([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]),
+    )
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_pre_hook(interrupted)
+    # whoever has the error, as a notebook does, has all that its frames have
+    with pytest.raises(KeyboardInterrupt) as caught, chunked_losses(model, head):
+        model(**batch)
+    hook.remove()
+    assert caught.tb is not None
+    assert model(**batch).logits.shape == (1, 8, VOCAB)

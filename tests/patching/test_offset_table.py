@@ -7,6 +7,20 @@ from lofit_fast.patching import offset_table
 from tests.tiny_models import tiny_model, tokens
 
 
+def test_a_weight_that_is_written_to_is_folded_anew():
+    model, config = tiny_model("llama"), lf.LofitConfig(offset=[(1, 2)], init_std=0.5)
+    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 0)]))
+    handle.add("a", config, trained=False)
+    handle.set_active("a")
+    with torch.no_grad():
+        model(tokens())
+        model.model.layers[1].self_attn.o_proj.inner.weight.mul_(3)
+        got = model(tokens()).logits
+        handle.unpatch()
+        lf.patch(model, config)
+        torch.testing.assert_close(got, model(tokens()).logits)
+
+
 def test_each_adapter_is_folded_once(monkeypatch):
     folded, fold = [], offset_table.fold_offset
 

@@ -210,6 +210,14 @@ def test_a_conversation_of_several_answers_is_refused():
         check_one_answer([one, two])
 
 
+def test_so_is_one_that_is_evaluated(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    how = {"eval_data": [{"messages": turns}], "output_dir": tmp_path / "run", "heads": [(0, 1)], "progress": False}
+    examples, recipe = [{"messages": turns[:2]}], lf.Recipe(positions="answer")
+    with pytest.raises(ValueError, match="evaluation example 1 has 2 answers, expected 1"):
+        lf.fit(tiny_model("llama"), tiny_tokenizer(chat=True), examples, recipe, **how)
+
+
 def test_stock_trainer_and_its_evaluation():
     from transformers import Trainer, TrainingArguments
 

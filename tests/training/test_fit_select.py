@@ -136,6 +136,14 @@ def test_engines_change_the_rounding_alone():
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
 
 
+def test_a_look_takes_packed_rows():
+    # as flash attention has them, which no CPU has
+    made = tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES), chosen_by("saliency")
+    engines = [lf.Engine(attention="sdpa", compile=False, packing=packing) for packing in (True, False)]
+    packed, padded = (select_untrained(*made, engine=engine, progress=False)[0] for engine in engines)
+    torch.testing.assert_close(packed, padded, rtol=1e-3, atol=1e-3)
+
+
 def test_another_selection_is_another_run(tmp_path):
     model = tiny_model("llama")
     first = fit(model, tmp_path, chosen_by("saliency", select_examples=6))
@@ -188,6 +196,9 @@ def test_step_1_is_shared_by_what_it_depends_on(tmp_path):
         result.handle.unpatch()
         folders.append(len(list(shared.iterdir())))
         assert json.loads((tmp_path / str(number) / "heads.json").read_text())["select"] == recipe.select
+        # what is tuned with other products than the heads were chosen with would be neither's run
+        engines = json.loads((tmp_path / str(number) / "state.json").read_text())["engine"]
+        assert list(engines) == (["tune"] if recipe.select == "random" else ["select", "tune"])
     assert folders == [1, 1, 2]
 
 

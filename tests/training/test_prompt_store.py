@@ -9,6 +9,7 @@ import torch
 import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.models.prompt_states import PROMPTS, going_on, prompt_states
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.training.answer_batches import AnswerCollator, prompts_of, span
 from lofit_fast.training.engine.attention_scope import attending
@@ -247,3 +248,31 @@ def test_fit_with_kept_prompts_and_without(tmp_path, monkeypatch):
 def test_a_bound_for_vectors_that_act_everywhere_is_refused(tmp_path):
     with pytest.raises(ValueError, match="prompt_cache_gb=1.0 was asked for, but these vectors act on prompts too"):
         fit(tiny_model("llama"), tmp_path, engine=lf.Engine(prompt_cache_gb=1.0))
+
+
+class Noted:
+    """A scope that notes who goes in and out, and that no collector of garbage leaves."""
+
+    log: list = []
+
+    def __enter__(self):
+        self.log.append("in")
+
+    def __exit__(self, *error):
+        self.log.append("out")
+
+
+def test_an_interrupt_leaves_no_scope_around(monkeypatch):
+    monkeypatch.setattr(Noted, "log", [])
+    model = tiny_model("llama")
+    with torch.no_grad():
+        states, slots = prompt_states(model.model, [[3, 4, 5]], torch.device("cpu"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model.model.norm.register_forward_pre_hook(interrupted)
+    batch = {"input_ids": torch.tensor([[6]]), "position_ids": torch.tensor([[3]]), PROMPTS: states}
+    with pytest.raises(KeyboardInterrupt), going_on(model, slots, Noted):
+        model(**batch, attention_mask=torch.ones(1, 4, dtype=torch.int64))
+    assert Noted.log == ["in", "out"]

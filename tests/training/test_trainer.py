@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 import lofit_fast as lf
+from lofit_fast.models.label_counts import divides_by_count
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training import LofitTrainer, objectives
 from lofit_fast.training.trainer import AttachmentTraining
@@ -45,6 +46,40 @@ def test_trainer_accumulation_changes_nothing(tmp_path, count):
     assert (results[0] - results[1]).abs().max() <= 1e-6
     for key in ("loss", "l1"):
         assert histories[0][0][key] == pytest.approx(histories[1][0][key], rel=1e-6)
+
+
+class OwnMean(LlamaForCausalLM):
+    """Takes the number of labels, and computes a mean all the same."""
+
+    def forward(self, num_items_in_batch=None, **given):
+        return super().forward(**given)
+
+
+def counting(kind):
+    model = tiny_model("llama")
+    if kind == "own mean":
+        model.__class__ = OwnMean
+    elif kind == "no number":
+        model.accepts_loss_kwargs = False
+    return model
+
+
+@pytest.mark.parametrize("kind", ["own mean", "no number"])
+def test_accumulation_changes_nothing_whatever_a_model_makes_of_the_count(kind, tmp_path):
+    example = [{"prompt": f"{a}=", "completion": a * (1 + i % 4)} for i, a in enumerate("abcdefghijk")]
+    found = []
+    for accumulation in (1, 4):
+        recipe = lf.Recipe(batch_size=8, accumulation_steps=accumulation, tune_epochs=1, tune_lr=1e-1)
+        how = {"output_dir": tmp_path / str(accumulation), "heads": [(0, 1), (2, 2)], "progress": False}
+        result = lf.fit(counting(kind), tiny_tokenizer(), example, recipe, engine=lf.Engine(compile=False), **how)
+        found.append((result.history[0]["loss"], vectors(result.handle)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_divides_its_loss_by():
+    assert divides_by_count(tiny_model("llama"))
+    assert not divides_by_count(counting("own mean"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])

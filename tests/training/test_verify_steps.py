@@ -7,7 +7,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.patching import layer as layer_module
-from lofit_fast.training import Engine
+from lofit_fast.training import Engine, prepared
 from lofit_fast.training.verify_steps import TOLERANCE, StepCheck, plain_layers
 from tests.oracle import randomize
 from tests.tiny_models import tiny_model, tokens
@@ -86,3 +86,21 @@ def test_a_look_changes_no_bit_of_a_run(tmp_path, recipe, capsys):
 def test_who_cannot_be_looked_at_says_so(tmp_path):
     with pytest.raises(TypeError, match="verify"):
         Engine(verify="auto")
+
+
+def test_products_in_8_bits_are_no_fault_of_the_layers(monkeypatch):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
+    randomize(handle, 0.1)
+    ids = tokens(4, 12)
+
+    def looked(say):
+        check = StepCheck(handle, say)
+        check.look({"input_ids": ids}, lambda: handle.model(ids, labels=ids, use_cache=False).loss)
+        check.close()
+        return check.fell_back
+
+    with prepared(handle.model, Engine(frozen_products="int8")):
+        assert not looked(pytest.fail)
+        right = layer_module.quantized_linear
+        monkeypatch.setattr(layer_module, "quantized_linear", lambda *given: -right(*given))
+        assert looked(str)

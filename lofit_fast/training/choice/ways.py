@@ -53,7 +53,9 @@ WAYS: dict[str, Way] = {
     "early_stop": Trained("scale", head_scores, lambda recipe: [SettledHeads(recipe.top, recipe.min_layer)]),
     "bias_norm": Trained("offset", offset_norms),
     "saliency": Untrained(
-        lambda handle, losses, recipe: saliency_scores(handle, losses, recipe.l1, whole_gradients(handle.model))
+        lambda handle, losses, recipe: saliency_scores(
+            handle, losses, recipe.l1, whole_gradients(handle.model), recipe.accumulation_steps
+        )
     ),
     "random": Untrained(lambda handle, losses, recipe: random_scores(handle.model, recipe.seed), looks=False),
 }

@@ -62,6 +62,9 @@ def marked_batches(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        # what a keyboard's interrupt has ended runs no hooks
+        while entered.tokens:
+            leave(model, (), None)
 
 
 class _Entered(threading.local):

@@ -49,6 +49,15 @@ def test_saliency_is_the_push_that_adam_would_give(llama, penalised):
     assert (expected[~pushed] < 1e-4).all()
 
 
+def test_saliency_of_parts_is_that_of_their_sums(llama):
+    rows = tokens(batch=5)
+    handle = patch(llama, LofitConfig(scale="all", init_std=0.0))
+    whole = [llama(input_ids=rows[i : i + 2], labels=rows[i : i + 2], use_cache=False).loss for i in (0, 2, 4)]
+    halves = [loss * part for loss, part in zip(batch_losses(llama, rows), (0.5, 0.5, 0.5, 0.5, 1.0), strict=True)]
+    got, expected = saliency_scores(handle, iter(halves), parts=2), saliency_scores(handle, whole)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_saliency_past_a_large_penalty_orders_by_what_comes_closest(llama):
     handle = patch(llama, LofitConfig(scale="all", init_std=0.0))
     scores = saliency_scores(handle, batch_losses(llama, tokens(batch=2)), l1=10.0)

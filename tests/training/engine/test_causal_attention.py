@@ -163,6 +163,16 @@ def test_a_failed_step_leaves_nothing_behind(llama):
     assert all(given is not None for given, *_ in masks_given(llama, lambda: llama(ids, attention_mask=mask)))
 
 
+def test_nor_does_an_interrupted_one(llama):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with attending(llama, CAUSAL), pytest.raises(KeyboardInterrupt):
+        llama.lm_head.register_forward_pre_hook(interrupted)
+        llama(**CompletionCollator(0, logits="columns")(rows()))
+    assert not PADDED_RIGHT.get()
+
+
 def test_whoever_pads_on_the_right_can_say_so(llama):
     ids, mask = padded([row["input_ids"] for row in rows()], 0)
     with padded_on_the_right():

@@ -166,11 +166,20 @@ def test_a_copy_made_inside_says_that_its_scope_is_over(llama):
     llama.requires_grad_(False)
     with prepared(llama, INT8):
         copied = copy.deepcopy(llama)
-        assert torch.isfinite(copied(tokens()).logits).all()
+        assert copied(tokens()).logits.equal(llama(tokens()).logits)
     with torch.no_grad():
         assert copied(tokens()).logits.equal(llama(tokens()).logits)
     with pytest.raises(RuntimeError, match="after its scope had ended"):
         copied(tokens())
+
+
+def test_a_weight_that_changes_before_its_first_use_is_noticed(llama):
+    llama.requires_grad_(False)
+    with prepared(llama, INT8):
+        # its columns in full are known already
+        llama.model.layers[0].mlp.up_proj.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="a weight has changed after it was quantized"):
+            llama(tokens())
 
 
 def test_merging_inside_is_refused_and_works_afterwards(llama):

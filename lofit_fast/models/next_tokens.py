@@ -45,7 +45,9 @@ def check_next_tokens(model: nn.Module) -> None:
 
 def _calls_causal_loss(model: nn.Module) -> bool:
     """Whether the forward of the model's class computes its loss by transformers' own for causal models."""
-    if "forward" in vars(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    # accelerate's moves inputs between devices, and goes on with the class's
+    replaced = "forward" in vars(model) and not hasattr(model, "_hf_hook")
+    if replaced or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     try:
         source = inspect.getsource(type(model).forward)

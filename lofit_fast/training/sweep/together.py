@@ -256,16 +256,16 @@ def check_plain_loss(model: nn.Module) -> None:
     try:
         with trying(model):
             out = model(**batch, use_cache=False)
+        loss, logits = out.loss, out.logits.flatten(0, -2).float()
+        plain = cross_entropy(logits, following.flatten(), ignore_index=IGNORED)
+        # one sum in another order, in the dtype that the model computes its loss in
+        exact = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps)
     # it needs more than tokens, or cannot run here: a step says by itself what is wrong
     except Exception:
         return
-    plain = cross_entropy(out.logits.flatten(0, -2).float(), following.flatten(), ignore_index=IGNORED)
-    # one sum in another order, in the dtype that the model computes its loss in
-    exact = max(torch.finfo(out.loss.dtype).eps, torch.finfo(torch.float32).eps)
-    allowed = min(rounding(model), 100 * exact)
-    if not torch.isclose(out.loss.double(), plain.double(), rtol=allowed, atol=0.0):
+    if not torch.isclose(loss.double(), plain.double(), rtol=min(rounding(model), 100 * exact), atol=0.0):
         raise ValueError(
-            f"runs cannot be trained together in a {type(model).__name__}, whose loss is {out.loss:.6g} where the "
+            f"runs cannot be trained together in a {type(model).__name__}, whose loss is {loss:.6g} where the "
             f"cross-entropy of its logits is {plain:.6g} (output_router_logits=True adds a penalty, say): expected "
             "together=1"
         )

@@ -136,7 +136,7 @@ class Completions:
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
     ) -> EncodedCompletions:
         """Raises ValueError for no examples, one without labels, or one that does not fit max_length or the context,
-        and for a model whose loss is not of next tokens."""
+        and for a model that is no decoder, or whose loss is not of next tokens."""
         return EncodedCompletions(model, tokenizer, self.train, self.evaluation, max_length, progress)
 
 

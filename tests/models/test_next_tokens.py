@@ -1,4 +1,4 @@
-"""A training on completions wants a loss of next tokens: models of another are refused, and no others."""
+"""Training on answers wants next tokens from those before them: models of another kind are refused, and no others."""
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -11,6 +11,15 @@ from tests.tiny_others import tiny_other
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES, assert_same_state, state_of
 
+OF_ITSELF, OF_LATER = "compares the logits at each token with that token", "see those that come after them"
+
+
+def undecided():
+    model = tiny_family("roberta")
+    config = model.config
+    config.is_decoder = False
+    return type(model)(config).eval()
+
 
 class Halved(LlamaForCausalLM):
     """A forward of its own, whose loss is of next tokens all the same."""
@@ -21,25 +30,45 @@ class Halved(LlamaForCausalLM):
         return out
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_family("bart"), lambda: tiny_family("cpmant"), lambda: tiny_other("t5")])
-def test_a_loss_of_the_tokens_themselves_is_refused(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny_family("bart"), OF_ITSELF),
+        (lambda: tiny_family("cpmant"), OF_ITSELF),
+        (lambda: tiny_other("t5"), OF_LATER),
+        (lambda: tiny_other("bert"), OF_LATER),
+        (undecided, OF_LATER),
+    ],
+    ids=["bart", "cpmant", "t5", "masked bert", "roberta"],
+)
+def test_what_predicts_other_tokens_is_refused(make, message, tmp_path):
     model = make()
     before = state_of(model)
-    with pytest.raises(ValueError, match="compares the logits at each token with that token"):
+    with pytest.raises(ValueError, match=message):
         lf.fit(model, tiny_tokenizer(), EXAMPLES, output_dir=tmp_path / "run", progress=False)
     assert_same_state(model, before)
     assert not (tmp_path / "run").exists()
 
 
-def test_other_losses_of_next_tokens_are_not():
+def test_preferences_have_a_loss_of_their_own():
+    check_next_tokens(tiny_family("bart"), own_loss=False)
+    with pytest.raises(ValueError, match=OF_LATER):
+        check_next_tokens(undecided(), own_loss=False)
+
+
+def test_decoders_are_not():
     passes = []
-    for model in (tiny_model("gemma2"), tiny_family("gpt2"), tiny_family("mixtral")):
+
+    def counted(model):
         model.register_forward_pre_hook(lambda *_: passes.append(1))
         check_next_tokens(model)
-    # transformers' own is known
+
+    for model in (tiny_model("gemma2"), tiny_family("gpt2"), tiny_family("mixtral")):
+        counted(model)
+    # by their code
     assert not passes
     model = tiny_model("llama")
     model.__class__ = Halved
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    check_next_tokens(model)
-    assert passes == [1]
+    for tried in (model, tiny_family("roberta"), tiny_family("reformer")):
+        counted(tried)
+    assert len(passes) == 3

@@ -35,7 +35,7 @@ class Halved(LlamaForCausalLM):
     [
         (lambda: tiny_family("bart"), OF_ITSELF),
         (lambda: tiny_family("cpmant"), OF_ITSELF),
-        (lambda: tiny_other("t5"), OF_LATER),
+        (lambda: tiny_other("t5"), f"{OF_ITSELF}|{OF_LATER}"),
         (lambda: tiny_other("bert"), OF_LATER),
         (undecided, OF_LATER),
     ],

@@ -9,7 +9,7 @@ import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
-from lofit_fast.training.sweep.together import check_plain_loss
+from lofit_fast.training.sweep.together import check_no_dropout, check_plain_loss
 from lofit_fast.training.sweep.together_step import JointStep
 from lofit_fast.training.sweep.together_turns import Turn
 from tests.patched_models import snapshot
@@ -162,6 +162,12 @@ def test_what_cannot_be_had_together_is_refused_first(data, tmp_path, base, opti
 def test_dropout_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="a model with dropout"):
         run(grid_of(data, tmp_path), tmp_path / "refused", tiny_model("llama", attention_dropout=0.1), together=2)
+
+
+def test_so_are_routers_that_draw_random_numbers():
+    check_no_dropout(tiny_family("mixtral"))
+    with pytest.raises(ValueError, match="PhimoeTopKRouter has router_jitter_noise=0.01"):
+        check_no_dropout(tiny_family("phimoe"))
 
 
 def test_so_is_a_loss_that_is_more_than_cross_entropy():

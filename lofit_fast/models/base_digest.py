@@ -94,7 +94,8 @@ def weights_of(modules: Iterable[nn.Module]) -> list[str]:
 def dropout_of(module: nn.Module) -> str | None:
     """Why two passes through a module differ in training mode; None where it drops nothing."""
     kind = type(module).__name__
-    rate = ("p", "dropout") if "Dropout" in kind else ("dropout",)
+    # routers of experts draw too
+    rate = ("p", "dropout") if "Dropout" in kind else ("dropout", "jitter_noise", "jitter_eps")
     floats = {name: x for name, x in vars(module).items() if isinstance(x, float) and x > 0}
     positive = [f"{name}={x}" for name, x in floats.items() if name.endswith(rate)]
     return f"{kind} has {positive[0]}, so no two passes are the same" if positive else None

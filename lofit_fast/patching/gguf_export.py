@@ -56,6 +56,7 @@ def export_gguf(
         raise ValueError(f"expected gguf_type to be one of {', '.join(GGUF_TYPES)}, got {gguf_type!r}")
     handle.check_live()
     handle.check_everywhere("export")
+    handle.check_own("export")
     check_whole(handle.model, "export")
     check_served("llama.cpp", type(handle.model), True)
     check_mergeable(handle.model, handle.layers, in_place=False)

@@ -187,6 +187,9 @@ class LofitLinear(nn.Module):
         """
         weight, bias = plain
         y = nn.functional.linear(z, weight, bias)
+        if self._heads["scale"] is None and self._heads["offset"] is None:
+            # adapters beside the handle's own alone have vectors here
+            return y
         if self._heads["scale"] is not None or (weight.requires_grad and torch.is_grad_enabled()):
             return torch.where(mask, self._fused(z, plain), y)
         offset, heads = self._vectors("offset")

@@ -64,9 +64,10 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
 
     peft_method: "beft", a bias per projection, or "lora", for software that knows LoRA alone: matrices of zeros with
     `lora_bias`. The folder has W v in float32. W is that of the base in memory: the adapter fits no other base.
-    Returns the folder. Raises ValueError for an unknown method, scales, vectors that act on answers alone, projections
-    that are not plain, a model with other adapters around it, or a folder with another adapter; ImportError without
-    peft; OSError when the folder cannot be written. Nothing is left behind then.
+    Returns the folder. Raises ValueError for an unknown method, scales, vectors that act on answers alone, another
+    adapter than the handle's own that is active, projections that are not plain, a model with other adapters around
+    it, or a folder with another adapter; ImportError without peft; OSError when the folder cannot be written. Nothing
+    is left behind then.
     """
     if peft_method not in PEFT_METHODS:
         raise ValueError(f"expected peft_method to be one of {', '.join(PEFT_METHODS)}, got {peft_method!r}")
@@ -75,9 +76,11 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
     method = PEFT_METHODS[peft_method]
     handle.check_live()
     handle.check_everywhere("export")
+    handle.check_own("export")
     check_whole(handle.model, "export")
     names = _names_of(handle)
-    constants = {names[number]: _constant(number, layer, method) for number, layer in handle.layers.items()}
+    layers = handle.layers_with(handle.own_name, "export")
+    constants = {names[number]: _constant(number, layer, method) for number, layer in layers.items()}
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists() and CONFIG_FILE not in written_sums(folder):
         raise ValueError(f"{folder} holds an adapter that lofit_fast.export has not written: choose another folder")

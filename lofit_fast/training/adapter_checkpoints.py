@@ -49,8 +49,8 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         save_base: False takes the frozen base's weights out of each checkpoint again once Trainer has written it. What
             else is trained (a classifier's head) stays. Trainer then lists the base's keys as missing when it resumes.
 
-    Raises ValueError when a run resumes from a checkpoint without vectors, or with those of other heads; the model
-    then keeps the vectors it had.
+    Of several adapters the handle's own is kept. Raises ValueError when a training begins while another is active, or
+    resumes from a checkpoint without vectors, or with those of other heads; the model then keeps the vectors it had.
     """
 
     def __init__(self, handle: LofitHandle | None = None, *, save_base: bool = True) -> None:
@@ -76,7 +76,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
 
         def write(models: list, weights: list, folder: str) -> None:
             if accelerator.is_main_process or self.handle.in_parts:
-                self.handle.save(Path(folder) / FOLDER)
+                self.handle.save(Path(folder) / FOLDER, self.handle.own_name)
 
         def read(models: list, folder: str) -> None:
             adapter = read_adapter(Path(folder) / FOLDER)
@@ -124,6 +124,8 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
     ) -> None:
         """After a checkpoint was loaded: its vectors."""
         self._find(model)
+        # whose vectors would be in no checkpoint
+        self.handle.check_own("keep checkpoints")
         if state.is_hyper_param_search:
             raise ValueError("AdapterCheckpoints cannot follow a hyperparameter search: its runs share one adapter")
         # a run that begins has made no step yet
@@ -172,7 +174,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         if not (args.should_save or self.handle.in_parts):
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.handle.save(checkpoint / FOLDER)
+        self.handle.save(checkpoint / FOLDER, self.handle.own_name)
         if args.should_save and not self.save_base:
             _drop_frozen(self.handle.model, checkpoint)
 
@@ -190,7 +192,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             check_fits(adapter, self.handle.fingerprint)
             self.handle.take(adapter)
         if args.should_save or self.handle.in_parts:
-            self.handle.save(Path(args.output_dir) / FOLDER)
+            self.handle.save(Path(args.output_dir) / FOLDER, self.handle.own_name)
 
     def _gather(self) -> None:
         parts = [v.to_local().clone() for v in self.handle.vectors().values()]

@@ -26,6 +26,7 @@ from lofit_fast.evaluation.logprobs import RENDERED, reference_logprobs
 from lofit_fast.extras import needing
 from lofit_fast.models.head_trial import longest_head
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.next_tokens import check_next_tokens
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.placement import device_of
@@ -63,6 +64,8 @@ class EncodedPreferences:
         progress: bool = False,
     ) -> None:
         check_language_model(model)
+        # DPO's log-probabilities are shifted here
+        check_next_tokens(model, own_loss=False)
         _preference_trainer()
         preferences = preferences_of(preferences)
         if not preferences:

@@ -31,6 +31,7 @@ from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.label_counts import divides_by_count
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
+from lofit_fast.models.next_tokens import check_next_tokens
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import text_config
@@ -134,7 +135,8 @@ class Completions:
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
     ) -> EncodedCompletions:
-        """Raises ValueError for no examples, one without labels, or one that does not fit max_length or the context."""
+        """Raises ValueError for no examples, one without labels, or one that does not fit max_length or the context,
+        and for a model that is no decoder, or whose loss is not of next tokens."""
         return EncodedCompletions(model, tokenizer, self.train, self.evaluation, max_length, progress)
 
 
@@ -147,6 +149,7 @@ class EncodedCompletions:
         self, model: nn.Module, tokenizer, train: Examples, evaluation: Examples, max_length, progress: bool = False
     ) -> None:
         check_language_model(model)
+        check_next_tokens(model)
         self.model, self.tokenizer, limit = model, tokenizer, token_limit(model, max_length)
         self.rows = encode_all(tokenizer, given_examples(train), limit, progress=progress)
         if not self.rows:

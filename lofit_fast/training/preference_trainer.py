@@ -15,13 +15,16 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
 from lofit_fast import ranks
-from lofit_fast.data.collate import Batch, Logits
+from lofit_fast.data.collate import Batch, Logits, on_device
 from lofit_fast.data.encode import IGNORED, Encoded, pad_token_id
 from lofit_fast.data.lengths import GroupedByLength
-from lofit_fast.data.padding import padded_on_the_right
+from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs, labelled_rows, long_log_probs, n_following
 from lofit_fast.models.linear_loss import FrozenHead
 from lofit_fast.models.logit_rows import logit_rows
+from lofit_fast.models.trials import difference, rounding, trial_examples, trying
+from lofit_fast.patching.answer_positions import answers_of
+from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.attachment_training import AttachmentTraining
 from lofit_fast.training.engine.attachment import Attachment
@@ -37,7 +40,8 @@ class ReferencedDPOTrainer(DPOTrainer):
 
     Nothing is tokenized again, and no reference is computed, or loaded as a second model: TRL's own way would compute
     it from the active model, adapter and all. Use it with DPOConfig(precompute_ref_log_probs=True). Sends no telemetry.
-    On a CPU logits are made for labelled tokens only, where TRL would make all; the loss is TRL's.
+    On a CPU logits are made for labelled tokens only, where TRL would make all; the loss is TRL's. Elsewhere they are
+    so for a model whose log-probabilities TRL's own head does not find, see `trl_agrees`.
     head: of `models.head_trial.frozen_head`, for answers whose logits would be too large at once; None makes them all.
     TRL puts a forward of its own on the model, which stays: take "forward" out of vars(model) afterwards.
     """
@@ -46,8 +50,9 @@ class ReferencedDPOTrainer(DPOTrainer):
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
         with admitted(model), _unhashed(model):
             super().__init__(model=model, **options)
-        if device_of(model).type == "cpu":
-            model.forward = labelled_only(given, logits, head)
+        ours = labelled_only(given, logits, head)
+        if device_of(model).type == "cpu" or not trl_agrees(model, ours):
+            model.forward = ours
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -187,6 +192,34 @@ def _with(add: Callable | None, collate: Callable) -> Callable[[list[dict]], Bat
 
 def _length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+def trl_agrees(model: nn.Module, ours: Callable) -> bool:
+    """Whether a model with TRL's output head gives the log-probabilities of its own logits: tried on a few tokens.
+
+    TRL takes what leaves the decoder to the head, and knows caps and scales by some names that configs have for them.
+    A model that does anything else in between, or to its logits, would be trained on others than its reference's.
+    ours: of `labelled_only`. Where that cannot be tried, TRL is taken at its word.
+    """
+    rows, theirs = trial_examples(model), model.forward
+    ids, mask = padded([row["input_ids"] for row in rows], 0)
+    labels = rectangle([row["labels"] for row in rows], IGNORED)
+    batch = on_device({"input_ids": ids, "attention_mask": mask, "labels": labels}, device_of(model))
+
+    def log_probs(forward: Callable) -> Tensor | None:
+        """(1, B (S - 1)), or None where a forward raises whatever it may raise."""
+        model.forward = forward
+        try:
+            return model(**batch, fused_lm_head=True).log_probs.reshape(1, -1)
+        except Exception:
+            return None
+        finally:
+            model.forward = theirs
+
+    with trying(model), padded_on_the_right(), acting_on(model, answers_of(batch["labels"])):
+        expected = log_probs(ours)
+        got = None if expected is None else log_probs(theirs)
+    return expected is None or (got is not None and difference(got, expected) <= rounding(model))
 
 
 def labelled_only(given: Callable, logits: Logits = "rows", head: FrozenHead | None = None) -> Callable:

@@ -70,8 +70,8 @@ class LofitTrainer(AttachmentTraining, Trainer):
 
     def begin_step(self, batches: Sequence[Mapping]) -> None:
         """Count the labels of each batch, where the model does not divide by those of all."""
-        alone = self.model_accepts_loss_kwargs or len(batches) < 2
-        counted = () if alone else batches
+        divides = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        counted = () if divides or len(batches) < 2 else batches
         counts = [batch[SHARE].labels if SHARE in batch else n_labels(batch) for batch in counted]
         self._parts = deque(count / max(1, sum(counts)) for count in counts)
 

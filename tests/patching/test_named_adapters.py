@@ -413,6 +413,14 @@ def test_answer_adapters_act_on_each_rows_answer(tmp_path):
         begins = (3, 5, 6)[row] - 1
         base = shared.alone(None, lambda m, row=row: logits(m, ids[row : row + 1]))
         assert torch.allclose(got[row, :begins], base[0, :begins], atol=1e-5)
+    # the handle's own, which has no vectors in some of the layers that the others have
+    single = lf.load(tiny_model("llama"), shared.folders["default"])
+    assert set(handle.layers) > set(single.layers)
+    handle.set_active("default")
+    given = {"labels": labels, "use_cache": False}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert relative(shared.model(ids, **given).logits, single.model(ids, **given).logits) < 1e-5
     handle.set_active(None)
     # the base asks nobody where answers begin
     logits(shared.model, ids)

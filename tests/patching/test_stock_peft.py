@@ -125,3 +125,18 @@ def test_a_damaged_folder_is_noticed(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2}))
     with pytest.raises(ValueError, match="does not compute in PEFT what the patched model does"):
         verify_peft(handle, tmp_path)
+
+
+def test_of_several_adapters_the_handles_own_is_written_where_it_is_active(tmp_path):
+    handle = patched(tiny_model("llama"))
+    expected = logits(handle.model)
+    # in a layer that the handle's own leaves alone
+    handle.add("other", lf.LofitConfig(offset=[(1, 2)], init_std=0.5))
+    lf.export(handle, tmp_path / "own", target="peft")
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "own").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    handle.set_active("other")
+    for target in ("peft", "llama.cpp", "transformers"):
+        with pytest.raises(ValueError, match="cannot export while 'other' is active"):
+            lf.export(handle, tmp_path / target, target=target)
+        assert not (tmp_path / target).exists()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,3 +260,17 @@ def test_lora_beside_lofit_resumes_too(tmp_path):
     stock(again, tmp_path, [lf.AdapterCheckpoints(again)]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(trained(whole)) == 4 + 6
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
+
+
+def test_of_several_adapters_the_handles_own_is_kept(tmp_path):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset=[(0, 1)], init_std=0.1))
+    handle.add("other", lf.LofitConfig(offset=[(1, 2)]))
+    callback, begun = lf.AdapterCheckpoints(handle), SimpleNamespace(is_hyper_param_search=False, global_step=0)
+    callback.on_train_begin(None, begun, None, model=handle.model)
+    handle.set_active("other")
+    with pytest.raises(ValueError, match="cannot keep checkpoints while 'other' is active"):
+        callback.on_train_begin(None, begun, None, model=handle.model)
+    # it may have been made active since
+    where = SimpleNamespace(load_best_model_at_end=False, should_save=True, output_dir=str(tmp_path))
+    callback.on_train_end(where, begun, None)
+    assert lf.load(tiny_model("llama"), tmp_path / "lofit" / "adapter").config.offset == ((0, 1),)

@@ -8,9 +8,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import lofit_fast as lf
 from lofit_fast.data.encode import IGNORED, encode
+from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.tasks.task import Example, Preference
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.encoded_preferences import draw_rejected
@@ -147,6 +149,31 @@ def test_labelled_only_answers_as_trl_does():
     for name in names:
         assert (mine[name].float() - theirs[name].float()).abs().max() <= 2e-5, name
     assert mine.log_probs.abs().sum() > 1
+
+
+class Halved(LlamaForCausalLM):
+    """Does something to its logits of which no config tells."""
+
+    def forward(self, *given, **more):
+        out = super().forward(*given, **more)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_head_that_trl_does_not_know_is_found():
+    from trl.trainer.utils import add_fused_lm_head
+
+    from lofit_fast.training.preference_trainer import labelled_only, trl_agrees
+
+    for family, kind, expected in (("gemma2", None, True), ("llama", None, True), ("llama", Halved, False)):
+        model = tiny_model(family)
+        model.__class__ = kind or type(model)
+        randomize(lf.patch(model, lf.LofitConfig(offset="all", positions="answer")), 0.1)
+        ours = labelled_only(model.forward, logit_rows(model))
+        add_fused_lm_head(model)
+        theirs = model.forward
+        assert trl_agrees(model, ours) is expected
+        assert model.forward == theirs
 
 
 def test_labelled_only_passes_on_what_routers_lose():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lofit_fast.patching.architectures import decoder_layers, inputs_of
+from lofit_fast.patching.architectures import decoder_layers, inputs_of, text_config
 from lofit_fast.patching.frozen_linear import compute_in_8_bits, compute_in_full, products_of
 from lofit_fast.patching.peft_layers import is_tuner_layer
 from lofit_fast.patching.placement import device_of, dtype_of
@@ -30,7 +30,7 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
     they are first used, once for each direction, and must not change inside the scope. Afterwards every module is as
     it was. On entering, one forward without gradients finds the columns of inputs that y takes in full, see
     `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take,
-    computes in full; a warning says how many there are.
+    computes in full, and so do routers of experts; a warning says how many there are.
 
     Raises:
         ValueError: before anything is changed, where the device, the model or its dtype does not allow it.
@@ -102,13 +102,14 @@ def frozen_linears(model: nn.Module, kind: ProductKind) -> tuple[list[nn.Linear]
     taken: list[nn.Linear] = []
     left: Counter[str] = Counter()
     seen: set[int] = set()
+    experts = _expert_counts(model)
     for layer in decoder_layers(model):
         of_tuners = {id(part) for module in layer.modules() if is_tuner_layer(module) for part in module.modules()}
         for module in layer.modules():
             if id(module) in seen or not _is_linear(module):
                 continue
             seen.add(id(module))
-            reason = _why_in_full(module, kind, id(module) in of_tuners)
+            reason = _why_in_full(module, kind, id(module) in of_tuners, experts)
             if reason is None:
                 taken.append(module)
             else:
@@ -121,8 +122,19 @@ def _is_linear(module: nn.Module) -> bool:
     return inputs_of(module) is not None and not any(inputs_of(part) for part in module.children())
 
 
-def _why_in_full(linear: nn.Module, kind: ProductKind, of_tuner: bool) -> str | None:
-    """What keeps a linear from being computed in 8 bits, as a phrase after a number; None where nothing does."""
+def _expert_counts(model: nn.Module) -> set[int]:
+    """The outputs that a router of the model's experts may have; none in a model without experts."""
+    settings = vars(text_config(model)).items()
+    counts = {value for name, value in settings if name.endswith("experts") and type(value) is int and value > 1}
+    # a gate of shared experts has one
+    return counts | {1} if counts else counts
+
+
+def _why_in_full(linear: nn.Module, kind: ProductKind, of_tuner: bool, experts: set[int]) -> str | None:
+    """What keeps a linear from being computed in 8 bits, as a phrase after a number; None where nothing does.
+
+    experts: numbers of outputs that routers have.
+    """
     if of_tuner:
         return "under LoRA"
     if products_of(linear) is not None:
@@ -133,6 +145,9 @@ def _why_in_full(linear: nn.Module, kind: ProductKind, of_tuner: bool) -> str | 
     weight, bias = plain
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "not frozen"
+    if weight.shape[0] in experts:
+        # rounded a little otherwise, it would choose other experts
+        return "with as many outputs as there are experts"
     if weight.is_meta or weight.dtype not in _DTYPES or any(size % kind.multiple for size in weight.shape):
         return f"of a size or dtype that {kind.name} does not take"
     return None

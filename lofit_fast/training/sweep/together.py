@@ -13,16 +13,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
+from torch.nn.functional import cross_entropy, pad
 from tqdm.auto import tqdm
 
 from lofit_fast.config import LofitConfig
-from lofit_fast.data.encode import pad_token_id
+from lofit_fast.data.collate import CompletionCollator, on_device
+from lofit_fast.data.encode import IGNORED, pad_token_id
 from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
-from lofit_fast.models.trials import remembering
+from lofit_fast.models.trials import remembering, rounding, trial_examples, trying
 from lofit_fast.patching.handle import LofitHandle, patch
+from lofit_fast.patching.placement import device_of
 from lofit_fast.training.begun_with import begun_with
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.auto import said
@@ -110,7 +114,7 @@ class _Member:
 class TogetherRunner(Runner):
     """run -> row, as `Runner`, of several runs at a time. grid, folder, base, options: as there.
 
-    Raises ValueError for a task of preferences or a model with dropout too.
+    Raises ValueError for a task of preferences, a model with dropout or a loss of its own too.
     """
 
     def __init__(self, grid: Grid, folder: Path, base: tuple[nn.Module, object] | None = None, **options) -> None:
@@ -119,6 +123,7 @@ class TogetherRunner(Runner):
         if any(task.preferences for task in self._tasks.values()):
             raise ValueError("runs on preferences cannot be trained together: expected together=1")
         check_no_dropout(self.model)
+        check_plain_loss(self.model)
         self._found: dict[str, FitResult | Exception] = {}
         self._resume: dict[str, bool] = {}
 
@@ -238,4 +243,29 @@ def check_no_dropout(model: nn.Module) -> None:
         raise ValueError(
             f"runs cannot be trained together in a model with dropout, which draws random numbers for a whole batch: "
             f"{found}; expected together=1"
+        )
+
+
+def check_plain_loss(model: nn.Module) -> None:
+    """Raise ValueError for a model whose loss is not the cross-entropy of its logits, which is what runs share.
+
+    Tried on a few tokens. A mixture of experts may add a penalty on its routers, of a whole batch.
+    """
+    batch = on_device(CompletionCollator(0, logits="all")(trial_examples(model)), device_of(model))
+    following = pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+    try:
+        with trying(model):
+            out = model(**batch, use_cache=False)
+        loss, logits = out.loss, out.logits.flatten(0, -2).float()
+        plain = cross_entropy(logits, following.flatten(), ignore_index=IGNORED)
+        # one sum in another order, in the dtype that the model computes its loss in
+        exact = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps)
+    # it needs more than tokens, or cannot run here: a step says by itself what is wrong
+    except Exception:
+        return
+    if not torch.isclose(loss.double(), plain.double(), rtol=min(rounding(model), 100 * exact), atol=0.0):
+        raise ValueError(
+            f"runs cannot be trained together in a {type(model).__name__}, whose loss is {loss:.6g} where the "
+            f"cross-entropy of its logits is {plain:.6g} (output_router_logits=True adds a penalty, say): expected "
+            "together=1"
         )

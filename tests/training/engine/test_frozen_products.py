@@ -19,6 +19,7 @@ from lofit_fast.training.engine.auto import settle
 from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 from tests.oracle import Hook, randomize, vectors_of
+from tests.tiny_families import tiny_family
 from tests.tiny_models import LAYERS, tiny_model, tokens
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.engine.engine_effects import belongings, gradients
@@ -180,6 +181,14 @@ def test_a_weight_that_changes_before_its_first_use_is_noticed(llama):
         llama.model.layers[0].mlp.up_proj.weight.mul_(2)
         with pytest.raises(RuntimeError, match="a weight has changed after it was quantized"):
             llama(tokens())
+
+
+def test_routers_choose_experts_in_full():
+    model = tiny_family("afmoe").requires_grad_(False)
+    routers = [module for name, module in model.named_modules() if name.endswith("router.gate")]
+    with pytest.warns(UserWarning, match="with as many outputs as there are experts"), prepared(model, INT8):
+        assert routers and all(products_of(router) is None for router in routers)
+        assert sum(products_of(m) is not None for m in linears(model)) > len(routers)
 
 
 def test_merging_inside_is_refused_and_works_afterwards(llama):

@@ -9,9 +9,11 @@ import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
+from lofit_fast.training.sweep.together import check_no_dropout, check_plain_loss
 from lofit_fast.training.sweep.together_step import JointStep
 from lofit_fast.training.sweep.together_turns import Turn
 from tests.patched_models import snapshot
+from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model
 from tests.training.sweep.small_sweeps import run
 
@@ -154,6 +156,20 @@ def test_what_cannot_be_had_together_is_refused_first(data, tmp_path, base, opti
 def test_dropout_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="a model with dropout"):
         run(grid_of(data, tmp_path), tmp_path / "refused", tiny_model("llama", attention_dropout=0.1), together=2)
+
+
+def test_so_are_routers_that_draw_random_numbers():
+    check_no_dropout(tiny_family("mixtral"))
+    with pytest.raises(ValueError, match="PhimoeTopKRouter has router_jitter_noise=0.01"):
+        check_no_dropout(tiny_family("phimoe"))
+
+
+def test_so_is_a_loss_that_is_more_than_cross_entropy():
+    model = tiny_family("qwen3_moe")
+    check_plain_loss(model)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True adds a penalty"):
+        check_plain_loss(model)
 
 
 def test_turns_have_random_numbers_of_their_own():

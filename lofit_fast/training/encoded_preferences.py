@@ -215,7 +215,7 @@ class EncodedPreferences:
         """Of each preference, or of those drawn, the chosen answer and a rejected one."""
         return [row for pair in self._contrasted(recipe) for row in pair]
 
-    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
         right, wrong = zip(*self._contrasted(recipe), strict=True)
         batches = zip(

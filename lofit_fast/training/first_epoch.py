@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,17 +38,20 @@ def first_epoch(
     engine: Engine,
     progress: bool,
     order_of: Sequence[Encoded] | None = None,
+    collate: Callable[[Sequence[Encoded]], Batch] | None = None,
 ) -> Iterator[tuple[Batch, Share]]:
     """The first epoch's batches, in micro-batches, on the model's device, as an engine lays them out.
 
     Each is what this process has of it, of several in a run, and how much that is of its optimizer step: the rows and
     labels of a share are those of all micro-batches of the step. order_of: rows by whose length to batch.
+    collate: makes a batch of rows; default as the engine lays them out.
     """
     check_room(model, [row["input_ids"] for row in rows], 0)
     # of one length, their order is a plain shuffle
     lengths = [len(row["input_ids"]) if engine.group_by_length else 1 for row in order_of or rows]
     order = list(GroupedByLength(lengths, recipe.batch_size, recipe.seed))
-    collate = collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED))
+    if collate is None:
+        collate = collator_of(engine, pad_token_id(tokenizer), logit_rows(model, SCOPED))
     collator = ShareCollator(collate, n_labels_of, cut=sharers(model) > 1)
     size = recipe.batch_size // recipe.accumulation_steps
     device = device_of(model)

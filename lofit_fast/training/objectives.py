@@ -104,12 +104,12 @@ class EncodedObjective(Protocol):
     def looked_at(self, recipe: Recipe) -> list[Encoded]:
         """The rows that `losses` goes through: of `recipe.select_examples` examples, drawn by the seed."""
 
-    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
         """The losses of a first epoch over `looked_at`, with their graphs, in the order of training.
 
         One for each micro-batch: those of an optimizer step, `recipe.accumulation_steps` of them but for the last, add
-        up to the step's loss. engine: a usable one, in whose `prepared` scope the model is. Of several processes in a
-        run each has its own part of every loss; their sum is the loss.
+        up to the step's loss. attachment: whose gradients are looked at. engine: a usable one, in whose `prepared`
+        scope the model is. Of several processes in a run each has its own part of every loss; their sum is the loss.
         """
 
 
@@ -242,15 +242,19 @@ class EncodedCompletions:
     @contextmanager
     def _batches(self, attachment: Attachment, engine: Engine, logits: Logits, progress: bool) -> Iterator[Callable]:
         """The collator to train with, in a scope in which the model takes its batches."""
-        pad, seen = pad_token_id(self.tokenizer), self.rows + self.judged_rows
-        collator = collator_of(engine, pad, logits)
-        prompts = {"pad_token_id": pad, "logits": logits, "gb": engine.prompt_cache_gb, "progress": progress}
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logits)
         with ExitStack() as scopes:
-            answers = scopes.enter_context(prompts_kept(attachment, seen, collator, **prompts))
+            answers = scopes.enter_context(self._prompts(attachment, engine, collator, logits, progress))
             if answers is collator:
                 cache = {"gb": engine.prefix_cache_gb, "progress": progress}
+                seen = self.rows + self.judged_rows
                 answers = scopes.enter_context(prefix_cached(attachment, seen, collator, **cache))
             yield answers
+
+    def _prompts(self, attachment: Attachment, engine: Engine, collator: Callable, logits: Logits, progress: bool):
+        """`prompts_kept` of all examples, whichever of them a look takes: both steps share one store."""
+        how = {"pad_token_id": pad_token_id(self.tokenizer), "logits": logits, "gb": engine.prompt_cache_gb}
+        return prompts_kept(attachment, self.rows + self.judged_rows, collator, progress=progress, **how)
 
     def metrics(self, batch_size: int, progress: bool) -> dict[str, float]:
         """Exact match of greedy answers."""
@@ -263,10 +267,14 @@ class EncodedCompletions:
         """Of all examples, or of those drawn."""
         return [self.rows[i] for i in looked_at(self.n_examples, recipe)]
 
-    def losses(self, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
-        """What each micro-batch adds to the mean cross-entropy of its step."""
-        for batch, share in first_epoch(self.model, self.tokenizer, self.looked_at(recipe), recipe, engine, progress):
-            yield share.own(loss_sum(self.model, batch)) / share.labels
+    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+        """What each micro-batch adds to the mean cross-entropy of its step; over kept prompts as in training."""
+        rows, logits = self.looked_at(recipe), logit_rows(self.model, SCOPED)
+        collator = collator_of(engine, pad_token_id(self.tokenizer), logits)
+        with selecting_rows(self.model), self._prompts(attachment, engine, collator, logits, progress) as collate:
+            batches = first_epoch(self.model, self.tokenizer, rows, recipe, engine, progress, collate=collate)
+            for batch, share in batches:
+                yield share.own(loss_sum(self.model, batch)) / share.labels
 
 
 @dataclass(frozen=True)

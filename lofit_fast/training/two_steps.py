@@ -224,7 +224,11 @@ class TwoSteps:
         """The settled engine of a look; one that changes nothing where nothing is looked at."""
         if not way.looks:
             return Engine()
-        engine = self._settled(handle, "select") if run is None else self._engine(handle, run, "select")
+        if run is None:
+            # no training follows, for which the prompts of all examples would be kept
+            engine = replace(self._settled(handle, "select"), prompt_cache_gb=0.0)
+        else:
+            engine = self._engine(handle, run, "select")
         if self.progress:
             print(said(engine), file=sys.stderr)
         return engine

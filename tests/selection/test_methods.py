@@ -141,7 +141,7 @@ def test_preferences_push_as_dpo_does_at_its_start(tmp_path):
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(scale="all", init_std=0.0))
     recipe = lf.Recipe(top=3, batch_size=len(PAIRS))
-    (loss,) = objective_of(PREFERENCES).encoded(model, tiny_tokenizer(), None).losses(recipe, lf.Engine(), False)
+    (loss,) = objective_of(PREFERENCES).encoded(model, tiny_tokenizer(), None).losses(None, recipe, lf.Engine(), False)
     got = torch.autograd.grad(loss, list(handle.parameters()))
     losses = []
     for c in contrasts(PREFERENCES, recipe.seed):

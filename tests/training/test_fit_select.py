@@ -9,12 +9,15 @@ import torch
 import lofit_fast as lf
 from lofit_fast.config import FAST_ANSWER, FAST_RECIPE, LOOKING_ONCE, RECIPES, SELECT, fast_settings
 from lofit_fast.heads import select_heads
+from lofit_fast.models.prompt_states import PROMPTS
 from lofit_fast.plots import SCORE_NAMES
 from lofit_fast.selection.methods import SELECTORS
 from lofit_fast.tasks.task import Example, Preference, Task
+from lofit_fast.training import objectives
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.dry_run import dry_run
 from lofit_fast.training.engine import FAST_ENGINE
+from lofit_fast.training.first_epoch import loss_sum
 from lofit_fast.training.fit import select_untrained
 from lofit_fast.training.objectives import Completions
 from tests.tiny_models import tiny_model
@@ -266,3 +269,26 @@ def test_a_look_acts_on_answers_alone_where_the_vectors_do():
         scores[name] = select_untrained(*args, engine=engine, progress=False)[0]
     assert not scores["all"].allclose(scores["answers"], rtol=1e-2)
     torch.testing.assert_close(scores["answers"], scores["padded"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_look_that_a_training_follows_goes_on_from_kept_prompts(tmp_path, monkeypatch):
+    seen, taken = [], {}
+    monkeypatch.setattr(objectives, "loss_sum", lambda model, batch: seen.append(batch) or loss_sum(model, batch))
+    for gb in (0.0, 1.0):
+        recipe = chosen_by("saliency", positions="answer", select_examples=4)
+        result = fit(tiny_model("llama"), tmp_path / str(gb), recipe, engine=lf.Engine(prompt_cache_gb=gb))
+        assert all((PROMPTS in batch) == (gb > 0) for batch in seen)
+        taken[gb] = result, sum(batch["input_ids"].numel() for batch in seen)
+        seen.clear()
+    (whole, all_tokens), (kept, tokens) = taken.values()
+    assert tokens < all_tokens / 2
+    assert whole.heads == kept.heads
+    torch.testing.assert_close(whole.scores, kept.scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_look_that_nothing_follows_keeps_no_prompts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(objectives, "loss_sum", lambda model, batch: seen.append(batch) or loss_sum(model, batch))
+    recipe = chosen_by("saliency", positions="answer")
+    select_untrained(tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES), recipe, progress=False)
+    assert seen and not any(PROMPTS in batch for batch in seen)

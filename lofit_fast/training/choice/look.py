@@ -30,7 +30,7 @@ def look(
         prepared(model, engine),
         peak_memory(*devices_of(model)) as memory,
     ):
-        scores = way.score(handle, data.losses(recipe, engine, progress), recipe)
+        scores = way.score(handle, data.losses(handle, recipe, engine, progress), recipe)
     seconds = time.perf_counter() - started
     rows = data.looked_at(recipe) if way.looks else []
     examples = len(rows) * data.n_examples // len(data.rows)

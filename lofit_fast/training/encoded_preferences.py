@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -215,7 +215,9 @@ class EncodedPreferences:
         """Of each preference, or of those drawn, the chosen answer and a rejected one."""
         return [row for pair in self._contrasted(recipe) for row in pair]
 
-    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+    def losses(
+        self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool
+    ) -> Generator[Tensor, None, None]:
         """DPO's loss to first order where the policy still is the reference: -beta/2 (log p(right) - log p(wrong))."""
         right, wrong = zip(*self._contrasted(recipe), strict=True)
         batches = zip(

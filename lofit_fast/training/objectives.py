@@ -7,7 +7,7 @@ An objective holds the data. Its `encoded` checks the data and turns it into one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,9 @@ class EncodedObjective(Protocol):
     def looked_at(self, recipe: Recipe) -> list[Encoded]:
         """The rows that `losses` goes through: of `recipe.select_examples` examples, drawn by the seed."""
 
-    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+    def losses(
+        self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool
+    ) -> Generator[Tensor, None, None]:
         """The losses of a first epoch over `looked_at`, with their graphs, in the order of training.
 
         One for each micro-batch: those of an optimizer step, `recipe.accumulation_steps` of them but for the last, add
@@ -267,7 +269,9 @@ class EncodedCompletions:
         """Of all examples, or of those drawn."""
         return [self.rows[i] for i in looked_at(self.n_examples, recipe)]
 
-    def losses(self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool) -> Iterator[Tensor]:
+    def losses(
+        self, attachment: Attachment, recipe: Recipe, engine: Engine, progress: bool
+    ) -> Generator[Tensor, None, None]:
         """What each micro-batch adds to the mean cross-entropy of its step; over kept prompts as in training."""
         rows, logits = self.looked_at(recipe), logit_rows(self.model, SCOPED)
         collator = collator_of(engine, pad_token_id(self.tokenizer), logits)

@@ -292,3 +292,18 @@ def test_a_look_that_nothing_follows_keeps_no_prompts(monkeypatch):
     recipe = chosen_by("saliency", positions="answer")
     select_untrained(tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES), recipe, progress=False)
     assert seen and not any(PROMPTS in batch for batch in seen)
+
+
+def test_a_look_that_breaks_off_leaves_nothing_on_the_model(tmp_path, monkeypatch):
+    def broken(model, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objectives, "loss_sum", broken)
+    model = tiny_model("llama")
+    before = state_of(model)
+    # the traceback holds on to what the look had open
+    with pytest.raises(KeyboardInterrupt) as held:
+        fit(model, tmp_path, chosen_by("saliency", positions="answer"))
+    hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+    assert held.tb is not None and not any(map(any, hooks))
+    assert_same_state(model, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 from torch import Tensor
 
@@ -29,8 +30,10 @@ def look(
         data.as_it_was(),
         prepared(model, engine),
         peak_memory(*devices_of(model)) as memory,
+        # what they keep in the model goes where they are left early too
+        closing(data.losses(handle, recipe, engine, progress)) as losses,
     ):
-        scores = way.score(handle, data.losses(handle, recipe, engine, progress), recipe)
+        scores = way.score(handle, losses, recipe)
     seconds = time.perf_counter() - started
     rows = data.looked_at(recipe) if way.looks else []
     examples = len(rows) * data.n_examples // len(data.rows)

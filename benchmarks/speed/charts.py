@@ -29,7 +29,8 @@ def _speedups(results: BenchResults, path: Path) -> Path | None:
         return None
     figure, axes = new_figure((9, 0.8 + 0.34 * len(rows)))
     values = [row.value for row in rows]
-    _bars(axes, [f"{row.words} ({row.model})" for row in rows], values, [row.interval for row in rows], _OURS)
+    names = [f"{row.words} ({row.model}{', ' + row.elsewhere if row.elsewhere else ''})" for row in rows]
+    _bars(axes, names, values, [row.interval for row in rows], _OURS)
     axes.scatter([row.bound for row in rows], range(len(rows)), marker="|", s=180, color="black", label="target")
     axes.set(xlabel="times faster")
     axes.legend(frameon=False)

@@ -18,6 +18,7 @@ from lofit_fast.selection.adapter_overlap import Overlap
 from lofit_fast.selection.written_tokens import Written
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+h1{overflow-wrap:anywhere}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left;
 vertical-align:top}img{max-width:100%}code{background:#f3f3f3;padding:0 .2em;white-space:pre}
 .up{color:#176b2c}.down{color:#a61b1b}pre{white-space:pre-wrap;background:#f3f3f3;padding:.6em}"""

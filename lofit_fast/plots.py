@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,15 +49,22 @@ def _map_of_heads(values: Tensor, heads: Sequence[Head], path: Path | str, title
 
 
 def attention_panels(maps: Mapping[Head, Tensor], tokens: Sequence[str], path: Path | str) -> Path:
-    """The attention of some heads over one text, side by side: a row per token that looks. maps: (S, S) each, S tokens.
+    """The attention of some heads over one text, two side by side: a row per token that looks.
 
-    Writes a PNG. Colours go with the root of a weight, so that small ones are seen beside the first token's.
+    maps: (S, S) each, S tokens. Writes a PNG. Colours go with the root of a weight, so that small ones are seen beside
+    the first token's.
     """
-    side = 1.4 + 0.13 * len(tokens)
-    figure, axes = new_figure((side * len(maps), side), columns=len(maps))
-    for axis, ((layer, head), weights) in zip([axes] if len(maps) == 1 else axes, maps.items(), strict=True):
+    side, columns = 1.4 + 0.13 * len(tokens), min(2, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    figure, axes = new_figure((side * columns, side * rows), columns, rows)
+    axes = [axes] if len(maps) == 1 else list(axes.flat)
+    for axis in axes[len(maps) :]:
+        axis.set_axis_off()
+    for axis, ((layer, head), weights) in zip(axes, maps.items(), strict=False):
         axis.imshow(weights.sqrt().numpy(), cmap="magma", vmin=0, vmax=1)
-        axis.set(title=f"head {layer}.{head}", xlabel="looked at")
+        axis.set_xlabel("looked at")
+        # a page shows a large picture smaller
+        axis.set_title(f"head {layer}.{head}", fontsize=max(12.0, 2 * side))
         # signs that a font or a layout language would take for its own are shown as they are typed
         names = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
         axis.set_xticks(range(len(tokens)), names, rotation=90, fontsize=6)

@@ -32,6 +32,7 @@ WAYS = {
     "early stop": {"recipe": changed(select="early_stop", select_epochs=4)},
     "bias norm": {"recipe": changed(select="bias_norm")},
     "saliency": {"recipe": changed(select="saliency"), "examples": UNEVEN[:7]},
+    "saliency on answers": {"recipe": changed(select="saliency", positions="answer"), "examples": UNEVEN[:7]},
     "random": {"recipe": changed(select="random")},
     "answers alone": {"recipe": changed(positions="answer")},
     "packed": {"engine": lf.Engine(packing=True, narrow=True)},

@@ -100,7 +100,7 @@ def plain_number(value: object) -> int | float | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
-        return value if type(value) in (int, float) else float(value)
+        return value if isinstance(value, int | float) and type(value) in (int, float) else float(value)
     # a fraction of two huge numbers
     except OverflowError:
         return math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -143,7 +144,14 @@ def fit_objective(
         return _both_steps(*made, output_dir=output_dir, **how)
 
 
-def _both_steps(model, *made, output_dir, heads, step1_dir, resume) -> FitResult:
+def _both_steps(
+    model: nn.Module,
+    *made: Any,
+    output_dir: Path | str,
+    heads: Sequence[Head] | None,
+    step1_dir: Path | str | None,
+    resume: bool,
+) -> FitResult:
     _check_unpatched(model)
     ranks.check_same({"output_dir": str(output_dir), "step1_dir": str(step1_dir), "resume": resume}, "arguments")
     steps = _steps(model, *made)
@@ -265,7 +273,7 @@ def select_untrained(
         return steps.look(way, None)
 
 
-def _steps(*made) -> TwoSteps:
+def _steps(*made: Any) -> TwoSteps:
     """What the two steps share; where one process cannot make it, none of them goes on."""
     with ranks.together("reading the data"):
         steps = TwoSteps(*made)

@@ -12,10 +12,8 @@ from typing import Annotated
 import typer
 
 from benchmarks.speed.cells import RESULTS
-from benchmarks.speed.results import TARGETS
+from benchmarks.speed.results import ELSEWHERE, TARGETS
 from lofit_fast.files import write_json
-
-ELSEWHERE = "elsewhere"
 
 
 def filled(summary: dict, results: Path) -> dict:

@@ -12,7 +12,7 @@ import typer
 
 from benchmarks.speed.cells import RESULTS
 from benchmarks.speed.charts import draw_all
-from benchmarks.speed.results import BenchResults, Target, label, peer_label
+from benchmarks.speed.results import ELSEWHERE, BenchResults, Target, label, peer_label
 from lofit_fast.files import whole_folder
 from lofit_fast.plots import picture_html
 
@@ -180,7 +180,7 @@ def _bound(target: Target) -> str:
 
 def _provenance(results: BenchResults) -> str:
     meta = results.summary["meta"]
-    others = [f"[{name}]: {_machine(other)}." for name, other in meta.get("elsewhere", {}).items()]
+    others = [f"[{name}]: {_machine(other)}." for name, other in meta.get(ELSEWHERE, {}).items()]
     return " ".join([f"Evidence: {_machine(meta)}.", *others])
 
 

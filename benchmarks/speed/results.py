@@ -39,6 +39,8 @@ TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
         ("mc_scoring_speedup", "multiple-choice scoring, one forward per answer / ours", 8.0, True),
     ),
 }
+# a summary's key for the ratios that it has from other machines
+ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class BenchResults:
         for model in self.models():
             for key, words, bound, at_least in TARGETS.get(model, ()):
                 of_model = self.summary[model]
-                interval, elsewhere = of_model.get(f"{key}_interval"), of_model.get("elsewhere", {}).get(key)
+                interval, elsewhere = of_model.get(f"{key}_interval"), of_model.get(ELSEWHERE, {}).get(key)
                 found = (of_model.get(key), interval and tuple(interval), elsewhere)
                 rows.append(Target(model, key, words, bound, at_least, *found))
         return rows

@@ -12,16 +12,13 @@ A few columns of x can be left out of y's product in 8 bits and multiplied in fl
 from __future__ import annotations
 
 import copy
-from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from lofit_kernels.eager_scopes import as_written, autocast_is_on, once
+from lofit_kernels.held_weight import HeldWeight, copied_weight, held_weight
 from lofit_kernels.product_kinds import KINDS, ProductKind
-
-_numbers = count()
-_held: dict[int, FrozenWeight] = {}
 
 
 class FullColumns:
@@ -36,81 +33,50 @@ class FullColumns:
         self.rest = nn.Parameter(ones.index_fill_(0, kept, 0), requires_grad=False)
 
 
-class FrozenWeight:
-    """A weight (N, K), quantized for both directions, until `close`. It must not change once it has been used.
+class FrozenWeight(HeldWeight):
+    """A weight (N, K), quantized for both directions, see `HeldWeight`.
 
     columns: those of x that y takes in full, by `thin`, (C, N) float32; None for none.
-    key: () int64, by which the op finds it. y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None
-    where the product itself multiplies by them. All are parameters, whose shapes a compiler takes for constants.
+    y_scales: (N,), z_scales: (K,) float32 on the weight's device, or None where the product itself multiplies by them.
+    All are parameters, whose shapes a compiler takes for constants.
     """
 
+    done, scope = "quantized", "the scope of frozen_products"
+
     def __init__(self, weight: nn.Parameter, kind: ProductKind, columns: FullColumns | None = None) -> None:
-        self.kind, self.weight, self.columns = kind.name, weight, columns
+        self.kind, self.columns = kind.name, columns
         self.y_scales = self.z_scales = self.thin = None
         if columns is not None:
             thin = weight.detach()[:, columns.kept].t().float().contiguous()
             self.thin = nn.Parameter(thin, requires_grad=False)
         if not kind.scales_weights:
             self.y_scales, self.z_scales = (
-                nn.Parameter(weight_scales(self._multiplied(backward), kind), requires_grad=False)
+                nn.Parameter(weight_scales(self._multiplied(weight, backward), kind), requires_grad=False)
                 for backward in (False, True)
             )
-        self._packed: dict[bool, tuple[Tensor, ...]] = {}
-        self._version, self._copies = _version_of(weight), []
-        number = next(_numbers)
-        self.key = torch.tensor(number)
-        _held[number] = self
+        super().__init__(weight)
 
-    def packed(self, backward: bool) -> tuple[Tensor, ...]:
-        """What the kind's `run` multiplies by: W for y, W^T for dz.
+    def is_used(self) -> bool:
+        """Whether a layout, scales or columns of the weight are kept."""
+        return super().is_used() or self.y_scales is not None or self.thin is not None
 
-        Raises RuntimeError where the weight is seen to have changed since it was quantized; a write through `.data` is
-        not seen.
-        """
-        version = _version_of(self.weight)
-        used = self._packed or self.y_scales is not None or self.thin is not None
-        if version != self._version and used:
-            raise RuntimeError(
-                "a weight has changed after it was quantized: load weights before the scope of frozen_products"
-            )
-        self._version = version
-        if backward not in self._packed:
-            kind, weight = KINDS[self.kind], self._multiplied(backward)
-            scales = weight_scales(weight, kind)
-            self._packed[backward] = kind.pack(quantized_weight(weight, scales, kind), scales)
-        return self._packed[backward]
+    def pack(self, backward: bool) -> tuple[Tensor, ...]:
+        """What the kind's `run` multiplies by."""
+        kind, weight = KINDS[self.kind], self._multiplied(self.weight, backward)
+        scales = weight_scales(weight, kind)
+        return kind.pack(quantized_weight(weight, scales, kind), scales)
 
-    def _multiplied(self, backward: bool) -> Tensor:
+    def _multiplied(self, weight: Tensor, backward: bool) -> Tensor:
         """What a direction multiplies by in 8 bits, a row per output: W without its columns in full, or W^T."""
-        weight = self.weight.detach()
+        weight = weight.detach()
         if backward:
             return weight.t()
         return weight if self.columns is None else weight.index_fill(1, self.columns.kept, 0)
 
-    def close(self) -> None:
-        """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
-        _held.pop(int(self.key), None)
-        for copied in self._copies:
-            copied.close()
-
-    def __deepcopy__(self, memo: dict) -> FrozenWeight:
-        # a copied model has weights of its own, which may be given other numbers
+    def copied(self, memo: dict) -> FrozenWeight:
+        """The same for a copy of the weight."""
         columns = None if self.columns is None else copy.deepcopy(self.columns, memo)
-        copied = FrozenWeight(copy.deepcopy(self.weight, memo), KINDS[self.kind], columns)
-        self._copies.append(copied)
-        return copied
-
-    def __reduce__(self) -> tuple:
-        # its number means nothing in another process, or another weight
-        raise TypeError(
-            "expected to pickle a model that computes in full, got one whose products are in 8 bits: save it after the "
-            "scope of frozen_products, or save its state_dict"
-        )
-
-
-def _version_of(weight: Tensor) -> int:
-    """How often a tensor has been written to; 0 where torch does not count."""
-    return 0 if weight.is_inference() else weight._version
+        return FrozenWeight(copied_weight(self, memo), KINDS[self.kind], columns)
 
 
 def weight_scales(weight: Tensor, kind: ProductKind) -> Tensor:
@@ -195,12 +161,10 @@ _library.define("frozen_product(Tensor rows, Tensor key, int outputs, bool backw
 
 
 def _frozen_product(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:
-    found = _held.get(int(key))
-    if found is None:
-        raise RuntimeError("a product with a quantized weight was asked for after its scope had ended")
+    packed = held_weight(key).packed(backward)
     if not len(rows):
         return rows.new_empty(0, outputs, dtype=KINDS[kind].accumulators)
-    return as_written(rows, KINDS[kind].run, rows.contiguous(), *found.packed(backward))
+    return as_written(rows, KINDS[kind].run, rows.contiguous(), *packed)
 
 
 def _frozen_product_fake(rows: Tensor, key: Tensor, outputs: int, backward: bool, kind: str) -> Tensor:

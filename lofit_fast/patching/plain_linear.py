@@ -5,6 +5,7 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.placement import is_dense
+from lofit_fast.patching.prepacked import is_prepacked
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -16,13 +17,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) of a module that the fused path may stand in for; None of any other.
 
-    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits for now or not.
+    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits or prepacked for now or not.
     moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if "forward" in own and not moved and products_of(module) is None:
+    if "forward" in own and not moved and products_of(module) is None and not is_prepacked(module):
         return None
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None

@@ -35,6 +35,7 @@ _PLAIN = {
     "narrow": False,
     "frozen_products": "full",
     "large_pages": False,
+    "prepack": False,
     "verify": False,
 }
 # the same for tensor parallelism, under which packing and narrowing work
@@ -44,6 +45,7 @@ _CUT = {
     "prompt_cache_gb": 0.0,
     "frozen_products": "full",
     "large_pages": False,
+    "prepack": False,
     "verify": False,
 }
 # by these transformers' Trainer knows a tensor-parallel model: it would divide batches, and write no checkpoints

@@ -47,6 +47,8 @@ from lofit_fast.training.told_run import opened
 _RESULTS = "frozen_products"
 # what must be the same in all processes, as an error names it
 _ALIKE = {"data": "training data", "eval_data": "evaluation data", "model": "model", "heads": "given heads"}
+# what runs of earlier releases did without saying so
+_EARLIER = {"prepack": False}
 # knobs that any model takes
 _FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
 
@@ -399,6 +401,7 @@ class TwoSteps:
             engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine), begun_with(self.model))
             return engine
+        kept = _EARLIER | kept
         # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
         self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in CHANGEABLE))
         asked = {name: getattr(usable, name) for name in CHANGEABLE}

@@ -301,5 +301,5 @@ def test_a_copy_has_products_of_its_own_weight_until_the_scope_is_over(frozen, k
 
 
 def test_pickling_is_refused(frozen):
-    with pytest.raises(TypeError, match="products are in 8 bits: save it after"):
+    with pytest.raises(TypeError, match="weights are quantized: save it after"):
         torch.save(frozen, io.BytesIO())

@@ -13,7 +13,15 @@ from lofit_fast.models.device import best_dtype
 from lofit_fast.training.engine import Engine
 
 # what transformers does unless told otherwise
-STOCK = Engine(attention="sdpa", compile=False, group_by_length=False, packing=False, narrow=False, large_pages=False)
+STOCK = Engine(
+    attention="sdpa",
+    compile=False,
+    group_by_length=False,
+    packing=False,
+    narrow=False,
+    large_pages=False,
+    prepack=False,
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.engine.compiled_layers import compiled
-from lofit_fast.training.engine.cpu_extras import held_in_large_pages
+from lofit_fast.training.engine.cpu_extras import held_in_large_pages, prepacked
 from lofit_fast.training.engine.frozen_products import quantized
 from lofit_fast.training.engine.last_layer import narrowed
 
@@ -26,7 +26,7 @@ FrozenProducts = Literal["full", "int8", "fp8", "auto"]
 # what `Engine.fast` has instead of the defaults
 FAST_ENGINE: dict[str, object] = {"prefix_cache_gb": "auto", "frozen_products": "auto"}
 # the knobs that are True, False or "auto"
-SWITCHES = ("compile", "packing", "narrow", "large_pages")
+SWITCHES = ("compile", "packing", "narrow", "large_pages", "prepack")
 # those that say how much disk a run may take, in 10^9 bytes
 ON_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 # those that a run may be gone on with otherwise than it began
@@ -54,6 +54,8 @@ class Engine:
             "fp8", see `frozen_products.quantized`; "auto" is int8 where a float32 model is on a CPU that is known to
             be faster so. Other than "full" changes results beyond rounding.
         large_pages: on a CPU, hold the heap in large pages between steps, see `cpu.heap`; True, False or "auto".
+        prepack: of a float32 model on a CPU, keep the frozen weights in the layout that oneDNN multiplies by, for each
+            direction as many bytes as they have, see `cpu.prepacked_weights`; True, False or "auto".
         verify: compute the first batch of every shape twice more, by the fused layers and by plain products; where the
             two differ by more than rounding, go on with plain ones, and say so. See `verify_steps`.
 
@@ -72,6 +74,7 @@ class Engine:
     prompt_cache_gb: float | Literal["auto"] = "auto"
     narrow: Choice = "auto"
     large_pages: Choice = "auto"
+    prepack: Choice = "auto"
     frozen_products: FrozenProducts = "full"
     verify: bool = False
 
@@ -130,6 +133,9 @@ def prepared(model: nn.Module, engine: Engine) -> Iterator[None]:
         # before the layers are compiled, which then see it
         if engine.frozen_products in ("int8", "fp8"):
             scopes.enter_context(quantized(model, engine.frozen_products))
+        # those that are not in 8 bits
+        if engine.prepack is True:
+            scopes.enter_context(prepacked(model))
         if engine.narrow is True:
             scopes.enter_context(narrowed(model))
         if engine.compile is True:

@@ -23,6 +23,7 @@ from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine import Engine, collator_of
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.attention_choice import FLASH, attention_refusal, best_attention, check_head_counts
+from lofit_fast.training.engine.cpu_extras import pays_to_prepack, prepacking_refusal
 from lofit_fast.training.engine.frozen_products import settled_products
 from lofit_fast.training.engine.last_layer import narrowing_refusal
 from lofit_fast.training.engine.packing_trial import packing_leak, packs
@@ -56,7 +57,8 @@ def settle(
     on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
-    pages: with compiled layers. Products with frozen weights: `frozen_products.settled_products`.
+    pages: with compiled layers. Prepacked weights: `cpu.prepacked_weights.pays_to_prepack`. Products with frozen
+    weights: `frozen_products.settled_products`.
     A prefix cache needs to know what is read, as `prefix_cache.worth` does: here "auto" is none.
     Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
     not give the results of the model's own attention, and of examples apart and whole, is not chosen.
@@ -83,9 +85,12 @@ def settle(
     refusal = narrowing_refusal(model) if engine.narrow is True or (engine.narrow == "auto" and pays) else None
     if engine.narrow is True and refusal is not None:
         raise ValueError(f"narrow=True was asked for, but {refusal}: use narrow=False")
+    if engine.prepack is True and (reason := prepacking_refusal(model)):
+        raise ValueError(f"prepack=True was asked for, but {reason}: use prepack=False")
     engine = replace(
         engine,
         narrow=_one(engine.narrow, pays and refusal is None),
+        prepack=engine.prepack is True or (engine.prepack == "auto" and pays_to_prepack(model)),
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
         prefix_cache_gb=_one(engine.prefix_cache_gb, 0.0),
     )

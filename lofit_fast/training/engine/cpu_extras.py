@@ -11,6 +11,7 @@ from torch import nn
 try:
     from lofit_fast.cpu.attention import register as register_attention
     from lofit_fast.cpu.heap import held_in_large_pages, release_free_memory
+    from lofit_fast.cpu.prepacked_weights import pays_to_prepack, prepacked, prepacking_refusal
 
     HAS_CPU_EXTRAS = True
 except ModuleNotFoundError as missing:
@@ -29,5 +30,27 @@ except ModuleNotFoundError as missing:
         """A scope in which nothing is different."""
         yield
 
+    def pays_to_prepack(model: nn.Module) -> bool:
+        """False: weights stay as they are."""
+        return False
 
-__all__ = ["HAS_CPU_EXTRAS", "held_in_large_pages", "register_attention", "release_free_memory"]
+    def prepacking_refusal(model: nn.Module) -> str | None:
+        """The reason why weights stay as they are."""
+        return "prepacked weights are what the folder lofit_fast/cpu offers, which this installation lacks"
+
+    @contextmanager
+    def prepacked(model: nn.Module) -> Iterator[None]:
+        """Raises ValueError: there are no prepacked weights."""
+        raise ValueError(prepacking_refusal(model))
+        yield
+
+
+__all__ = [
+    "HAS_CPU_EXTRAS",
+    "held_in_large_pages",
+    "pays_to_prepack",
+    "prepacked",
+    "prepacking_refusal",
+    "register_attention",
+    "release_free_memory",
+]

@@ -1,0 +1,108 @@
+"""y = x W^T + c and dz = G W with a frozen float32 weight on a CPU, in the layout that oneDNN multiplies by.
+
+A plain product lays the weight out anew each time, or goes through it in an order that suits few shapes. A frozen
+weight is laid out once for each direction. Nothing is rounded otherwise than a float32 product is.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lofit_kernels.eager_scopes import as_written, autocast_is_on
+from lofit_kernels.held_weight import HeldWeight, copied_weight, held_weight
+
+
+class PrepackedWeight(HeldWeight):
+    """A float32 weight (N, K) on a CPU in oneDNN's layout, see `HeldWeight`."""
+
+    done, scope = "laid out for oneDNN", "the scope of prepack"
+
+    def pack(self, backward: bool) -> Tensor:
+        """W or W^T in oneDNN's layout, which only oneDNN's own products read."""
+        weight = self.weight.detach()
+        return torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous() if backward else weight.contiguous())
+
+    def copied(self, memo: dict) -> PrepackedWeight:
+        """The same for a copy of the weight."""
+        return PrepackedWeight(copied_weight(self, memo))
+
+
+def is_taken(x: Tensor) -> bool:
+    """Whether `prepacked_linear` takes such rows: float32, and nothing that computes in another dtype."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not autocast_is_on(x)
+
+
+def prepacked_linear(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = None) -> Tensor:
+    """y = x W^T + c. x: (..., K) float32; shift: c (N,) or None, without a gradient. Returns (..., N) float32.
+
+    Gradients flow to x, of any order. Nothing is saved for backward.
+    """
+    N, K = weight.weight.shape
+    y = torch.ops.lofit.prepacked_product(x.reshape(-1, K), weight.key, shift, N, False)
+    return y.view(*x.shape[:-1], N)
+
+
+_library = torch.library.Library("lofit", "FRAGMENT")
+_library.define("prepacked_product(Tensor x, Tensor key, Tensor? shift, int outputs, bool backward) -> Tensor")
+
+
+def _prepacked_product(x: Tensor, key: Tensor, shift: Tensor | None, outputs: int, backward: bool) -> Tensor:
+    packed = held_weight(key).packed(backward)
+    if not len(x):
+        return x.new_empty(0, outputs)
+    return as_written(x, torch.ops.mkldnn._linear_pointwise, x.contiguous(), packed, shift, "none", [], "")
+
+
+def _prepacked_product_fake(x: Tensor, key: Tensor, shift: Tensor | None, outputs: int, backward: bool) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+def _remember(ctx, inputs: tuple, output: Tensor) -> None:
+    x, key, _, _, backward = inputs
+    ctx.save_for_backward(key)
+    ctx.inputs, ctx.other_way = x.shape[1], not backward
+
+
+def _prepacked_product_backward(ctx, grad: Tensor) -> tuple:
+    (key,) = ctx.saved_tensors
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.lofit.prepacked_product(grad, key, None, ctx.inputs, ctx.other_way)
+    return dx, None, None, None, None
+
+
+_library.impl("prepacked_product", _prepacked_product, "CPU")
+torch.library.register_fake("lofit::prepacked_product", _prepacked_product_fake, lib=_library)
+torch.library.register_autograd(
+    "lofit::prepacked_product", _prepacked_product_backward, setup_context=_remember, lib=_library
+)
+
+
+@cache
+def refusal() -> str | None:
+    """Why this machine has no such products, or computes wrong ones; None where it has."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"they are known on x86 processors alone, got {platform.machine()}"
+    if not torch.backends.mkldnn.is_available():
+        return "they are oneDNN's, which this torch has been built without"
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(37, 53, generator=generator), requires_grad=False)
+    x, grad = (torch.randn(19, size, generator=generator) for size in (53, 37))
+    held = PrepackedWeight(weight)
+    try:
+        got = [
+            torch.ops.lofit.prepacked_product(rows, held.key, None, size, backward).double()
+            for rows, size, backward in ((x, 37, False), (grad, 53, True))
+        ]
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"oneDNN failed: {str(error).splitlines()[0]}"
+    finally:
+        held.close()
+    exact = [x.double() @ weight.double().t(), grad.double() @ weight.double()]
+    wrong = max((one - other).abs().max().item() for one, other in zip(got, exact, strict=True))
+    # 53 products of numbers of size one, added in float32
+    return None if wrong < 1e-4 else f"oneDNN computes a wrong product: an error of {wrong:.3g}"

@@ -18,12 +18,12 @@ WEIGHT = "lofit_prepacked"
 
 
 def forward_prepacked(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x W^T + b (..., N). By the plain product where a weight or bias is trained by now, or x is not float32."""
-    weight, bias = linear.weight, linear.bias
+    """x W^T + b (..., N). By the plain product where x is not float32, or the weight is another or trained by now."""
+    weight, bias, held = linear.weight, linear.bias, linear.lofit_prepacked
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if trained or not is_taken(x):
+    if trained or weight is not held.weight or not is_taken(x):
         return plain_linear(x, weight, bias)
-    return prepacked_linear(x, linear.lofit_prepacked, bias)
+    return prepacked_linear(x, held, bias)
 
 
 def prepack(linear: nn.Linear, weight: PrepackedWeight) -> None:

@@ -129,6 +129,14 @@ def test_a_weight_that_is_trained_by_now_has_its_gradient(llama):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
+def test_another_weight_counts_from_then_on(llama):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    with prepared(llama, PREPACKED):
+        gradients(llama)
+        llama.lm_head.weight = nn.Parameter(torch.zeros_like(llama.lm_head.weight), requires_grad=False)
+        assert llama(tokens()).logits.abs().max() == 0
+
+
 def test_autocast_is_as_it_is_with_plain_weights(llama):
     lf.patch(llama, lf.LofitConfig(offset="all"))
     with torch.autocast("cpu", torch.bfloat16):

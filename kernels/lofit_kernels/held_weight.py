@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_CLOSED = "a product with a weight in another layout was asked for after its scope had ended"
 _numbers = count()
 _held: dict[int, HeldWeight] = {}
 
@@ -26,6 +27,7 @@ class HeldWeight:
         self.weight = weight
         self._packed: dict[bool, Any] = {}
         self._version, self._copies = _version_of(weight), []
+        self.is_closed = False
         number = next(_numbers)
         self.key = torch.tensor(number)
         _held[number] = self
@@ -33,9 +35,11 @@ class HeldWeight:
     def packed(self, backward: bool) -> Any:
         """What a product multiplies by: W for y, W^T for dz.
 
-        Raises RuntimeError where the weight is seen to have changed since it was used first; a write through `.data` is
-        not seen.
+        Raises RuntimeError after `close`, and where the weight is seen to have changed since it was used first; a write
+        through `.data` is not seen.
         """
+        if self.is_closed:
+            raise RuntimeError(_CLOSED)
         version = _version_of(self.weight)
         if version != self._version and self.is_used():
             raise RuntimeError(f"a weight has changed after it was {self.done}: load weights before {self.scope}")
@@ -59,6 +63,8 @@ class HeldWeight:
     def close(self) -> None:
         """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
         _held.pop(int(self.key), None)
+        self.is_closed = True
+        self._packed.clear()
         for held in self._copies:
             held.close()
 
@@ -79,7 +85,7 @@ def held_weight(key: Tensor) -> HeldWeight:
     """The weight behind a key. Raises RuntimeError for one that is closed."""
     found = _held.get(int(key))
     if found is None:
-        raise RuntimeError("a product with a weight in another layout was asked for after its scope had ended")
+        raise RuntimeError(_CLOSED)
     return found
 
 

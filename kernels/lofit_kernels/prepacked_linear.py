@@ -42,8 +42,35 @@ def prepacked_linear(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = 
     Gradients flow to x, of any order. Nothing is saved for backward.
     """
     N, K = weight.weight.shape
-    y = torch.ops.lofit.prepacked_product(x.reshape(-1, K), weight.key, shift, N, False)
+    rows = x.reshape(-1, K)
+    if torch.compiler.is_compiling():
+        y = torch.ops.lofit.prepacked_product(rows, weight.key, shift, N, False)
+    else:
+        y = _Product.apply(rows, weight, shift, False)
     return y.view(*x.shape[:-1], N)
+
+
+class _Product(torch.autograd.Function):
+    """What the op does, for eager mode, where calling an op of Python's costs as much as a small product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, shift, backward):
+        """x (T, K) W^T + shift; with backward x (T, N) W."""
+        ctx.weight, ctx.other_way = weight, not backward
+        return _multiplied(x, weight, shift, backward)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradient of x: the same with the other layout."""
+        multiply = _Product.apply if torch.is_grad_enabled() else _multiplied
+        return multiply(grad, ctx.weight, None, ctx.other_way), None, None, None
+
+
+def _multiplied(x: Tensor, weight: PrepackedWeight, shift: Tensor | None, backward: bool) -> Tensor:
+    packed = weight.packed(backward)
+    if not len(x):
+        return x.new_empty(0, weight.weight.shape[backward])
+    return as_written(x, torch.ops.mkldnn._linear_pointwise, x.contiguous(), packed, shift, "none", [], "")
 
 
 _library = torch.library.Library("lofit", "FRAGMENT")
@@ -51,10 +78,7 @@ _library.define("prepacked_product(Tensor x, Tensor key, Tensor? shift, int outp
 
 
 def _prepacked_product(x: Tensor, key: Tensor, shift: Tensor | None, outputs: int, backward: bool) -> Tensor:
-    packed = held_weight(key).packed(backward)
-    if not len(x):
-        return x.new_empty(0, outputs)
-    return as_written(x, torch.ops.mkldnn._linear_pointwise, x.contiguous(), packed, shift, "none", [], "")
+    return _multiplied(x, held_weight(key), shift, backward)
 
 
 def _prepacked_product_fake(x: Tensor, key: Tensor, shift: Tensor | None, outputs: int, backward: bool) -> Tensor:

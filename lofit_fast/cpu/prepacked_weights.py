@@ -16,8 +16,9 @@ from lofit_fast.patching.placement import device_of, dtype_of, is_dense
 from lofit_fast.patching.prepacked import prepack, undo_prepack
 from lofit_kernels.prepacked_linear import PrepackedWeight, refusal
 
-# weights of a linear from which the layout is worth its call
-LEAST = 2**16
+# weights of a linear from which the layout is worth a call of oneDNN, which takes some hundredths of a millisecond:
+# SmolLM2's MLPs and head, and not its attention
+LEAST = 2**19
 # of the machine's memory, what both layouts of all weights may take
 SHARE = 0.2
 # what a control group of Linux says its memory is bounded by, version 2 and 1
@@ -26,7 +27,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """A scope in which a float32 model's plain frozen linears multiply by weights in oneDNN's layout.
+    """A scope in which a float32 model's large plain frozen linears multiply by weights in oneDNN's layout.
 
     model: patched or not, on a CPU. The output head is one of them; the projections that vectors act on are not. Each
     direction's layout is made when it is first used, as many bytes as the weight has, and the weights must not change
@@ -58,12 +59,14 @@ def prepacking_refusal(model: nn.Module) -> str | None:
     if reason := refusal():
         return f"prepacked weights cannot be used here: {reason}"
     if not prepackable(model):
-        return "prepacked weights are those of plain frozen linears, and the model has none"
+        return (
+            f"prepacked weights are those of plain frozen linears of {LEAST:,} weights or more, and the model has none"
+        )
     return None
 
 
 def pays_to_prepack(model: nn.Module) -> bool:
-    """The rule of "auto": linears of `LEAST` weights, whose layouts fit into `SHARE` of the machine's memory.
+    """The rule of "auto": there are such linears, and their layouts fit into `SHARE` of the machine's memory.
 
     Memory is that of the machine or of the control group, free or not, so that the answer is the same every time.
     """
@@ -71,12 +74,11 @@ def pays_to_prepack(model: nn.Module) -> bool:
         return False
     weights = {id(linear.weight): linear.weight for linear in prepackable(model)}.values()
     taken = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
-    large = max(weight.numel() for weight in weights) >= LEAST
-    return large and taken * processes_here() <= SHARE * memory_bytes()
+    return taken * processes_here() <= SHARE * memory_bytes()
 
 
 def prepackable(model: nn.Module) -> list[nn.Linear]:
-    """The plain frozen float32 linears of a model that no vectors act on."""
+    """The plain frozen float32 linears of a model, of `LEAST` weights or more, that no vectors act on."""
     tuned = {id(module.inner) for module in model.modules() if isinstance(module, LofitLinear)}
     return [module for module in model.modules() if id(module) not in tuned and _is_prepackable(module)]
 
@@ -87,7 +89,7 @@ def _is_prepackable(module: nn.Module) -> bool:
         return False
     # what computes its weight in a hook has it elsewhere
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or (bias is None and module.bias is not None):
+    if weight is None or weight.numel() < LEAST or (bias is None and module.bias is not None):
         return False
     return all(_is_frozen_here(numbers) for numbers in (weight, bias) if numbers is not None)
 

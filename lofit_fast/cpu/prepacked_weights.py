@@ -59,9 +59,7 @@ def prepacking_refusal(model: nn.Module) -> str | None:
     if reason := refusal():
         return f"prepacked weights cannot be used here: {reason}"
     if not prepackable(model):
-        return (
-            f"prepacked weights are those of plain frozen linears of {LEAST:,} weights or more, and the model has none"
-        )
+        return f"plain frozen linears of {LEAST:,} weights or more are prepacked, and the model has none"
     return None
 
 

@@ -146,6 +146,7 @@ def test_autocast_is_as_it_is_with_plain_weights(llama):
 
 
 # another compiler than the one that makes code: what is seen here is whether it takes the layers whole
+@pytest.mark.slow
 def test_compiled_layers_take_them(llama, monkeypatch):
     monkeypatch.setattr("lofit_fast.training.engine.compiled_layers.BACKEND", "aot_eager")
     lf.patch(llama, lf.LofitConfig(offset="all"))

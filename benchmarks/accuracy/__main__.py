@@ -28,7 +28,8 @@ def paper(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", help="table1, table2, table3, table5, transfer, layers, sizes, tops: some of them, comma between."
+            "--only",
+            help="table1, table2, table3, table5, transfer, layers, sizes, tops, variants: some, comma between.",
         ),
     ] = None,
     hub: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.accuracy.method_table import LOFIT_DEFAULTS, METHODS, SELECTOR_LABELS, TASKS, applies
+from benchmarks.accuracy.method_table import LOFIT_DEFAULTS, METHODS, SELECTOR_LABELS, TASKS, VARIANTS, applies
 from benchmarks.accuracy.paper_cells import Cell, as_options
 from benchmarks.accuracy.settings import EXPERIMENTS, FIRST_SEED, Settings
 
@@ -151,6 +151,10 @@ def _tops(plan: Plan) -> Iterator[Slot]:
             yield Slot("tops", plan.settings.models[0], task, top, cells)
 
 
+def _variants(plan: Plan) -> Iterator[Slot]:
+    yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan)
+
+
 _SLOTS = {
     "table1": _table1,
     "table2": _table2,
@@ -160,6 +164,7 @@ _SLOTS = {
     "layers": _layers,
     "sizes": _sizes,
     "tops": _tops,
+    "variants": _variants,
 }
 
 

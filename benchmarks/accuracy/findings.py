@@ -23,7 +23,7 @@ from benchmarks.accuracy.method_table import SELECTOR_LABELS
 from benchmarks.accuracy.tables import Naming, Results, middle_half
 from lofit_fast.heads import jaccard
 
-_NOTHING = "Nothing can be said yet: no cell is finished."
+NOTHING = "Nothing can be said yet: no cell is finished."
 
 
 def beside_lofit(slots: Sequence[Slot], results: Results) -> str:
@@ -60,7 +60,7 @@ def out_of_domain(slots: Sequence[Slot], results: Results) -> str:
         lines.append(f"On {enumerated(silent)} the base model answers nothing, so a loss could not be seen there.")
     if comparisons:
         lines.append(_beside("LoFiT", comparisons))
-    return "\n\n".join(lines) or _NOTHING
+    return "\n\n".join(lines) or NOTHING
 
 
 def where_heads_are(slots: Sequence[Slot], results: Results) -> str:
@@ -88,7 +88,7 @@ def where_heads_are(slots: Sequence[Slot], results: Results) -> str:
             for one, other in combinations(chosen, 2)
         ]
         lines.append(f"* Choices of two tasks share (Jaccard): {enumerated(shared)}.")
-    return "\n".join(lines) if chosen else _NOTHING
+    return "\n".join(lines) if chosen else NOTHING
 
 
 def more_examples(slots: Sequence[Slot], results: Results) -> str:
@@ -109,7 +109,7 @@ def more_examples(slots: Sequence[Slot], results: Results) -> str:
             f" {_moved(gain)}."
         )
     if not any(by_row.values()):
-        return _NOTHING
+        return NOTHING
     comparisons = []
     for lofit in (row for row in by_row if row.endswith("/lofit")):
         task = lofit.partition("/")[0]
@@ -150,7 +150,7 @@ def more_heads(slots: Sequence[Slot], results: Results) -> str:
         if best == max(found):
             text += ". The most accurate is the most that were tried, so more may do better"
         lines.append(text + ".")
-    return "\n".join(lines) if any(by_row.values()) else _NOTHING
+    return "\n".join(lines) if any(by_row.values()) else NOTHING
 
 
 def _beside(name: str, comparisons: Sequence[Comparison]) -> str:

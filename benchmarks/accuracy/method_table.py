@@ -67,7 +67,12 @@ METHODS: dict[str, Method] = {
     "red": Method("RED", "trained", tuned=True),
     "loreft": Method("LoReFT", "trained", tuned=True),
     "jola": Method("JoLA", "trained", tuned=True),
+    "lofit_all": Method("LoFiT, all heads", "trained", tuned=True),
+    "lofit_both": Method("LoFiT, all heads, scales kept", "trained", tuned=True),
+    "lofit_units": Method("LoFiT, all heads, in units of their spread", "trained", tuned=True),
 }
+# ours, which are no method of anybody's
+VARIANTS = ("lofit_all", "lofit_both", "lofit_units")
 # the ways to choose heads, ours by the scales of step 1 first
 SELECTOR_LABELS = {
     "lofit": "LoFiT: norm of the scales",

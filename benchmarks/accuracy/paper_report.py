@@ -16,6 +16,7 @@ from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
 from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
+from benchmarks.accuracy.variants import VARIANTS_SAY, variants_answer, variants_table
 from lofit_fast.files import write_text
 
 Part = Callable[[Sequence[Slot], Results], str]
@@ -120,6 +121,14 @@ SECTIONS = {
         partial(tables.grid_table, columns=lambda top: f"{100 * top:g} % of the heads"),
         "One step 1 per task and seed, cut at each number. A number keeps up when the questions do not tell it apart"
         " from the most accurate.",
+    ),
+    "variants": Section(
+        "What limits LoFiT",
+        "Is it the few heads, offsets without scales, or steps of one size for all heads?",
+        figures.dots,
+        variants_answer,
+        variants_table,
+        VARIANTS_SAY,
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-EXPERIMENTS = ("table1", "table3", "table2", "table5", "transfer", "sizes", "tops", "layers")
+EXPERIMENTS = ("table1", "table3", "table2", "table5", "transfer", "sizes", "tops", "layers", "variants")
 FIRST_SEED = 42
 
 
@@ -16,8 +16,8 @@ class Settings:
     models: the first has every cell, the others LoFiT and 0-shot only. seeds: how many, per task (`default` for the
     rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set aside for tuning, 0 for
     none, with every method at its default settings. n_outside: questions of each task judged out of domain.
-    selection_tasks, peer_tasks, transfer_tasks, sweep_tasks: the tasks of table 2, table 3, the figure of other tasks'
-    heads, and the figures of sizes and of top.
+    selection_tasks, peer_tasks, transfer_tasks, sweep_tasks: the tasks of table 2, of table 3 and the variants, of the
+    figure of other tasks' heads, and of the figures of sizes and of top.
     """
 
     models: tuple[str, ...]

@@ -10,6 +10,7 @@ from benchmarks.peers import (
     ia3,
     iti,
     jola,
+    lofit_variants,
     lora,
     loreft,
     original,
@@ -65,6 +66,24 @@ PEERS: dict[str, Peer] = {
     "red": Peer("RED", make=red.make, kind="trained", lr=5e-3, tuning=_rates(1e-3, 5e-3, 1e-2, 3e-2)),
     "loreft": Peer("LoReFT", make=loreft.make, kind="trained", lr=4e-3, tuning=_rates(1e-3, 4e-3, 1e-2, 3e-2)),
     "jola": Peer("JoLA", make=jola.make, kind="trained", lr=1e-2, tuning=_rates(1e-3, 5e-3, 1e-2, 3e-2)),
+    "lofit_all": Peer(
+        "LoFiT, all heads", make=lofit_variants.make, kind="trained", lr=1e-2, tuning=_rates(5e-3, 1e-2, 2e-2, 5e-2)
+    ),
+    "lofit_both": Peer(
+        "LoFiT, all heads, scales kept",
+        make=partial(lofit_variants.make, scales=True),
+        kind="trained",
+        lr=1e-2,
+        tuning=_rates(5e-3, 1e-2, 2e-2, 5e-2),
+    ),
+    # one unit is some ten times the usual rate: a rate of 0.1 is a tenth of a head's spread
+    "lofit_units": Peer(
+        "LoFiT, all heads, in units of their spread",
+        make=partial(lofit_variants.make, in_units=True),
+        kind="trained",
+        lr=1e-1,
+        tuning=_rates(2e-2, 5e-2, 1e-1, 3e-1),
+    ),
 }
 # the peers of the step timings, and those of the accuracy tables
 TIMED = {name: peer for name, peer in PEERS.items() if peer.attach is not None}

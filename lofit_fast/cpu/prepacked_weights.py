@@ -59,12 +59,12 @@ def prepacking_refusal(model: nn.Module) -> str | None:
     if reason := refusal():
         return f"prepacked weights cannot be used here: {reason}"
     if not prepackable(model):
-        return f"plain frozen linears of {LEAST:,} weights or more are prepacked, and the model has none"
+        return "plain frozen linears are prepacked, and the model has none"
     return None
 
 
 def pays_to_prepack(model: nn.Module) -> bool:
-    """The rule of "auto": there are such linears, and their layouts fit into `SHARE` of the machine's memory.
+    """The rule of "auto": linears of `LEAST` weights, whose layouts fit into `SHARE` of the machine's memory.
 
     Memory is that of the machine or of the control group, free or not, so that the answer is the same every time.
     """
@@ -72,13 +72,18 @@ def pays_to_prepack(model: nn.Module) -> bool:
         return False
     weights = {id(linear.weight): linear.weight for linear in prepackable(model)}.values()
     taken = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
-    return taken * processes_here() <= SHARE * memory_bytes()
+    large = any(weight.numel() >= LEAST for weight in weights)
+    return large and taken * processes_here() <= SHARE * memory_bytes()
 
 
 def prepackable(model: nn.Module) -> list[nn.Linear]:
-    """The plain frozen float32 linears of a model, of `LEAST` weights or more, that no vectors act on."""
+    """The plain frozen float32 linears of a model that no vectors act on: those of `LEAST` weights, or all if none is.
+
+    So a model of small ones is prepacked where that is asked for.
+    """
     tuned = {id(module.inner) for module in model.modules() if isinstance(module, LofitLinear)}
-    return [module for module in model.modules() if id(module) not in tuned and _is_prepackable(module)]
+    found = [module for module in model.modules() if id(module) not in tuned and _is_prepackable(module)]
+    return [module for module in found if module.weight.numel() >= LEAST] or found
 
 
 def _is_prepackable(module: nn.Module) -> bool:
@@ -87,7 +92,7 @@ def _is_prepackable(module: nn.Module) -> bool:
         return False
     # what computes its weight in a hook has it elsewhere
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or weight.numel() < LEAST or (bias is None and module.bias is not None):
+    if weight is None or (bias is None and module.bias is not None):
         return False
     return all(_is_frozen_here(numbers) for numbers in (weight, bias) if numbers is not None)
 

@@ -21,6 +21,7 @@ KNOBS = {
     "in no order of length": ({"group_by_length": False}, {}),
     "narrow": ({"narrow": True}, {}),
     "large pages": ({"large_pages": True}, {}),
+    "prepacked": ({"prepack": True}, {}),
     "int8": ({"frozen_products": "int8"}, {}),
     "prefix cache": ({"prefix_cache_gb": 0.1}, {"min_layer": 1}),
     "prompt cache": ({"prompt_cache_gb": 0.1}, ANSWER),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import count
 from typing import Any
 
@@ -12,41 +11,53 @@ from torch import Tensor, nn
 _CLOSED = "a product with a weight in another layout was asked for after its scope had ended"
 _numbers = count()
 _held: dict[int, HeldWeight] = {}
+# by bytes of a number: what its bits are compared as, so that NaN is itself
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# rows and columns of a weight that are looked at for writes that torch does not count
+_LOOKED_AT = (8, 4)
 
 
 class HeldWeight:
     """A weight (N, K), laid out for W when y is first computed and for W^T when dz is, until `close`.
 
-    It must not change once it has been used. key: () int64 on the CPU, by which an op finds it.
+    It must not change once it has been used. key: () int64 on the CPU, by which an op finds it. is_open: until `close`.
     """
 
     # what it does to a weight, and the scope it does so in, as errors name them
     done, scope = "laid out anew", "the scope that did so"
 
     def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
+        self.weight, self.is_open = weight, True
         self._packed: dict[bool, Any] = {}
-        self._version, self._copies = _version_of(weight), []
-        self.is_closed = False
+        self._looks = _Looks(weight)
         number = next(_numbers)
-        self.key = torch.tensor(number)
+        # whatever the default device is
+        self.key = torch.tensor(number, device="cpu")
         _held[number] = self
 
     def packed(self, backward: bool) -> Any:
         """What a product multiplies by: W for y, W^T for dz.
 
-        Raises RuntimeError after `close`, and where the weight is seen to have changed since it was used first; a write
-        through `.data` is not seen.
+        Raises RuntimeError after `close`, and where `has_changed`.
         """
-        if self.is_closed:
+        if not self.is_open:
             raise RuntimeError(_CLOSED)
-        version = _version_of(self.weight)
-        if version != self._version and self.is_used():
+        if self.has_changed():
             raise RuntimeError(f"a weight has changed after it was {self.done}: load weights before {self.scope}")
-        self._version = version
+        if not self.is_used():
+            # it may have changed until now
+            self._looks = _Looks(self.weight)
         if backward not in self._packed:
             self._packed[backward] = self.pack(backward)
         return self._packed[backward]
+
+    def has_changed(self) -> bool:
+        """Whether the weight is seen to be another than when it was used first.
+
+        A write through `.data` or NumPy is seen where it reaches the few numbers of a weight on a CPU that are looked
+        at; one that changes most of the weight does.
+        """
+        return self.is_used() and not self._looks.fit(self.weight)
 
     def is_used(self) -> bool:
         """Whether something has been computed from the weight that is kept."""
@@ -56,29 +67,11 @@ class HeldWeight:
         """What `packed` keeps."""
         raise NotImplementedError
 
-    def copied(self, memo: dict) -> HeldWeight:
-        """The same for a copy of the weight."""
-        raise NotImplementedError
-
     def close(self) -> None:
-        """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
+        """Forget the packed weights: what computes with them afterwards is refused."""
+        self.is_open = False
         _held.pop(int(self.key), None)
-        self.is_closed = True
         self._packed.clear()
-        for held in self._copies:
-            held.close()
-
-    def __deepcopy__(self, memo: dict) -> HeldWeight:
-        # a copied model has weights of its own, which may be given other numbers
-        self._copies.append(self.copied(memo))
-        return self._copies[-1]
-
-    def __reduce__(self) -> tuple:
-        # its number means nothing in another process, or another weight
-        raise TypeError(
-            f"expected to pickle a model as it was loaded, got one whose weights are {self.done}: save it after "
-            f"{self.scope}, or save its state_dict"
-        )
 
 
 def held_weight(key: Tensor) -> HeldWeight:
@@ -89,11 +82,24 @@ def held_weight(key: Tensor) -> HeldWeight:
     return found
 
 
-def copied_weight(held: HeldWeight, memo: dict) -> nn.Parameter:
-    """The weight's own copy in a deep copy of its model."""
-    return copy.deepcopy(held.weight, memo)
+class _Looks:
+    """What is known of a weight's numbers: where they are, how often torch has counted a write, and some of them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.place = _place_of(weight)
+        # a look at another device would wait for it
+        looked_at = weight.device.type == "cpu" and weight.numel() and weight.element_size() in _BITS
+        self.there = self.kept = None
+        if looked_at:
+            rows, columns = (-(-size // most) for size, most in zip(weight.shape, _LOOKED_AT, strict=True))
+            self.there = weight.detach().view(_BITS[weight.element_size()])[::rows, ::columns]
+            self.kept = self.there.clone()
+
+    def fit(self, weight: Tensor) -> bool:
+        """Whether they are still so."""
+        return _place_of(weight) == self.place and (self.there is None or torch.equal(self.there, self.kept))
 
 
-def _version_of(weight: Tensor) -> int:
-    """How often a tensor has been written to; 0 where torch does not count."""
-    return 0 if weight.is_inference() else weight._version
+def _place_of(weight: Tensor) -> tuple[int, int]:
+    """(where its numbers begin, how often torch has counted a write to them; 0 where it does not count)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version

@@ -10,14 +10,15 @@ import platform
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lofit_kernels.eager_scopes import as_written, autocast_is_on
-from lofit_kernels.held_weight import HeldWeight, copied_weight, held_weight
+from lofit_kernels.held_weight import HeldWeight, held_weight
 
 
 class PrepackedWeight(HeldWeight):
-    """A float32 weight (N, K) on a CPU in oneDNN's layout, see `HeldWeight`."""
+    """A float32 weight (N, K) on a CPU in oneDNN's layout, see `HeldWeight`; a copy or a pickle of it is None."""
 
     done, scope = "laid out for oneDNN", "the scope of prepack"
 
@@ -26,14 +27,42 @@ class PrepackedWeight(HeldWeight):
         weight = self.weight.detach()
         return torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous() if backward else weight.contiguous())
 
-    def copied(self, memo: dict) -> PrepackedWeight:
-        """The same for a copy of the weight."""
-        return PrepackedWeight(copied_weight(self, memo))
+    def __deepcopy__(self, memo: dict) -> None:
+        # a copied model may outlive the scope, and has weights of its own
+        return None
+
+    def __reduce__(self) -> tuple:
+        # its number means nothing in another process
+        return type(None), ()
 
 
-def is_taken(x: Tensor) -> bool:
-    """Whether `prepacked_linear` takes such rows: float32, and nothing that computes in another dtype."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not autocast_is_on(x)
+def is_taken(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = None) -> bool:
+    """Whether `prepacked_linear` is to compute a product: on plain float32 numbers, and for nobody who records it.
+
+    False too where the weight is seen to have changed, or its scope is over.
+    """
+    N, K = weight.weight.shape
+    if not _is_float32(x) or x.shape[-1:] != (K,) or autocast_is_on(x):
+        return False
+    if shift is not None and not (_is_float32(shift) and shift.shape == (N,)):
+        return False
+    if torch.compiler.is_compiling():
+        # a program that is kept has no use for the number of a weight in this process
+        return not torch.compiler.is_exporting()
+    return weight.is_open and not _is_recorded() and not weight.has_changed()
+
+
+def _is_float32(x: Tensor) -> bool:
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
+    return plain and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _is_recorded() -> bool:
+    """Whether a transform of functorch, forward derivatives, a tracer or a counter is on: each knows plain products."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return True
+    # they pass an op by without a word
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def prepacked_linear(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = None) -> Tensor:
@@ -70,6 +99,8 @@ def _multiplied(x: Tensor, weight: PrepackedWeight, shift: Tensor | None, backwa
     packed = weight.packed(backward)
     if not len(x):
         return x.new_empty(0, weight.weight.shape[backward])
+    # it reads a shift as if it lay in one piece
+    shift = None if shift is None else shift.contiguous()
     return as_written(x, torch.ops.mkldnn._linear_pointwise, x.contiguous(), packed, shift, "none", [], "")
 
 
@@ -113,9 +144,10 @@ def refusal() -> str | None:
         return f"they are known on x86 processors alone, got {platform.machine()}"
     if not torch.backends.mkldnn.is_available():
         return "they are oneDNN's, which this torch has been built without"
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(37, 53, generator=generator), requires_grad=False)
-    x, grad = (torch.randn(19, size, generator=generator) for size in (53, 37))
+    # whatever the defaults of dtype and device are
+    how = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    weight = nn.Parameter(torch.randn(37, 53, **how), requires_grad=False)
+    x, grad = (torch.randn(19, size, **how) for size in (53, 37))
     held = PrepackedWeight(weight)
     try:
         got = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_kernels.eager_scopes import as_written, autocast_is_on, once
-from lofit_kernels.held_weight import HeldWeight, copied_weight, held_weight
+from lofit_kernels.held_weight import HeldWeight, held_weight
 from lofit_kernels.product_kinds import KINDS, ProductKind
 
 
@@ -54,6 +54,7 @@ class FrozenWeight(HeldWeight):
                 nn.Parameter(weight_scales(self._multiplied(weight, backward), kind), requires_grad=False)
                 for backward in (False, True)
             )
+        self._copies: list[FrozenWeight] = []
         super().__init__(weight)
 
     def is_used(self) -> bool:
@@ -73,10 +74,24 @@ class FrozenWeight(HeldWeight):
             return weight.t()
         return weight if self.columns is None else weight.index_fill(1, self.columns.kept, 0)
 
-    def copied(self, memo: dict) -> FrozenWeight:
-        """The same for a copy of the weight."""
+    def close(self) -> None:
+        """Forget the packed weights, those of copies too: what computes with them afterwards is refused."""
+        super().close()
+        for copied in self._copies:
+            copied.close()
+
+    def __deepcopy__(self, memo: dict) -> FrozenWeight:
+        # a copied model has weights of its own, which may be given other numbers
         columns = None if self.columns is None else copy.deepcopy(self.columns, memo)
-        return FrozenWeight(copied_weight(self, memo), KINDS[self.kind], columns)
+        self._copies.append(FrozenWeight(copy.deepcopy(self.weight, memo), KINDS[self.kind], columns))
+        return self._copies[-1]
+
+    def __reduce__(self) -> tuple:
+        # its number means nothing in another process, or another weight
+        raise TypeError(
+            f"expected to pickle a model as it was loaded, got one whose weights are {self.done}: save it after "
+            f"{self.scope}, or save its state_dict"
+        )
 
 
 def weight_scales(weight: Tensor, kind: ProductKind) -> Tensor:

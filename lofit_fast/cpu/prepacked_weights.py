@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lofit_fast.models.shared_pages import processes_here
+from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
-from lofit_fast.patching.prepacked import prepack, undo_prepack
+from lofit_fast.patching.prepacked import is_prepacked, is_replaced, prepack, undo_prepack
 from lofit_kernels.prepacked_linear import PrepackedWeight, refusal
 
 # weights of a linear from which the layout is worth a call of oneDNN, which takes some hundredths of a millisecond:
@@ -30,26 +31,28 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     """A scope in which a float32 model's large plain frozen linears multiply by weights in oneDNN's layout.
 
     model: patched or not, on a CPU. The output head is one of them; the projections that vectors act on are not. Each
-    direction's layout is made when it is first used, as many bytes as the weight has, and the weights must not change
-    inside the scope. Results differ by rounding. Afterwards every module is as it was.
+    direction's layout is made when it is first used, as many bytes as the weight has. A weight that is seen to change
+    inside the scope is multiplied by plainly from then on; compiled layers refuse it. Results differ by rounding.
+    Linears that are prepacked or in 8 bits already stay so. Afterwards every module is as it was.
     Raises ValueError, before anything is changed, as `prepacking_refusal` says.
     """
     if reason := prepacking_refusal(model):
         raise ValueError(reason)
+    # by the id of a weight: linears that share one share its layout
     held: dict[int, PrepackedWeight] = {}
-    done: list[nn.Linear] = []
+    done: list[tuple[nn.Linear, PrepackedWeight]] = []
     try:
         for linear in prepackable(model):
             weight = linear.weight
-            # linears that share a weight share its layout
             if id(weight) not in held:
                 held[id(weight)] = PrepackedWeight(weight)
-            prepack(linear, held[id(weight)])
-            done.append(linear)
+            # before it is done: an interrupt may come between the two
+            done.append((linear, held[id(weight)]))
+            prepack(*done[-1])
         yield
     finally:
-        for linear in done:
-            undo_prepack(linear)
+        for linear, weight in done:
+            undo_prepack(linear, weight)
 
 
 def prepacking_refusal(model: nn.Module) -> str | None:
@@ -58,7 +61,9 @@ def prepacking_refusal(model: nn.Module) -> str | None:
         return f"prepacked weights are for float32 models on a CPU, got {dtype_of(model)} on {device_of(model)}"
     if reason := refusal():
         return f"prepacked weights cannot be used here: {reason}"
-    if not prepackable(model):
+    # in a scope of theirs already
+    taken = any(is_prepacked(module) or products_of(module) is not None for module in model.modules())
+    if not taken and not prepackable(model):
         return "plain frozen linears are prepacked, and the model has none"
     return None
 
@@ -88,7 +93,7 @@ def prepackable(model: nn.Module) -> list[nn.Linear]:
 
 def _is_prepackable(module: nn.Module) -> bool:
     """Whether it is exactly an nn.Linear with a forward of its class and frozen numbers; hooks go on as they are."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if type(module) is not nn.Linear or is_replaced(module) or is_prepacked(module):
         return False
     # what computes its weight in a hook has it elsewhere
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -99,7 +104,7 @@ def _is_prepackable(module: nn.Module) -> bool:
 
 def _is_frozen_here(numbers: nn.Parameter) -> bool:
     on_cpu = numbers.device.type == "cpu" and numbers.dtype == torch.float32
-    return on_cpu and is_dense(numbers) and not numbers.requires_grad
+    return on_cpu and is_dense(numbers) and numbers.numel() > 0 and not numbers.requires_grad
 
 
 def memory_bytes() -> int:

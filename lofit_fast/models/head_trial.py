@@ -22,7 +22,7 @@ from lofit_fast.models.trials import rounding, trial_examples, trying
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.output_head import is_ours
 from lofit_fast.patching.placement import device_of, is_dense
-from lofit_fast.patching.prepacked import is_prepacked
+from lofit_fast.patching.prepacked import is_replaced
 
 # what configs call a number that logits are multiplied or divided by, and one that caps them
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_scale")
@@ -176,8 +176,7 @@ def _targets(batch: dict) -> Tensor | None:
 def _is_plain(head: nn.Module) -> bool:
     """Whether it is exactly a linear map of plain frozen numbers that lie somewhere, and nothing hangs on it."""
     hooks = [*head._forward_hooks.values(), *(hook for hook in head._forward_pre_hooks.values() if not is_ours(hook))]
-    replaced = "forward" in vars(head) and not is_prepacked(head)
-    if type(head) is not nn.Linear or replaced or hooks:
+    if type(head) is not nn.Linear or is_replaced(head) or hooks:
         return False
     numbers = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
     return all(is_dense(t) and not t.requires_grad and t.device.type != "meta" for t in numbers)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.frozen_linear import products_of
+from lofit_fast.patching.prepacked import is_replaced
 
 # class -> whether its weight is stored as (K, N): what computes x W^T + b and nothing else
 _LINEARS = {
@@ -34,7 +35,7 @@ def why_not_plain(linear: nn.Module) -> str | None:
     if products_of(linear) is not None:
         return f"{name} that computes in 8 bits for now, until the scope of frozen_products is over"
     # accelerate's moves inputs between devices, and no numbers
-    if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
+    if is_replaced(linear) and not hasattr(linear, "_hf_hook"):
         return f"{name} with a forward of its own"
     if linear._forward_pre_hooks or linear._forward_hooks:
         return f"{name} with forward hooks on it, which may change what it computes"

@@ -5,7 +5,7 @@ from torch.nn.modules import module as module_globals
 
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.placement import is_dense
-from lofit_fast.patching.prepacked import is_prepacked
+from lofit_fast.patching.prepacked import is_replaced
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -23,7 +23,7 @@ def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tenso
     if type(module) is not nn.Linear:
         return None
     own = vars(module)
-    if "forward" in own and not moved and products_of(module) is None and not is_prepacked(module):
+    if "forward" in own and not moved and products_of(module) is None and is_replaced(module):
         return None
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return None

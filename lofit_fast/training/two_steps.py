@@ -31,6 +31,7 @@ from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
 from lofit_fast.training.engine import CHANGEABLE, Engine
 from lofit_fast.training.engine.auto import said, with_prompts
+from lofit_fast.training.engine.cpu_extras import prepacking_refusal
 from lofit_fast.training.finite_steps import Diverged
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.loss_sense import LossSense
@@ -402,7 +403,7 @@ class TwoSteps:
             run.keep_engine(stage, asdict(engine), begun_with(self.model))
             return engine
         kept = _EARLIER | kept
-        # a run goes on as it began, whatever the rules say by now; how much disk it may take can be changed
+        # a run goes on as it began, whatever the rules say by now; how much disk and memory it may take can be changed
         self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in CHANGEABLE))
         asked = {name: getattr(usable, name) for name in CHANGEABLE}
         try:
@@ -412,4 +413,13 @@ class TwoSteps:
                 f"{run.path} holds a run whose engine this release does not know ({error}): go on with the release "
                 "that began it, choose another folder, or start over with resume=False (--no-resume)"
             ) from error
-        return with_prompts(handle, engine)
+        return with_prompts(handle, self._with_weights(engine, stage))
+
+    def _with_weights(self, engine: Engine, stage: str) -> Engine:
+        """The engine of a stage that goes on, without prepacked weights where there are none here: they only round."""
+        reason = prepacking_refusal(self.model) if engine.prepack and self.asked.prepack is not True else None
+        if reason is None:
+            return engine
+        if self.progress:
+            print(f"the step {stage!r} was begun with prepacked weights and goes on without: {reason}", file=sys.stderr)
+        return replace(engine, prepack=False)

@@ -1,6 +1,8 @@
 """The scope of prepacked weights: what it takes, what it leaves, that results stay, and when "auto" means it."""
 
 import copy
+import io
+import math
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.cpu import prepacked_weights
 from lofit_fast.cpu.prepacked_weights import memory_bytes, pays_to_prepack, prepackable, prepacked, prepacking_refusal
-from lofit_fast.patching.prepacked import is_prepacked
+from lofit_fast.patching.mergeable import why_not_plain
+from lofit_fast.patching.plain_linear import is_plain_linear
+from lofit_fast.patching.prepacked import is_prepacked, prepack
 from lofit_fast.sealed import read_sealed, write_sealed
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.auto import settle
+from lofit_kernels import held_weight
 from lofit_kernels.prepacked_linear import refusal
 from tests.oracle import randomize
 from tests.tiny_families import tiny_family
@@ -132,6 +137,26 @@ def test_another_weight_counts_from_then_on(llama):
         assert llama(tokens()).logits.abs().max() == 0
 
 
+def test_a_weight_that_changes_counts_from_then_on(llama):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    with prepared(llama, PREPACKED):
+        gradients(llama)
+        # as PEFT's merge writes, which torch does not count
+        llama.lm_head.weight.data *= 0
+        assert llama(tokens()).logits.abs().max() == 0
+        assert gradients(llama)[0] == pytest.approx(math.log(llama.lm_head.out_features))
+
+
+def test_forward_derivatives_go_through(llama):
+    head = llama.lm_head.requires_grad_(False)
+    x = torch.randn(3, head.in_features)
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    with prepared(llama, PREPACKED):
+        assert is_prepacked(head)
+        y, tangent = torch.func.jvp(head, (x,), (2 * x,))
+    torch.testing.assert_close(tangent, 2 * y)
+
+
 def test_autocast_is_as_it_is_with_plain_weights(llama):
     lf.patch(llama, lf.LofitConfig(offset="all"))
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,15 +187,88 @@ def test_beside_products_in_8_bits_the_head_is_prepacked(llama):
         assert gradients(llama)[0] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_copy_made_inside_has_weights_of_its_own(llama):
+def test_copies_and_pickles_made_inside_are_plain_for_good(llama):
     lf.patch(llama, lf.LofitConfig(offset="all"))
+    expected, file = gradients(llama)[0], io.BytesIO()
     with prepared(llama, PREPACKED):
-        expected = gradients(llama)[0]
         copied = copy.deepcopy(llama)
+        torch.save(llama, file)
+        assert not any(map(is_prepacked, copied.modules()))
         with torch.no_grad():
-            copied.lm_head.weight.zero_()
+            copied.lm_head.weight.mul_(0)
         assert copied(tokens()).logits.abs().max() == 0
-        assert gradients(llama)[0] == expected
+        assert gradients(llama)[0] == pytest.approx(expected, rel=1e-6)
+    assert copied(tokens()).logits.abs().max() == 0
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for model in (copied, loaded):
+        before = gradients(model)[0]
+        # what is left of the scope does not stand in the way
+        linear = model.model.layers[0].mlp.up_proj
+        assert is_plain_linear(linear) and why_not_plain(linear) is None
+        with prepared(model, PREPACKED):
+            assert is_prepacked(model.lm_head)
+            assert gradients(model)[0] == pytest.approx(before, rel=1e-6)
+    assert gradients(loaded)[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_scopes_inside_each_other_end_in_any_order(llama, first):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    before, expected = belongings(llama), gradients(llama)[0]
+    scopes = [prepared(llama, PREPACKED) for _ in range(2)]
+    for scope in scopes:
+        scope.__enter__()
+    for scope in (scopes[first], scopes[1 - first]):
+        assert gradients(llama)[0] == pytest.approx(expected, rel=1e-6)
+        scope.__exit__(None, None, None)
+    assert belongings(llama) == before
+
+
+def test_what_has_wrapped_a_forward_keeps_one_that_computes(llama):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    expected = gradients(llama)[0]
+    with prepared(llama, PREPACKED):
+        inner = llama.lm_head.forward
+        llama.lm_head.forward = lambda x: inner(x)
+    assert gradients(llama)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_thread_may_leave_while_another_computes(llama, monkeypatch):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    head, x = llama.lm_head, torch.randn(2, llama.lm_head.in_features)
+    # it has looked just before
+    monkeypatch.setattr("lofit_fast.patching.prepacked.is_taken", lambda *_: True)
+    with prepared(llama, PREPACKED):
+        head.lofit_prepacked.close()
+        torch.testing.assert_close(head(x), nn.functional.linear(x, head.weight))
+
+
+def test_an_interrupt_on_the_way_in_leaves_nothing(llama, monkeypatch):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    before, held = belongings(llama), set(held_weight._held)
+
+    def interrupted(linear, weight):
+        prepack(linear, weight)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepacked_weights, "prepack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(llama, PREPACKED).__enter__()
+    assert belongings(llama) == before and set(held_weight._held) == held
+
+
+def test_where_8_bits_leave_nothing_it_is_no_error(llama):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    llama.lm_head.requires_grad_(True)
+    with prepared(llama, Engine(frozen_products="int8", prepack=True)):
+        assert not any(map(is_prepacked, llama.modules()))
+
+
+def test_weights_without_numbers_are_left_alone():
+    empty = nn.utils.skip_init(nn.Linear, 0, 3)
+    model = nn.Sequential(empty, nn.Linear(3, 4)).requires_grad_(False)
+    assert prepackable(model) == [model[1]]
 
 
 def test_linears_that_share_a_weight_share_its_layout(llama):
@@ -238,3 +336,16 @@ def test_a_run_goes_on_as_it_began(llama, tmp_path, monkeypatch, earlier):
     monkeypatch.setattr(prepacked_weights, "memory_bytes", lambda: 0)
     fit(llama, tmp_path).handle.unpatch()
     assert entered == ([] if earlier else [llama])
+
+
+def test_a_run_that_was_begun_with_them_goes_on_without(llama, tmp_path, everything_pays, monkeypatch):
+    fit(llama, tmp_path).handle.unpatch()
+    state = read_sealed(tmp_path / "state.json")
+    assert state["engine"]["tune"]["prepack"] is True
+    monkeypatch.setattr("lofit_fast.training.engine.prepacked", None)
+    write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
+    fit(llama, tmp_path, engine=Engine(prepack=False)).handle.unpatch()
+    # as on another machine
+    monkeypatch.setattr("lofit_fast.training.two_steps.prepacking_refusal", lambda model: "there are none")
+    write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
+    fit(llama, tmp_path).handle.unpatch()

@@ -1,17 +1,23 @@
 """Products with prepacked weights: against float64, in both directions, compiled, and once more differentiated."""
 
 import copy
-import io
+import pickle
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
 
-from lofit_kernels.prepacked_linear import PrepackedWeight, prepacked_linear, refusal
+from lofit_kernels.prepacked_linear import PrepackedWeight, is_taken, prepacked_linear, refusal
 from tests.accuracy_rule import check
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no prepacked weights here: {refusal()}")
 N, K = 40, 56
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture
@@ -20,10 +26,6 @@ def held():
     held = PrepackedWeight(weight)
     yield held
     held.close()
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def both(product, x, grad):
@@ -74,12 +76,39 @@ def test_it_compiles_whole(held):
         assert torch.equal(got, expected)
 
 
-def test_a_weight_that_has_changed_is_refused(held):
-    prepacked_linear(draw(2, K), held)
+def doubled(weight):
     with torch.no_grad():
-        held.weight.mul_(2)
+        weight.mul_(2)
+
+
+def doubled_unseen(weight):
+    weight.data *= 2
+
+
+def doubled_by_numpy(weight):
+    numbers = weight.numpy()
+    numbers *= 2
+
+
+def given_others(weight):
+    weight.data = 2 * weight.data
+
+
+@pytest.mark.parametrize("change", [doubled, doubled_unseen, doubled_by_numpy, given_others])
+def test_a_weight_that_has_changed_is_refused(held, change):
+    x = draw(2, K)
+    assert is_taken(x, held)
+    prepacked_linear(x, held)
+    change(held.weight)
+    assert held.has_changed() and not is_taken(x, held)
     with pytest.raises(RuntimeError, match=r"changed after it was laid out for oneDNN: .* before the scope of prepack"):
-        prepacked_linear(draw(2, K), held)
+        prepacked_linear(x, held)
+
+
+def test_numbers_that_are_nan_are_themselves(held):
+    held.weight.data[0] = float("nan")
+    prepacked_linear(draw(2, K), held)
+    assert not held.has_changed()
 
 
 def test_one_that_changes_before_it_is_used_is_taken_as_it_is_then(held):
@@ -88,20 +117,61 @@ def test_one_that_changes_before_it_is_used_is_taken_as_it_is_then(held):
     torch.testing.assert_close(prepacked_linear(draw(2, K), held), linear(draw(2, K), held.weight))
 
 
-def test_after_its_scope_and_in_a_pickle_it_is_refused(held):
-    with pytest.raises(TypeError, match="laid out for oneDNN: save it after"):
-        torch.save(held, io.BytesIO())
+def test_after_its_scope_it_is_refused_and_its_layouts_are_gone(held):
+    x = draw(2, K).requires_grad_()
+    prepacked_linear(x, held).sum().backward()
+    layouts = list(map(weakref.ref, held._packed.values()))
     held.close()
+    assert len(layouts) == 2 and not any(layout() is not None for layout in layouts)
+    assert not is_taken(x, held)
     with pytest.raises(RuntimeError, match="after its scope had ended"):
-        prepacked_linear(draw(2, K), held)
+        prepacked_linear(x, held)
 
 
-def test_a_copy_has_a_weight_of_its_own_and_ends_with_it(held):
-    copied = copy.deepcopy(held)
-    with torch.no_grad():
-        copied.weight.mul_(2)
+def test_copies_and_pickles_hold_none(held):
+    assert copy.deepcopy(held) is None and pickle.loads(pickle.dumps(held)) is None
+
+
+@pytest.mark.parametrize("shift", [draw(2 * N)[::2], draw(N, 3)[:, 1], draw(1).expand(N)])
+def test_a_shift_may_lie_anyhow(held, shift):
     x = draw(3, K)
-    torch.testing.assert_close(prepacked_linear(x, copied), 2 * prepacked_linear(x, held))
-    held.close()
-    with pytest.raises(RuntimeError, match="after its scope had ended"):
-        prepacked_linear(x, copied)
+    torch.testing.assert_close(prepacked_linear(x, held, shift), linear(x, held.weight, shift))
+
+
+def test_what_is_no_plain_float32_matrix_or_is_looked_at_is_left_to_plain_products(held):
+    x, shift = draw(3, K), draw(N)
+    assert is_taken(x, held, shift) and is_taken(torch.nn.Parameter(x), held)
+    jagged = torch.nested.nested_tensor([draw(2, K), draw(3, K)], layout=torch.jagged)
+    for rows in (jagged, x.to_sparse(), x.to_mkldnn(), x.double(), x.bfloat16(), draw(3, 2 * K), x[0, 0]):
+        assert not is_taken(rows, held)
+    for other in (shift.double(), draw(1)):
+        assert not is_taken(x, held, other)
+    taken = []
+
+    def asked(x):
+        taken.append(is_taken(x, held))
+        return linear(x, held.weight)
+
+    torch.func.jvp(asked, (x,), (x,))
+    torch.func.vmap(asked)(x)
+    torch.func.grad(lambda x: asked(x).sum())(x)
+    torch.jit.trace(asked, x, check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        asked(torch.autograd.forward_ad.make_dual(x, x))
+    with FlopCounterMode(display=False):
+        asked(x)
+    assert taken == 6 * [False] and is_taken(x, held)
+
+
+def test_the_defaults_of_dtype_and_device_do_not_matter():
+    found = []
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
+        refusal.cache_clear()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                found.append(refusal())
+        finally:
+            torch.set_default_dtype(before)
+    assert found == [None, None]

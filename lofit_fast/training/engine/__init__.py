@@ -30,7 +30,7 @@ SWITCHES = ("compile", "packing", "narrow", "large_pages", "prepack")
 # those that say how much disk a run may take, in 10^9 bytes
 ON_DISK = ("prefix_cache_gb", "prompt_cache_gb")
 # those that a run may be gone on with otherwise than it began
-CHANGEABLE = (*ON_DISK, "verify")
+CHANGEABLE = (*ON_DISK, "verify", "prepack")
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,8 @@ def test_a_run_goes_on_as_it_began(llama, tmp_path, monkeypatch, earlier):
     assert entered == ([] if earlier else [llama])
 
 
-def test_a_run_that_was_begun_with_them_goes_on_without(llama, tmp_path, everything_pays, monkeypatch):
+def test_a_run_that_was_begun_with_them_goes_on_without(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepacked_weights, "LEAST", 1)
     fit(llama, tmp_path).handle.unpatch()
     state = read_sealed(tmp_path / "state.json")
     assert state["engine"]["tune"]["prepack"] is True

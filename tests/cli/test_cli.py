@@ -250,7 +250,8 @@ def test_a_plain_folder(run_folder, model, tmp_path, command):
     assert as_json("generate", "--model", output, *generate) == adapted
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
+# export writes it as merge does
+@pytest.mark.parametrize("command", ["merge", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_plain_folder_that_lacks_offsets_is_noticed(run_folder, model, tmp_path, command, monkeypatch):
     whole = export_module.plain_model
 
@@ -265,7 +266,7 @@ def test_a_plain_folder_that_lacks_offsets_is_noticed(run_folder, model, tmp_pat
     assert "self_attn.o_proj.bias is not the merged one" in message
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize("command", [pytest.param("merge", marks=pytest.mark.slow), "export"])
 def test_a_head_that_is_tied_by_the_config_alone(run_folder, model, tmp_path, command):
     base = AutoModelForCausalLM.from_pretrained(model)
     base.save_pretrained(tmp_path / "base")

@@ -119,7 +119,8 @@ def test_train_starts_over(run_folder, model, data, tmp_path):
     assert summary["recipe"]["seed"] == 7
 
 
-@pytest.mark.parametrize("as_object", [True, False])
+# the next test reads a run's own file, which is an object
+@pytest.mark.parametrize("as_object", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_train_on_given_heads(model, data, tmp_path, as_object):
     heads = [[2, 1], [0, 3]]
     (tmp_path / "heads.json").write_text(json.dumps({"heads": heads, "scores": None} if as_object else heads))

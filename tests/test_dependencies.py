@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,21 +57,28 @@ def _package(requirement: str) -> str:
     return re.match(r"[\w-]+", requirement)[0].replace("-", "_")
 
 
-def imports(path: Path) -> list[tuple[str, ast.stmt]]:
-    """(package, statement) of every import of a file, in functions and under TYPE_CHECKING too."""
-    found = []
+@cache
+def read(path: Path) -> tuple[list[tuple[str, ast.stmt]], list[tuple[str, ast.Call]]]:
+    """(package, statement) of every import of a file, in functions and under TYPE_CHECKING too; (dotted name, call) of
+    every call whose function has one."""
+    imported, called = [], []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name.partition(".")[0], node) for alias in node.names]
+            imported += [(alias.name.partition(".")[0], node) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.module.partition(".")[0], node))
-    return [(name, node) for name, node in found if name not in OURS and name not in sys.stdlib_module_names]
+            imported.append((node.module.partition(".")[0], node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            called.append((ast.unparse(node.func), node))
+    return imported, called
+
+
+def imports(path: Path) -> list[tuple[str, ast.stmt]]:
+    """Of those, imports of what is neither ours nor Python's own."""
+    return [(name, node) for name, node in read(path)[0] if name not in OURS and name not in sys.stdlib_module_names]
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    """(dotted name, call) of every call of a file whose function has one."""
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return [(ast.unparse(node.func), node) for node in found if isinstance(node.func, ast.Name | ast.Attribute)]
+    return read(path)[1]
 
 
 def where(path: Path, node: ast.AST) -> str:
@@ -138,13 +146,8 @@ RUNNING |= {"os.system", "os.popen", "os.execv", "os.execvp", "os.spawnv"}
     "banned, paths", [(EXECUTING | STARTING, PRODUCT), (EXECUTING, PROGRAMS)], ids=["product", "all"]
 )
 def test_nothing_that_executes_is_imported(banned, paths):
-    found = []
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())) if path != PLANTING else ():
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            found += [f"{where(path, node)}: {name}" for name in names if name.partition(".")[0] in banned]
-    assert found == []
+    found = [(path, name, node) for path in paths if path != PLANTING for name, node in read(path)[0]]
+    assert [f"{where(path, node)}: {name}" for path, name, node in found if name in banned] == []
 
 
 def executes(name: str, call: ast.Call) -> str | None:

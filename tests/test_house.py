@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ SOURCES = {
 }
 
 
+@cache
 def imports_of(module: str) -> set[str]:
     """Full names of all that a module imports, inside functions too."""
     found = set()

@@ -172,9 +172,17 @@ def _read_item(item: tuple[str, str, str, int, int]) -> Row:
 
 
 def read_catalogue(
-    sample: bool, architectures: Sequence[str], kernels: Sequence[str], dtypes: Sequence[str], jobs: int
+    sample: bool,
+    architectures: Sequence[str],
+    kernels: Sequence[str],
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    jobs: int,
 ) -> list[Row]:
-    """One row for each specialisation of the catalogue, in its order, with a progress bar on stderr."""
+    """One row for each specialisation of the catalogue, in its order, with a progress bar on stderr.
+
+    An empty `kernels` or `head_dims` is every one. A single job is this process.
+    """
     from rich.console import Console
     from rich.progress import track
 
@@ -185,13 +193,17 @@ def read_catalogue(
         for found in catalogue(sample, architectures)
         if not kernels or any(name in found.name for name in kernels)
         if str(found.dtype).removeprefix("torch.") in dtypes
+        if not head_dims or found.D in head_dims
     ]
+    console = Console(stderr=True)
+    if jobs == 1:
+        return [_read_item(item) for item in track(items, "compiling", console=console, transient=True)]
     rows: dict[int, Row] = {}
     # spawn: a fork after torch has started its threads may hang
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {pool.submit(_read_item, item): number for number, item in enumerate(items)}
         waiting = as_completed(pending)
-        for done in track(waiting, "compiling", len(pending), console=Console(stderr=True), transient=True):
+        for done in track(waiting, "compiling", len(pending), console=console, transient=True):
             rows[pending[done]] = done.result()
     return [rows[number] for number in range(len(items))]
 
@@ -217,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="ARCH")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only kernels whose name contains NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[], metavar="D", help="only these (default: all)")
     parser.add_argument("--summary", action="store_true", help="print the red rows only")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -224,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Triton decides at import whether to interpret: too late if it is already there
     if os.environ.pop("TRITON_INTERPRET", None) and "triton" in sys.modules:
         parser.error("Triton was imported with TRITON_INTERPRET set; kernels cannot be compiled in this process")
-    rows = read_catalogue(chosen.sample, chosen.arch, chosen.kernel, chosen.dtype, chosen.jobs)
+    rows = read_catalogue(chosen.sample, chosen.arch, chosen.kernel, chosen.dtype, chosen.head_dim, chosen.jobs)
     show([row for row in rows if row.problems] if chosen.summary else rows)
     red = [row for row in rows if row.problems]
     print(f"{len(rows)} specialisations, {len(red)} red")

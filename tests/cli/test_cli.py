@@ -119,7 +119,8 @@ def test_train_starts_over(run_folder, model, data, tmp_path):
     assert summary["recipe"]["seed"] == 7
 
 
-@pytest.mark.parametrize("as_object", [True, False])
+# the next test reads a run's own file, which is an object
+@pytest.mark.parametrize("as_object", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_train_on_given_heads(model, data, tmp_path, as_object):
     heads = [[2, 1], [0, 3]]
     (tmp_path / "heads.json").write_text(json.dumps({"heads": heads, "scores": None} if as_object else heads))
@@ -250,7 +251,8 @@ def test_a_plain_folder(run_folder, model, tmp_path, command):
     assert as_json("generate", "--model", output, *generate) == adapted
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
+# export writes it as merge does
+@pytest.mark.parametrize("command", ["merge", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_plain_folder_that_lacks_offsets_is_noticed(run_folder, model, tmp_path, command, monkeypatch):
     whole = export_module.plain_model
 
@@ -265,7 +267,7 @@ def test_a_plain_folder_that_lacks_offsets_is_noticed(run_folder, model, tmp_pat
     assert "self_attn.o_proj.bias is not the merged one" in message
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize("command", [pytest.param("merge", marks=pytest.mark.slow), "export"])
 def test_a_head_that_is_tied_by_the_config_alone(run_folder, model, tmp_path, command):
     base = AutoModelForCausalLM.from_pretrained(model)
     base.save_pretrained(tmp_path / "base")

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from lofit_fast.cli.options import parse_columns, parse_gb
 from tests.cli.calling import QUICK, as_json, call, error_of
+from tests.ordinary_sample import crossed
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -98,24 +99,24 @@ def test_help_explains_the_options(command):
         assert words in text
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--columns", "prompt"), "expected --columns like prompt=question,completion=answer, got 'prompt'"),
-        (("--columns", "prompt=a,prompt=b"), "expected every name once in --columns"),
-        (("--columns", "promt=a"), "got the name 'promt', expected some of prompt, completion"),
-        (("--columns", "prompt=nope"), "no column 'nope' to read as prompt, got the columns ['question', 'answer']"),
-        ((), "got the keys ['answer', 'question'], expected the keys prompt and completion"),
-        ((*NAMED, "--split", "test"), "got split='test', but a file is one split"),
-        ((*NAMED, "--subset", "en"), "only data sets of the hub (owner/name) have subsets"),
-        (("--task", "clutrr", "--split", "test"), "task 'clutrr': got split, expected only:"),
-        ((*NAMED, "--beta", "0.1"), "--beta is of DPO"),
-    ],
-)
-def test_bad_options(model, table, tmp_path, options, message):
+BAD = [
+    (("--columns", "prompt"), "expected --columns like prompt=question,completion=answer, got 'prompt'"),
+    (("--columns", "prompt=a,prompt=b"), "expected every name once in --columns"),
+    (("--columns", "promt=a"), "got the name 'promt', expected some of prompt, completion"),
+    (("--columns", "prompt=nope"), "no column 'nope' to read as prompt, got the columns ['question', 'answer']"),
+    ((), "got the keys ['answer', 'question'], expected the keys prompt and completion"),
+    ((*NAMED, "--split", "test"), "got split='test', but a file is one split"),
+    ((*NAMED, "--subset", "en"), "only data sets of the hub (owner/name) have subsets"),
+    (("--task", "clutrr", "--split", "test"), "task 'clutrr': got split, expected only:"),
+    ((*NAMED, "--beta", "0.1"), "--beta is of DPO"),
+]
+
+
+# in the ordinary run each in one way; slow: each in both
+@pytest.mark.parametrize("options, message, more", crossed(BAD, [[], ["--dry-run"]]))
+def test_bad_options(model, table, tmp_path, options, message, more):
     output = ("--output", tmp_path / "run")
-    for dry in ((), ("--dry-run",)):
-        assert message in error_of("train", "--model", model, "--data", table, *output, *QUICK, *options, *dry)
+    assert message in error_of("train", "--model", model, "--data", table, *output, *QUICK, *options, *more)
     assert not (tmp_path / "run").exists()
 
 

@@ -69,8 +69,10 @@ def test_a_prompt_makes_no_scores_and_one_token_no_fused_call(monkeypatch):
 
 
 def test_grouped_attention_gradcheck():
-    mask = torch.full((1, 1, 5, 5), float("-inf"), dtype=torch.float64).triu(1)
-    torch.autograd.gradcheck(lambda q, k, v: grouped_attention(MODULE, q, k, v, mask, softcap=2.0)[0], drawn())
+    mask = torch.full((1, 1, 3, 3), float("-inf"), dtype=torch.float64).triu(1)
+    # two heads on one of keys and values: a forward for each number of each
+    inputs = drawn(heads=2, groups=1, queries=3, keys=3)
+    torch.autograd.gradcheck(lambda q, k, v: grouped_attention(MODULE, q, k, v, mask, softcap=2.0)[0], inputs)
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)

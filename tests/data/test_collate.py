@@ -8,7 +8,8 @@ from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import PackedCollator
 from lofit_fast.training import CompletionCollator
 from tests.library_versions import BY_ROW, called
-from tests.tiny_models import tiny_model, tokens
+from tests.ordinary_sample import crossed
+from tests.tiny_models import FAMILIES, tiny_model, tokens
 from tests.training.engine.engine_families import family_model
 
 register()
@@ -37,7 +38,8 @@ def assert_same(model, loss, expected, tolerance):
         assert (got - gradient).abs().max() <= tolerance * size
 
 
-@pytest.mark.parametrize("items", [None, 5])
+# in the ordinary run a family with the one or the other; slow: with both
+@pytest.mark.parametrize("family, items", crossed(FAMILIES, [None, 5]))
 def test_collate_changes_neither_loss_nor_gradients(family, items):
     model, batch = tiny_model(family), STOCK(rows())
     more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
@@ -158,8 +160,9 @@ def stock_loss(model, batch, folder):
     return torch.tensor(trainer.evaluate()["eval_loss"])
 
 
-@pytest.mark.parametrize("caller", CALLERS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "llava", "gemma3_wrapper"])
+@pytest.mark.parametrize(
+    "name, caller", crossed(["llama", "gemma3", "gemma2", "llava", "gemma3_wrapper"], list(CALLERS))
+)
 def test_packed_batches_keep_their_boundaries_whoever_calls(name, caller, tmp_path):
     model = family_model(name)
     for config in (model.config, model.config.get_text_config()):

@@ -9,6 +9,7 @@ from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import packing_refusal, score_choices
 from tests.oracle import randomize
+from tests.ordinary_sample import slow_if
 from tests.packed_linears import AwqLike
 from tests.tiny_models import FAMILIES, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
@@ -21,7 +22,8 @@ QUESTIONS = ["abcdef", "q", "The quick brown fox?", "x=1"]
 # of any number and length; some begin others
 CHOICES = [[" yes", " y", "no", " yes, sir"], ["a"], ["xx", "xy", "zzzzz"], ["b", "bb"]]
 CASES = [
-    *((family, "eager", {}) for family in FAMILIES),
+    # in the ordinary run one attention a family; slow: both
+    *slow_if(lambda family, *_: family not in ("llama", "gemma2"), [(family, "eager", {}) for family in FAMILIES]),
     # Gemma 2 caps its attention scores, which sdpa cannot
     *((family, "sdpa", {}) for family in FAMILIES if family != "gemma2"),
     *((family, "eager", {"sliding_window": 8}) for family in ("gemma2", "mistral")),
@@ -49,8 +51,9 @@ def naive(model, prompt, choice, end=False):
     return float(sum(log_p[len(start) + i - 1, token] for i, token in enumerate(ending)))
 
 
-def naive_scores(model, prefix=PREFIX, end=False):
-    return [[naive(model, prefix + q, c, end) for c in options] for q, options in zip(QUESTIONS, CHOICES, strict=True)]
+def naive_scores(model, prefix=PREFIX, end=False, count=None):
+    pairs = list(zip(QUESTIONS, CHOICES, strict=True))[:count]
+    return [[naive(model, prefix + q, c, end) for c in options] for q, options in pairs]
 
 
 def worst(scores, expected):
@@ -254,8 +257,9 @@ class Everything:
 def test_families_that_a_table_gains_are_tried_first(family, packed, monkeypatch, caplog):
     model = family_model(family)
     monkeypatch.setattr(scoring, "ARCHITECTURES", Everything())
-    expected = naive_scores(model)
-    got = score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
+    # one question with choices of which some begin others, and one with a single choice
+    expected = naive_scores(model, count=2)
+    got = score_choices(model, TOKENIZER, QUESTIONS[:2], CHOICES[:2], shared_prefix=PREFIX)
     assert worst(got, expected) <= 1e-4
     assert ("scoring takes a forward per choice" in caplog.text) is not packed
 

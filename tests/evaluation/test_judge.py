@@ -22,7 +22,7 @@ from tests.tiny_models import FAMILIES, VOCAB, tiny_model
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
 
 # prompts shorter and longer than a sliding window of 8, in no order of length
-PROMPTS = ["abcdef", "q", "The quick brown fox jumps!", "x=1; y=2;", "a longer prompt than that", "zz"]
+PROMPTS = ["abcdef", "q", "The quick brown fox jumps!", "x=1; y=2;"]
 # one begins another; one ends where another goes on
 CANDIDATES = [" yes", " y", "no", " yes, sir"]
 TOKENIZER = tiny_tokenizer()
@@ -69,9 +69,17 @@ def naive_scores(model):
     return torch.tensor([[score(model, prompt, c) for c in CANDIDATES] for prompt in PROMPTS])
 
 
+@pytest.fixture(scope="module")
+def one_by_one():
+    """Of the tiny Llama with larger weights: answers of four tokens, and scores, a sequence at a time."""
+    model = tiny_model("llama")
+    _spread(model)
+    return [greedy(model, prompt, 4) for prompt in PROMPTS], naive_scores(model)
+
+
 def test_answers_equal_one_prompt_at_a_time(model):
-    answers = generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=6, batch_size=4)
-    expected = [greedy(model, prompt, 6) for prompt in PROMPTS]
+    answers = generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=5, batch_size=3)
+    expected = [greedy(model, prompt, 5) for prompt in PROMPTS]
     assert len(set(expected)) > 1
     assert answers == expected
 
@@ -85,18 +93,19 @@ def test_scores_equal_a_full_forward_each(model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_batches_change_nothing(llama, batch_size):
+def test_batches_change_nothing(llama, one_by_one, batch_size):
     _spread(llama)
+    texts, expected = one_by_one
     answers = generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4, batch_size=batch_size)
-    assert answers == [greedy(llama, prompt, 4) for prompt in PROMPTS]
+    assert answers == texts
     scores = score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES, max_tokens=16 * batch_size)
-    assert (scores - naive_scores(llama)).abs().max() <= 1e-4
+    assert (scores - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("folded_before", [False, True])
-def test_a_patched_model(llama, folded_before):
+def test_a_patched_model(llama, one_by_one, folded_before):
     _spread(llama)
-    base = naive_scores(llama)
+    base = one_by_one[1]
     handle = lf.patch(llama, lf.LofitConfig(offset=[(0, 1), (2, 3)], scale=[(1, 0)]))
     randomize(handle, std=1.0)
     expected = naive_scores(llama)
@@ -115,7 +124,8 @@ def test_a_patched_model(llama, folded_before):
     assert all(layer.here.kept is None for layer in handle.layers.values())
     with torch.no_grad():
         handle.layers[0].offset.mul_(3.0)
-    assert (naive_scores(llama) - expected).abs().max() > 1e-3
+    changed = [score(llama, PROMPTS[0], candidate) for candidate in CANDIDATES]
+    assert (torch.tensor(changed) - expected[0]).abs().max() > 1e-3
 
 
 # what the rigged model says after a character; None is the end of the sequence
@@ -199,12 +209,11 @@ def test_nothing_is_tracked(llama):
     assert not score_candidates(llama, TOKENIZER, PROMPTS, CANDIDATES).requires_grad
 
 
-def test_answers_are_greedy_whatever_the_model_was_saved_with(llama):
+def test_answers_are_greedy_whatever_the_model_was_saved_with(llama, one_by_one):
     # as of models whose generation_config.json asks for sampling and for penalties
     _spread(llama)
-    expected = [greedy(llama, prompt, 6) for prompt in PROMPTS]
     llama.generation_config.update(do_sample=True, temperature=9.0, top_p=0.9, top_k=5, repetition_penalty=5.0)
-    assert generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=6) == expected
+    assert generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4) == one_by_one[0]
 
 
 def test_judge_by_exact_match():

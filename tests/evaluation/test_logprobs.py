@@ -8,7 +8,8 @@ from lofit_fast.data.encode import IGNORED, encode_prompt
 from lofit_fast.evaluation.logprobs import keeping, labelled_log_probs
 from tests.library_versions import takes_masks
 from tests.oracle import randomize
-from tests.tiny_models import spread, tiny_model, tokens
+from tests.ordinary_sample import crossed
+from tests.tiny_models import FAMILIES, spread, tiny_model, tokens
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +33,8 @@ def log_p(model, prompt, answer):
     return sum(rows[len(start) - 1 + i, token] for i, token in enumerate(end)).item()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+# in the ordinary run each family in batches of one size; slow: of both
+@pytest.mark.parametrize("family, batch_size", crossed(FAMILIES, [3, 1]))
 def test_reference_equals_an_untouched_copy(family, batch_size):
     model, copy = spread(tiny_model(family)), spread(tiny_model(family))
     handle = lf.patch(model, lf.LofitConfig(scale="all", offset=[(0, 1), (2, 3)]))

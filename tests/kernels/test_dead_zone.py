@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from benchmarks.proof.dead_zone import Gain, H, gain, inputs, rows
 from lofit_kernels import fold_offset, head_affine, head_affine_linear
+from tests.ordinary_sample import crossed
 
 MAGNITUDES = [1e-4, 1e-3, 1e-2, 1e-1]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -23,9 +24,8 @@ def assert_works(seen: Gain) -> None:
     assert abs(seen.value - 1) <= 5 * seen.error + 2.0**-9, seen
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-@pytest.mark.parametrize("dtype", DTYPES)
+# in the ordinary run each magnitude once, here and below; slow: with every dtype, with a bias and without
+@pytest.mark.parametrize("dtype, magnitude, bias", crossed(DTYPES, MAGNITUDES, [False, True]))
 def test_affine_linear_delta_keeps_small_scales(dtype, magnitude, bias):
     def delta(**given):
         return head_affine_linear(**given, form="delta")
@@ -45,8 +45,7 @@ def test_affine_linear_chooses_the_form_that_keeps_small_scales(dtype):
     assert_works(gain(few_heads, inputs(dtype, bias=False), scale=exact_rows()))
 
 
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, magnitude", crossed(DTYPES, MAGNITUDES))
 def test_affine_linear_delta_keeps_small_scales_beside_offsets(dtype, magnitude):
     offset = rows(1.0)
 
@@ -69,16 +68,12 @@ def test_affine_linear_pass_has_the_zone(dtype, magnitude):
         assert abs(seen.value - 1) < 0.05
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, magnitude, bias", crossed(DTYPES, MAGNITUDES, [False, True]))
 def test_affine_linear_fold_keeps_small_offsets(dtype, magnitude, bias):
     assert_works(gain(head_affine_linear, inputs(dtype, bias), offset=rows(magnitude)))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("magnitude", [1e-4, 1e-2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, magnitude, bias", crossed(DTYPES, [1e-4, 1e-2], [False, True]))
 def test_affine_linear_folded_beforehand_keeps_small_offsets(dtype, magnitude, bias):
     def folded(offset, **given):
         return head_affine_linear(**given, offset=offset, folded=fold_offset(given["weight"], offset))

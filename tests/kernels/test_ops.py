@@ -1,5 +1,7 @@
 """The four custom ops under torch.library's own checks, and compiled whole with any number of tokens."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from lofit_kernels import head_affine, head_affine_linear, ops
 from lofit_kernels.answers import Path
 from lofit_kernels.dispatch import NUMBERED_PATHS
 from tests.accuracy_rule import check
+from tests.ordinary_sample import crossed, some_now
 
 H, D, N = 4, 8, 12
 K = H * D
@@ -47,11 +50,6 @@ def passed(op, args) -> bool:
     return set(torch.library.opcheck(op, tuple(args)).values()) == {"SUCCESS"}
 
 
-def some_now(cases, *now):
-    """The parameters of a test, of which `make test` takes those named, and `make test-all` every one."""
-    return [case if case in now else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
 @pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "delta"), ("offset_some", "fold"), ("scale", "pass")))
 def test_affine_linear_opcheck(case, form):
     assert passed(ops.affine_linear, [*projection(), *vectors(case), None, form, "aten"])
@@ -69,23 +67,23 @@ def test_affine_linear_opcheck_folded(bias):
     assert passed(ops.affine_linear, args)
 
 
+# of what gradients are asked for: z, weight, bias, scale, offset, folded
+NEEDS = ["zwbso-", "z--so-", "----o-", "--b---", "z-----", "---s--", "-w----", "z-bs-f", "-----f"]
+
+
+# in the ordinary run all, some, and those of the vectors alone; slow: the others, one by one
 @pytest.mark.parametrize(
-    "needs",
-    [
-        (True, True, True, True, True, False),
-        (True, False, False, True, True, False),
-        (False, False, False, False, True, False),
-        (False, False, True, False, False, False),
-        (True, False, False, False, False, False),
-        (False, False, False, True, False, False),
-        (False, True, False, False, False, False),
-        (True, False, True, True, False, True),
-        (False, False, False, False, False, True),
-    ],
+    "case, needs",
+    some_now(
+        list(product(["both", "no_heads"], NEEDS)),
+        *product(["both"], NEEDS[:2] + NEEDS[7:8]),
+        ("no_heads", "zwbso-"),
+        ("both", "---s--"),
+    ),
 )
-@pytest.mark.parametrize("case", ["both", "no_heads"])
 def test_affine_linear_backward_opcheck(case, needs):
-    args = [torch.randn(2, 3, N), *projection(grad=False), *vectors(case, grad=False), list(needs), PASS]
+    asked = [letter != "-" for letter in needs]
+    args = [torch.randn(2, 3, N), *projection(grad=False), *vectors(case, grad=False), asked, PASS]
     assert passed(ops.affine_linear_backward, args)
 
 
@@ -96,18 +94,20 @@ def test_affine_linear_backward_opcheck_without_z():
     assert passed(ops.affine_linear_backward, args)
 
 
-@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("case", some_now(list(HEADS), "scale_some", "offset", "both"))
 def test_affine_opcheck(case):
     assert passed(ops.affine, [projection()[0], *vectors(case), "aten"])
 
 
 @pytest.mark.parametrize(
-    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+    "case, needs",
+    crossed(
+        ["both", "no_heads"], [[True, True, True], [True, False, False], [False, True, False], [False, False, True]]
+    ),
 )
-@pytest.mark.parametrize("case", ["both", "no_heads"])
 def test_affine_backward_opcheck(case, needs):
     z = projection(grad=False)[0]
-    assert passed(ops.affine_backward, [torch.randn(2, 3, K), z, *vectors(case, grad=False), list(needs), "aten"])
+    assert passed(ops.affine_backward, [torch.randn(2, 3, K), z, *vectors(case, grad=False), needs, "aten"])
 
 
 def test_affine_opcheck_of_strided_rows():
@@ -121,7 +121,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "pass"), ("offset", "fold")))
+@pytest.mark.parametrize("case, form", some_now(FORMS, ("both", "pass")))
 def test_affine_linear_compiles_whole(case, form, dynamo):
     _, weight, bias = projection(grad=False)
     scale, scale_heads, offset, offset_heads = vectors(case)

@@ -1,6 +1,7 @@
 """Merging and exporting: plain models that compute what the patched one computes, or a refusal that changes nothing."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from lofit_fast import LofitConfig, export, handle_of, patch, verify_export
 from lofit_fast.patching.merge import merged_tensors
 from lofit_fast.patching.verify import TOLERANCE
 from tests.oracle import randomize
+from tests.ordinary_sample import slow_if
 from tests.patched_models import SOME, logits, relative, snapshot
 from tests.tiny_families import tiny_family
-from tests.tiny_models import tiny_model
+from tests.tiny_models import FAMILIES, tiny_model
 
 CONFIGS = {
     "scale": LofitConfig(scale="all"),
@@ -38,8 +40,13 @@ def reload(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def both_or_llama(families, *axes):
+    """All combinations with a config. In the ordinary run a Llama has every config, the others both vectors at once."""
+    rows = list(product(families, *axes, CONFIGS))
+    return slow_if(lambda family, *rest: family != "llama" and rest[-1] != "both", rows)
+
+
+@pytest.mark.parametrize("family, dtype, config", both_or_llama(FAMILIES, [torch.float32, torch.float64]))
 def test_merge_computes_the_same(family, dtype, config):
     model = tiny_model(family, dtype)
     base = logits(model)
@@ -89,8 +96,7 @@ def test_merge_leaves_parameters_as_trainable_as_they_were(bias, trainable):
     assert {p.requires_grad for p in model.parameters()} == {trainable}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3", "qwen3"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family, config", both_or_llama(["llama", "gemma", "gemma2", "gemma3", "qwen3"]))
 def test_merged_model_saves_and_reloads(family, config, tmp_path):
     model = tiny_model(family)
     handle = patched(model, config)
@@ -198,7 +204,7 @@ def test_merge_of_another_family():
     assert relative(logits(handle.merge()), expected) < 1e-5
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family, config", both_or_llama(FAMILIES))
 def test_export_reloads_and_computes_the_same(family, config, tmp_path):
     model = tiny_model(family)
     handle = patched(model, config)

@@ -1,11 +1,14 @@
 """The numbers of a patched model: against hooks, PEFT and the base."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lofit_fast import LofitConfig, patch
 from tests.oracle import Hook, randomize, vectors_of
+from tests.ordinary_sample import slow_if
 from tests.patched_models import CONFIGS, SOME, logits, loss, relative, snapshot
 from tests.tiny_models import FAMILIES, HEAD_DIM, HEADS, tiny_model, tokens
 
@@ -26,8 +29,14 @@ def test_patch_with_zero_vectors_is_the_base_to_the_bit_with_biases():
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+# in the ordinary run a Llama has every config, the others both vectors at once; slow: every family every one
+@pytest.mark.parametrize(
+    "family, dtype, tolerance, config",
+    slow_if(
+        lambda family, dtype, tolerance, config: family != "llama" and config != "both",
+        [(f, *d, c) for f, d, c in product(FAMILIES, [(torch.float32, 1e-5), (torch.float64, 1e-10)], CONFIGS)],
+    ),
+)
 def test_patch_computes_what_hooks_compute(family, dtype, tolerance, config):
     model, hooked = tiny_model(family, dtype), tiny_model(family, dtype)
     base = logits(model)

@@ -1,6 +1,7 @@
 """The adapter folder: what goes in comes out, and every way it can be broken has its own error."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from lofit_fast import LofitConfig, handle_of, load, patch
 from lofit_fast.patching import storage as adapter_module
 from lofit_fast.patching.storage import CONFIG_FILE, TENSOR_FILE, read_adapter
 from tests.oracle import randomize
+from tests.ordinary_sample import slow_if
 from tests.patched_models import SOME, logits, snapshot
-from tests.tiny_models import HEAD_DIM, tiny_model
+from tests.tiny_models import FAMILIES, HEAD_DIM, tiny_model
 
 BOTH = LofitConfig(scale=[(1, 2), (0, 0)], offset=SOME, init_std=2e-3, seed=5)
 
@@ -44,8 +46,13 @@ def refuses(model, folder: Path, error: type[Exception], *messages: str) -> None
     assert handle_of(model) is None
 
 
+CONFIGS = [BOTH, LofitConfig(scale="all"), LofitConfig(offset="all"), LofitConfig(offset=SOME)]
+
+
+# in the ordinary run a Llama has every config, the others both vectors at once; slow: every family every one
 @pytest.mark.parametrize(
-    "config", [BOTH, LofitConfig(scale="all"), LofitConfig(offset="all"), LofitConfig(offset=SOME)]
+    "family, config",
+    slow_if(lambda family, config: family != "llama" and config is not BOTH, list(product(FAMILIES, CONFIGS))),
 )
 def test_adapter_round_trip(family, config, tmp_path):
     model = tiny_model(family)

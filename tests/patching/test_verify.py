@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import lofit_fast as lf
 from lofit_fast.patching.verify import check_export
 from tests.oracle import randomize
+from tests.ordinary_sample import crossed
 from tests.patched_models import relative, snapshot
 from tests.tiny_models import tiny_model, tokens
 
@@ -57,8 +58,7 @@ FAULTS = {
 
 
 # small adapters too, which rounding of the logits would hide in 16 bits
-@pytest.mark.parametrize("dtype, std", [(torch.float32, 0.01), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault, dtype, std", crossed(list(FAULTS), [(torch.float32, 0.01), (torch.bfloat16, 0.05)]))
 def test_a_folder_that_lacks_something_is_no_proof(fault, dtype, std, tmp_path):
     handle, base = exported(tmp_path, dtype, std)
     assert lf.verify_export(handle, tmp_path).difference < 0.02

@@ -51,7 +51,7 @@ ENGINES = {
     "shared beginnings": (lf.Engine(attention="lofit_grouped", packing=True, **WHOLE), [set(), set()]),
     "causal": (lf.Engine(attention="lofit_causal", packing=False, narrow=True, **WHOLE), [set(), set()]),
 }
-SLOW = ("kept prompts", "padded", "causal")
+SLOW = ("kept prompts", "padded", "one row", "causal")
 
 
 def hook_on(model, **heads):

@@ -10,6 +10,7 @@ from lofit_fast.tasks.task import Preference
 from lofit_fast.training import fit as fit_module
 from lofit_fast.training.objectives import Completions, Preferences
 from lofit_fast.training.run_folder import RunFolder
+from tests.ordinary_sample import slow_if
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import assert_equal_vectors, assert_same_state, assert_whole, state_of, vectors
@@ -55,6 +56,8 @@ def test_driver_keeps_what_it_chose(objective, tmp_path):
         assert "auto" not in engine.values()
 
 
+# completions are interrupted in test_fit_resume.py in the ordinary run
+@pytest.mark.parametrize("objective", slow_if(lambda name: name == "completions", list(OBJECTIVES)), indirect=True)
 @pytest.mark.parametrize(("stage", "epoch"), [("select", 2), pytest.param("tune", 3, marks=pytest.mark.slow)])
 def test_driver_resumes_inside_a_stage(objective, tmp_path, monkeypatch, stage, epoch):
     whole = run(tiny_model("llama"), objective, tmp_path / "whole")

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 import lofit_fast as lf
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.storage import read_adapter
+from tests.ordinary_sample import some_now
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model, tokens
 from tests.training.tiny_runs import (
     CLOCKED,
@@ -51,12 +52,19 @@ def test_fit_end_to_end(llama, tmp_path):
     assert all(after[name].equal(value) for name, value in base.items())
 
 
-def test_fit_fills_the_run_folder(llama, tmp_path):
-    result = fit(llama, tmp_path, eval_data=HELD_OUT)
-    state = json.loads((tmp_path / "state.json").read_text())
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, to be read only, and its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return fit(tiny_model("llama"), folder, eval_data=HELD_OUT), folder
+
+
+def test_fit_fills_the_run_folder(finished):
+    result, folder = finished
+    state = json.loads((folder / "state.json").read_text())
     assert state["stage"] == "done"
     assert state["metrics"] == result.metrics
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} == {
         ".lock",
         "state.json",
         "select",
@@ -65,31 +73,30 @@ def test_fit_fills_the_run_folder(llama, tmp_path):
         "history.jsonl",
         "adapter",
     }
-    heads = json.loads((tmp_path / "heads.json").read_text())
+    heads = json.loads((folder / "heads.json").read_text())
     assert [tuple(pair) for pair in heads["heads"]] == result.heads
     assert torch.tensor(heads["scores"]).equal(result.scores)
-    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [{name: value for name, value in row.items() if name != "sha256"} for row in history] == result.history
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
     for stage in ("select", "tune"):
-        (checkpoint,) = (tmp_path / stage).glob("checkpoint-*")
+        (checkpoint,) = (folder / stage).glob("checkpoint-*")
         names = {path.name for path in checkpoint.iterdir()}
         assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt"} <= names
         assert "model.safetensors" not in names
-    assert_whole(tmp_path)
+    assert_whole(folder)
 
 
-def test_fit_saves_what_it_returns(llama, tmp_path):
-    result = fit(llama, tmp_path)
-    expected = vectors(result.handle)
-    result.handle.unpatch()
-    assert_equal_vectors(vectors(lf.load(llama, tmp_path / "adapter")), expected)
+def test_fit_saves_what_it_returns(llama, finished):
+    result, folder = finished
+    assert_equal_vectors(vectors(lf.load(llama, folder / "adapter")), vectors(result.handle))
 
 
-@pytest.mark.parametrize(("top", "count"), [(5, 5), (0.5, 6), (0.01, 1), (1.0, 12)])
+# tests/test_heads.py has every count and fraction in the ordinary run
+@pytest.mark.parametrize(("top", "count"), some_now([(5, 5), (0.5, 6), (0.01, 1), (1.0, 12)], (5, 5), (0.01, 1)))
 def test_fit_keeps_top_heads(llama, tmp_path, top, count):
     result = fit(llama, tmp_path, lf.Recipe(top=top, select_epochs=1, tune_epochs=1))
     assert len(result.heads) == len(set(result.heads)) == count
@@ -150,6 +157,8 @@ def test_fit_depends_on_the_seed(llama, tmp_path):
     assert not results[0].equal(results[1])
 
 
+# the next test demands more
+@pytest.mark.slow
 def test_fit_leaves_the_model_usable_elsewhere(llama, tmp_path):
     before = state_of(llama)
     fit(llama, tmp_path).handle.unpatch()

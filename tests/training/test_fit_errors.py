@@ -110,10 +110,17 @@ def test_fit_refuses_a_folder_below_a_file(llama, tmp_path):
     assert_same_state(llama, before)
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a finished run, for calls that leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "done"
+    fit(tiny_model("llama"), folder)
+    return folder
+
+
 @pytest.mark.parametrize("changed", ["recipe", "data", "heads", "model"])
-def test_fit_refuses_a_folder_with_another_run(llama, tmp_path, changed):
-    fit(llama, tmp_path).handle.unpatch()
-    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def test_fit_refuses_a_folder_with_another_run(llama, done, changed):
+    content = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
     options = {
         "recipe": {"recipe": lf.Recipe(top=3, select_epochs=1, tune_epochs=1)},
         "data": {"examples": EXAMPLES[1:]},
@@ -123,16 +130,15 @@ def test_fit_refuses_a_folder_with_another_run(llama, tmp_path, changed):
     model = tiny_model("llama", num_hidden_layers=4) if changed == "model" else llama
     before = state_of(model)
     with pytest.raises(ValueError, match=f"another {changed}"):
-        fit(model, tmp_path, **options)
+        fit(model, done, **options)
     assert_same_state(model, before, but=("modes", "config"))
-    assert content == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert content == {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
 
 
-def test_fit_refuses_a_folder_with_a_run_of_other_weights(llama, tmp_path):
+def test_fit_refuses_a_folder_with_a_run_of_other_weights(done):
     # the guide: another model in the same folder is refused; offsets tuned for other weights are worth nothing
-    fit(llama, tmp_path).handle.unpatch()
     with pytest.raises(ValueError, match="another model"):
-        fit(tiny_model("llama", seed=5), tmp_path)
+        fit(tiny_model("llama", seed=5), done)
 
 
 OTHER_WEIGHTS = (
@@ -186,19 +192,18 @@ def test_fit_goes_on_with_a_run_of_an_earlier_release(llama, tmp_path):
     assert (model["base"], model["settings"]) == (base, settings)
 
 
-def test_fit_refuses_a_base_of_the_same_weights_that_computes_otherwise(llama, tmp_path):
-    fit(llama, tmp_path).handle.unpatch()
+def test_fit_refuses_a_base_of_the_same_weights_that_computes_otherwise(llama, done):
     config = llama.config
     for name, value in (("rope_parameters", {**config.rope_parameters, "rope_theta": 500.0}), ("rms_norm_eps", 0.1)):
         before = getattr(config, name)
         setattr(config, name, value)
         with pytest.raises(ValueError, match="another model"):
-            fit(llama, tmp_path)
+            fit(llama, done)
         setattr(config, name, before)
     # what says nothing of the computation, and what one of two versions of transformers has no entry for
     config.pad_token_id, config.use_cache, config.later = 5, not config.use_cache, {"dtype": torch.float32}
     config.later_still, config.initializer_range = 1, 0.5
-    fit(llama, tmp_path).handle.unpatch()
+    fit(llama, done).handle.unpatch()
 
 
 def test_fit_is_refused_where_another_trains(llama, tmp_path):

@@ -11,6 +11,7 @@ from lofit_fast.cpu.attention import GROUPED
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.families import ARCHITECTURES
 from lofit_fast.tasks.task import Preference
+from tests.ordinary_sample import crossed
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.engine.engine_families import family_model
@@ -67,8 +68,7 @@ def test_a_folder_of_a_model_without_sdpa_loads_and_answers(family, tmp_path):
 HEADLESS = ("LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaModel", "LlamaForQuestionAnswering")
 
 
-@pytest.mark.parametrize("kind", HEADLESS)
-@pytest.mark.parametrize("how", ["fit", "fit_preferences"])
+@pytest.mark.parametrize("kind, how", crossed(HEADLESS, ["fit", "fit_preferences"]))
 def test_fit_refuses_what_predicts_no_tokens(kind, how, tmp_path):
     model = getattr(transformers, kind)(tiny_model("llama").config)
     before = state_of(model)
@@ -90,7 +90,7 @@ def test_fit_refuses_heads_that_cannot_share(tmp_path):
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fit_leaves_every_config_as_it_was(packing, tmp_path):
     model = family_model("llava")
     configs = [model.config, model.config.text_config, model.config.vision_config]

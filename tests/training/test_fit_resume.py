@@ -5,6 +5,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.training.run_folder import RunFolder
+from tests.tiny_models import tiny_model
 from tests.training.tiny_runs import (
     CLOCKED,
     HELD_OUT,
@@ -34,14 +35,19 @@ def interrupt_at(monkeypatch, stage, epoch):
     monkeypatch.setattr(RunFolder, "append_history", raising)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts, and its vectors."""
+    result = fit(tiny_model("llama"), tmp_path_factory.mktemp("runs") / "whole", RECIPE, eval_data=HELD_OUT)
+    return result, vectors(result.handle)
+
+
 # in the first case there is no checkpoint yet
 @pytest.mark.parametrize(
     ("stage", "epoch"), [("select", 1), pytest.param("select", 2, marks=pytest.mark.slow), ("tune", 2)]
 )
-def test_fit_resumes(llama, tmp_path, monkeypatch, stage, epoch):
-    whole = fit(llama, tmp_path / "whole", RECIPE, eval_data=HELD_OUT)
-    expected = vectors(whole.handle)
-    whole.handle.unpatch()
+def test_fit_resumes(llama, whole, tmp_path, monkeypatch, stage, epoch):
+    whole, expected = whole
     before = state_of(llama)
     with monkeypatch.context() as patched:
         interrupt_at(patched, stage, epoch)
@@ -73,10 +79,8 @@ def test_fit_resumes(llama, tmp_path, monkeypatch, stage, epoch):
         pytest.param("record", "tune", marks=pytest.mark.slow),
     ],
 )
-def test_fit_resumes_between_stages(llama, tmp_path, monkeypatch, method, stage):
-    whole = fit(llama, tmp_path / "whole", RECIPE)
-    expected = vectors(whole.handle)
-    whole.handle.unpatch()
+def test_fit_resumes_between_stages(llama, whole, tmp_path, monkeypatch, method, stage):
+    whole, expected = whole
     original = getattr(RunFolder, method)
 
     def raising(self, *args):

@@ -51,7 +51,11 @@ def vectors(result):
     return found
 
 
-@pytest.mark.parametrize("engine", [Engine(), Engine(packing=False, narrow=False)], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "engine",
+    [Engine(), pytest.param(Engine(packing=False, narrow=False), marks=pytest.mark.slow)],
+    ids=["packed", "padded"],
+)
 def test_fit_on_long_answers(tmp_path, chunks, engine, monkeypatch):
     model = spread(tiny_model("gemma2"))
     how = {"eval_data": HELD_OUT, "engine": engine, "progress": False}

@@ -17,6 +17,7 @@ from lofit_fast.training.prompt_store import prompts_kept
 from tests.library_versions import BY_ROW, called, takes_masks
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of
+from tests.ordinary_sample import crossed
 from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model, tokens
 from tests.training.tiny_runs import HELD_OUT, fit
@@ -89,8 +90,8 @@ def by_hooks(model, place, given, rows):
     return results(model, batch, parameters)
 
 
-@pytest.mark.parametrize("heads", VECTORS)
-@pytest.mark.parametrize("name", MODELS)
+# in the ordinary run each model with vectors of one kind; slow: of every kind
+@pytest.mark.parametrize("name, heads", crossed(list(MODELS), list(VECTORS)))
 def test_answers_alone_give_what_whole_masked_sequences_give(name, heads, tmp_path):
     make, place = MODELS[name]
     handle = patched(make(), **VECTORS[heads])

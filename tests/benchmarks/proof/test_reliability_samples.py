@@ -18,6 +18,7 @@ from benchmarks.proof.reliability.same_folders import difference, partly_there
 from benchmarks.proof.reliability.same_seed import SETTINGS
 from benchmarks.proof.reliability.trial_journal import Journal, Proof, Trial, carried_out, record, summary
 from lofit_fast.files import write_json
+from tests.ordinary_sample import slow_if, some_now
 
 # forks of a process that has done much else take memory and time: a few, small ones
 WATCH = OutsideWatch()
@@ -50,11 +51,14 @@ def small_works(monkeypatch):
         monkeypatch.setitem(killed_works.WORKS, name, work)
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_kills_at_operations_notice_what_is_not_whole(small_works, tmp_path, name):
+# slow: a careful work killed at every operation
+@pytest.mark.parametrize(
+    "name, every", [("careless", 1), ("careful", 3), pytest.param("careful", 1, marks=pytest.mark.slow)]
+)
+def test_kills_at_operations_notice_what_is_not_whole(small_works, tmp_path, name, every):
     whole = kill_anywhere.whole_run(name, tmp_path)
     folder = tmp_path / "trial"
-    faults = [partial(FileFaults, folder, at, DIE) for at in range(1, whole.operations + 1)]
+    faults = [partial(FileFaults, folder, at, DIE) for at in range(1, whole.operations + 1, every)]
     found = [kill_anywhere.with_fault(whole, folder, fault) for fault in faults]
     noticed = [words for words in found if words is not None and "not whole" in words]
     assert bool(noticed) == (name == "careless")
@@ -66,7 +70,7 @@ def test_kills_at_random_moments(tmp_path):
     assert kill_anywhere.at_moments(whole, random.Random(0), tmp_path / "trial") is None
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", some_now([1, 2, 3, 4], 1, 3))
 def test_a_refused_write_is_an_oserror_that_names_its_file(small_works, tmp_path, at):
     whole = kill_anywhere.whole_run("careful", tmp_path)
     fault = partial(FileFaults, tmp_path / "trial", at, errno.ENOSPC, lasting=True)
@@ -102,7 +106,13 @@ def test_a_watch_sees_what_a_link_leads_to(tmp_path):
 
 
 # the runs and the caches take longer, and have tests of their own
-@pytest.mark.parametrize(("name", "count"), [("adapter", 120), ("heads", 40), ("sweep file", 40), ("data", 30)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    slow_if(
+        lambda _, count: count > 40,
+        [("adapter", 40), ("adapter", 120), ("heads", 40), ("sweep file", 40), ("data", 30)],
+    ),
+)
 def test_damaged_files_are_refused_or_give_the_same(tmp_path, name, count):
     if name == "data":
         pytest.importorskip("trl", reason="preferences are among the data, and are encoded with TRL, which is missing")
@@ -136,7 +146,7 @@ def test_every_setting_of_the_engine_is_run_twice():
 
 @pytest.mark.parametrize("kind", ["patch and unpatch", "saves and loads"])
 def test_nothing_is_left_of_a_short_soak(tmp_path, kind):
-    found = long_soak.soaked(kind, 20, tmp_path / "soak")
+    found = long_soak.soaked(kind, 6, tmp_path / "soak")
     assert all(count <= 0 for count in found["left"].values())
 
 

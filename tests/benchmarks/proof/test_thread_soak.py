@@ -10,8 +10,13 @@ from benchmarks.proof.thread_soak import AMONG_SEVERAL, JOBS, ON_ANSWERS, Rig, m
 from lofit_fast.patching import scopes
 
 
-def test_a_sample_of_the_soak_finds_nothing(tmp_path, capsys):
-    assert main(["--minutes", "0.02", "--threads", "8", "--output", str(tmp_path)]) == 0
+# few inputs and threads; slow: as many as in the proof
+@pytest.mark.parametrize(
+    "minutes, threads, inputs", [("0.005", "4", 1), pytest.param("0.02", "8", 4, marks=pytest.mark.slow)]
+)
+def test_a_sample_of_the_soak_finds_nothing(tmp_path, capsys, monkeypatch, minutes, threads, inputs):
+    monkeypatch.setattr(thread_soak, "INPUTS", inputs)
+    assert main(["--minutes", minutes, "--threads", threads, "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "thread_soak.json").read_text())
     assert found["failed"] == 0 and found["named"] == []
     assert found["tried"] == sum(kind["tried"] for kind in found["counts"].values()) > 16

@@ -8,6 +8,7 @@ import torch
 from benchmarks.speed.gpu import gpu_rows, path_checks
 from benchmarks.speed.op.operators import OPERATORS, projection, step
 from lofit_kernels.shapes import SHAPES
+from tests.ordinary_sample import crossed
 
 # what has no Triton in it, and so can be checked hundreds of times
 ATEN = ("ours", "pass aten", "delta aten", "fold aten", "fold_eager", "original")
@@ -25,7 +26,7 @@ def reds(seeds, cases, settings=gpu_rows.SETTINGS, names=ATEN):
 
 
 def test_right_paths_pass_for_a_few_draws():
-    assert reds(5, gpu_rows.CHECKS["cpu"], ("step 2", "both")) == []
+    assert reds(2, gpu_rows.CHECKS["cpu"], ("step 2", "both")) == []
 
 
 @pytest.mark.slow
@@ -132,9 +133,10 @@ def problems_with(monkeypatch, change, p):
 CASES = [("toy", 5, "float32"), ("toy", 21, "bfloat16"), ("SmolLM2-135M", 77, "float32")]
 
 
-@pytest.mark.parametrize("model, T, dtype", CASES)
-@pytest.mark.parametrize("name, change", FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_red(monkeypatch, name, change, model, T, dtype):
+# in the ordinary run each fault in one case; slow: in every one
+@pytest.mark.parametrize("fault, model, T, dtype", crossed(list(FAULTS), CASES))
+def test_a_fault_is_red(monkeypatch, fault, model, T, dtype):
+    name, change = FAULTS[fault]
     p = projection("both", SHAPES[model], T, getattr(torch, dtype), "cpu")
     found = problems_with(monkeypatch, change, p)
     assert any(problem.startswith(f"{name}: error") for problem in found), found

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu.affine import affine_bwd, affine_delta_fwd, affine_fwd
+from tests.ordinary_sample import crossed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "others": [1, 2], "all": [0, 1, 2, 3]}
@@ -47,18 +48,18 @@ def bitwise_equal(x, y):
     return (x is None and y is None) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "T, D, kind",
-    [
-        (70, 64, "plain"),
-        (5, 80, "padded"),
-        (33, 96, "plain"),
-        (19, 128, "plain"),
-        (3, 256, "plain"),
-        (17, 20, "transposed"),
-    ],
-)
+SHAPES = [
+    (70, 64, "plain"),
+    (5, 80, "padded"),
+    (33, 96, "plain"),
+    (19, 128, "plain"),
+    (3, 256, "plain"),
+    (17, 20, "transposed"),
+]
+
+
+# in the ordinary run each shape in one dtype; slow: each in every one
+@pytest.mark.parametrize("T, D, kind, dtype", crossed(SHAPES, DTYPES))
 def test_affine_fwd_matches_float64(device, poisoned, accurate, rows, dtype, T, D, kind):
     z = rows(T, H * D, dtype, kind)
     before = z.clone()
@@ -116,9 +117,12 @@ def test_affine_delta_fwd_matches_float64(device, poisoned, accurate, rows, dtyp
     assert bitwise_equal(x, affine_delta_fwd(z, a, heads, D))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("T, D, kind", [(70, 64, "plain"), (35, 80, "padded"), (17, 20, "transposed")])
+@pytest.mark.parametrize(
+    "T, D, kind, inplace, dtype",
+    crossed(
+        [(70, 64, "plain"), (35, 80, "padded"), (17, 20, "transposed")], list(itertools.product([False, True], DTYPES))
+    ),
+)
 def test_affine_bwd_matches_float64(device, poisoned, accurate, rows, dtype, inplace, T, D, kind):
     G, z = rows(T, H * D, dtype, kind, seed=3), rows(T, H * D, dtype, kind)
     a, a_heads = parameters("some", D, device)
@@ -141,9 +145,14 @@ def test_affine_bwd_matches_float64(device, poisoned, accurate, rows, dtype, inp
         assert all(bitwise_equal(x, y) for x, y in zip((dz, da, dv), again, strict=True))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
-@pytest.mark.parametrize("scaled, shifted", [("some", "others"), ("all", "one"), ("one", "all"), ("none", "none")])
+SUBSETS = list(itertools.product(itertools.product([True, False], repeat=3), [False, True]))
+
+
+# in the ordinary run each subset, in place and not, on some of the heads; slow: on all
+@pytest.mark.parametrize(
+    "scaled, shifted, needs, inplace",
+    crossed([("some", "others"), ("all", "one"), ("one", "all"), ("none", "none")], SUBSETS),
+)
 def test_affine_bwd_every_subset_of_needs(device, poisoned, rows, needs, inplace, scaled, shifted):
     T, D = 21, 16
     G, z = rows(T, H * D, torch.float32, seed=3), rows(T, H * D, torch.float32)
@@ -190,7 +199,7 @@ def test_affine_bwd_inplace_touches_only_the_listed_heads(device, rows):
 def test_affine_bwd_many_chunks_and_an_expanded_gradient(device, poisoned, rows, monkeypatch):
     from lofit_kernels.gpu import launch
 
-    D, T = 16, 203
+    D, T = 16, 75
     a, a_heads = parameters("some", D, device)
     v_heads = parameters("all", D, device)[1]
     z = rows(T, H * D, torch.float32)

@@ -1,5 +1,7 @@
 """Rounding by a fixed pattern: kernel and twin bit for bit, what it may change, and what acts that is too small."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from benchmarks.proof.dead_zone import rows as vectors_of
 from lofit_kernels import aten, head_affine_linear, head_index, reference
 from lofit_kernels.gpu.launch import recording
 from tests.kernels.op_inputs import FLOATS, doubled, eager, eager_in_orders, make
+from tests.ordinary_sample import crossed
 
 affine = pytest.importorskip("lofit_kernels.gpu.affine")
 
@@ -30,8 +33,7 @@ def assert_agree(x, twin):
     assert (x != twin).float().mean() <= (1e-3 if x.is_cuda else 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["plain", "padded", "transposed"])
+@pytest.mark.parametrize("kind, dtype", crossed(["plain", "padded", "transposed"], DTYPES))
 def test_dither_is_its_twin(device, poisoned, rows, dtype, kind):
     z = rows(37, H * D, dtype, kind)
     z[0, 0], z[1, 1], z[2, 2], z[3, 3] = float("inf"), float("-inf"), -0.0, 1e-7
@@ -94,10 +96,11 @@ def test_dither_goes_up_as_often_as_it_should(dtype, share):
         assert abs(up - share) < 5 * (share * (1 - share) / z.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("magnitude", [1e-4, 1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize("component", ["scale", "offset"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# in the ordinary run each magnitude twice; slow: with every dtype, component and bias
+@pytest.mark.parametrize(
+    "magnitude, component, dtype, bias",
+    crossed(list(product([1e-4, 1e-3, 1e-2, 1e-1], ["scale", "offset"])), DTYPES, [False, True]),
+)
 def test_dither_keeps_small_scales_and_offsets(dtype, component, magnitude, bias):
     def dithered(**given):
         return head_affine_linear(**given, form="dither")
@@ -120,10 +123,11 @@ def test_dither_keeps_a_small_one_beside_a_large_one(component):
     assert abs(seen.value - 1) <= 5 * seen.error + 2.0**-9, seen
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("case", ["offset_some", "scale_some", "both_all", "both_different", "both_none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = ["offset_some", "scale_some", "both_all", "both_different", "both_none"]
+
+
+# in the ordinary run each case on both backends; slow: in both dtypes, with a bias and without
+@pytest.mark.parametrize("case, backend, dtype, bias", crossed(list(product(CASES, BACKENDS)), DTYPES, [False, True]))
 def test_dither_projection_matches_the_reference(device, accurate, dtype, case, bias, backend):
     torch.manual_seed(5)
     given = make(case, dtype, D=16, bias=bias)
@@ -140,7 +144,10 @@ def test_dither_projection_matches_the_reference(device, accurate, dtype, case, 
         accurate(got, getattr(expected, name), *by_hook[name])
 
 
-@pytest.mark.parametrize("asked", [("offset",), ("z", "offset"), ("scale", "offset"), ("z",), ("scale",)])
+@pytest.mark.parametrize(
+    "asked",
+    [("offset",), ("z", "offset"), pytest.param(("scale", "offset"), marks=pytest.mark.slow), ("z",), ("scale",)],
+)
 def test_dither_gives_the_gradients_asked_for(device, asked):
     torch.manual_seed(6)
     given = {k: None if x is None else x.to(device) for k, x in make("both_different", torch.float16, D=16).items()}

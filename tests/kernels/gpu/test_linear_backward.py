@@ -1,6 +1,6 @@
 """The backward GEMM with dz, da and dv taken from its accumulator, against closed forms in float64."""
 
-import itertools
+from itertools import product
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu.launch import recording
 from lofit_kernels.gpu.linear_backward import affine_linear_bwd
 from lofit_kernels.gpu.tiles import Tile
+from tests.ordinary_sample import crossed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "others": [1, 2], "most": [1, 2, 3], "all": [0, 1, 2, 3]}
 H = 4
 # smaller than any tile of the table, so that toy shapes have several of them
 TOY = Tile(4, 2, {"BLOCK_T": 32, "BLOCK_K": 64, "BLOCK_N": 32, "SLICES": 2})
-NEEDS = [needs for needs in itertools.product([True, False], repeat=3) if any(needs)]
+NEEDS = [needs for needs in product([True, False], repeat=3) if any(needs)]
 
 
 def parameters(names, D, device):
@@ -74,25 +75,13 @@ SHAPES = [
     (7, 100, 128, "all", "all", "plain"),
     (9, 64, 256, "one", "none", "padded"),
     (35, 50, 20, "all", "some", "transposed"),
-    (45, 24, 12, "some", "others", "plain"),
     (300, 24, 20, "most", "some", "plain"),
-]
-# of the two 16-bit dtypes, which the interpreter takes longest for, each has every other shape in the ordinary run, and
-# the longest neither
-CASES = [
-    pytest.param(
-        dtype,
-        *shape,
-        marks=[pytest.mark.slow]
-        if dtype == DTYPES[1 + number % 2] or (shape[0] == 300 and dtype in DTYPES[1:])
-        else [],
-    )
-    for number, shape in enumerate(SHAPES)
-    for dtype in DTYPES
+    (45, 24, 12, "some", "others", "plain"),
 ]
 
 
-@pytest.mark.parametrize("dtype, T, N, D, scaled, shifted, kind", CASES)
+# in the ordinary run each shape in one dtype; slow: each in every one
+@pytest.mark.parametrize("dtype, T, N, D, scaled, shifted, kind", crossed(DTYPES, SHAPES))
 def test_affine_linear_bwd_matches_float64(device, poisoned, accurate, rows, dtype, T, N, D, scaled, shifted, kind):
     grad, weight = rows(T, N, dtype, kind, seed=3), rows(N, H * D, dtype, kind, seed=4)
     z = rows(T, H * D, dtype, kind)
@@ -100,10 +89,17 @@ def test_affine_linear_bwd_matches_float64(device, poisoned, accurate, rows, dty
     check(accurate, grad, weight, z, a, a_heads, v_heads, D, tile=TOY, descriptors=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(
-    "T, N, D, scaled, shifted",
-    [(40, 72, 64, "some", "most"), (33, 40, 80, "most", "one"), (40, 48, 24, "all", "all"), (5, 16, 32, "none", "one")],
+    "T, N, D, scaled, shifted, dtype",
+    crossed(
+        [
+            (40, 72, 64, "some", "most"),
+            (33, 40, 80, "most", "one"),
+            (40, 48, 24, "all", "all"),
+            (5, 16, 32, "none", "one"),
+        ],
+        DTYPES[1:],
+    ),
 )
 def test_affine_linear_bwd_through_descriptors(device, poisoned, accurate, rows, dtype, T, N, D, scaled, shifted):
     # rows of wider tensors: what lies beyond them must not be read
@@ -115,12 +111,11 @@ def test_affine_linear_bwd_through_descriptors(device, poisoned, accurate, rows,
     check(accurate, grad, weight, z, a, a_heads, v_heads, D, tile=TOY, descriptors=True)
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("needs", NEEDS, ids=str)
-@pytest.mark.parametrize(
-    "scaled, shifted, D",
-    [("some", "others", 16), ("all", "one", 48), ("one", "all", 16), ("some", "most", 40), ("none", "none", 16)],
-)
+NEEDY = [("some", "others", 16), ("all", "one", 48), ("one", "all", 16), ("some", "most", 40), ("none", "none", 16)]
+
+
+# in the ordinary run each subset with and without descriptors, on some of the heads; slow: on all
+@pytest.mark.parametrize("scaled, shifted, D, needs, descriptors", crossed(NEEDY, list(product(NEEDS, [False, True]))))
 def test_affine_linear_bwd_every_subset_of_needs(device, poisoned, rows, descriptors, needs, scaled, shifted, D):
     dtype, T, N = torch.float16 if descriptors else torch.float32, 41, 40
     grad, weight, z = rows(T, N, dtype, seed=3), rows(N, H * D, dtype, seed=4), rows(T, H * D, dtype)
@@ -145,9 +140,7 @@ def test_affine_linear_bwd_every_subset_of_needs(device, poisoned, rows, descrip
             torch.testing.assert_close(x.double(), exact, rtol=rounding, atol=1e-4)
 
 
-@pytest.mark.parametrize("slices", [1, 4])
-@pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("D", [8, 32, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("D, descriptors, slices", crossed([32, 8, 40], list(product([False, True], [1, 4]))))
 def test_affine_linear_bwd_epilogue_in_slices(device, poisoned, accurate, rows, descriptors, slices, D):
     # slices narrower and wider than a head, and across the border of two or more
     tile = Tile(4, 2, {**TOY.blocks, "SLICES": slices})

@@ -1,5 +1,7 @@
 """The projection with the scale inside the GEMM, in delta and prologue form, against closed forms in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lofit_kernels.gpu import matmul
 from lofit_kernels.gpu.launch import recording
 from lofit_kernels.gpu.linear_forward import delta_linear, prologue_linear
 from lofit_kernels.gpu.tiles import Tile
+from tests.ordinary_sample import crossed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "all": [0, 1, 2, 3]}
@@ -49,21 +52,20 @@ def check(accurate, form, z, weight, addend, a, heads, D, **options):
     return y
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "T, N, D, names, kind, bias",
-    [
-        (40, 72, 64, "some", "plain", True),
-        (33, 40, 80, "some", "plain", True),
-        (40, 33, 96, "one", "padded", False),
-        (7, 100, 128, "all", "plain", True),
-        (9, 30, 256, "one", "padded", True),
-        (35, 50, 20, "all", "transposed", True),
-        (5, 24, 16, "none", "plain", True),
-        pytest.param(300, 72, 8, "some", "plain", True, marks=pytest.mark.slow),
-    ],
-)
+SHAPES = [
+    (40, 72, 64, "some", "plain", True),
+    (33, 40, 80, "some", "plain", True),
+    (40, 33, 96, "one", "padded", False),
+    (7, 100, 128, "all", "plain", True),
+    (9, 30, 256, "one", "padded", True),
+    (35, 50, 20, "all", "transposed", True),
+    (5, 24, 16, "none", "plain", True),
+    (300, 72, 8, "some", "plain", True),
+]
+
+
+# in the ordinary run each shape in one dtype and form; slow: each in every one
+@pytest.mark.parametrize("T, N, D, names, kind, bias, dtype, form", crossed(SHAPES, DTYPES, FORMS))
 def test_linear_matches_float64(device, poisoned, accurate, rows, form, dtype, T, N, D, names, kind, bias):
     z, weight = rows(T, H * D, dtype, kind), rows(N, H * D, dtype, kind, seed=4)
     addend = rows(1, N, torch.float32, seed=5)[0] if bias else None
@@ -71,11 +73,10 @@ def test_linear_matches_float64(device, poisoned, accurate, rows, form, dtype, T
     check(accurate, form, z, weight, addend, a, heads, D, tile=TOY, descriptors=False)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(
-    "T, N, D, names", [(40, 72, 64, "some"), (33, 41, 80, "some"), (7, 136, 24, "one"), (35, 16, 256, "none")]
-)
+DESCRIBED = [(40, 72, 64, "some"), (33, 41, 80, "some"), (7, 136, 24, "one"), (35, 16, 256, "none")]
+
+
+@pytest.mark.parametrize("T, N, D, names, dtype, form", crossed(DESCRIBED, DTYPES[1:], FORMS))
 def test_linear_through_descriptors(device, poisoned, accurate, rows, form, dtype, T, N, D, names):
     # rows of a wider tensor: what lies beyond them must not be read
     z, weight = (rows(n, H * D + 8, dtype, seed=n) for n in (T, N))
@@ -87,9 +88,7 @@ def test_linear_through_descriptors(device, poisoned, accurate, rows, form, dtyp
     torch.testing.assert_close(through, form(z, weight, addend, a, heads, D, tile=TOY, descriptors=False))
 
 
-@pytest.mark.parametrize("slices", [1, 4])
-@pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form, descriptors, slices", crossed(FORMS, list(product([False, True], [1, 4]))))
 def test_linear_epilogue_in_slices(device, poisoned, accurate, rows, form, descriptors, slices):
     tile = Tile(4, 2, {**TOY.blocks, "SLICES": slices})
     z, weight = rows(40, H * 32, torch.float16), rows(136, H * 32, torch.float16, seed=4)

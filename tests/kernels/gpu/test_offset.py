@@ -9,6 +9,7 @@ from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu import launch, offset
 from lofit_kernels.gpu.offset import column_sum, offset_bwd, offset_fold
 from lofit_kernels.gpu.tiles import ONE_STAGE_ROWS
+from tests.ordinary_sample import crossed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "most": [0, 1, 3], "all": [0, 1, 2, 3]}
@@ -38,19 +39,18 @@ def bitwise_equal(x, y):
     return torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(
-    "N, D, names, kind",
-    [
-        (50, 64, "some", "plain"),
-        (33, 80, "most", "padded"),
-        (39, 96, "one", "plain"),
-        (24, 128, "all", "plain"),
-        (5, 256, "all", "transposed"),
-        (19, 20, "none", "plain"),
-    ],
-)
+FOLDED = [
+    (50, 64, "some", "plain"),
+    (33, 80, "most", "padded"),
+    (39, 96, "one", "plain"),
+    (24, 128, "all", "plain"),
+    (5, 256, "all", "transposed"),
+    (19, 20, "none", "plain"),
+]
+
+
+# in the ordinary run each shape in one dtype, here and below; slow: each in every one
+@pytest.mark.parametrize("N, D, names, kind, with_bias, dtype", crossed(FOLDED, [False, True], DTYPES))
 def test_offset_fold_matches_float64(device, poisoned, accurate, rows, dtype, with_bias, N, D, names, kind):
     weight = rows(N, H * D, dtype, kind)
     bias = rows(1, N, dtype, seed=5)[0] if with_bias else None
@@ -73,15 +73,9 @@ def test_offset_fold_reads_only_the_selected_columns(device, rows):
     torch.testing.assert_close(offset_fold(weight, v, heads).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "T, N, kind",
-    [
-        (300, 40, "plain"),
-        (33, 130, "padded"),
-        (1, 7, "plain"),
-        (70, 129, "transposed"),
-    ],
+    "T, N, kind, dtype",
+    crossed([(300, 40, "plain"), (33, 130, "padded"), (1, 7, "plain"), (70, 129, "transposed")], DTYPES),
 )
 def test_column_sum_matches_float64(device, poisoned, accurate, rows, monkeypatch, dtype, T, N, kind):
     grad = rows(T, N, dtype, kind)
@@ -98,10 +92,12 @@ def test_column_sum_matches_float64(device, poisoned, accurate, rows, monkeypatc
     assert torch.equal(grad, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "N, D, names, kind",
-    [(50, 64, "some", "plain"), (33, 80, "most", "padded"), (24, 128, "all", "plain"), (19, 20, "none", "plain")],
+    "N, D, names, kind, dtype",
+    crossed(
+        [(50, 64, "some", "plain"), (33, 80, "most", "padded"), (24, 128, "all", "plain"), (19, 20, "none", "plain")],
+        DTYPES,
+    ),
 )
 def test_offset_bwd_matches_float64(device, poisoned, accurate, rows, monkeypatch, dtype, N, D, names, kind):
     weight = rows(N, H * D, dtype, kind)

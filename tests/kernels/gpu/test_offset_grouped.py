@@ -9,6 +9,7 @@ from lofit_kernels.error_bound import orders
 from lofit_kernels.gpu import launch
 from lofit_kernels.gpu.address_tables import TABLES
 from lofit_kernels.gpu.offset_grouped import grouped_bwd, grouped_fold, layer_table
+from tests.ordinary_sample import crossed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # of each layer: its number of heads, those selected, how its weight lies in memory
@@ -38,8 +39,7 @@ def bitwise_equal(x, y):
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N, D", [(33, 80), (13, 20)])
+@pytest.mark.parametrize("N, D, dtype", crossed([(33, 80), (13, 20)], DTYPES))
 def test_grouped_fold_matches_float64(device, poisoned, accurate, rows, dtype, N, D):
     weights, offsets, heads = layers(rows, N, D, dtype)
     before = [x.clone() for x in (*weights, *offsets)]

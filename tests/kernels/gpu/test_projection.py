@@ -10,6 +10,7 @@ from lofit_kernels import fold_offset, head_affine, head_affine_linear, head_ind
 from lofit_kernels.dispatch import valid_paths
 from lofit_kernels.gpu.launch import recording
 from tests.kernels.op_inputs import eager_in_orders
+from tests.ordinary_sample import crossed, slow_if
 
 H, D, N, T = 4, 16, 24, 9
 FLOATS = ("z", "weight", "bias", "scale", "offset")
@@ -114,9 +115,8 @@ def in_float64(inputs: dict) -> dict:
     return {k: v.detach().double() if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FUSED_CASES)
-@pytest.mark.parametrize("form", ["pass", "delta"])
+# in the ordinary run each case in one dtype and form; slow: each in every one
+@pytest.mark.parametrize("form, name, dtype", crossed(["pass", "delta"], list(FUSED_CASES), DTYPES))
 def test_projection_with_fused_products_matches_the_reference(device, accurate, form, name, dtype):
     inputs = make(name, dtype, device)
     dy = torch.randn(3, 3, N, generator=torch.Generator().manual_seed(2)).to(dtype).to(device)
@@ -133,9 +133,13 @@ def test_projection_with_fused_products_matches_the_reference(device, accurate, 
     assert all(v is None or torch.equal(inputs[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize("asked", [a for a in product([0, 1], repeat=5) if any(a)], ids=lambda a: "".join(map(str, a)))
+# in the ordinary run one, two or all of the gradients; slow: three and four
+@pytest.mark.parametrize(
+    "asked",
+    slow_if(lambda asked: sum(map(int, asked)) in (3, 4), ["".join(a) for a in product("01", repeat=5) if "1" in a]),
+)
 def test_projection_with_fused_products_gives_exactly_the_gradients_asked_for(device, asked):
-    names = [leaf for leaf, ask in zip(FLOATS, asked, strict=True) if ask]
+    names = [leaf for leaf, ask in zip(FLOATS, asked, strict=True) if ask == "1"]
     inputs = make("offsets everywhere, bias", torch.float32, device, names)
     y = head_affine_linear(**inputs, form="delta", backend="triton", gemm="fused_backward")
     dy = torch.randn(3, 3, N, generator=torch.Generator().manual_seed(2)).to(device)

@@ -14,6 +14,7 @@ from lofit_fast.training import CompletionCollator, Engine, prepared
 from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.prefix_cache.cache import STATES
 from tests.library_versions import BY_ROW
+from tests.ordinary_sample import crossed
 from tests.tiny_models import FAMILIES, HIDDEN, tokens
 from tests.training.prefix_cache.prefixed import (
     COLLATE,
@@ -42,7 +43,8 @@ def assert_as_accurate(got, plain, exact):
         assert error <= max(2 * (theirs.double() - truth).abs().max(), ulp)
 
 
-@pytest.mark.parametrize("batch", [[0, 5, 7, 10], [3], [11, 2, 3, 3]], ids=len)
+# in the ordinary run each family with one batch, here and below; slow: with every one
+@pytest.mark.parametrize("family, batch", crossed(FAMILIES, [[0, 5, 7, 10], [3], [11, 2, 3, 3]]))
 def test_prefix_changes_neither_logits_nor_gradients(family, tmp_path, batch):
     model, batch = deep(family), [ROWS[i] for i in batch]
     handle = tuned(model)
@@ -107,7 +109,7 @@ def test_prefix_of_packed_batches(family, tmp_path):
     assert all((a - b).abs().max() <= 1e-13 * b.abs().max() for a, b in zip(got, plain, strict=True))
 
 
-@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("family, shared", crossed(FAMILIES, [3, 0]))
 def test_prefix_of_batches_with_a_shared_beginning(family, shared, tmp_path):
     handle = tuned(deep(family, torch.float64))
     register()

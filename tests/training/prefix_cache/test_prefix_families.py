@@ -9,14 +9,18 @@ import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
+from tests.ordinary_sample import crossed
 from tests.training.engine.engine_families import examples, family_model
 
 # layers that read what lower ones have left beside the hidden states: nothing is cached then
 TANGLED = ("gemma3n", "gemma4")
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gpt_oss", "jamba", "llava", "cohere2", "gemma2", *TANGLED])
-@pytest.mark.parametrize("packed", [False, True])
+FAMILIES = ["qwen3_5", "gpt_oss", "jamba", "llava", "cohere2", "gemma2", *TANGLED]
+
+
+# in the ordinary run each family padded or packed; slow: both
+@pytest.mark.parametrize("family, packed", crossed(FAMILIES, [False, True]))
 def test_a_prefix_is_exact_or_not_cached(family, packed, tmp_path):
     model = family_model(family)
     projections = find_projections(model)

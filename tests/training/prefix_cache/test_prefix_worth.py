@@ -114,13 +114,21 @@ def test_auto_asks_no_clock(tmp_path, free, monkeypatch):
     assert worth_of(handle, ROWS, 99, tmp_path) == worth_of(handle, ROWS, 99, tmp_path)
 
 
-def test_fit_with_auto(cache, tmp_path, free, capsys):
+# with a size that is given, the same is tried in test_prefix_cache.py in the ordinary run
+@pytest.mark.slow
+def test_fit_with_auto_is_that_without(cache, tmp_path, free):
     model = deep("gemma3")
     plain = fit(model, tmp_path / "plain", gb=0.0)
-    result = fit(model, tmp_path / "auto", gb="auto", progress=True)
+    result = fit(model, tmp_path / "auto", gb="auto")
     assert len(stores(cache / "prefix")) == 1
     assert losses(result) == pytest.approx(losses(plain), rel=1e-5)
     assert (vectors(result) - vectors(plain)).abs().max() <= 1e-4 * vectors(plain).abs().max()
+
+
+def test_fit_with_auto(cache, tmp_path, free, capsys):
+    model = deep("gemma3")
+    fit(model, tmp_path / "auto", gb="auto", progress=True)
+    assert len(stores(cache / "prefix")) == 1
     kept = json.loads((tmp_path / "auto" / "state.json").read_text())["engine"]
     assert (kept["select"]["prefix_cache_gb"], kept["tune"]["prefix_cache_gb"]) == (0.0, 10.0)
     assert "prefix cache of up to 10 GB" in capsys.readouterr().err

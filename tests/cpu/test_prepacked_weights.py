@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from tests.oracle import randomize
 from tests.tiny_families import tiny_family
 from tests.tiny_models import LAYERS, tiny_model, tokens
 from tests.training.engine.engine_effects import belongings, gradients
-from tests.training.tiny_runs import fit
+from tests.training.tiny_runs import QUICK, fit
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no prepacked weights here: {refusal()}")
 PREPACKED = Engine(prepack=True)
+# few rows a step, for which "auto" prepacks
+ANSWERS = replace(QUICK, positions="answer")
 # q, k, v, gate, up, down; o is the vectors'
 UNTUNED = 6
 
@@ -322,7 +325,7 @@ def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_run_goes_on_as_it_began(llama, tmp_path, monkeypatch, earlier):
     monkeypatch.setattr(prepacked_weights, "LEAST", 1)
-    fit(llama, tmp_path).handle.unpatch()
+    fit(llama, tmp_path, ANSWERS).handle.unpatch()
     state = read_sealed(tmp_path / "state.json")
     assert [state["engine"][stage]["prepack"] for stage in ("select", "tune")] == [True, True]
     if earlier:
@@ -334,19 +337,26 @@ def test_a_run_goes_on_as_it_began(llama, tmp_path, monkeypatch, earlier):
     monkeypatch.setattr("lofit_fast.training.engine.prepacked", lambda model: entered.append(model) or prepacked(model))
     # the rule has another answer by now
     monkeypatch.setattr(prepacked_weights, "memory_bytes", lambda: 0)
-    fit(llama, tmp_path).handle.unpatch()
+    fit(llama, tmp_path, ANSWERS).handle.unpatch()
     assert entered == ([] if earlier else [llama])
 
 
 def test_a_run_that_was_begun_with_them_goes_on_without(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(prepacked_weights, "LEAST", 1)
-    fit(llama, tmp_path).handle.unpatch()
+    fit(llama, tmp_path, ANSWERS).handle.unpatch()
     state = read_sealed(tmp_path / "state.json")
     assert state["engine"]["tune"]["prepack"] is True
     monkeypatch.setattr("lofit_fast.training.engine.prepacked", None)
     write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
-    fit(llama, tmp_path, engine=Engine(prepack=False)).handle.unpatch()
+    fit(llama, tmp_path, ANSWERS, engine=Engine(prepack=False)).handle.unpatch()
     # as on another machine
     monkeypatch.setattr("lofit_fast.training.two_steps.prepacking_refusal", lambda model: "there are none")
     write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
-    fit(llama, tmp_path).handle.unpatch()
+    fit(llama, tmp_path, ANSWERS).handle.unpatch()
+
+
+def test_whole_sequences_have_none_unless_asked_for(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepacked_weights, "LEAST", 1)
+    for number, (asked, taken) in enumerate((("auto", False), (True, True))):
+        fit(llama, tmp_path / str(number), heads=[(1, 2)], engine=Engine(prepack=asked)).handle.unpatch()
+        assert read_sealed(tmp_path / str(number) / "state.json")["engine"]["tune"]["prepack"] is taken

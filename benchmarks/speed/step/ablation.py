@@ -35,7 +35,7 @@ WITHOUT: dict[str, dict[str, object]] = {
     "padded rows, eager attention": {"packing": False, "attention": "eager"},
     "last layer whole": {"narrow": False},
     "heap as malloc has it": {"large_pages": False},
-    "weights as they are": {"prepack": False},
+    "weights prepacked": {"prepack": True},
 }
 
 

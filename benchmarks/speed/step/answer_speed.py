@@ -32,6 +32,7 @@ from lofit_fast.models.trials import rounding
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.training.answer_batches import AnswerCollator
 from lofit_fast.training.engine import Engine, collator_of, prepared
+from lofit_fast.training.engine.cpu_extras import pays_to_prepack
 from lofit_fast.training.prompt_store import prompts_kept
 
 GB = 16.0
@@ -114,7 +115,8 @@ def _alone(base: nn.Module, row: Row, work: Workload, engine: Engine) -> Iterato
         for (layer, name), (_, numbers) in values.items():
             getattr(handle.layers[layer], name).copy_(numbers)
     model.train()
-    chosen = replace(engine, compile=False, narrow=False, large_pages=False)
+    # as our own training chooses where prompts are kept
+    chosen = replace(engine, compile=False, narrow=False, large_pages=False, prepack=pays_to_prepack(model))
     with tempfile.TemporaryDirectory() as folder, prepared(model, chosen), selecting_rows(model):
         logits = logit_rows(model, SCOPED)
         whole = collator_of(chosen, work.pad, logits)

@@ -22,7 +22,6 @@ from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.training.engine import Engine, collator_of, prepared
 from lofit_fast.training.engine.attention_choice import best_attention
 from lofit_fast.training.engine.auto import typical_batch, with_packing
-from lofit_fast.training.engine.cpu_extras import pays_to_prepack
 
 L1 = 5e-4
 LEARNING_RATE = 1e-3
@@ -103,8 +102,7 @@ def settled_engine(model: nn.Module, work: Workload, compiled: bool = True) -> E
     """
     weight = next(model.parameters())
     attention = best_attention(model, weight.device)
-    layouts = pays_to_prepack(model)
-    engine = Engine(attention=attention, compile=compiled, narrow=not compiled, large_pages=compiled, prepack=layouts)
+    engine = Engine(attention=attention, compile=compiled, narrow=not compiled, large_pages=compiled, prepack=False)
     return with_packing(model, engine, typical_batch(model, work.rows, work.pad, BATCH))
 
 

@@ -57,8 +57,8 @@ def settle(
     on a CPU that has a C++ compiler, from `COMPILE_FROM` operations on; elsewhere when asked for. Packing: with flash
     attention, and with GROUPED attention where it leaves out `LEAST_TO_PACK` of a batch's tokens; elsewhere one long
     row costs more attention than padding does. Narrowing: where nothing is compiled for it, or in a long run. Large
-    pages: with compiled layers. Prepacked weights: `cpu.prepacked_weights.pays_to_prepack`. Products with frozen
-    weights: `frozen_products.settled_products`.
+    pages: with compiled layers. Prepacked weights: where prompts are kept, and
+    `cpu.prepacked_weights.pays_to_prepack`. Products with frozen weights: `frozen_products.settled_products`.
     A prefix cache needs to know what is read, as `prefix_cache.worth` does: here "auto" is none.
     Attention, packing and narrowing are tried on a few tokens, the first two with the attachment disabled: what does
     not give the results of the model's own attention, and of examples apart and whole, is not chosen.
@@ -72,7 +72,8 @@ def settle(
     device = device_of(model)
     check_head_counts(model)
     engine = with_prompts(attachment, engine)
-    products = settled_products(model, engine.frozen_products, few_rows=engine.prompt_cache_gb > 0)
+    few_rows = engine.prompt_cache_gb > 0
+    products = settled_products(model, engine.frozen_products, few_rows=few_rows)
     engine = replace(engine, frozen_products=products)
     if engine.packing == "auto" and not getattr(attachment, "takes_packed_rows", True):
         engine = replace(engine, packing=False)
@@ -90,7 +91,7 @@ def settle(
     engine = replace(
         engine,
         narrow=_one(engine.narrow, pays and refusal is None),
-        prepack=engine.prepack is True or (engine.prepack == "auto" and pays_to_prepack(model)),
+        prepack=engine.prepack is True or (engine.prepack == "auto" and few_rows and pays_to_prepack(model)),
         large_pages=_one(engine.large_pages, engine.compile and device.type == "cpu"),
         prefix_cache_gb=_one(engine.prefix_cache_gb, 0.0),
     )

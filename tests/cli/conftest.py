@@ -1,12 +1,22 @@
 """What the commands are called on: a tiny saved model, a file of examples, a finished run."""
 
 import json
+from functools import cache
 
 import pytest
+from typer.main import get_command
 
 from tests.cli.calling import QUICK, call
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="package")
+def commands_once():
+    """The tree of commands is built once: that takes longer than to refuse most calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", cache(get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def timeless(history):
 # of the places to die at, each a test of its own
 PARTS = 8
 # the ordinary run has one death of each of these
-SAMPLE = ("completions", "early stop", "preferences")
+SAMPLE = ("completions", "preferences")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in RUNS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,11 +29,11 @@ from lofit_fast.training.base_of_run import as_now, base_of
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
-from lofit_fast.training.engine import CHANGEABLE, Engine
+from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.auto import said, with_prompts
-from lofit_fast.training.engine.cpu_extras import prepacking_refusal
 from lofit_fast.training.finite_steps import Diverged
 from lofit_fast.training.frozen_base import check_passes_gradients
+from lofit_fast.training.kept_engine import begun_engine, check_begun, with_weights
 from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
@@ -48,8 +48,6 @@ from lofit_fast.training.told_run import opened
 _RESULTS = "frozen_products"
 # what must be the same in all processes, as an error names it
 _ALIKE = {"data": "training data", "eval_data": "evaluation data", "model": "model", "heads": "given heads"}
-# what runs of earlier releases did without saying so
-_EARLIER = {"prepack": False}
 # knobs that any model takes
 _FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
 
@@ -162,7 +160,7 @@ class TwoSteps:
         with opened(output_dir, identity, resume, as_now=as_now(identity["model"])) as run:
             # the one knob of the engine that changes results: a finished stage counts too
             for kept in filter(None, map(run.engine, ("select", "tune"))):
-                self._check_begun(run, kept, (_RESULTS,))
+                check_begun(run.path, kept, self.asked, (_RESULTS,))
             yield run
 
     def _check_alike(self, identity: dict) -> None:
@@ -170,17 +168,6 @@ class TwoSteps:
         if ranks.count() > 1:
             for name, value in {**identity, "recipe": asdict(self.recipe), "engine": asdict(self.asked)}.items():
                 ranks.check_same(value, _ALIKE.get(name, name))
-
-    def _check_begun(self, run: RunFolder, kept: Mapping[str, object], names: Iterable[str]) -> None:
-        """Raise ValueError for a knob that is asked for otherwise than a stage was begun with."""
-        # a run of an earlier release lacks later knobs, and did what they do by default
-        kept = {**asdict(Engine()), **kept}
-        for name in names:
-            if (value := getattr(self.asked, name)) not in ("auto", kept[name]):
-                raise ValueError(
-                    f"{run.path} holds a run that was begun with {name}={kept[name]}, got {value}: choose another "
-                    "folder, or start over with resume=False (--no-resume)"
-                )
 
     def select(self, run: RunFolder, resume: bool) -> None:
         """Step 1: leaves the heads and their scores in the run, and the model as it was."""
@@ -402,24 +389,5 @@ class TwoSteps:
             engine = self._settled(handle, stage)
             run.keep_engine(stage, asdict(engine), begun_with(self.model))
             return engine
-        kept = _EARLIER | kept
-        # a run goes on as it began, whatever the rules say by now; how much disk and memory it may take can be changed
-        self._check_begun(run, kept, (name for name in asdict(Engine()) if name not in CHANGEABLE))
-        asked = {name: getattr(usable, name) for name in CHANGEABLE}
-        try:
-            engine = Engine(**kept | {name: value for name, value in asked.items() if value != "auto"})
-        except TypeError as error:
-            raise ValueError(
-                f"{run.path} holds a run whose engine this release does not know ({error}): go on with the release "
-                "that began it, choose another folder, or start over with resume=False (--no-resume)"
-            ) from error
-        return with_prompts(handle, self._with_weights(engine, stage))
-
-    def _with_weights(self, engine: Engine, stage: str) -> Engine:
-        """The engine of a stage that goes on, without prepacked weights where there are none here: they only round."""
-        reason = prepacking_refusal(self.model) if engine.prepack and self.asked.prepack is not True else None
-        if reason is None:
-            return engine
-        if self.progress:
-            print(f"the step {stage!r} was begun with prepacked weights and goes on without: {reason}", file=sys.stderr)
-        return replace(engine, prepack=False)
+        engine = begun_engine(run.path, kept, self.asked, usable)
+        return with_prompts(handle, with_weights(engine, self.asked, self.model, stage, self.progress))

@@ -350,7 +350,7 @@ def test_a_run_that_was_begun_with_them_goes_on_without(llama, tmp_path, monkeyp
     write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
     fit(llama, tmp_path, ANSWERS, engine=Engine(prepack=False)).handle.unpatch()
     # as on another machine
-    monkeypatch.setattr("lofit_fast.training.two_steps.prepacking_refusal", lambda model: "there are none")
+    monkeypatch.setattr("lofit_fast.training.kept_engine.prepacking_refusal", lambda model: "there are none")
     write_sealed(tmp_path / "state.json", {**state, "stage": "tune"})
     fit(llama, tmp_path, ANSWERS).handle.unpatch()
 

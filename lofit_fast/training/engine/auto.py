@@ -139,8 +139,9 @@ def said(engine: Engine) -> str:
     packed = ", packed" if engine.packing else ""
     layers = "compiled" if engine.compile else "not compiled"
     products = "" if engine.frozen_products == "full" else f", frozen products in {engine.frozen_products}"
+    weights = ", weights prepacked" if engine.prepack else ""
     prefix = f", prefix cache of up to {engine.prefix_cache_gb:.3g} GB" if engine.prefix_cache_gb else ""
-    return f"engine: {engine.attention} attention{packed}, layers {layers}{products}{prefix}"
+    return f"engine: {engine.attention} attention{packed}, layers {layers}{products}{weights}{prefix}"
 
 
 def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool:

@@ -207,6 +207,15 @@ def test_a_row_alone_is_no_summary():
     assert list(summary["vs_hook_as_run_rows"]) == [STEPS[1]]
 
 
+def test_products_in_8_bits_are_promised_of_step_2():
+    cells = cells_of("M")
+    rows = cells["M/steps"]["rows"]
+    cells["M/steps"]["rows"] = [one for one in rows if (one["setting"], one["step"]) != ("int8", "step 1")]
+    summary = summarize(cells.get, "M")
+    assert summary["int8_speedup"] == 1.25 and list(summary["int8_speedup_rows"]) == ["step 2"]
+    assert summary["vs_hook_as_run_int8"] is None
+
+
 def test_the_summary_has_every_key_whatever_was_measured(store, tmp_path):
     summary = json.loads(write_summary(tmp_path, store, ["M/steps"]).read_text())
     keys = {"vs_hook_as_run", "vs_lora_all_as_run", "vs_floor", "peak_memory_vs_hook"}

@@ -144,9 +144,10 @@ def test_every_setting_of_the_engine_is_run_twice():
     assert set(lf.Engine.__dataclass_fields__) <= knobs
 
 
+@pytest.mark.parametrize("iterations", [6, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["patch and unpatch", "saves and loads"])
-def test_nothing_is_left_of_a_short_soak(tmp_path, kind):
-    found = long_soak.soaked(kind, 6, tmp_path / "soak")
+def test_nothing_is_left_of_a_short_soak(tmp_path, kind, iterations):
+    found = long_soak.soaked(kind, iterations, tmp_path / "soak")
     assert all(count <= 0 for count in found["left"].values())
 
 

@@ -152,6 +152,15 @@ def test_a_weight_that_changes_counts_from_then_on(llama):
         assert gradients(llama)[0] == pytest.approx(math.log(llama.lm_head.out_features))
 
 
+@pytest.mark.parametrize("engine", [PREPACKED, Engine(frozen_products="int8")])
+def test_rows_may_be_given_by_name(llama, engine):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    linear, x = llama.model.layers[0].mlp.up_proj, torch.randn(3, llama.config.hidden_size)
+    with prepared(llama, engine):
+        assert "forward" in vars(linear)
+        torch.testing.assert_close(linear(input=x), linear(x))
+
+
 def test_forward_derivatives_go_through(llama):
     head = llama.lm_head.requires_grad_(False)
     x = torch.randn(3, head.in_features)

@@ -41,15 +41,16 @@ def is_taken(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = None) ->
 
     False too where the weight is seen to have changed, or its scope is over.
     """
+    compiling = torch.compiler.is_compiling()
+    # a program that is kept has no use for the number of a weight in this process
+    if _is_transformed() or (torch.compiler.is_exporting() if compiling else _is_recorded() or not weight.is_open):
+        return False
     N, K = weight.weight.shape
     if not _is_float32(x) or x.shape[-1:] != (K,) or autocast_is_on(x):
         return False
     if shift is not None and not (_is_float32(shift) and shift.shape == (N,)):
         return False
-    if torch.compiler.is_compiling():
-        # a program that is kept has no use for the number of a weight in this process
-        return not torch.compiler.is_exporting()
-    return weight.is_open and not _is_recorded() and not weight.has_changed()
+    return compiling or not weight.has_changed()
 
 
 def _is_float32(x: Tensor) -> bool:
@@ -57,12 +58,14 @@ def _is_float32(x: Tensor) -> bool:
     return plain and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def _is_transformed() -> bool:
+    """Whether a transform of functorch or forward derivatives are on: they pass an op by without a word."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _is_recorded() -> bool:
-    """Whether a transform of functorch, forward derivatives, a tracer or a counter is on: each knows plain products."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return True
-    # they pass an op by without a word
-    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    """Whether a tracer or a counter is on: each knows plain products."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
 
 
 def prepacked_linear(x: Tensor, weight: PrepackedWeight, shift: Tensor | None = None) -> Tensor:

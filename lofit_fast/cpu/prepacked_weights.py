@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lofit_fast.models.shared_pages import processes_here
+from lofit_fast.models.shared_pages import memory_shares
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.placement import device_of, dtype_of, is_dense
@@ -78,7 +78,7 @@ def pays_to_prepack(model: nn.Module) -> bool:
     weights = {id(linear.weight): linear.weight for linear in prepackable(model)}.values()
     taken = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
     large = any(weight.numel() >= LEAST for weight in weights)
-    return large and taken * processes_here() <= SHARE * memory_bytes()
+    return large and taken * memory_shares() <= SHARE * memory_bytes()
 
 
 def prepackable(model: nn.Module) -> list[nn.Linear]:

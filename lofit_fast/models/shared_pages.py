@@ -42,6 +42,21 @@ def processes_here() -> int:
     return 1 if found is None else found.local_count
 
 
+# of workers that see no launcher
+_beside = 1
+
+
+def work_beside(count: int) -> None:
+    """Say how many processes of this machine, this one among them, were started to work at the same time."""
+    global _beside
+    _beside = count
+
+
+def memory_shares() -> int:
+    """How many processes divide this machine's memory, as far as is known: those of a launch, or a sweep's workers."""
+    return max(_beside, processes_here())
+
+
 def as_mapped(source: str, dtype: torch.dtype, load: Callable[[str], nn.Module]) -> str:
     """What to load instead of `source`, so that its weights in `dtype` are pages of a file: often itself.
 

@@ -18,11 +18,14 @@ from lofit_kernels.quantized_linear import FrozenWeight, FullColumns, quantized_
 PRODUCTS = "lofit_products"
 
 
-def forward_in_8_bits(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x W^T + b (..., N): in 8 bits where a graph is built, in full where none is, as in evaluation."""
+def forward_in_8_bits(linear: nn.Linear, input: Tensor) -> Tensor:
+    """x W^T + b (..., N): in 8 bits where a graph is built, in full where none is, as in evaluation.
+
+    input: x, which callers may name.
+    """
     if not torch.is_grad_enabled():
-        return full_linear(x, linear.weight, linear.bias)
-    return quantized_linear(x, linear.lofit_products, linear.bias)
+        return full_linear(input, linear.weight, linear.bias)
+    return quantized_linear(input, linear.lofit_products, linear.bias)
 
 
 def compute_in_8_bits(linear: nn.Linear, kind: ProductKind, columns: FullColumns | None = None) -> None:

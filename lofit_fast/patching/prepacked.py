@@ -17,23 +17,24 @@ from lofit_kernels.prepacked_linear import PrepackedWeight, is_taken, prepacked_
 WEIGHT = "lofit_prepacked"
 
 
-def forward(linear: nn.Linear, x: Tensor) -> Tensor:
+def forward(linear: nn.Linear, input: Tensor) -> Tensor:
     """x W^T + b (..., N). By the plain product where the weight is another or trained by now, and as `is_taken` says.
 
-    Its name is that of the class's own, by which a pickle knows it: what is loaded from one computes plainly.
+    input: x, which callers may name. The forward's own name is that of the class's, by which a pickle knows it: what is
+    loaded from one computes plainly.
     """
     weight, bias, held = linear.weight, linear.bias, getattr(linear, WEIGHT, None)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     # none is held in a copy, nor by what has kept this forward beyond the scope
-    if trained or held is None or weight is not held.weight or not is_taken(x, held, bias):
-        return plain_linear(x, weight, bias)
+    if trained or held is None or weight is not held.weight or not is_taken(input, held, bias):
+        return plain_linear(input, weight, bias)
     try:
-        return prepacked_linear(x, held, bias)
+        return prepacked_linear(input, held, bias)
     except RuntimeError:
         if held.is_open:
             raise
         # another thread has left the scope just now
-        return plain_linear(x, weight, bias)
+        return plain_linear(input, weight, bias)
 
 
 def prepack(linear: nn.Linear, weight: PrepackedWeight) -> None:

@@ -12,12 +12,14 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.cpu import prepacked_weights
 from lofit_fast.cpu.prepacked_weights import memory_bytes, pays_to_prepack, prepackable, prepacked, prepacking_refusal
+from lofit_fast.models import shared_pages
 from lofit_fast.patching.mergeable import why_not_plain
 from lofit_fast.patching.plain_linear import is_plain_linear
 from lofit_fast.patching.prepacked import is_prepacked, prepack
 from lofit_fast.sealed import read_sealed, write_sealed
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.auto import settle
+from lofit_fast.training.sweep import processes
 from lofit_kernels import held_weight
 from lofit_kernels.prepacked_linear import refusal
 from tests.oracle import randomize
@@ -150,6 +152,22 @@ def test_a_weight_that_changes_counts_from_then_on(llama):
         assert gradients(llama)[0] == pytest.approx(math.log(llama.lm_head.out_features))
 
 
+def test_a_sweeps_workers_say_how_many_they_are(monkeypatch):
+    monkeypatch.setattr(shared_pages, "_beside", 1)
+    monkeypatch.setattr(processes, "end_with", lambda watched: None)
+    processes._begin(torch.get_num_threads(), 3, None)
+    assert shared_pages.memory_shares() == 3
+
+
+@pytest.mark.parametrize("engine", [PREPACKED, Engine(frozen_products="int8")])
+def test_rows_may_be_given_by_name(llama, engine):
+    lf.patch(llama, lf.LofitConfig(offset="all"))
+    linear, x = llama.model.layers[0].mlp.up_proj, torch.randn(3, llama.config.hidden_size)
+    with prepared(llama, engine):
+        assert "forward" in vars(linear)
+        torch.testing.assert_close(linear(input=x), linear(x))
+
+
 def test_forward_derivatives_go_through(llama):
     head = llama.lm_head.requires_grad_(False)
     x = torch.randn(3, head.in_features)
@@ -170,8 +188,9 @@ def test_autocast_is_as_it_is_with_plain_weights(llama):
 
 # another compiler than the one that makes code: what is seen here is whether it takes the layers whole
 @pytest.mark.slow
-def test_compiled_layers_take_them(llama, monkeypatch):
+def test_compiled_layers_take_them(monkeypatch):
     monkeypatch.setattr("lofit_fast.training.engine.compiled_layers.BACKEND", "aot_eager")
+    llama = tiny_model("llama", num_hidden_layers=1)
     lf.patch(llama, lf.LofitConfig(offset="all"))
     expected, expected_gradients = gradients(llama)
     with prepared(llama, Engine(attention="sdpa", compile=True, prepack=True)):
@@ -268,6 +287,7 @@ def test_where_8_bits_leave_nothing_it_is_no_error(llama):
         assert not any(map(is_prepacked, llama.modules()))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_weights_without_numbers_are_left_alone():
     empty = nn.utils.skip_init(nn.Linear, 0, 3)
     model = nn.Sequential(empty, nn.Linear(3, 4)).requires_grad_(False)
@@ -309,7 +329,8 @@ def test_auto_means_large_weights_that_fit_the_memory(llama, monkeypatch):
     for memory, pays in ((5 * taken, True), (5 * taken - 8, False)):
         monkeypatch.setattr(prepacked_weights, "memory_bytes", lambda memory=memory: memory)
         assert pays_to_prepack(llama) is pays
-    monkeypatch.setattr(prepacked_weights, "processes_here", lambda: 2)
+    # as of a sweep with two jobs
+    monkeypatch.setattr(shared_pages, "_beside", 2)
     monkeypatch.setattr(prepacked_weights, "memory_bytes", lambda: 5 * taken)
     assert not pays_to_prepack(llama)
 

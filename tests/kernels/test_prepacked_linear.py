@@ -76,6 +76,20 @@ def test_it_compiles_whole(held):
         assert torch.equal(got, expected)
 
 
+def test_compiled_products_have_forward_derivatives(held):
+    def product(x):
+        return prepacked_linear(x, held) if is_taken(x, held) else linear(x, held.weight)
+
+    x = draw(3, K)
+    compiled = torch.compile(product, backend="aot_eager")
+    compiled(x)
+    tangent = torch.compile(lambda x: torch.func.jvp(product, (x,), (x,))[1], backend="aot_eager")(x)
+    torch.testing.assert_close(tangent, linear(x, held.weight))
+    with torch.autograd.forward_ad.dual_level():
+        y = compiled(torch.autograd.forward_ad.make_dual(x, x))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, linear(x, held.weight))
+
+
 def doubled(weight):
     with torch.no_grad():
         weight.mul_(2)

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from lofit_fast.models.shared_pages import processes_here, work_beside
 from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.launched import worker_environment
 from lofit_fast.training.sweep.worker_devices import inside
@@ -46,6 +47,8 @@ def work_in_processes(
     # nothing is ever sent: the workers wait for its end, which comes even if this process is killed
     watched, held = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // len(devices))
+    # each process of a launch may have workers
+    beside = len(devices) * processes_here()
     # begun with the first process otherwise, and would let it hear of interrupts
     resource_tracker.ensure_running()
     with ExitStack() as pools:
@@ -55,7 +58,7 @@ def work_in_processes(
             running: dict[Future, int] = {}
             for number, device in enumerate(devices):
                 # one each, since a pool of several ends when one of them does
-                pool = pools.enter_context(ProcessPoolExecutor(1, context, _begin, (threads, watched)))
+                pool = pools.enter_context(ProcessPoolExecutor(1, context, _begin, (threads, beside, watched)))
                 own = grid if device is None else replace(grid, device=inside(device))
                 with _interrupts_held(), worker_environment(device):
                     running[pool.submit(work, own)] = number
@@ -111,9 +114,10 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(threads: int, watched: Connection) -> None:
+def _begin(threads: int, beside: int, watched: Connection) -> None:
     threading.Thread(target=end_with, args=(watched,), daemon=True).start()
     torch.set_num_threads(threads)
+    work_beside(beside)
 
 
 def end_with(watched: Connection) -> None:

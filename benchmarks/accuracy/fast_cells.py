@@ -61,11 +61,15 @@ SETTINGS: dict[str, Setting] = {
     "saliency-64-answer-wide": Setting(
         "saliency, 64 examples, answers' tokens alone, 30 % of the heads", {**_saliency(64), **_WIDE}
     ),
+    "saliency-64-answer-wide-5": Setting(
+        "saliency, 64 examples, answers' tokens alone, 30 % of the heads, 5 epochs",
+        {**_saliency(64), **_WIDE, "tune_epochs": EPOCHS},
+    ),
 }
 # settings in the order of what matters most: all seeds and tasks of a group come before the next group
 GROUPS = (
     (FULL, "saliency-64", "saliency-128", "saliency-all"),
-    ("saliency-64-answer-wide", "answer-wide"),
+    ("saliency-64-answer-wide", "answer-wide", "saliency-64-answer-wide-5"),
     ("saliency-64-int8", "int8"),
     ("answer",),
     ("saliency-32", "random"),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy import figures, findings, tables
+from benchmarks.accuracy.comparison import enumerated
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Available, Plan, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.settings import Settings
@@ -150,6 +151,7 @@ def write_report(
             f"![{section.title}](figures/{name}.png)",
             f"{_caption(own, results)} Also as [SVG](figures/{name}.svg).",
             _missing(own, results),
+            _dtypes(own, results),
             _answer(section.answer(own, results)),
             section.says,
             section.table(own, results),
@@ -250,6 +252,17 @@ def _outside(available: Available) -> str:
         f" `mmlu.jsonl`; formats in docs/guide.md) and --hub was not given. The other local tasks, on which nothing was"
         f" tuned here, stand in."
     )
+
+
+def _dtypes(slots: Sequence[Slot], results: Results) -> str:
+    """Which rows were made in which dtype, where a section has several: rounding is then part of their differences."""
+    rows: dict[str, dict[str, None]] = {}
+    for slot in slots:
+        for result in results.of(slot):
+            rows.setdefault(result["environment"].get("dtype", "an unknown dtype"), {})[str(labelled(slot.row))] = None
+    if len(rows) < 2:
+        return ""
+    return "Made in " + ", ".join(f"{dtype}: {enumerated(list(own))}" for dtype, own in sorted(rows.items())) + "."
 
 
 def _missing(slots: Sequence[Slot], results: Results) -> str:

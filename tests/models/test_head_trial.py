@@ -166,13 +166,21 @@ def test_heads_that_are_not_plain_are_left_to_the_model():
         lambda head: head.weight.requires_grad_(),
         lambda head: head.register_forward_hook(lambda *_: None),
         lambda head: setattr(head, "__class__", Other),
-        lambda head: setattr(head, "forward", head.forward),
+        lambda head: setattr(head, "forward", lambda x: 2 * nn.functional.linear(x, head.weight)),
         lambda head: nn.utils.parametrizations.weight_norm(head),
     ):
         model = spread(tiny_model("llama", tie_word_embeddings=False))
         change(model.get_output_embeddings())
         assert frozen_head(model) is None
     assert frozen_head(nn.Linear(2, 2)) is None
+
+
+def test_a_head_with_its_class_s_forward_put_back_is_plain():
+    # as accelerate leaves what it has taken a hook off
+    model = spread(tiny_model("llama", tie_word_embeddings=False))
+    head = model.get_output_embeddings()
+    head.forward = head.forward
+    assert frozen_head(model) is not None
 
 
 def test_a_trial_leaves_the_model_as_it_was():

@@ -132,8 +132,8 @@ SELECT: dict[str, tuple[str, ...]] = {
 LOOKING_ONCE = ("saliency",)
 # what `Recipe.fast` has instead of the paper's
 FAST_RECIPE: dict[str, object] = {"select": "saliency", "select_examples": 128}
-# and beside it with positions="answer": vectors on fewer tokens want more heads, larger steps and more epochs
-FAST_ANSWER: dict[str, object] = {"top": 0.3, "tune_lr": 4e-2, "tune_epochs": 10}
+# and beside it with positions="answer": vectors on fewer tokens want more heads and larger steps
+FAST_ANSWER: dict[str, object] = {"top": 0.3, "tune_lr": 4e-2}
 # of a whole number: what counts examples, epochs or layers is far below it
 _MOST = 2**31 - 1
 # settings that runs of earlier releases lack, and what these did

@@ -39,8 +39,9 @@ def _saliency(examples: int | None) -> dict[str, object]:
     return {"select": "saliency", "select_examples": examples}
 
 
-# what `--fast --positions answer` tunes with
+# what `--fast --positions answer` tunes with, and the same for twice as long
 _WIDE: dict[str, object] = {"positions": "answer", **FAST_ANSWER}
+_LONG: dict[str, object] = {**_WIDE, "tune_epochs": 10}
 SETTINGS: dict[str, Setting] = {
     FULL: Setting("step 1, full precision"),
     "saliency-64": Setting("saliency, 64 examples", _saliency(64)),
@@ -56,20 +57,19 @@ SETTINGS: dict[str, Setting] = {
         {"positions": "answer"},
         tries=({}, {"tune_lr": 4e-2}, {"top": 0.2}, {"tune_epochs": 10}),
     ),
-    # vectors on fewer tokens have room for more heads, larger steps and more epochs
-    "answer-wide": Setting("step 1, answers' tokens alone, 30 % of the heads", _WIDE),
+    # vectors on fewer tokens have room for more heads and larger steps
+    "answer-wide": Setting("step 1, answers' tokens alone, 30 % of the heads, 10 epochs", _LONG),
     "saliency-64-answer-wide": Setting(
-        "saliency, 64 examples, answers' tokens alone, 30 % of the heads", {**_saliency(64), **_WIDE}
+        "saliency, 64 examples, answers' tokens alone, 30 % of the heads, 10 epochs", {**_saliency(64), **_LONG}
     ),
     "saliency-64-answer-wide-5": Setting(
-        "saliency, 64 examples, answers' tokens alone, 30 % of the heads, 5 epochs",
-        {**_saliency(64), **_WIDE, "tune_epochs": EPOCHS},
+        "saliency, 64 examples, answers' tokens alone, 30 % of the heads", {**_saliency(64), **_WIDE}
     ),
 }
 # settings in the order of what matters most: all seeds and tasks of a group come before the next group
 GROUPS = (
     (FULL, "saliency-64", "saliency-128", "saliency-all"),
-    ("saliency-64-answer-wide", "answer-wide", "saliency-64-answer-wide-5"),
+    ("saliency-64-answer-wide-5", "saliency-64-answer-wide", "answer-wide"),
     ("saliency-64-int8", "int8"),
     ("answer",),
     ("saliency-32", "random"),

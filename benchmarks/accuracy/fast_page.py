@@ -56,9 +56,9 @@ Jaccard overlap with the full run's heads of the same seed, mean over seeds. Tok
 training went through, counted: time is no evidence here, since the processor was shared. With answers' tokens alone the
 prompts among them went through the model once, forward only.
 
-Answers' tokens alone on 30 % of the heads, in 5 epochs, is what `--fast --positions answer` does. All but the epochs was
-chosen among seven settings by SmolLM2's answers to these questions of MQuAKE with seed 42, and 5 epochs rather than 10 by
-SmolLM2's three seeds. So SmolLM2's tables flatter it; the other model had no part in the choice.
+Answers' tokens alone on 30 % of the heads, in 5 epochs, is what `--fast --positions answer` does. All but the epochs
+was chosen among seven settings by SmolLM2's answers to these questions of MQuAKE with seed 42, and 5 epochs rather than
+10 by SmolLM2's three seeds. So SmolLM2's tables flatter it; the other model had no part in the choice.
 
 Made on: {"; ".join(made) or "nothing yet"}.
 """

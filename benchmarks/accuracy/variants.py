@@ -77,9 +77,7 @@ def variants_table(slots: Sequence[Slot], results: Results) -> str:
                 "" if not found else f"{fmean(map(_seconds, found)):.0f}",
             ]
         )
-    return markdown(
-        ["", "task", "accuracy, %", "points over LoFiT", "95 % interval", "p", "parameters", "seconds"], rows
-    )
+    return markdown(_HEADER, rows)
 
 
 def _seconds(result: dict) -> float:

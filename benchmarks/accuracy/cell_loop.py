@@ -75,7 +75,10 @@ def seconds_left(
 ) -> float:
     """Of all cells that are not there yet, tuning runs included."""
     tried = tried or set()
-    return sum(estimate.seconds(cell) for cell in all_cells(slots, folder, tuning) - tried if not folder.result(cell))
+    known = sum(estimate.seconds(cell) for cell in all_cells(slots, folder, tuning) - tried if not folder.result(cell))
+    # what a search will try is not known before it has come there, only how often
+    searches = {tuple(tuning.runs(cell)) for slot in slots for cell in slot.cells}
+    return known + sum(tuning.unknown(runs) * estimate.seconds(runs[0]) for runs in searches if runs)
 
 
 def all_cells(slots: Sequence[Slot], folder: CellFolder, tuning: Tuning) -> set[Cell]:
@@ -93,9 +96,9 @@ def _by_model(slots: Sequence[Slot]) -> list[Cell]:
 
 def _missing(wanted: Sequence[Cell], folder: CellFolder, tuning: Tuning, tried: set[Cell]):
     for cell in wanted:
-        for run in tuning.runs(cell):
-            if run not in tried and folder.result(run) is None:
-                yield run
+        # what a search tries next follows from what is finished
+        while pending := [run for run in tuning.runs(cell) if run not in tried and folder.result(run) is None]:
+            yield pending[0]
         settled = tuning.settled(cell)
         if settled is not None and settled not in tried and folder.result(settled) is None:
             yield settled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from benchmarks.accuracy.paper_cells import TUNING, VALIDATION, CellFolder, Options, as_options, main_metric
@@ -169,6 +169,10 @@ class FastTuning:
         size = {"train_size": cell.train_size - held_out, "n_validation": held_out}
         plain = replace(cell, seed=SEEDS[0], split=TUNING, **size)
         return [replace(plain, options=as_options(tried)) for tried in SETTINGS[cell.setting].tries]
+
+    def unknown(self, runs: Sequence[FastCell]) -> int:
+        """How many runs there may be beside those that are known: none, since a setting's tries are."""
+        return 0
 
     def settled(self, cell: FastCell) -> FastCell | None:
         """The cell with the best settings; None while a tuning run is missing. Of equals the first is taken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TUNING_RUNS = 4
+START = 4
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def applies(method: str, task: str) -> bool:
 
 
 def grid(method: str) -> tuple[dict[str, object], ...]:
-    """The settings that tuning runs try, TUNING_RUNS of them for every method. Raises ValueError for fewer."""
+    """The settings with which a search starts, START of them for every method. Raises ValueError for fewer."""
     if method == "lofit":
         settings = LOFIT_TUNING
     else:
         from benchmarks.peers.table import COMPARED
 
-        settings = COMPARED[method].tuning[:TUNING_RUNS]
-    if len(settings) != TUNING_RUNS:
-        raise ValueError(f"{method}: expected {TUNING_RUNS} settings to try, got {len(settings)}")
+        settings = COMPARED[method].tuning[:START]
+    if len(settings) != START:
+        raise ValueError(f"{method}: expected {START} settings to try, got {len(settings)}")
     return settings

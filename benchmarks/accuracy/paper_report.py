@@ -17,6 +17,7 @@ from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
 from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
+from benchmarks.accuracy.tuning_search import RUNS
 from benchmarks.accuracy.variants import VARIANTS_SAY, variants_answer, variants_table
 from lofit_fast.files import write_text
 
@@ -206,7 +207,7 @@ _READING = (
 def _made(slots: Sequence[Slot], results: Results) -> str:
     """With what the cells were made, each value with its number of cells where they differ."""
     # each cell once, in the order of the plan
-    cells = dict.fromkeys(results.tuning.settled(cell) for slot in slots for cell in slot.cells)
+    cells = dict.fromkeys(results.tuning.settled(cell, so_far=True) for slot in slots for cell in slot.cells)
     found = [result for cell in cells if cell is not None and (result := results.folder.result(cell))]
     if not found:
         return ""
@@ -234,10 +235,11 @@ def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
         "## Tuning",
         "**Question.** Were the settings chosen inside of what was tried?",
         _answer(edges_answer(choices)),
-        "Every method that is trained or fitted gets the same number of runs, with one seed, judged by training"
-        " examples set aside; the chosen settings are bold. All ways to choose heads use LoFiT's. *At an edge* names"
-        " the settings of the chosen run that are the smallest or largest number tried for that method, task and model;"
-        " of two numbers tried each is one.",
+        f"Every method that is trained or fitted gets {RUNS} runs, with one seed, judged by training examples set"
+        " aside; the chosen settings are bold. After the first four, each run changes one setting of the best so far:"
+        " beyond, while that lies at an edge, and halfway to a neighbour otherwise. All ways to choose heads use"
+        " LoFiT's. *At an edge* names the settings of the chosen run that are the smallest or largest number tried for"
+        " that method, task and model; all heads are no edge.",
         tuning_table(choices, results),
     ]
     return "\n\n".join(lines)

@@ -28,7 +28,7 @@ class Results:
 
     def of(self, slot: Slot) -> list[dict]:
         """The results of a slot's finished cells, by ascending seed."""
-        settled = [self.tuning.settled(cell) for cell in slot.cells]
+        settled = [self.tuning.settled(cell, so_far=True) for cell in slot.cells]
         found = [self.folder.result(cell) for cell in settled if cell is not None]
         return [result for result in found if result is not None]
 
@@ -40,7 +40,7 @@ class Results:
     def missing(self, slots: Sequence[Slot]) -> int:
         """How many of the slots' cells have no result."""
         cells = {cell: None for slot in slots for cell in slot.cells}
-        settled = [self.tuning.settled(cell) for cell in cells]
+        settled = [self.tuning.settled(cell, so_far=True) for cell in cells]
         return sum(cell is None or self.folder.result(cell) is None for cell in settled)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.accuracy import tuning_search
 from benchmarks.accuracy.method_table import METHODS, grid
 from benchmarks.accuracy.paper_cells import TUNING, Cell, CellFolder, as_options, main_metric
 from benchmarks.accuracy.settings import FIRST_SEED
+from benchmarks.accuracy.tuning_search import RUNS, Tried
 
 Grid = Callable[[str], tuple[dict[str, object], ...]]
 
@@ -15,16 +17,20 @@ Grid = Callable[[str], tuple[dict[str, object], ...]]
 @dataclass(frozen=True)
 class Tuning:
     """folder: of finished cells. held_out: training examples set aside, 0 for no tuning. train_size: of the main cells,
-    per task. epochs: of each step. of: a method's settings to try."""
+    per task. epochs: of each step. of: the settings with which a method's search starts. n_runs: of a whole search."""
 
     folder: CellFolder
     held_out: int
     train_size: dict[str, int]
     epochs: int
     of: Grid = grid
+    n_runs: int = RUNS
 
     def runs(self, cell: Cell) -> list[Cell]:
-        """The tuning cells that a cell waits for: of its model, task and method alone, so its kin share them."""
+        """The tuning cells of a cell, as far as they are known: of its model, task and method alone, shared by its kin.
+
+        The start grid, and of the search the runs that follow from those that are finished.
+        """
         if not self.held_out or not METHODS[cell.method].tuned:
             return []
         # a third of a small task at most
@@ -42,27 +48,49 @@ class Tuning:
             n_outside=0,
             split=TUNING,
         )
-        return [replace(plain, options=as_options(settings)) for settings in self.of(cell.method)]
+        runs = [replace(plain, options=as_options(settings)) for settings in self.of(cell.method)]
+        while len(runs) < self.n_runs and (options := self._next(runs)) is not None:
+            runs.append(replace(plain, options=as_options(options)))
+        return runs
 
-    def settled(self, cell: Cell) -> Cell | None:
+    def over(self, runs: Sequence[Cell]) -> bool:
+        """Whether a search, of which `runs` are known, is finished."""
+        return all(self.folder.result(run) is not None for run in runs)
+
+    def unknown(self, runs: Sequence[Cell]) -> int:
+        """How many runs a search may have beside those that are known."""
+        return 0 if self.over(runs) else max(self.n_runs - len(runs), 0)
+
+    def settled(self, cell: Cell, so_far: bool = False) -> Cell | None:
         """The cell with its method's best settings, its own options kept; None while a tuning run is missing.
 
-        The best has the highest main metric, then the highest sum of all metrics; of equals the first is taken.
+        so_far: take the best of the finished runs, once the start grid is. The best has the highest main metric, then
+        the highest sum of all metrics; of equals see `tuning_search.best_of`.
         """
         runs = self.runs(cell)
         if not runs:
             return cell
-        best = self.best(runs)
+        best = self.best(runs) if so_far or self.over(runs) else None
         return best and replace(cell, options=as_options({**dict(best.options), **dict(cell.options)}))
 
     def best(self, runs: Sequence[Cell]) -> Cell | None:
-        """The tuning run whose settings are taken; None while one is missing."""
-        results = [self.folder.result(run) for run in runs]
-        if None in results:
+        """The finished run whose settings are taken; None while one of the start grid is missing."""
+        finished = [run for run in runs if self.folder.result(run) is not None]
+        if len(finished) < len(self.of(runs[0].method)):
             return None
-        return runs[max(range(len(runs)), key=lambda i: (_score(results[i]), -i))]
+        return finished[tuning_search.best_of([self._tried(run) for run in finished])]
 
+    def edges(self, runs: Sequence[Cell], best: Cell) -> dict[str, str]:
+        """By setting, which end of the numbers tried a finished run has; see `tuning_search.edges`."""
+        tried = [self._tried(run) for run in runs if self.folder.result(run) is not None]
+        return tuning_search.edges(tried, self._tried(best))
 
-def _score(result: dict) -> tuple[float, float]:
-    metrics = result["metrics"]
-    return metrics[main_metric(metrics)], sum(metrics.values())
+    def _next(self, runs: Sequence[Cell]) -> dict[str, object] | None:
+        if any(self.folder.result(run) is None for run in runs):
+            return None
+        return tuning_search.next_options([self._tried(run) for run in runs])
+
+    def _tried(self, run: Cell) -> Tried:
+        result = self.folder.result(run)
+        metrics = result["metrics"]
+        return Tried(dict(run.options), result["settings"], (metrics[main_metric(metrics)], sum(metrics.values())))

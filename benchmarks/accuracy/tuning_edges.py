@@ -13,14 +13,16 @@ from benchmarks.accuracy.tables import Results, markdown, score
 
 @dataclass(frozen=True)
 class Choice:
-    """The tuning runs of a method on a task and model, and the one that was chosen; None while a run is missing.
+    """The tuning runs of a method on a task and model, and the best so far; None while one of its start is missing.
 
-    edges: "smallest" or "largest" by the chosen run's settings that are the end of the numbers tried.
+    edges: "smallest" or "largest" by the best run's settings that are the end of the numbers tried. over: whether the
+    search is finished.
     """
 
     runs: tuple[Cell, ...]
     best: Cell | None
     edges: dict[str, str]
+    over: bool = True
 
 
 def choices_made(slots: Sequence[Slot], results: Results) -> list[Choice]:
@@ -30,7 +32,8 @@ def choices_made(slots: Sequence[Slot], results: Results) -> list[Choice]:
     for runs in groups:
         if runs:
             best = results.tuning.best(runs)
-            found.append(Choice(runs, best, {} if best is None else _edges(runs, best, results)))
+            at = {} if best is None else results.tuning.edges(runs, best)
+            found.append(Choice(runs, best, at, results.tuning.over(runs)))
     return found
 
 
@@ -57,7 +60,9 @@ def edges_answer(choices: Sequence[Choice]) -> str:
         text += f". Every choice of {enumerated([labelled(method) for method in inside])} lies inside"
     waiting = len(choices) - len(made)
     waits = "waits" if waiting == 1 else "wait"
-    return text + "." + f" {waiting} more {waits} for missing runs." * bool(waiting)
+    going_on = sum(not choice.over for choice in made)
+    text += "." + f" {going_on} of these searches are not over." * bool(going_on)
+    return text + f" {waiting} more {waits} for missing runs." * bool(waiting)
 
 
 def tuning_table(choices: Sequence[Choice], results: Results) -> str:
@@ -75,26 +80,3 @@ def tuning_table(choices: Sequence[Choice], results: Results) -> str:
             rows.append([labelled(run.method), where, f"{mark}{tried}{mark}", done, at, sizes])
     header = ["", "task", "settings tried", "accuracy, %", "at an edge", "trained on / judged by"]
     return markdown(header, rows) if rows else ""
-
-
-def _edges(runs: Sequence[Cell], best: Cell, results: Results) -> dict[str, str]:
-    """By setting, which end of the numbers tried the chosen one is. Settings that were never varied have no ends."""
-    found = {}
-    for key in dict.fromkeys(key for run in runs for key, _ in run.options):
-        values = {run: _value(run, key, results) for run in runs}
-        numbers = [value for value in values.values() if _is_number(value)]
-        if len(set(numbers)) > 1 and _is_number(values[best]):
-            ends = {min(numbers): "smallest", max(numbers): "largest"}
-            if values[best] in ends:
-                found[key] = ends[values[best]]
-    return found
-
-
-def _value(run: Cell, key: str, results: Results) -> object:
-    """What a run had for a setting: its own option, or the default that its result recorded."""
-    options = dict(run.options)
-    return options[key] if key in options else results.folder.result(run)["settings"].get(key)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

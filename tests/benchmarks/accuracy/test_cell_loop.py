@@ -10,7 +10,8 @@ from benchmarks.accuracy.cell_loop import run_cells
 from benchmarks.accuracy.estimate import Estimate
 from benchmarks.accuracy.paper_cells import TUNING
 from benchmarks.accuracy.settings import QUICK
-from tests.benchmarks.accuracy.stub import made_up, session
+from benchmarks.accuracy.tuning_search import RUNS
+from tests.benchmarks.accuracy.stub import BEST_RATE, made_up, session
 
 pytestmark = pytest.mark.usefixtures("unsaved_pictures")
 
@@ -113,16 +114,17 @@ def test_tuning_comes_before_its_cells_and_chooses_the_best(tmp_path):
     done = run(tmp_path, recorder, TUNED)
     assert done["finished"] == done["cells"]
     counts = Counter((cell.model, cell.task, cell.method) for cell in recorder.calls if cell.split == TUNING)
-    assert set(counts.values()) == {4}
+    # four to start with, then beyond an edge and between
+    assert set(counts.values()) == {RUNS}
     assert {method for _, _, method in counts} == {"iti", "repe", "lofit"}
     for cell in recorder.calls:
         if cell.split == TUNING:
             # what is set aside is no longer trained on
             assert (cell.train_size, cell.n_validation) == ({"clutrr": 54, "mquake": 40}[cell.task], 10)
         elif (cell.model, cell.task, cell.method) in counts:
-            assert dict(cell.options) == {"lr": 0.4}
+            assert dict(cell.options) == {"lr": BEST_RATE}
             before = recorder.calls[: recorder.calls.index(cell)]
-            assert sum((c.task, c.method, c.split) == (cell.task, cell.method, TUNING) for c in before) >= 4
+            assert sum((c.task, c.method, c.split) == (cell.task, cell.method, TUNING) for c in before) >= RUNS
     models = [cell.model for cell in recorder.calls]
     assert models == sorted(models, reverse=True)
 

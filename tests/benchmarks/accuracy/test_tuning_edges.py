@@ -35,8 +35,10 @@ def execute(cell):
 
 def choices(output, execute):
     made = Session(output, SETTINGS, AVAILABLE, "make", of=GRIDS.__getitem__)
-    run_cells(made.slots, made.folder, made.tuning, execute, summary=output / "summary.json", progress=False)
-    results = Results(made.folder, made.tuning)
+    # the start grid alone
+    tuning = replace(made.tuning, n_runs=4)
+    run_cells(made.slots, made.folder, tuning, execute, summary=output / "summary.json", progress=False)
+    results = Results(made.folder, tuning)
     return choices_made(made.slots, results), results
 
 
@@ -87,3 +89,16 @@ def test_missing_runs_choose_nothing(tmp_path):
     assert edges_answer([replace(choice, best=None) for choice in found]) == (
         "Nothing can be said yet: runs of all 5 choices are missing."
     )
+
+
+def slots_of(results):
+    return Session(results.folder.path.parent, SETTINGS, AVAILABLE, "make", of=GRIDS.__getitem__).slots, results
+
+
+def test_searches_that_go_on_are_counted(whole):
+    found, results = whole
+    longer = replace(results, tuning=replace(results.tuning, n_runs=5))
+    going_on = [choice for choice in choices_made(*slots_of(longer)) if not choice.over]
+    # those of spans, flags and names have nothing more to try
+    assert {choice.runs[0].method for choice in going_on} == {"lofit", "lora", "red", "jola"}
+    assert edges_answer(found + going_on).endswith(" 4 of these searches are not over.")

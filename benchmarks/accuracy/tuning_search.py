@@ -1,0 +1,95 @@
+"""The search for a method's settings: a start grid, then beyond an edge until the best lies inside, then halfway.
+
+Every method has RUNS runs on a task and model, so that none is searched longer than the others. After the start grid
+each further run changes one setting of the best run so far: to the next number beyond, while the best lies at an end of
+what was tried, and to halfway between it and its neighbours afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+RUNS = 8
+# the numbers that a search steps to, times powers of ten
+_STEPS = (1.0, 2.0, 5.0)
+# beyond an edge it steps at least that far, and between numbers closer than _CLOSE nothing is tried
+_BEYOND, _CLOSE = 2.0, 1.15
+# all heads are all there are
+_LARGEST = {"top": 1.0}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A finished run. options: what it was asked for. settings: all it ran with. score: larger is better."""
+
+    options: Mapping[str, object]
+    settings: Mapping[str, object]
+    score: tuple[float, ...]
+
+    def value(self, key: str) -> float | None:
+        """The number that a setting had; None for what is none, or not positive."""
+        value = self.options.get(key, self.settings.get(key))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return float(value) if number else None
+
+
+def best_of(tried: Sequence[Tried]) -> int:
+    """The place of the run whose settings are taken: the highest score; of equals the fewest edges, then the first."""
+    return max(range(len(tried)), key=lambda i: (tried[i].score, -len(edges(tried, tried[i])), -i))
+
+
+def edges(tried: Sequence[Tried], one: Tried) -> dict[str, str]:
+    """By setting, "smallest" or "largest" where a run's number is that end of all numbers tried.
+
+    A setting that was never varied has no ends, and the largest number there can be is none.
+    """
+    found = {}
+    for key, numbers in _varied(tried).items():
+        ends = {numbers[0]: "smallest", numbers[-1]: "largest"}
+        if (value := one.value(key)) in ends and value != _LARGEST.get(key):
+            found[key] = ends[value]
+    return found
+
+
+def next_options(tried: Sequence[Tried]) -> dict[str, object] | None:
+    """What the next run is asked for; None where no setting has a number left to try."""
+    best = tried[best_of(tried)]
+    for key, end in edges(tried, best).items():
+        return {**best.options, key: _beyond(best.value(key), end, _LARGEST.get(key, math.inf))}
+    for key, numbers in _varied(tried).items():
+        if (value := best.value(key)) is None:
+            continue
+        place = numbers.index(value)
+        for neighbour in (*numbers[place + 1 : place + 2], *numbers[max(place - 1, 0) : place]):
+            asked = {**best.options, key: _halfway(value, neighbour)}
+            if max(value, neighbour) / min(value, neighbour) >= _CLOSE and not _known(tried, asked):
+                return asked
+    return None
+
+
+def _varied(tried: Sequence[Tried]) -> dict[str, list[float]]:
+    """By setting, the numbers tried, ascending; of settings that had more than one."""
+    keys = dict.fromkeys(key for one in tried for key in one.options)
+    numbers = {key: sorted({value for one in tried if (value := one.value(key)) is not None}) for key in keys}
+    return {key: values for key, values in numbers.items() if len(values) > 1}
+
+
+def _known(tried: Sequence[Tried], asked: Mapping[str, object]) -> bool:
+    return any({**one.settings, **one.options, **asked} == {**one.settings, **one.options} for one in tried)
+
+
+def _beyond(value: float, end: str, largest: float) -> float:
+    power = math.floor(math.log10(value))
+    numbers = [step * 10.0**n for n in range(power - 2, power + 3) for step in _STEPS]
+    # a little room for numbers that have no exact binary form
+    if end == "largest":
+        found = min(number for number in numbers if number >= _BEYOND * value * 0.999)
+    else:
+        found = max(number for number in numbers if number <= value / _BEYOND * 1.001)
+    return min(float(f"{found:.1g}"), largest)
+
+
+def _halfway(value: float, neighbour: float) -> float:
+    return float(f"{math.sqrt(value * neighbour):.2g}")

@@ -1,0 +1,80 @@
+"""The search that tuning runs follow: beyond an edge, then halfway, the same number of runs for every method."""
+
+import math
+
+import pytest
+
+from benchmarks.accuracy.method_table import METHODS, grid
+from benchmarks.accuracy.tuning_search import RUNS, Tried, best_of, edges, next_options
+
+# what LoFiT has where nothing is asked for
+RECIPE = {"select_lr": 5e-4, "tune_lr": 5e-3, "top": 0.1}
+
+
+def searched(start, accuracy, defaults=None, runs=RUNS):
+    """All runs of a search. accuracy: of all settings of a run."""
+    asked, tried = list(start), []
+    while asked or len(tried) < runs:
+        options = asked.pop(0) if asked else next_options(tried)
+        if options is None:
+            break
+        settings = {**(defaults or {}), **options}
+        tried.append(Tried(options, settings, (accuracy(settings),)))
+    return tried
+
+
+def hill(**tops):
+    """An accuracy that falls with the distance from a setting's best, in powers of ten."""
+    return lambda settings: -sum(abs(math.log10(settings[key] / top)) for key, top in tops.items())
+
+
+@pytest.mark.parametrize("top", [3e-5, 2e-4, 1e-3, 4e-3, 3e-2, 0.1])
+def test_it_ends_inside_and_near_the_best(top):
+    start = [{"lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
+    tried = searched(start, hill(lr=top))
+    best = tried[best_of(tried)]
+    assert len(tried) == RUNS and not edges(tried, best)
+    assert 1 / 1.6 <= best.settings["lr"] / top <= 1.6
+
+
+def test_several_settings_leave_their_edges_in_turn():
+    start = ({}, {"tune_lr": 2e-2}, {"select_lr": 2e-3, "tune_lr": 2e-2}, {"top": 0.2})
+    tried = searched(start, hill(select_lr=2e-3, tune_lr=2e-2, top=0.1), RECIPE)
+    assert [one.options for one in tried[4:7]] == [
+        {"select_lr": 2e-3, "tune_lr": 0.05},
+        {"select_lr": 0.005, "tune_lr": 2e-2},
+        {"select_lr": 2e-3, "tune_lr": 2e-2, "top": 0.05},
+    ]
+    assert not edges(tried, tried[best_of(tried)])
+
+
+def test_all_heads_are_no_edge():
+    tried = [Tried({"top": top}, {}, (top,)) for top in (0.1, 0.3, 1.0)]
+    assert edges(tried, tried[2]) == {}
+    assert edges(tried, tried[0]) == {"top": "smallest"}
+    # nor does it go beyond
+    assert next_options([Tried({"top": top}, {}, (top,)) for top in (0.1, 0.8)])["top"] == 1.0
+
+
+def test_of_equals_the_one_with_the_fewest_edges_is_taken():
+    tried = [Tried({"alpha": alpha}, {}, (0.0,)) for alpha in (1.0, 5.0, 15.0)]
+    assert best_of(tried) == 1
+    # a level field has nothing to follow, and is looked at between
+    assert next_options(tried) == {"alpha": 8.7}
+
+
+def test_what_has_no_numbers_has_nothing_more_to_try():
+    tried = [Tried({"span": span}, {"span": span}, (0.5,)) for span in ((0.0, 0.5), (0.5, 1.0))]
+    assert next_options([*tried, Tried({"flag": True}, {}, (0.1,))]) is None
+
+
+def test_nothing_is_tried_twice():
+    tried = searched([{"lr": 1e-3}, {"lr": 1e-2}], hill(lr=3e-3), runs=20)
+    assert len({one.settings["lr"] for one in tried}) == len(tried) < 20
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.tuned])
+def test_every_tuned_method_has_numbers_to_search(method):
+    start = grid(method)
+    tried = [Tried(options, {**RECIPE, **options}, (float(n),)) for n, options in enumerate(start)]
+    assert next_options(tried) is not None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.accuracy.bootstrap import paired_interval
 from benchmarks.accuracy.fast_cells import FULL, SETTINGS, FastCell, FastSlot, compared
 from benchmarks.accuracy.method_table import TASKS
 from benchmarks.accuracy.paper_cells import CellFolder
+from benchmarks.accuracy.saliency_examples import OUTPUT as EXAMPLES
+from benchmarks.accuracy.saliency_examples import examples_table
 from lofit_fast.files import write_text
 from lofit_fast.heads import jaccard
 
@@ -34,15 +38,14 @@ def write_page(path: Path, folder: CellFolder, slots: list[FastSlot], command: s
     for cell, result in compared(folder, slots):
         tables[cell.model, cell.task][cell.setting][cell.seed] = result
         sizes[cell.model, cell.task] = cell
-    parts = [_head(folder, path, command, tables)]
-    parts += [_table(tables[key], sizes[key]) for key in tables]
+    parts = [_head(folder, path, command)]
+    parts += [_table(tables[key], sizes[key]) for key in tables] or ["No cell is finished yet.\n"]
+    parts += _examples(folder.path.parent / EXAMPLES.name)
     write_text(path, "\n".join(parts))
     return path
 
 
-def _head(folder: CellFolder, path: Path, command: str, tables: dict[tuple[str, str], Found]) -> str:
-    results = [result for table in tables.values() for runs in table.values() for result in runs.values()]
-    made = sorted({f"{r['environment']['device']}, {r['environment']['dtype']}" for r in results})
+def _head(folder: CellFolder, path: Path, command: str) -> str:
     cells = folder.path.relative_to(path.parent)
     return f"""# What fast runs cost in accuracy
 
@@ -60,8 +63,6 @@ Answers' tokens alone on 30 % of the heads, in 5 epochs, is what `--fast --posit
 was chosen among seven settings by SmolLM2's answers to these questions of MQuAKE with seed 42, and 5 epochs rather than
 10 by SmolLM2's three seeds. So SmolLM2's tables flatter it; the other model had no part in the choice. The preset looks
 at 128 examples to choose heads, these runs at 64 of their 96.
-
-Made on: {"; ".join(made) or "nothing yet"}.
 """
 
 
@@ -71,7 +72,32 @@ def _table(found: Found, cell: FastCell) -> str:
     lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)], *rows]
     title = f"## {TASKS[cell.task].label}, {cell.model}\n\n{cell.train_size} training examples, "
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{title}n = {cell.n_validation} questions, {_metric(found)}.\n\n{table}\n"
+    made = _made_on(result for runs in found.values() for result in runs.values())
+    return f"{title}n = {cell.n_validation} questions, {_metric(found)}. Made on: {made}.\n\n{table}\n"
+
+
+def _examples(path: Path) -> list[str]:
+    """The section on how few examples saliency needs; nothing where that was not measured."""
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    return [
+        f"""## How few examples saliency needs
+
+Made by `python -m benchmarks.accuracy.saliency_examples --data DIR`, on: {_made_on(rows)}; every score is in
+`{path.parent.name}/{path.name}`.
+
+Heads chosen by some of the examples beside those chosen by all, mean over two draws of examples. *Heads in common* is
+the Jaccard overlap of the two choices; *of the score* says how much of the summed score of the best heads, by all
+examples, the heads chosen by some have; *other draw* is the overlap with the choice by all examples of the other seed,
+so the last row of a task says how far two looks at all examples agree.
+
+{examples_table(rows)}"""
+    ]
+
+
+def _made_on(results: Iterable[dict]) -> str:
+    return "; ".join(sorted({f"{one['environment']['device']}, {one['environment']['dtype']}" for one in results}))
 
 
 def _metric(found: Found) -> str:

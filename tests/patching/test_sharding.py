@@ -1,6 +1,8 @@
 """Sharded models: refused before anything changes, or right."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
@@ -9,18 +11,26 @@ from torch import distributed, nn
 import lofit_fast as lf
 from tests.oracle import randomize
 from tests.patched_models import CONFIGS, HOOKS, logits, loss, relative
+from tests.several_processes import in_processes
 from tests.tiny_models import tiny_model
 
 fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    """A group of this process alone: tensors placed on it are DTensors all the same."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+def alone(test):
+    """The test in a process of its own, which has a group of itself: tensors placed on it are DTensors all the same.
+
+    Torch remembers layouts of tensors, and with them their group, to the end of a process. Processes that later tests
+    fork would have it without its threads.
+    """
+
+    @functools.wraps(test)
+    def run(**given):
+        in_processes(1, lambda rank: test(mesh=distributed.init_device_mesh("cpu", (1,)), **given))
+
+    own = inspect.signature(test)
+    run.__signature__ = own.replace(parameters=[value for name, value in own.parameters.items() if name != "mesh"])
+    return run
 
 
 def placed(linear, mesh, *places):
@@ -105,6 +115,7 @@ def state(model):
 
 
 @pytest.mark.parametrize("shard", FOUND, ids=lambda shard: shard.__name__)
+@alone
 def test_sharded_model_is_refused_as_it_is(shard, mesh, tmp_path):
     plain = tiny_model("llama")
     handle = lf.patch(plain, CONFIGS["both"])
@@ -119,6 +130,7 @@ def test_sharded_model_is_refused_as_it_is(shard, mesh, tmp_path):
     assert lf.handle_of(model) is None
 
 
+@alone
 def test_columns_that_are_not_cut_one_after_another_are_refused(mesh):
     from torch.distributed.tensor import DTensor, placement_types
 
@@ -143,6 +155,7 @@ def sharded_after(mesh, **options):
     return model, handle, whole
 
 
+@alone
 def test_model_sharded_after_the_patch_trains_as_the_whole_one(mesh):
     model, handle, whole = sharded_after(mesh)
     for each in (model, whole):
@@ -162,6 +175,7 @@ def gather(model):
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["parts", "gathered"])
+@alone
 def test_sharded_model_is_saved_and_filled_but_not_merged(gathered, mesh, tmp_path):
     model, handle, whole = sharded_after(mesh)
     lf.handle_of(whole).save(tmp_path / "whole")
@@ -184,6 +198,7 @@ def test_sharded_model_is_saved_and_filled_but_not_merged(gathered, mesh, tmp_pa
 
 
 @pytest.mark.parametrize("shard", [fully_sharded, one_layer_sharded], ids=lambda shard: shard.__name__)
+@alone
 def test_gathered_model_is_patched(shard, mesh):
     # every tensor is an ordinary one, and those that are trained are not: they come back
     model = shard(tiny_model("llama"), mesh)
@@ -231,6 +246,7 @@ def test_base_in_parts_is_not_merged(take, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@alone
 def test_no_whole_weight_waits_for_the_backward(dtype, mesh):
     """What a forward keeps of a projection is FSDP's own tensor, which is empty by then."""
     model, handle, _ = sharded_after(mesh, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype))
@@ -246,6 +262,7 @@ def test_no_whole_weight_waits_for_the_backward(dtype, mesh):
     assert weights and all(storage.nbytes() == 0 for storage in weights)
 
 
+@alone
 def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
     model, whole = tiny_model("llama"), tiny_model("llama")
@@ -266,6 +283,7 @@ def test_mixed_precision_leaves_vectors_that_came_after_as_they_are(mesh):
         assert relative(got.grad, expected.grad) < 1e-6
 
 
+@alone
 def test_mixed_precision_computes_with_rounded_vectors(mesh):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
     model, handle, whole = sharded_after(mesh, mp_policy=policy)

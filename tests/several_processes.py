@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 # for one that waits for a process that has ended
 _LIMIT = 60.0
+# and for one that takes too long to say where it is
+_GRACE = 2.0
 # letters of what a process has written before it died, from its beginning and its end each
 _WORDS = 8000
 # what faulthandler says of modules, which is longer than all the rest
@@ -171,6 +173,10 @@ def _ends(children: dict[int, int], limit: float) -> dict[int, str]:
                 ended[rank] = f"status {os.waitstatus_to_exitcode(status)}"
                 del children[pid]
         if time.monotonic() > until:
+            # first so that each writes where its threads are
+            for pid in children:
+                os.kill(pid, signal.SIGABRT)
+            time.sleep(_GRACE)
             for pid, rank in children.items():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)

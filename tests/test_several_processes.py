@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_of_long_last_words_the_beginning_and_the_end_are_kept():
         in_processes(1, work)
     said = str(found.value)
     assert said.startswith("rank 0: ended with status 3\nfirst..") and said.endswith("..last") and len(said) < 20_000
+
+
+def test_one_that_takes_too_long_says_where_it_is():
+    def work(rank):
+        while True:
+            time.sleep(0.01)
+
+    with pytest.raises(RanksError) as found:
+        in_processes(1, work, limit=1.0)
+    said = str(found.value)
+    assert said.startswith("rank 0: ended with a kill after 1 s\n") and " in work\n" in said
 
 
 def test_what_is_written_by_one_that_returns_is_no_error(capsys):

@@ -102,7 +102,9 @@ def test_the_page_compares_in_pairs(tmp_path):
     assert "`fast/cells/`" in page
     assert page.count("## ") == 2
     # a page of nothing, and of part
-    assert "No cell is finished" in write_page(tmp_path / "none.md", CellFolder(tmp_path / "no"), slots, "c").read_text()
+    assert (
+        "No cell is finished" in write_page(tmp_path / "none.md", CellFolder(tmp_path / "no"), slots, "c").read_text()
+    )
     assert len(list(compared(folder, slots))) == len(slots)
 
 

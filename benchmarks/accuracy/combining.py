@@ -62,6 +62,5 @@ def _above_both(comparisons: Sequence[Comparison]) -> str:
     if not finished:
         return "is finished beside both of them on no task."
     above = [where for where, made in finished.items() if all(one.verdict == ABOVE for one in made)]
-    where = enumerated(above) if above else "none"
-    count = "the one task that is" if len(finished) == 1 else f"the {len(finished)} tasks that are"
-    return f"is above both of them on {where} of {count} finished."
+    where = enumerated(above) if above else "no task"
+    return f"is above both of them on {where}, with {len(finished)} of {len(comparisons)} tasks finished."

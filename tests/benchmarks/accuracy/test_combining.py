@@ -69,17 +69,19 @@ def test_one_that_is_above_both_is_named(tmp_path):
     text = answer(tmp_path, "combining", rates(lofit_on_lora=0.9, lora_on_heads_mquake=0.1), SETTINGS)
     first, *lines = text.split("\n")
     assert first.startswith(
-        "* **LoFiT on LoRA** is above both of them on CLUTRR and MQuAKE of the 2 tasks that are finished. 4 comparisons"
+        "* **LoFiT on LoRA** is above both of them on CLUTRR and MQuAKE, with 2 of 2 tasks finished. 4 comparisons: "
     )
     assert lines[0].startswith("  * **CLUTRR**: LoFiT on LoRA has 89.6 % (") and "above LoFiT and LoRA (" in lines[0]
-    assert lines[2].startswith("* **LoRA in the layers of LoFiT's heads** is above both of them on none of the 2 tasks")
+    assert lines[2].startswith(
+        "* **LoRA in the layers of LoFiT's heads** is above both of them on no task, with 2 of 2"
+    )
     assert "below LoFiT (-40.0, " in lines[4]
 
 
 def test_above_one_of_them_is_not_above_both(tmp_path):
     text = answer(tmp_path, "combining", rates(lofit=0.1, lora=0.6, lofit_on_lora=0.6), SETTINGS)
     assert text.startswith(
-        "* **LoFiT on LoRA** is above both of them on none of the 2 tasks that are finished. 4 compa"
+        "* **LoFiT on LoRA** is above both of them on no task, with 2 of 2 tasks finished. 4 comparisons: "
     )
 
 
@@ -88,7 +90,7 @@ def test_missing_cells_are_told(tmp_path):
         return 1 / 0 if cell.method == "lora" and cell.task == "mquake" else rates()(cell)
 
     text = answer(tmp_path, "combining", failing, SETTINGS)
-    assert "on none of the 1 tasks" not in text and "of the one task that is finished" in text
+    assert text.startswith("* **LoFiT on LoRA** is above both of them on no task, with 1 of 2 tasks finished. 3 compa")
     assert "not finished: LoRA." in text
 
 

@@ -188,7 +188,7 @@ report: $(STAMP) ## the benchmark's results as one HTML page, pictures and a tab
 paper: $(GEMMA) ## every cell of the paper's tables and figures that is missing; DATA=DIR; hours; goes on if interrupted
 	$(BIN)/python -m benchmarks.accuracy $(if $(DATA),--data $(DATA)) $(ARGS)
 
-paper-quick: $(STAMP) ## the same on few examples, in 11 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
+paper-quick: $(STAMP) ## the same on few examples, in about 20 minutes; DATA=DIR ARGS='--output DIR'; goes on if interrupted
 	$(BIN)/python -m benchmarks.accuracy --quick $(if $(DATA),--data $(DATA)) $(ARGS)
 
 support: $(STAMP) ## look at every tiny model family and write docs/support.md, in 15 minutes

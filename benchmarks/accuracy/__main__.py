@@ -29,7 +29,8 @@ def paper(
         list[str] | None,
         typer.Option(
             "--only",
-            help="table1, table2, table3, table5, transfer, layers, sizes, tops, variants: some, comma between.",
+            help="table1, table2, table3, table5, transfer, layers, sizes, tops, variants, parameters, combining: some,"
+            " comma between.",
         ),
     ] = None,
     hub: Annotated[

@@ -8,7 +8,16 @@ from benchmarks.accuracy.paper_cells import Cell
 # of loading data, patching and checking the model, in seconds
 FIXED = 2.0
 # examples seen for each training example and epoch, or once for what is fitted without epochs: two forward passes
-_PASSES = {"lofit": 2.0, "trained": 1.4, "fitted": 1.0, "few_shot": 0.0}
+_PASSES = {
+    "lofit": 2.0,
+    "trained": 1.4,
+    "fitted": 1.0,
+    "few_shot": 0.0,
+    # with LoFiT's step 1, which is there already
+    "lofit_scaled": 1.2,
+    "lofit_on_lora": 1.4,
+    "lora_on_heads": 1.4,
+}
 # other work, in equivalents of a judged question: scoring 18 answers, reading five examples before each question
 _JUDGING = {"majority": 0.0, "constrained": 1.0, "few_shot": 3.0}
 # against SmolLM2-135M

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.accuracy.method_table import LOFIT_DEFAULTS, METHODS, SELECTOR_LABELS, TASKS, VARIANTS, applies
+from benchmarks.accuracy.method_table import COMBINED, METHODS, SELECTOR_LABELS, SIZES, TASKS, VARIANTS, applies
 from benchmarks.accuracy.paper_cells import Cell, as_options
 from benchmarks.accuracy.settings import EXPERIMENTS, FIRST_SEED, Settings
 
@@ -67,13 +67,21 @@ class Plan:
             train_size=_at_most(self.available.train[task], settings.train_size) if learns else 0,
             n_validation=_at_most(self.available.validation[task], settings.n_validation),
             epochs=settings.epochs if METHODS[method].epochs else 0,
-            selector="lofit" if method == "lofit" else "",
+            selector="lofit" if METHODS[method].chooses else "",
             outside=outside,
             n_outside=settings.n_outside if outside else 0,
         )
         # what learns nothing has nothing that a seed could change
         seeds = settings.seeds_of(task) if learns else range(FIRST_SEED, FIRST_SEED + 1)
         return tuple(replace(cell, seed=seed, **changes) for seed in seeds)
+
+    def sized(self, method: str, task: str, value: float | None, model: str | None = None) -> tuple[Cell, ...]:
+        """A method's cells at one of its sizes: the main ones at the size that its settings are tuned at."""
+        sizes = SIZES[method]
+        # tuning may choose another size for the main ones
+        if value == sizes.default and not (sizes.tuned and self.settings.n_tuning):
+            return self.cells(method, task, model)
+        return self.cells(method, task, model, options=as_options({sizes.option: value}), outside=(), n_outside=0)
 
     def outside(self) -> tuple[str, ...]:
         """The tasks a model tuned on `TRAINED_FOR_OUTSIDE` is judged on."""
@@ -145,14 +153,28 @@ def _sizes(plan: Plan) -> Iterator[Slot]:
 def _tops(plan: Plan) -> Iterator[Slot]:
     for task in plan.of(plan.settings.sweep_tasks):
         for top in plan.settings.tops:
-            # untuned, the default number of heads is the main cell's
-            known = not plan.settings.n_tuning and top == LOFIT_DEFAULTS["top"]
-            cells = plan.cells("lofit", task, options=() if known else as_options({"top": top}))
-            yield Slot("tops", plan.settings.models[0], task, top, cells)
+            yield Slot("tops", plan.settings.models[0], task, top, plan.sized("lofit", task, top))
 
 
 def _variants(plan: Plan) -> Iterator[Slot]:
     yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan)
+
+
+def _parameters(plan: Plan) -> Iterator[Slot]:
+    """Rows are methods, columns tasks, a slot for each size."""
+    first, *others = plan.settings.models
+    for task in plan.of(plan.settings.parameter_tasks):
+        for method, sizes in SIZES.items():
+            for value in sizes.values:
+                yield Slot("parameters", first, method, task, plan.sized(method, task, value))
+            for model in others:
+                for value in sizes.other_models:
+                    yield Slot("parameters", model, method, task, plan.sized(method, task, value, model))
+
+
+def _combining(plan: Plan) -> Iterator[Slot]:
+    # the two whose settings the others take come first
+    yield from _table("combining", ("lofit", "lora", *COMBINED), plan.of(plan.settings.sweep_tasks), plan)
 
 
 _SLOTS = {
@@ -165,6 +187,8 @@ _SLOTS = {
     "sizes": _sizes,
     "tops": _tops,
     "variants": _variants,
+    "parameters": _parameters,
+    "combining": _combining,
 }
 
 

@@ -28,26 +28,26 @@ NOTHING = "Nothing can be said yet: no cell is finished."
 
 def beside_lofit(slots: Sequence[Slot], results: Results) -> str:
     """LoFiT beside every other row, per task and model."""
-    return _beside("LoFiT", _comparisons(slots, results, "LoFiT", "lofit", labelled))
+    return _beside("LoFiT", comparisons_of(slots, results, "LoFiT", "lofit", labelled))
 
 
 def ways_to_choose(slots: Sequence[Slot], results: Results) -> str:
     """Heads by step 1 beside heads chosen in other ways."""
     name = "LoFiT's own choice"
-    return _beside(name, _comparisons(slots, results, name, "lofit", lambda row: SELECTOR_LABELS[row]))
+    return _beside(name, comparisons_of(slots, results, name, "lofit", lambda row: SELECTOR_LABELS[row]))
 
 
 def own_heads(slots: Sequence[Slot], results: Results) -> str:
     """Heads chosen on the task itself beside heads of other tasks and random ones."""
     name = "the task's own choice of heads"
     tuned = [slot for slot in slots if slot.row != "zero_shot"]
-    return _beside(name, _comparisons(tuned, results, name, None, heads_of))
+    return _beside(name, comparisons_of(tuned, results, name, None, heads_of))
 
 
 def out_of_domain(slots: Sequence[Slot], results: Results) -> str:
     """LoFiT tuned on one task beside the others, on other tasks; where the base knows nothing, that alone."""
     comparisons, silent = [], []
-    for comparison in _comparisons(slots, results, "LoFiT", "lofit", labelled):
+    for comparison in comparisons_of(slots, results, "LoFiT", "lofit", labelled):
         base = comparison.others.get(labelled("zero_shot"))
         if comparison.where == labelled(TRAINED_FOR_OUTSIDE):
             continue
@@ -158,7 +158,7 @@ def _beside(name: str, comparisons: Sequence[Comparison]) -> str:
     return tally(name, comparisons) + "\n\n" + "\n".join(f"* {one.sentence()}" for one in comparisons)
 
 
-def _comparisons(
+def comparisons_of(
     slots: Sequence[Slot], results: Results, name: str, main: str | None, rows: Naming
 ) -> list[Comparison]:
     """One per model and column. main: the row beside the others; None for the row named as the column is."""

@@ -8,16 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.accuracy.method_table import LOFIT_DEFAULTS
-from benchmarks.accuracy.paper_cells import Cell
+from benchmarks.accuracy.paper_cells import Cell, as_options
 from benchmarks.accuracy.task_parts import TaskData
-from lofit_fast.config import RECIPES, Head, Recipe
+from lofit_fast.config import RECIPES, Head, LofitConfig, Recipe
 from lofit_fast.evaluation.judge import score_candidates
 from lofit_fast.files import write_json
 from lofit_fast.heads import select_heads
@@ -32,6 +32,8 @@ SHOTS = 5
 ENGINE = Engine(compile=False, packing=False)
 # of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
+# the options that are LoFiT's, where a cell has those of two methods
+_OF_LOFIT = {setting.name for setting in fields(Recipe)}
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ class Bench:
 class Fitted:
     """A method in the model, to be judged. seconds: of "selection" and "training". settings: all hyperparameters.
 
-    task: what it is judged on. judged: hits, where the method answers without the model's generation.
+    task: what it is judged on. attachments: in the order in which they came into the model. judged: hits, where the
+    method answers without the model's generation.
     """
 
     task: Task
-    attachment: Attachment | None = None
+    attachments: tuple[Attachment, ...] = ()
     heads: list[Head] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
@@ -88,8 +91,8 @@ def fitted(bench: Bench, cell: Cell, kind: str) -> Iterator[Fitted]:
     try:
         yield result
     finally:
-        if result.attachment is not None:
-            result.attachment.unpatch()
+        for attachment in reversed(result.attachments):
+            attachment.unpatch()
 
 
 def _base(bench: Bench, cell: Cell) -> Fitted:
@@ -124,14 +127,15 @@ def _fitted(bench: Bench, cell: Cell) -> Fitted:
     started = time.perf_counter()
     attachment = peer.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
     seconds = {"training": time.perf_counter() - started}
-    return Fitted(bench.task, attachment, seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
+    return Fitted(bench.task, (attachment,), seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
 
 
-def _trained(bench: Bench, cell: Cell) -> Fitted:
+def _trained(bench: Bench, cell: Cell, **more) -> Fitted:
+    """more: options of the peer that the cell itself decides."""
     from benchmarks.peers.table import COMPARED
 
     peer = COMPARED[cell.method]
-    options = {"lr": peer.lr, **peer.options, **dict(cell.options)}
+    options = {"lr": peer.lr, **peer.options, **dict(cell.options), **more}
     making = {key: value for key, value in options.items() if key != "lr"}
     attachment = peer.make(bench.model, seed=cell.seed, **making)
     try:
@@ -141,7 +145,7 @@ def _trained(bench: Bench, cell: Cell) -> Fitted:
         raise
     return Fitted(
         bench.task,
-        attachment,
+        (attachment,),
         seconds={"training": seconds},
         settings={**options, "epochs": cell.epochs},
         n_parameters=attachment.n_parameters(),
@@ -166,20 +170,87 @@ def _objective(bench: Bench):
 
 
 def _lofit(bench: Bench, cell: Cell) -> Fitted:
-    recipe = recipe_of(cell)
-    heads, selecting = _heads(bench, cell)
+    return _offsets(bench, recipe_of(cell), *_heads(bench, cell))
+
+
+def _offsets(bench: Bench, recipe: Recipe, heads: list[Head], selecting: float) -> Fitted:
+    """LoFiT's step 2. selecting: the seconds of choosing the heads."""
     from lofit_fast.training.fit import fit_objective
 
     how = {"output_dir": bench.folder, "heads": heads, "engine": ENGINE, "progress": False}
     result = fit_objective(bench.model, bench.tokenizer, _objective(bench), recipe, **how)
     return Fitted(
         bench.task,
-        result.handle,
+        (result.handle,),
         heads=heads,
         seconds={"selection": selecting, "training": result.metrics["tune"]["seconds"]},
         settings=asdict(recipe),
         n_parameters=result.handle.n_parameters(),
     )
+
+
+def _lofit_scaled(bench: Bench, cell: Cell) -> Fitted:
+    """Scales beside the offsets of LoFiT's heads, from fresh ones, with the rate of the offsets and no penalty."""
+    from lofit_fast.patching.handle import patch
+
+    recipe, (heads, selecting) = recipe_of(cell), _heads(bench, cell)
+    config = LofitConfig(scale=heads, offset=heads, init_std=recipe.init_std, seed=recipe.seed)
+    handle = patch(bench.model, config)
+    try:
+        training = _train(bench, handle, lr=recipe.tune_lr, epochs=recipe.tune_epochs, seed=recipe.seed)
+    except BaseException:
+        handle.unpatch()
+        raise
+    return Fitted(
+        bench.task,
+        (handle,),
+        heads=heads,
+        seconds={"selection": selecting, "training": training},
+        settings=asdict(recipe),
+        n_parameters=handle.n_parameters(),
+    )
+
+
+def _lora_on_heads(bench: Bench, cell: Cell) -> Fitted:
+    """LoRA in the layers in which LoFiT's step 1 has chosen heads, and in no other."""
+    lofit = _part(cell, "lofit")
+    heads, selecting = _heads(bench, lofit)
+    lora = _trained(bench, _part(cell, "lora"), layers=sorted({layer for layer, _ in heads}))
+    settings = {"lofit": asdict(recipe_of(lofit)), "lora": lora.settings}
+    return replace(lora, heads=heads, seconds={**lora.seconds, "selection": selecting}, settings=settings)
+
+
+def _lofit_on_lora(bench: Bench, cell: Cell) -> Fitted:
+    """LoRA for half of the epochs, then offsets on the model with LoRA, which stays as it is, for the other half.
+
+    The heads are those that step 1 chooses on the base model. Of an odd number of epochs the offsets have one more.
+    """
+    of_lora, lofit = cell.epochs // 2, _part(cell, "lofit")
+    if not of_lora:
+        raise ValueError(f"expected at least 2 epochs, for two methods in turn, got {cell.epochs}")
+    heads = _heads(bench, lofit)
+    lora = _trained(bench, replace(_part(cell, "lora"), epochs=of_lora))
+    try:
+        # frozen on purpose, so that patching need not warn of it
+        for parameter in lora.attachments[0].parameters():
+            parameter.requires_grad_(False)
+        offsets = _offsets(bench, replace(recipe_of(lofit), tune_epochs=cell.epochs - of_lora), *heads)
+    except BaseException:
+        lora.attachments[0].unpatch()
+        raise
+    return replace(
+        offsets,
+        attachments=lora.attachments + offsets.attachments,
+        seconds={**offsets.seconds, "training": lora.seconds["training"] + offsets.seconds["training"]},
+        settings={"lofit": offsets.settings, "lora": lora.settings},
+        n_parameters=lora.n_parameters + offsets.n_parameters,
+    )
+
+
+def _part(cell: Cell, method: str) -> Cell:
+    """The cell as one of the two methods it is made of would have it, "lofit" or "lora", with the settings of that."""
+    own = {key: value for key, value in cell.options if (key in _OF_LOFIT) == (method == "lofit")}
+    return replace(cell, method=method, options=as_options(own))
 
 
 def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
@@ -224,4 +295,7 @@ FITTING: dict[str, Callable[[Bench, Cell], Fitted]] = {
     "fitted": _fitted,
     "trained": _trained,
     "lofit": _lofit,
+    "lofit_scaled": _lofit_scaled,
+    "lofit_on_lora": _lofit_on_lora,
+    "lora_on_heads": _lora_on_heads,
 }

@@ -40,7 +40,8 @@ TASKS: dict[str, Facts] = {
 class Method:
     """kind: a key of `fitting.FITTING`. needs: fields of `Facts` that must be true of a task; see `applies`.
 
-    tuned: whether its settings are chosen by tuning runs. learns: from training examples.
+    tuned: whether its settings are chosen by tuning runs. borrows: methods whose chosen settings it takes instead, each
+    its own. learns: from training examples.
     """
 
     label: str
@@ -48,11 +49,17 @@ class Method:
     needs: tuple[str, ...] = ()
     tuned: bool = False
     learns: bool = True
+    borrows: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> bool:
         """Whether it is trained by gradients, epoch by epoch."""
-        return self.kind in ("lofit", "trained")
+        return self.kind in ("lofit", "trained", "lofit_scaled", "lofit_on_lora", "lora_on_heads")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether heads are chosen for it as for LoFiT."""
+        return self.kind == "lofit" or "lofit" in self.borrows
 
 
 METHODS: dict[str, Method] = {
@@ -70,9 +77,17 @@ METHODS: dict[str, Method] = {
     "lofit_all": Method("LoFiT, all heads", "trained", tuned=True),
     "lofit_both": Method("LoFiT, all heads, scales kept", "trained", tuned=True),
     "lofit_units": Method("LoFiT, all heads, in units of their spread", "trained", tuned=True),
+    "lora_all": Method("LoRA on all linears", "trained", tuned=True),
+    "ia3": Method("IA3", "trained", tuned=True),
+    "beft": Method("BEFT", "trained", tuned=True),
+    "lofit_scaled": Method("LoFiT, scales kept", "lofit_scaled", borrows=("lofit",)),
+    "lofit_on_lora": Method("LoFiT on LoRA", "lofit_on_lora", borrows=("lofit", "lora")),
+    "lora_on_heads": Method("LoRA in the layers of LoFiT's heads", "lora_on_heads", borrows=("lofit", "lora")),
 }
 # ours, which are no method of anybody's
 VARIANTS = ("lofit_all", "lofit_both", "lofit_units")
+# made of LoFiT and LoRA
+COMBINED = ("lofit_on_lora", "lora_on_heads")
 # the ways to choose heads, ours by the scales of step 1 first
 SELECTOR_LABELS = {
     "lofit": "LoFiT: norm of the scales",
@@ -91,6 +106,38 @@ LOFIT_TUNING: tuple[dict[str, object], ...] = (
     {"select_lr": 2e-3, "tune_lr": 2e-2},
     {"top": 0.2},
 )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes at which a method is set beside the others, by the numbers it trains.
+
+    option: of the method, that sets its size; values: what it is set to, other_models: with other models than the
+    first. None is the size as it is. default: the value at which the settings are tuned; the cells of that size are the
+    main ones. tuned: whether tuning may choose another. says: values in words. share: they are written in percent.
+    """
+
+    option: str = ""
+    values: tuple[float | None, ...] = (None,)
+    other_models: tuple[float, ...] = ()
+    default: float | None = None
+    tuned: bool = False
+    says: str = "{}"
+    share: bool = False
+
+
+_HEADS, _RANK = "{} of the heads", "rank {}"
+SIZES: dict[str, Sizes] = {
+    "lofit": Sizes("top", (0.01, 0.03, 0.1, 0.3, 1.0), (0.03, 0.1, 0.3), LOFIT_DEFAULTS["top"], True, _HEADS, True),
+    "lofit_scaled": Sizes("top", (0.1,), says=_HEADS, share=True),
+    "lora": Sizes("rank", (1, 2, 4, 8), (8,), 8, says=_RANK),
+    "lora_all": Sizes("rank", (1, 2, 4, 8), default=8, says=_RANK),
+    "loreft": Sizes("rank", (1, 4, 8), default=4, says=_RANK),
+    "red": Sizes(),
+    "jola": Sizes(),
+    "ia3": Sizes(),
+    "beft": Sizes(),
+}
 
 
 def applies(method: str, task: str) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy import figures, findings, tables
+from benchmarks.accuracy.combining import COMBINING_SAYS, combining_answer, combining_table
 from benchmarks.accuracy.comparison import enumerated
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Available, Plan, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
@@ -77,11 +78,11 @@ SECTIONS = {
         size_answer,
         size_table,
         "Every finished cell of a method that is trained by gradients on all examples, LoFiT with its own choice of"
-        " heads, at every number of heads. A size belongs to the nearest power of ten. A size keeps up when the"
-        " questions do not tell it apart from the most accurate, which the same questions pick: its own number"
-        " flatters it. Seconds are with those of choosing heads, and are"
-        " compared among the cells of one device alone.",
-        ("table1", "table3", "tops"),
+        " heads, at every size. Settings are those tuned at the size a method has by default; LoRA's alpha is twice its"
+        " rank. A size belongs to the nearest power of ten. A size keeps up when the questions do not tell it apart"
+        " from the most accurate, which the same questions pick: its own number flatters it. Seconds are with those of"
+        " choosing heads, and are compared among the cells of one device alone.",
+        ("table1", "table3", "tops", "parameters"),
         of_one_size,
     ),
     "table5": Section(
@@ -131,6 +132,15 @@ SECTIONS = {
         variants_answer,
         variants_table,
         VARIANTS_SAY,
+    ),
+    "combining": Section(
+        "LoFiT and LoRA together",
+        "Is LoFiT on top of LoRA better than either alone, and is LoRA needed in other layers than those of LoFiT's"
+        " heads?",
+        figures.dots,
+        combining_answer,
+        combining_table,
+        COMBINING_SAYS,
     ),
 }
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
-EXPERIMENTS = ("table1", "table3", "table2", "table5", "transfer", "sizes", "tops", "layers", "variants")
+EXPERIMENTS = (
+    "table1",
+    "table3",
+    "table2",
+    "table5",
+    "transfer",
+    "sizes",
+    "tops",
+    "layers",
+    "variants",
+    "parameters",
+    "combining",
+)
 FIRST_SEED = 42
 
 
@@ -13,11 +25,12 @@ FIRST_SEED = 42
 class Settings:
     """What is run. Sizes are upper bounds: a task with fewer examples gives all it has.
 
-    models: the first has every cell, the others LoFiT and 0-shot only. seeds: how many, per task (`default` for the
-    rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set aside for tuning, 0 for
-    none, with every method at its default settings. n_outside: questions of each task judged out of domain.
-    selection_tasks, peer_tasks, transfer_tasks, sweep_tasks: the tasks of table 2, of table 3 and the variants, of the
-    figure of other tasks' heads, and of the figures of sizes and of top.
+    models: the first has every cell, the others 0-shot, LoFiT and some sizes of LoFiT and LoRA. seeds: how many, per
+    task (`default` for the rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set
+    aside for tuning, 0 for none, with every method at its default settings. n_outside: questions of each task judged
+    out of domain. selection_tasks, peer_tasks, transfer_tasks, sweep_tasks, parameter_tasks: the tasks of table 2, of
+    table 3 and the variants, of the figure of other tasks' heads, of the figures of sizes and of top and of LoFiT
+    combined with LoRA, and of accuracy per parameter.
     """
 
     models: tuple[str, ...]
@@ -35,6 +48,7 @@ class Settings:
     sizes: tuple[int, ...]
     tops: tuple[float, ...]
     only: tuple[str, ...] = EXPERIMENTS
+    parameter_tasks: tuple[str, ...] = ("clutrr", "mquake", "truthfulqa")
 
     def seeds_of(self, task: str) -> range:
         """The seeds of a task's cells."""
@@ -57,6 +71,7 @@ QUICK = Settings(
     sweep_tasks=("mquake",),
     sizes=(16, 32, 64),
     tops=(0.01, 0.03, 0.1, 0.3),
+    parameter_tasks=("mquake",),
 )
 FULL = Settings(
     models=("smollm2", "gemma3-270m"),
@@ -77,8 +92,12 @@ FULL = Settings(
 
 
 def from_json(content: Mapping[str, object]) -> Settings:
-    """The settings whose fields a JSON file holds. Raises ValueError for other keys."""
-    if content.keys() != {field.name for field in fields(Settings)}:
+    """The settings whose fields a JSON file holds. Raises ValueError for other keys.
+
+    What an older file lacks is as by default.
+    """
+    known = {field.name: field.default is MISSING for field in fields(Settings)}
+    if not content.keys() <= known.keys() or any(needed and key not in content for key, needed in known.items()):
         raise ValueError(f"these are no settings of the paper's experiments: {sorted(content)}")
     as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     return Settings(**{**as_tuples, "seeds": tuple(tuple(pair) for pair in content["seeds"])})

@@ -10,12 +10,16 @@ from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import SizePoint, of_one_device, of_one_size, size_points
 from lofit_fast.plots import new_figure
 
-_MARKERS = "osD^vP*X"
-_COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:grey")
+# as many of one as of the other would give the ninth method the looks of the first
+_MARKERS = "osD^vP*Xp<>"
+_COLOURS = (
+    *("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"),
+    *("tab:brown", "tab:pink", "tab:grey", "tab:olive", "tab:cyan"),
+)
 
 
 def parameters(slots: Sequence[Slot], results: Results, title: str):
-    """Accuracy over trained numbers above, over seconds below: a line per method, hollow for other models."""
+    """Accuracy over trained numbers above, a line per method, and over seconds below; hollow for other models."""
     own, points = of_one_size(slots), size_points(slots, results)
     tasks = list(dict.fromkeys(slot.cells[0].task for slot in own)) or [""]
     kinds = list(dict.fromkeys((slot.cells[0].model, slot.cells[0].method) for slot in own))
@@ -23,21 +27,23 @@ def parameters(slots: Sequence[Slot], results: Results, title: str):
     for number, task in enumerate(tasks):
         upper, lower = panels[:, number] if len(tasks) > 1 else panels
         there = [point for point in points if point.task == task]
-        _panel(upper, there, kinds, lambda point: point.numbers, labelled(task))
+        _panel(upper, there, kinds, lambda point: point.numbers, labelled(task), joined=True)
         device, timed = of_one_device(there)
         _panel(lower, timed, kinds, lambda point: point.seconds, f"{labelled(task)}, {device or 'no device'}")
         upper.set_xlabel("trained numbers")
         lower.set_xlabel("seconds of training")
         upper.set_xscale("log")
-        upper.xaxis.set_major_formatter(lambda numbers, _: f"{numbers:,.0f}")
         upper.minorticks_off()
     for axes in panels.flat:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels.flat[0].set_ylabel("accuracy, %")
     panels.flat[len(tasks)].set_ylabel("accuracy, %")
-    # each method once, whichever panel has it
-    legend = {name: one for axes in panels.flat for one, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    # each method once, as the first panel that has it
+    legend: dict[str, object] = {}
+    for axes in panels.flat:
+        for one, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            legend.setdefault(name, one)
     if legend:
         figure.legend(legend.values(), legend.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -50,6 +56,7 @@ def _panel(
     kinds: Sequence[tuple[str, str]],
     across: Callable[[SizePoint], float],
     title: str,
+    joined: bool = False,
 ) -> None:
     methods = list(dict.fromkeys(method for _, method in kinds))
     for model, method in kinds:
@@ -68,7 +75,8 @@ def _panel(
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markerfacecolor=None if first else "white",
-            linestyle="-" if first else "--",
+            # sizes of a method take much the same seconds: a line through them would be a tangle
+            linestyle="none" if not joined else "-" if first else "--",
             capsize=2,
             label=labelled(method) + ("" if first else f", {model}"),
         )

@@ -10,8 +10,8 @@ from statistics import fmean
 
 from benchmarks.accuracy.comparison import BELOW, LEVEL, accuracy, difference, enumerated, in_percent
 from benchmarks.accuracy.experiments import Slot, labelled
-from benchmarks.accuracy.method_table import METHODS
-from benchmarks.accuracy.tables import Results, markdown, score
+from benchmarks.accuracy.method_table import METHODS, SIZES
+from benchmarks.accuracy.tables import Results, markdown, score, training_seconds
 
 # what the answer speaks of, tried or not
 POWERS = (3, 4, 5)
@@ -35,7 +35,7 @@ class SizePoint:
     @property
     def seconds(self) -> float:
         """Of choosing heads and of training, mean over seeds."""
-        return fmean(one["seconds"]["selection"] + one["seconds"]["training"] for one in self.results)
+        return fmean(map(training_seconds, self.results))
 
     @property
     def devices(self) -> set[str]:
@@ -46,6 +46,15 @@ class SizePoint:
     def label(self) -> str:
         """Method and size in words."""
         return f"{labelled(self.method)} with {self.numbers:,}"
+
+    @property
+    def size(self) -> str:
+        """What sets its size, in words; "" for a method of one size."""
+        first, sizes = self.results[0], SIZES.get(self.method)
+        if first["heads"]:
+            return f"{len(first['heads'])} heads"
+        value = sizes and first["cell"]["options"].get(sizes.option, sizes.default)
+        return "" if value is None else _in_words(self.method, [value])
 
 
 def of_one_size(slots: Sequence[Slot]) -> list[Slot]:
@@ -137,20 +146,20 @@ def size_answer(slots: Sequence[Slot], results: Results) -> str:
 
 
 def size_table(slots: Sequence[Slot], results: Results) -> str:
-    """Every point: trained numbers, heads, accuracy, seconds and the device they are of."""
+    """Every point: what sets its size, trained numbers, accuracy, seconds and the device they are of."""
     rows = [
         [
             labelled(point.method),
             f"{labelled(point.task)}, {point.model}",
+            point.size,
             f"{point.numbers:,}",
-            str(len(point.results[0]["heads"])) if point.results[0]["heads"] else "",
             score(point.results),
             f"{point.seconds:.0f}",
             "; ".join(sorted(point.devices)),
         ]
         for point in size_points(slots, results)
     ]
-    return markdown(["", "task", "trained numbers", "heads", "accuracy, %", "seconds", "device"], rows)
+    return markdown(["", "task", "size", "trained numbers", "accuracy, %", "seconds", "device"], rows)
 
 
 def _by_place(slots: Sequence[Slot], results: Results) -> dict[str, list[SizePoint]]:
@@ -165,15 +174,25 @@ def _by_place(slots: Sequence[Slot], results: Results) -> dict[str, list[SizePoi
 
 
 def _unfinished(slots: Sequence[Slot], results: Results) -> list[str]:
-    """Method and task, with the shares of heads where those are what differs, of slots without a finished cell."""
-    found: dict[str, list[str]] = {}
+    """Method and task, with the sizes that differ from the method's own, of slots without a finished cell."""
+    found: dict[tuple[str, str, str], dict[float, None]] = {}
     for slot in of_one_size(slots):
         cell = slot.cells[0]
         if not results.of(slot):
-            share = dict(cell.options).get("top")
-            shares = found.setdefault(f"{labelled(cell.method)} on {labelled(cell.task)}, {cell.model}", [])
-            shares += [] if share is None else [f"{100 * share:g} %"]
-    return [words + (f", {enumerated(shares)} of the heads" if shares else "") for words, shares in found.items()]
+            values = found.setdefault((cell.method, cell.task, cell.model), {})
+            sizes = SIZES.get(cell.method)
+            value = sizes and dict(cell.options).get(sizes.option)
+            values |= {} if value is None else {value: None}
+    return [
+        f"{labelled(method)} on {labelled(task)}, {model}" + (f", {_in_words(method, list(values))}" if values else "")
+        for (method, task, model), values in found.items()
+    ]
+
+
+def _in_words(method: str, values: Sequence[float]) -> str:
+    """Sizes of a method, at least one."""
+    sizes = SIZES[method]
+    return sizes.says.format(enumerated([f"{100 * value:g} %" if sizes.share else f"{value:g}" for value in values]))
 
 
 def _span(power: int) -> str:

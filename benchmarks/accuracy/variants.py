@@ -9,7 +9,7 @@ from benchmarks.accuracy import findings
 from benchmarks.accuracy.bootstrap import mean_hits, paired_bootstrap
 from benchmarks.accuracy.comparison import difference, enumerated
 from benchmarks.accuracy.experiments import Slot, labelled
-from benchmarks.accuracy.tables import Results, markdown, score
+from benchmarks.accuracy.tables import Results, markdown, score, training_seconds
 
 # what a variant must gain, in points, on how many tasks, to become a preset
 GAIN, TASKS = 3.0, 2
@@ -74,11 +74,7 @@ def variants_table(slots: Sequence[Slot], results: Results) -> str:
                 "" if made is None else f"{made.low:+.1f} to {made.high:+.1f}",
                 "" if p is None else f"{p:.4f}",
                 "" if not found else f"{found[0]['n_parameters']:,}",
-                "" if not found else f"{fmean(map(_seconds, found)):.0f}",
+                "" if not found else f"{fmean(map(training_seconds, found)):.0f}",
             ]
         )
     return markdown(_HEADER, rows)
-
-
-def _seconds(result: dict) -> float:
-    return result["seconds"]["selection"] + result["seconds"]["training"]

@@ -3,10 +3,17 @@
 from torch import nn
 
 from benchmarks.peers.peer import Attached, Vectors
-from benchmarks.peers.peft_model import peft_attached
+from benchmarks.peers.peft_model import PeftLayers, peft_attached
+
+# spelt out, because PEFT's defaults differ between models
+_TARGETS: dict = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
+def make(model: nn.Module, *, seed: int = 42) -> PeftLayers:
+    """A number per key, value and FFN dimension of every layer. seed: of nothing, since scales start at one."""
+    return PeftLayers(model, "IA3Config", seed=seed, **_TARGETS)
 
 
 def attach(model: nn.Module, vectors: Vectors) -> Attached:
-    """The targets are spelt out, because PEFT's defaults differ between models. The vectors play no part."""
-    targets = ["k_proj", "v_proj", "down_proj"]
-    return peft_attached(model, "IA3Config", target_modules=targets, feedforward_modules=["down_proj"])
+    """The same, in PEFT's own wrapper around the model. The vectors play no part."""
+    return peft_attached(model, "IA3Config", **_TARGETS)

@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import nn
 
-from benchmarks.peers.edits import check_unedited, seeded
 from benchmarks.peers.peer import Attached, Vectors
-from benchmarks.peers.peft_model import peft_attached
+from benchmarks.peers.peft_model import PeftLayers, peft_attached
 
-RANK, ALPHA, QUERY_AND_VALUE = 8, 16, ("q_proj", "v_proj")
-# PEFT's name for the one adapter there is
-_ADAPTER = "default"
-
-
-class Lora:
-    """PEFT's layers in a model, and the way back. The model itself stays the object it was, not a PeftModel."""
-
-    def __init__(self, model: nn.Module, config, seed: int) -> None:
-        # peft takes seconds to import
-        from peft import LoraModel
-        from peft.tuners.tuners_utils import cast_adapter_dtype
-
-        check_unedited(model)
-        self.model = model
-        self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with seeded(seed):
-            self._tuner = LoraModel(model, config, _ADAPTER)
-        # 16-bit matrices would lose most updates of a small learning rate
-        cast_adapter_dtype(model, _ADAPTER)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """A and B of every adapted linear."""
-        return (parameter for name, parameter in self.model.named_parameters() if ".lora_" in name)
-
-    def n_parameters(self) -> int:
-        """r (inputs + outputs) per adapted linear, in all."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """A scope in which the model computes what the base computes."""
-        self._tuner.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            self._tuner.enable_adapter_layers()
-
-    def unpatch(self) -> nn.Module:
-        """Put the very same linears back, trainable as they were. A second call changes nothing."""
-        from peft.tuners.lora import LoraLayer
-
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, LoraLayer):
-                parent, _, attribute = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), attribute, module.base_layer)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        vars(self.model).pop("peft_config", None)
-        self._frozen = []
-        return self.model
+RANK, QUERY_AND_VALUE = 8, ("q_proj", "v_proj")
+# alpha / r: the same at every rank, so that a learning rate serves all of them
+STRENGTH = 2
 
 
 def make(
@@ -69,21 +19,24 @@ def make(
     *,
     seed: int = 42,
     rank: int = RANK,
-    alpha: int = ALPHA,
+    alpha: int | None = None,
     targets: str | Sequence[str] = QUERY_AND_VALUE,
-) -> Lora:
-    """targets: the linears' names inside a layer, or "all-linear". seed: of A; B starts at zero, the base model."""
-    from peft import LoraConfig
+    layers: Sequence[int] | None = None,
+) -> PeftLayers:
+    """r (inputs + outputs) numbers per adapted linear.
 
-    config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **_options(rank, alpha, targets))
-    return Lora(model, config, seed)
+    alpha: None means `STRENGTH` times the rank. targets: the linears' names inside a layer, or "all-linear". layers:
+    the decoder layers that are adapted; None means all. seed: of A; B starts at zero, the base model.
+    """
+    chosen = {} if layers is None else {"layers_to_transform": sorted(layers)}
+    return PeftLayers(model, "LoraConfig", seed=seed, lora_dropout=0.0, **_options(rank, alpha, targets), **chosen)
 
 
 def attach(model: nn.Module, vectors: Vectors, targets: str | Sequence[str] = QUERY_AND_VALUE) -> Attached:
     """The same, in PEFT's own wrapper around the model. targets: as for `make`. The vectors play no part."""
-    return peft_attached(model, "LoraConfig", **_options(RANK, ALPHA, targets))
+    return peft_attached(model, "LoraConfig", **_options(RANK, None, targets))
 
 
-def _options(rank: int, alpha: int, targets: str | Sequence[str]) -> dict:
+def _options(rank: int, alpha: int | None, targets: str | Sequence[str]) -> dict:
     named = targets if isinstance(targets, str) else list(targets)
-    return {"r": rank, "lora_alpha": alpha, "target_modules": named}
+    return {"r": rank, "lora_alpha": STRENGTH * rank if alpha is None else alpha, "target_modules": named}

@@ -41,9 +41,20 @@ PEERS: dict[str, Peer] = {
         lr=1e-3,
         tuning=_rates(3e-4, 1e-3, 3e-3, 1e-2),
     ),
-    "lora_all": Peer("PEFT LoRA, all-linear", attach=partial(lora.attach, targets="all-linear")),
-    "ia3": Peer("PEFT IA3", attach=ia3.attach),
-    "beft": Peer("PEFT BEFT", attach=beft.attach),
+    "lora_all": Peer(
+        "PEFT LoRA, all-linear",
+        attach=partial(lora.attach, targets="all-linear"),
+        make=partial(lora.make, targets="all-linear"),
+        kind="trained",
+        lr=1e-3,
+        tuning=_rates(3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    "ia3": Peer(
+        "PEFT IA3", attach=ia3.attach, make=ia3.make, kind="trained", lr=1e-2, tuning=_rates(3e-3, 1e-2, 3e-2, 1e-1)
+    ),
+    "beft": Peer(
+        "PEFT BEFT", attach=beft.attach, make=beft.make, kind="trained", lr=1e-2, tuning=_rates(3e-3, 1e-2, 3e-2, 1e-1)
+    ),
     "iti": Peer(
         "ITI",
         make=iti.make,

@@ -34,7 +34,7 @@ def made_up(cell: Cell) -> dict:
         metrics = {"exact_match": mean} if TASKS[task].written else {"mc1": mean, "mc2": mean / 2}
         return {"metrics": metrics, "hits": hits}
 
-    heads = [[draw.randrange(6), n] for n in range(4)] if METHODS[cell.method].kind == "lofit" else None
+    heads = [[draw.randrange(6), n] for n in range(4)] if METHODS[cell.method].chooses else None
     return {
         **judged(cell.task, hits),
         "outside": {task: judged(task, [1.0, 0.0]) for task in cell.outside},

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.accuracy import execute
 from benchmarks.accuracy.fitting import FITTING
-from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS
+from benchmarks.accuracy.method_table import COMBINED, METHODS, SELECTOR_LABELS
 from benchmarks.accuracy.paper_cells import Cell, as_options
-from tests.tiny_models import tiny_model
+from tests.tiny_models import LAYERS, tiny_model
 from tests.tiny_tokenizers import word_tokenizer
 
 pytest.importorskip("lofit_fast.selection.methods")
@@ -36,14 +36,45 @@ def executor(tmp_path, monkeypatch):
 def test_every_method_runs_and_leaves_the_model_alone(executor):
     pytest.importorskip("peft")
     for method, row in METHODS.items():
-        cell = replace(LOFIT if method == "lofit" else CELL, method=method)
+        # two methods in turn need two epochs
+        cell = replace(LOFIT if row.chooses else CELL, method=method, epochs=2 if row.borrows else 1)
         result = executor(cell)
         assert len(result["hits"]) == 6, method
         assert result["metrics"]["exact_match"] == pytest.approx(sum(result["hits"]) / 6)
-        assert (result["n_parameters"] > 0) == row.tuned
+        assert (result["n_parameters"] > 0) == (row.epochs or row.kind == "fitted")
         assert result["seconds"]["cell"] > 0
     assert executor.loads == ["tiny"]
     assert {row.kind for row in METHODS.values()} == set(FITTING)
+
+
+def test_combined_methods_are_made_of_lofits_heads_and_lora(executor):
+    pytest.importorskip("peft")
+    two = replace(LOFIT, epochs=2)
+    made = {name: executor(replace(two, method=name)) for name in ("lofit", "lofit_scaled", *COMBINED)}
+    lora = executor(replace(CELL, method="lora", epochs=2))
+    heads = made["lofit"]["heads"]
+    # step 1 is LoFiT's own, and is not run again
+    assert all(result["heads"] == heads for result in made.values())
+    assert len({result["seconds"]["selection"] for result in made.values()}) == 1
+    numbers = {name: result["n_parameters"] for name, result in made.items()}
+    assert numbers["lofit_scaled"] == 2 * numbers["lofit"]
+    assert numbers["lofit_on_lora"] == numbers["lofit"] + lora["n_parameters"]
+    layers = {layer for layer, _ in heads}
+    assert numbers["lora_on_heads"] * LAYERS == lora["n_parameters"] * len(layers) < lora["n_parameters"] * LAYERS
+    assert made["lora_on_heads"]["settings"]["lora"]["layers"] == sorted(layers)
+    # each has half of the epochs, and the settings of its own
+    settings = executor(replace(two, method="lofit_on_lora", options=as_options({"top": 3, "lr": 0.5})))["settings"]
+    assert (settings["lora"]["epochs"], settings["lofit"]["tune_epochs"], settings["lofit"]["select_epochs"]) == (
+        1,
+        1,
+        2,
+    )
+    assert (settings["lora"]["lr"], settings["lofit"]["top"]) == (0.5, 3)
+
+
+def test_two_methods_in_turn_need_two_epochs(executor):
+    with pytest.raises(ValueError, match="at least 2 epochs, for two methods in turn, got 1"):
+        executor(replace(LOFIT, method="lofit_on_lora"))
 
 
 @pytest.mark.slow

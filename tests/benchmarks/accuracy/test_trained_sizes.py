@@ -85,7 +85,7 @@ def test_the_answer_by_powers_of_ten(whole):
 def test_the_table_has_every_point(whole):
     rows = [line for line in size_table(*whole).splitlines() if line.startswith(("| L", "| R", "| J"))]
     assert len(rows) == 8
-    assert rows[2] == "| LoFiT | MQuAKE, smollm2 | 1,728 | 4 | 70.0 ± 0.0 | 4 | CPU, 2 threads |"
+    assert rows[2] == "| LoFiT | MQuAKE, smollm2 | 4 heads | 1,728 | 70.0 ± 0.0 | 4 | CPU, 2 threads |"
 
 
 def test_where_nothing_is_the_answer_says_so(tmp_path):

@@ -48,3 +48,16 @@ def test_lora_draws_from_its_seed_alone():
         assert torch.equal(torch.get_rng_state(), state)
         drawn.append(torch.cat([parameter.detach().flatten() for parameter in attachment.parameters()]))
     assert torch.equal(*drawn)
+
+
+def test_lora_is_as_strong_at_every_rank():
+    made = [lora.make(tiny_model("llama"), rank=rank).model for rank in (1, 8)]
+    assert {model.model.layers[0].self_attn.q_proj.scaling["default"] for model in made} == {2.0}
+
+
+def test_lora_adapts_the_layers_it_is_given(llama):
+    whole = lora.make(tiny_model("llama")).n_parameters()
+    attachment = lora.make(llama, layers=[2])
+    assert attachment.n_parameters() * LAYERS == whole
+    adapted = {name for name, module in llama.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"model.layers.2.self_attn.{name}" for name in ("q_proj", "v_proj")}

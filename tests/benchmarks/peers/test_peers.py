@@ -26,6 +26,7 @@ TRAINED = [name for name, peer in COMPARED.items() if peer.kind == "trained"]
 # compiling says nothing about the arithmetic that the plain hook does not say, and takes a minute
 STEPPED = [name for name in TIMED if name != "compiled_hook"]
 STEPS = {"scale": {"scale": [(0, 1), (2, 3)]}, "offset": {"offset": [(0, 1), (2, 0), (2, 3)]}}
+OF_PEFT = {"lora", "lora_all", "ia3", "beft"}
 # rounding of a float32 loss
 NEAR = 1e-5
 
@@ -41,7 +42,7 @@ def test_every_peer_is_timed_or_compared_and_has_its_own_label():
 def installed(request):
     """Skip what is PEFT's where that is not installed."""
     named = getattr(request.node, "callspec", None)
-    if named and "lora" in named.params.values():
+    if named and not OF_PEFT.isdisjoint(map(str, named.params.values())):
         pytest.importorskip("peft")
 
 

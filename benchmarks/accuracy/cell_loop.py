@@ -35,8 +35,9 @@ def run_cells(
 
     execute: cell -> what its file holds. budget: seconds, after which nothing is running; None for no limit.
     summary: a JSON file of what this run has done, replaced after every cell. estimate: of seconds, which it corrects.
-    Returns the summary: finished (cells of the whole plan with a result), run, failed (name and error of each; tried
-    again by the next run), late (left for want of time), waiting (their tuning is not finished), seconds.
+    Returns the summary: finished (cells of the whole plan with a result, under the best settings so far), run, failed
+    (name and error of each; tried again by the next run), late (left for want of time), waiting (their tuning is not
+    finished), seconds.
     """
     started, estimate = clock(), estimate or Estimate()
     counts: dict[str, object] = {"run": 0, "failed": [], "late": 0}
@@ -105,9 +106,10 @@ def _missing(wanted: Sequence[Cell], folder: CellFolder, tuning: Tuning, tried: 
 
 
 def _summary(counts, wanted, folder: CellFolder, tuning: Tuning, seconds: float) -> dict[str, object]:
-    settled = [tuning.settled(cell) for cell in wanted]
-    finished = sum(cell is not None and folder.result(cell) is not None for cell in settled)
-    return {"cells": len(wanted), "finished": finished, "waiting": settled.count(None), **counts, "seconds": seconds}
+    so_far = [tuning.settled(cell, so_far=True) for cell in wanted]
+    finished = sum(cell is not None and folder.result(cell) is not None for cell in so_far)
+    waiting = [tuning.settled(cell) for cell in wanted].count(None)
+    return {"cells": len(wanted), "finished": finished, "waiting": waiting, **counts, "seconds": seconds}
 
 
 def _outcome(result: dict) -> str:

@@ -174,8 +174,11 @@ class FastTuning:
         """How many runs there may be beside those that are known: none, since a setting's tries are."""
         return 0
 
-    def settled(self, cell: FastCell) -> FastCell | None:
-        """The cell with the best settings; None while a tuning run is missing. Of equals the first is taken."""
+    def settled(self, cell: FastCell, so_far: bool = False) -> FastCell | None:
+        """The cell with the best settings; None while a tuning run is missing. Of equals the first is taken.
+
+        so_far: no matter here, where all tries are a start grid.
+        """
         runs = self.runs(cell)
         results = [self.folder.result(run) for run in runs]
         if None in results:

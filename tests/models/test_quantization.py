@@ -15,8 +15,8 @@ from tests.tiny_tokenizers import tiny_tokenizer
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
-    # sizes of whole groups of 32 weights
-    tiny_model("llama", intermediate_size=64).save_pretrained(folder)
+    # sizes of whole groups of 64 weights, which bitsandbytes asks for where it computes in AVX-512 bfloat16
+    tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -57,10 +57,10 @@ def saliency_examples(
         for t, seed, n in missing:
             part = parts.part(t, train_size=sizes[t], n_judged=1, seed=seed, split=VALIDATION)
             with tempfile.TemporaryDirectory() as folder:
-                row = _scored(base, tokenizer, part, FastCell(name, t, "full", seed, sizes[t], 1), n, folder)
+                row, seconds = _scored(base, tokenizer, part, FastCell(name, t, "full", seed, sizes[t], 1), n, folder)
             rows.append({**row, "environment": environment(base), **commit()})
             write_json(output, {"rows": rows})
-            print(f"{name}, {t}, seed {seed}, {n} examples: {row['seconds']:.0f} s", file=sys.stderr)
+            print(f"{name}, {t}, seed {seed}, {n} examples: {seconds:.0f} s", file=sys.stderr)
     print(examples_table(rows))
 
 
@@ -95,13 +95,13 @@ def examples_table(rows: list[dict]) -> str:
     return markdown(_HEADER, lines)
 
 
-def _scored(model, tokenizer, task, cell: FastCell, n: int, folder: str) -> dict:
+def _scored(model, tokenizer, task, cell: FastCell, n: int, folder: str) -> tuple[dict, float]:
     from lofit_fast.selection.methods import saliency
 
     recipe = replace(cell.recipe(), select="saliency", select_examples=n)
     chosen = saliency(model, tokenizer, task, recipe, output_dir=folder, seed=cell.seed)
     named = {"model": cell.model, "task": cell.task, "seed": cell.seed, "examples": n, "top": recipe.top}
-    return {**named, "seconds": chosen.seconds, "scores": [[float(f"{s:.6g}") for s in r] for r in chosen.scores]}
+    return {**named, "scores": [[float(f"{s:.6g}") for s in r] for r in chosen.scores]}, chosen.seconds
 
 
 def _heads(row: dict) -> list[tuple[int, int]]:

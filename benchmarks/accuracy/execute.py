@@ -73,7 +73,7 @@ class Executor:
             "seconds": {"selection": 0.0, "training": 0.0, **method.seconds, "judging": judging, "cell": ended - began},
             "heads": None if method.heads is None else [list(pair) for pair in method.heads],
             "settings": method.settings,
-            "environment": environment(self.model),
+            "environment": {**environment(self.model), "engine": "by rule"},
             **self.commit,
         }
 

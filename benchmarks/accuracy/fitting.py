@@ -27,9 +27,9 @@ from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
 
 SHOTS = 5
-# the same engine for every method, so that their seconds compare: peers are not prepared for compiling, and one row
-# hides where its prompts end
-ENGINE = Engine(compile=False, packing=False)
+# the same engine for every method: every knob by its rule, see `auto.settle`. Layers are compiled where that pays, and
+# batches packed where the method takes packed rows
+ENGINE = Engine()
 # of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
 # the options that are LoFiT's, where a cell has those of two methods

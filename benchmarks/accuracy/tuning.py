@@ -9,7 +9,7 @@ from benchmarks.accuracy import tuning_search
 from benchmarks.accuracy.method_table import METHODS, grid
 from benchmarks.accuracy.paper_cells import TUNING, Cell, CellFolder, as_options, main_metric
 from benchmarks.accuracy.settings import FIRST_SEED
-from benchmarks.accuracy.tuning_search import RUNS, Tried
+from benchmarks.accuracy.tuning_search import MOST, RUNS, Tried
 
 Grid = Callable[[str], tuple[dict[str, object], ...]]
 
@@ -17,7 +17,8 @@ Grid = Callable[[str], tuple[dict[str, object], ...]]
 @dataclass(frozen=True)
 class Tuning:
     """folder: of finished cells. held_out: training examples set aside, 0 for no tuning. train_size: of the main cells,
-    per task. epochs: of each step. of: the settings with which a method's search starts. n_runs: of a whole search."""
+    per task. epochs: of each step. of: the settings with which a method's search starts. n_runs: of a whole search. most:
+    of one whose best lies at an edge."""
 
     folder: CellFolder
     held_out: int
@@ -25,6 +26,7 @@ class Tuning:
     epochs: int
     of: Grid = grid
     n_runs: int = RUNS
+    most: int = MOST
 
     def runs(self, cell: Cell) -> list[Cell]:
         """The tuning cells of a cell, as far as they are known: of its model, task and method alone, shared by its kin.
@@ -49,7 +51,7 @@ class Tuning:
             split=TUNING,
         )
         runs = [replace(plain, options=as_options(settings)) for settings in self.of(cell.method)]
-        while len(runs) < self.n_runs and (options := self._next(runs)) is not None:
+        while (options := self._next(runs)) is not None:
             runs.append(replace(plain, options=as_options(options)))
         return runs
 
@@ -86,9 +88,11 @@ class Tuning:
         return tuning_search.edges(tried, self._tried(best))
 
     def _next(self, runs: Sequence[Cell]) -> dict[str, object] | None:
-        if any(self.folder.result(run) is None for run in runs):
+        if not self.over(runs):
             return None
-        return tuning_search.next_options([self._tried(run) for run in runs])
+        tried = [self._tried(run) for run in runs]
+        at_edge = bool(tuning_search.edges(tried, tried[tuning_search.best_of(tried)]))
+        return tuning_search.next_options(tried) if len(runs) < (self.most if at_edge else self.n_runs) else None
 
     def _tried(self, run: Cell) -> Tried:
         result = self.folder.result(run)

@@ -1,8 +1,8 @@
 """The search for a method's settings: a start grid, then beyond an edge until the best lies inside, then halfway.
 
-Every method has RUNS runs on a task and model, so that none is searched longer than the others. After the start grid
-each further run changes one setting of the best run so far: to the next number beyond, while the best lies at an end of
-what was tried, and to halfway between it and its neighbours afterwards.
+Every method has RUNS runs on a task and model, and up to MOST while its best lies at an end of what was tried: nothing
+is known of what lies beyond. After the start grid each further run changes one setting of the best run so far: to the
+next number beyond an end, and otherwise to halfway between it and its neighbours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-RUNS = 8
+RUNS, MOST = 6, 12
 # the numbers that a search steps to, times powers of ten
 _STEPS = (1.0, 2.0, 5.0)
 # beyond an edge it steps at least that far, and between numbers closer than _CLOSE nothing is tried

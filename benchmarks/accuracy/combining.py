@@ -8,7 +8,7 @@ from statistics import fmean
 from benchmarks.accuracy import findings
 from benchmarks.accuracy.comparison import ABOVE, Comparison, difference, enumerated, tally
 from benchmarks.accuracy.experiments import Slot, labelled
-from benchmarks.accuracy.tables import Results, markdown, score, training_seconds
+from benchmarks.accuracy.tables import Results, markdown, score, timed_on, training_seconds
 
 ALONE = ("lofit", "lora")
 COMBINING_SAYS = (
@@ -50,10 +50,11 @@ def combining_table(slots: Sequence[Slot], results: Results) -> str:
                 *("" if one is None else one.words() for one in made),
                 "" if not found else f"{fmean(result['n_parameters'] for result in found):,.0f}",
                 "" if not found else f"{fmean(map(training_seconds, found)):.0f}",
+                timed_on(found),
             ]
         )
     over = [f"points over {labelled(one)}, 95 % interval" for one in ALONE]
-    return markdown(["", "task", "accuracy, %", *over, "parameters", "seconds"], rows)
+    return markdown(["", "task", "accuracy, %", *over, "parameters", "seconds", "timed on"], rows)
 
 
 def _above_both(comparisons: Sequence[Comparison]) -> str:

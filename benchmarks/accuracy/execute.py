@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.accuracy.fitting import Bench, fitted
+from benchmarks.accuracy.fitting import ENGINE, Bench, fitted
 from benchmarks.accuracy.method_table import METHODS
 from benchmarks.accuracy.paper_cells import VALIDATION, Cell
 from benchmarks.accuracy.task_parts import TaskData
@@ -73,7 +73,7 @@ class Executor:
             "seconds": {"selection": 0.0, "training": 0.0, **method.seconds, "judging": judging, "cell": ended - began},
             "heads": None if method.heads is None else [list(pair) for pair in method.heads],
             "settings": method.settings,
-            "environment": {**environment(self.model), "engine": "by rule"},
+            "environment": {**environment(self.model), "engine": "compiled" if ENGINE.compile else "not compiled"},
             **self.commit,
         }
 

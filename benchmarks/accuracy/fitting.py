@@ -25,11 +25,12 @@ from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Task, exact_match
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
+from lofit_fast.training.engine.auto import has_compiler
 
 SHOTS = 5
-# the same engine for every method: every knob by its rule, see `auto.settle`. Layers are compiled where that pays, and
-# batches packed where the method takes packed rows
-ENGINE = Engine()
+# the same engine for every method. Layers are compiled once for hundreds of cells, which no rule for one run knows of;
+# batches are packed where the method takes packed rows, see `auto.settle`
+ENGINE = Engine(compile=has_compiler())
 # of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
 # the options that are LoFiT's, where a cell has those of two methods
@@ -272,9 +273,10 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = bench.selections / f"{digest}.json"
     if not path.is_file():
-        from lofit_fast.selection.methods import SELECTORS
+        from lofit_fast.selection.methods import SELECTORS, TRAINED
 
-        run = {"output_dir": bench.folder / "selection", "seed": cell.seed, "progress": False}
+        run: dict[str, object] = {"output_dir": bench.folder / "selection", "seed": cell.seed, "progress": False}
+        run |= {"engine": ENGINE} if cell.selector in TRAINED else {}
         chosen = SELECTORS[cell.selector](bench.model, bench.tokenizer, task, recipe, **run)
         scores = None if chosen.scores is None else chosen.scores.tolist()
         content = {"heads": [list(pair) for pair in chosen.heads], "scores": scores, "seconds": chosen.seconds}

@@ -18,7 +18,7 @@ from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
 from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
-from benchmarks.accuracy.tuning_search import RUNS
+from benchmarks.accuracy.tuning_search import MOST, RUNS
 from benchmarks.accuracy.variants import VARIANTS_SAY, variants_answer, variants_table
 from lofit_fast.files import write_text
 
@@ -68,8 +68,8 @@ SECTIONS = {
         figures.dots,
         findings.beside_lofit,
         tables.peers_table,
-        "Seconds are of training, with those of choosing heads, on this machine and uncompiled; LoFiT goes through its"
-        " epochs twice, once per step, the others once.",
+        "Seconds are of training, with those of choosing heads; LoFiT goes through its epochs twice, once per step, the"
+        " others once. They compare among the rows timed on one device with one engine.",
     ),
     "parameters": Section(
         "Accuracy per parameter",
@@ -226,8 +226,8 @@ def _made(slots: Sequence[Slot], results: Results) -> str:
     parts = [f"{key.replace('_', '-')} {_counted(counter)}" for key, counter in values.items()]
     if changed := sum(bool(one["dirty"]) for one in found):
         parts.append(f"{changed} cells with changes that were not committed")
-    mixed = len(values["device"]) > 1
-    return f"Made with {'; '.join(parts)}." + " Seconds compare among the cells of one device only." * mixed
+    mixed = max(len(values["device"]), len(values["engine"])) > 1
+    return f"Made with {'; '.join(parts)}." + " Seconds compare among the cells of one device and engine only." * mixed
 
 
 def _counted(counter: Counter) -> str:
@@ -246,8 +246,9 @@ def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
         "**Question.** Were the settings chosen inside of what was tried?",
         _answer(edges_answer(choices)),
         f"Every method that is trained or fitted gets {RUNS} runs, with one seed, judged by training examples set"
-        " aside; the chosen settings are bold. After the first four, each run changes one setting of the best so far:"
-        " beyond, while that lies at an edge, and halfway to a neighbour otherwise. All ways to choose heads use"
+        f" aside, and up to {MOST} while its best lies at an edge; the chosen settings are bold. After the first four,"
+        " each run changes one setting of the best so far: beyond, while that lies at an edge, and halfway to a"
+        " neighbour otherwise. All ways to choose heads use"
         " LoFiT's. *At an edge* names the settings of the chosen run that are the smallest or largest number tried for"
         " that method, task and model; all heads are no edge.",
         tuning_table(choices, results),

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.accuracy.borrowed_settings import BorrowedTuning
 from benchmarks.accuracy.cell_loop import Execute, all_cells, run_cells, seconds_left
 from benchmarks.accuracy.estimate import Estimate
 from benchmarks.accuracy.experiments import Available, Plan
@@ -15,7 +14,7 @@ from benchmarks.accuracy.paper_cells import CellFolder
 from benchmarks.accuracy.paper_report import write_report
 from benchmarks.accuracy.settings import EXPERIMENTS, FULL, QUICK, Settings, from_json
 from benchmarks.accuracy.tables import Results
-from benchmarks.accuracy.tuning import Grid
+from benchmarks.accuracy.tuning import Grid, Tuning
 from lofit_fast.files import writable_folder, write_json
 
 PLAN, SUMMARY = "plan.json", "summary.json"
@@ -51,7 +50,7 @@ class Session:
         self.slots = Plan(settings, available).slots()
         self.folder = CellFolder(self.output / "cells")
         sizes = {name: min(count, settings.train_size or count) for name, count in available.train.items()}
-        self.tuning = BorrowedTuning(self.folder, settings.n_tuning, sizes, settings.epochs, of)
+        self.tuning = Tuning(self.folder, settings.n_tuning, sizes, settings.epochs, of)
 
     @classmethod
     def read(cls, output: Path | str, of: Grid = grid) -> Session:

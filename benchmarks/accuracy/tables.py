@@ -73,6 +73,12 @@ def training_seconds(result: dict) -> float:
     return result["seconds"]["selection"] + result["seconds"]["training"]
 
 
+def timed_on(results: Sequence[dict]) -> str:
+    """The devices and engines that some results ran with: seconds compare among those of one alone."""
+    made = [one["environment"] for one in results]
+    return "; ".join(sorted({f"{one['device']}, engine {one['engine']}" for one in made}))
+
+
 def accuracy_table(slots: Sequence[Slot], results: Results) -> str:
     """Methods by tasks (table 1): accuracy, starred where it differs from LoFiT's on the same questions."""
     models = list(dict.fromkeys(slot.model for slot in slots))
@@ -103,11 +109,13 @@ def selection_table(slots: Sequence[Slot], results: Results) -> str:
                 labelled(slot.column),
                 score(found),
                 _mean(found, lambda result: result["seconds"]["selection"], "{:.1f}"),
+                timed_on(found),
                 f"{fmean(overlaps):.2f}" if overlaps else "",
                 _mean(found, lambda result: len(result["heads"]), "{:.0f}"),
             ]
         )
-    return markdown(["heads chosen by", "task", "accuracy, %", "seconds to choose", "overlap (Jaccard)", "heads"], rows)
+    header = ["heads chosen by", "task", "accuracy, %", "seconds to choose", "timed on", "overlap (Jaccard)", "heads"]
+    return markdown(header, rows)
 
 
 def peers_table(slots: Sequence[Slot], results: Results) -> str:
@@ -122,9 +130,10 @@ def peers_table(slots: Sequence[Slot], results: Results) -> str:
                 score(found),
                 _mean(found, lambda result: result["n_parameters"], "{:,.0f}"),
                 _mean(found, training_seconds, "{:.0f}"),
+                timed_on(found),
             ]
         )
-    return markdown(["", "task", "accuracy, %", "parameters", "seconds"], rows)
+    return markdown(["", "task", "accuracy, %", "parameters", "seconds", "timed on"], rows)
 
 
 def outside_table(slots: Sequence[Slot], results: Results) -> str:

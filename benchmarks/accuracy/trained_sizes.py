@@ -11,7 +11,7 @@ from statistics import fmean
 from benchmarks.accuracy.comparison import BELOW, LEVEL, accuracy, difference, enumerated, in_percent
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SIZES
-from benchmarks.accuracy.tables import Results, markdown, score, training_seconds
+from benchmarks.accuracy.tables import Results, markdown, score, timed_on, training_seconds
 
 # what the answer speaks of, tried or not
 POWERS = (3, 4, 5)
@@ -39,8 +39,8 @@ class SizePoint:
 
     @property
     def devices(self) -> set[str]:
-        """What its cells ran on."""
-        return {one["environment"]["device"] for one in self.results}
+        """What its cells ran on, and how."""
+        return {timed_on([one]) for one in self.results}
 
     @property
     def label(self) -> str:
@@ -159,7 +159,7 @@ def size_table(slots: Sequence[Slot], results: Results) -> str:
         ]
         for point in size_points(slots, results)
     ]
-    return markdown(["", "task", "size", "trained numbers", "accuracy, %", "seconds", "device"], rows)
+    return markdown(["", "task", "size", "trained numbers", "accuracy, %", "seconds", "timed on"], rows)
 
 
 def _by_place(slots: Sequence[Slot], results: Results) -> dict[str, list[SizePoint]]:

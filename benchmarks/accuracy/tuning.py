@@ -17,8 +17,8 @@ Grid = Callable[[str], tuple[dict[str, object], ...]]
 @dataclass(frozen=True)
 class Tuning:
     """folder: of finished cells. held_out: training examples set aside, 0 for no tuning. train_size: of the main cells,
-    per task. epochs: of each step. of: the settings with which a method's search starts. n_runs: of a whole search. most:
-    of one whose best lies at an edge."""
+    per task. epochs: of each step. of: the settings with which a method's search starts. n_runs: of a whole search.
+    most: of one whose best lies at an edge."""
 
     folder: CellFolder
     held_out: int
@@ -64,16 +64,22 @@ class Tuning:
         return 0 if self.over(runs) else max(self.n_runs - len(runs), 0)
 
     def settled(self, cell: Cell, so_far: bool = False) -> Cell | None:
-        """The cell with its method's best settings, its own options kept; None while a tuning run is missing.
+        """The cell with the best settings of its method, or of those it borrows from, its own options kept.
 
-        so_far: take the best of the finished runs, once the start grid is. The best has the highest main metric, then
-        the highest sum of all metrics; of equals see `tuning_search.best_of`.
+        None while a tuning run is missing. so_far: take the best of the finished runs, once the start grid is. The best
+        has the highest main metric, then the highest sum of all metrics; of equals see `tuning_search.best_of`.
         """
-        runs = self.runs(cell)
-        if not runs:
-            return cell
-        best = self.best(runs) if so_far or self.over(runs) else None
-        return best and replace(cell, options=as_options({**dict(best.options), **dict(cell.options)}))
+        chosen: dict[str, object] = {}
+        # a method that borrows has no runs of its own: it waits for theirs, which their own cells ask for
+        for method in METHODS[cell.method].borrows or (cell.method,):
+            runs = self.runs(replace(cell, method=method))
+            if not runs:
+                continue
+            best = self.best(runs) if so_far or self.over(runs) else None
+            if best is None:
+                return None
+            chosen |= dict(best.options)
+        return replace(cell, options=as_options({**chosen, **dict(cell.options)}))
 
     def best(self, runs: Sequence[Cell]) -> Cell | None:
         """The finished run whose settings are taken; None while one of the start grid is missing."""
@@ -90,9 +96,7 @@ class Tuning:
     def _next(self, runs: Sequence[Cell]) -> dict[str, object] | None:
         if not self.over(runs):
             return None
-        tried = [self._tried(run) for run in runs]
-        at_edge = bool(tuning_search.edges(tried, tried[tuning_search.best_of(tried)]))
-        return tuning_search.next_options(tried) if len(runs) < (self.most if at_edge else self.n_runs) else None
+        return tuning_search.next_options([self._tried(run) for run in runs], self.n_runs, self.most)
 
     def _tried(self, run: Cell) -> Tried:
         result = self.folder.result(run)

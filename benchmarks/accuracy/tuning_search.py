@@ -53,10 +53,13 @@ def edges(tried: Sequence[Tried], one: Tried) -> dict[str, str]:
     return found
 
 
-def next_options(tried: Sequence[Tried]) -> dict[str, object] | None:
-    """What the next run is asked for; None where no setting has a number left to try."""
+def next_options(tried: Sequence[Tried], runs: int = RUNS, most: int = MOST) -> dict[str, object] | None:
+    """What the next run is asked for; None after `runs`, or `most` at an edge, and where no number is left to try."""
     best = tried[best_of(tried)]
-    for key, end in edges(tried, best).items():
+    at_ends = edges(tried, best)
+    if len(tried) >= (most if at_ends else runs):
+        return None
+    for key, end in at_ends.items():
         return {**best.options, key: _beyond(best.value(key), end, _LARGEST.get(key, math.inf))}
     for key, numbers in _varied(tried).items():
         if (value := best.value(key)) is None:

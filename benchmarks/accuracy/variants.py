@@ -9,11 +9,11 @@ from benchmarks.accuracy import findings
 from benchmarks.accuracy.bootstrap import mean_hits, paired_bootstrap
 from benchmarks.accuracy.comparison import difference, enumerated
 from benchmarks.accuracy.experiments import Slot, labelled
-from benchmarks.accuracy.tables import Results, markdown, score, training_seconds
+from benchmarks.accuracy.tables import Results, markdown, score, timed_on, training_seconds
 
 # what a variant must gain, in points, on how many tasks, to become a preset
 GAIN, TASKS = 3.0, 2
-_HEADER = ("", "task", "accuracy, %", "points over LoFiT", "95 % interval", "p", "parameters", "seconds")
+_HEADER = ("", "task", "accuracy, %", "points over LoFiT", "95 % interval", "p", "parameters", "seconds", "timed on")
 VARIANTS_SAY = (
     "Every variant trains vectors on all heads at once, from the base model, in one step instead of two; each has as"
     " many tuning runs as LoFiT. Each is folded into the projection afterwards, so that it costs nothing more.\n\n"
@@ -75,6 +75,7 @@ def variants_table(slots: Sequence[Slot], results: Results) -> str:
                 "" if p is None else f"{p:.4f}",
                 "" if not found else f"{found[0]['n_parameters']:,}",
                 "" if not found else f"{fmean(map(training_seconds, found)):.0f}",
+                timed_on(found),
             ]
         )
     return markdown(_HEADER, rows)

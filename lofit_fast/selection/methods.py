@@ -54,19 +54,19 @@ class Selector(Protocol):
         """
 
 
-def lofit(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+def lofit(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False, engine=None) -> Selection:
     """LoFiT's step 1: the norm of each head's trained scale. With preferences it is trained with DPO."""
-    return _trained("lofit", model, tokenizer, task, recipe, output_dir, seed, progress)
+    return _trained("lofit", model, tokenizer, task, recipe, output_dir, seed, progress, engine)
 
 
-def early_stop(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+def early_stop(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False, engine=None) -> Selection:
     """As `lofit`, ended by `SettledHeads` when the top heads have settled."""
-    return _trained("early_stop", model, tokenizer, task, recipe, output_dir, seed, progress)
+    return _trained("early_stop", model, tokenizer, task, recipe, output_dir, seed, progress, engine)
 
 
-def bias_norm(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
+def bias_norm(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False, engine=None) -> Selection:
     """The norm of each head's offset, trained on all heads with the recipe of step 1."""
-    return _trained("bias_norm", model, tokenizer, task, recipe, output_dir, seed, progress)
+    return _trained("bias_norm", model, tokenizer, task, recipe, output_dir, seed, progress, engine)
 
 
 def saliency(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:
@@ -104,6 +104,8 @@ def random(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=Fals
     return _timed(lambda: random_scores(model, seed), recipe)
 
 
+# those that train, and take an `Engine` as `engine`
+TRAINED = ("lofit", "bias_norm", "early_stop")
 # adding a way is adding a row and its test
 SELECTORS: dict[str, Selector] = {
     "lofit": lofit,
@@ -122,10 +124,11 @@ def _timed(scores: Callable[[], Tensor], recipe: Recipe) -> Selection:
     return Selection(select_heads(found, recipe.top, recipe.min_layer), found, time.perf_counter() - started)
 
 
-def _trained(select: str, model, tokenizer, task, recipe, output_dir, seed, progress) -> Selection:
+def _trained(select: str, model, tokenizer, task, recipe, output_dir, seed, progress, engine) -> Selection:
     # how many examples a single look takes is nothing to a training
     recipe = replace(recipe, seed=seed, select=select, select_examples=None)
     objective = objective_of(replace(task, validation=[]))
-    run = select_by_training(model, tokenizer, objective, recipe, output_dir=output_dir, progress=progress)
+    how = {"output_dir": output_dir, "progress": progress, "engine": engine}
+    run = select_by_training(model, tokenizer, objective, recipe, **how)
     heads = select_heads(run.scores, recipe.top, recipe.min_layer)
     return Selection(heads, run.scores, run.metrics["select"]["seconds"])

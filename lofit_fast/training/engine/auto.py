@@ -149,10 +149,15 @@ def pays_to_compile(model: nn.Module, device: torch.device, tokens: int) -> bool
 
     A product with frozen weights takes 2 operations per weight and token forward, and 2 backward.
     """
-    if device.type != "cpu" or not any(map(shutil.which, _COMPILERS)):
+    if device.type != "cpu" or not has_compiler():
         return False
     weights = sum(parameter.numel() for layer in decoder_layers(model) for parameter in layer.parameters())
     return 4 * weights * tokens >= COMPILE_FROM
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, without which torch.compile makes nothing for a CPU."""
+    return any(map(shutil.which, _COMPILERS))
 
 
 def typical_batch(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int) -> Callable[[Engine], Batch]:

@@ -9,7 +9,7 @@ from benchmarks.accuracy.session import Session
 from benchmarks.accuracy.settings import QUICK
 
 AVAILABLE = Available({"clutrr": 80, "mquake": 50, "truthfulqa": 40}, {"clutrr": 60, "mquake": 30, "truthfulqa": 20})
-ENVIRONMENT = {"device": "CPU, 2 threads", "torch": "2.13.0"}
+ENVIRONMENT = {"device": "CPU, 2 threads", "torch": "2.13.0", "engine": "compiled"}
 
 
 # what the search ends with: beyond the start grid, before which accuracy rises with the rate, and falls behind it

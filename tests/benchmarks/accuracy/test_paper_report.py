@@ -79,14 +79,14 @@ def test_table1_stars_what_differs_from_lofit(finished):
 def test_table2_has_seconds_and_overlap(finished):
     _, *rows = table_of(finished, "table2", tables.selection_table)
     assert len(rows) == 7
-    assert rows[0][2:] == ["90.0", "2.0", "1.00", "4"]
-    assert all(0 <= float(row[4]) <= 1 for row in rows)
+    assert rows[0][2:] == ["90.0", "2.0", "CPU, 2 threads, engine compiled", "1.00", "4"]
+    assert all(0 <= float(row[5]) <= 1 for row in rows)
 
 
 def test_table3_has_parameters_and_seconds(finished):
     _, *rows = table_of(finished, "table3", tables.peers_table)
     assert [row[0] for row in rows[:5]] == ["LoRA", "RED", "LoReFT", "JoLA", "LoFiT"]
-    assert rows[4][3:] == ["1,728", "7"]
+    assert rows[4][3:] == ["1,728", "7", "CPU, 2 threads, engine compiled"]
 
 
 def test_table5_judges_other_tasks(finished):
@@ -125,13 +125,14 @@ def test_cells_made_on_several_machines_say_so(tmp_path):
     made = session(tmp_path, replace(QUICK, only=("table1",), tasks=("clutrr",)))
 
     def mixed(cell):
-        other = {"environment": {"device": "CPU, 1 threads", "torch": "2.13.0"}, "commit": "abcdef0123", "dirty": True}
+        environment = {"device": "CPU, 1 threads", "torch": "2.13.0", "engine": "not compiled"}
+        other = {"environment": environment, "commit": "abcdef0123", "dirty": True}
         return {**made_up(cell), **(other if cell.method == "lofit" else {})}
 
     made.run(mixed, progress=False)
     text = (tmp_path / "report.md").read_text()
     for words in (
-        "Made with device CPU, 2 threads (6 cells), CPU, 1 threads (1 cells); torch 2.13.0;",
+        "Made with device CPU, 2 threads (6 cells), CPU, 1 threads (1 cells); torch 2.13.0; engine compiled (6 cells),",
         "commit unknown (6 cells), abcdef0 (1 cells); 1 cells with changes that were not committed. Seconds compare",
     ):
         assert words in text

@@ -45,7 +45,7 @@ def point(numbers, rate, seed=42, device="CPU", seconds=1.0, method="lora", n=40
         "cell": {"seed": seed, "method": method},
         "hits": [float(i < round(rate * n)) for i in range(n)],
         "seconds": {"selection": 0.0, "training": seconds},
-        "environment": {"device": device},
+        "environment": {"device": device, "engine": "compiled"},
     }
     return SizePoint("smollm2", "mquake", method, numbers, (result,))
 
@@ -78,14 +78,17 @@ def test_the_answer_by_powers_of_ten(whole):
     # 21 of 30 beside 24 of 30: three questions cannot be told from none
     assert lines[5].startswith("* **The fewest that keep up**") and "LoFiT with 1,728 (-10.0, " in lines[5]
     # two seconds of choosing heads, and a thousandth of one per number
-    assert "LoFiT with 1,728 in 4 s, RED with 34,560, the most accurate, in 37 s (CPU, 2 threads)." in lines[6]
+    assert (
+        "LoFiT with 1,728 in 4 s, RED with 34,560, the most accurate, in 37 s (CPU, 2 threads, engine compiled)."
+        in lines[6]
+    )
     assert len(lines) == 7
 
 
 def test_the_table_has_every_point(whole):
     rows = [line for line in size_table(*whole).splitlines() if line.startswith(("| L", "| R", "| J"))]
     assert len(rows) == 8
-    assert rows[2] == "| LoFiT | MQuAKE, smollm2 | 4 heads | 1,728 | 70.0 ± 0.0 | 4 | CPU, 2 threads |"
+    assert rows[2] == "| LoFiT | MQuAKE, smollm2 | 4 heads | 1,728 | 70.0 ± 0.0 | 4 | CPU, 2 threads, engine compiled |"
 
 
 def test_where_nothing_is_the_answer_says_so(tmp_path):
@@ -115,7 +118,7 @@ def test_the_best_of_equals_is_the_smallest_and_other_seeds_stay_open():
 
 def test_seconds_compare_on_the_commonest_device():
     points = [point(10, 0.5, device="A"), point(20, 0.5, device="B"), point(30, 0.5, device="B")]
-    assert of_one_device(points) == ("B", points[1:])
+    assert of_one_device(points) == ("B, engine compiled", points[1:])
     assert of_one_device([]) == (None, [])
     mixed = replace(points[0], results=(*points[0].results, *points[1].results))
     assert of_one_device([mixed]) == (None, [])

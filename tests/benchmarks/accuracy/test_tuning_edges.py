@@ -36,7 +36,7 @@ def execute(cell):
 def choices(output, execute):
     made = Session(output, SETTINGS, AVAILABLE, "make", of=GRIDS.__getitem__)
     # the start grid alone
-    tuning = replace(made.tuning, n_runs=4)
+    tuning = replace(made.tuning, n_runs=4, most=4)
     run_cells(made.slots, made.folder, tuning, execute, summary=output / "summary.json", progress=False)
     results = Results(made.folder, tuning)
     return choices_made(made.slots, results), results
@@ -97,7 +97,7 @@ def slots_of(results):
 
 def test_searches_that_go_on_are_counted(whole):
     found, results = whole
-    longer = replace(results, tuning=replace(results.tuning, n_runs=5))
+    longer = replace(results, tuning=replace(results.tuning, n_runs=5, most=5))
     going_on = [choice for choice in choices_made(*slots_of(longer)) if not choice.over]
     # those of spans, flags and names have nothing more to try
     assert {choice.runs[0].method for choice in going_on} == {"lofit", "lora", "red", "jola"}

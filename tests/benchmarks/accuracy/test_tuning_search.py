@@ -1,23 +1,20 @@
-"""The search that tuning runs follow: beyond an edge, then halfway, the same number of runs for every method."""
+"""The search that tuning runs follow: beyond an edge as long as it takes, else halfway, as often for all."""
 
 import math
 
 import pytest
 
 from benchmarks.accuracy.method_table import METHODS, grid
-from benchmarks.accuracy.tuning_search import RUNS, Tried, best_of, edges, next_options
+from benchmarks.accuracy.tuning_search import MOST, RUNS, Tried, best_of, edges, next_options
 
 # what LoFiT has where nothing is asked for
 RECIPE = {"select_lr": 5e-4, "tune_lr": 5e-3, "top": 0.1}
 
 
-def searched(start, accuracy, defaults=None, runs=RUNS):
+def searched(start, accuracy, defaults=None, **counts):
     """All runs of a search. accuracy: of all settings of a run."""
     asked, tried = list(start), []
-    while asked or len(tried) < runs:
-        options = asked.pop(0) if asked else next_options(tried)
-        if options is None:
-            break
+    while (options := asked.pop(0) if asked else next_options(tried, **counts)) is not None:
         settings = {**(defaults or {}), **options}
         tried.append(Tried(options, settings, (accuracy(settings),)))
     return tried
@@ -33,8 +30,15 @@ def test_it_ends_inside_and_near_the_best(top):
     start = [{"lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
     tried = searched(start, hill(lr=top))
     best = tried[best_of(tried)]
-    assert len(tried) == RUNS and not edges(tried, best)
+    assert RUNS <= len(tried) <= MOST and not edges(tried, best)
     assert 1 / 1.6 <= best.settings["lr"] / top <= 1.6
+
+
+def test_only_an_edge_brings_more_runs():
+    start = [{"lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
+    assert len(searched(start, hill(lr=1e-3))) == RUNS
+    # without an end: as many as there may be, and no more
+    assert len(searched(start, hill(lr=1e9))) == MOST
 
 
 def test_several_settings_leave_their_edges_in_turn():
@@ -69,7 +73,7 @@ def test_what_has_no_numbers_has_nothing_more_to_try():
 
 
 def test_nothing_is_tried_twice():
-    tried = searched([{"lr": 1e-3}, {"lr": 1e-2}], hill(lr=3e-3), runs=20)
+    tried = searched([{"lr": 1e-3}, {"lr": 1e-2}], hill(lr=3e-3), runs=20, most=20)
     assert len({one.settings["lr"] for one in tried}) == len(tried) < 20
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ def heads_of(content: Any, path: Path | str) -> list[Head]:
     if twice := [pair for pair, count in Counter(heads).items() if count > 1]:
         raise ValueError(f"{path} lists heads more than once: {shown(twice)}")
     return heads
+
+
+def heads_asked(text: str) -> list[Head] | Literal["all"]:
+    """The heads of the file of that name, or "all". Raises what `read_heads` raises."""
+    return "all" if text == "all" else read_heads(text)
 
 
 def read_heads(path: Path | str) -> list[Head]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 
 EXPERIMENTS = (
     "table1",
@@ -47,8 +47,8 @@ class Settings:
     sweep_tasks: tuple[str, ...]
     sizes: tuple[int, ...]
     tops: tuple[float, ...]
+    parameter_tasks: tuple[str, ...]
     only: tuple[str, ...] = EXPERIMENTS
-    parameter_tasks: tuple[str, ...] = ("clutrr", "mquake", "truthfulqa")
 
     def seeds_of(self, task: str) -> range:
         """The seeds of a task's cells."""
@@ -88,16 +88,13 @@ FULL = Settings(
     sweep_tasks=("clutrr", "mquake"),
     sizes=(25, 50, 100, 200, 300),
     tops=(0.01, 0.03, 0.1, 0.2, 0.3),
+    parameter_tasks=("clutrr", "mquake", "truthfulqa"),
 )
 
 
 def from_json(content: Mapping[str, object]) -> Settings:
-    """The settings whose fields a JSON file holds. Raises ValueError for other keys.
-
-    What an older file lacks is as by default.
-    """
-    known = {field.name: field.default is MISSING for field in fields(Settings)}
-    if not content.keys() <= known.keys() or any(needed and key not in content for key, needed in known.items()):
+    """The settings whose fields a JSON file holds. Raises ValueError for other keys than those."""
+    if content.keys() != {field.name for field in fields(Settings)}:
         raise ValueError(f"these are no settings of the paper's experiments: {sorted(content)}")
     as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     return Settings(**{**as_tuples, "seeds": tuple(tuple(pair) for pair in content["seeds"])})

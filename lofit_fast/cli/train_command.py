@@ -62,7 +62,9 @@ def train(
     train_size: TrainSize = None,
     top: Top = None,
     min_layer: MinLayer = None,
-    heads: Annotated[Path | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Skip step 1 and tune the heads of this heads.json, or all.", metavar="FILE|all")
+    ] = None,
     fast: Fast = False,
     select: Select = None,
     select_examples: SelectExamples = None,
@@ -128,7 +130,7 @@ def train(
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
     from lofit_fast.evaluation.judge import judge
-    from lofit_fast.heads import read_heads
+    from lofit_fast.heads import heads_asked
     from lofit_fast.models.load import load_model
     from lofit_fast.ranks import together, told
     from lofit_fast.tasks import load_task
@@ -154,7 +156,7 @@ def train(
     knobs = {key: value for key, value in knobs.items() if value is not None}
     engine = (Engine.fast if fast else Engine)(attention=attention, group_by_length=group_by_length, **knobs)
     reading = reading_of(split, subset, columns, train_on)
-    fixed = None if heads is None else read_heads(heads)
+    fixed = None if heads is None else heads_asked(heads)
     if dtype == "auto" and resume and output is not None:
         # a run goes on in the dtype that it was begun in
         dtype = told(lambda: dtype_of_run(output)) or dtype

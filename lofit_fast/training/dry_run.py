@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from lofit_fast.config import Head, Recipe
+from lofit_fast.config import GivenHeads, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded, encode
 from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.preview import Part, preview
@@ -76,7 +76,7 @@ def dry_run(
     recipe: Recipe | None = None,
     *,
     engine: Engine | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: GivenHeads = None,
     validation: int | None = None,
     show: int = 3,
     progress: bool = False,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lofit_fast import ranks
-from lofit_fast.config import Head, Recipe
+from lofit_fast.config import GivenHeads, Head, Recipe
 from lofit_fast.files import given_path
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
@@ -39,7 +39,7 @@ def fit(
     output_dir: Path | str,
     engine: Engine | None = None,
     eval_data: Examples | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: GivenHeads = None,
     step1_dir: Path | str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = True,
@@ -55,7 +55,7 @@ def fit(
         output_dir: the run folder; an interrupted run goes on from its last epoch when resume is on.
         engine: how steps are run; None means the defaults.
         eval_data: as train; gives a loss per epoch and the exact match after each step.
-        heads: skip step 1 and tune these.
+        heads: skip step 1 and tune these; "all": every head of the layers that the recipe's min_layer leaves.
         step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
             has left it, and trained there otherwise.
         callbacks: of transformers' Trainer, for each step that trains. In a run of several processes each has them, and
@@ -94,7 +94,7 @@ def fit_preferences(
     *,
     output_dir: Path | str,
     engine: Engine | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: GivenHeads = None,
     beta: float = BETA,
     step1_dir: Path | str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -128,7 +128,7 @@ def fit_objective(
     *,
     output_dir: Path | str,
     engine: Engine | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: GivenHeads = None,
     step1_dir: Path | str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = True,
@@ -148,14 +148,14 @@ def _both_steps(
     model: nn.Module,
     *made: Any,
     output_dir: Path | str,
-    heads: Sequence[Head] | None,
+    heads: GivenHeads,
     step1_dir: Path | str | None,
     resume: bool,
 ) -> FitResult:
     _check_unpatched(model)
     ranks.check_same({"output_dir": str(output_dir), "step1_dir": str(step1_dir), "resume": resume}, "arguments")
     steps = _steps(model, *made)
-    steps.check_heads(heads)
+    heads = steps.checked_heads(heads)
     result = None
     try:
         # what step 1 has tried, step 2 knows
@@ -202,7 +202,7 @@ def rehearse(
     recipe: Recipe | None = None,
     *,
     engine: Engine | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: GivenHeads = None,
     progress: bool = True,
 ) -> tuple[EncodedObjective, dict[str, Engine], Worth]:
     """All that `fit_objective` does before it opens the run folder, and nothing after: (the data, stage -> engine).
@@ -216,7 +216,7 @@ def rehearse(
     heads = given_heads(heads)
     _check_unpatched(model)
     steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
-    steps.check_heads(heads)
+    heads = steps.checked_heads(heads)
     with remembering():
         return steps.data, *steps.engines(heads)
 
@@ -242,7 +242,7 @@ def select_by_training(
     output_dir = given_path(output_dir)
     with ranks.joined("choosing heads"), quiet_unless_first():
         steps = _steps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
-        steps.check_heads(None)
+        steps.checked_heads(None)
         with steps.opened(output_dir, None, resume) as run:
             if run.heads is None:
                 steps.select(run, resume)
@@ -269,7 +269,7 @@ def select_untrained(
         raise ValueError(f"select={recipe.select!r} is trained in a folder: use select_by_training")
     with ranks.joined("choosing heads"), quiet_unless_first():
         steps = _steps(model, tokenizer, objective, recipe, engine or Engine(), (), progress)
-        steps.check_heads(None)
+        steps.checked_heads(None)
         return steps.look(way, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from torch import nn
 from transformers import TrainerCallback
@@ -34,11 +35,12 @@ def check_given(model: object, tokenizer: object, recipe: object, engine: object
             raise TypeError(f"expected callbacks to be a list of TrainerCallback, got {shown(one)}")
 
 
-def given_heads(heads: GivenHeads) -> tuple[Head, ...] | None:
-    """The heads that a training is told to tune, as plain pairs; None for those that step 1 chooses.
+def given_heads(heads: GivenHeads) -> tuple[Head, ...] | Literal["all"] | None:
+    """The heads that a training is told to tune, as plain pairs, or "all"; None for those that step 1 chooses.
 
     Raises ValueError / TypeError for anything but different pairs of non-negative integers.
     """
-    if isinstance(heads, str):
-        raise TypeError(f"expected heads to be a list of (layer, head), or None for step 1 to choose, got {heads!r}")
+    if isinstance(heads, str) and heads != "all":
+        expected = "'all', a list of (layer, head), or None for step 1 to choose"
+        raise TypeError(f"expected heads to be {expected}, got {heads!r}")
     return None if heads is None else LofitConfig(offset=heads).offset

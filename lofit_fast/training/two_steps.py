@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -119,8 +120,8 @@ class TwoSteps:
         """What tells the base. Of a model in parts all processes must ask at once, so it waits until all are ready."""
         return base_of(self.model, self.projections)
 
-    def check_heads(self, heads: Sequence[Head] | None) -> None:
-        """Fail before training, not after it, on heads that cannot be chosen."""
+    def checked_heads(self, heads: Sequence[Head] | Literal["all"] | None) -> Sequence[Head] | None:
+        """The given heads, "all" as a list. Fails before training, not after it, on heads that cannot be chosen."""
         top, lowest = self.recipe.top, self.recipe.min_layer
         total = sum(p.n_heads for p in self.projections if p.layer >= lowest)
         if not total:
@@ -129,11 +130,19 @@ class TwoSteps:
             if isinstance(top, int) and top > total:
                 at = f" in layers from {lowest}" if lowest else ""
                 raise ValueError(f"asked for the top {top} heads, but the model has {total}{at}")
+        elif heads == "all":
+            heads = self._every_head()
         else:
             below = [tuple(pair) for pair in LofitConfig(offset=heads).offset if pair[0] < lowest]
             if below:
                 raise ValueError(f"min_layer is {lowest}, but the given heads are in layers below: {below}")
             LofitHandle(self.model, LofitConfig(offset=heads), self.projections)
+        return heads
+
+    def _every_head(self) -> list[Head]:
+        """Of the layers that the recipe leaves."""
+        above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
+        return [(p.layer, head) for p in above for head in range(p.n_heads)]
 
     def identity(self, heads: Sequence[Head] | None) -> dict:
         """What makes two runs the same one."""
@@ -360,8 +369,7 @@ class TwoSteps:
         if heads is None:
             # a way that does not look at the data runs nothing
             stages = ["select"] * getattr(self.way, "looks", True) + stages
-            above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
-            heads = [(p.layer, head) for p in above for head in range(p.n_heads)]
+            heads = self._every_head()
         handle = patch(self.model, self._config(offset=heads))
         try:
             yield handle, stages

@@ -141,6 +141,13 @@ def test_train_on_given_heads(model, data, tmp_path, as_object):
     assert not (tmp_path / "run" / "heads.png").exists()
 
 
+def test_train_on_all_heads(model, data, tmp_path):
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
+    summary = as_json(*arguments, "--heads", "all")
+    assert len(summary["heads"]) == 12
+    assert "accuracy_after_select" not in summary
+
+
 def test_train_on_the_heads_of_another_run(run_folder, model, data, tmp_path):
     arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
     summary = as_json(*arguments, "--heads", run_folder / "heads.json")

@@ -121,6 +121,18 @@ def test_fit_on_given_heads_skips_step_1(llama, tmp_path):
     assert [tuple(pair) for pair in json.loads((tmp_path / "heads.json").read_text())["heads"]] == heads
 
 
+def test_fit_on_all_heads_is_fit_on_each_of_them(llama, tmp_path):
+    recipe = lf.Recipe(min_layer=1, tune_epochs=1)
+    every = [(layer, head) for layer in range(1, LAYERS) for head in range(HEADS)]
+    result = fit(llama, tmp_path / "all", recipe, heads="all")
+    assert (result.heads, result.scores) == (every, None)
+    expected = vectors(result.handle)
+    result.handle.unpatch()
+    assert_equal_vectors(vectors(fit(llama, tmp_path / "each", recipe, heads=every).handle), expected)
+    with pytest.raises(TypeError, match="'all', a list of"):
+        fit(llama, tmp_path / "none", recipe, heads="every")
+
+
 def test_fit_step_2_starts_from_the_base(llama, tmp_path):
     # the same offsets whether step 1 has run before or not
     result = fit(llama, tmp_path / "both")

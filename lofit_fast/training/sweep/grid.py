@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from lofit_fast.config import RECIPES, Head, Recipe, fast_settings
-from lofit_fast.heads import read_heads
+from lofit_fast.config import RECIPES, GivenHeads, Recipe, fast_settings
+from lofit_fast.heads import heads_asked
 from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.sweep.run_names import given_name, name_of, same_folder
@@ -54,7 +54,7 @@ class Run:
     name: str
     varied: dict[str, object]
     recipe: Recipe
-    heads: tuple[Head, ...] | None = None
+    heads: GivenHeads = None
     train_size: int | None = None
 
 
@@ -82,8 +82,8 @@ def read_grid(path: Path | str, fast: bool = False) -> Grid:
     [base]: model, and what else all runs share: task, data, split, subset, columns (a table), train_on, data_seed,
     dtype, device, the fields of Engine, and any setting of a run.
     [grid]: a list per setting; every combination is a run. [[runs]]: runs of their own, with an optional name.
-    A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json). Paths are seen from the
-    working folder. fast: whether what the file leaves open is the fast preset's.
+    A setting of a run is a field of Recipe, train_size, or heads (the path of a heads.json, or "all"). Paths are seen
+    from the working folder. fast: whether what the file leaves open is the fast preset's.
     Raises FileNotFoundError for no such file, ValueError naming the table, the key and what is expected there, and for
     what is no file of UTF-8 text.
     """
@@ -167,7 +167,7 @@ def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: run {name}: {error}") from error
     try:
-        heads = tuple(read_heads(settings["heads"])) if "heads" in settings else None
+        heads = heads_asked(settings["heads"]) if "heads" in settings else None
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: run {name}: heads: {error}") from error
     return Run(name, own, recipe, heads, settings.get("train_size"))

@@ -162,12 +162,12 @@ class TogetherRunner(Runner):
         options, objective = self.options, objective_of(self._tasks[run.train_size])
         progress = options.get("progress", True)
         steps = MemberSteps(self.model, self.tokenizer, objective, run.recipe, self.grid.engine, (), progress)
-        steps.check_heads(run.heads)
+        heads = steps.checked_heads(run.heads)
         resume = self._resume[run.name]
         path = self.folder / RUNS / run.name
-        folder = folders.enter_context(opened_run(steps, path, run.heads, resume))
+        folder = folders.enter_context(opened_run(steps, path, heads, resume))
         if folder.stage != "done":
-            choose_heads(steps, folder, run.heads, options["step1_dir"], resume)
+            choose_heads(steps, folder, heads, options["step1_dir"], resume)
         return _Member(f"run {number}", run, steps, folder)
 
     def _tune(self, handle: LofitHandle, members: Sequence[_Member]) -> None:

@@ -18,7 +18,7 @@ from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
 from lofit_fast.training.sweep.sweep_tables import failures
 from tests.library_versions import PICTURES
-from tests.tiny_models import tiny_model
+from tests.tiny_models import HEADS, LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.sweep.small_sweeps import BASE, grid_of, run
 
@@ -174,6 +174,13 @@ def test_given_heads_skip_step_1(data, tmp_path, trainings):
     (row,) = run(grid, tmp_path / "sweep")
     assert row["chosen_heads"] == [[1, 2], [0, 0]]
     assert row["heads"] == str(path)
+    assert [stage for stage, _ in trainings] == ["tune"]
+
+
+def test_all_heads_skip_step_1(data, tmp_path, trainings):
+    grid = parse_grid({"base": {**BASE, "data": data}, "runs": [{"name": "every", "heads": "all"}]})
+    (row,) = run(grid, tmp_path / "sweep")
+    assert len(row["chosen_heads"]) == LAYERS * HEADS
     assert [stage for stage, _ in trainings] == ["tune"]
 
 

@@ -115,6 +115,7 @@ class Sizes:
     option: of the method, that sets its size; values: what it is set to, other_models: with other models than the
     first. None is the size as it is. default: the value at which the settings are tuned; the cells of that size are the
     main ones. tuned: whether tuning may choose another. says: values in words. share: they are written in percent.
+    LoFiT at its largest is a variant, which needs no step 1.
     """
 
     option: str = ""
@@ -128,7 +129,7 @@ class Sizes:
 
 _HEADS, _RANK = "{} of the heads", "rank {}"
 SIZES: dict[str, Sizes] = {
-    "lofit": Sizes("top", (0.01, 0.03, 0.1, 0.3, 1.0), (0.03, 0.1, 0.3), LOFIT_DEFAULTS["top"], True, _HEADS, True),
+    "lofit": Sizes("top", (0.01, 0.03, 0.1, 0.3), (0.03, 0.1, 0.3), LOFIT_DEFAULTS["top"], True, _HEADS, True),
     "lofit_scaled": Sizes("top", (0.1,), says=_HEADS, share=True),
     "lora": Sizes("rank", (1, 2, 4, 8), (8,), 8, says=_RANK),
     "lora_all": Sizes("rank", (1, 2, 4, 8), default=8, says=_RANK),

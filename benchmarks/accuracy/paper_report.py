@@ -82,7 +82,7 @@ SECTIONS = {
         " rank. A size belongs to the nearest power of ten. A size keeps up when the questions do not tell it apart"
         " from the most accurate, which the same questions pick: its own number flatters it. Seconds are with those of"
         " choosing heads, and are compared among the cells of one device alone.",
-        ("table1", "table3", "tops", "parameters"),
+        ("table1", "table3", "tops", "variants", "parameters"),
         of_one_size,
     ),
     "table5": Section(

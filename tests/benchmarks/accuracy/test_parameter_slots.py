@@ -29,7 +29,7 @@ def cells_of(made, experiment, model="smollm2"):
 def test_every_size_is_a_cell_and_its_own_size_is_the_main_one(tmp_path):
     cells = cells_of(session(tmp_path, replace(QUICK, only=("parameters",))), "parameters")
     assert sized(cells) == [
-        *(("lofit", 0.01), ("lofit", 0.03), ("lofit",), ("lofit", 0.3), ("lofit", 1.0), ("lofit_scaled", 0.1)),
+        *(("lofit", 0.01), ("lofit", 0.03), ("lofit",), ("lofit", 0.3), ("lofit_scaled", 0.1)),
         *(("lora", 1), ("lora", 2), ("lora", 4), ("lora",)),
         *(("lora_all", 1), ("lora_all", 2), ("lora_all", 4), ("lora_all",)),
         *(("loreft", 1), ("loreft",), ("loreft", 8), ("red",), ("jola",), ("ia3",), ("beft",)),
@@ -56,7 +56,7 @@ def test_other_models_have_some_sizes_of_two_methods(tmp_path):
 def test_sizes_are_judged_on_their_own_task_alone(tmp_path):
     made = session(tmp_path, replace(TUNED, tasks=("truthfulqa", "mquake"), models=("smollm2",), only=("parameters",)))
     lofit = [cell for cell in cells_of(made, "parameters") if (cell.method, cell.task) == ("lofit", "truthfulqa")]
-    assert len(lofit) == 5 and all(cell.outside == () and cell.n_outside == 0 for cell in lofit)
+    assert len(lofit) == 4 and all(cell.outside == () and cell.n_outside == 0 for cell in lofit)
 
 
 @pytest.mark.parametrize("method", [name for name, sizes in SIZES.items() if sizes.option == "rank"])
@@ -106,7 +106,7 @@ def test_every_size_is_a_point_and_a_row_of_the_table(whole):
     points = [point for point in size_points(whole.slots, results) if point.model == "smollm2"]
     sizes = {(point.method, point.size) for point in points}
     assert {("lora", f"rank {rank}") for rank in (1, 2, 4, 8)} | {("loreft", "rank 4"), ("red", "")} < sizes
-    assert sum(point.method == "lofit" for point in points) == 5
+    assert sum(point.method == "lofit" for point in points) == 4
     rows = size_table(whole.slots, results).splitlines()
     assert sum(row.startswith("| LoRA on all linears | MQuAKE, smollm2 | rank ") for row in rows) == 4
 

@@ -157,11 +157,7 @@ def _tops(plan: Plan) -> Iterator[Slot]:
 
 
 def _variants(plan: Plan) -> Iterator[Slot]:
-    first, *others = plan.settings.models
-    for model, methods in ({first: VARIANTS} | dict.fromkeys(others, VARIANTS[:1])).items():
-        for task in plan.of(plan.settings.peer_tasks):
-            for method in ("lofit", *methods):
-                yield Slot("variants", model, method, task, plan.cells(method, task, model))
+    yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan)
 
 
 def _parameters(plan: Plan) -> Iterator[Slot]:

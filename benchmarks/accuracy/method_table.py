@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
     "lofit_on_lora": Method("LoFiT on LoRA", "lofit_on_lora", borrows=("lofit", "lora")),
     "lora_on_heads": Method("LoRA in the layers of LoFiT's heads", "lora_on_heads", borrows=("lofit", "lora")),
 }
-# ours, which are no method of anybody's; the first is tried on every model
+# ours, which are no method of anybody's
 VARIANTS = ("lofit_all", "lofit_both", "lofit_units")
 # made of LoFiT and LoRA
 COMBINED = ("lofit_on_lora", "lora_on_heads")

@@ -25,12 +25,12 @@ FIRST_SEED = 42
 class Settings:
     """What is run. Sizes are upper bounds: a task with fewer examples gives all it has.
 
-    models: the first has every cell, the others 0-shot, LoFiT, a variant of it and some sizes of LoFiT and LoRA.
-    seeds: how many, per task (`default` for the rest). epochs: of each step of LoFiT and of every peer. n_tuning:
-    training examples set aside for tuning, 0 for none, with every method at its default settings. n_outside: questions
-    of each task judged out of domain. selection_tasks, peer_tasks, transfer_tasks, sweep_tasks, parameter_tasks: the
-    tasks of table 2, of table 3 and the variants, of the figure of other tasks' heads, of the figures of sizes and of
-    top and of LoFiT combined with LoRA, and of accuracy per parameter.
+    models: the first has every cell, the others 0-shot, LoFiT and some sizes of LoFiT and LoRA. seeds: how many, per
+    task (`default` for the rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set
+    aside for tuning, 0 for none, with every method at its default settings. n_outside: questions of each task judged
+    out of domain. selection_tasks, peer_tasks, transfer_tasks, sweep_tasks, parameter_tasks: the tasks of table 2, of
+    table 3 and the variants, of the figure of other tasks' heads, of the figures of sizes and of top and of LoFiT
+    combined with LoRA, and of accuracy per parameter.
     """
 
     models: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.accuracy import findings
@@ -32,50 +32,48 @@ def variants_answer(slots: Sequence[Slot], results: Results) -> str:
     """LoFiT beside every variant, and which of them gains `GAIN` points on `TASKS` tasks of a model."""
     if not any(results.of(slot) for slot in slots):
         return findings.NOTHING
-    winners, partial, open_ones = [], [], []
-    models = list(dict.fromkeys(slot.model for slot in slots))
+    winners, open_ones = [], []
+    models = dict.fromkeys(slot.model for slot in slots)
     for row in dict.fromkeys(slot.row for slot in slots if slot.row != "lofit"):
         gains = {model: _gains(slots, results, model, row) for model in models}
-        enough = [sum(gain is not None and gain >= GAIN for gain in own.values()) >= TASKS for own in gains.values()]
-        if all(enough):
+        if all(sum(gain is not None and gain >= GAIN for gain in own.values()) >= TASKS for own in gains.values()):
             winners.append(str(labelled(row)))
-            continue
-        if any(enough):
-            partial.append(str(labelled(row)))
-        if any(None in own.values() for own in gains.values()):
+        elif all(_open(own.values()) for own in gains.values()):
             open_ones.append(str(labelled(row)))
     rule = f"{GAIN:g} points or more on {TASKS} tasks of {' and '.join(models)}"
     text = f"{enumerated(winners)} gains {rule}." if winners else f"None of the finished variants gains {rule}."
-    if partial:
-        text += f" On one of the models {enumerated(partial)} does."
     if open_ones:
-        text += f" Cells are missing of {enumerated(open_ones)}."
+        text += f" Missing cells may still change that for {enumerated(open_ones)}."
     return f"{text} {findings.beside_lofit(slots, results)}"
 
 
+def _open(gains: Iterable[float | None]) -> bool:
+    """Whether missing cells may still bring what a preset needs."""
+    return sum(gain is None or gain >= GAIN for gain in gains) >= TASKS
+
+
 def _gains(slots: Sequence[Slot], results: Results, model: str, row: str) -> dict[str | int | float, float | None]:
-    """By task on which it is planned, what a variant has over LoFiT in points; None where either is not finished."""
+    """By task, what a variant has over LoFiT in points; None where either is not finished."""
     own = {(slot.row, slot.column): results.judged(slot) for slot in slots if slot.model == model}
     gains = {}
-    for column in (column for name, column in own if name == row):
+    for column in dict.fromkeys(column for _, column in own):
         made = difference(own.get((row, column), []), own.get(("lofit", column), []))
         gains[column] = None if made is None else made.mean
     return gains
 
 
 def variants_table(slots: Sequence[Slot], results: Results) -> str:
-    """LoFiT and every variant, by model: accuracy, the difference with its interval and p, parameters, seconds."""
-    by_place = {(slot.model, slot.row, slot.column): slot for slot in slots}
-    several = len({slot.model for slot in slots}) > 1
+    """LoFiT and every variant: accuracy, the difference with its interval and p, parameters, seconds."""
+    by_place = {(slot.row, slot.column): slot for slot in slots}
     rows = []
-    for (model, row, column), slot in by_place.items():
-        found, lofit = results.of(slot), results.of(by_place[model, "lofit", column])
+    for (row, column), slot in by_place.items():
+        found, lofit = results.of(slot), results.of(by_place["lofit", column])
         made = None if row == "lofit" else difference(found, lofit)
         p = None if made is None else paired_bootstrap(mean_hits(found), mean_hits(lofit))
         rows.append(
             [
                 str(labelled(row)),
-                str(labelled(column)) + f", {model}" * several,
+                str(labelled(column)),
                 score(found),
                 "" if made is None else f"{made.mean:+.1f}",
                 "" if made is None else f"{made.low:+.1f} to {made.high:+.1f}",

@@ -28,29 +28,15 @@ def test_a_gain_on_one_task_is_none(tmp_path):
     assert text.startswith("None of the finished variants gains 3 points or more on 2 tasks of smollm2. 6 comparisons:")
 
 
-def test_missing_cells_are_told(tmp_path):
+def test_missing_cells_are_told_where_they_may_change_the_answer(tmp_path):
     def failing(cell):
-        if cell.method == "lofit_units":
+        # of two tasks both are needed: one that gains nothing on the first has lost already
+        if cell.method == "lofit_units" or (cell.method == "lofit_all" and cell.task == "clutrr"):
             raise RuntimeError("no")
         return rates()(cell)
 
     text = answer(tmp_path, "variants", failing, SETTINGS)
-    assert "Cells are missing of LoFiT, all heads, in units of their spread." in text
-
-
-def test_another_model_has_a_say_where_a_variant_is_tried_on_it(tmp_path):
-    models = replace(SETTINGS, models=("smollm2", "gemma3-270m"))
-    both = answer(tmp_path / "both", "variants", rates(lofit_all=0.7, lofit_units=0.7), models)
-    assert both.startswith("LoFiT, all heads gains 3 points or more on 2 tasks of smollm2 and gemma3-270m. On one of")
-    assert "the models LoFiT, all heads, in units of their spread does." in both and "missing" not in both
-
-    def one(cell):
-        return rates(lofit_all=0.7 if cell.model == "smollm2" else 0.5)(cell)
-
-    text = answer(tmp_path / "one", "variants", one, models)
-    assert (
-        text.startswith("None of the finished variants gains") and "On one of the models LoFiT, all heads does." in text
-    )
+    assert "Missing cells may still change that for LoFiT, all heads, in units of their spread. " in text
 
 
 @pytest.fixture

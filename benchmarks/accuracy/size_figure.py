@@ -29,7 +29,7 @@ def parameters(slots: Sequence[Slot], results: Results, title: str):
         there = [point for point in points if point.task == task]
         _panel(upper, there, kinds, lambda point: point.numbers, labelled(task), joined=True)
         device, timed = of_one_device(there)
-        _panel(lower, timed, kinds, lambda point: point.seconds, f"{labelled(task)}, {device or 'no device'}")
+        _panel(lower, timed, kinds, lambda point: point.seconds, f"{labelled(task)}\n{device or 'no device'}")
         upper.set_xlabel("trained numbers")
         lower.set_xlabel("seconds of training")
         upper.set_xscale("log")

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.accuracy.fitting import ENGINE, Bench, fitted
+from benchmarks.accuracy.fitting import Bench, fitted
 from benchmarks.accuracy.method_table import METHODS
 from benchmarks.accuracy.paper_cells import VALIDATION, Cell
 from benchmarks.accuracy.task_parts import TaskData
 from lofit_fast.files import writable_folder, write_text
 from lofit_fast.models.load import load_model
+from lofit_fast.training.engine import Engine
+from lofit_fast.training.engine.auto import has_compiler
 from lofit_fast.training.summary import environment
 
 
@@ -25,10 +27,20 @@ class Executor:
     """cell -> what its file holds: metrics, hits, outside, n_parameters, seconds, heads, settings, environment, commit.
 
     data: the tasks' folder. work: a folder for what cells share and for runs' files; nothing in it is a result.
-    dtype, device: of `load_model`.
+    dtype, device: of `load_model`. engine: of every training; None compiles the layers, where there is a compiler.
     """
 
-    def __init__(self, data: Path | str | None, work: Path, *, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        data: Path | str | None,
+        work: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        engine: Engine | None = None,
+    ) -> None:
+        # layers are compiled once for hundreds of cells, which no rule for one run knows of
+        self.engine = engine or Engine(compile=has_compiler())
         self.folder, self.work, self.where = data, writable_folder(work), {"dtype": dtype, "device": device}
         write_text(self.work / ".gitignore", "*\n")
         self.name: str | None = None
@@ -57,7 +69,7 @@ class Executor:
     def _run(self, cell: Cell, folder: Path) -> dict:
         sizes = {"train_size": cell.train_size, "n_judged": cell.n_validation, "seed": cell.seed, "split": cell.split}
         task = self.data.part(cell.task, **sizes)
-        bench = Bench(self.model, self.tokenizer, self.data, task, folder, self.work / "selections")
+        bench = Bench(self.model, self.tokenizer, self.data, task, folder, self.work / "selections", self.engine)
         began = time.perf_counter()
         with fitted(bench, cell, METHODS[cell.method].kind) as method:
             ready = time.perf_counter()
@@ -73,7 +85,7 @@ class Executor:
             "seconds": {"selection": 0.0, "training": 0.0, **method.seconds, "judging": judging, "cell": ended - began},
             "heads": None if method.heads is None else [list(pair) for pair in method.heads],
             "settings": method.settings,
-            "environment": {**environment(self.model), "engine": "compiled" if ENGINE.compile else "not compiled"},
+            "environment": {**environment(self.model), "engine": "compiled" if self.engine.compile else "not compiled"},
             **self.commit,
         }
 

@@ -25,12 +25,8 @@ from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Task, exact_match
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
-from lofit_fast.training.engine.auto import has_compiler
 
 SHOTS = 5
-# the same engine for every method. Layers are compiled once for hundreds of cells, which no rule for one run knows of;
-# batches are packed where the method takes packed rows, see `auto.settle`
-ENGINE = Engine(compile=has_compiler())
 # of a recipe, what the choice of heads does not depend on
 _NOT_OF_HEADS = ("tune_lr", "tune_epochs")
 # the options that are LoFiT's, where a cell has those of two methods
@@ -40,7 +36,7 @@ _OF_LOFIT = {setting.name for setting in fields(Recipe)}
 @dataclass(frozen=True)
 class Bench:
     """What a cell is run with. task: its own part of the data. folder: for a run's files, taken away afterwards.
-    selections: heads once chosen, shared between cells."""
+    selections: heads once chosen, shared between cells. engine: the same for every method."""
 
     model: nn.Module
     tokenizer: object
@@ -48,6 +44,7 @@ class Bench:
     task: Task
     folder: Path
     selections: Path
+    engine: Engine
 
 
 @dataclass
@@ -159,7 +156,7 @@ def _train(bench: Bench, attachment: Attachment, *, lr: float, epochs: int, seed
     from lofit_fast.training.stage import train_attachment
 
     schedule = Schedule(lr, epochs, seed=seed)
-    how = {"output_dir": bench.folder, "engine": ENGINE, "progress": False}
+    how = {"output_dir": bench.folder, "engine": bench.engine, "progress": False}
     return train_attachment(attachment, bench.tokenizer, _objective(bench), schedule, **how)["seconds"]
 
 
@@ -178,7 +175,7 @@ def _offsets(bench: Bench, recipe: Recipe, heads: list[Head], selecting: float) 
     """LoFiT's step 2. selecting: the seconds of choosing the heads."""
     from lofit_fast.training.fit import fit_objective
 
-    how = {"output_dir": bench.folder, "heads": heads, "engine": ENGINE, "progress": False}
+    how = {"output_dir": bench.folder, "heads": heads, "engine": bench.engine, "progress": False}
     result = fit_objective(bench.model, bench.tokenizer, _objective(bench), recipe, **how)
     return Fitted(
         bench.task,
@@ -276,7 +273,7 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
         from lofit_fast.selection.methods import SELECTORS, TRAINED
 
         run: dict[str, object] = {"output_dir": bench.folder / "selection", "seed": cell.seed, "progress": False}
-        run |= {"engine": ENGINE} if cell.selector in TRAINED else {}
+        run |= {"engine": bench.engine} if cell.selector in TRAINED else {}
         chosen = SELECTORS[cell.selector](bench.model, bench.tokenizer, task, recipe, **run)
         scores = None if chosen.scores is None else chosen.scores.tolist()
         content = {"heads": [list(pair) for pair in chosen.heads], "scores": scores, "seconds": chosen.seconds}

@@ -8,6 +8,7 @@ from benchmarks.accuracy import execute
 from benchmarks.accuracy.fitting import FITTING
 from benchmarks.accuracy.method_table import COMBINED, METHODS, SELECTOR_LABELS
 from benchmarks.accuracy.paper_cells import Cell, as_options
+from lofit_fast.training.engine import Engine
 from tests.tiny_models import LAYERS, tiny_model
 from tests.tiny_tokenizers import word_tokenizer
 
@@ -28,7 +29,8 @@ def executor(tmp_path, monkeypatch):
         return tiny_model("llama", max_position_embeddings=512), word_tokenizer()
 
     monkeypatch.setattr(execute, "load_model", load)
-    made = execute.Executor(None, tmp_path)
+    # compiling every method takes minutes
+    made = execute.Executor(None, tmp_path, engine=Engine(compile=False))
     made.loads = loads
     return made
 

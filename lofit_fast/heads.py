@@ -60,9 +60,9 @@ def heads_of(content: Any, path: Path | str) -> list[Head]:
     return heads
 
 
-def heads_asked(text: str) -> list[Head] | Literal["all"]:
+def heads_asked(text: str) -> tuple[Head, ...] | Literal["all"]:
     """The heads of the file of that name, or "all". Raises what `read_heads` raises."""
-    return "all" if text == "all" else read_heads(text)
+    return "all" if text == "all" else tuple(read_heads(text))
 
 
 def read_heads(path: Path | str) -> list[Head]:

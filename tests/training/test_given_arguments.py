@@ -21,7 +21,7 @@ OF_ANOTHER_KIND = {
     "callbacks": (None, [1], 3, [None]),
     "output_dir": (None, 3, b"runs"),
     "step1_dir": (3, b"runs"),
-    "heads": ("all", "0,1", 3, [3], [(0, 1.5)]),
+    "heads": ("every", "0,1", 3, [3], [(0, 1.5)]),
 }
 
 

@@ -15,8 +15,8 @@ from benchmarks.accuracy.tables import Results, markdown, score, timed_on, train
 GAIN, TASKS = 3.0, 2
 _HEADER = ("", "task", "accuracy, %", "points over LoFiT", "95 % interval", "p", "parameters", "seconds", "timed on")
 VARIANTS_SAY = (
-    "Every variant trains vectors on all heads at once, from the base model, in one step instead of two; each has as"
-    " many tuning runs as LoFiT. Each is folded into the projection afterwards, so that it costs nothing more.\n\n"
+    "Every variant trains vectors on all heads at once, from the base model, in one step instead of two; each is tuned"
+    " by the same search as LoFiT. Each is folded into the projection afterwards, so that it costs nothing more.\n\n"
     "* **All heads**: z -> z + v. A layer's edit adds one vector, the sum over heads of W_h v_h, to every token. One"
     " head reaches D dimensions of it; all heads reach as many as the layer has, in every layer.\n"
     "* **Scales kept**: z -> (1 + a) z + v. An offset is the same for every token. A scale adds what depends on the"

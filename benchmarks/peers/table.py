@@ -25,7 +25,7 @@ def _rates(*rates: float) -> tuple[dict, ...]:
     return tuple({"lr": rate} for rate in rates)
 
 
-# every peer that is tuned is tuned as often as the others
+# every peer that is tuned is tuned by the same search
 PEERS: dict[str, Peer] = {
     "floor": Peer("frozen floor", attach=floor.attach),
     "ours": Peer("lofit-fast", "ours", attach=ours.attach),

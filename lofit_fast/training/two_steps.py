@@ -141,8 +141,7 @@ class TwoSteps:
 
     def _every_head(self) -> list[Head]:
         """Of the layers that the recipe leaves."""
-        above = [p for p in self.projections if p.layer >= self.recipe.min_layer]
-        return [(p.layer, head) for p in above for head in range(p.n_heads)]
+        return [(p.layer, h) for p in self.projections if p.layer >= self.recipe.min_layer for h in range(p.n_heads)]
 
     def identity(self, heads: Sequence[Head] | None) -> dict:
         """What makes two runs the same one."""

@@ -18,7 +18,9 @@ def paper(
         str | None, typer.Option("--data", "-d", help="Folder of the tasks' published splits.", metavar="DIR")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: few examples, one seed, no tuning.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Seeds of every trained cell. Default: 2, of TruthfulQA 1.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of every trained cell. Default: 2, of TruthfulQA 1, of a preset 3.")
+    ] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="May be repeated; the first gets every cell.")
     ] = None,
@@ -29,8 +31,8 @@ def paper(
         list[str] | None,
         typer.Option(
             "--only",
-            help="table1, table2, table3, table5, transfer, layers, sizes, tops, variants, parameters, combining: some,"
-            " comma between.",
+            help="table1, table2, table3, table5, transfer, layers, sizes, tops, variants, preset, parameters,"
+            " combining: some, comma between.",
         ),
     ] = None,
     hub: Annotated[

@@ -55,8 +55,10 @@ class Plan:
         chosen = [name for name in EXPERIMENTS if name in self.settings.only]
         return [slot for name in chosen for slot in _SLOTS[name](self)]
 
-    def cells(self, method: str, task: str, model: str | None = None, **changes) -> tuple[Cell, ...]:
-        """One cell per seed. changes: of `Cell`'s fields, from the plain one of the method on the task."""
+    def cells(
+        self, method: str, task: str, model: str | None = None, n_seeds: int | None = None, **changes
+    ) -> tuple[Cell, ...]:
+        """One cell per seed. n_seeds: other than the task's own. changes: of `Cell`'s fields, from the plain cell."""
         settings, learns = self.settings, METHODS[method].learns
         outside = self.outside() if task == TRAINED_FOR_OUTSIDE and method in TABLE5 else ()
         cell = Cell(
@@ -72,8 +74,8 @@ class Plan:
             n_outside=settings.n_outside if outside else 0,
         )
         # what learns nothing has nothing that a seed could change
-        seeds = settings.seeds_of(task) if learns else range(FIRST_SEED, FIRST_SEED + 1)
-        return tuple(replace(cell, seed=seed, **changes) for seed in seeds)
+        count = (n_seeds or settings.n_seeds(task)) if learns else 1
+        return tuple(replace(cell, seed=seed, **changes) for seed in range(FIRST_SEED, FIRST_SEED + count))
 
     def sized(self, method: str, task: str, value: float | None, model: str | None = None) -> tuple[Cell, ...]:
         """A method's cells at one of its sizes: the main ones at the size that its settings are tuned at."""
@@ -160,6 +162,14 @@ def _variants(plan: Plan) -> Iterator[Slot]:
     yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan)
 
 
+def _preset(plan: Plan) -> Iterator[Slot]:
+    candidates, count = plan.settings.candidates, plan.settings.candidate_seeds
+    for model in plan.settings.models:
+        for task in plan.of(plan.settings.peer_tasks):
+            for method in ("lofit", *candidates):
+                yield Slot("preset", model, method, task, plan.cells(method, task, model, count))
+
+
 def _parameters(plan: Plan) -> Iterator[Slot]:
     """Rows are methods, columns tasks, a slot for each size."""
     first, *others = plan.settings.models
@@ -187,6 +197,7 @@ _SLOTS = {
     "sizes": _sizes,
     "tops": _tops,
     "variants": _variants,
+    "preset": _preset,
     "parameters": _parameters,
     "combining": _combining,
 }

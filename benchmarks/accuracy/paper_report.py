@@ -13,13 +13,14 @@ from benchmarks.accuracy.combining import COMBINING_SAYS, combining_answer, comb
 from benchmarks.accuracy.comparison import enumerated
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Available, Plan, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
+from benchmarks.accuracy.preset import PRESET_SAYS, preset_answer
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
 from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
 from benchmarks.accuracy.tuning_search import MOST, RUNS
-from benchmarks.accuracy.variants import VARIANTS_SAY, variants_answer, variants_table
+from benchmarks.accuracy.variants import VARIANTS_SAY, variants_table
 from lofit_fast.files import write_text
 
 Part = Callable[[Sequence[Slot], Results], str]
@@ -129,9 +130,17 @@ SECTIONS = {
         "What limits LoFiT",
         "Is it the few heads, offsets without scales, or steps of one size for all heads?",
         figures.dots,
-        variants_answer,
+        findings.beside_lofit,
         variants_table,
         VARIANTS_SAY,
+    ),
+    "preset": Section(
+        "A preset",
+        "Is a variant so much better than the paper's recipe that it should be the one to start with?",
+        figures.dots,
+        preset_answer,
+        variants_table,
+        PRESET_SAYS,
     ),
     "combining": Section(
         "LoFiT and LoRA together",

@@ -36,7 +36,7 @@ def settings_of(
     if seeds is not None:
         if seeds < 1:
             raise ValueError(f"expected at least one seed, got {seeds}")
-        asked["seeds"] = (("default", seeds),)
+        asked |= {"seeds": (("default", seeds),), "candidate_seeds": seeds}
     return replace(base, **{key: value for key, value in asked.items() if value})
 
 

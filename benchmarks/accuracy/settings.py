@@ -15,6 +15,7 @@ EXPERIMENTS = (
     "tops",
     "layers",
     "variants",
+    "preset",
     "parameters",
     "combining",
 )
@@ -25,12 +26,13 @@ FIRST_SEED = 42
 class Settings:
     """What is run. Sizes are upper bounds: a task with fewer examples gives all it has.
 
-    models: the first has every cell, the others 0-shot, LoFiT and some sizes of LoFiT and LoRA. seeds: how many, per
-    task (`default` for the rest). epochs: of each step of LoFiT and of every peer. n_tuning: training examples set
-    aside for tuning, 0 for none, with every method at its default settings. n_outside: questions of each task judged
-    out of domain. selection_tasks, peer_tasks, transfer_tasks, sweep_tasks, parameter_tasks: the tasks of table 2, of
-    table 3 and the variants, of the figure of other tasks' heads, of the figures of sizes and of top and of LoFiT
-    combined with LoRA, and of accuracy per parameter.
+    models: the first has every cell, the others 0-shot, LoFiT, the candidates and some sizes of LoFiT and LoRA. seeds:
+    how many, per task (`default` for the rest). epochs: of each step of LoFiT and of every peer. n_tuning: training
+    examples set aside for tuning, 0 for none, with every method at its default settings. n_outside: questions of each
+    task judged out of domain. candidates: variants of LoFiT that are asked to become a preset, on every model, with
+    candidate_seeds on every task. selection_tasks, peer_tasks, transfer_tasks, sweep_tasks, parameter_tasks: the tasks
+    of table 2, of table 3 and the variants, of the figure of other tasks' heads, of the figures of sizes and of top and
+    of LoFiT combined with LoRA, and of accuracy per parameter.
     """
 
     models: tuple[str, ...]
@@ -48,12 +50,14 @@ class Settings:
     sizes: tuple[int, ...]
     tops: tuple[float, ...]
     parameter_tasks: tuple[str, ...]
+    candidates: tuple[str, ...]
+    candidate_seeds: int
     only: tuple[str, ...] = EXPERIMENTS
 
-    def seeds_of(self, task: str) -> range:
-        """The seeds of a task's cells."""
+    def n_seeds(self, task: str) -> int:
+        """How many seeds a task's cells have, from `FIRST_SEED` on."""
         counts = dict(self.seeds)
-        return range(FIRST_SEED, FIRST_SEED + counts.get(task, counts["default"]))
+        return counts.get(task, counts["default"])
 
 
 QUICK = Settings(
@@ -72,6 +76,8 @@ QUICK = Settings(
     sizes=(16, 32, 64),
     tops=(0.01, 0.03, 0.1, 0.3),
     parameter_tasks=("mquake",),
+    candidates=("lofit_both",),
+    candidate_seeds=1,
 )
 FULL = Settings(
     models=("smollm2", "gemma3-270m"),
@@ -89,6 +95,8 @@ FULL = Settings(
     sizes=(25, 50, 100, 200, 300),
     tops=(0.01, 0.03, 0.1, 0.2, 0.3),
     parameter_tasks=("clutrr", "mquake", "truthfulqa"),
+    candidates=("lofit_both",),
+    candidate_seeds=3,
 )
 
 

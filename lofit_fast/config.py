@@ -118,7 +118,7 @@ def _pair(component: str, item: Any) -> Head:
 
 
 # which heads are kept of the scores, step 2, and what only a training of step 1 has
-_KEPT, _TUNING = ("top", "min_layer"), ("tune_lr", "tune_epochs")
+_KEPT, _TUNING = ("top", "min_layer"), ("tune_lr", "tune_epochs", "tune_scales")
 _TRAINING = ("select_lr", "select_epochs", "max_grad_norm", "init_std")
 # the ways to choose heads -> the settings that a way's scores do not depend on
 SELECT: dict[str, tuple[str, ...]] = {
@@ -137,7 +137,7 @@ FAST_ANSWER: dict[str, object] = {"top": 0.3, "tune_lr": 4e-2}
 # of a whole number: what counts examples, epochs or layers is far below it
 _MOST = 2**31 - 1
 # settings that runs of earlier releases lack, and what these did
-_LATER = {"positions": "all", "select": "lofit", "select_examples": None}
+_LATER = {"positions": "all", "select": "lofit", "select_examples": None, "tune_scales": False}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Recipe:
     select_lr, select_epochs, l1: step 1, scales on every head, loss + l1 * sum |a|.
     top: heads kept, a count (int) or a fraction of the heads in the running (float in (0, 1]).
     min_layer: the lowest layer whose heads are in the running; a high one keeps the prefix cache long.
-    tune_lr, tune_epochs: step 2, fresh offsets on the kept heads of the base model.
+    tune_lr, tune_epochs: step 2, fresh offsets on the kept heads of the base model. tune_scales: whether a fresh scale
+    is trained beside each offset, without penalty; the paper's adapter has none.
     Both steps: AdamW (0.9, 0.999, no decay), learning rate falling linearly to 0, no warm-up, gradients clipped to
     max_grad_norm. batch_size: examples per optimizer step, split into accumulation_steps micro-batches.
     max_length: longest prompt + completion in tokens; None means the model's context.
@@ -175,6 +176,7 @@ class Recipe:
     positions: Literal["all", "answer"] = "all"
     select: str = "lofit"
     select_examples: int | None = None
+    tune_scales: bool = False
 
     def __post_init__(self) -> None:
         whole = ("select_epochs", "min_layer", "tune_epochs", "batch_size", "accumulation_steps", "seed")
@@ -209,6 +211,8 @@ class Recipe:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps}"
             )
+        if not isinstance(self.tune_scales, bool):
+            raise TypeError(f"expected tune_scales to be True or False, got {shown(self.tune_scales)}")
         check_top(self.top)
         check_positions(self.positions)
         _check_select(self.select, self.select_examples)

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.accuracy.method_table import LOFIT_DEFAULTS
 from benchmarks.accuracy.paper_cells import Cell, as_options
 from benchmarks.accuracy.task_parts import TaskData
-from lofit_fast.config import RECIPES, Head, LofitConfig, Recipe
+from lofit_fast.config import RECIPES, Head, Recipe
 from lofit_fast.evaluation.judge import score_candidates
 from lofit_fast.files import write_json
 from lofit_fast.heads import select_heads
@@ -28,7 +28,7 @@ from lofit_fast.training.engine.attachment import Attachment
 
 SHOTS = 5
 # of a recipe, what the choice of heads does not depend on
-_NOT_OF_HEADS = ("tune_lr", "tune_epochs")
+_NOT_OF_HEADS = ("tune_lr", "tune_epochs", "tune_scales")
 # the options that are LoFiT's, where a cell has those of two methods
 _OF_LOFIT = {setting.name for setting in fields(Recipe)}
 
@@ -188,25 +188,8 @@ def _offsets(bench: Bench, recipe: Recipe, heads: list[Head], selecting: float) 
 
 
 def _lofit_scaled(bench: Bench, cell: Cell) -> Fitted:
-    """Scales beside the offsets of LoFiT's heads, from fresh ones, with the rate of the offsets and no penalty."""
-    from lofit_fast.patching.handle import patch
-
-    recipe, (heads, selecting) = recipe_of(cell), _heads(bench, cell)
-    config = LofitConfig(scale=heads, offset=heads, init_std=recipe.init_std, seed=recipe.seed)
-    handle = patch(bench.model, config)
-    try:
-        training = _train(bench, handle, lr=recipe.tune_lr, epochs=recipe.tune_epochs, seed=recipe.seed)
-    except BaseException:
-        handle.unpatch()
-        raise
-    return Fitted(
-        bench.task,
-        (handle,),
-        heads=heads,
-        seconds={"selection": selecting, "training": training},
-        settings=asdict(recipe),
-        n_parameters=handle.n_parameters(),
-    )
+    """LoFiT with a scale beside every offset."""
+    return _offsets(bench, replace(recipe_of(cell), tune_scales=True), *_heads(bench, cell))
 
 
 def _lora_on_heads(bench: Bench, cell: Cell) -> Fitted:

@@ -70,6 +70,9 @@ def train(
     select_examples: SelectExamples = None,
     select_lr: SelectLr = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
+    tune_scales: Annotated[
+        bool, typer.Option("--tune-scales", help="Train a scale beside every offset in step 2, as the paper does not.")
+    ] = False,
     l1: L1 = None,
     select_epochs: SelectEpochs = None,
     tune_epochs: TuneEpochs = None,
@@ -146,7 +149,7 @@ def train(
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
     numbers |= {"accumulation_steps": accumulation_steps, "select": select, "select_examples": select_examples}
-    numbers["positions"] = positions
+    numbers |= {"positions": positions, "tune_scales": tune_scales or None}
     if heads is not None and (select is not None or select_examples is not None):
         raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
     recipe = recipe_of(name, seed, top, fast, **numbers)

@@ -250,7 +250,7 @@ class TwoSteps:
             # all is read before the model is touched
             kept = run.heads, run.scores, run.history, run.metrics
             return FitResult(self._finished(run), *kept)
-        handle = patch(self.model, self._config(offset=run.heads))
+        handle = patch(self.model, self.tuned_config(run.heads))
         try:
             return self.tuned(handle, run, resume)
         except BaseException:
@@ -276,13 +276,18 @@ class TwoSteps:
                 f"the run in {run.path} is done, but its adapter is not whole: {error}. Start over with resume=False "
                 "(--no-resume), or choose another folder"
             ) from error
-        if sorted(handle.config.offset or ()) != sorted(run.heads or ()) or handle.config.scale is not None:
+        heads, found = sorted(run.heads or ()), [sorted(of or ()) for of in (handle.config.offset, handle.config.scale)]
+        if found != [heads, heads if self.recipe.tune_scales else []]:
             handle.unpatch()
             raise ValueError(
                 f"the run in {run.path} is done, but its adapter is not of the heads that {run.path / 'heads.json'} "
                 "names: start over with resume=False (--no-resume), or choose another folder"
             )
         return handle
+
+    def tuned_config(self, heads: Sequence[Head]) -> LofitConfig:
+        """What step 2 trains on its heads."""
+        return self._config(offset=heads, scale=heads if self.recipe.tune_scales else None)
 
     def _config(self, **heads) -> LofitConfig:
         shared = ("init_std", "seed", "positions")
@@ -369,7 +374,7 @@ class TwoSteps:
             # a way that does not look at the data runs nothing
             stages = ["select"] * getattr(self.way, "looks", True) + stages
             heads = self._every_head()
-        handle = patch(self.model, self._config(offset=heads))
+        handle = patch(self.model, self.tuned_config(heads))
         try:
             yield handle, stages
         finally:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lofit_fast.config import FAST_ANSWER, FAST_RECIPE
+from lofit_fast.patching.storage import read_adapter
 from tests.cli.calling import QUICK, as_json, error_of
 
 
@@ -32,6 +33,14 @@ def test_fast_sets_what_it_says_and_gives_way(where):
     answers = recipe_of(where, "--fast", "--positions", "answer")
     assert (answers["tune_lr"], answers["top"]) == (FAST_ANSWER["tune_lr"], plain["top"])
     assert recipe_of(where, "--fast", "--select-examples", "7")["select_examples"] == 7
+
+
+def test_scales_are_trained_where_asked(where, tmp_path, monkeypatch):
+    monkeypatch.setattr("lofit_fast.training.summary.can_draw", lambda: False)
+    assert recipe_of(where)["tune_scales"] is False
+    assert as_json("train", *where, "--output", tmp_path, "--heads", "all", "--tune-scales")["recipe"]["tune_scales"]
+    config = read_adapter(tmp_path / "adapter").config
+    assert config.scale == config.offset
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Both steps of fit against a hook-based LoFiT in a plain loop: the same batches in the same order, the same result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,11 +34,11 @@ def losses_of(result, stage):
     return [row["loss"] for row in result.history if row["stage"] == stage]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_parity_of_both_steps(family, tmp_path):
-    model = tiny_model(family)
+@pytest.mark.parametrize(("family", "scales"), [("llama", False), ("gemma3", False), ("llama", True)])
+def test_parity_of_both_steps(family, scales, tmp_path):
+    model, recipe = tiny_model(family), replace(RECIPE, tune_scales=scales)
     with recorded_batches(model) as recorded:
-        result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, output_dir=tmp_path, progress=False)
+        result = lf.fit(model, tiny_tokenizer(), EXAMPLES, recipe, output_dir=tmp_path, progress=False)
     tuned = vectors_of(result.handle)
     result.handle.unpatch()
     assert len(recorded) == 3 * (3 + 3)
@@ -54,11 +56,12 @@ def test_parity_of_both_steps(family, tmp_path):
     assert (scores - result.scores).abs().max() <= 1e-4 * scores.max()
     assert jaccard(heads, result.heads) >= 0.9
 
-    hook = hook_on(model, config(offset=heads))
+    hook = hook_on(model, config(offset=heads, scale=heads if scales else None))
     losses = train_hook(model, hook, epochs[3:], HookStep(RECIPE.tune_lr))
     hook.remove()
     assert losses_of(result, "tune") == pytest.approx(losses, rel=1e-4)
     assert losses[-1] < losses[0]
+    assert {name for _, name in tuned} == {"offset", *["scale"] * scales}
     for key, (_, rows) in tuned.items():
         other = hook.parameters[key].detach()
         assert (rows - other).abs().max() <= 1e-4 * other.abs().max()

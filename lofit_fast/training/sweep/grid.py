@@ -38,6 +38,7 @@ _WORDS = (
     "select",
     "positions",
 )
+_FLAGS = ("tune_scales",)
 # whole numbers -> the least
 _COUNTS = {"train_size": 1, "data_seed": 0, "select_examples": 1}
 # combinations of a grid; more are a slip
@@ -192,6 +193,8 @@ def _check_values(table: Mapping[str, object], known: tuple[str, ...], where: st
             continue
         if key in _WORDS:
             right, expected = isinstance(value, str) and bool(value), "a text in quotes"
+        elif key in _FLAGS:
+            right, expected = isinstance(value, bool), "true or false"
         elif key == "columns":
             right, expected = isinstance(value, Mapping) and bool(value), 'a table such as {prompt = "question"}'
         elif key in _COUNTS:

@@ -70,16 +70,17 @@ def check_together(grid: Grid, together: int, jobs: int) -> None:
         )
     if together > 1:
         joint_engine(grid.engine)
+        if scaled := [run.name for run in grid.runs if run.recipe.tune_scales]:
+            raise ValueError(
+                f"runs with tune_scales cannot be trained together, since rows of a batch share a model's scales: "
+                f"expected together=1 for {', '.join(scaled)}"
+            )
 
 
 class MemberSteps(TwoSteps):
     """The steps of one run, the second of them with others."""
 
     joint: Engine
-
-    def config(self, run: RunFolder) -> LofitConfig:
-        """What its second step trains."""
-        return self._config(offset=run.heads)
 
     def settled_with(self, handle: LofitHandle) -> Engine:
         """The engine of the joint steps, by the rules for this run's data."""
@@ -225,7 +226,7 @@ class TogetherRunner(Runner):
 @contextmanager
 def _patched(model: nn.Module, members: Sequence[_Member]) -> Iterator[LofitHandle]:
     """A scope with an adapter for each member in the model."""
-    configs = [member.steps.config(member.folder) for member in members]
+    configs = [member.steps.tuned_config(member.folder.heads) for member in members]
     first = configs[0]
     # the handle's own is nobody's, and of zeros
     handle = patch(model, LofitConfig(offset=first.offset[:1], init_std=0.0, positions=first.positions), name=_OWN)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ from transformers import TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.config import Head, LofitConfig, Recipe
-from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.data.one_answer import check_one_answer
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections
@@ -69,22 +68,6 @@ class FitResult:
     scores: Tensor | None
     history: list[dict]
     metrics: dict[str, dict[str, float]]
-
-
-def check_one_answer(rows: Sequence[Encoded], what: str = "example") -> None:
-    """Raise ValueError for an example with several answers: one row has a single place from which vectors may act.
-
-    The prompt of a later answer holds the answers before it, which the vectors would have to leave alone. what: an
-    example is called in the error.
-    """
-    for number, row in enumerate(rows, start=1):
-        learned = [label != IGNORED for label in row["labels"]]
-        begins = sum(here and not before for before, here in pairwise([False, *learned]))
-        if begins > 1:
-            raise ValueError(
-                f"{what} {number} has {begins} answers, expected 1 for vectors that act on answers alone "
-                "(positions='answer'): learn the last turn of each conversation (train_on='last', --train-on last)"
-            )
 
 
 class TwoSteps:

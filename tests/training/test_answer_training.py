@@ -11,6 +11,7 @@ from torch import nn
 import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import IGNORED, encode
+from lofit_fast.data.one_answer import check_one_answer
 from lofit_fast.heads import jaccard
 from lofit_fast.models.prompt_states import PROMPTS
 from lofit_fast.tasks.task import Example, Preference
@@ -21,7 +22,6 @@ from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.prefix_cache.cache import STATES
 from lofit_fast.training.stage import train_attachment
 from lofit_fast.training.trainer import AttachmentTraining, Rows
-from lofit_fast.training.two_steps import check_one_answer
 from tests.library_versions import BY_ROW, called
 from tests.masked_hook import MaskedHook
 from tests.oracle import randomize, vectors_of

@@ -71,7 +71,7 @@ def train(
     select_lr: SelectLr = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of step 2.")] = None,
     tune_scales: Annotated[
-        bool, typer.Option("--tune-scales", help="Train a scale beside every offset in step 2, as the paper does not.")
+        bool, typer.Option("--tune-scales", help="Train scales beside offsets in step 2. The paper: offsets alone.")
     ] = False,
     l1: L1 = None,
     select_epochs: SelectEpochs = None,

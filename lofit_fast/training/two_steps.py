@@ -56,7 +56,7 @@ _FREE = ("group_by_length", "prefix_cache_gb", "large_pages", "verify")
 class FitResult:
     """What a run has produced.
 
-    handle: of the model, patched with the tuned offsets. heads: (layer, head), best first. scores: (layers, heads),
+    handle: of the model, patched with what was tuned. heads: (layer, head), best first. scores: (layers, heads),
     what they were chosen by (by default the scale norms of step 1), or None when the heads were given.
     history: a dict per epoch and stage; for a choice without training, one with seconds and no loss.
     metrics: per stage ("select", "tune"): seconds, tokens_per_s (real tokens, not padding), examples_per_s,
@@ -259,12 +259,13 @@ class TwoSteps:
                 f"the run in {run.path} is done, but its adapter is not whole: {error}. Start over with resume=False "
                 "(--no-resume), or choose another folder"
             ) from error
-        heads, found = sorted(run.heads or ()), [sorted(of or ()) for of in (handle.config.offset, handle.config.scale)]
-        if found != [heads, heads if self.recipe.tune_scales else []]:
+        scaled, config, heads = self.recipe.tune_scales, handle.config, sorted(run.heads or ())
+        if [sorted(config.offset or ()), sorted(config.scale or ())] != [heads, heads if scaled else []]:
             handle.unpatch()
             raise ValueError(
-                f"the run in {run.path} is done, but its adapter is not of the heads that {run.path / 'heads.json'} "
-                "names: start over with resume=False (--no-resume), or choose another folder"
+                f"the run in {run.path} is done, but its adapter is not {'scales and ' * scaled}offsets on the heads "
+                f"that {run.path / 'heads.json'} names: start over with resume=False (--no-resume), or choose another "
+                "folder"
             )
         return handle
 

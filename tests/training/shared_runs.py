@@ -35,6 +35,7 @@ WAYS = {
     "saliency on answers": {"recipe": changed(select="saliency", positions="answer"), "examples": UNEVEN[:7]},
     "random": {"recipe": changed(select="random")},
     "answers alone": {"recipe": changed(positions="answer")},
+    "scales in step 2": {"recipe": changed(tune_scales=True)},
     "packed": {"engine": lf.Engine(packing=True, narrow=True)},
     "padded": {"engine": lf.Engine(packing=False, narrow=False, attention="eager")},
     "not grouped": {"engine": lf.Engine(group_by_length=False)},

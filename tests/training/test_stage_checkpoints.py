@@ -237,7 +237,7 @@ def test_a_done_run_with_a_damaged_adapter_is_refused_and_the_model_left_alone(l
     handle = lf.patch(llama, lf.LofitConfig(offset=[(0, 0)]))
     handle.save(folder / "adapter")
     handle.unpatch()
-    with pytest.raises(ValueError, match=r"not of the heads that .*heads\.json"):
+    with pytest.raises(ValueError, match=r"is not offsets on the heads that .*heads\.json"):
         fit(llama, folder, RECIPE)
     (folder / "history.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"line 1 of .*history\.jsonl is damaged"):

@@ -9,6 +9,7 @@ import torch
 import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training import fit as fit_module
+from lofit_fast.training.engine import compiled_layers
 from lofit_fast.training.objectives import Completions, Preferences
 from lofit_fast.training.run_folder import RunFolder
 from lofit_fast.training.sweep.grid import parse_grid
@@ -78,16 +79,25 @@ def test_a_done_run_comes_back_whole_and_is_no_run_without_them(tmp_path):
     handle = lf.patch(model, lf.LofitConfig(offset=first.heads))
     handle.save(tmp_path / "adapter")
     handle.unpatch()
-    with pytest.raises(ValueError, match=r"not of the heads that .*heads\.json"):
+    with pytest.raises(ValueError, match=r"is not scales and offsets on the heads that .*heads\.json"):
         fit(model, tmp_path, SCALED)
     assert lf.handle_of(model) is None
 
 
-@pytest.mark.parametrize(
-    "engine", [{"packing": True}, {"prefix_cache_gb": 1.0}, {"narrow": True}, {"attention": "eager"}], ids=str
-)
-def test_every_engine_trains_the_same(engine, tmp_path, monkeypatch):
+ENGINES = [
+    {"packing": True},
+    {"prefix_cache_gb": 1.0},
+    {"narrow": True},
+    {"attention": "eager"},
+    {"verify": True},
+    {"compile": True},
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_knobs_of_the_engine_train_the_same(engine, tmp_path, monkeypatch, dynamo):
     monkeypatch.setenv("LOFIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
     made = {
         name: fit(tiny_model("llama"), tmp_path / name, SCALED, EXAMPLES, heads=UPPER, engine=lf.Engine(**knobs))
         for name, knobs in (("plain", {"packing": False, "narrow": False}), ("other", engine))
@@ -115,7 +125,7 @@ def test_runs_with_and_without_them_share_step_1(tmp_path):
 def test_runs_trained_together_cannot_have_them(tmp_path):
     grid = grid_of(written_data(tmp_path), tune_scales=[False, True])
     with pytest.raises(
-        ValueError, match=r"rows of a batch share a model's scales: expected together=1 for tune_scales"
+        ValueError, match=r"expected together=1, or no tune_scales, got it in 1 of 2 runs \(tune_scales=True"
     ):
         run(grid, tmp_path / "sweep", together=2)
     assert not (tmp_path / "sweep").exists()

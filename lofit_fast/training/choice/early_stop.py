@@ -16,7 +16,7 @@ from lofit_fast.patching.head_norms import head_scores
 
 @dataclass
 class SettledHeads(TrainerCallback, ExportableState):
-    """Stops step 1 when the top heads have settled; leaves step 2, and any training without scales, alone.
+    """Stops step 1 when the top heads have settled; leaves step 2, and any training with offsets, alone.
 
     top, min_layer: as in the recipe. every: optimizer steps between two looks; None means half an epoch. threshold,
     patience: stop after this many looks in a row that share at least this much (Jaccard) with the look before.
@@ -55,9 +55,10 @@ class SettledHeads(TrainerCallback, ExportableState):
         return {"args": settings, "attributes": {}, "seen": seen}
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        """A training begins: is it one of scales?"""
+        """A training begins: is it one of scales alone, which step 2 never is?"""
         handle = handle_of(model)
-        self._handle: LofitHandle | None = None if handle is None or handle.config.scale is None else handle
+        scaled = handle is not None and handle.config.scale is not None and handle.config.offset is None
+        self._handle: LofitHandle | None = handle if scaled else None
         # a checkpoint of an earlier release has nothing of it
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self._handle is not None:

@@ -52,12 +52,12 @@ def sweep(
     backward pass of a process: equal to runs one by one up to rounding, with padded batches and without what `Engine`
     keeps on disk.
     Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
-    (`config.SELECT`: of LoFiT's own, top, min_layer, tune_lr and tune_epochs) share one step 1, kept in `step1/`: such
-    a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each run is
-    a run folder `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on. A run
-    that fails, or is done and damaged, is recorded with its error, and the others go on. Writes sweep.json, sweep.csv
-    and sweep.md after every run, so that a killed sweep has them too, and sweep.png. A dtype that is left to the
-    machine is chosen once, and kept in sweep.json.
+    (`config.SELECT`: of LoFiT's own, top, min_layer, and what begins with tune_) share one step 1, kept in `step1/`:
+    such a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each
+    run is a run folder `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on.
+    A run that fails, or is done and damaged, is recorded with its error, and the others go on. Writes sweep.json,
+    sweep.csv and sweep.md after every run, so that a killed sweep has them too, and sweep.png. A dtype that is left to
+    the machine is chosen once, and kept in sweep.json.
     The folder is the queue: several calls with one grid and folder, in processes on any hosts that share it, train each
     run once among them, and each returns all rows. A run whose process dies is taken up by the next that is free, from
     its checkpoint; one in which three have died is a failed row. Under torchrun or srun each process is one of these.

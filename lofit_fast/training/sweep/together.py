@@ -72,8 +72,9 @@ def check_together(grid: Grid, together: int, jobs: int) -> None:
         joint_engine(grid.engine)
         if scaled := [run.name for run in grid.runs if run.recipe.tune_scales]:
             raise ValueError(
-                f"runs with tune_scales cannot be trained together, since rows of a batch share a model's scales: "
-                f"expected together=1 for {', '.join(scaled)}"
+                "runs with tune_scales cannot be trained together, since the rows of a batch share the model's scales: "
+                f"expected together=1, or no tune_scales, got it in {len(scaled)} of {len(grid.runs)} runs "
+                f"({scaled[0]})"
             )
 
 

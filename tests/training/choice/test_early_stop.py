@@ -64,24 +64,21 @@ def test_a_run_cut_short_is_the_beginning_of_the_whole_one(tmp_path):
     assert [loss for row in cut.history for loss in row["step_losses"]] == losses[:6]
 
 
-@pytest.mark.slow
-def test_step_2_and_offsets_are_left_alone(tmp_path):
+@pytest.mark.parametrize("scales", [False, True])
+def test_step_2_is_left_alone(tmp_path, scales):
     # all heads are always the same ones
     settled = SettledHeads(1.0, every=1, patience=1)
     model = tiny_model("llama")
     options = {"output_dir": tmp_path / "fit", "callbacks": [settled], "progress": False}
-    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, RECIPE, **options)
+    result = lf.fit(model, tiny_tokenizer(), EXAMPLES, replace(RECIPE, tune_scales=scales), **options)
     assert [(row["stage"], len(row["step_losses"])) for row in result.history] == [("select", 2), ("tune", 6)]
-    assert settled.stopped_at == 2
-    result.handle.unpatch()
-    run = select_by_training(
-        model,
-        tiny_tokenizer(),
-        DATA,
-        BY_OFFSET,
-        **options | {"output_dir": tmp_path / "o"},
-    )
-    assert steps_of(run) == [6] * 4
+    assert (settled.stopped_at, settled.overlaps) == (2, [1.0])
+
+
+@pytest.mark.slow
+def test_offsets_on_all_heads_are_left_alone(tmp_path):
+    options = {"callbacks": [SettledHeads(1.0, every=1, patience=1)], "progress": False, "output_dir": tmp_path}
+    assert steps_of(select_by_training(tiny_model("llama"), tiny_tokenizer(), DATA, BY_OFFSET, **options)) == [6] * 4
 
 
 def test_a_folder_knows_that_its_step_1_was_cut(tmp_path):

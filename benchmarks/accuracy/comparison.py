@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 
-from benchmarks.accuracy.bootstrap import RESAMPLES, paired_interval
+from benchmarks.accuracy.bootstrap import RESAMPLES, paired_bootstrap, paired_interval, stars
 from benchmarks.accuracy.method_table import METHODS
 
 ABOVE, BELOW, LEVEL = "above", "below", "level"
@@ -42,21 +42,27 @@ def difference(first: Sequence[dict], second: Sequence[dict]) -> Difference | No
     What learns nothing answers the same whatever the seed, and counts for each of the other's.
     Raises ValueError when the two answer different numbers of questions.
     """
-    one, other = _by_seed(first), _by_seed(second)
-    if not one or not other:
+    pair = _of_shared_seeds(first, second)
+    if pair is None:
         return None
-    if not _learns(first):
-        one = dict.fromkeys(other, next(iter(one.values())))
-    elif not _learns(second):
-        other = dict.fromkeys(one, next(iter(other.values())))
-    shared = sorted(one.keys() & other.keys())
-    if not shared:
-        return None
-    pair = [tuple(hits[seed] for seed in shared) for hits in (one, other)]
     low, high = _interval(*pair, RESAMPLES)
     mean = fmean(map(fmean, pair[0])) - fmean(map(fmean, pair[1]))
     # thirds of hits must not fall on either side of 0 by rounding
     return Difference(*(round(100 * value, 9) for value in (mean, low, high)))
+
+
+def p_value(first: Sequence[dict], second: Sequence[dict]) -> float | None:
+    """That of "the two do equally well": `paired_bootstrap` on what `difference` is of; None as there."""
+    pair = _of_shared_seeds(first, second)
+    if pair is None:
+        return None
+    return paired_bootstrap(*([fmean(hits) for hits in zip(*seeds, strict=True)] for seeds in pair))
+
+
+def starred(first: Sequence[dict], second: Sequence[dict]) -> str:
+    """The stars of their p; "" where there is none."""
+    p = p_value(first, second)
+    return "" if p is None else stars(p)
 
 
 def accuracy(found: Sequence[dict]) -> tuple[float, float, float]:
@@ -138,6 +144,21 @@ def _counted(count: int, name: str) -> str:
 
 def _each(differences: Mapping[str, Difference]) -> str:
     return enumerated([f"{name} ({found.words()})" for name, found in differences.items()])
+
+
+def _of_shared_seeds(first: Sequence[dict], second: Sequence[dict]) -> tuple[Hits, Hits] | None:
+    """The hits of both on the seeds that both have; None where there are none."""
+    one, other = _by_seed(first), _by_seed(second)
+    if not one or not other:
+        return None
+    if not _learns(first):
+        one = dict.fromkeys(other, next(iter(one.values())))
+    elif not _learns(second):
+        other = dict.fromkeys(one, next(iter(other.values())))
+    shared = sorted(one.keys() & other.keys())
+    if not shared:
+        return None
+    return tuple(one[seed] for seed in shared), tuple(other[seed] for seed in shared)
 
 
 def _by_seed(found: Sequence[dict]) -> dict[int, tuple[float, ...]]:

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.bootstrap import mean_hits, paired_bootstrap, stars
-from benchmarks.accuracy.comparison import accuracy
+from benchmarks.accuracy.comparison import accuracy, starred
 from benchmarks.accuracy.experiments import Slot, labelled
 from benchmarks.accuracy.tables import Naming, Results
 from lofit_fast.plots import new_figure
@@ -53,19 +52,18 @@ def transfer(slots: Sequence[Slot], results: Results, title: str):
     width, named = 0.8 / len(sources), set()
     for number, source in enumerate(sources):
         for at, task in enumerate(tasks):
-            found = _found(slots, results, source, task)
+            found, x = _found(slots, results, source, task), at + (number - (len(sources) - 1) / 2) * width
             if not found:
+                axes.text(x, 0, _MISSING, color="grey", ha="center", va="bottom", fontsize=7, rotation=90)
                 continue
             mean, low, high = accuracy(found)
-            x = at + (number - (len(sources) - 1) / 2) * width
             colour = _COLOURS[number % len(_COLOURS)]
             axes.bar(x, mean, width * 0.92, color=colour, label=None if source in named else heads_of(source))
             named.add(source)
             axes.errorbar(x, mean, yerr=[[mean - low], [high - mean]], color="black", linewidth=1)
             own = _found(slots, results, task, task) if source != task else []
             if own:
-                text = stars(paired_bootstrap(mean_hits(found), mean_hits(own)))
-                axes.text(x, high, text, ha="center", va="bottom")
+                axes.text(x, high, starred(found, own), ha="center", va="bottom")
     axes.set_xticks(range(len(tasks)), [f"tuned on {labelled(task)}" for task in tasks])
     _finish(axes, "", "accuracy, %", title)
     return figure

@@ -61,7 +61,8 @@ SECTIONS = {
         findings.ways_to_choose,
         tables.selection_table,
         "The same step 2 on heads chosen in different ways. Overlap is with the choice of LoFiT's step 1 of the same"
-        " seed. All use the settings of LoFiT, which were tuned on its own choice: that favours it.",
+        " seed. All use the settings of LoFiT, which were tuned on its own choice: that favours it, and heads that have"
+        " 0 % may have diverged at a rate that is too large for them.",
     ),
     "table3": Section(
         "Table 3: LoFiT and other trained methods",
@@ -79,10 +80,10 @@ SECTIONS = {
         size_answer,
         size_table,
         "Every finished cell of a method that is trained by gradients on all examples, LoFiT with its own choice of"
-        " heads, at every size. Settings are those tuned at the size a method has by default; LoRA's alpha is twice its"
-        " rank. A size belongs to the nearest power of ten. A size keeps up when the questions do not tell it apart"
-        " from the most accurate, which the same questions pick: its own number flatters it. Seconds are with those of"
-        " choosing heads, and are compared among the cells of one device alone.",
+        " heads, at every size. All sizes of a method have the settings tuned for tables 1 and 3, so what one loses may"
+        " be the rate's; LoRA's alpha is twice its rank. A size belongs to the nearest power of ten. It keeps up when"
+        " the questions do not tell it apart from the most accurate, which the same questions pick: its own number"
+        " flatters it. Seconds are with those of choosing heads, and are compared among the cells of one device alone.",
         ("table1", "table3", "tops", "variants", "parameters"),
         of_one_size,
     ),
@@ -99,7 +100,8 @@ SECTIONS = {
         figures.transfer,
         findings.own_heads,
         partial(tables.grid_table, rows=figures.heads_of, columns=lambda task: f"tuned on {labelled(task)}"),
-        "Offsets tuned on heads that step 1 chose on each task. Stars: another accuracy than with own heads.",
+        "Offsets tuned on heads that step 1 chose on each task, with the rates tuned for own heads: others, random ones"
+        " above all, may diverge at them. Stars: another accuracy than with own heads.",
     ),
     "layers": Section(
         "Figure 2: where the chosen heads are",
@@ -123,8 +125,9 @@ SECTIONS = {
         figures.tops,
         findings.more_heads,
         partial(tables.grid_table, columns=lambda top: f"{100 * top:g} % of the heads"),
-        "One step 1 per task and seed, cut at each number. A number keeps up when the questions do not tell it apart"
-        " from the most accurate.",
+        "One step 1 per task and seed, cut at each number; the rate is that tuned for table 1's, and more heads want a"
+        " smaller one, so what is lost beyond may be the rate's. A number keeps up when the questions do not tell it"
+        " apart from the most accurate.",
     ),
     "variants": Section(
         "What limits LoFiT",
@@ -254,12 +257,12 @@ def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
         "## Tuning",
         "**Question.** Were the settings chosen inside of what was tried?",
         _answer(edges_answer(choices)),
-        f"Every method that is trained or fitted gets {RUNS} runs, with one seed, judged by training examples set"
-        f" aside, and up to {MOST} while its best lies at an edge; the chosen settings are bold. After the first four,"
-        " each run changes one setting of the best so far: beyond, while that lies at an edge, and halfway to a"
-        " neighbour otherwise. All ways to choose heads use"
-        " LoFiT's. *At an edge* names the settings of the chosen run that are the smallest or largest number tried for"
-        " that method, task and model; all heads are no edge.",
+        f"Every method that is trained or fitted gets {RUNS} runs, LoFiT for three settings, the others for one or"
+        f" two, with one seed, judged by training examples set aside, and up to {MOST} while its best lies at an "
+        "edge; the chosen settings are bold, of equals the first. After the first four, each run changes one "
+        "setting of the best so far: beyond, while that lies at an edge, and halfway to a neighbour otherwise. "
+        "All ways to choose heads use LoFiT's. *At an edge* names the settings of the chosen run that are the "
+        "smallest or largest number tried for that method, task and model; all heads are no edge.",
         tuning_table(choices, results),
     ]
     return "\n\n".join(lines)

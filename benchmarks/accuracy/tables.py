@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
-from benchmarks.accuracy.bootstrap import mean_and_spread, mean_hits, paired_bootstrap, stars
-from benchmarks.accuracy.comparison import elsewhere
+from benchmarks.accuracy.bootstrap import mean_and_spread
+from benchmarks.accuracy.comparison import elsewhere, starred
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.paper_cells import CellFolder, main_metric
@@ -190,7 +190,7 @@ def _starred(slot: Slot, lofit: Slot | None, results: Results) -> str:
     theirs = results.of(lofit) if lofit is not None and lofit != slot else []
     if not found or not theirs:
         return score(found)
-    return score(found) + stars(paired_bootstrap(mean_hits(found), mean_hits(theirs)))
+    return score(found) + starred(found, theirs)
 
 
 def _at(slots: Sequence[Slot], row: str, column: object) -> Slot | None:

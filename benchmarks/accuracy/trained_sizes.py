@@ -135,7 +135,7 @@ def size_answer(slots: Sequence[Slot], results: Results) -> str:
         if nothing := [place for place, points in near.items() if not points]:
             words.append(f"Nothing was tried, or it is not finished, on {enumerated(nothing)}.")
         lines.append(f"* **About 10^{power} trained numbers** ({_span(power)}). {' '.join(words)}")
-    sentences: dict[str, Callable[[Sequence[SizePoint]], str]] = {"fewest": _fewest, "quickest": _quickest}
+    sentences: dict[str, Callable[[Sequence[SizePoint]], str]] = {"fewest": _fewest, "quickest": quickest}
     for title, sentence in sentences.items():
         places = [f"{place}: {sentence(points)}" for place, points in by_place.items() if len(points) > 1]
         if places:
@@ -223,14 +223,17 @@ def _fewest(points: Sequence[SizePoint]) -> str:
     return f"{fewest.label} ({beside.words()} points beside {best.point.label}, the most accurate)."
 
 
-def _quickest(points: Sequence[SizePoint]) -> str:
+def quickest(points: Sequence[SizePoint]) -> str:
+    """The quickest that keep up with the most accurate, in words; nothing of them where that was timed elsewhere."""
     device, timed = of_one_device(points)
     if len(timed) < 2:
         return "fewer than two were timed on one device."
     best = best_of(timed)
-    quickest = min([best.point, *best.level], key=lambda point: point.seconds)
-    text = f"{quickest.label} in {quickest.seconds:.0f} s"
-    if quickest is not best.point:
+    if best.point is not best_of(points).point:
+        return f"{best_of(points).point.label}, the most accurate, was timed on another device than most."
+    first = min([best.point, *best.level], key=lambda point: point.seconds)
+    text = f"{first.label} in {first.seconds:.0f} s"
+    if first is not best.point:
         text += f", {best.point.label}, the most accurate, in {best.point.seconds:.0f} s"
     left_out = len(points) - len(timed)
     return text + f" ({device}{f'; {left_out} of another device left out' if left_out else ''})."

@@ -12,6 +12,8 @@ from benchmarks.accuracy.comparison import (
     difference,
     elsewhere,
     enumerated,
+    p_value,
+    starred,
     tally,
 )
 
@@ -59,6 +61,16 @@ def test_without_shared_seeds_there_is_none(first, second):
 
 def test_only_shared_seeds_count():
     assert difference(runs(0.5, 0.9), runs(0.4)).mean == pytest.approx(10.0)
+
+
+def test_p_is_of_the_seeds_that_the_difference_is_of():
+    # the third seed of the one would make it better by far
+    one, other = runs(0.5, 0.5, 1.0), runs(0.5, 0.5)
+    assert p_value(one, other) == 1.0 and starred(one, other) == ""
+    assert p_value(one, runs(0.5, 0.5, 0.2)) < 0.05
+    assert starred(runs(0.9), runs(0.1)) == "***"
+    assert p_value(one, runs(0.5, first_seed=50)) is None and starred(one, []) == ""
+    assert p_value(runs(0.2, method="zero_shot"), runs(0.2, 0.2)) == 1.0
 
 
 def test_other_questions_are_refused():

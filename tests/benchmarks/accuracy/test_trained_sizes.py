@@ -11,6 +11,7 @@ from benchmarks.accuracy.trained_sizes import (
     SizePoint,
     best_of,
     of_one_device,
+    quickest,
     size_answer,
     size_points,
     size_table,
@@ -114,6 +115,12 @@ def test_the_best_of_equals_is_the_smallest_and_other_seeds_stay_open():
     small, large, low, other = point(10, 0.8), point(100, 0.8), point(20, 0.2), point(30, 0.5, seed=50)
     best = best_of([large, low, small, other])
     assert (best.point, best.level, best.lower, best.open) == (small, [large], [low], [other])
+
+
+def test_nothing_is_quickest_where_the_most_accurate_was_timed_elsewhere():
+    points = [point(10, 0.9, device="A"), point(20, 0.5, device="B"), point(30, 0.5, device="B")]
+    assert quickest(points) == f"{points[0].label}, the most accurate, was timed on another device than most."
+    assert quickest(points[1:]).startswith(points[1].label)
 
 
 def test_seconds_compare_on_the_commonest_device():

@@ -34,6 +34,7 @@ from lofit_fast.cli.options import (
     Top,
     TrainOn,
     TrainSize,
+    check_choice,
     reading_of,
     recipe_of,
     task_name,
@@ -100,9 +101,8 @@ def select(
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     given["positions"] = positions
+    check_choice({**given, "select_examples": select_examples}, names)
     if select_examples is not None:
-        if not set(names) & set(LOOKING_ONCE):
-            raise ValueError(f"--select-examples is of {', '.join(LOOKING_ONCE)}, got the methods {', '.join(names)}")
         given |= {"select": LOOKING_ONCE[0], "select_examples": select_examples}
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)
     reading = reading_of(split, subset, columns, train_on)

@@ -35,6 +35,8 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     TuneEpochs,
+    check_choice,
+    check_no_choice,
     check_output,
     parse_gb,
     reading_of,
@@ -150,9 +152,11 @@ def train(
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
     numbers |= {"accumulation_steps": accumulation_steps, "select": select, "select_examples": select_examples}
     numbers |= {"positions": positions, "tune_scales": tune_scales or None}
-    if heads is not None and (select is not None or select_examples is not None):
-        raise ValueError("--heads gives the heads, so there is nothing for --select or --select-examples to choose")
+    of_choice = {"select_lr": select_lr, "select_epochs": select_epochs, "l1": l1, "select_examples": select_examples}
+    if heads is not None:
+        check_no_choice({"top": top, "select": select, **of_choice})
     recipe = recipe_of(name, seed, top, fast, **numbers)
+    check_choice(of_choice, [recipe.select])
     disk = None if prefix_cache_gb is None else parse_gb(prefix_cache_gb)
     knobs = {"compile": compile, "packing": packing, "frozen_products": frozen_products}
     knobs |= {"prefix_cache_gb": disk, "prompt_cache_gb": prompt_cache_gb, "verify": verify or None}

@@ -6,7 +6,10 @@ from typer.testing import CliRunner
 
 from lofit_fast.cli.app import app
 
-QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", "--dtype", "float32", "--device", "cpu")
+ON_CPU = ("--dtype", "float32", "--device", "cpu")
+# both steps, and what is left of them with given heads
+QUICK = ("--select-epochs", "1", "--tune-epochs", "1", "--top", "2", *ON_CPU)
+QUICK_STEP2 = ("--tune-epochs", "1", *ON_CPU)
 
 
 def call(*arguments, code=0, **options):

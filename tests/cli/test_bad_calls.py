@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import lofit_fast as lf
 from lofit_fast.cli.app import app
-from tests.cli.calling import QUICK
+from tests.cli.calling import QUICK_STEP2
 from tests.tiny_models import tiny_model
 
 NO_NUMBER = ("nan", "x", "", " ")
@@ -199,11 +199,11 @@ def rest_of(model, data, adapter, tmp_path, monkeypatch):
     grid.write_text(f'[base]\nmodel = "{model}"\ndata = "{data}"\n[grid]\nseed = [1]\n')
     read = {"--model": model, "--data": data}
     written = {"--output": tmp_path / "out"}
-    quick = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+    quick = dict(zip(QUICK_STEP2[::2], QUICK_STEP2[1::2], strict=True))
     options = {
         "train": read | written | quick,
         "select": {key: value for key, value in (read | quick).items() if key != "--tune-epochs"}
-        | {"--output": tmp_path / "heads.json"},
+        | {"--method": "lofit", "--top": 2, "--output": tmp_path / "heads.json"},
         "eval": read,
         "generate": {"--model": model, "--prompt": "a"},
         "merge": {"--model": model, "--adapter": adapter} | written,

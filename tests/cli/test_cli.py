@@ -12,7 +12,7 @@ import lofit_fast as lf
 from lofit_fast import tasks
 from lofit_fast.cli.options import parse_top
 from lofit_fast.patching import export as export_module
-from tests.cli.calling import QUICK, as_json, call, error_of
+from tests.cli.calling import QUICK, QUICK_STEP2, as_json, call, error_of
 from tests.library_versions import PICTURES
 
 COMMANDS = ("train", "sweep", "eval", "generate", "merge", "export")
@@ -132,7 +132,7 @@ def test_train_on_given_heads(model, data, tmp_path, as_object):
         data,
         "--output",
         tmp_path / "run",
-        *QUICK,
+        *QUICK_STEP2,
         "--heads",
         tmp_path / "heads.json",
     )
@@ -142,14 +142,14 @@ def test_train_on_given_heads(model, data, tmp_path, as_object):
 
 
 def test_train_on_all_heads(model, data, tmp_path):
-    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK_STEP2)
     summary = as_json(*arguments, "--heads", "all")
     assert len(summary["heads"]) == 12
     assert "accuracy_after_select" not in summary
 
 
 def test_train_on_the_heads_of_another_run(run_folder, model, data, tmp_path):
-    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK)
+    arguments = ("train", "--model", model, "--data", data, "--output", tmp_path / "run", *QUICK_STEP2)
     summary = as_json(*arguments, "--heads", run_folder / "heads.json")
     assert summary["heads"] == json.loads((run_folder / "summary.json").read_text())["heads"]
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lofit_fast.heads import read_heads
-from tests.cli.calling import as_json, call, error_of
+from tests.cli.calling import ON_CPU, QUICK_STEP2, as_json, call, error_of
 
-QUICK = ("--top", "2", "--select-epochs", "1", "--dtype", "float32", "--device", "cpu")
+QUICK, ONCE = ("--top", "2", *ON_CPU), ("--select-epochs", "1")
 
 
 @pytest.fixture
@@ -28,13 +28,15 @@ def test_select_writes_heads_that_train_reads(where, tmp_path):
     written = json.loads((tmp_path / "heads.json").read_text())
     assert written["method"] == "saliency"
     assert len(written["scores"]) == 3
-    heads = ("--heads", tmp_path / "heads.json", "--tune-epochs", "1", *QUICK)
+    heads = ("--heads", tmp_path / "heads.json", *QUICK_STEP2)
     done = as_json("train", *where, "--output", tmp_path / "run", *heads)
     assert sorted(done["heads"]) == sorted(row["heads"])
 
 
 def test_select_compares_all(where, tmp_path):
-    rows = {row["method"]: row for row in select(where, "--method", "all", "--output", tmp_path / "out")["methods"]}
+    rows = {
+        row["method"]: row for row in select(where, "--method", "all", *ONCE, "--output", tmp_path / "out")["methods"]
+    }
     assert len(rows) == 7
     assert rows["lofit"]["overlap"] == 1.0
     assert all(0 <= row["overlap"] <= 1 and row["seconds"] > 0 for row in rows.values())
@@ -44,14 +46,14 @@ def test_select_compares_all(where, tmp_path):
     assert {name for name in names if name.endswith("-step1")} == {
         f"{name}-step1" for name in ("lofit", "bias_norm", "early_stop")
     }
-    again = select(where, "--method", "lofit", "--method", "random", "--output", tmp_path / "out")["methods"]
+    again = select(where, "--method", "lofit", "--method", "random", *ONCE, "--output", tmp_path / "out")["methods"]
     assert again[0]["seconds"] == rows["lofit"]["seconds"]
 
 
 def test_select_compares_with_a_file_and_leaves_nothing_unasked(where, tmp_path):
     (tmp_path / "mine.json").write_text('{"heads": [[0, 0], [2, 3]]}')
     arguments = ("--method", "random", "--method", "lofit", "--top", "12", "--reference", tmp_path / "mine.json")
-    rows = select(where, *arguments)["methods"]
+    rows = select(where, *arguments, *ONCE)["methods"]
     assert [row["overlap"] for row in rows] == [2 / 12, 2 / 12]
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
@@ -59,6 +61,20 @@ def test_select_compares_with_a_file_and_leaves_nothing_unasked(where, tmp_path)
 def test_select_prints_a_table(where):
     out = call("select", *where, *QUICK, "--method", "random", "--method", "iti_probe").stdout
     assert all(word in out for word in ("random", "iti_probe", "seconds", "heads, best first"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "setting", "of"),
+    [
+        (("random", "saliency"), ("--select-lr", "0.1"), "lofit, early_stop, bias_norm, got random, saliency"),
+        (("iti_probe",), ("--l1", "0.1"), "lofit, early_stop, bias_norm, saliency, got iti_probe"),
+        (("random",), ("--positions", "answer"), "lofit, early_stop, bias_norm, saliency, got random"),
+        (("probing_layers",), ("--batch-size", "2"), "lofit, early_stop, bias_norm, saliency, got probing_layers"),
+    ],
+)
+def test_a_setting_that_no_method_takes_is_refused(where, methods, setting, of):
+    named = [word for method in methods for word in ("--method", method)]
+    assert error_of("select", *where, *named, *setting) == f"{setting[0]} is of {of}"
 
 
 def test_select_refuses(where):

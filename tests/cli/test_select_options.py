@@ -6,21 +6,22 @@ import pytest
 
 from lofit_fast.config import FAST_ANSWER, FAST_RECIPE
 from lofit_fast.patching.storage import read_adapter
-from tests.cli.calling import QUICK, as_json, error_of
+from tests.cli.calling import QUICK_STEP2, as_json, error_of
 
 
 @pytest.fixture
 def where(model, data):
-    return "--model", model, "--data", data, *QUICK
+    return "--model", model, "--data", data, *QUICK_STEP2
 
 
 def recipe_of(where, *arguments):
-    return as_json("train", *where, "--dry-run", *arguments)["recipe"]
+    return as_json("train", *where, "--top", "2", "--dry-run", *arguments)["recipe"]
 
 
 def test_train_chooses_as_asked(where, tmp_path, monkeypatch):
     monkeypatch.setattr("lofit_fast.training.summary.can_draw", lambda: False)
-    done = as_json("train", *where, "--output", tmp_path, "--select", "saliency", "--select-examples", "4")
+    chosen = ("--top", "2", "--select", "saliency", "--select-examples", "4")
+    done = as_json("train", *where, "--output", tmp_path, *chosen)
     assert (done["recipe"]["select"], done["recipe"]["select_examples"]) == ("saliency", 4)
     assert "accuracy_after_select" not in done
     assert json.loads((tmp_path / "heads.json").read_text())["select"] == "saliency"
@@ -48,7 +49,11 @@ def test_scales_are_trained_where_asked(where, tmp_path, monkeypatch):
     [
         (("--select", "magic"), "expected select to be one of"),
         (("--select-examples", "9"), "expected None with select='lofit'"),
-        (("--heads", "x.json", "--select", "saliency"), "nothing for --select"),
+        (("--heads", "x.json", "--select", "saliency"), "nothing for --select to choose"),
+        (("--heads", "all", "--top", "0.1", "--l1", "0"), "nothing for --top or --l1 to choose"),
+        (("--heads", "all", "--select-lr", "0.1", "--fast"), "nothing for --select-lr to choose"),
+        (("--fast", "--select-epochs", "1"), "--select-epochs is of lofit, early_stop, bias_norm, got saliency"),
+        (("--select", "random", "--l1", "0.1"), "--l1 is of lofit, early_stop, bias_norm, saliency, got random"),
     ],
 )
 def test_train_refuses(where, arguments, message):

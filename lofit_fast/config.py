@@ -7,7 +7,7 @@ import numbers
 import operator
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,6 +128,18 @@ SELECT: dict[str, tuple[str, ...]] = {
     "saliency": (*_KEPT, *_TUNING, *_TRAINING),
     "random": (*_KEPT, *_TUNING, *_TRAINING),
 }
+_TRAINED = ("lofit", "early_stop", "bias_norm")
+# settings of the choice of heads -> the ways to choose that take them
+OF_CHOICE: dict[str, tuple[str, ...]] = {
+    "select": tuple(SELECT),
+    "top": tuple(SELECT),
+    "select_lr": _TRAINED,
+    "select_epochs": _TRAINED,
+    "l1": (*_TRAINED, "saliency"),
+    "select_examples": ("saliency",),
+}
+# and of those that step 2 has too
+_OF_BOTH = dict.fromkeys(("batch_size", "positions"), (*_TRAINED, "saliency"))
 # those that go through the data once, which few examples may do for
 LOOKING_ONCE = ("saliency",)
 # what `Recipe.fast` has instead of the paper's
@@ -245,6 +257,21 @@ def fast_settings(settings: Mapping[str, Any], of_task: Mapping[str, Any] | None
     if chosen["select"] not in LOOKING_ONCE and "select_examples" not in settings:
         del chosen["select_examples"]
     return chosen
+
+
+def check_choice(given: Mapping[str, str], ways: Sequence[str], heads: str | None = None) -> None:
+    """Raise ValueError for a setting of the choice of heads that nothing takes.
+
+    given: what was said, by setting what errors call it. ways: to choose heads. heads: what errors call given heads,
+    beside which nothing is chosen.
+    """
+    of_choice = OF_CHOICE if heads is not None else {**OF_CHOICE, **_OF_BOTH}
+    said = {key: name for key, name in given.items() if key in of_choice}
+    if heads is not None and said:
+        raise ValueError(f"{heads} gives the heads, so there is nothing for {' or '.join(said.values())} to choose")
+    for key, name in said.items():
+        if not set(ways) & set(of_choice[key]):
+            raise ValueError(f"{name} is of {', '.join(of_choice[key])}, got {', '.join(ways)}")
 
 
 def _check_select(select: object, examples: object) -> None:

@@ -1,6 +1,6 @@
 """The options that commands share, and how numbers of heads are read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -181,33 +181,9 @@ def reading_of(
     return {key: value for key, value in read.items() if value is not None}
 
 
-# settings of the choice of heads -> the ways to choose that take them
-_TRAINED = ("lofit", "early_stop", "bias_norm")
-_CHOICE: dict[str, tuple[str, ...]] = {
-    "select_lr": _TRAINED,
-    "select_epochs": _TRAINED,
-    "l1": (*_TRAINED, "saliency"),
-    "select_examples": ("saliency",),
-    "batch_size": (*_TRAINED, "saliency"),
-    "positions": (*_TRAINED, "saliency"),
-}
-
-
-def check_choice(given: Mapping[str, object], ways: Sequence[str]) -> None:
-    """Raise ValueError for a setting that was given, not None, and that none of the ways to choose heads takes."""
-    for name, takers in _CHOICE.items():
-        if given.get(name) is not None and not set(ways) & set(takers):
-            raise ValueError(f"{_flag(name)} is of {', '.join(takers)}, got {', '.join(ways)}")
-
-
-def check_no_choice(given: Mapping[str, object]) -> None:
-    """Raise ValueError for settings of the choice of heads that were given, not None, beside --heads."""
-    if useless := [_flag(name) for name, value in given.items() if value is not None]:
-        raise ValueError(f"--heads gives the heads, so there is nothing for {' or '.join(useless)} to choose")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def flags_of(given: Mapping[str, object]) -> dict[str, str]:
+    """By setting that was given, not None, its option."""
+    return {name: f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None}
 
 
 def recipe_of(task: str, seed: int, top: str | None, fast: bool = False, **given):

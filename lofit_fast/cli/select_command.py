@@ -34,7 +34,7 @@ from lofit_fast.cli.options import (
     Top,
     TrainOn,
     TrainSize,
-    check_choice,
+    flags_of,
     reading_of,
     recipe_of,
     task_name,
@@ -84,7 +84,7 @@ def select(
     Beside the heads stand the seconds each method took and how much of its choice is the reference's (Jaccard). The
     methods that train keep a run in a folder beside the heads, and go on from it.
     """
-    from lofit_fast.config import LOOKING_ONCE
+    from lofit_fast.config import LOOKING_ONCE, check_choice
     from lofit_fast.heads import jaccard, read_heads
     from lofit_fast.models.load import load_model
     from lofit_fast.ranks import by_first, together
@@ -101,7 +101,7 @@ def select(
     name = task_name(task, data)
     given = {"select_lr": select_lr, "l1": l1, "select_epochs": select_epochs, "batch_size": batch_size}
     given["positions"] = positions
-    check_choice({**given, "select_examples": select_examples}, names)
+    check_choice(flags_of({**given, "select_examples": select_examples}), names)
     if select_examples is not None:
         given |= {"select": LOOKING_ONCE[0], "select_examples": select_examples}
     recipe = recipe_of(name, seed, top, min_layer=min_layer, **given)

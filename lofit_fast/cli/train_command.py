@@ -35,9 +35,8 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     TuneEpochs,
-    check_choice,
-    check_no_choice,
     check_output,
+    flags_of,
     parse_gb,
     reading_of,
     recipe_of,
@@ -134,6 +133,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run both steps of LoFiT and write the adapter, the heads, the history and two plots."""
+    from lofit_fast.config import OF_CHOICE, check_choice
     from lofit_fast.evaluation.judge import judge
     from lofit_fast.heads import heads_asked
     from lofit_fast.models.load import load_model
@@ -152,11 +152,10 @@ def train(
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}
     numbers |= {"accumulation_steps": accumulation_steps, "select": select, "select_examples": select_examples}
     numbers |= {"positions": positions, "tune_scales": tune_scales or None}
-    of_choice = {"select_lr": select_lr, "select_epochs": select_epochs, "l1": l1, "select_examples": select_examples}
-    if heads is not None:
-        check_no_choice({"top": top, "select": select, **of_choice})
     recipe = recipe_of(name, seed, top, fast, **numbers)
-    check_choice(of_choice, [recipe.select])
+    # batches and positions are of step 2 too
+    of_choice = flags_of({key: value for key, value in {"top": top, **numbers}.items() if key in OF_CHOICE})
+    check_choice(of_choice, [recipe.select], None if heads is None else "--heads")
     disk = None if prefix_cache_gb is None else parse_gb(prefix_cache_gb)
     knobs = {"compile": compile, "packing": packing, "frozen_products": frozen_products}
     knobs |= {"prefix_cache_gb": disk, "prompt_cache_gb": prompt_cache_gb, "verify": verify or None}

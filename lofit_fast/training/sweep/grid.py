@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from lofit_fast.config import RECIPES, GivenHeads, Recipe, fast_settings
+from lofit_fast.config import OF_CHOICE, RECIPES, GivenHeads, Recipe, check_choice, fast_settings
 from lofit_fast.heads import heads_asked
 from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
@@ -171,6 +171,12 @@ def _run(name: str, own: dict, base: Mapping[str, object], task: str, where: str
         heads = heads_asked(settings["heads"]) if "heads" in settings else None
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: run {name}: heads: {error}") from error
+    try:
+        # what is in [base] may be of other runs than this one
+        of_choice = {key: key for key in own if key in OF_CHOICE}
+        check_choice(of_choice, [recipe.select], None if heads is None else "heads")
+    except ValueError as error:
+        raise ValueError(f"{where}: run {name}: {error}") from error
     return Run(name, own, recipe, heads, settings.get("train_size"))
 
 

@@ -159,3 +159,25 @@ def test_another_value_anywhere_is_read_or_refused():
             parse_grid(one)
         except ValueError as error:
             assert "grid" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"heads": ["all"], "top": [2, 3]}, "heads gives the heads, so there is nothing for top to choose"),
+        (
+            {"select": ["lofit", "random"], "select_lr": [0.1]},
+            "select_lr is of lofit, early_stop, bias_norm, got",
+        ),
+        ({"select": ["saliency"], "select_epochs": [1, 2]}, "select_epochs is of lofit, early_stop, bias_norm, got"),
+    ],
+)
+def test_what_varies_and_does_nothing_is_refused(grid, message):
+    with pytest.raises(ValueError, match=message):
+        parse_grid({"base": {"model": "tiny"}, "grid": grid})
+
+
+def test_what_all_runs_have_may_be_of_some_of_them():
+    base = {"model": "tiny", "top": 2, "select_lr": 0.1}
+    runs = parse_grid({"base": base, "runs": [{"heads": "all"}, {"select": "random"}, {"top": 3}]}).runs
+    assert [run.recipe.top for run in runs] == [2, 2, 3] and runs[0].heads == "all"

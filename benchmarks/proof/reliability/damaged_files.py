@@ -47,7 +47,7 @@ tune_lr = [1e-2, 2e-2]
 [[runs]]
 name = "mine"
 select = "saliency"
-select_lr = 0.01
+select_examples = 3
 """
 
 

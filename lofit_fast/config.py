@@ -262,16 +262,15 @@ def fast_settings(settings: Mapping[str, Any], of_task: Mapping[str, Any] | None
 def check_choice(given: Mapping[str, str], ways: Sequence[str], heads: str | None = None) -> None:
     """Raise ValueError for a setting of the choice of heads that nothing takes.
 
-    given: what was said, by setting what errors call it. ways: to choose heads. heads: what errors call given heads,
-    beside which nothing is chosen.
+    given: settings of the choice that were said, with what errors call each. ways: to choose heads. heads: what errors
+    call given heads, beside which nothing is chosen.
     """
-    of_choice = OF_CHOICE if heads is not None else {**OF_CHOICE, **_OF_BOTH}
-    said = {key: name for key, name in given.items() if key in of_choice}
-    if heads is not None and said:
-        raise ValueError(f"{heads} gives the heads, so there is nothing for {' or '.join(said.values())} to choose")
-    for key, name in said.items():
-        if not set(ways) & set(of_choice[key]):
-            raise ValueError(f"{name} is of {', '.join(of_choice[key])}, got {', '.join(ways)}")
+    if heads is not None and given:
+        raise ValueError(f"{heads} gives the heads, so there is nothing for {' or '.join(given.values())} to choose")
+    takers = {**OF_CHOICE, **_OF_BOTH}
+    for key, name in given.items():
+        if not set(ways) & set(takers[key]):
+            raise ValueError(f"{name} is of {', '.join(takers[key])}, got {', '.join(ways)}")
 
 
 def _check_select(select: object, examples: object) -> None:

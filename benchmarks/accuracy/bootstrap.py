@@ -76,10 +76,3 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     if not values:
         raise ValueError("expected at least one value, got none")
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def mean_hits(results: Sequence[dict]) -> list[float]:
-    """Per question, the mean over results of several seeds. Raises ValueError when they answer other questions."""
-    if len({len(result["hits"]) for result in results}) != 1:
-        raise ValueError("expected results on the same questions")
-    return [statistics.fmean(hits) for hits in zip(*(result["hits"] for result in results), strict=True)]

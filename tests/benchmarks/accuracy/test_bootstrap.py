@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.accuracy.bootstrap import mean_and_spread, mean_hits, paired_bootstrap, stars
+from benchmarks.accuracy.bootstrap import mean_and_spread, paired_bootstrap, stars
 
 
 def test_the_same_answers_are_no_difference():
@@ -55,9 +55,3 @@ def test_one_seed_has_no_spread():
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     with pytest.raises(ValueError, match="at least one"):
         mean_and_spread([])
-
-
-def test_hits_are_averaged_over_seeds():
-    assert mean_hits([{"hits": [1.0, 0.0]}, {"hits": [1.0, 1.0]}]) == [1.0, 0.5]
-    with pytest.raises(ValueError, match="same questions"):
-        mean_hits([{"hits": [1.0]}, {"hits": [1.0, 1.0]}])

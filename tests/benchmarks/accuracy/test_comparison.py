@@ -76,6 +76,8 @@ def test_p_is_of_the_seeds_that_the_difference_is_of():
 def test_other_questions_are_refused():
     with pytest.raises(ValueError, match="same seeds and questions"):
         difference(runs(0.5), runs(0.5, n=30))
+    with pytest.raises(ValueError, match="same questions"):
+        p_value(runs(0.5), runs(0.5, n=30))
 
 
 def test_an_accuracy_lies_in_its_interval():

@@ -9,6 +9,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -40,10 +41,15 @@ def begun(folder, grid, resume=True, launch=None):
 
 
 class Stub:
-    """In the place of a Runner: notes what it is asked to train, who asks, and whether a step 1 is there."""
+    """In the place of a Runner: notes what it is asked to train, who asks, and whether a step 1 is there.
 
-    def __init__(self, grid, folder, base=None, **options):
+    It leaves no finished run, so a call that began after the others had ended would train all of them again: `together`
+    is a barrier at which every call of the sweep is in it.
+    """
+
+    def __init__(self, grid, folder, base=None, *, together, **options):
         self.folder = folder
+        together.wait(timeout=60)
 
     def __call__(self, run, resume):
         with (self.folder / "log").open("a") as log:
@@ -60,16 +66,21 @@ class Stub:
         return {"name": run.name, **run.varied, "status": "done"}
 
 
+def tables_of(calls, grid, folder, monkeypatch):
+    """What as many calls of `sweep` at once return."""
+    monkeypatch.setattr(run_module, "Runner", partial(Stub, together=threading.Barrier(calls)))
+    with ThreadPoolExecutor(calls) as pool:
+        tables = [pool.submit(sweep, grid, folder, progress=False) for _ in range(calls)]
+        return [table.result() for table in tables]
+
+
 def logged(folder):
     return [line.split() for line in (folder / "log").read_text().splitlines()]
 
 
 def test_several_calls_train_every_run_once_and_all_return_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "Runner", Stub)
     grid, folder = grid_of(select_lr=[1e-3, 2e-3, 3e-3], seed=[1, 2]), tmp_path / "sweep"
-    with ThreadPoolExecutor(3) as pool:
-        tables = [pool.submit(sweep, grid, folder, progress=False) for _ in range(3)]
-        tables = [table.result() for table in tables]
+    tables = tables_of(3, grid, folder, monkeypatch)
     begun_runs = [words[1:] for words in logged(folder) if words[0] == "begin"]
     assert sorted(name for name, *_ in begun_runs) == sorted(run.name for run in grid.runs)
     assert len({thread for *_, thread in begun_runs}) > 1
@@ -80,11 +91,7 @@ def test_several_calls_train_every_run_once_and_all_return_all_rows(tmp_path, mo
 
 
 def test_runs_wait_for_the_step_1_that_another_trains_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "Runner", Stub)
-    grid = grid_of(seed=[1, 2], tune_lr=[1e-2, 2e-2, 3e-2])
-    with ThreadPoolExecutor(4) as pool:
-        for call in [pool.submit(sweep, grid, tmp_path, progress=False) for _ in range(4)]:
-            call.result()
+    tables_of(4, grid_of(seed=[1, 2], tune_lr=[1e-2, 2e-2, 3e-2]), tmp_path, monkeypatch)
     log = [words[:2] for words in logged(tmp_path)]
     assert sorted(what for what, _ in log) == ["begin"] * 6 + ["end"] * 6 + ["heads"] * 6
     for seed in ("seed=1", "seed=2"):

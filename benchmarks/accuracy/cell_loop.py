@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.accuracy.estimate import Estimate
 from benchmarks.accuracy.experiments import Slot
 from benchmarks.accuracy.paper_cells import Cell, CellFolder, main_metric
-from benchmarks.accuracy.tuning import Tuning
+from benchmarks.accuracy.tuning import Tuning, settled_so_far
 from lofit_fast.files import write_json
 
 # a cell may take that much longer than estimated and still end within the budget
@@ -106,10 +106,10 @@ def _missing(wanted: Sequence[Cell], folder: CellFolder, tuning: Tuning, tried: 
 
 
 def _summary(counts, wanted, folder: CellFolder, tuning: Tuning, seconds: float) -> dict[str, object]:
-    so_far = [tuning.settled(cell, so_far=True) for cell in wanted]
-    finished = sum(cell is not None and folder.result(cell) is not None for cell in so_far)
-    waiting = [tuning.settled(cell) for cell in wanted].count(None)
-    return {"cells": len(wanted), "finished": finished, "waiting": waiting, **counts, "seconds": seconds}
+    so_far = settled_so_far(wanted, tuning)
+    finished = sum(folder.result(cell) is not None for cell in so_far)
+    waiting = sum(tuning.settled(cell) is None for cell in so_far)
+    return {"cells": len(so_far), "finished": finished, "waiting": waiting, **counts, "seconds": seconds}
 
 
 def _outcome(result: dict) -> str:

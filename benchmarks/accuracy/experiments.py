@@ -56,9 +56,17 @@ class Plan:
         return [slot for name in chosen for slot in _SLOTS[name](self)]
 
     def cells(
-        self, method: str, task: str, model: str | None = None, n_seeds: int | None = None, **changes
+        self,
+        method: str,
+        task: str,
+        model: str | None = None,
+        n_seeds: int | None = None,
+        some_heads: bool = False,
+        **changes,
     ) -> tuple[Cell, ...]:
-        """One cell per seed. n_seeds: other than the task's own. changes: of `Cell`'s fields, from the plain cell."""
+        """One cell per seed. n_seeds: other than the task's own. some_heads: of a method that chooses heads, never all
+        of them. changes: of `Cell`'s fields, from the plain cell.
+        """
         settings, learns = self.settings, METHODS[method].learns
         outside = self.outside() if task == TRAINED_FOR_OUTSIDE and method in TABLE5 else ()
         cell = Cell(
@@ -72,6 +80,7 @@ class Plan:
             selector="lofit" if METHODS[method].chooses else "",
             outside=outside,
             n_outside=settings.n_outside if outside else 0,
+            some_heads=some_heads and METHODS[method].chooses,
         )
         # what learns nothing has nothing that a seed could change
         count = (n_seeds or settings.n_seeds(task)) if learns else 1
@@ -83,7 +92,8 @@ class Plan:
         # tuning may choose another size for the main ones
         if value == sizes.default and not (sizes.tuned and self.settings.n_tuning):
             return self.cells(method, task, model)
-        return self.cells(method, task, model, options=as_options({sizes.option: value}), outside=(), n_outside=0)
+        options = as_options({sizes.option: value})
+        return self.cells(method, task, model, some_heads=True, options=options, outside=(), n_outside=0)
 
     def outside(self) -> tuple[str, ...]:
         """The tasks a model tuned on `TRAINED_FOR_OUTSIDE` is judged on."""
@@ -94,11 +104,13 @@ class Plan:
         return tuple(task for task in self.tasks if task in wanted) or self.tasks[:1]
 
 
-def _table(experiment: str, methods: tuple[str, ...], tasks: tuple[str, ...], plan: Plan) -> Iterator[Slot]:
+def _table(
+    experiment: str, methods: tuple[str, ...], tasks: tuple[str, ...], plan: Plan, some_heads: bool = False
+) -> Iterator[Slot]:
     model = plan.settings.models[0]
     for task in tasks:
         for method in (m for m in methods if applies(m, task)):
-            yield Slot(experiment, model, method, task, plan.cells(method, task))
+            yield Slot(experiment, model, method, task, plan.cells(method, task, some_heads=some_heads))
 
 
 def _table1(plan: Plan) -> Iterator[Slot]:
@@ -112,7 +124,8 @@ def _table1(plan: Plan) -> Iterator[Slot]:
 def _table2(plan: Plan) -> Iterator[Slot]:
     for task in plan.of(plan.settings.selection_tasks):
         for name in SELECTOR_LABELS:
-            yield Slot("table2", plan.settings.models[0], name, task, plan.cells("lofit", task, selector=name))
+            cells = plan.cells("lofit", task, some_heads=True, selector=name)
+            yield Slot("table2", plan.settings.models[0], name, task, cells)
 
 
 def _table3(plan: Plan) -> Iterator[Slot]:
@@ -134,13 +147,14 @@ def _transfer(plan: Plan) -> Iterator[Slot]:
         yield Slot("transfer", model, "zero_shot", task, plan.cells("zero_shot", task))
         for source in plan.tasks:
             theirs = {"heads_from": source, "heads_size": plan.cells("lofit", source)[0].train_size}
-            yield Slot("transfer", model, source, task, plan.cells("lofit", task, **(theirs if source != task else {})))
-        yield Slot("transfer", model, "random", task, plan.cells("lofit", task, selector="random"))
+            changes = theirs if source != task else {}
+            yield Slot("transfer", model, source, task, plan.cells("lofit", task, some_heads=True, **changes))
+        yield Slot("transfer", model, "random", task, plan.cells("lofit", task, some_heads=True, selector="random"))
 
 
 def _layers(plan: Plan) -> Iterator[Slot]:
     for task in plan.tasks:
-        yield Slot("layers", plan.settings.models[0], "lofit", task, plan.cells("lofit", task))
+        yield Slot("layers", plan.settings.models[0], "lofit", task, plan.cells("lofit", task, some_heads=True))
 
 
 def _sizes(plan: Plan) -> Iterator[Slot]:
@@ -159,7 +173,7 @@ def _tops(plan: Plan) -> Iterator[Slot]:
 
 
 def _variants(plan: Plan) -> Iterator[Slot]:
-    yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan)
+    yield from _table("variants", ("lofit", *VARIANTS), plan.of(plan.settings.peer_tasks), plan, some_heads=True)
 
 
 def _preset(plan: Plan) -> Iterator[Slot]:
@@ -184,7 +198,8 @@ def _parameters(plan: Plan) -> Iterator[Slot]:
 
 def _combining(plan: Plan) -> Iterator[Slot]:
     # the two whose settings the others take come first
-    yield from _table("combining", ("lofit", "lora", *COMBINED), plan.of(plan.settings.sweep_tasks), plan)
+    methods, tasks = ("lofit", "lora", *COMBINED), plan.of(plan.settings.sweep_tasks)
+    yield from _table("combining", methods, tasks, plan, some_heads=True)
 
 
 _SLOTS = {

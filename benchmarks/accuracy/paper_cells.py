@@ -26,7 +26,8 @@ class Cell:
     selector: how LoFiT's heads are chosen, a key of `SELECTORS`. heads_from, heads_size: the task they are chosen on,
     and how many of its examples; "" and 0 for its own. options: hyperparameters that differ from the method's defaults,
     by name. outside: other tasks the trained model is judged on, and n_outside questions of each. split: what it is
-    judged by; "tuning" is set aside from the training data.
+    judged by; "tuning" is set aside from the training data. some_heads: tuning may not choose all heads for it, since
+    it asks which heads they are; no part of a result, and false once its settings are chosen.
     """
 
     model: str
@@ -43,10 +44,12 @@ class Cell:
     outside: tuple[str, ...] = ()
     n_outside: int = 0
     split: str = VALIDATION
+    some_heads: bool = False
 
     def spec(self) -> dict[str, object]:
         """The cell as JSON holds it."""
-        return {**asdict(self), "options": dict(self.options), "outside": list(self.outside)}
+        spec = {**asdict(self), "options": dict(self.options), "outside": list(self.outside)}
+        return {key: value for key, value in spec.items() if key != "some_heads"}
 
     @property
     def name(self) -> str:
@@ -98,7 +101,7 @@ class CellFolder:
 
 def cell_of(spec: Mapping[str, object]) -> Cell:
     """The cell that `Cell.spec` came from. Raises ValueError for another set of keys."""
-    expected = {field.name for field in fields(Cell)}
+    expected = {field.name for field in fields(Cell)} - {"some_heads"}
     if spec.keys() != expected:
         raise ValueError(f"expected a cell of {sorted(expected)}, got {sorted(spec)}")
     return Cell(**{**spec, "options": as_options(spec["options"]), "outside": tuple(spec["outside"])})

@@ -18,6 +18,7 @@ from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.size_figure import parameters
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import of_one_size, size_answer, size_table
+from benchmarks.accuracy.tuning import settled_so_far
 from benchmarks.accuracy.tuning_edges import choices_made, edges_answer, tuning_table
 from benchmarks.accuracy.tuning_search import MOST, RUNS
 from benchmarks.accuracy.variants import VARIANTS_SAY, variants_table
@@ -194,12 +195,11 @@ def _answer(text: str) -> str:
 
 
 def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: str, summary: dict | None) -> str:
-    cells = {cell for slot in slots for cell in slot.cells}
-    missing = results.missing(slots)
+    missing, count = results.counts(slots)
     lines = [
         "# The paper's experiments",
         f"Made by `{command}`; every number comes from a JSON file under [cells/](cells/).",
-        f"{len(cells) - missing} of {len(cells)} cells are finished; what is missing is blank.",
+        f"{count - missing} of {count} cells are finished; what is missing is blank.",
         _READING,
     ]
     if made := _made(slots, results):
@@ -222,6 +222,8 @@ _READING = (
     " is wrong the interval has no width; that is no certainty.\n"
     "* **Stars**: paired bootstrap over questions, seeds averaged, two-sided, \\* p < 0.05, \\*\\* p < 0.01,"
     " \\*\\*\\* p < 0.001.\n"
+    "* **LoFiT** may have all heads where its search found that best: in tables 1, 3 and 5, over training size and"
+    " beside a preset. Sections that ask which heads, or how many, take its best settings with some of them.\n"
     "* Neither stars nor intervals are corrected for the number of comparisons."
 )
 
@@ -229,8 +231,8 @@ _READING = (
 def _made(slots: Sequence[Slot], results: Results) -> str:
     """With what the cells were made, each value with its number of cells where they differ."""
     # each cell once, in the order of the plan
-    cells = dict.fromkeys(results.tuning.settled(cell, so_far=True) for slot in slots for cell in slot.cells)
-    found = [result for cell in cells if cell is not None and (result := results.folder.result(cell))]
+    cells = settled_so_far((cell for slot in slots for cell in slot.cells), results.tuning)
+    found = [result for cell in cells if (result := results.folder.result(cell))]
     if not found:
         return ""
     values = {key: Counter(one["environment"][key] for one in found) for key in found[0]["environment"]}
@@ -258,9 +260,10 @@ def _tuning(slots: Sequence[Slot], results: Results, settings: Settings) -> str:
         "**Question.** Were the settings chosen inside of what was tried?",
         _answer(edges_answer(choices)),
         f"Every method that is trained or fitted gets {RUNS} runs, LoFiT for three settings, the others for one or"
-        f" two, with one seed, judged by training examples set aside, and up to {MOST} while its best lies at an "
-        "edge; the chosen settings are bold, of equals the first. After the first four, each run changes one "
-        "setting of the best so far: beyond, while that lies at an edge, and halfway to a neighbour otherwise. "
+        f" two, with one seed, judged by training examples set aside, and up to {MOST} while its best, or one as good,"
+        " lies at an edge; the chosen settings are bold, of equals the first with the fewest edges. After the first"
+        " four, each run changes one setting of the best so far: beyond, while that lies at an edge, and halfway to a"
+        " neighbour otherwise. What asked for the same settings twice counts once. "
         "All ways to choose heads use LoFiT's. *At an edge* names the settings of the chosen run that are the "
         "smallest or largest number tried for that method, task and model; all heads are no edge.",
         tuning_table(choices, results),
@@ -291,9 +294,8 @@ def _dtypes(slots: Sequence[Slot], results: Results) -> str:
 
 
 def _missing(slots: Sequence[Slot], results: Results) -> str:
-    cells = {cell for slot in slots for cell in slot.cells}
-    missing = results.missing(slots)
-    return f"{missing} of {len(cells)} cells are missing." if missing else ""
+    missing, count = results.counts(slots)
+    return f"{missing} of {count} cells are missing." if missing else ""
 
 
 def _facts(slots: Sequence[Slot]) -> tuple[str, dict[str, str], list[int]]:

@@ -12,7 +12,7 @@ from benchmarks.accuracy.comparison import elsewhere, starred
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.paper_cells import CellFolder, main_metric
-from benchmarks.accuracy.tuning import Tuning
+from benchmarks.accuracy.tuning import Tuning, settled_so_far
 from lofit_fast.heads import jaccard
 
 Rows = list[list[str]]
@@ -37,11 +37,10 @@ class Results:
         found = self.of(slot)
         return elsewhere(found, slot.column) if slot.column in slot.cells[0].outside else found
 
-    def missing(self, slots: Sequence[Slot]) -> int:
-        """How many of the slots' cells have no result."""
-        cells = {cell: None for slot in slots for cell in slot.cells}
-        settled = [self.tuning.settled(cell, so_far=True) for cell in cells]
-        return sum(cell is None or self.folder.result(cell) is None for cell in settled)
+    def counts(self, slots: Sequence[Slot]) -> tuple[int, int]:
+        """(those without a result, all) of the slots' cells, each once under the best settings so far."""
+        cells = settled_so_far((cell for slot in slots for cell in slot.cells), self.tuning)
+        return sum(self.folder.result(cell) is None for cell in cells), len(cells)
 
 
 def markdown(header: Sequence[str], rows: Rows) -> str:

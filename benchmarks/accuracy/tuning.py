@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.accuracy import tuning_search
@@ -49,6 +49,7 @@ class Tuning:
             outside=(),
             n_outside=0,
             split=TUNING,
+            some_heads=False,
         )
         runs = [replace(plain, options=as_options(settings)) for settings in self.of(cell.method)]
         while (options := self._next(runs)) is not None:
@@ -75,17 +76,22 @@ class Tuning:
             runs = self.runs(replace(cell, method=method))
             if not runs:
                 continue
-            best = self.best(runs) if so_far or self.over(runs) else None
+            best = self.best(runs, cell.some_heads) if so_far or self.over(runs) else None
             if best is None:
                 return None
             chosen |= dict(best.options)
-        return replace(cell, options=as_options({**chosen, **dict(cell.options)}))
+        return replace(cell, options=as_options({**chosen, **dict(cell.options)}), some_heads=False)
 
-    def best(self, runs: Sequence[Cell]) -> Cell | None:
-        """The finished run whose settings are taken; None while one of the start grid is missing."""
+    def best(self, runs: Sequence[Cell], some_heads: bool = False) -> Cell | None:
+        """The finished run whose settings are taken; None while one of the start grid is missing.
+
+        some_heads: not one with all heads.
+        """
         finished = [run for run in runs if self.folder.result(run) is not None]
         if len(finished) < len(self.of(runs[0].method)):
             return None
+        if some_heads:
+            finished = [run for run in finished if dict(run.options).get("top") != 1.0]
         return finished[tuning_search.best_of([self._tried(run) for run in finished])]
 
     def edges(self, runs: Sequence[Cell], best: Cell) -> dict[str, str]:
@@ -102,3 +108,8 @@ class Tuning:
         result = self.folder.result(run)
         metrics = result["metrics"]
         return Tried(dict(run.options), result["settings"], (metrics[main_metric(metrics)], sum(metrics.values())))
+
+
+def settled_so_far(cells: Iterable[Cell], tuning: Tuning) -> list[Cell]:
+    """Each cell once, with the best settings so far; one that has none yet stands as it is."""
+    return list(dict.fromkeys(tuning.settled(cell, so_far=True) or cell for cell in cells))

@@ -1,8 +1,9 @@
 """The search for a method's settings: a start grid, then beyond an edge until the best lies inside, then halfway.
 
-Every method has RUNS runs on a task and model, and up to MOST while its best lies at an end of what was tried: nothing
-is known of what lies beyond. After the start grid each further run changes one setting of the best run so far: to the
-next number beyond an end, and otherwise to halfway between it and its neighbours.
+Every method has RUNS different runs on a task and model, and up to MOST while its best lies at an end of what was
+tried: nothing is known of what lies beyond. After the start grid each further run changes one setting of the best run
+so far: to the next number beyond an end, and otherwise to halfway between it and its neighbours. Then it goes beyond
+the ends of those that are as good as the best: which of equals is taken is chance.
 """
 
 from __future__ import annotations
@@ -55,12 +56,26 @@ def edges(tried: Sequence[Tried], one: Tried) -> dict[str, str]:
 
 def next_options(tried: Sequence[Tried], runs: int = RUNS, most: int = MOST) -> dict[str, object] | None:
     """What the next run is asked for; None after `runs`, or `most` at an edge, and where no number is left to try."""
-    best = tried[best_of(tried)]
-    at_ends = edges(tried, best)
-    if len(tried) >= (most if at_ends else runs):
-        return None
-    for key, end in at_ends.items():
-        return {**best.options, key: _beyond(best.value(key), end, _LARGEST.get(key, math.inf))}
+    best, count = tried[best_of(tried)], _different(tried)
+    asked = _outwards(tried, best)
+    if asked is None and count < runs:
+        asked = _between(tried, best)
+    if asked is None and any(best.score):
+        # where nothing is right all are equal, and say nothing of where to look
+        equal = [one for one in tried if one.score == best.score]
+        asked = next((options for one in equal if (options := _outwards(tried, one)) is not None), None)
+    return asked if count < most else None
+
+
+def _outwards(tried: Sequence[Tried], one: Tried) -> dict[str, object] | None:
+    """The run with the first of its settings that lies at an end changed to the next number beyond."""
+    for key, end in edges(tried, one).items():
+        return {**one.options, key: _beyond(one.value(key), end, _LARGEST.get(key, math.inf))}
+    return None
+
+
+def _between(tried: Sequence[Tried], best: Tried) -> dict[str, object] | None:
+    """The best with a setting changed to halfway between it and a neighbour, where that was not tried."""
     for key, numbers in _varied(tried).items():
         if (value := best.value(key)) is None:
             continue
@@ -79,8 +94,17 @@ def _varied(tried: Sequence[Tried]) -> dict[str, list[float]]:
     return {key: values for key, values in numbers.items() if len(values) > 1}
 
 
+def _all_of(one: Tried) -> dict[str, object]:
+    return {**one.settings, **one.options}
+
+
+def _different(tried: Sequence[Tried]) -> int:
+    """How many runs had settings of their own: a start grid may ask for what the task has anyway."""
+    return sum(all(_all_of(one) != _all_of(other) for other in tried[:i]) for i, one in enumerate(tried))
+
+
 def _known(tried: Sequence[Tried], asked: Mapping[str, object]) -> bool:
-    return any({**one.settings, **one.options, **asked} == {**one.settings, **one.options} for one in tried)
+    return any({**_all_of(one), **asked} == _all_of(one) for one in tried)
 
 
 def _beyond(value: float, end: str, largest: float) -> float:

@@ -67,6 +67,26 @@ def test_of_equals_the_one_with_the_fewest_edges_is_taken():
     assert next_options(tried) == {"alpha": 8.7}
 
 
+def test_what_is_as_good_as_the_best_is_followed_beyond_its_edge():
+    """Which of equals is taken is chance: the other's direction may be the better one."""
+    start = ({"top": 0.05}, {"top": 0.03}, {"top": 0.1}, {"top": 0.2})
+    scores = {0.05: 0.1, 0.1: 0.5, 0.2: 0.5, 0.5: 0.6, 1.0: 0.7}
+    tried = searched(start, lambda settings: scores.get(settings["top"], 0.4), RECIPE)
+    assert tried[best_of(tried[:RUNS])].options["top"] == 0.1
+    assert [one.options["top"] for one in tried[RUNS:]] == [0.5, 1.0]
+    assert dict(tried[best_of(tried)].options) == {"top": 1.0}
+
+
+def test_where_nothing_is_right_no_equal_is_followed():
+    start = [{"lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
+    assert len(searched(start, lambda settings: 0.0)) == RUNS
+
+
+def test_settings_that_were_asked_for_twice_count_once():
+    start = ({}, {"tune_lr": 5e-3}, {"tune_lr": 2e-2}, {"tune_lr": 2e-3})
+    assert len(searched(start, hill(tune_lr=5e-3), RECIPE)) == RUNS + 1
+
+
 def test_what_has_no_numbers_has_nothing_more_to_try():
     tried = [Tried({"span": span}, {"span": span}, (0.5,)) for span in ((0.0, 0.5), (0.5, 1.0))]
     assert next_options([*tried, Tried({"flag": True}, {}, (0.1,))]) is None

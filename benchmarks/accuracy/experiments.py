@@ -89,11 +89,12 @@ class Plan:
     def sized(self, method: str, task: str, value: float | None, model: str | None = None) -> tuple[Cell, ...]:
         """A method's cells at one of its sizes: the main ones at the size that its settings are tuned at."""
         sizes = SIZES[method]
+        if value != sizes.default:
+            options = as_options({sizes.option: value})
+            return self.cells(method, task, model, some_heads=True, options=options, outside=(), n_outside=0)
         # tuning may choose another size for the main ones
-        if value == sizes.default and not (sizes.tuned and self.settings.n_tuning):
-            return self.cells(method, task, model)
-        options = as_options({sizes.option: value})
-        return self.cells(method, task, model, some_heads=True, options=options, outside=(), n_outside=0)
+        asked = {sizes.option: value} if sizes.tuned and self.settings.n_tuning else {}
+        return self.cells(method, task, model, some_heads=True, options=as_options(asked))
 
     def outside(self) -> tuple[str, ...]:
         """The tasks a model tuned on `TRAINED_FOR_OUTSIDE` is judged on."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.accuracy import tuning_search
-from benchmarks.accuracy.method_table import METHODS, grid
+from benchmarks.accuracy.method_table import LOFIT_DEFAULTS, METHODS, grid
 from benchmarks.accuracy.paper_cells import TUNING, Cell, CellFolder, as_options, main_metric
 from benchmarks.accuracy.settings import FIRST_SEED
 from benchmarks.accuracy.tuning_search import MOST, RUNS, Tried
@@ -80,7 +80,11 @@ class Tuning:
             if best is None:
                 return None
             chosen |= dict(best.options)
-        return replace(cell, options=as_options({**chosen, **dict(cell.options)}), some_heads=False)
+        chosen |= dict(cell.options)
+        if METHODS[cell.method].kind == "lofit":
+            # a number of heads that it has anyway makes no other cell
+            chosen = {key: value for key, value in chosen.items() if LOFIT_DEFAULTS.get(key) != value}
+        return replace(cell, options=as_options(chosen), some_heads=False)
 
     def best(self, runs: Sequence[Cell], some_heads: bool = False) -> Cell | None:
         """The finished run whose settings are taken; None while one of the start grid is missing.

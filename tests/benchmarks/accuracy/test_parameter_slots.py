@@ -56,7 +56,9 @@ def test_other_models_have_some_sizes_of_two_methods(tmp_path):
 def test_sizes_are_judged_on_their_own_task_alone(tmp_path):
     made = session(tmp_path, replace(TUNED, tasks=("truthfulqa", "mquake"), models=("smollm2",), only=("parameters",)))
     lofit = [cell for cell in cells_of(made, "parameters") if (cell.method, cell.task) == ("lofit", "truthfulqa")]
-    assert len(lofit) == 4 and all(cell.outside == () and cell.n_outside == 0 for cell in lofit)
+    # a tenth of the heads may be what tuning chooses: then it is the main cell
+    outside = {dict(cell.options)["top"]: cell.outside for cell in lofit}
+    assert outside == {0.01: (), 0.03: (), 0.1: ("mquake",), 0.3: ()}
 
 
 @pytest.mark.parametrize("method", [name for name, sizes in SIZES.items() if sizes.option == "rank"])

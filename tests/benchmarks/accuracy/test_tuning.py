@@ -31,13 +31,20 @@ def test_sections_of_which_heads_leave_some_out(tmp_path):
     for slot in made.slots:
         for cell in slot.cells:
             if cell.selector:
-                tops.setdefault(slot.experiment, set()).add(dict(made.tuning.settled(cell).options)["top"])
+                tops.setdefault(slot.experiment, set()).add(dict(made.tuning.settled(cell).options).get("top", 0.1))
     some = max(top for found in tops.values() for top in found if top < 1.0)
     assert tops.pop("tops") == set(ONE.tops)
     assert tops == {
         **dict.fromkeys(("table1", "sizes", "preset"), {1.0}),
         **dict.fromkeys(("table2", "layers", "variants", "combining"), {some}),
     }
+
+
+def test_the_number_of_heads_that_lofit_has_anyway_is_no_option(tmp_path):
+    made = searched(tmp_path, ("tops",))
+    tops = {slot.column: made.tuning.settled(slot.cells[0]) for slot in made.slots}
+    assert dict(tops[0.2].options) == {"top": 0.2}
+    assert tops[0.1].options == ()
 
 
 def test_a_cell_with_its_settings_does_not_say_who_asked(tmp_path):

@@ -63,7 +63,7 @@ def heads(
     from lofit_fast.patching.handle import handle_of
     from lofit_fast.selection.adapter_overlap import offsets_in, overlaps
     from lofit_fast.selection.attention_maps import attention_maps
-    from lofit_fast.selection.heads_page import HeadsReport, write_page
+    from lofit_fast.selection.heads_page import HeadsReport, of_scales, write_page
     from lofit_fast.selection.written_tokens import written_tokens
 
     if prompt is not None and (task or data):
@@ -76,6 +76,7 @@ def heads(
     written = written_tokens(handle, tokenizer, ids, tokens)
     shape = (max(p.layer for p in handle.projections) + 1, max(p.n_heads for p in handle.projections))
     every = {str(adapter): offsets_in(handle.adapter())} | _offsets(others, handle)
+    scaled = sum(len(layer.heads("scale")) for layer in handle.layers.values())
     common = overlaps(every, sum(p.n_heads for p in handle.projections))
     if output is not None:
         if len(ids) > _MOST_TOKENS:
@@ -83,13 +84,16 @@ def heads(
             ids = ids[-_MOST_TOKENS:]
         names = [tokenizer.decode([token]) for token in ids]
         maps = attention_maps(handle, ids, [one.head for one in written[:pictures]])
-        report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common)
+        report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common, scaled)
         write_page(report, output)
     if as_json:
-        found = {"prompt": text, "heads": [asdict(one) for one in written], "overlaps": [asdict(o) for o in common]}
+        heads_found, overlaps_found = [asdict(one) for one in written], [asdict(one) for one in common]
+        found = {"prompt": text, "heads": heads_found, "heads_scaled": scaled, "overlaps": overlaps_found}
         print(json.dumps(found | ({} if output is None else {"page": str(output)})))
         return
     out.print(_written_table(written, f"what {adapter} writes on {model}"))
+    if scaled:
+        out.print(of_scales(scaled))
     if common:
         out.print(_overlap_table(common))
     if output is not None:

@@ -30,6 +30,7 @@ class HeadsReport:
 
     title: the adapter and its base. prompt: the text that was read, tokens: its tokens. shape: (layers, heads) of the
     base. written: the heads, the longest offset first. maps: (S, S) attention of some of them. overlaps: with others.
+    scaled: how many heads the adapter scales.
     """
 
     title: str
@@ -39,6 +40,13 @@ class HeadsReport:
     written: Sequence[Written]
     maps: Mapping[Head, Tensor] = field(default_factory=dict)
     overlaps: Sequence[Overlap] = ()
+    scaled: int = 0
+
+
+def of_scales(count: int) -> str:
+    """What a reader of offsets should know of an adapter that scales some heads."""
+    heads = "1 head is" if count == 1 else f"{count} heads are"
+    return f"{heads} scaled, too: what a scale writes depends on the text, and is not shown."
 
 
 def write_page(report: HeadsReport, path: Path | str) -> Path:
@@ -76,6 +84,7 @@ def _page(report: HeadsReport, scratch: Path) -> str:
                 for one in report.written
             ),
         ),
+        *([f"<p>{of_scales(report.scaled)}</p>"] if report.scaled else []),
         *_attention(report, scratch),
         *_overlap(report.overlaps),
     ]

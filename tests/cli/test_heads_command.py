@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import lofit_fast as lf
 from tests.cli.calling import as_json, call, error_of
 
 
@@ -27,6 +28,18 @@ def test_the_page_holds_all_and_refers_to_nothing(model, run_folder, tmp_path):
     text = page.read_text()
     assert text.count("<img") == 2 and "&lt;b&gt;&amp;a=" in text and "<b>&a" not in text
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_scales_beside_the_offsets_are_counted(model, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    base, _ = lf.load_model(str(model), device="cpu")
+    handle = lf.patch(base, lf.LofitConfig(scale=[(0, 1), (1, 0), (1, 1)], offset=[(0, 1)]))
+    folder, page = handle.save(tmp_path / "both"), tmp_path / "heads.html"
+    options = ("--model", model, "--adapter", folder, "--prompt", "a=", "--output", page)
+    found = as_json("heads", *options)
+    assert (len(found["heads"]), found["heads_scaled"]) == (1, 3)
+    assert "3 heads are scaled, too" in page.read_text()
+    assert "3 heads are scaled, too" in call("heads", *options).stdout
 
 
 def test_bad_calls(model, run_folder, tmp_path):

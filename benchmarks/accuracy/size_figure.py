@@ -10,11 +10,12 @@ from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import SizePoint, of_one_device, of_one_size, size_points
 from lofit_fast.plots import new_figure
 
-# as many of one as of the other would give the ninth method the looks of the first
+# a colour for every method that may stand in it
 _MARKERS = "osD^vP*Xp<>"
 _COLOURS = (
     *("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"),
     *("tab:brown", "tab:pink", "tab:grey", "tab:olive", "tab:cyan"),
+    *("black", "navy", "gold"),
 )
 
 

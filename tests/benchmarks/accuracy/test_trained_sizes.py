@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.accuracy.cell_loop import run_cells
+from benchmarks.accuracy.experiments import TABLE3
+from benchmarks.accuracy.method_table import METHODS, SIZES, VARIANTS
 from benchmarks.accuracy.settings import QUICK
 from benchmarks.accuracy.tables import Results
 from benchmarks.accuracy.trained_sizes import (
@@ -138,3 +140,13 @@ def test_the_picture_has_both_rows(whole):
     upper, lower = parameters(*whole, "title").axes
     assert (upper.get_xscale(), lower.get_xscale()) == ("log", "linear")
     assert [len(panel.containers) for panel in (upper, lower)] == [5, 5]
+
+
+def test_every_method_in_the_picture_has_a_colour_of_its_own():
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_hex
+
+    from benchmarks.accuracy.size_figure import _COLOURS
+
+    drawn = {method for method in (*SIZES, *TABLE3, *VARIANTS) if METHODS[method].epochs}
+    assert len({to_hex(colour) for colour in _COLOURS}) == len(_COLOURS) >= len(drawn)

@@ -148,5 +148,5 @@ def test_every_method_in_the_picture_has_a_colour_of_its_own():
 
     from benchmarks.accuracy.size_figure import _COLOURS
 
-    drawn = {method for method in (*method_table.SIZES, *TABLE3, *method_table.VARIANTS)}
+    drawn = {*method_table.SIZES, *TABLE3, *method_table.VARIANTS}
     assert len({to_hex(colour) for colour in _COLOURS}) == len(_COLOURS) >= len(drawn)

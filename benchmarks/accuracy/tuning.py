@@ -95,7 +95,7 @@ class Tuning:
         if len(finished) < len(self.of(runs[0].method)):
             return None
         if some_heads:
-            finished = [run for run in finished if dict(run.options).get("top") != 1.0]
+            finished = [run for run in finished if dict(run.options).get("top") != tuning_search.LARGEST["top"]]
         return finished[tuning_search.best_of([self._tried(run) for run in finished])]
 
     def edges(self, runs: Sequence[Cell], best: Cell) -> dict[str, str]:

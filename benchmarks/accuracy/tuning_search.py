@@ -18,7 +18,7 @@ _STEPS = (1.0, 2.0, 5.0)
 # beyond an edge it steps at least that far, and between numbers closer than _CLOSE nothing is tried
 _BEYOND, _CLOSE = 2.0, 1.15
 # all heads are all there are
-_LARGEST = {"top": 1.0}
+LARGEST = {"top": 1.0}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def edges(tried: Sequence[Tried], one: Tried) -> dict[str, str]:
     found = {}
     for key, numbers in _varied(tried).items():
         ends = {numbers[0]: "smallest", numbers[-1]: "largest"}
-        if (value := one.value(key)) in ends and value != _LARGEST.get(key):
+        if (value := one.value(key)) in ends and value != LARGEST.get(key):
             found[key] = ends[value]
     return found
 
@@ -70,7 +70,7 @@ def next_options(tried: Sequence[Tried], runs: int = RUNS, most: int = MOST) -> 
 def _outwards(tried: Sequence[Tried], one: Tried) -> dict[str, object] | None:
     """The run with the first of its settings that lies at an end changed to the next number beyond."""
     for key, end in edges(tried, one).items():
-        return {**one.options, key: _beyond(one.value(key), end, _LARGEST.get(key, math.inf))}
+        return {**one.options, key: _beyond(one.value(key), end, LARGEST.get(key, math.inf))}
     return None
 
 

@@ -339,6 +339,11 @@ class LofitLinear(nn.Module):
         return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name in ("weight", "bias"):
+            if self.scopes.folding():
+                raise ValueError(f"cannot set {name} inside handle.folded(), which computes with the old one")
+            setattr(self.inner, name, value)
+            return
         if name == "_hf_hook":
             check_hook(value)
         super().__setattr__(name, value)

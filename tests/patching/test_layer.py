@@ -240,6 +240,20 @@ def test_layer_stands_in_for_its_base():
     assert wrap(nn.Linear(K, N, bias=False)).bias is None
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_what_is_set_on_the_layer_is_set_on_its_base(part, z):
+    """As code that prunes, ties or replaces weights does, which has never heard of LoFiT."""
+    layer, other = wrap(), nn.Linear(K, N).double()
+    layer(z)
+    setattr(layer, part, getattr(other, part))
+    assert getattr(layer.inner, part) is getattr(other, part)
+    expected = reference.affine_linear(z, layer.inner.weight, layer.inner.bias, **inputs(layer))
+    torch.testing.assert_close(layer(z), expected)
+    with torch.no_grad(), layer.scopes.folded([layer]), pytest.raises(ValueError, match=f"cannot set {part} inside"):
+        setattr(layer, part, getattr(nn.Linear(K, N), part))
+    assert getattr(layer.inner, part) is getattr(other, part)
+
+
 def test_layer_state_dict_is_the_bases():
     layer = wrap()
     state, expected = layer.state_dict(), layer.inner.state_dict()

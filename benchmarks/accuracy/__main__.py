@@ -66,7 +66,7 @@ def paper(
     chosen = {key: tuple(",".join(values).split(",")) for key, values in lists.items() if values}
     settings = settings_of(quick, seeds=seeds, **chosen)
     command = _command_line(quick, hub, seeds, chosen)
-    session = Session(output, settings, survey(settings.tasks, data, hub), command)
+    session = Session(output, settings, survey(settings.tasks, data, hub), command, dtype=dtype)
     outlook = session.outlook()
     estimate = f"about {outlook['minutes']:.0f} minutes on two slow cores"
     err.print(f"{outlook['cells']} cells, {outlook['to_run']} to run, {estimate}", highlight=False)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from benchmarks.accuracy.cell_settings import agree
 from benchmarks.accuracy.paper_cells import TUNING, VALIDATION, CellFolder, Options, as_options, main_metric
 from lofit_fast.config import FAST_ANSWER, RECIPES, Recipe
 from lofit_fast.training.engine import Engine
@@ -121,6 +122,11 @@ class FastCell:
     def engine(self) -> Engine:
         """How its steps are run."""
         return Engine(**SETTINGS[self.setting].engine)
+
+
+def as_today(cell: FastCell, content: Mapping) -> bool:
+    """Whether a finished cell has the recipe and the engine that it would be run with today."""
+    return agree(asdict(cell.recipe()), content["settings"]) and agree(asdict(cell.engine()), content["engine"])
 
 
 @dataclass(frozen=True)

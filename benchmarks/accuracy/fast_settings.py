@@ -41,7 +41,7 @@ def fast_settings(
 ) -> None:
     """Train every setting on every task with every seed, as far as that is not done, and write the page."""
     from benchmarks.accuracy.cell_loop import all_cells, run_cells, seconds_left
-    from benchmarks.accuracy.fast_cells import SEEDS, SETTINGS, FastTuning, slots_of
+    from benchmarks.accuracy.fast_cells import SEEDS, SETTINGS, FastTuning, as_today, slots_of
     from benchmarks.accuracy.fast_execute import FastEstimate, FastExecutor
     from benchmarks.accuracy.fast_page import write_page
     from benchmarks.accuracy.paper_cells import CellFolder
@@ -57,7 +57,7 @@ def fast_settings(
     }
     first = SEEDS[0]
     slots = slots_of(tuple(model.split(",")), sizes, tuple(range(first, first + seeds)), names)
-    folder = CellFolder(output / "cells")
+    folder = CellFolder(output / "cells", as_today)
     tuning, estimate = FastTuning(folder), FastEstimate()
     missing = [cell for cell in all_cells(slots, folder, tuning) if folder.result(cell) is None]
     seconds = seconds_left(slots, folder, tuning, estimate)

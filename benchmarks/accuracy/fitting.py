@@ -8,16 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.accuracy.method_table import LOFIT_DEFAULTS
-from benchmarks.accuracy.paper_cells import Cell, as_options
+from benchmarks.accuracy.cell_settings import OF_STEP2, SHOTS, of_lora_first, part_of, peer_options, recipe_of
+from benchmarks.accuracy.paper_cells import Cell
 from benchmarks.accuracy.task_parts import TaskData
-from lofit_fast.config import RECIPES, Head, Recipe
+from lofit_fast.config import Head, Recipe
 from lofit_fast.evaluation.judge import score_candidates
 from lofit_fast.files import write_json
 from lofit_fast.heads import select_heads
@@ -26,11 +26,8 @@ from lofit_fast.tasks.task import Task, exact_match
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.engine.attachment import Attachment
 
-SHOTS = 5
-# of a recipe, what the choice of heads does not depend on
-_NOT_OF_HEADS = ("tune_lr", "tune_epochs", "tune_scales")
-# the options that are LoFiT's, where a cell has those of two methods
-_OF_LOFIT = {setting.name for setting in fields(Recipe)}
+# of a recipe, what the heads that another selector chooses do not depend on: their number is its own affair
+_NOT_OF_HEADS = tuple(name for name in OF_STEP2 if name != "top")
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,6 @@ class Fitted:
         return judgement.metrics, [float(hit) for hit in judgement.hits]
 
 
-def recipe_of(cell: Cell, task: str | None = None) -> Recipe:
-    """LoFiT's recipe of a cell. task: whose published settings to start from; None means the cell's own."""
-    own = {"seed": cell.seed, "select_epochs": cell.epochs, "tune_epochs": cell.epochs}
-    options = dict(cell.options)
-    if task is not None:
-        options = {key: value for key, value in options.items() if key == "top"}
-    return Recipe(**{**RECIPES.get(task or cell.task, {}), **LOFIT_DEFAULTS, **options, **own})
-
-
 @contextmanager
 def fitted(bench: Bench, cell: Cell, kind: str) -> Iterator[Fitted]:
     """A scope in which the cell's method is in the model; afterwards the model is as it was, whatever happened."""
@@ -120,10 +108,9 @@ def _constrained(bench: Bench, cell: Cell) -> Fitted:
 def _fitted(bench: Bench, cell: Cell) -> Fitted:
     from benchmarks.peers.table import COMPARED
 
-    peer = COMPARED[cell.method]
-    options = {**peer.options, **dict(cell.options)}
+    make, options = COMPARED[cell.method].make, peer_options(cell)
     started = time.perf_counter()
-    attachment = peer.make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
+    attachment = make(bench.model, bench.tokenizer, contrasts(bench.task, cell.seed), seed=cell.seed, **options)
     seconds = {"training": time.perf_counter() - started}
     return Fitted(bench.task, (attachment,), seconds=seconds, settings=options, n_parameters=attachment.n_parameters())
 
@@ -132,10 +119,9 @@ def _trained(bench: Bench, cell: Cell, **more) -> Fitted:
     """more: options of the peer that the cell itself decides."""
     from benchmarks.peers.table import COMPARED
 
-    peer = COMPARED[cell.method]
-    options = {"lr": peer.lr, **peer.options, **dict(cell.options), **more}
+    options = {**peer_options(cell), **more}
     making = {key: value for key, value in options.items() if key != "lr"}
-    attachment = peer.make(bench.model, seed=cell.seed, **making)
+    attachment = COMPARED[cell.method].make(bench.model, seed=cell.seed, **making)
     try:
         seconds = _train(bench, attachment, lr=options["lr"], epochs=cell.epochs, seed=cell.seed)
     except BaseException:
@@ -194,9 +180,9 @@ def _lofit_scaled(bench: Bench, cell: Cell) -> Fitted:
 
 def _lora_on_heads(bench: Bench, cell: Cell) -> Fitted:
     """LoRA in the layers in which LoFiT's step 1 has chosen heads, and in no other."""
-    lofit = _part(cell, "lofit")
+    lofit = part_of(cell, "lofit")
     heads, selecting = _heads(bench, lofit)
-    lora = _trained(bench, _part(cell, "lora"), layers=sorted({layer for layer, _ in heads}))
+    lora = _trained(bench, part_of(cell, "lora"), layers=sorted({layer for layer, _ in heads}))
     settings = {"lofit": asdict(recipe_of(lofit)), "lora": lora.settings}
     return replace(lora, heads=heads, seconds={**lora.seconds, "selection": selecting}, settings=settings)
 
@@ -206,11 +192,11 @@ def _lofit_on_lora(bench: Bench, cell: Cell) -> Fitted:
 
     The heads are those that step 1 chooses on the base model. Of an odd number of epochs the offsets have one more.
     """
-    of_lora, lofit = cell.epochs // 2, _part(cell, "lofit")
+    of_lora, lofit = of_lora_first(cell), part_of(cell, "lofit")
     if not of_lora:
         raise ValueError(f"expected at least 2 epochs, for two methods in turn, got {cell.epochs}")
     heads = _heads(bench, lofit)
-    lora = _trained(bench, replace(_part(cell, "lora"), epochs=of_lora))
+    lora = _trained(bench, replace(part_of(cell, "lora"), epochs=of_lora))
     try:
         # frozen on purpose, so that patching need not warn of it
         for parameter in lora.attachments[0].parameters():
@@ -228,12 +214,6 @@ def _lofit_on_lora(bench: Bench, cell: Cell) -> Fitted:
     )
 
 
-def _part(cell: Cell, method: str) -> Cell:
-    """The cell as one of the two methods it is made of would have it, "lofit" or "lora", with the settings of that."""
-    own = {key: value for key, value in cell.options if (key in _OF_LOFIT) == (method == "lofit")}
-    return replace(cell, method=method, options=as_options(own))
-
-
 def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
     """(heads, the seconds of choosing them), chosen now or by an earlier cell.
 
@@ -241,7 +221,6 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
     """
     recipe, task = recipe_of(cell), bench.task
     if cell.heads_from:
-        recipe = recipe_of(cell, cell.heads_from)
         part = {"train_size": cell.heads_size, "n_judged": 1, "seed": cell.seed, "split": cell.split}
         task = bench.data.part(cell.heads_from, **part)
     learnt = cell.heads_size if cell.heads_from else cell.train_size
@@ -251,7 +230,8 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
     aside = cell.n_validation if cell.split != "validation" else 0
     identity = [cell.model, cell.heads_from or cell.task, cell.selector, cell.split, aside, learnt, kept]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = bench.selections / f"{digest}.json"
+    dtype = str(bench.model.dtype).removeprefix("torch.")
+    path = bench.selections / dtype / f"{digest}.json"
     if not path.is_file():
         from lofit_fast.selection.methods import SELECTORS, TRAINED
 
@@ -260,7 +240,7 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
         chosen = SELECTORS[cell.selector](bench.model, bench.tokenizer, task, recipe, **run)
         scores = None if chosen.scores is None else chosen.scores.tolist()
         content = {"heads": [list(pair) for pair in chosen.heads], "scores": scores, "seconds": chosen.seconds}
-        bench.selections.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     content = json.loads(path.read_text())
     if cell.selector == "lofit":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -75,20 +75,26 @@ def main_metric(metrics: Mapping[str, float]) -> str:
 
 
 class CellFolder:
-    """The finished cells of a folder: written whole or not at all, and never changed afterwards."""
+    """The finished cells of a folder: written whole or not at all, and made anew where their settings have changed.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._read: dict[str, dict] = {}
+    current: (cell, what its file holds) -> whether it would be run with the same today; None means that it would.
+    """
+
+    def __init__(self, path: Path | str, current: Callable[[Cell, Mapping], bool] | None = None) -> None:
+        self.path, self._current = Path(path), current
+        # None for a file that is there and is of other settings
+        self._read: dict[str, dict | None] = {}
 
     def result(self, cell: Cell) -> dict | None:
         """What a finished cell holds, or None. Raises ValueError for a file that is not whole JSON."""
         path = self.path / f"{cell.name}.json"
         if cell.name not in self._read and path.is_file():
             try:
-                self._read[cell.name] = json.loads(path.read_text())
+                content = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not whole JSON: {error}") from error
+            same = self._current is None or self._current(cell, content)
+            self._read[cell.name] = content if same else None
         return self._read.get(cell.name)
 
     def write(self, cell: Cell, result: Mapping[str, object]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.accuracy.cell_loop import Execute, all_cells, run_cells, seconds_left
+from benchmarks.accuracy.cell_settings import agree, settings_today
 from benchmarks.accuracy.estimate import Estimate
 from benchmarks.accuracy.experiments import Available, Plan
 from benchmarks.accuracy.method_table import grid
-from benchmarks.accuracy.paper_cells import CellFolder
+from benchmarks.accuracy.paper_cells import Cell, CellFolder
 from benchmarks.accuracy.paper_report import write_report
 from benchmarks.accuracy.settings import EXPERIMENTS, FULL, QUICK, Settings, from_json
 from benchmarks.accuracy.tables import Results
@@ -41,14 +43,23 @@ def settings_of(
 
 
 class Session:
-    """An output folder with the plan of its cells. of: a method's settings to try, see `method_table.grid`."""
+    """An output folder with the plan of its cells. of: a method's settings to try, see `method_table.grid`.
+
+    dtype: of `load_model`; with another than "auto", cells that were made in another are made anew.
+    """
 
     def __init__(
-        self, output: Path | str, settings: Settings, available: Available, command: str, of: Grid = grid
+        self,
+        output: Path | str,
+        settings: Settings,
+        available: Available,
+        command: str,
+        of: Grid = grid,
+        dtype: str = "auto",
     ) -> None:
         self.output, self.settings, self.available, self.command = Path(output), settings, available, command
-        self.slots = Plan(settings, available).slots()
-        self.folder = CellFolder(self.output / "cells")
+        self.dtype, self.slots = dtype, Plan(settings, available).slots()
+        self.folder = CellFolder(self.output / "cells", self._current)
         sizes = {name: min(count, settings.train_size or count) for name, count in available.train.items()}
         self.tuning = Tuning(self.folder, settings.n_tuning, sizes, settings.epochs, of)
 
@@ -61,6 +72,11 @@ class Session:
         content = json.loads(path.read_text())
         available = {key: tuple(value) if isinstance(value, list) else value for key, value in content["data"].items()}
         return cls(output, from_json(content["settings"]), Available(**available), content["command"], of)
+
+    def _current(self, cell: Cell, content: Mapping) -> bool:
+        """Whether a finished cell has the settings, and the dtype, that it would be run with today."""
+        same = self.dtype in ("auto", content["environment"].get("dtype"))
+        return same and agree(settings_today(cell), content["settings"])
 
     def outlook(self) -> dict[str, object]:
         """How many cells there are, how many of them are to be run, and how many minutes that is estimated to take."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.accuracy import tuning_search
+from benchmarks.accuracy.cell_settings import OF_STEP2
 from benchmarks.accuracy.method_table import LOFIT_DEFAULTS, METHODS, grid
 from benchmarks.accuracy.paper_cells import TUNING, Cell, CellFolder, as_options, main_metric
 from benchmarks.accuracy.settings import FIRST_SEED
@@ -80,6 +81,13 @@ class Tuning:
             if best is None:
                 return None
             chosen |= dict(best.options)
+        if cell.heads_from:
+            # as chosen there: step 1 has the settings that are the best on the task whose heads they are
+            source = self.settled(replace(cell, task=cell.heads_from, heads_from="", heads_size=0, options=()), so_far)
+            if source is None:
+                return None
+            chosen = {key: value for key, value in chosen.items() if key in OF_STEP2}
+            chosen |= {key: value for key, value in source.options if key not in OF_STEP2}
         chosen |= dict(cell.options)
         if METHODS[cell.method].kind == "lofit":
             # a number of heads that it has anyway makes no other cell
@@ -111,7 +119,8 @@ class Tuning:
     def _tried(self, run: Cell) -> Tried:
         result = self.folder.result(run)
         metrics = result["metrics"]
-        return Tried(dict(run.options), result["settings"], (metrics[main_metric(metrics)], sum(metrics.values())))
+        settings = dict(as_options(result["settings"]))
+        return Tried(dict(run.options), settings, (metrics[main_metric(metrics)], sum(metrics.values())))
 
 
 def settled_so_far(cells: Iterable[Cell], tuning: Tuning) -> list[Cell]:

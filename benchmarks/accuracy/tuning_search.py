@@ -75,36 +75,34 @@ def _outwards(tried: Sequence[Tried], one: Tried) -> dict[str, object] | None:
 
 
 def _between(tried: Sequence[Tried], best: Tried) -> dict[str, object] | None:
-    """The best with a setting changed to halfway between it and a neighbour, where that was not tried."""
+    """The best with a setting changed to halfway between it and a neighbour."""
     for key, numbers in _varied(tried).items():
         if (value := best.value(key)) is None:
             continue
         place = numbers.index(value)
         for neighbour in (*numbers[place + 1 : place + 2], *numbers[max(place - 1, 0) : place]):
-            asked = {**best.options, key: _halfway(value, neighbour)}
-            if max(value, neighbour) / min(value, neighbour) >= _CLOSE and not _known(tried, asked):
-                return asked
+            # no run had a number between two neighbours
+            if max(value, neighbour) / min(value, neighbour) >= _CLOSE:
+                return {**best.options, key: _halfway(value, neighbour)}
     return None
 
 
 def _varied(tried: Sequence[Tried]) -> dict[str, list[float]]:
     """By setting, the numbers tried, ascending; of settings that had more than one."""
-    keys = dict.fromkeys(key for one in tried for key in one.options)
-    numbers = {key: sorted({value for one in tried if (value := one.value(key)) is not None}) for key in keys}
+    numbers = {
+        key: sorted({value for one in tried if (value := one.value(key)) is not None}) for key in _searched(tried)
+    }
     return {key: values for key, values in numbers.items() if len(values) > 1}
 
 
-def _all_of(one: Tried) -> dict[str, object]:
-    return {**one.settings, **one.options}
+def _searched(tried: Sequence[Tried]) -> list[str]:
+    return list(dict.fromkeys(key for one in tried for key in one.options))
 
 
 def _different(tried: Sequence[Tried]) -> int:
     """How many runs had settings of their own: a start grid may ask for what the task has anyway."""
-    return sum(all(_all_of(one) != _all_of(other) for other in tried[:i]) for i, one in enumerate(tried))
-
-
-def _known(tried: Sequence[Tried], asked: Mapping[str, object]) -> bool:
-    return any({**_all_of(one), **asked} == _all_of(one) for one in tried)
+    keys = _searched(tried)
+    return len({tuple({**one.settings, **one.options}.get(key) for key in keys) for one in tried})
 
 
 def _beyond(value: float, end: str, largest: float) -> float:

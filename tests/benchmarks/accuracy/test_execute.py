@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.accuracy import execute
+from benchmarks.accuracy.cell_settings import settings_today
 from benchmarks.accuracy.fitting import FITTING
-from benchmarks.accuracy.method_table import COMBINED, METHODS, SELECTOR_LABELS
+from benchmarks.accuracy.method_table import COMBINED, METHODS, SELECTOR_LABELS, TASKS
 from benchmarks.accuracy.paper_cells import Cell, as_options
+from lofit_fast.config import RECIPES, Recipe
+from lofit_fast.tasks import TASKS as LOADERS
 from lofit_fast.training.engine import Engine
 from tests.tiny_models import LAYERS, tiny_model
 from tests.tiny_tokenizers import word_tokenizer
@@ -100,10 +103,23 @@ def test_step1_is_run_once_for_all_its_cells(executor, monkeypatch):
     assert calls == [1, 1]
 
 
+def test_heads_of_another_task_are_those_it_chooses_itself(executor, monkeypatch):
+    """The same examples under two names, with other settings of step 1."""
+    monkeypatch.setitem(LOADERS, "family", LOADERS["kinship"])
+    monkeypatch.setitem(TASKS, "family", TASKS["kinship"])
+    monkeypatch.setitem(RECIPES, "family", {"select_lr": 0.3, "tune_lr": 0.5, "l1": 0.0})
+    theirs = executor(replace(LOFIT, task="family", train_size=20))
+    borrowed = executor(replace(LOFIT, heads_from="family", heads_size=20))
+    assert borrowed["heads"] == theirs["heads"] != executor(LOFIT)["heads"]
+    # found again, not chosen anew
+    assert borrowed["seconds"]["selection"] == theirs["seconds"]["selection"]
+    of_step1, of_step2 = (borrowed["settings"][key] for key in ("select_lr", "tune_lr"))
+    assert (of_step1, of_step2) == (0.3, Recipe().tune_lr)
+    assert borrowed["settings"] == settings_today(replace(LOFIT, heads_from="family", heads_size=20))
+
+
 @pytest.mark.slow
-def test_heads_of_another_task_and_other_selectors(executor):
-    borrowed = executor(replace(LOFIT, heads_from="kinship", heads_size=20))
-    assert len(borrowed["heads"]) == 3
+def test_other_selectors(executor):
     chosen = {name: executor(replace(LOFIT, selector=name))["heads"] for name in SELECTOR_LABELS}
     assert all(len(heads) == 3 for heads in chosen.values())
 

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.cell_settings import agree, settings_today
 from benchmarks.accuracy.method_table import METHODS, grid
 from benchmarks.accuracy.paper_cells import Cell, CellFolder, as_options, cell_of, main_metric
 from benchmarks.peers.table import COMPARED
@@ -24,6 +26,37 @@ def test_a_cell_survives_its_file(tmp_path):
     # hits share a line
     assert len(path.read_text().splitlines()) < 40
     assert CellFolder(tmp_path / "cells").result(CELL) == content == folder.result(CELL)
+
+
+def test_a_cell_whose_settings_changed_is_made_anew(tmp_path):
+    lora = replace(CELL, method="lora", selector="", options=())
+    two = replace(CELL, method="lofit_on_lora", options=as_options({"top": 0.1, "lr": 3e-3}))
+    for cell in (CELL, lora, two, replace(CELL, method="lofit_scaled"), replace(lora, method="iti")):
+        now = json.loads(json.dumps(settings_today(cell)))
+        folder = CellFolder(tmp_path, lambda cell, content: agree(settings_today(cell), content["settings"]))
+        folder.write(cell, {**RESULT, "settings": now})
+        assert folder.result(cell)
+        of_one = now.get("lora", now)
+        for key, value in of_one.items():
+            changed = {**of_one, key: "another"}
+            written = {**now, "lora": changed} if "lora" in now else changed
+            assert not agree(settings_today(cell), written), (cell.method, key, value)
+            # older files say fewer
+            fewer = {name: one for name, one in of_one.items() if name != key}
+            assert agree(settings_today(cell), {**now, "lora": fewer} if "lora" in now else fewer)
+        CellFolder(tmp_path).write(cell, {**RESULT, "settings": written})
+        again = CellFolder(tmp_path, folder._current)
+        assert again.result(cell) is None
+        again.write(cell, {**RESULT, "settings": now})
+        assert again.result(cell)["settings"] == now
+
+
+def test_the_committed_cells_are_of_todays_settings():
+    """But for those of heads of another task, whose step 1 was another."""
+    for path in Path("docs/results/paper/cells").glob("*.json"):
+        content = json.loads(path.read_text())
+        cell = cell_of(content["cell"])
+        assert cell.heads_from or agree(settings_today(cell), content["settings"]), path.name
 
 
 def test_the_name_says_what_it_is_and_tells_cells_apart():

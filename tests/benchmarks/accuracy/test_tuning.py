@@ -3,11 +3,15 @@
 import json
 from dataclasses import replace
 
+from benchmarks.accuracy.cell_settings import recipe_of
 from benchmarks.accuracy.session import Session
 from benchmarks.accuracy.settings import FULL
 from benchmarks.accuracy.tuning import settled_so_far
+from lofit_fast.config import RECIPES
 from tests.benchmarks.accuracy.stub import AVAILABLE, grid, made_up
 
+# LoFiT's settings to try, of both steps
+STARTS = {"lofit": ({"select_lr": 3e-3}, {"select_lr": 1e-3, "tune_lr": 2e-2}, {"top": 0.2}, {"tune_lr": 3e-2})}.get
 ONE = replace(FULL, models=("smollm2",), tasks=("clutrr",))
 # accuracy by share of the heads: the more the better
 START = tuple({"top": top} for top in (0.1, 0.2, 0.5, 1.0))
@@ -59,3 +63,24 @@ def test_a_cell_with_its_settings_does_not_say_who_asked(tmp_path):
         settled,
         made.tuning.settled(replace(asked, some_heads=False)),
     ]
+
+
+def test_heads_of_another_task_are_chosen_with_that_tasks_settings(tmp_path):
+    made = Session(tmp_path, replace(FULL, models=("smollm2",), only=("transfer",)), AVAILABLE, "", of=STARTS)
+    slots = {(slot.row, slot.column): slot for slot in made.slots}
+    borrowed = slots["clutrr", "mquake"].cells[0]
+    for task, best in {"mquake": 1, "clutrr": 0}.items():
+        assert made.tuning.settled(borrowed) is None
+        own = slots[task, task].cells[0]
+        while missing := [run for run in made.tuning.runs(own) if made.folder.result(run) is None]:
+            run = missing[0]
+            is_best = dict(run.options) == STARTS("lofit")[best]
+            made.folder.write(
+                run, {**made_up(replace(run, options=(("lr", 1.0 if is_best else 0.1),))), "settings": {}}
+            )
+    assert dict(made.tuning.settled(borrowed).options) == {"select_lr": 3e-3, "tune_lr": 2e-2}
+    recipe = recipe_of(made.tuning.settled(borrowed))
+    # what nobody has tuned is published, by task: step 1's of the one, step 2's of the other
+    assert (recipe.l1, recipe.select_lr, recipe.tune_lr) == (RECIPES["clutrr"]["l1"], 3e-3, 2e-2)
+    plain = recipe_of(replace(borrowed, options=()))
+    assert (plain.select_lr, plain.tune_lr) == (RECIPES["clutrr"]["select_lr"], RECIPES["mquake"]["tune_lr"])

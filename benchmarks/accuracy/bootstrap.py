@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,57 +15,53 @@ _STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 _BLOCK = 1000
 
 
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 42
-) -> float:
-    """Two-sided p-value of "the two do equally well", from resampled questions (Efron and Tibshirani 1993, ch. 16).
+@dataclass(frozen=True)
+class Resampled:
+    """What resampling says of the mean of first - second.
 
-    first, second: a number per question, in the same order. The mean difference is resampled around zero; p is the
-    share of resamples at least as far from zero as what was seen, counting what was seen as one: never 0.
-    Raises ValueError for no questions, or another number of them.
+    low, high: its percentile interval. p: two-sided, of "the two do equally well".
     """
-    if len(first) != len(second) or not len(first):
-        raise ValueError(f"expected hits of the same questions, got {len(first)} and {len(second)}")
-    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
-    seen = difference.mean().abs()
-    centred = difference - difference.mean()
-    draw = torch.Generator().manual_seed(seed)
-    as_far = 0
-    for start in range(0, resamples, _BLOCK):
-        count = min(_BLOCK, resamples - start)
-        questions = torch.randint(len(centred), (count, len(centred)), generator=draw)
-        # equal differences must not fall apart by rounding
-        as_far += int((centred[questions].mean(1).abs() >= seen - 1e-12).sum())
-    return (as_far + 1) / (resamples + 1)
+
+    low: float
+    high: float
+    p: float
 
 
-def paired_interval(
+def paired_bootstrap(
     first: Sequence[Sequence[float]],
     second: Sequence[Sequence[float]],
     *,
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 42,
-) -> tuple[float, float]:
-    """The percentile interval of the mean of first - second, resampled over seeds and over questions at once.
+) -> Resampled:
+    """The mean of first - second, resampled over seeds and over questions at once (Efron and Tibshirani 1993, ch. 16).
 
-    first, second: per seed a number per question, both in the same order. With few seeds it is a rough one: what
-    another seed would do is known from those alone.
-    Raises ValueError for none, or another number of either.
+    first, second: per seed a number per question, both in the same order. Means of n draws from n seeds vary by
+    (n - 1) / n of what another n seeds would bring, so each seed's distance from their mean is widened to make up for
+    it. Where seeds differ far more than questions can, two or three are too few for any interval to hold what it says.
+    p is the share of resamples around zero at least as far from it as what was seen, counting what was seen as one:
+    never 0. One resampling makes both, so that p and the interval agree.
+    Raises ValueError for no seeds or questions, or another number of either.
     """
     pair = [torch.tensor(hits, dtype=torch.float64) for hits in (first, second)]
     if pair[0].shape != pair[1].shape or not pair[0].numel():
         raise ValueError(f"expected hits of the same seeds and questions, got {[tuple(p.shape) for p in pair]}")
     difference = pair[0] - pair[1]
+    n_seeds, per_question = len(difference), difference.mean(0)
+    if n_seeds > 1:
+        difference = per_question + (difference - per_question) * math.sqrt(n_seeds / (n_seeds - 1))
     draw = torch.Generator().manual_seed(seed)
-    means = []
+    blocks = []
     for start in range(0, resamples, _BLOCK):
         count = min(_BLOCK, resamples - start)
         seeds, questions = (torch.randint(n, (count, n), generator=draw) for n in difference.shape)
-        means.append(difference[seeds].mean(1).gather(1, questions).mean(1))
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.cat(means).quantile(ends).tolist()
-    return low, high
+        blocks.append(difference[seeds].mean(1).gather(1, questions).mean(1))
+    means, seen = torch.cat(blocks), per_question.mean()
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    # equal differences must not fall apart by rounding
+    as_far = int(((means - seen).abs() >= seen.abs() - 1e-12).sum())
+    return Resampled(low, high, (as_far + 1) / (resamples + 1))
 
 
 def stars(p: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 
-from benchmarks.accuracy.bootstrap import RESAMPLES, paired_bootstrap, paired_interval, stars
+from benchmarks.accuracy.bootstrap import RESAMPLES, Resampled, paired_bootstrap, stars
 from benchmarks.accuracy.method_table import METHODS
 
 ABOVE, BELOW, LEVEL = "above", "below", "level"
@@ -45,18 +45,16 @@ def difference(first: Sequence[dict], second: Sequence[dict]) -> Difference | No
     pair = _of_shared_seeds(first, second)
     if pair is None:
         return None
-    low, high = _interval(*pair, RESAMPLES)
+    found = _resampled(*pair, RESAMPLES)
     mean = fmean(map(fmean, pair[0])) - fmean(map(fmean, pair[1]))
     # thirds of hits must not fall on either side of 0 by rounding
-    return Difference(*(round(100 * value, 9) for value in (mean, low, high)))
+    return Difference(*(round(100 * value, 9) for value in (mean, found.low, found.high)))
 
 
 def p_value(first: Sequence[dict], second: Sequence[dict]) -> float | None:
-    """That of "the two do equally well": `paired_bootstrap` on what `difference` is of; None as there."""
+    """That of "the two do equally well", by the resamples that the interval of `difference` is of; None as there."""
     pair = _of_shared_seeds(first, second)
-    if pair is None:
-        return None
-    return paired_bootstrap(*([fmean(hits) for hits in zip(*seeds, strict=True)] for seeds in pair))
+    return None if pair is None else _resampled(*pair, RESAMPLES).p
 
 
 def starred(first: Sequence[dict], second: Sequence[dict]) -> str:
@@ -69,10 +67,10 @@ def accuracy(found: Sequence[dict]) -> tuple[float, float, float]:
     """Mean hits in percent, and the ends of their 95 % interval over seeds and questions. At least one result."""
     hits = tuple(_by_seed(found).values())
     none = tuple((0.0,) * len(row) for row in hits)
-    low, high = _interval(hits, none, _BAR_RESAMPLES)
+    found = _resampled(hits, none, _BAR_RESAMPLES)
     mean = fmean(map(fmean, hits))
-    # a bar must not have a length below 0 by rounding
-    return 100 * mean, 100 * min(low, mean), 100 * max(high, mean)
+    # a bar must not have a length below 0 by rounding, nor leave what there is
+    return 100 * mean, 100 * max(min(found.low, mean), 0.0), 100 * min(max(found.high, mean), 1.0)
 
 
 def in_percent(found: Sequence[dict]) -> str:
@@ -171,5 +169,5 @@ def _learns(found: Sequence[dict]) -> bool:
 
 # the same cells are in several sections
 @lru_cache(maxsize=512)
-def _interval(first: Hits, second: Hits, resamples: int) -> tuple[float, float]:
-    return paired_interval(first, second, resamples=resamples)
+def _resampled(first: Hits, second: Hits, resamples: int) -> Resampled:
+    return paired_bootstrap(first, second, resamples=resamples)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.accuracy.bootstrap import paired_interval
+from benchmarks.accuracy.bootstrap import paired_bootstrap
 from benchmarks.accuracy.fast_cells import FULL, SETTINGS, FastCell, FastSlot, compared
 from benchmarks.accuracy.method_table import TASKS
 from benchmarks.accuracy.paper_cells import CellFolder
@@ -113,8 +113,8 @@ def _row(label: str, runs: dict[int, dict], full: dict[int, dict], name: str) ->
         pairs = [[run[seed]["hits"] for seed in both] for run in (runs, full)]
         mean = statistics.fmean(accuracies[list(runs).index(s)] for s in both)
         mean -= statistics.fmean(100 * statistics.fmean(full[s]["hits"]) for s in both)
-        low, high = paired_interval(*pairs)
-        difference, interval = f"{mean:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+        found = paired_bootstrap(*pairs)
+        difference, interval = f"{mean:+.1f}", f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
         shared = f"{statistics.fmean(_overlap(runs[s], full[s]) for s in both):.2f}"
     step1 = statistics.fmean(result["tokens"]["select"] for result in runs.values())
     total = statistics.fmean(sum(result["tokens"].values()) for result in runs.values())

@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from benchmarks.accuracy import execute
-from benchmarks.accuracy.bootstrap import paired_interval
 from benchmarks.accuracy.cell_loop import run_cells
 from benchmarks.accuracy.fast_cells import FULL, GROUPS, SETTINGS, FastCell, FastTuning, compared, slots_of
 from benchmarks.accuracy.fast_execute import FastEstimate, FastExecutor
@@ -106,19 +104,3 @@ def test_the_page_compares_in_pairs(tmp_path):
         "No cell is finished" in write_page(tmp_path / "none.md", CellFolder(tmp_path / "no"), slots, "c").read_text()
     )
     assert len(list(compared(folder, slots))) == len(slots)
-
-
-def test_an_interval_holds_what_was_planted():
-    draw = torch.Generator().manual_seed(1)
-    other = (torch.rand(3, 400, generator=draw) < 0.4).double()
-    one = (other.bool() | (torch.rand(3, 400, generator=draw) < 0.1)).double()
-    low, high = paired_interval(one.tolist(), other.tolist())
-    assert 0 < low < float((one - other).mean()) < high < 0.1
-    assert paired_interval(other.tolist(), other.tolist()) == (0.0, 0.0)
-    assert paired_interval(one.tolist(), other.tolist()) == (low, high)
-    # seeds that disagree widen it
-    apart = [[1.0] * 50, [0.0] * 50, [0.0] * 50]
-    assert paired_interval(apart, [[0.0] * 50] * 3)[1] == 1.0
-    for first, second in (([], []), ([[1.0]], [[1.0, 0.0]])):
-        with pytest.raises(ValueError, match="of the same seeds and questions"):
-            paired_interval(first, second)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from lofit_fast.files import writable_folder, write_text
@@ -54,11 +55,17 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its file: readable, and told from every other cell's by a digest of all it is."""
-        digest = hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:10]
-        heads = "-".join(part for part in (self.selector, self.heads_from and f"of-{self.heads_from}") if part)
-        parts = [Path(self.model).name, self.task, self.method, heads, f"seed{self.seed}", f"n{self.train_size}"]
-        parts += [f"{key}={value}" for key, value in self.options] + [self.split] * (self.split != VALIDATION)
-        return re.sub(r"[^\w.=-]+", "_", ".".join(part for part in parts if part))[:120] + f".{digest}"
+        return _name(self)
+
+
+# a search asks for the names of its runs again and again
+@lru_cache(maxsize=None)
+def _name(cell: Cell) -> str:
+    digest = hashlib.sha256(json.dumps(cell.spec(), sort_keys=True).encode()).hexdigest()[:10]
+    heads = "-".join(part for part in (cell.selector, cell.heads_from and f"of-{cell.heads_from}") if part)
+    parts = [Path(cell.model).name, cell.task, cell.method, heads, f"seed{cell.seed}", f"n{cell.train_size}"]
+    parts += [f"{key}={value}" for key, value in cell.options] + [cell.split] * (cell.split != VALIDATION)
+    return re.sub(r"[^\w.=-]+", "_", ".".join(part for part in parts if part))[:120] + f".{digest}"
 
 
 def as_options(options: Mapping[str, object]) -> Options:
@@ -87,15 +94,15 @@ class CellFolder:
 
     def result(self, cell: Cell) -> dict | None:
         """What a finished cell holds, or None. Raises ValueError for a file that is not whole JSON."""
-        path = self.path / f"{cell.name}.json"
-        if cell.name not in self._read and path.is_file():
+        name = cell.name
+        if name not in self._read and (path := self.path / f"{name}.json").is_file():
             try:
                 content = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not whole JSON: {error}") from error
             same = self._current is None or self._current(cell, content)
-            self._read[cell.name] = content if same else None
-        return self._read.get(cell.name)
+            self._read[name] = content if same else None
+        return self._read.get(name)
 
     def write(self, cell: Cell, result: Mapping[str, object]) -> None:
         """Keep a finished cell. result: what `Executor` returns."""

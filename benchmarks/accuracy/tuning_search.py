@@ -38,7 +38,9 @@ class Tried:
 
 def best_of(tried: Sequence[Tried]) -> int:
     """The place of the run whose settings are taken: the highest score; of equals the fewest edges, then the first."""
-    return max(range(len(tried)), key=lambda i: (tried[i].score, -len(edges(tried, tried[i])), -i))
+    highest = max(one.score for one in tried)
+    equal = [i for i, one in enumerate(tried) if one.score == highest]
+    return min(equal, key=lambda i: len(edges(tried, tried[i])))
 
 
 def edges(tried: Sequence[Tried], one: Tried) -> dict[str, str]:

@@ -195,11 +195,12 @@ def _answer(text: str) -> str:
 
 
 def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: str, summary: dict | None) -> str:
-    missing, count = results.counts(slots)
+    counts = results.counts(slots)
     lines = [
         "# The paper's experiments",
         f"Made by `{command}`; every number comes from a JSON file under [cells/](cells/).",
-        f"{count - missing} of {count} cells are finished; what is missing is blank.",
+        f"{counts.planned - counts.missing} of {counts.planned} cells are finished; what is missing is blank."
+        + f" {counts.open} of them are marked † and not final." * bool(counts.open),
         _READING,
     ]
     if made := _made(slots, results):
@@ -217,11 +218,14 @@ _READING = (
     "* **Answers** are written by rule from the finished cells. A difference is in points, with its 95 % interval: the"
     " same questions and seeds of both, resampled 10,000 times, seeds and questions at once. *Above* and *below* mean"
     " that the interval leaves out 0. *No difference that the questions can show* means that it holds 0, not that the"
-    " two are equal. With one seed the interval knows nothing of other seeds, with two little.\n"
+    " two are equal. With one seed the interval knows nothing of other seeds, with two little: in a simulation it holds"
+    " the truth in 93 % or more while seeds alone spread by 5 points or less, and in 83 % where they spread by 10.\n"
     "* **Bars in pictures**, and brackets after an accuracy, are 95 % intervals made the same way. Where every answer"
     " is wrong the interval has no width; that is no certainty.\n"
-    "* **Stars**: paired bootstrap over questions, seeds averaged, two-sided, \\* p < 0.05, \\*\\* p < 0.01,"
-    " \\*\\*\\* p < 0.001.\n"
+    "* **p and stars**: the same paired bootstrap, two-sided; stars are of the first metric, \\* p < 0.05,"
+    " \\*\\* p < 0.01, \\*\\*\\* p < 0.001.\n"
+    "* **†**: a search for settings is not over, the method's own or LoFiT's for one made with it. The number is of the"
+    " best settings so far, and may change.\n"
     "* **LoFiT** may have all heads where its search found that best: in tables 1, 3 and 5, over training size and"
     " beside a preset. Sections that ask which heads, or how many, take its best settings with some of them.\n"
     "* Neither stars nor intervals are corrected for the number of comparisons."
@@ -294,8 +298,9 @@ def _dtypes(slots: Sequence[Slot], results: Results) -> str:
 
 
 def _missing(slots: Sequence[Slot], results: Results) -> str:
-    missing, count = results.counts(slots)
-    return f"{missing} of {count} cells are missing." if missing else ""
+    counts = results.counts(slots)
+    parts = [f"{counts.missing} of {counts.planned} cells are missing."] * bool(counts.missing)
+    return " ".join(parts + [f"{counts.open} are marked † and not final."] * bool(counts.open))
 
 
 def _facts(slots: Sequence[Slot]) -> tuple[str, dict[str, str], list[int]]:

@@ -11,12 +11,23 @@ from benchmarks.accuracy.bootstrap import mean_and_spread
 from benchmarks.accuracy.comparison import elsewhere, starred
 from benchmarks.accuracy.experiments import TRAINED_FOR_OUTSIDE, Slot, labelled
 from benchmarks.accuracy.method_table import METHODS, SELECTOR_LABELS, TASKS
-from benchmarks.accuracy.paper_cells import CellFolder, main_metric
-from benchmarks.accuracy.tuning import Tuning, settled_so_far
+from benchmarks.accuracy.paper_cells import Cell, CellFolder, main_metric
+from benchmarks.accuracy.tuning import Tuning
 from lofit_fast.heads import jaccard
 
+# the key of a result whose settings may still change: their search is not over
+OPEN = "open"
 Rows = list[list[str]]
 Naming = Callable[[object], str]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of cells. missing: without a result. open: with one that is not final, see `Results.of`."""
+
+    planned: int
+    missing: int
+    open: int
 
 
 @dataclass(frozen=True)
@@ -27,20 +38,25 @@ class Results:
     tuning: Tuning
 
     def of(self, slot: Slot) -> list[dict]:
-        """The results of a slot's finished cells, by ascending seed."""
-        settled = [self.tuning.settled(cell, so_far=True) for cell in slot.cells]
-        found = [self.folder.result(cell) for cell in settled if cell is not None]
-        return [result for result in found if result is not None]
+        """The results of a slot's finished cells, by ascending seed; OPEN is true in those that are not final."""
+        settled = [(cell, self.tuning.settled(cell, so_far=True)) for cell in slot.cells]
+        found = [(cell, self.folder.result(best)) for cell, best in settled if best is not None]
+        return [result | {OPEN: self._open(cell)} for cell, result in found if result is not None]
+
+    def _open(self, cell: Cell) -> bool:
+        return self.tuning.settled(cell) is None
 
     def judged(self, slot: Slot) -> list[dict]:
         """As `of`, with hits and metrics of the task in the slot's column where the cells are judged there as well."""
         found = self.of(slot)
         return elsewhere(found, slot.column) if slot.column in slot.cells[0].outside else found
 
-    def counts(self, slots: Sequence[Slot]) -> tuple[int, int]:
-        """(those without a result, all) of the slots' cells, each once under the best settings so far."""
-        cells = settled_so_far((cell for slot in slots for cell in slot.cells), self.tuning)
-        return sum(self.folder.result(cell) is None for cell in cells), len(cells)
+    def counts(self, slots: Sequence[Slot]) -> Counts:
+        """How many cells there are, each once under the best settings so far."""
+        cells = [cell for slot in slots for cell in slot.cells]
+        so_far = {self.tuning.settled(cell, so_far=True) or cell: cell for cell in cells}
+        made = [cell for best, cell in so_far.items() if self.folder.result(best) is not None]
+        return Counts(len(so_far), len(so_far) - len(made), sum(map(self._open, made)))
 
 
 def markdown(header: Sequence[str], rows: Rows) -> str:
@@ -58,13 +74,17 @@ def percent(values: Sequence[float]) -> str:
 
 
 def score(results: Sequence[dict], outside: str | None = None) -> str:
-    """The main metric of some results, MC1 and MC2 where there are both. outside: of that other task."""
+    """The main metric of some results, MC1 and MC2 where there are both; † where one is not final.
+
+    outside: of that other task.
+    """
     judged = [result if outside is None else result["outside"].get(outside) for result in results]
     judged = [one["metrics"] for one in judged if one is not None]
     if not judged:
         return ""
     shown = ("mc1", "mc2") if "mc2" in judged[0] and "exact_match" not in judged[0] else (main_metric(judged[0]),)
-    return " / ".join(percent([metrics[name] for metrics in judged]) for name in shown)
+    mark = "†" if any(result.get(OPEN) for result in results) else ""
+    return " / ".join(percent([metrics[name] for metrics in judged]) for name in shown) + mark
 
 
 def training_seconds(result: dict) -> float:

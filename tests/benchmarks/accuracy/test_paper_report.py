@@ -12,7 +12,8 @@ from benchmarks.accuracy.paper_report import SECTIONS
 from benchmarks.accuracy.session import Session, settings_of
 from benchmarks.accuracy.settings import EXPERIMENTS, FULL, QUICK
 from benchmarks.accuracy.tables import Results
-from tests.benchmarks.accuracy.stub import AVAILABLE, grid, made_up, session
+from benchmarks.accuracy.tuning_search import RUNS
+from tests.benchmarks.accuracy.stub import AVAILABLE, BEST_RATE, grid, made_up, session
 
 # every report has figures
 pytest.importorskip("matplotlib")
@@ -138,7 +139,6 @@ def test_cells_made_on_several_machines_say_so(tmp_path):
         assert words in text
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("unsaved_pictures")
 def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     settings = replace(FULL, tasks=("clutrr", "truthfulqa"), n_tuning=10, only=("table1",))
@@ -148,11 +148,19 @@ def test_spread_over_seeds_and_tuning_are_shown(tmp_path):
     assert "| LoFiT, smollm2 | 90.0 ± 0.0 | 90.0 / 45.0 |" in text
     assert "LoFiT, gemma3-270m" in text
     rows = rows_of(text.partition("## Tuning")[2])
-    # three methods on two tasks, LoFiT of the second model too, four runs each
-    assert len(rows) == 1 + 4 * (3 * 2 + 2)
+    # three methods on two tasks, LoFiT of the second model too
+    assert len(rows) == 1 + RUNS * (3 * 2 + 2)
     bold = [row for row in rows if row[2].startswith("**")]
     assert len(bold) == 8
-    assert {row[2] for row in bold} == {"**lr 0.4**"}
+    assert {row[2] for row in bold} == {f"**lr {BEST_RATE}**"}
+    assert "†" not in text.replace("* **†**", "")
+    # a run of LoFiT's search is lost: the number of the best so far stays, and is no final one
+    last = max(tmp_path.glob("cells/smollm2.clutrr.lofit.*tuning*"), key=lambda path: path.stat().st_mtime_ns)
+    last.unlink()
+    text = Session.read(tmp_path, of=grid).report().read_text()
+    assert "| LoFiT, smollm2 | 90.0 ± 0.0† | 90.0 / 45.0 |" in text
+    assert re.search(r"\n(\d+) of \1 cells are finished; what is missing is blank. 2 of them are marked †", text)
+    assert "\n\n 2 are marked † and not final." not in text and "2 are marked † and not final." in text
 
 
 @pytest.mark.usefixtures("unsaved_pictures")

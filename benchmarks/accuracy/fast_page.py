@@ -6,6 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.accuracy.bootstrap import paired_bootstrap
@@ -14,6 +15,7 @@ from benchmarks.accuracy.method_table import TASKS
 from benchmarks.accuracy.paper_cells import CellFolder
 from benchmarks.accuracy.saliency_examples import OUTPUT as EXAMPLES
 from benchmarks.accuracy.saliency_examples import examples_table
+from benchmarks.accuracy.tables import markdown, percent
 from lofit_fast.files import write_text
 from lofit_fast.heads import jaccard
 
@@ -51,8 +53,11 @@ def _head(folder: CellFolder, path: Path, command: str) -> str:
 
 Made by `{command}`; every number comes from a JSON file under `{cells}/`.
 
-A *setting* is the full run with one or two things changed: examples, questions, seed and the rest of the recipe are the
-same. The difference is the setting's accuracy minus the full run's, in points. Its
+A *setting* is the full run with what its name says changed: examples, questions, seed and the rest of the recipe are
+the same. Where it says several things, what each of them brings is not told apart here. The full run has the best of
+four settings, a shorter search than that of docs/results/paper; each table says which.
+
+The difference is the setting's accuracy minus the full run's, in points. Its
 interval resamples questions and seeds, both at once, in pairs: the same question and seed of either run. An interval
 that holds 0 does not show that the two are equal; its ends say how far apart they may be. *Heads in common* is the
 Jaccard overlap with the full run's heads of the same seed, mean over seeds. Tokens are those of the examples that
@@ -69,11 +74,12 @@ at 128 examples to choose heads, these runs at 64 of their 96.
 def _table(found: Found, cell: FastCell) -> str:
     full = found.get(FULL, {})
     rows = [_row(SETTINGS[name].label, found[name], full, name) for name in SETTINGS if found.get(name)]
-    lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)], *rows]
     title = f"## {TASKS[cell.task].label}, {cell.model}\n\n{cell.train_size} training examples, "
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     made = _made_on(result for runs in found.values() for result in runs.values())
-    return f"{title}n = {cell.n_validation} questions, {_metric(found)}. Made on: {made}.\n\n{table}\n"
+    recipe = replace(cell, setting=FULL, options=()).recipe()
+    rates = f"rates {recipe.select_lr:g} and {recipe.tune_lr:g}, {100 * recipe.top:g} % of the heads"
+    text = f"{title}n = {cell.n_validation} questions, {_metric(found)}. The full run has the {rates}. Made on: {made}."
+    return f"{text}\n\n{markdown(_HEADER, rows)}"
 
 
 def _examples(path: Path) -> list[str]:
@@ -106,23 +112,32 @@ def _metric(found: Found) -> str:
 
 
 def _row(label: str, runs: dict[int, dict], full: dict[int, dict], name: str) -> list[str]:
-    accuracies = [100 * statistics.fmean(result["hits"]) for result in runs.values()]
+    accuracies = {seed: statistics.fmean(result["hits"]) for seed, result in runs.items()}
     both = sorted(runs.keys() & full.keys())
     difference, interval, shared = "", "", ""
     if both and name != FULL:
         pairs = [[run[seed]["hits"] for seed in both] for run in (runs, full)]
-        mean = statistics.fmean(accuracies[list(runs).index(s)] for s in both)
-        mean -= statistics.fmean(100 * statistics.fmean(full[s]["hits"]) for s in both)
+        mean = statistics.fmean(accuracies[s] - statistics.fmean(full[s]["hits"]) for s in both)
         found = paired_bootstrap(*pairs)
-        difference, interval = f"{mean:+.1f}", f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+        # thirds of hits must not fall below 0 by rounding
+        difference, interval = (
+            f"{round(100 * mean, 9) + 0.0:+.1f}",
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+        )
         shared = f"{statistics.fmean(_overlap(runs[s], full[s]) for s in both):.2f}"
     step1 = statistics.fmean(result["tokens"]["select"] for result in runs.values())
     total = statistics.fmean(sum(result["tokens"].values()) for result in runs.values())
-    accuracy = f"{statistics.fmean(accuracies):.1f}"
-    if len(accuracies) > 1:
-        accuracy += f" ± {statistics.stdev(accuracies):.1f}"
-    seeds = ", ".join(map(str, sorted(runs)))
-    return [label, seeds, accuracy, difference, interval, shared, f"{step1:,.0f}", f"{total:,.0f}"]
+    seeds, accuracy = ", ".join(map(str, sorted(runs))), percent(list(accuracies.values()))
+    return [
+        label,
+        seeds,
+        accuracy,
+        difference,
+        interval,
+        shared,
+        f"{step1:,.0f}",
+        f"{total:,.0f}",
+    ]
 
 
 def _overlap(one: dict, other: dict) -> float:

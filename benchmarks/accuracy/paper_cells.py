@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from lofit_fast.files import writable_folder, write_text
@@ -59,7 +59,7 @@ class Cell:
 
 
 # a search asks for the names of its runs again and again
-@lru_cache(maxsize=None)
+@cache
 def _name(cell: Cell) -> str:
     digest = hashlib.sha256(json.dumps(cell.spec(), sort_keys=True).encode()).hexdigest()[:10]
     heads = "-".join(part for part in (cell.selector, cell.heads_from and f"of-{cell.heads_from}") if part)

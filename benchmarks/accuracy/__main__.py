@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lofit_fast.cli.command import command
+
 # heavy imports happen inside the command: --help must be instant
 OUTPUT = Path("docs/results/paper")
 
@@ -57,6 +59,10 @@ def paper(
     output = output or (OUTPUT / "quick" if quick else OUTPUT)
     out, err = Console(quiet=as_json), Console(stderr=True, quiet=as_json)
     if report_only:
+        said = {"--data": data, "--seeds": seeds, "--model": model, "--task": task, "--only": only, "--hub": hub}
+        said |= {"--budget": budget, "--dry-run": dry_run, "--dtype": dtype != "auto", "--device": device != "auto"}
+        if idle := [name for name, value in said.items() if value not in (None, False)]:
+            raise ValueError(f"--report-only is of the plan in --output, and takes no {', '.join(idle)}")
         path = Session.read(output).report()
         print(json.dumps({"report": str(path)})) if as_json else out.print(f"report: {path}", highlight=False)
         return
@@ -65,8 +71,8 @@ def paper(
     lists = {"models": model, "tasks": task, "only": only}
     chosen = {key: tuple(",".join(values).split(",")) for key, values in lists.items() if values}
     settings = settings_of(quick, seeds=seeds, **chosen)
-    command = _command_line(quick, hub, seeds, chosen)
-    session = Session(output, settings, survey(settings.tasks, data, hub), command, dtype=dtype)
+    line = _command_line(quick, hub, seeds, chosen)
+    session = Session(output, settings, survey(settings.tasks, data, hub), line, dtype=dtype)
     outlook = session.outlook()
     estimate = f"about {outlook['minutes']:.0f} minutes on two slow cores"
     err.print(f"{outlook['cells']} cells, {outlook['to_run']} to run, {estimate}", highlight=False)
@@ -99,5 +105,16 @@ def _command_line(quick: bool, hub: bool, seeds: int | None, chosen: dict[str, t
     return " ".join(words + [f"{flags[key]} {','.join(values)}" for key, values in chosen.items()])
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+command(
+    app,
+    "--data DIR --model smollm2,gemma3-270m --tasks mquake,clutrr,truthfulqa",
+    "--data DIR --only table1 --tasks clutrr --output runs/table1 --budget 60",
+    "--data DIR --quick --dry-run",
+    "--report-only",
+    program="python -m benchmarks.accuracy",
+    goes_on=True,
+)(paper)
+
 if __name__ == "__main__":
-    typer.run(paper)
+    app()

@@ -14,8 +14,11 @@ from typing import Annotated
 
 import typer
 
+from lofit_fast.cli.command import command
+
 # heavy imports happen inside the command: --help must be instant
 OUTPUT = Path("docs/results/fast")
+_PROGRAM = "python -m benchmarks.accuracy.fast_settings"
 # training examples: enough to learn from, few enough for two slow cores
 _EXAMPLES = {"mquake": 134, "clutrr": 128, "truthfulqa": 96}
 
@@ -47,6 +50,10 @@ def fast_settings(
     from benchmarks.accuracy.paper_cells import CellFolder
     from benchmarks.accuracy.task_parts import survey
 
+    if report_only and (budget is not None or dry_run or (dtype, device) != ("auto", "auto")):
+        raise ValueError("--report-only runs nothing, and takes no --budget, --dry-run, --dtype or --device")
+    if seeds < 1:
+        raise ValueError(f"expected at least one seed, got {seeds}")
     tasks, names = tuple(task.split(",")), tuple(SETTINGS) if setting is None else tuple(setting.split(","))
     if unknown := sorted(set(names) - set(SETTINGS)):
         raise ValueError(f"got the settings {', '.join(unknown)}, expected some of {', '.join(SETTINGS)}")
@@ -76,9 +83,14 @@ def fast_settings(
         print(json.dumps(summary))
     chosen = f"--model {model} --task {task}" + (f" --setting {setting}" if setting else "")
     chosen += (f" --examples {examples}" if examples else "") + f" --eval {n_eval} --seeds {seeds}"
-    command = f"python -m benchmarks.accuracy.fast_settings --data DIR {chosen}"
-    print(write_page(output.with_suffix(".md"), folder, slots, command))
+    line = f"{_PROGRAM} --data DIR {chosen}"
+    print(write_page(output.with_suffix(".md"), folder, slots, line))
 
+
+app = typer.Typer(pretty_exceptions_enable=False)
+command(app, "--data DIR", "--data DIR --setting full,saliency-64 --dry-run", program=_PROGRAM, goes_on=True)(
+    fast_settings
+)
 
 if __name__ == "__main__":
-    typer.run(fast_settings)
+    app()

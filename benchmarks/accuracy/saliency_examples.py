@@ -25,6 +25,7 @@ from benchmarks.accuracy.method_table import TASKS
 from benchmarks.accuracy.paper_cells import VALIDATION
 from benchmarks.accuracy.tables import markdown
 from benchmarks.accuracy.task_parts import TaskData, survey
+from lofit_fast.cli.command import command
 from lofit_fast.files import write_json
 from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.models.load import load_model
@@ -40,7 +41,7 @@ def saliency_examples(
     model: Annotated[str, typer.Option("--model", "-m", help="Comma between.")] = "smollm2,gemma3-270m",
     task: Annotated[str, typer.Option("--task", "-t", help="Comma between.")] = "mquake,clutrr,truthfulqa",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    output: Annotated[Path, typer.Option("--json", help="File of the scores.")] = OUTPUT,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file of the scores.")] = OUTPUT,
 ) -> None:
     """Score heads by saliency with each number of examples, and print how far the choices agree."""
     tasks = tuple(task.split(","))
@@ -119,5 +120,8 @@ def _kept(some: dict, whole: dict) -> float:
     return float(chosen / best)
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+command(app, "--data DIR", program="python -m benchmarks.accuracy.saliency_examples", goes_on=True)(saliency_examples)
+
 if __name__ == "__main__":
-    typer.run(saliency_examples)
+    app()

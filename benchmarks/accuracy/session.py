@@ -91,15 +91,26 @@ class Session:
         return sorted(cell.name for cell in cells if self.folder.result(cell) is None)
 
     def run(self, execute: Execute, *, budget: float | None = None, progress: bool = True) -> dict[str, object]:
-        """Run what is missing and write the report; returns the summary. budget: seconds."""
+        """Run what is missing and write the report; returns the summary. budget: seconds.
+
+        A plan in the folder that has all of these cells and more stays, and the report is of all of it.
+        """
         writable_folder(self.output)
-        content = {"command": self.command, "settings": asdict(self.settings), "data": asdict(self.available)}
+        whole = self._covered_by() or self
+        content = {"command": whole.command, "settings": asdict(whole.settings), "data": asdict(whole.available)}
         write_json(self.output / PLAN, content)
         summary = self.output / SUMMARY
         done = run_cells(
             self.slots, self.folder, self.tuning, execute, summary=summary, budget=budget, progress=progress
         )
-        return {**done, "report": str(self.report())}
+        return {**done, "report": str(whole.report())}
+
+    def _covered_by(self) -> Session | None:
+        """The session whose plan is in the folder, where it has every slot of this one."""
+        if not (self.output / PLAN).is_file():
+            return None
+        there = Session.read(self.output, self.tuning.of)
+        return there if set(self.slots) <= set(there.slots) and there.available == self.available else None
 
     def report(self) -> Path:
         """Write the report from the cells that are there."""

@@ -175,6 +175,18 @@ def test_settings_survive_the_plan(tmp_path):
         Session.read(tmp_path / "elsewhere")
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
+def test_a_part_of_a_plan_leaves_the_report_whole(tmp_path):
+    settings = replace(QUICK, tasks=("clutrr", "mquake"), only=("table1", "tops"))
+    session(tmp_path, settings).run(made_up, progress=False)
+    before = (tmp_path / "plan.json").read_text(), (tmp_path / "report.md").read_text()
+    session(tmp_path, replace(settings, only=("tops",))).run(made_up, progress=False)
+    assert ((tmp_path / "plan.json").read_text(), (tmp_path / "report.md").read_text()) == before
+    # another plan takes its place
+    session(tmp_path, replace(settings, only=("tops", "layers"))).run(made_up, progress=False)
+    assert Session.read(tmp_path, of=grid).settings.only == ("tops", "layers")
+
+
 @pytest.mark.parametrize(
     "options, message", [({"only": ("table9",)}, "got the experiments table9"), ({"seeds": 0}, "one seed")]
 )

@@ -200,7 +200,7 @@ def _head(slots: Sequence[Slot], results: Results, settings: Settings, command: 
         "# The paper's experiments",
         f"Made by `{command}`; every number comes from a JSON file under [cells/](cells/).",
         f"{counts.planned - counts.missing} of {counts.planned} cells are finished; what is missing is blank."
-        + f" {counts.open} of them are marked † and not final." * bool(counts.open),
+        + _open(counts, " of them"),
         _READING,
     ]
     if made := _made(slots, results):
@@ -299,8 +299,13 @@ def _dtypes(slots: Sequence[Slot], results: Results) -> str:
 
 def _missing(slots: Sequence[Slot], results: Results) -> str:
     counts = results.counts(slots)
-    parts = [f"{counts.missing} of {counts.planned} cells are missing."] * bool(counts.missing)
-    return " ".join(parts + [f"{counts.open} are marked † and not final."] * bool(counts.open))
+    missing = f"{counts.missing} of {counts.planned} cells are missing." if counts.missing else ""
+    return (missing + _open(counts, " of those there")).strip()
+
+
+def _open(counts: tables.Counts, of: str) -> str:
+    """How many finished cells are not final, in words after a sentence. of: which those are."""
+    return f" {counts.open}{of} {'is' if counts.open == 1 else 'are'} marked † and not final." if counts.open else ""
 
 
 def _facts(slots: Sequence[Slot]) -> tuple[str, dict[str, str], list[int]]:

@@ -66,7 +66,7 @@ class LofitHandle(SeveralAdapters):
         self._head: RemovableHandle | None = None
         # of weights in parts each process knows some: all are here now, and need not be when one saves
         self._digest = base_digest(model) if is_shared(model) else ""
-        self._live = False
+        self._live = self._merged = False
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
         """The adapter's parameters, one per component per adapted layer, by ascending layer.
@@ -169,8 +169,10 @@ class LofitHandle(SeveralAdapters):
         """What `save` writes; the tensors are the handle's own, but for those that FSDP2 shards.
 
         name: of several; None for the one active here. Where FSDP2 shards the vectors (`in_parts`) all processes must
-        call it, and each gets the whole adapter. Raises ValueError for vectors that are in parts otherwise.
+        call it, and each gets the whole adapter. Raises ValueError for vectors that are in parts otherwise, and after
+        `merge`, whose model has them already. After `unpatch` it is for the base with the weights that it has then.
         """
+        self.check_unmerged()
         if (name := self.active if name is None else name) is None:
             raise ValueError("cannot save the base, which is active (set_active(None)): name the adapter")
         if self._named(name) is not None:
@@ -214,6 +216,7 @@ class LofitHandle(SeveralAdapters):
     def save(self, folder: Path | str, name: str | None = None) -> Path:
         """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here.
 
+        Raises as `adapter` does, after `merge` among others; a handle that has ended with `unpatch` still saves.
         Of a model that FSDP2 shards, and of a tensor-parallel one, the first process writes. Where the vectors are
         sharded too (`in_parts`) all must call it, and what the first one raises all raise.
         """
@@ -228,7 +231,7 @@ class LofitHandle(SeveralAdapters):
         """Put the active adapter on the hub, with a model card; see `hub_push.push_adapter` for options and errors.
 
         Of a model that several processes hold together the first one pushes, as `save` writes. Where the vectors are in
-        parts all get the address of the commit; elsewhere the others get repo_id.
+        parts all get the address of the commit; elsewhere the others get repo_id. Raises as `adapter` does too.
         """
         adapter = self.adapter()
         if self.in_parts:
@@ -241,6 +244,7 @@ class LofitHandle(SeveralAdapters):
     def unpatch(self) -> nn.Module:
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
+        `save` and `push_to_hub` go on, for the base as it is: call them before anything changes its weights.
         A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
         before anything is changed, when something else has wrapped ours, or another thread or task is inside a scope.
         """
@@ -276,6 +280,7 @@ class LofitHandle(SeveralAdapters):
     def merge(self) -> nn.Module:
         """Write the adapter, of several the one active here, into the base weights; ends the handle.
 
+        Save before, where the adapter is wanted too: the merged model is another base, and saving is refused then.
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. Returns the plain model. Its config is set so
         that it saves and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
@@ -289,6 +294,8 @@ class LofitHandle(SeveralAdapters):
         layers = self.layers_with(self.active, "merge")
         plan = plan_merge(self.model, layers, self.projections)
         self.unpatch()
+        # before: a merge that fails has written some of it
+        self._merged = True
         merge_into_base(self.model, layers, self.projections, plan)
         return self.model
 

@@ -70,6 +70,7 @@ class SeveralAdapters:
     own_name: str
     _others: dict[str, Named]
     _live: bool
+    _merged: bool
 
     @property
     def scopes(self) -> Scopes:
@@ -85,6 +86,14 @@ class SeveralAdapters:
         """Raise ValueError when the handle has ended."""
         if not self._live:
             raise ValueError("this handle has ended: its model was unpatched or merged")
+
+    def check_unmerged(self) -> None:
+        """Raise ValueError when the handle was merged: its base has the vectors already, and would have them twice."""
+        if self._merged:
+            raise ValueError(
+                "this handle has ended: merge() has written its vectors into the base, which would have them twice "
+                "with an adapter folder of them. Expected save, push_to_hub and adapter before merge"
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:

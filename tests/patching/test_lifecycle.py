@@ -10,6 +10,7 @@ from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_model, tokens
 
 CONFIG = lf.LofitConfig(scale=[(1, 0)], offset=[(0, 1), (2, 3)])
+OFFSETS = lf.LofitConfig(offset=[(0, 1), (2, 3)], init_std=0.5)
 
 
 def test_heads_of_a_hybrid_are_named_by_their_layer():
@@ -33,6 +34,41 @@ def test_an_ended_handle_says_so(llama, tmp_path, end):
     for use in (*uses, handle.disabled().__enter__, handle.folded().__enter__):
         with pytest.raises(ValueError, match="has ended"):
             use()
+
+
+def test_a_merged_handle_writes_no_adapter(llama, tmp_path):
+    handle = lf.patch(llama, OFFSETS)
+    handle.add("other", lf.LofitConfig(offset=[(1, 2)]))
+    handle.merge()
+    options = {"folder": tmp_path / "push", "dry_run": True}
+    writes = [lambda: handle.push_to_hub("user/name", **options), lambda: lf.export(handle, tmp_path / "plain")]
+    for write in (*writes, handle.adapter, lambda: handle.adapter("other"), lambda: handle.save(tmp_path / "adapter")):
+        with pytest.raises(ValueError, match="has ended.*merge"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_that_fails_midway_writes_no_adapter_either(llama, tmp_path, monkeypatch):
+    handle = lf.patch(llama, OFFSETS)
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lofit_fast.patching.handle.merge_into_base", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        handle.merge()
+    with pytest.raises(ValueError, match="has ended: merge"):
+        handle.save(tmp_path / "adapter")
+
+
+def test_an_unpatched_handle_saves_for_the_base_as_it_is(llama, tmp_path):
+    handle = lf.patch(llama, CONFIG)
+    randomize(handle)
+    expected = llama(tokens()).logits
+    handle.unpatch()
+    handle.save(tmp_path)
+    lf.load(llama, tmp_path, strict=True)
+    assert torch.equal(llama(tokens()).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from tqdm.auto import tqdm
 
-from lofit_fast.tasks.chat import Conversation, Rendered, conversation_of
+from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, conversation_of
 from lofit_fast.tasks.task import Example, check_text
 
 IGNORED = -100
@@ -138,7 +138,7 @@ def noted(found: Iterable[Branches]) -> Iterator[tuple[list[int], list[list[int]
 def as_example(example: Example | Mapping, tokenizer=None) -> Example:
     """An Example from a mapping with "prompt" and "completion", or with "messages", which need the tokenizer.
 
-    Raises ValueError naming the keys it has instead.
+    Raises ValueError naming the keys it has instead, and for what is for a chat template beside texts.
     """
     if isinstance(example, Example):
         return example
@@ -148,6 +148,7 @@ def as_example(example: Example | Mapping, tokenizer=None) -> Example:
         got = sorted(example) if isinstance(example, Mapping) else type(example).__name__
         preferences = ": preferences are trained on with fit_preferences" if "chosen" in got else ""
         raise ValueError(f"expected examples with the keys prompt and completion, or messages, got {got}{preferences}")
+    check_no_template(example)
     return Example(example["prompt"], example["completion"])
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from lofit_fast.tasks.task import Example
 
 TRAIN_ON = ("all", "last")
+# what a row may have beside its messages, for the template
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what looks like one token, whether the tokenizer knows it as special or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
@@ -131,6 +133,15 @@ def conversation(
         ended=ended,
         marker=_marker(completion, content.strip()),
     )
+
+
+def check_no_template(row: Mapping) -> None:
+    """Raise ValueError for a row of texts with a value in `FOR_TEMPLATE`, which would change nothing there."""
+    if given := [name for name in FOR_TEMPLATE if row.get(name)]:
+        raise ValueError(
+            f"got {' and '.join(given)} beside texts: a chat template reads them, and texts go through none; expected "
+            "messages, or the row without them"
+        )
 
 
 def check_train_on(train_on: str) -> None:

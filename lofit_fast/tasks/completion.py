@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.chat import Rendered, check_train_on, conversation_of
+from lofit_fast.tasks.chat import Rendered, check_no_template, check_train_on, conversation_of
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw
@@ -34,8 +34,9 @@ def completion(
 
     Strings are taken as they are: no space, newline or end-of-sequence token is invented between or after them. Of a
     row of messages (a list of {role, content, ...}, the last from the assistant) the tokenizer's chat template makes a
-    text, in which the assistant's turns are found: see `chat.conversation`. `tools` and `chat_template_kwargs` of such
-    a row go to the template too. It is judged by its last turn.
+    text, in which the assistant's turns are found: see `chat.conversation`. `tools` and `chat_template_kwargs` of a row
+    go to the template too, those of a preference of messages as well; beside texts they are refused, since no template
+    reads them. A chat is judged by its last turn.
 
     Rows of `prompt`, `chosen` and `rejected` (see `preference_rows.as_preference`) become `Task.preferences`, to be
     trained on with DPO, and those set aside become `Task.choices`: MC1 is the share of them whose chosen answer scores
@@ -124,7 +125,7 @@ def _examples(source, tokenizer, train_on, **reading):
                 "all rows"
             )
         if preference:
-            examples.append(as_preference(row, where, partial(_last_turn, where=where, tokenizer=tokenizer)))
+            examples.append(as_preference(row, where, partial(_last_turn, row=row, where=where, tokenizer=tokenizer)))
         else:
             examples.append(_example(row, where, tokenizer, train_on))
     if not examples:
@@ -163,15 +164,19 @@ def _example(row, where, tokenizer, train_on):
         # a prompt and a completion of messages, as TRL has them, are one chat
         if isinstance(prompt, list) and isinstance(answer, list):
             return conversation_of({**row, "messages": [*prompt, *answer]}, tokenizer, train_on)
+        check_no_template(row)
         return Example(prompt, answer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _last_turn(messages, where, tokenizer):
-    """(prompt, answer) of a conversation as texts, the answer with the template's ending where it has one."""
+def _last_turn(messages, row, where, tokenizer):
+    """(prompt, answer) of a conversation as texts, the answer with the template's ending where it has one.
+
+    row: where the messages come from, with what else the template is to read.
+    """
     try:
-        talk = conversation_of({"messages": messages}, tokenizer, "last")
+        talk = conversation_of({**row, "messages": messages}, tokenizer, "last")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     answer = talk.text[len(talk.prompt) : talk.learned[-1][1]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from lofit_fast.tasks.chat import check_no_template
 from lofit_fast.tasks.task import MultipleChoice, Preference
 
 FIELDS = ("chosen", "rejected")
@@ -16,7 +17,8 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
 
     Texts are taken as they are; `rejected` is one text or a list of them. Of messages, `chosen` and `rejected` are
     lists of {role, content} and `rejected` may also be a list of such lists. `prompt` is then the messages before them,
-    or is missing (or the text of the last question) where each list holds the whole conversation.
+    or is missing (or the text of the last question) where each list holds the whole conversation. `tools` and
+    `chat_template_kwargs` beside them are for `render`.
 
     Args:
         row: with the keys above; a Preference comes back as it is.
@@ -25,7 +27,8 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
 
     Raises:
         ValueError: a key that is missing, a value of another type or without text, a rejected answer equal to the
-            chosen, or conversations that differ in more than the assistant's last answer.
+            chosen, what is for a chat template beside texts, or conversations that differ in more than the assistant's
+            last answer.
     """
     if isinstance(row, Preference):
         return row
@@ -33,7 +36,7 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
         got = f"the keys {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"{where}: got {got}, {EXPECTED}")
     chosen, rejected = row["chosen"], row["rejected"]
-    if _is_chat(chosen):
+    if is_chat := _is_chat(chosen):
         prompt, chosen, rejected = _rendered(row.get("prompt"), chosen, rejected, where, render)
     elif "prompt" not in row:
         raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}")
@@ -42,6 +45,8 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
     if not isinstance(rejected, list | tuple):
         raise ValueError(f"{where}: rejected must be a text or a list of texts, got {type(rejected).__name__}")
     try:
+        if not is_chat:
+            check_no_template(row)
         return Preference(prompt, chosen, tuple(rejected))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -1,17 +1,20 @@
 """Preferences that are chats: the answers are what training on the same chats learns, ended as the template ends."""
 
 import json
+from functools import partial
 
 import pytest
 
 import lofit_fast as lf
-from lofit_fast.data.encode import IGNORED, encode, encode_answers
+from lofit_fast.data.encode import IGNORED, as_example, encode, encode_answers
 from lofit_fast.tasks.chat import Rendered, conversation
 from lofit_fast.tasks.completion import completion
+from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.dry_run import dry_run
 from lofit_fast.training.objectives import Preferences
-from tests.chat_templates import FAMILIES
+from tests.chat_templates import FAMILIES, TOOLS
+from tests.tasks.row_writers import write
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import chat_tokenizer
 
@@ -29,6 +32,49 @@ def _task(name, tmp_path):
 
 def _learned(row):
     return [label for label in row["labels"] if label != IGNORED]
+
+
+FOR_TEMPLATE = {"tools": [{"type": "function", "function": {"name": "add"}}], "chat_template_kwargs": {"mood": "calm"}}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_what_is_for_the_template_reaches_it(tmp_path, suffix):
+    tokenizer = chat_tokenizer(
+        "qwen", "{% if mood %}mood {{ mood }}\n{% endif %}" + TOOLS, ("<|im_start|>", "<|im_end|>")
+    )
+    talk = {"chosen": [QUESTION, ANSWERS[0]], "rejected": [QUESTION, ANSWERS[1]]}
+    path = write(tmp_path / f"a{suffix}", [{**talk, **FOR_TEMPLATE}, {**talk, **dict.fromkeys(FOR_TEMPLATE)}])
+    with_both, without = completion(path, tokenizer, validation=0).preferences
+    options = {"tools": FOR_TEMPLATE["tools"], "options": FOR_TEMPLATE["chat_template_kwargs"]}
+    assert with_both.prompt == conversation([QUESTION, ANSWERS[0]], tokenizer, **options).prompt
+    assert "mood calm" in with_both.prompt and '"add"' in with_both.prompt
+    assert without.prompt == conversation([QUESTION, ANSWERS[0]], tokenizer).prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": 7}, "tools must be a list of tools, got int"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs must map names of variables to values, got 'x'"),
+    ],
+)
+def test_what_the_template_cannot_read_is_refused_with_its_row(tmp_path, row, message):
+    talk = {"chosen": [QUESTION, ANSWERS[0]], "rejected": [QUESTION, ANSWERS[1]]}
+    tokenizer, _ = _task("gemma", tmp_path)
+    with pytest.raises(ValueError, match=rf"b\.jsonl: line 2: {message}"):
+        completion(write(tmp_path / "b.jsonl", [talk, {**talk, **row}]), tokenizer)
+
+
+@pytest.mark.parametrize("texts", [{"prompt": "p", "completion": "c"}, {"prompt": "p", "chosen": "a", "rejected": "b"}])
+@pytest.mark.parametrize("name", FOR_TEMPLATE)
+def test_what_is_for_the_template_is_refused_beside_texts(tmp_path, texts, name):
+    row, nothing = {**texts, name: FOR_TEMPLATE[name]}, {**texts, **dict.fromkeys(FOR_TEMPLATE)}
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 2: got {name} beside texts.*expected messages"):
+        completion(write(tmp_path / "a.jsonl", [nothing, row]))
+    made = as_example if "completion" in texts else partial(as_preference, where="row 1")
+    made(nothing)
+    with pytest.raises(ValueError, match=f"got {name} beside texts.*expected messages"):
+        made(row)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

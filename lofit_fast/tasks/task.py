@@ -18,11 +18,12 @@ class Example:
     Attributes:
         prompt: what the model reads; never scored.
         completion: what it should write; holds at least one visible character.
-        answers: every string counted as correct by `exact_match`; left empty, it becomes `(completion.strip(),)`.
+        answers: every string counted as correct by `exact_match`, each with at least one visible character; without
+            any, it becomes `(completion.strip(),)`.
 
     Raises:
         TypeError: a field that is not a string, or `answers` that is one string instead of several.
-        ValueError: a completion of white space only, or a text with half a character in it.
+        ValueError: a completion or an answer of white space only, or a text with half a character in it.
     """
 
     prompt: str
@@ -53,7 +54,7 @@ class Preference:
     def __post_init__(self):
         check_text("prompt", self.prompt)
         check_text("chosen", self.chosen)
-        object.__setattr__(self, "rejected", _as_answers(self.rejected))
+        object.__setattr__(self, "rejected", _as_strings(self.rejected))
         for field, answer in (("chosen", self.chosen), *(("rejected", answer) for answer in self.rejected)):
             check_text(field, answer)
             _check_visible(field, answer)
@@ -132,10 +133,11 @@ def exact_match(prediction: str, answers: Iterable[str]) -> bool:
 
     Args:
         prediction: the text generated after the prompt, without special tokens.
-        answers: the correct answers; one match is enough.
+        answers: the correct answers, each with at least one visible character; one match is enough.
 
     Raises:
         TypeError: a prediction that is not a string, or one string as `answers`.
+        ValueError: an answer of white space only, which every text would match.
     """
     if not isinstance(prediction, str):
         raise TypeError(f"prediction must be a string, got {type(prediction).__name__}")
@@ -204,6 +206,13 @@ def _check_visible(field, text):
 
 
 def _as_answers(answers):
+    answers = _as_strings(answers)
+    for answer in answers:
+        _check_visible("every answer", answer)
+    return answers
+
+
+def _as_strings(answers):
     if isinstance(answers, str):
         raise TypeError(f"answers must be several strings, got the one string {answers!r}")
     answers = tuple(answers)

@@ -28,6 +28,8 @@ def test_example_answers_default_to_the_stripped_completion():
         (("q", " \n"), ValueError, r"completion must hold some text, got ' \\n'"),
         (("q", " x", "x"), TypeError, "answers must be several strings"),
         (("q", " x", (1,)), TypeError, "every answer must be a string, got int"),
+        (("q", " x", ("x", "")), ValueError, "every answer must hold some text, got ''"),
+        (("q", " x", (" \n",)), ValueError, r"every answer must hold some text, got ' \\n'"),
     ],
 )
 def test_example_rejects(arguments, error, message):
@@ -72,6 +74,13 @@ def test_exact_match_rejects_one_string_as_answers():
         exact_match("son", "grandson")
     with pytest.raises(TypeError, match="prediction must be a string"):
         exact_match(None, ("son",))
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t"])
+def test_exact_match_rejects_an_answer_that_all_texts_would_match(nothing):
+    for prediction in ("anything", nothing):
+        with pytest.raises(ValueError, match="every answer must hold some text, got '"):
+            exact_match(prediction, ["son", nothing])
 
 
 def test_majority_accuracy_answers_the_commonest_training_label():

@@ -7,7 +7,8 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +53,9 @@ class Piece:
     error: str = ""
 
 
+_CLOSING = Piece("", 0, "error", "the server is shutting down")
+
+
 @dataclass
 class Question:
     """A prompt's token ids for a model by name. tell: called with each `Piece` by the thread that answers."""
@@ -92,11 +96,12 @@ class AnswerQueue:
         """Put a question in the queue. Raises QueueFullError, ClosedError."""
         with self._lock:
             if self._closed:
-                raise ClosedError("the server is shutting down")
+                raise ClosedError(_CLOSING.error)
             if self._pending > self.limit:
                 raise QueueFullError(f"{self._pending} requests are waiting already, and {self.limit} may: try again")
             self._pending += 1
-        self._waiting.put(question)
+            # inside: a thread that ends looks once more for what is there, with the same lock
+            self._waiting.put(question)
 
     def close(self, wait: float = 10.0) -> None:
         """End what is being answered and what waits. wait: seconds to give the thread."""
@@ -110,20 +115,27 @@ class AnswerQueue:
 
     def _work(self) -> None:
         while (question := self._waiting.get()) is not None or not self._waiting.empty():
-            if question is None:
-                continue
-            try:
+            if question is not None:
                 self._answer(question)
-            finally:
                 with self._lock:
                     self._pending -= 1
+        for question in self._left():
+            _tell(question, _CLOSING)
         self.switch.close()
+
+    def _left(self) -> list[Question]:
+        """What was put in while the loop ended. Nothing comes after it: `ask` refuses by now."""
+        with self._lock:
+            left = [self._waiting.get() for _ in range(self._waiting.qsize())]
+            questions = [question for question in left if question is not None]
+            self._pending -= len(questions)
+        return questions
 
     def _answer(self, question: Question) -> None:
         if question.gone.is_set():
             return
         if self._closed:
-            question.tell(Piece("", 0, "error", "the server is shutting down"))
+            _tell(question, _CLOSING)
             return
         told = _Told(question, TokenText(self.tokenizer, question.sampling.stop), self.ends, lambda: self._closed)
         try:
@@ -131,10 +143,10 @@ class AnswerQueue:
                 self._generate(question, told)
             told.end_of_answer()
         # whatever it is, the next question is none the worse for it
-        except Exception as error:
+        except BaseException as error:
             traceback.print_exc()
             first = (str(error).splitlines() or [""])[0]
-            question.tell(Piece("", told.tokens, "error", f"{type(error).__name__}: {first}"))
+            _tell(question, Piece("", told.tokens, "error", f"{type(error).__name__}: {first}"))
 
     def _generate(self, question: Question, told: _Told) -> None:
         device, sampling = device_of(self.switch.model), question.sampling
@@ -163,6 +175,12 @@ class AnswerQueue:
             pad_token_id=pad_token_id(self.tokenizer),
             eos_token_id=sorted(self.ends) or None,
         )
+
+
+def _tell(question: Question, piece: Piece) -> None:
+    """Tell the last piece. One who cannot be told has gone."""
+    with suppress(Exception):
+        question.tell(piece)
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -207,7 +225,7 @@ class _Told:
     def end_of_answer(self) -> None:
         """Tell the last piece."""
         if self.closed():
-            self.question.tell(Piece("", self.tokens, "error", "the server is shutting down"))
+            self.question.tell(replace(_CLOSING, tokens=self.tokens))
             return
         rest = self.text.rest()
         full = not self.text.stopped and not self._ended and self.tokens >= self.question.sampling.max_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
+# how often an answer that is sent whole looks whether its client is still there
+_LOOK_SECONDS = 0.5
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -178,7 +180,7 @@ async def _answered(
 
     def tell(piece: Piece) -> None:
         # a loop that is closed has nobody to tell
-        if not loop.is_closed():
+        with suppress(RuntimeError):
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     question = Question(asked.model, ids, prompts.sampling(asked, ids), tell)
@@ -212,15 +214,20 @@ async def _events(question: Question, pieces: asyncio.Queue, shape: Shape, usage
 
 
 async def _whole(request: Request, question: Question, pieces: asyncio.Queue, shape: Shape) -> Response:
-    text = ""
+    text, look = "", time.monotonic() + _LOOK_SECONDS
     try:
         while True:
             try:
-                piece = await asyncio.wait_for(pieces.get(), timeout=0.5)
+                piece = await asyncio.wait_for(pieces.get(), timeout=max(0.0, look - time.monotonic()))
             except TimeoutError:
+                piece = None
+            # by the clock: pieces may come faster than this
+            if time.monotonic() >= look:
                 if await request.is_disconnected():
                     # nobody reads this
                     return Response(status_code=499)
+                look = time.monotonic() + _LOOK_SECONDS
+            if piece is None:
                 continue
             if piece.finish == "error":
                 return JSONResponse(error_of(piece.error, 500), 500)

@@ -1,5 +1,6 @@
 """The server's answers are the model's own, adapter by adapter; bad requests are refused and lose nobody else's."""
 
+import asyncio
 import json
 import math
 import time
@@ -264,6 +265,95 @@ def test_nobody_is_answered_who_has_gone(folders):
         assert 1 <= told[-1].tokens < 5
     with pytest.raises(ClosedError):
         answers.ask(question)
+
+
+def test_nobody_is_answered_who_has_gone_however_fast_the_pieces_come(monkeypatch):
+    with running({}) as (app, switch):
+        pieces = []
+
+        def fast(input_ids, streamer, stopping_criteria, **_):
+            streamer.put(input_ids)
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline and not any(over(input_ids, None).all() for over in stopping_criteria):
+                pieces.append(5)
+                streamer.put(torch.tensor([5]))
+                time.sleep(0.001)
+
+        monkeypatch.setattr(switch.model, "generate", fast)
+        began = time.monotonic()
+        assert asyncio.run(left_at_once(app, ASK)) == 499
+        while app.state.answers.pending and time.monotonic() < began + 30:
+            time.sleep(0.01)
+        assert len(pieces) > 50 and time.monotonic() - began < 10
+
+
+async def left_at_once(app, body):
+    """The status of the response to a client that sends its request and goes."""
+    events = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+    path = {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+    sent = []
+
+    async def receive():
+        return events.pop() if events else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    client = {"scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000), "http_version": "1.1"}
+    await app({"type": "http", "method": "POST", "headers": headers, **path, **client}, receive, send)
+    return sent[0]["status"]
+
+
+def test_a_question_that_comes_as_the_server_ends_is_told_so():
+    from lofit_fast.serving.answer_queue import ClosedError, Question, Sampling
+
+    class EndsFirst:
+        """A queue whose reader is told to end, and given the time to, right before a question is put in."""
+
+        def __init__(self, answers):
+            self.answers, self.real = answers, answers._waiting
+
+        def put(self, question):
+            if question is not None:
+                self.answers.stop()
+                self.answers._thread.join(0.5)
+            self.real.put(question)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    with running({}) as (app, _):
+        answers, told = app.state.answers, []
+        answers._waiting = EndsFirst(answers)
+        answers.ask(Question("base", [1, 5], Sampling(2, temperature=0), told.append))
+        answers.close()
+        assert [(piece.finish, piece.error) for piece in told] == [("error", "the server is shutting down")]
+        assert answers.pending == 0
+        with pytest.raises(ClosedError, match="shutting down"):
+            answers.ask(Question("base", [1, 5], Sampling(2, temperature=0), told.append))
+
+
+def test_one_who_cannot_be_told_ends_one_answer_alone(monkeypatch, capsys):
+    from lofit_fast.serving.answer_queue import Question, Sampling
+
+    with running({}) as (app, switch):
+        answers, real = app.state.answers, switch.model.generate
+
+        def no_ear(piece):
+            raise OSError("nobody is there")
+
+        answers.ask(Question("base", [1, 5], Sampling(2, temperature=0), no_ear))
+        text_of(*posted(app, ASK))
+
+        def ends(**options):
+            raise SystemExit("no way on")
+
+        monkeypatch.setattr(switch.model, "generate", ends)
+        assert refusal(*posted(app, ASK), 500)["message"] == "SystemExit: no way on"
+        monkeypatch.setattr(switch.model, "generate", real)
+        text_of(*posted(app, ASK))
+    assert "nobody is there" in capsys.readouterr().err
 
 
 def test_without_a_chat_template(folders):

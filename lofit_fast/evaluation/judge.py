@@ -17,6 +17,7 @@ from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import FiniteLogits
+from lofit_fast.evaluation.generation_settings import StandingAlone, ends_of
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.cache_names import cache_name
@@ -27,7 +28,7 @@ from lofit_fast.tasks.task import Example, Task, exact_match
 from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # the paper's
 MAX_NEW_TOKENS = 16
@@ -96,7 +97,7 @@ def generate_answers(
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
     Batches are of like length and padded on the left; a patched model runs with its offsets folded. Several processes
-    divide them, see `judge`.
+    divide them, see `judge`. Of the model's `generation_config` the tokens that end an answer count, and nothing else.
     shared: see `judge`.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
     model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
@@ -247,21 +248,11 @@ def _check_any(examples: Sequence[Example]) -> None:
 
 def _greedy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, more_ends: Set[int]
-) -> GenerationConfig:
-    """Greedy decoding and nothing else, whatever sampling and penalties the model was published with."""
-    from transformers import GenerationConfig
-
-    published = getattr(model, "generation_config", None)
-    # chat models list more than one token that ends an answer
-    ends = getattr(published, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]), *more_ends} - {None}
-    return GenerationConfig(
+) -> StandingAlone:
+    """Greedy decoding and nothing else. more_ends: tokens to stop at, besides the model's own."""
+    return StandingAlone(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id(tokenizer),
-        eos_token_id=sorted(ends),
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
+        eos_token_id=sorted(ends_of(model, tokenizer) | more_ends) or None,
     )

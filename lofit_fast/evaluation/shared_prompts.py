@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import length_refusal
+from lofit_fast.evaluation.generation_settings import StandingAlone
 from lofit_fast.models.prompt_states import NotPlain, Slots, prompt_states
 from lofit_fast.models.trials import difference, rounding, said_of
 from lofit_fast.patching.architectures import find_projections
@@ -118,9 +119,9 @@ class SharedPrompts:
         ids, mask = (part.to(device_of(model)) for part in padded(ends, 0, side="left"))
 
         def first(**past) -> Tensor:
-            how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "output_logits": True}
-            out = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **how, **past)
-            return out.logits[0]
+            told = {"output_logits": True, "return_dict_in_generate": True}
+            how = StandingAlone(max_new_tokens=1, do_sample=False, pad_token_id=0, **told)
+            return model.generate(input_ids=ids, attention_mask=mask, generation_config=how, **past).logits[0]
 
         with _base_of(model):
             away = difference(first(**{cache_name(model): self._laid(model, ends)}), first())

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lofit_fast.data.encode import pad_token_id
 from lofit_fast.evaluation.finite_logits import FiniteLogits
+from lofit_fast.evaluation.generation_settings import StandingAlone, ends_of
 from lofit_fast.patching.placement import device_of
 from lofit_fast.serving.adapter_switch import AdapterSwitch
 from lofit_fast.serving.token_text import TokenText
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 class QueueFullError(RuntimeError):
@@ -79,8 +79,7 @@ class AnswerQueue:
 
     def __init__(self, switch: AdapterSwitch, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
         self.switch, self.tokenizer, self.limit = switch, tokenizer, limit
-        self.ends = _ends(switch.model, tokenizer)
-        _forget_published_sampling(switch.model)
+        self.ends = ends_of(switch.model, tokenizer)
         # one that a handler of signals may put into, wherever it has interrupted
         self._waiting: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._lock, self._pending, self._closed = threading.Lock(), 0, False
@@ -164,12 +163,10 @@ class AnswerQueue:
                 stopping_criteria=[told.is_over],
             )
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
+    def _config(self, sampling: Sampling) -> StandingAlone:
         """Sampling as asked for and nothing else."""
-        from transformers import GenerationConfig
-
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return GenerationConfig(
+        return StandingAlone(
             **(drawn if sampling.temperature > 0 else {"do_sample": False}),
             max_new_tokens=sampling.max_tokens,
             pad_token_id=pad_token_id(self.tokenizer),
@@ -181,19 +178,6 @@ def _tell(question: Question, piece: Piece) -> None:
     """Tell the last piece. One who cannot be told has gone."""
     with suppress(Exception):
         question.tell(piece)
-
-
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: chat models list more than one."""
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-
-
-def _forget_published_sampling(model: nn.Module) -> None:
-    """Take away the sampling and penalties that a model was published with: `generate` falls back on them."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig()
 
 
 class _Told:

@@ -96,6 +96,15 @@ def test_a_stream_says_what_the_whole_answer_says(app, path, body):
     assert len(events) > 3 and len({event["id"] for event in events}) == 1
 
 
+def test_what_the_model_was_published_with_changes_no_answer(folders):
+    with running({}) as (app, switch):
+        published = switch.model.generation_config
+        published.update(suppress_tokens=list(range(3, 40)), repetition_penalty=9.0, max_time=0.0)
+        before = published.to_dict()
+        assert text_of(*posted(app, ASK)) == expected(folders, "base")
+        assert switch.model.generation_config is published and published.to_dict() == before
+
+
 def test_stop_seed_and_temperature(app, folders):
     answer = expected(folders, "base")
     (stopped,) = posted(app, {**ASK, "stop": [answer[3:5]]})

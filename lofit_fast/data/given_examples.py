@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lofit_fast.tasks.row_files import unpadded
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ TABLES: dict[tuple[str, str], Callable[[object], Iterable[dict]]] = {
     ("polars", "DataFrame"): lambda table: table.to_dicts(),
     ("pyarrow", "Table"): lambda table: [unpadded(row) for row in table.to_pylist()],
 }
+
+
+def at_rest(data: T) -> T | list:
+    """The same data, as a list where it is a generator or another iterator, which can be gone through only once."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
 def given_examples(data: Iterable, name: str = "the training data") -> Iterable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,7 @@ def exact_match_accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
 ) -> float:
     """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
+    examples = list(examples)
     _check_any(examples)
     hits = _hits(model, tokenizer, examples, **options)
     return sum(hits) / len(hits)
@@ -133,7 +134,9 @@ def score_candidates(
 
     The same candidates for every prompt; see `choices.score_choices` for the options, and for what runs only once.
     The end token is scored too, so that no candidate gains by being the beginning of another.
+    Raises TypeError for one text instead of several, ValueError for no candidates, and what `score_choices` raises.
     """
+    prompts, candidates = _listed(prompts), _listed(candidates)
     if not candidates:
         raise ValueError("expected candidates to score, got none")
     rows = score_choices(model, tokenizer, prompts, [candidates] * len(prompts), end=True, **options)
@@ -148,6 +151,7 @@ def constrained_accuracy(
     **options: Any,
 ) -> float:
     """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
+    examples, candidates = list(examples), _listed(candidates)
     _check_any(examples)
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)
     best = [candidates[int(i)] for i in scores.argmax(1)]
@@ -209,9 +213,7 @@ def _generated(
     """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
     check_count("batch_size", batch_size)
     check_count("max_new_tokens", max_new_tokens)
-    if isinstance(prompts, str):
-        raise TypeError(f"expected a list of prompts, got the one text {shown(prompts)}")
-    prompts = list(prompts)
+    prompts = _listed(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, "prompt")
     check_padding(model, pad_token_id(tokenizer), encoded)
@@ -239,6 +241,13 @@ def _generated(
                 answers |= zip(rows, out[:, ids.shape[1] :].tolist(), strict=True)
     answers = division.put_together(answers)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    """Raises TypeError for one text, which would be taken for one per character."""
+    if isinstance(texts, str):
+        raise TypeError(f"expected a list of texts, got the one text {shown(texts)}")
+    return list(texts)
 
 
 def _check_any(examples: Sequence[Example]) -> None:

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# a task's fields of several things -> what holds them
+_HELD_AS = {"train": list, "validation": list, "candidates": tuple, "preferences": tuple, "choices": tuple}
 TRAILING = " \t.,;:!?\"'\u2026\u2019\u201d"
 
 
@@ -113,6 +115,9 @@ class Task:
     shared_prefix: str = ""
 
     def __post_init__(self):
+        # of a generator nothing would be left after the first look
+        for field, kind in _HELD_AS.items():
+            object.__setattr__(self, field, kind(getattr(self, field)))
         if not self.candidates:
             return
         known = set(self.candidates)

@@ -19,7 +19,7 @@ from lofit_fast.tasks.task import Preference
 from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.choice.ways import WAYS, Untrained
 from lofit_fast.training.engine import Engine
-from lofit_fast.training.given_arguments import check_given, given_heads
+from lofit_fast.training.given_arguments import check_given, given_callbacks, given_heads
 from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, Examples, Objective, Preferences
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
@@ -58,8 +58,8 @@ def fit(
         heads: skip step 1 and tune these; "all": every head of the layers that the recipe's min_layer leaves.
         step1_dir: a folder that runs share: step 1 is taken from there when one of the same settings, model and data
             has left it, and trained there otherwise.
-        callbacks: of transformers' Trainer, for each step that trains. In a run of several processes each has them, and
-            what a callback asks of one process all of them do.
+        callbacks: a list of transformers' TrainerCallback, for each step that trains. In a run of several processes
+            each has them, and what a callback asks of one process all of them do.
         resume: whether to go on with the run in the folder.
         progress: whether bars and the engine's choice are shown.
 
@@ -135,8 +135,8 @@ def fit_objective(
     progress: bool = True,
 ) -> FitResult:
     """Both steps on any objective; see `fit`."""
-    check_given(model, tokenizer, recipe, engine, callbacks)
-    heads, output_dir = given_heads(heads), given_path(output_dir)
+    check_given(model, tokenizer, recipe, engine)
+    callbacks, heads, output_dir = given_callbacks(callbacks), given_heads(heads), given_path(output_dir)
     step1_dir = None if step1_dir is None else given_path(step1_dir)
     with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model):
         how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
@@ -238,8 +238,8 @@ def select_by_training(
 
     Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
-    check_given(model, tokenizer, recipe, engine, callbacks)
-    output_dir = given_path(output_dir)
+    check_given(model, tokenizer, recipe, engine)
+    callbacks, output_dir = given_callbacks(callbacks), given_path(output_dir)
     with ranks.joined("choosing heads"), quiet_unless_first():
         steps = _steps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         steps.checked_heads(None)

@@ -12,8 +12,8 @@ from lofit_fast.config import GivenHeads, Head, LofitConfig, Recipe, shown
 from lofit_fast.training.engine import Engine
 
 
-def check_given(model: object, tokenizer: object, recipe: object, engine: object, callbacks: object = ()) -> None:
-    """Raise TypeError for what is no model, tokenizer, Recipe, Engine (or None), or no list of callbacks.
+def check_given(model: object, tokenizer: object, recipe: object, engine: object) -> None:
+    """Raise TypeError for what is no model, tokenizer, Recipe or Engine (or None).
 
     Raises ValueError for a model that no gradient passes, since it was made in inference mode.
     """
@@ -28,11 +28,30 @@ def check_given(model: object, tokenizer: object, recipe: object, engine: object
     for name, value, kind in (("recipe", recipe, Recipe), ("engine", engine, Engine)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"expected {name} to be a lofit_fast.{kind.__name__}, or None, got {shown(value)}")
-    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+
+
+def given_callbacks(callbacks: Iterable[TrainerCallback]) -> tuple[TrainerCallback, ...]:
+    """The callbacks that a training is given, gone through once: a generator would have none left for a second look.
+
+    Raises TypeError for anything but a list, or another iterable, of callbacks; for one callback without a list too.
+    """
+    if not isinstance(callbacks, Iterable):
+        hint = f": write callbacks=[{_name(callbacks)}]" if _is_callback(callbacks) else ""
+        raise TypeError(f"expected callbacks to be a list of TrainerCallback, got {shown(callbacks)}{hint}")
+    listed = tuple(callbacks)
     for one in listed:
-        # transformers makes one of a class
-        if not isinstance(one, TrainerCallback) and not (isinstance(one, type) and issubclass(one, TrainerCallback)):
-            raise TypeError(f"expected callbacks to be a list of TrainerCallback, got {shown(one)}")
+        if not _is_callback(one):
+            raise TypeError(f"expected callbacks to be a list of TrainerCallback, got one with {shown(one)} in it")
+    return listed
+
+
+def _is_callback(one: object) -> bool:
+    # transformers makes one of a class
+    return isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
+
+
+def _name(callback: object) -> str:
+    return callback.__name__ if isinstance(callback, type) else f"{type(callback).__name__}(...)"
 
 
 def given_heads(heads: GivenHeads) -> tuple[Head, ...] | Literal["all"] | None:

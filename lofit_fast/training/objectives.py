@@ -25,7 +25,7 @@ from lofit_fast.data.encode import (
     encode_prompt,
     pad_token_id,
 )
-from lofit_fast.data.given_examples import given_examples
+from lofit_fast.data.given_examples import at_rest, given_examples
 from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
 from lofit_fast.models.head_trial import chunked_losses, longest_head
@@ -133,6 +133,11 @@ class Completions:
     evaluation: Examples = ()
 
     name = "completions"
+
+    def __post_init__(self) -> None:
+        # a dry run goes through them before a training does, and both steps of several runs may
+        object.__setattr__(self, "train", at_rest(self.train))
+        object.__setattr__(self, "evaluation", at_rest(self.evaluation))
 
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False
@@ -300,6 +305,7 @@ class Preferences:
     def __post_init__(self) -> None:
         if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
             raise ValueError(f"expected a finite beta > 0, got {self.beta!r}")
+        object.__setattr__(self, "preferences", at_rest(self.preferences))
 
     def encoded(
         self, model: nn.Module, tokenizer, max_length: int | None, progress: bool = False

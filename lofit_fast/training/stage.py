@@ -26,6 +26,7 @@ from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.engine.auto import said, settle
 from lofit_fast.training.engine.device_queue import current, devices_of
+from lofit_fast.training.given_arguments import given_callbacks
 from lofit_fast.training.objectives import EncodedObjective, Objective
 from lofit_fast.training.prefix_cache.worth import settled_prefix
 from lofit_fast.training.sharded_base import check_together, taken_for_whole, without_shortcuts
@@ -55,7 +56,7 @@ def train_attachment(
         schedule: rates, epochs and batches.
         output_dir: where the trainer may write; nothing is kept there.
         engine: how steps are run; None means the defaults.
-        callbacks: of transformers' Trainer.
+        callbacks: a list of transformers' TrainerCallback.
         progress: whether bars and the engine's choice are shown.
 
     Returns:
@@ -63,10 +64,12 @@ def train_attachment(
         "peak_memory_bytes"}. What comes before the steps (references, the prefix cache) is part of the seconds.
 
     Raises:
+        TypeError: what is no list of callbacks.
         ValueError: nothing to train, no epochs, data that cannot be learned from, a knob the objective cannot use.
         ImportError: preferences without TRL.
         FloatingPointError: training diverges; the attachment is still in the model.
     """
+    callbacks = given_callbacks(callbacks)
     with ranks.joined("training"):
         how = {"output_dir": output_dir, "engine": engine, "callbacks": callbacks}
         return _trained(attachment, tokenizer, objective, schedule, progress=progress and ranks.first(), **how)

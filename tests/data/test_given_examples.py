@@ -2,7 +2,7 @@
 
 import pytest
 
-from lofit_fast.data.given_examples import given_examples
+from lofit_fast.data.given_examples import at_rest, given_examples
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
@@ -36,6 +36,13 @@ def test_messages_have_no_keys_that_nobody_wrote(kind, monkeypatch):
 def test_lists_and_generators():
     assert given_examples(ROWS) is ROWS
     assert [*given_examples(row for row in ROWS)] == ROWS
+
+
+def test_what_can_be_gone_through_once_is_put_into_a_list():
+    for data in (iter(ROWS), (row for row in ROWS), map(dict, ROWS)):
+        assert at_rest(data) == ROWS
+    for data in (ROWS, tuple(ROWS), None, "all"):
+        assert at_rest(data) is data
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,19 @@ def test_answers_are_greedy_whatever_the_model_was_saved_with(llama, one_by_one)
     assert generate_answers(llama, TOKENIZER, PROMPTS, max_new_tokens=4) == one_by_one[0]
 
 
+def test_generators_are_gone_through_once():
+    assert exact_match_accuracy(rigged(), TOKENIZER, iter(EXAMPLES), max_new_tokens=4) == 0.75
+    listed = constrained_accuracy(rigged(), TOKENIZER, EXAMPLES, CANDIDATES)
+    assert constrained_accuracy(rigged(), TOKENIZER, iter(EXAMPLES), iter(CANDIDATES)) == listed
+
+
+@pytest.mark.parametrize("name", ["prompts", "candidates"])
+def test_one_text_is_no_list_of_texts(llama, name):
+    texts = {"prompts": ["a"], "candidates": ["b"], name: "yes"}
+    with pytest.raises(TypeError, match="expected a list of texts, got the one text 'yes'"):
+        score_candidates(llama, TOKENIZER, **texts)
+
+
 def test_judge_by_exact_match():
     judged = judge(rigged(), TOKENIZER, Task("t", [], EXAMPLES), batch_size=3)
     assert judged.metrics == {"exact_match": 0.75}

@@ -43,6 +43,12 @@ def test_task_completions_must_be_candidates():
         Task("t", labelled("a"), labelled("b"), (" a", "b"))
 
 
+def test_a_task_holds_what_generators_give():
+    labels = [" a", " b"]
+    task = Task("t", iter(labelled("a")), iter(labelled("b")), (label for label in labels))
+    assert task == Task("t", labelled("a"), labelled("b"), (" a", " b"))
+
+
 @pytest.mark.parametrize(
     ("prediction", "answers", "expected"),
     [

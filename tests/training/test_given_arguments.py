@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import lofit_fast as lf
+from lofit_fast.tasks.task import Preference
+from lofit_fast.training.arguments import Schedule
+from lofit_fast.training.fit import select_by_training
+from lofit_fast.training.objectives import Completions, Preferences
+from lofit_fast.training.stage import train_attachment
+from lofit_fast.training.sweep.grid import Run
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES, QUICK
@@ -18,7 +25,7 @@ OF_ANOTHER_KIND = {
     # what is false is no default either
     "recipe": ({}, {"top": 3}, 0, lf.Recipe),
     "engine": ({}, {"packing": True}, 0),
-    "callbacks": (None, [1], 3, [None]),
+    "callbacks": (None, [1], 3, [None], "steps", TrainerCallback(), TrainerCallback, (n for n in [1])),
     "output_dir": (None, 3, b"runs"),
     "step1_dir": (3, b"runs"),
     "heads": ("every", "0,1", 3, [3], [(0, 1.5)]),
@@ -41,6 +48,69 @@ def test_another_kind_is_refused_by_name(model, tmp_path, monkeypatch, name, val
     with pytest.raises(TypeError, match="expected"):
         call(model, **{"output_dir": "run", name: value})
     assert not list(tmp_path.iterdir())
+
+
+class Counts(TrainerCallback):
+    """Counts the trainings that it is in."""
+
+    def __init__(self):
+        self.begun = 0
+
+    def on_train_begin(self, *args, **_):
+        self.begun += 1
+
+
+def _fitted(callbacks, folder):
+    call(tiny_model("llama"), callbacks=callbacks, output_dir=folder)
+
+
+def _preferred(callbacks, folder):
+    pytest.importorskip("trl")
+    pairs = [{"prompt": f"{a}?", "chosen": f" {a}", "rejected": " no"} for a in "abcd"]
+    how = {"output_dir": folder, "callbacks": callbacks, "progress": False}
+    lf.fit_preferences(tiny_model("llama"), tiny_tokenizer(), pairs, QUICK, **how)
+
+
+def _selected(callbacks, folder):
+    how = {"output_dir": folder, "callbacks": callbacks, "progress": False}
+    select_by_training(tiny_model("llama"), tiny_tokenizer(), Completions(EXAMPLES[:4]), QUICK, **how)
+
+
+def _attached(callbacks, folder):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
+    how = {"output_dir": folder, "callbacks": callbacks, "progress": False}
+    train_attachment(handle, tiny_tokenizer(), Completions(EXAMPLES[:4]), Schedule(1e-3, 1), **how)
+
+
+# what takes callbacks -> the trainings of one call
+TAKERS = {_fitted: 2, _preferred: 2, _selected: 1, _attached: 1}
+
+
+@pytest.mark.parametrize("hold", [list, tuple, iter, lambda listed: (one for one in listed)])
+@pytest.mark.parametrize("take", TAKERS)
+def test_callbacks_of_any_iterable_are_in_every_training(tmp_path, take, hold):
+    counts = Counts()
+    take(hold([counts]), tmp_path)
+    assert counts.begun == TAKERS[take]
+
+
+@pytest.mark.parametrize("take", TAKERS)
+def test_one_callback_without_a_list_is_refused(tmp_path, take):
+    with pytest.raises(
+        TypeError, match=r"list of TrainerCallback, got <.*Counts.*>: write callbacks=\[Counts\(...\)\]"
+    ):
+        take(Counts(), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_generator_gives_is_there_more_than_once(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    texts = Completions(iter(EXAMPLES[:4]), iter(EXAMPLES[4:6]))
+    found = [texts.encoded(model, tokenizer, None).identity() for _ in range(2)]
+    assert found[0] == found[1] == Completions(EXAMPLES[:4], EXAMPLES[4:6]).encoded(model, tokenizer, None).identity()
+    pairs = [Preference("a?", " a", (" b",))]
+    assert Preferences(iter(pairs)).preferences == pairs
+    assert Run("one", {}, QUICK, heads=iter([(0, 1)])).heads == [(0, 1)]
 
 
 def test_no_folder_is_not_the_working_folder(model, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lofit_fast.config import OF_CHOICE, RECIPES, GivenHeads, Recipe, check_choice, fast_settings
+from lofit_fast.data.given_examples import at_rest
 from lofit_fast.heads import heads_asked
 from lofit_fast.tasks.row_source import check_columns
 from lofit_fast.training.engine import Engine
@@ -57,6 +58,10 @@ class Run:
     recipe: Recipe
     heads: GivenHeads = None
     train_size: int | None = None
+
+    def __post_init__(self) -> None:
+        # a run that is taken up again has its heads again
+        object.__setattr__(self, "heads", at_rest(self.heads))
 
 
 @dataclass(frozen=True)

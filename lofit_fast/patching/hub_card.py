@@ -12,6 +12,8 @@ from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.patching.storage import Adapter
 
 CARD_FILE, PICTURE_FILE = "README.md", "heads.png"
+# how a card shows the picture that lies beside it
+SHOWN_PICTURE = f"![the heads]({PICTURE_FILE})"
 LIBRARY = "lofit-fast"
 _PAPER = "[LoFiT](https://arxiv.org/abs/2406.01563)"
 # what a summary calls it -> what the card calls it
@@ -130,7 +132,7 @@ def _heads(adapter: Adapter, picture: bool) -> str:
     for layer, head in sorted(_all_heads(adapter)):
         by_layer.setdefault(layer, []).append(head)
     listed = _table("layer", {str(layer): ", ".join(map(str, heads)) for layer, heads in by_layer.items()}, "heads")
-    return "## Heads\n\n" + (f"![the heads]({PICTURE_FILE})\n\n" if picture else "") + listed
+    return "## Heads\n\n" + (f"{SHOWN_PICTURE}\n\n" if picture else "") + listed
 
 
 def _all_heads(adapter: Adapter) -> set[Head]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lofit_fast.config import shown
 from lofit_fast.extras import can_draw
-from lofit_fast.files import write_text
+from lofit_fast.files import given_path, whole_folder, write_text
+from lofit_fast.patching.adapter_places import check_place
 from lofit_fast.patching.hub_adapters import asking_the_hub, is_repository
-from lofit_fast.patching.hub_card import CARD_FILE, LIBRARY, PICTURE_FILE, card_of, run_summary
+from lofit_fast.patching.hub_card import CARD_FILE, LIBRARY, PICTURE_FILE, SHOWN_PICTURE, card_of, run_summary
 from lofit_fast.patching.storage import CONFIG_FILE, TENSOR_FILE, Adapter, save_adapter
 
-_PUSHED = (CONFIG_FILE, TENSOR_FILE, CARD_FILE, PICTURE_FILE)
+_MADE = (CONFIG_FILE, TENSOR_FILE, CARD_FILE)
 
 
 def push_adapter(
@@ -38,7 +40,8 @@ def push_adapter(
         repo_id: `user/name`; made where there is none.
         run: the run folder that it comes from: the card tells of its data, recipe and results.
         license: of the vectors, by the hub's name for it.
-        folder: where the files are written; without it they are gone afterwards.
+        folder: where the files are written, all of them or none; without it they are gone afterwards. The files of an
+            earlier push are replaced, and other files stay.
         dry_run: write the folder and push nothing; the network is not used.
         revision: the branch to push to, made where there is none. private: whether a new repository is.
         token: of the hub; by default the one of `hf auth login`. message: of the commit.
@@ -47,21 +50,26 @@ def push_adapter(
         The address of the commit; the folder, if dry_run.
 
     Raises:
-        ValueError: no such name or licence, a run of another adapter, a folder that holds another's README.md.
+        ValueError: no such name or licence, a run of another adapter, a folder that is the run's, or that holds a
+            README.md or a heads.png of somebody else's, a model, or an adapter of another kind.
         FileNotFoundError: a run folder without a summary.
         OSError: the folder cannot be written, or the hub does not take it. Nothing has been pushed then.
     """
     _check(repo_id, license, folder, dry_run)
     summary = run_summary(run, adapter)
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) if folder is None else Path(folder)
-        _check_card(target)
-        save_adapter(adapter, target)
-        picture = _picture(adapter, None if run is None else Path(run), target)
-        write_text(target / CARD_FILE, card_of(adapter, summary, repo_id, license, picture))
+    with tempfile.TemporaryDirectory() as passing:
+        target = Path(passing) if folder is None else given_path(folder)
+        stale = _check_place(target, run)
+        with whole_folder(target, last=CONFIG_FILE) as scratch:
+            save_adapter(adapter, scratch)
+            picture = _picture(adapter, run, scratch / PICTURE_FILE)
+            write_text(scratch / CARD_FILE, card_of(adapter, summary, repo_id, license, picture))
+        if stale and not picture:
+            (target / PICTURE_FILE).unlink()
         if dry_run:
             return str(target)
-        return _pushed(target, repo_id, revision, private, token, message or f"Adapter of {LIBRARY}")
+        made = (*_MADE, PICTURE_FILE) if picture else _MADE
+        return _pushed(target, made, repo_id, revision, private, token, message or f"Adapter of {LIBRARY}")
 
 
 def _check(repo_id: object, license: object, folder: object, dry_run: bool) -> None:
@@ -73,21 +81,28 @@ def _check(repo_id: object, license: object, folder: object, dry_run: bool) -> N
         raise ValueError("dry_run=True pushes nothing: expected the folder to write to (folder=...)")
 
 
-def _check_card(folder: Path) -> None:
-    """Raise ValueError for a card that was not written here: it would be lost."""
-    card = folder / CARD_FILE
-    if card.exists() and f"library_name: {LIBRARY}" not in card.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{card} is no card of ours to replace: expected another folder")
+def _check_place(folder: Path, run: Path | str | None) -> bool:
+    """Raise ValueError for a folder with files of somebody else's that would be lost.
 
-
-def _picture(adapter: Adapter, run: Path | None, folder: Path) -> bool:
-    """Put a picture of the heads into a folder: the run's, or one of the vectors' norms. Returns whether there is one.
-
-    One of an earlier adapter is taken away.
+    Returns whether an earlier push has put a picture there, which its card shows.
     """
-    (folder / PICTURE_FILE).unlink(missing_ok=True)
-    if run is not None and (run / PICTURE_FILE).is_file():
-        shutil.copyfile(run / PICTURE_FILE, folder / PICTURE_FILE)
+    if run is not None and folder.exists() and folder.samefile(run):
+        raise ValueError(f"{folder} is the run's own folder, whose files would be lost: expected another folder")
+    check_place(folder, CONFIG_FILE, "LOFIT")
+    card, picture = folder / CARD_FILE, folder / PICTURE_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    if text and f"library_name: {LIBRARY}" not in text:
+        raise ValueError(f"{card} is no card of ours to replace: expected another folder")
+    there = picture.exists() or picture.is_symlink()
+    if there and SHOWN_PICTURE not in text:
+        raise ValueError(f"{picture} is no picture of ours to replace: expected another folder")
+    return there
+
+
+def _picture(adapter: Adapter, run: Path | str | None, path: Path) -> bool:
+    """Write a picture of the heads: the run's, or one of the vectors' norms. Returns whether there is one."""
+    if run is not None and (Path(run) / PICTURE_FILE).is_file():
+        shutil.copyfile(Path(run) / PICTURE_FILE, path)
         return True
     if not can_draw():
         return False
@@ -97,7 +112,7 @@ def _picture(adapter: Adapter, run: Path | None, folder: Path) -> bool:
     heads = getattr(adapter.config, component)
     norms = _norms(adapter, component)
     way = "lofit" if component == "scale" else "bias_norm"
-    heads_map(norms, [] if heads == "all" else heads, folder / PICTURE_FILE, adapter.base_model, way)
+    heads_map(norms, [] if heads == "all" else heads, path, adapter.base_model, way)
     return True
 
 
@@ -115,9 +130,15 @@ def _norms(adapter: Adapter, component: str) -> torch.Tensor:
 
 
 def _pushed(
-    folder: Path, repo_id: str, revision: str | None, private: bool | None, token: str | None, message: str
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    revision: str | None,
+    private: bool | None,
+    token: str | None,
+    message: str,
 ) -> str:
-    """Push a folder's files in one commit; returns the commit's address."""
+    """Push files of a folder in one commit; returns the commit's address."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name=LIBRARY, token=token)
@@ -126,4 +147,4 @@ def _pushed(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         pushed = {"repo_id": repo_id, "folder_path": folder, "revision": revision, "commit_message": message}
-        return str(api.upload_folder(**pushed, allow_patterns=list(_PUSHED)).commit_url)
+        return str(api.upload_folder(**pushed, allow_patterns=list(names)).commit_url)

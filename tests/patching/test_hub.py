@@ -192,6 +192,77 @@ def test_the_card_says_what_the_run_was(adapter, tmp_path):
     assert same_as(adapter, folder)
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["run", "other/../run"])
+def test_the_runs_own_folder_is_refused_and_keeps_its_files(adapter, tmp_path, name):
+    handle = load(tiny_model("llama"), adapter[0])
+    run = finished_run(tmp_path / "run", handle)
+    (tmp_path / "other").mkdir()
+    before = files_in(run)
+    with pytest.raises(ValueError, match="run is the run's own folder, whose files would be lost: expected another"):
+        handle.push_to_hub(REPO, run=run, folder=tmp_path / name, dry_run=True)
+    assert files_in(run) == before
+
+
+@pytest.mark.parametrize("card", [None, "---\nlibrary_name: lofit-fast\n---\nwithout a picture"])
+def test_a_picture_of_ones_own_is_kept(adapter, tmp_path, card):
+    handle = load(tiny_model("llama"), adapter[0])
+    run, page = finished_run(tmp_path / "run", handle), tmp_path / "page"
+    page.mkdir()
+    (page / "heads.png").write_bytes(b"mine")
+    if card is not None:
+        (page / "README.md").write_text(card)
+    before = files_in(page)
+    for options in ({}, {"run": run}):
+        with pytest.raises(ValueError, match=r"heads.png is no picture of ours to replace: expected another folder"):
+            handle.push_to_hub(REPO, folder=page, dry_run=True, **options)
+    assert files_in(page) == before
+
+
+def test_a_picture_of_an_earlier_push_is_replaced_or_goes_with_its_card(hub, adapter, tmp_path):
+    handle = load(tiny_model("llama"), adapter[0])
+    run, page = finished_run(tmp_path / "run", handle), tmp_path / "page"
+    page.mkdir()
+    (page / "notes.txt").write_text("mine")
+    for picture in (b"first", b"second"):
+        (run / "heads.png").write_bytes(picture)
+        handle.push_to_hub(REPO, run=run, folder=page)
+        assert files_in(page)["heads.png"] == hub.files(REPO)["heads.png"] == picture
+    handle.push_to_hub("somebody/plain", folder=page)
+    assert files_in(page).keys() == {CONFIG_FILE, TENSOR_FILE, "README.md", "notes.txt"}
+    assert hub.files("somebody/plain").keys() == {CONFIG_FILE, TENSOR_FILE, "README.md"}
+    assert (page / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_finished_is_as_it_was(adapter, tmp_path, monkeypatch):
+    handle = load(tiny_model("llama"), adapter[0])
+    run, page = finished_run(tmp_path / "run", handle), tmp_path / "page"
+    handle.push_to_hub(REPO, run=run, folder=page, dry_run=True)
+    before = files_in(page)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    randomize(handle, seed=5)
+    (run / "summary.json").write_text(json.dumps(RUN))
+    monkeypatch.setattr(hub_push.shutil, "copyfile", full)
+    for folder in (page, tmp_path / "new"):
+        with pytest.raises(OSError, match=f"cannot write to output folder {folder}: No space left"):
+            handle.push_to_hub(REPO, run=run, folder=folder, dry_run=True)
+    assert files_in(page) == before and not (tmp_path / "new").exists()
+
+
+def test_a_folder_with_a_model_is_no_place(adapter, tmp_path):
+    handle = load(tiny_model("llama"), adapter[0])
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="holds a model"):
+        handle.push_to_hub(REPO, folder=tmp_path, dry_run=True)
+    assert files_in(tmp_path) == {"model.safetensors": b"weights"}
+
+
 def test_what_is_not_pushed(adapter, tmp_path):
     handle = load(tiny_model("llama"), adapter[0])
     with pytest.raises(ValueError, match=r"expected the hub's name of a repository, user/name, got '../up'"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
@@ -11,10 +11,11 @@ from lofit_fast.config import GivenHeads, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded, encode
 from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.preview import Part, preview
+from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import Example
-from lofit_fast.training.encoded_preferences import preferences_of
 from lofit_fast.training.engine import Engine
 from lofit_fast.training.fit import rehearse
+from lofit_fast.training.given_arguments import check_given
 from lofit_fast.training.model_limits import token_limit
 from lofit_fast.training.objectives import Objective, Preferences
 
@@ -30,7 +31,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Refused:
-    """A text that cannot be trained on, and why. role: as in `Shown`, or "validation"."""
+    """A text that cannot be trained on, and why.
+
+    role: as in `Shown`, or "validation", or "preference" of a row that is none.
+    """
 
     example: int
     role: str
@@ -85,7 +89,8 @@ def dry_run(
 
     Args:
         model, tokenizer: as for `fit`; neither is changed.
-        objective: `Completions(train, evaluation)` or `Preferences(pairs)` of `lofit_fast.training.objectives`.
+        objective: `Completions(train, evaluation)` or `Preferences(pairs)` of `lofit_fast.training.objectives`. Data
+            that can be gone through only once is gone through here.
         recipe, engine, heads: as for `fit`.
         validation: held-out examples that the objective does not hold: of preferences, the choices.
         show: examples to decode again.
@@ -93,16 +98,17 @@ def dry_run(
 
     Raises:
         TypeError, ValueError, ImportError: what `fit` would raise before its first step, except for texts that cannot
-            be encoded: those are listed, all of them, in `refused`.
+            be encoded, or are none: those are listed, all of them, in `refused`.
     """
-    recipe = recipe or Recipe()
+    check_given(model, tokenizer, recipe, engine)
+    recipe, objective = recipe or Recipe(), _held(objective)
     limit = token_limit(model, recipe.max_length)
     try:
         how = {"engine": engine, "heads": heads, "progress": progress}
         data, settled, worth = rehearse(model, tokenizer, objective, recipe, **how)
         read, refused = list(_read(objective, data.rows)), []
         held_out = len(getattr(data, "judged", ()))
-    except ValueError:
+    except (TypeError, ValueError):
         # a training stops at the first text that it cannot use: here all of them are found
         settled, worth, (read, refused, held_out) = {}, None, _sifted(tokenizer, objective, limit)
         if not refused:
@@ -126,6 +132,14 @@ def dry_run(
     )
 
 
+def _held(objective: Objective) -> Objective:
+    """The objective with its rows in lists: they are read twice, and a generator gives them once."""
+    if isinstance(objective, Preferences):
+        return replace(objective, preferences=list(given_examples(objective.preferences)))
+    train, held_out = given_examples(objective.train), given_examples(objective.evaluation, "the evaluation data")
+    return replace(objective, train=list(train), evaluation=list(held_out))
+
+
 def _read(objective: Objective, rows: Sequence[Encoded]) -> Iterator[tuple[int, str, Encoded]]:
     """(number, role, row) of an epoch's rows."""
     roles = ("chosen", "rejected") if isinstance(objective, Preferences) else ("completion",)
@@ -138,6 +152,8 @@ def _sifted(tokenizer, objective: Objective, limit: int | None) -> tuple[list[tu
     for number, role, text in _texts(objective):
         held_out += role == "validation"
         try:
+            if isinstance(text, ValueError):
+                raise text
             row = encode(tokenizer, text, limit)
         except (TypeError, ValueError) as error:
             refused.append(Refused(number, role, str(error)))
@@ -149,12 +165,17 @@ def _sifted(tokenizer, objective: Objective, limit: int | None) -> tuple[list[tu
     return read, refused, held_out
 
 
-def _texts(objective: Objective) -> Iterator[tuple[int, str, Example | Mapping[str, str]]]:
-    """(number, role, text) of all that a training encodes."""
+def _texts(objective: Objective) -> Iterator[tuple[int, str, Example | Mapping[str, str] | ValueError]]:
+    """(number, role, text) of all that a training encodes; of a row that is no preference, what is wrong with it."""
     if isinstance(objective, Preferences):
-        for number, pair in enumerate(preferences_of(objective.preferences), start=1):
+        for number, row in enumerate(objective.preferences, start=1):
+            try:
+                pair = as_preference(row, f"preference {number}")
+            except ValueError as error:
+                yield number, "preference", error
+                continue
             yield number, "chosen", Example(pair.prompt, pair.chosen)
             yield from ((number, "rejected", Example(pair.prompt, answer)) for answer in pair.rejected)
         return
     for role, data in (("completion", objective.train), ("validation", objective.evaluation)):
-        yield from ((number, role, row) for number, row in enumerate(given_examples(data), start=1))
+        yield from ((number, role, row) for number, row in enumerate(data, start=1))

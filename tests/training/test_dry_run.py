@@ -84,8 +84,25 @@ LONG = "x" * 80
             [(5, "chosen", "83 tokens"), (5, "rejected", "84 tokens")],
             (5, 0),
         ),
+        (
+            Completions(
+                [EXAMPLES[0], {"prompt": 3, "completion": "y"}, {"prompt": "p", "completion": None}],
+                [{**HELD_OUT[0], "prompt": 4.0}],
+            ),
+            [
+                (2, "completion", "prompt must be a string, got int"),
+                (3, "completion", "completion must be a string, got NoneType"),
+                (1, "validation", "prompt must be a string, got float"),
+            ],
+            (3, 1),
+        ),
+        (
+            Preferences([*PAIRS, {"prompt": 3, "chosen": "a", "rejected": "b"}, {"prompt": "p"}]),
+            [(5, "preference", "prompt must be a string, got int"), (6, "preference", "got the keys ['prompt']")],
+            (6, 0),
+        ),
     ],
-    ids=["completions", "preferences"],
+    ids=["completions", "preferences", "completions that are no text", "preferences that are none"],
 )
 def test_all_that_is_refused_is_listed(objective, refused, counts):
     pytest.importorskip("trl")
@@ -98,6 +115,23 @@ def test_all_that_is_refused_is_listed(objective, refused, counts):
     assert isinstance(found.refused[0], Refused)
     assert (found.examples, found.validation, found.engine) == (*counts, {})
     assert found.shown and found.longest < found.limit
+
+
+@pytest.mark.parametrize("kind", [list, iter], ids=["a list", "a generator"])
+def test_rows_that_can_be_read_once_are_listed_too(kind):
+    rows = [EXAMPLES[0], {"prompt": LONG, "completion": "y"}, {"prompt": 3, "completion": "y"}]
+    found = dry_run(tiny_model("llama"), TOKENIZER, Completions(kind(rows), kind(HELD_OUT)), QUICK)
+    assert [(r.example, r.role) for r in found.refused] == [(2, "completion"), (3, "completion")]
+    assert (found.examples, found.validation) == (3, len(HELD_OUT))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"tokenizer": None}, "the model's tokenizer"), ({"model": "llama"}, "expected a model")]
+)
+def test_what_is_no_model_or_tokenizer_is_not_laid_to_the_texts(given, message):
+    how = {"model": tiny_model("llama"), "tokenizer": TOKENIZER, **given}
+    with pytest.raises(TypeError, match=message):
+        dry_run(**how, objective=Completions([{"prompt": 3, "completion": "y"}]), recipe=QUICK)
 
 
 @pytest.mark.parametrize(

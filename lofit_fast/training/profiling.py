@@ -12,9 +12,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import TrainerCallback
 
 from lofit_fast.files import whole_folder, write_json, write_text
+from lofit_fast.training.closed_callbacks import ClosedCallback
 from lofit_fast.training.engine.device_queue import devices_of, wait_for
 
 WARMUP, STEPS = 3, 3
@@ -48,12 +48,13 @@ _FLOPS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
 }
 
 
-class ProfileSteps(TrainerCallback):
+class ProfileSteps(ClosedCallback):
     """Profiles a few steps of each stage of a run, once the first ones have warmed up.
 
     Writes into the folder, per stage ("select", "tune"): profile/<stage>.json.gz, a trace for chrome://tracing or
     Perfetto; <stage>.md, the table; <stage>-summary.json, the same as data. A stage of fewer steps than
-    warmup + steps leaves nothing. The steps' seconds include what profiling costs: compare kinds, not speeds.
+    warmup + steps leaves nothing, and nor does one that fails before. The steps' seconds include what profiling costs:
+    compare kinds, not speeds.
     """
 
     def __init__(self, folder: Path | str, *, warmup: int = WARMUP, steps: int = STEPS) -> None:
@@ -65,6 +66,8 @@ class ProfileSteps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         """A stage begins: count its steps anew, whichever one a resumed run goes on with."""
+        # torch has one profiler at a time, and a plain Trainer that failed has left it running
+        self.close()
         self._seen = 0
 
     def on_step_begin(self, args, state, control, **_):
@@ -83,19 +86,18 @@ class ProfileSteps(TrainerCallback):
             wait_for(devices_of(model))
             self._stop(Path(args.output_dir).name)
 
-    def on_train_end(self, args, state, control, **_):
-        """A stage that ended early leaves no profile, and no profiler running."""
-        if self.profiler is not None:
-            self.profiler.stop()
-            self.profiler = None
+    def close(self) -> None:
+        """A stage that ended early, or failed, leaves no profile, and no profiler running."""
+        profiler, self.profiler = self.profiler, None
+        if profiler is not None:
+            profiler.stop()
 
     def _stop(self, stage: str) -> None:
-        seconds = time.perf_counter() - self._started
-        self.profiler.stop()
-        summary = summarize(self.profiler.events(), seconds, self.steps)
+        seconds, profiler = time.perf_counter() - self._started, self.profiler
+        self.close()
+        summary = summarize(profiler.events(), seconds, self.steps)
         with whole_folder(self.folder) as scratch:
-            self.profiler.export_chrome_trace(str(scratch / f"{stage}.json.gz"))
-        self.profiler = None
+            profiler.export_chrome_trace(str(scratch / f"{stage}.json.gz"))
         write_json(self.folder / f"{stage}-summary.json", summary)
         write_text(self.folder / f"{stage}.md", as_markdown(summary, stage))
 

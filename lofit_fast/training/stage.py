@@ -21,6 +21,7 @@ from lofit_fast.patching.storage import read_adapter
 from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
+from lofit_fast.training.closed_callbacks import closed
 from lofit_fast.training.cost import peak_memory, rates
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.attachment import Attachment
@@ -188,7 +189,7 @@ def train(
             attachment.take(read_adapter(checkpoint.path))
         else:
             trainer.rate = schedule.lr
-            with _verified(trainer, attachment, engine):
+            with closed(trainer.callback_handler.callbacks), _verified(trainer, attachment, engine):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     peaks = [peak for peak in ranks.gathered(memory.peak_bytes) if peak is not None]
     return before, max(peaks, default=None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast.training import objectives
@@ -52,6 +53,46 @@ def test_a_stage_too_short_leaves_nothing_and_no_profiler(llama, tmp_path, monke
     lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, callbacks=[callback], **options)
     assert not (tmp_path / "profile").exists()
     assert callback.profiler is None
+
+
+class Stops(TrainerCallback):
+    """Raises at the end of a step, as a full disk or a loss that is no number does."""
+
+    def on_step_end(self, args, state, control, **_):
+        """The second step of a stage."""
+        if state.global_step == 2:
+            raise RuntimeError("stopped here")
+
+
+def test_a_run_that_fails_leaves_no_profiler_running(llama, tmp_path):
+    callback = ProfileSteps(tmp_path, warmup=1, steps=2)
+    how = {"output_dir": tmp_path, "progress": False}
+    with pytest.raises(RuntimeError, match="stopped here"):
+        lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, callbacks=[callback, Stops()], **how)
+    assert callback.profiler is None
+    assert not torch.autograd._profiler_enabled()
+    lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, callbacks=[callback], **how)
+    assert (tmp_path / "profile" / "tune.md").exists()
+
+
+def test_a_trace_that_cannot_be_written_leaves_no_profiler_running(llama, tmp_path):
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "profile").write_text("")
+    callback = ProfileSteps(tmp_path / "traces", warmup=1, steps=1)
+    how = {"output_dir": tmp_path / "run", "progress": False, "callbacks": [callback]}
+    with pytest.raises(OSError, match="profile"):
+        lf.fit(llama, tiny_tokenizer(), EXAMPLES, RECIPE, **how)
+    assert callback.profiler is None
+
+
+def test_a_stage_that_begins_stops_a_profiler_that_was_left(tmp_path):
+    callback = ProfileSteps(tmp_path, warmup=0)
+    begun = SimpleNamespace(is_world_process_zero=True)
+    callback.on_train_begin(None, begun, None)
+    callback.on_step_begin(None, begun, None)
+    assert torch.autograd._profiler_enabled()
+    callback.on_train_begin(None, begun, None)
+    assert not torch.autograd._profiler_enabled()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

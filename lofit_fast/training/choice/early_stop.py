@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lofit_fast import ranks
@@ -12,10 +11,11 @@ from lofit_fast.config import Head, check_top
 from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.head_norms import head_scores
+from lofit_fast.training.closed_callbacks import ClosedCallback
 
 
 @dataclass
-class SettledHeads(TrainerCallback, ExportableState):
+class SettledHeads(ClosedCallback, ExportableState):
     """Stops step 1 when the top heads have settled; leaves step 2, and any training with offsets, alone.
 
     top, min_layer: as in the recipe. every: optimizer steps between two looks; None means half an epoch. threshold,
@@ -81,7 +81,7 @@ class SettledHeads(TrainerCallback, ExportableState):
             self.stopped_at = state.global_step
             control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **_):
+    def close(self) -> None:
         """Let go of the model."""
         self._handle = None
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from transformers import TrainerCallback
 
 import lofit_fast as lf
 from lofit_fast.training.choice.early_stop import SettledHeads
@@ -55,6 +56,21 @@ def test_never_stops_what_keeps_changing(tmp_path):
     assert steps_of(step1(tmp_path, settled)) == [6] * 4
     assert settled.stopped_at is None
     assert len(settled.overlaps) == 23
+
+
+class Fails(TrainerCallback):
+    """Raises after the first step."""
+
+    def on_step_end(self, args, state, control, **_):
+        """At once."""
+        raise RuntimeError("stopped here")
+
+
+def test_a_training_that_fails_leaves_no_model_with_it(tmp_path):
+    settled = SettledHeads(3)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        step1(tmp_path, settled, Fails())
+    assert settled._handle is None
 
 
 @pytest.mark.slow

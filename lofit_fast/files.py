@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,28 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, content: object) -> None:
-    """Replace a file by `content` as indented JSON, in one step. Raises OSError as `write_text` does."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Replace a file by `content` as indented JSON, in one step.
+
+    Raises OSError as `write_text` does, ValueError for a number that is none or infinite, which JSON does not have:
+    where it is meant, `as_json` makes a text of it.
+    """
+    if odd := next(_not_finite(content), None):
+        raise ValueError(f"cannot write {path}: got {odd}, expected finite numbers, since JSON has no others")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def as_json(content: Any) -> Any:
+    """Plain data as a JSON file gives it back: tuples are lists, and "Infinity", "-Infinity" and "NaN" are texts."""
+    return json.loads(json.dumps(content), parse_constant=str)
+
+
+def _not_finite(content: object, at: str = "content") -> Iterator[str]:
+    """Each number of plain data that is none or infinite, with its place."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield f"{at} = {content}"
+    rows = content if isinstance(content, list | tuple) else ()
+    for name, inner in content.items() if isinstance(content, Mapping) else enumerate(rows):
+        yield from _not_finite(inner, f"{at}[{name!r}]")
 
 
 def read_json(path: Path | str) -> object:
@@ -148,6 +169,7 @@ def read_json(path: Path | str) -> object:
 
     Raises OSError where there is no file to read (FileNotFoundError where there is nothing), ValueError, naming the
     file, for one that is cut or damaged, in another encoding, too large, too deep, or with two entries of one name.
+    Infinity and NaN are read, which earlier releases wrote.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

@@ -42,6 +42,17 @@ def select_heads(scores: Tensor, top: int | float, min_layer: int = 0) -> list[H
     return [divmod(int(i), scores.shape[1]) for i in best]
 
 
+def scores_as_json(scores: Tensor) -> list[list[float | None]]:
+    """(layers, heads) scores as a heads.json has them: null, JSON's None, for the minus infinity of no such head."""
+    return [[None if score == -math.inf else score for score in row] for row in scores.tolist()]
+
+
+def scores_from_json(rows: list[list[float | None]]) -> Tensor:
+    """The same back: (layers, heads) float32. Files of earlier releases have minus infinity itself."""
+    plain = [[-math.inf if score is None else score for score in row] for row in rows]
+    return torch.tensor(plain, dtype=torch.float32)
+
+
 def heads_of(content: Any, path: Path | str) -> list[Head]:
     """The heads in what a heads.json, or a plain JSON list of pairs, holds. path: the file, for errors.
 

@@ -15,7 +15,7 @@ SEAL = "sha256"
 def write_sealed(path: Path | str, content: Mapping[str, object]) -> None:
     """Replace a file by `content` as indented JSON with its SHA-256 under "sha256", in one step.
 
-    Raises OSError when it cannot be written.
+    Raises OSError when it cannot be written, ValueError for a number that JSON does not have, as `write_json` does.
     """
     plain = json.loads(json.dumps({name: value for name, value in content.items() if name != SEAL}))
     write_json(path, {**plain, SEAL: seal_of(plain)})

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import pickle
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from lofit_fast.files import (
     WriteError,
+    as_json,
     file_errors,
     given_path,
     read_json,
@@ -81,6 +84,34 @@ def test_write_json_of_what_is_no_json_keeps_the_old_file(tmp_path):
         write_json(tmp_path / "a.json", object())
     assert names(tmp_path) == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"loss": math.nan}, "content['loss'] = nan"),
+        ({"rows": [[0.0, (1.0, -math.inf)]]}, "content['rows'][0][1][1] = -inf"),
+        (math.inf, "content = inf"),
+    ],
+)
+def test_write_json_refuses_numbers_that_json_has_not(content, place, tmp_path):
+    path = tmp_path / "a" / "b.json"
+    with pytest.raises(ValueError, match=f"b.json: got {re.escape(place)}, expected finite numbers"):
+        write_json(path, content)
+    assert not path.parent.exists()
+
+
+def test_as_json_is_what_a_file_gives_back(tmp_path):
+    content = {"clip": math.inf, "rows": ((1, -math.inf), (None, 0.5)), "nan": [math.nan]}
+    plain = as_json(content)
+    assert plain == {"clip": "Infinity", "rows": [[1, "-Infinity"], [None, 0.5]], "nan": ["NaN"]}
+    write_json(tmp_path / "a.json", plain)
+    assert read_json(tmp_path / "a.json") == plain == as_json(plain)
+
+
+def test_infinity_in_an_older_file_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"clip": Infinity}')
+    assert read_json(tmp_path / "a.json") == {"clip": math.inf}
 
 
 def test_writable_folder_creates_it_and_leaves_it_empty(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lofit_fast import LofitConfig, select_heads
-from lofit_fast.heads import jaccard, read_heads
+from lofit_fast.heads import jaccard, read_heads, scores_as_json, scores_from_json
 from lofit_fast.sealed import write_sealed
 from tests.mutations import BYTES, JSON
 from tests.planted_pickle import Planted
@@ -54,6 +54,15 @@ def test_select_heads_from_a_layer_up():
     # a fraction of the heads in the running, as ever
     assert select_heads(SCORES, 0.34, min_layer=1) == [(1, 0)]
     assert SCORES.isfinite().all()
+
+
+def test_scores_as_json_and_back():
+    scores = torch.tensor([[0.5, 1 / 3], [-math.inf, -math.inf], [2.0, -math.inf]])
+    table = scores_as_json(scores)
+    assert table == [[0.5, scores[0, 1].item()], [None, None], [2.0, None]]
+    assert scores_from_json(json.loads(json.dumps(table, allow_nan=False))).equal(scores)
+    # as earlier releases wrote it
+    assert scores_from_json(json.loads(json.dumps(scores.tolist()))).equal(scores)
 
 
 @pytest.mark.parametrize("top, min_layer, count", [(4, 1, 3), (0.5, 2, 0)])

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from benchmarks.accuracy.cell_settings import OF_STEP2, SHOTS, of_lora_first, part_of, peer_options, recipe_of
@@ -20,7 +19,7 @@ from benchmarks.accuracy.task_parts import TaskData
 from lofit_fast.config import Head, Recipe
 from lofit_fast.evaluation.judge import score_candidates
 from lofit_fast.files import write_json
-from lofit_fast.heads import select_heads
+from lofit_fast.heads import scores_as_json, scores_from_json, select_heads
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Task, exact_match
 from lofit_fast.training.engine import Engine
@@ -238,13 +237,13 @@ def _heads(bench: Bench, cell: Cell) -> tuple[list[Head], float]:
         run: dict[str, object] = {"output_dir": bench.folder / "selection", "seed": cell.seed, "progress": False}
         run |= {"engine": bench.engine} if cell.selector in TRAINED else {}
         chosen = SELECTORS[cell.selector](bench.model, bench.tokenizer, task, recipe, **run)
-        scores = None if chosen.scores is None else chosen.scores.tolist()
+        scores = None if chosen.scores is None else scores_as_json(chosen.scores)
         content = {"heads": [list(pair) for pair in chosen.heads], "scores": scores, "seconds": chosen.seconds}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     content = json.loads(path.read_text())
     if cell.selector == "lofit":
-        return select_heads(torch.tensor(content["scores"]), recipe.top, recipe.min_layer), content["seconds"]
+        return select_heads(scores_from_json(content["scores"]), recipe.top, recipe.min_layer), content["seconds"]
     return [tuple(pair) for pair in content["heads"]], content["seconds"]
 
 

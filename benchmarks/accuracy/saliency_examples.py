@@ -27,7 +27,7 @@ from benchmarks.accuracy.tables import markdown
 from benchmarks.accuracy.task_parts import TaskData, survey
 from lofit_fast.cli.command import command
 from lofit_fast.files import write_json
-from lofit_fast.heads import jaccard, select_heads
+from lofit_fast.heads import jaccard, scores_as_json, scores_from_json, select_heads
 from lofit_fast.models.load import load_model
 from lofit_fast.training.summary import environment
 
@@ -102,11 +102,12 @@ def _scored(model, tokenizer, task, cell: FastCell, n: int, folder: str) -> tupl
     recipe = replace(cell.recipe(), select="saliency", select_examples=n)
     chosen = saliency(model, tokenizer, task, recipe, output_dir=folder, seed=cell.seed)
     named = {"model": cell.model, "task": cell.task, "seed": cell.seed, "examples": n, "top": recipe.top}
-    return {**named, "scores": [[float(f"{s:.6g}") for s in r] for r in chosen.scores]}, chosen.seconds
+    scores = torch.tensor([[float(f"{s:.6g}") for s in r] for r in chosen.scores], dtype=torch.float64)
+    return {**named, "scores": scores_as_json(scores)}, chosen.seconds
 
 
 def _heads(row: dict) -> list[tuple[int, int]]:
-    return select_heads(torch.tensor(row["scores"]), row["top"])
+    return select_heads(scores_from_json(row["scores"]), row["top"])
 
 
 def _shared(some: dict, whole: dict) -> float:
@@ -115,7 +116,7 @@ def _shared(some: dict, whole: dict) -> float:
 
 def _kept(some: dict, whole: dict) -> float:
     """Of the score that the best heads have together, by all examples, what those chosen by some of them have."""
-    scores = torch.tensor(whole["scores"])
+    scores = scores_from_json(whole["scores"])
     best, chosen = (sum(scores[layer, head] for layer, head in _heads(row)) for row in (whole, some))
     return float(chosen / best)
 

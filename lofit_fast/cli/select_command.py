@@ -1,7 +1,6 @@
 """The command `select`: heads chosen one way or several, and what each way costs."""
 
 import json
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -181,10 +180,10 @@ def _file(output: Path | None, method: str, methods: int) -> Path | None:
 
 
 def _write(path: Path, selection, about: dict[str, str]) -> None:
+    from lofit_fast.heads import scores_as_json
     from lofit_fast.sealed import write_sealed
 
-    # JSON has no infinity
-    scores = [[value if math.isfinite(value) else None for value in row] for row in selection.scores.tolist()]
+    scores = scores_as_json(selection.scores)
     write_sealed(path, {"heads": selection.heads, "scores": scores, "seconds": selection.seconds, **about})
 
 

@@ -42,6 +42,7 @@ def sweep(
     in a SLURM array: each run is trained once, and the run of a process that dies is taken up by another.
     docs/guide.md has all keys, docs/scaling_out.md the clusters.
     """
+    from lofit_fast.files import as_json as plain
     from lofit_fast.training.sweep.grid import read_grid
     from lofit_fast.training.sweep.run import sweep as run_sweep
     from lofit_fast.training.sweep.sweep_tables import as_table, failures
@@ -49,7 +50,7 @@ def sweep(
     check_output(output, dry_run)
     plan = read_grid(grid, fast)
     if dry_run:
-        rows = [{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs]
+        rows = plain([{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs])
     else:
         how = {"jobs": jobs, "devices": devices, "together": together, "resume": resume}
         rows = run_sweep(plan, output, **how, progress=not as_json)

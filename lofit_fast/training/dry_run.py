@@ -11,6 +11,7 @@ from lofit_fast.config import GivenHeads, Recipe
 from lofit_fast.data.encode import IGNORED, Encoded, encode
 from lofit_fast.data.given_examples import given_examples
 from lofit_fast.data.preview import Part, preview
+from lofit_fast.files import as_json
 from lofit_fast.tasks.preference_rows import as_preference
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.engine import Engine
@@ -70,7 +71,7 @@ class DryRun:
 
     def as_dict(self) -> dict[str, object]:
         """All of it as plain data, for JSON."""
-        return asdict(self)
+        return as_json(asdict(self))
 
 
 def dry_run(

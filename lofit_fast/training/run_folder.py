@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import given_path, read_json, writable_folder, write_text
-from lofit_fast.heads import heads_of
+from lofit_fast.files import as_json, given_path, read_json, writable_folder, write_text
+from lofit_fast.heads import heads_of, scores_as_json, scores_from_json
 from lofit_fast.locks import alone
 from lofit_fast.patching.fully_sharded import is_spread, whole
 from lofit_fast.patching.placement import is_dense, plain_attributes
@@ -90,8 +90,7 @@ class RunFolder:
         run._look()
         with held(run.path, wait=wait):
             clear_scratch(run.path)
-            # as JSON would return it: tuples become lists
-            run._begin(json.loads(json.dumps(identity)), resume, mend, as_now)
+            run._begin(as_json(identity), resume, mend, as_now)
             yield run
 
     def _begin(self, identity: dict, resume: bool, mend: bool, as_now: Callable[[dict], dict]) -> None:
@@ -102,7 +101,8 @@ class RunFolder:
             print(f"warning: {damage}; the run begins anew", file=sys.stderr)
         if resume and state is not None and state["stage"] != _CLEARING:
             check_places(self.path)
-            self._go_on(state, identity, as_now(state["identity"]))
+            # earlier releases wrote infinity itself
+            self._go_on(state, identity, as_json(as_now(state["identity"])))
             return
         # were this interrupted, the folder would say so, and be cleared again
         if left_in(self.path):
@@ -229,12 +229,8 @@ class RunFolder:
     @property
     def scores(self) -> Tensor | None:
         """The (layers, heads) scores the heads were chosen by; None when they were given."""
-        content = self._heads_file()
-        return (
-            None
-            if content is None or content.get("scores") is None
-            else torch.tensor(content["scores"], dtype=torch.float32)
-        )
+        scores = (self._heads_file() or {}).get("scores")
+        return None if scores is None else scores_from_json(scores)
 
     @property
     def chosen_by(self) -> str | None:
@@ -244,7 +240,8 @@ class RunFolder:
 
     def write_heads(self, heads: Sequence[Head], scores: Tensor | None, select: str | None = None) -> None:
         """Keep the chosen heads, the (layers, heads) scores they were chosen by, and the way; None for given heads."""
-        content = {"heads": [list(pair) for pair in heads], "scores": None if scores is None else scores.tolist()}
+        table = None if scores is None else scores_as_json(scores)
+        content = {"heads": [list(pair) for pair in heads], "scores": table}
         write_sealed(self.path / "heads.json", content | ({} if select is None else {"select": select}))
 
     def _heads_file(self) -> dict | None:
@@ -254,7 +251,7 @@ class RunFolder:
         content = read_sealed(path)
         scores = content.get("scores")
         if scores is not None and not _is_table(scores):
-            raise ValueError(f"{path} holds no scores of a run: expected numbers by layer and head")
+            raise ValueError(f"{path} holds no scores of a run: expected numbers, or null, by layer and head")
         return content
 
     @property
@@ -387,8 +384,8 @@ def _row(path: Path, number: int, line: bytes) -> dict:
 
 
 def _is_table(scores: object) -> bool:
-    """Whether it is rows of one length of numbers."""
+    """Whether it is rows of one length of numbers, with None where there is no such head."""
     rows = scores if isinstance(scores, list) else [None]
     if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
         return False
-    return all(type(x) in (int, float) for row in rows for x in row)
+    return all(x is None or type(x) in (int, float) for row in rows for x in row)

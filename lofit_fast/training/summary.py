@@ -10,7 +10,7 @@ import transformers
 
 from lofit_fast.config import Recipe
 from lofit_fast.extras import can_draw
-from lofit_fast.files import read_json, write_json
+from lofit_fast.files import as_json, read_json, write_json
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.plots import heads_map, loss_curves
@@ -22,11 +22,12 @@ def write_summary(
 ) -> dict[str, object]:
     """Write the summary and, where matplotlib is installed, the plots into a run folder; returns the summary.
 
-    data_seed: of the draw that set the evaluation data aside. more: further keys of the summary. "adapter_digest" in it
-    is the SHA-256 of the adapter's tensors, as in adapter_config.json: two runs of one digest have the same adapter.
+    It is as `as_json` has it. data_seed: of the draw that set the evaluation data aside. more: further keys of the
+    summary. "adapter_digest" in it is the SHA-256 of the adapter's tensors, as in adapter_config.json: two runs of one
+    digest have the same adapter.
     """
     folder = Path(folder)
-    summary = {
+    found = {
         "model": model,
         "task": task,
         **{
@@ -51,6 +52,7 @@ def write_summary(
             heads_map(result.scores, result.heads, folder / "heads.png", title, recipe.select)
         if any("loss" in row for row in result.history):
             loss_curves(result.history, folder / "loss.png", title)
+    summary = as_json(found)
     # last: a sweep takes a run with a summary for one that has left everything
     write_json(folder / "summary.json", summary)
     return summary

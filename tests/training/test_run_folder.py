@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import threading
 
@@ -44,6 +45,43 @@ def test_run_goes_on(tmp_path):
     again.record("tune", {"seconds": 2.5})
     assert again.stage == "done"
     assert again.metrics == {"select": {"seconds": 1.5}, "tune": {"seconds": 2.5}}
+
+
+def strictly_read(path):
+    """What a file holds for a parser that knows no more than JSON."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_scores_of_layers_without_attention_are_plain_json(tmp_path):
+    run = opened(tmp_path)
+    scores = torch.tensor([[0.1, 0.2], [-math.inf, -math.inf], [0.3, -math.inf]])
+    run.write_heads([(2, 0)], scores, "lofit")
+    assert strictly_read(tmp_path / "heads.json")["scores"][1:] == [[None, None], [scores[2, 0].item(), None]]
+    assert opened(tmp_path).scores.equal(scores)
+
+
+def test_infinite_scores_of_an_earlier_release_are_read(tmp_path):
+    run = opened(tmp_path)
+    (tmp_path / "heads.json").write_text('{"heads": [[0, 1]], "scores": [[0.5, 1.0], [-Infinity, -Infinity]]}')
+    assert run.scores.equal(torch.tensor([[0.5, 1.0], [-math.inf, -math.inf]]))
+
+
+def test_an_infinite_setting_is_plain_json_and_goes_on(tmp_path):
+    recipe = {"max_grad_norm": math.inf, "limits": (0.0, math.inf)}
+    identity = {**IDENTITY, "recipe": recipe}
+    opened(tmp_path, identity)
+    assert strictly_read(tmp_path / "state.json")["identity"]["recipe"]["max_grad_norm"] == "Infinity"
+    assert opened(tmp_path, identity).stage == "select"
+    # as earlier releases wrote it
+    (tmp_path / "state.json").write_text(json.dumps({"stage": "tune", "identity": identity, "metrics": {}}))
+    assert opened(tmp_path, identity).stage == "tune"
+    strictly_read(tmp_path / "state.json")
+    with pytest.raises(ValueError, match="another recipe"):
+        opened(tmp_path, {**identity, "recipe": {**recipe, "max_grad_norm": 1.0}})
 
 
 def test_run_with_given_heads_has_no_scores(tmp_path):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from pathlib import Path
 
 from torch import nn
 
-from lofit_fast.files import read_json
+from lofit_fast.files import as_json, read_json
 from lofit_fast.models.load import load_model
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.seal import tensors_digest
@@ -109,10 +108,9 @@ def _read_summary(path: Path, known: dict[str, object]) -> dict[str, object] | N
     """A summary that says of a run what is known of it, with numbers where a row shows some; None for any other."""
     try:
         summary = read_json(path)
-        # an older one may lack a key; as text, in which what is not a number is like itself
-        agrees = "heads" in summary and all(
-            json.dumps(summary.get(key, value)) == json.dumps(value) for key, value in known.items()
-        )
+        # an older one may lack a key
+        told = as_json(summary)
+        agrees = "heads" in told and all(told.get(key, value) == value for key, value in as_json(known).items())
         numbers = all(isinstance(summary.get(key), int | float | None) for key in SHOWN)
         return summary if agrees and numbers else None
     except (OSError, ValueError, TypeError, AttributeError):

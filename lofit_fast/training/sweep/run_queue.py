@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from lofit_fast.files import read_json, write_json
+from lofit_fast.files import as_json, read_json, write_json
 from lofit_fast.locks import alone
 from lofit_fast.training.sweep.claims import Claim, claimed
 from lofit_fast.training.sweep.grid import Grid, Run
@@ -54,7 +54,7 @@ class RunQueue:
 
     def end(self, index: int, row: Row) -> None:
         """Keep a run's row: it has ended."""
-        write_json(self._rows / f"{self.grid.runs[index].name}.json", row)
+        write_json(self._rows / f"{self.grid.runs[index].name}.json", as_json(row))
 
     def taken(self) -> Iterator[Taken]:
         """Every run that this process is to train, one after the other: `bundles` of one."""

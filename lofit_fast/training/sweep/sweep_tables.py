@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from lofit_fast.extras import needing
-from lofit_fast.files import write_json, write_text
+from lofit_fast.files import as_json, write_json, write_text
 from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.one_run import SHOWN
 from lofit_fast.training.sweep.sweep_folder import TABLE
@@ -18,7 +18,7 @@ _UNSHOWN = ("chosen_heads", "recipe")
 
 def write_tables(folder: Path, grid: Grid, rows: list[dict[str, object]]) -> None:
     """Write sweep.json, sweep.csv and sweep.md of the rows so far, each whole or not at all."""
-    write_json(folder / TABLE, _content(grid, rows))
+    write_json(folder / TABLE, as_json(_content(grid, rows)))
     columns = _columns(rows)
     text = io.StringIO()
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -84,6 +85,14 @@ def test_a_sweep_leaves_its_tables(data, tmp_path):
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert len(lines) == 2 + 2
     assert lines[0].startswith("| name | tune_lr | status | accuracy_after_select | accuracy_after_tune | loss")
+
+
+def test_a_sweep_of_an_infinite_setting_leaves_plain_json(data, tmp_path):
+    rows = run(grid_of(data, max_grad_norm=[math.inf]), tmp_path)
+    text = (tmp_path / "sweep.json").read_text()
+    kept = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert kept["runs"] == rows
+    assert (rows[0]["status"], rows[0]["max_grad_norm"]) == ("done", "Infinity")
 
 
 @pytest.mark.slow

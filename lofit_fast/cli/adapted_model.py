@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+from lofit_fast.cli.options import check_idle
+
 
 def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, strict: bool = False, spread: bool = False):
     """(model, tokenizer). strict: whether an adapter of other base weights is refused. spread: whether the
     processes of the launch hold the base together.
 
-    Raises what loading either raises.
+    Raises what loading either raises, and ValueError for strict without an adapter.
     """
+    if adapter is None:
+        check_idle("without --adapter there is none to refuse", {"--strict": strict})
     from lofit_fast.models.load import load_model
     from lofit_fast.patching.handle import load
     from lofit_fast.patching.hub_adapters import adapter_folder

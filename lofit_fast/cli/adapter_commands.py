@@ -7,7 +7,7 @@ import typer
 
 from lofit_fast.cli.adapted_model import loaded
 from lofit_fast.cli.command import show
-from lofit_fast.cli.options import Adapter, Json, Model, Strict
+from lofit_fast.cli.options import Adapter, Json, Model, Strict, check_idle
 
 # heavy imports happen inside the commands: --help must be instant
 
@@ -49,6 +49,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Put an adapter on the hub, with a model card of its base, data, recipe, results and heads."""
+    if dry_run:
+        check_idle("--dry-run pushes nothing", {"--revision": revision, "--private": private})
     around = Path(adapter).parent
     run = around if run is None and (around / "summary.json").is_file() else run
     handle = _handle(model, adapter, strict)

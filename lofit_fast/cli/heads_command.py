@@ -22,12 +22,14 @@ from lofit_fast.cli.options import (
     Split,
     Subset,
     TaskName,
+    check_idle,
     reading_of,
     task_name,
 )
 
 # heavy imports happen inside the command: --help must be instant
 _MOST_TOKENS = 96
+_PICTURES = 4
 
 
 def heads(
@@ -49,7 +51,9 @@ def heads(
     subset: Subset = None,
     columns: Columns = None,
     tokens: Annotated[int, typer.Option(help="Tokens to name per head, of either kind."), AtLeast(1)] = 6,
-    pictures: Annotated[int, typer.Option(help="Heads whose attention the page shows."), AtLeast(1)] = 4,
+    pictures: Annotated[
+        int | None, typer.Option(help=f"Heads whose attention the page shows. Default: {_PICTURES}."), AtLeast(1)
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -66,8 +70,11 @@ def heads(
     from lofit_fast.selection.heads_page import HeadsReport, of_scales, write_page
     from lofit_fast.selection.written_tokens import written_tokens
 
-    if prompt is not None and (task or data):
-        raise ValueError("--prompt is what is read, so there is nothing for --task or --data to give")
+    if prompt is not None:
+        reading = {"--task": task, "--data": data, "--split": split, "--subset": subset, "--columns": columns}
+        check_idle("--prompt is what is read", reading)
+    if output is None:
+        check_idle("without --output there is no page", {"--pictures": pictures})
     others = _others(adapter, compare or [])
     base, tokenizer = loaded(model, adapter, dtype, device)
     handle = handle_of(base)
@@ -83,7 +90,7 @@ def heads(
             # what is beside the answer is looked at
             ids = ids[-_MOST_TOKENS:]
         names = [tokenizer.decode([token]) for token in ids]
-        maps = attention_maps(handle, ids, [one.head for one in written[:pictures]])
+        maps = attention_maps(handle, ids, [one.head for one in written[: pictures or _PICTURES]])
         report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common, scaled)
         write_page(report, output)
     if as_json:

@@ -43,7 +43,7 @@ def eval(
     seed: Annotated[
         int | None, typer.Option(help="Of the data draw. Default: the one the adapter was trained with, else 42.")
     ] = None,
-    batch_size: PromptsPerBatch = 32,
+    batch_size: PromptsPerBatch = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     tensor_parallel: TensorParallel = False,

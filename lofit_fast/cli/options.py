@@ -70,7 +70,7 @@ L1 = Annotated[float | None, typer.Option(help="Weight of the L1 penalty on the 
 SelectEpochs = Annotated[int | None, typer.Option(help="Epochs of step 1, and of the methods that train."), AtLeast(0)]
 TuneEpochs = Annotated[int | None, typer.Option(help="Epochs of step 2."), AtLeast(0)]
 BatchSize = Annotated[int | None, typer.Option(help="Examples per optimizer step."), AtLeast(1)]
-PromptsPerBatch = Annotated[int, typer.Option(help="Prompts per batch."), AtLeast(1)]
+PromptsPerBatch = Annotated[int | None, typer.Option(help="Prompts to answer per batch. Default: 32."), AtLeast(1)]
 NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens."), AtLeast(1)]
 AccumulationSteps = Annotated[int | None, typer.Option(help="Micro-batches per optimizer step."), AtLeast(1)]
 MaxLength = Annotated[int | None, typer.Option(help="Longest example in tokens."), AtLeast(1)]
@@ -129,6 +129,13 @@ def check_output(output: Path | None, dry_run: bool) -> None:
     """Raise ValueError where a command would write and has not been told where to."""
     if output is None and not dry_run:
         raise ValueError("got no --output, expected the folder to write to: only --dry-run needs none")
+
+
+def check_idle(why: str, given: Mapping[str, object]) -> None:
+    """Raise ValueError for options that were given and have no use. given: option -> its value. why: they have none."""
+    if idle := [option for option, value in given.items() if value is not None and value is not False]:
+        named = " or ".join(idle)
+        raise ValueError(f"{why}, so there is nothing for {named} to do: expected the command without")
 
 
 def parse_heads(text: str | None, option: str = "heads", all_is_known: bool = True) -> str | int | float | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import out, say_error
-from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_output
+from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_idle, check_output
 
 # heavy imports happen inside the command: --help must be instant
 
@@ -44,12 +44,16 @@ def sweep(
     """
     from lofit_fast.files import as_json as plain
     from lofit_fast.training.sweep.grid import read_grid
+    from lofit_fast.training.sweep.launched import launched
+    from lofit_fast.training.sweep.run import checked_workers
     from lofit_fast.training.sweep.run import sweep as run_sweep
     from lofit_fast.training.sweep.sweep_tables import as_table, failures
 
     check_output(output, dry_run)
     plan = read_grid(grid, fast)
     if dry_run:
+        check_idle("--dry-run lists the runs", {"--no-resume": not resume})
+        checked_workers(plan, None, jobs, devices, together, launched())
         rows = plain([{"name": run.name, **run.varied, "recipe": asdict(run.recipe)} for run in plan.runs])
     else:
         how = {"jobs": jobs, "devices": devices, "together": together, "resume": resume}

@@ -35,6 +35,7 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     TuneEpochs,
+    check_idle,
     check_output,
     flags_of,
     parse_gb,
@@ -147,6 +148,8 @@ def train(
     from lofit_fast.training.summary import short_digest, write_summary
 
     check_output(output, dry_run)
+    if dry_run:
+        check_idle("--dry-run trains nothing", {"--profile": profile})
     name = task_name(task, data)
     numbers = {"select_lr": select_lr, "tune_lr": tune_lr, "l1": l1, "min_layer": min_layer, "max_length": max_length}
     numbers |= {"select_epochs": select_epochs, "tune_epochs": tune_epochs, "batch_size": batch_size}

@@ -51,35 +51,43 @@ def judge(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = False,
     shared: SharedPrompts | None = None,
 ) -> Judgement:
     """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
-    share of probability on all correct ones (arXiv:2109.07958). batch_size: how many prompts are continued at a time.
+    share of probability on all correct ones (arXiv:2109.07958). batch_size: how many prompts are continued at a time,
+    by default 32; choices are scored by tokens, and take none.
     shared: for several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
     In a launch of several processes all of them must call it, with the same task: they divide the work by whole
     batches, and each returns all of the result, which is the one that a single process has.
-    Raises TypeError for what is no task, ValueError for a task with nothing to be judged by, a batch_size below 1, and
-    what `generate_answers` and `score_choices` raise.
+    Raises TypeError for what is no task, ValueError for a task with nothing to be judged by, a batch_size below 1
+    or beside choices, and what `generate_answers` and `score_choices` raise.
     """
     if not isinstance(task, Task):
         raise TypeError(f"expected a Task, as load_task makes one of a file, got {type(task).__name__}")
-    check_count("batch_size", batch_size)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if task.choices:
+        if batch_size is not None:
+            raise ValueError(
+                f"got batch_size={batch_size}, but the choices of the task {task.name!r} are scored by tokens, not in "
+                "batches of prompts: expected None"
+            )
         return _judge_choices(model, tokenizer, task, progress)
     _check_any(task.validation)
+    batches = {} if batch_size is None else {"batch_size": batch_size}
     hits = _hits(
         model,
         tokenizer,
         task.validation,
         max_new_tokens=answer_length(tokenizer, task.validation),
-        batch_size=batch_size,
         progress=progress,
         shared=shared,
+        **batches,
     )
     return Judgement({"exact_match": sum(hits) / len(hits)}, hits)
 

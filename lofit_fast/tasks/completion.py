@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.chat import Rendered, check_no_template, check_train_on, conversation_of
+from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, check_train_on, conversation_of
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw
@@ -58,18 +58,19 @@ def completion(
         subset: the configuration of a hub data set; of `validation` too, where that is one.
         columns: the names above -> the names that the source has, {"prompt": "question"} for instance; of both sources.
         progress: whether a bar shows reading that takes more than a second.
-        train_on: which of the assistant's turns are learned, "all" or the "last".
+        train_on: which of the assistant's turns in messages are learned, "all" or the "last".
 
     Raises:
         FileNotFoundError: no such file, and not a hub id either.
         ImportError: a library is missing that the source needs.
         TypeError: a source that is neither a path nor an id, or a share that is not a number.
         ValueError: anything wrong in the data (with file and line), no rows, rows of different kinds, a column that is
-            not there, a share or train_size out of range, or an unknown train_on.
+            not there, a share or train_size out of range, or an unknown train_on, or "last" where no row is a chat.
     """
     check_train_on(train_on)
     reading = {"subset": subset, "columns": columns, "progress": progress}
     train = _examples(data, tokenizer, train_on, split=split, **reading)
+    _check_turns(data, train, train_on)
     if isinstance(validation, (str, Path)):
         held_out = _examples(validation, tokenizer, train_on, **_of_second(validation, reading))
         _check_alike(data, train, validation, held_out)
@@ -84,6 +85,16 @@ def completion(
     if isinstance(train[0], Preference):
         return Task("preferences", [], [], preferences=tuple(train), choices=tuple(map(as_choice, held_out)))
     return Task("completion", train, held_out)
+
+
+def _check_turns(data, examples, train_on):
+    """Raise ValueError for turns to be chosen where no row has any."""
+    if train_on == "last" and not any(isinstance(example, Conversation) for example in examples):
+        held = "preferences" if isinstance(examples[0], Preference) else "prompts"
+        raise ValueError(
+            f"{data}: got train_on='last', which is of rows with messages, but it holds {held}, of which the answers "
+            "are learned: expected 'all'"
+        )
 
 
 def _set_aside(examples, share, seed):

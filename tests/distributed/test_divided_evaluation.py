@@ -47,7 +47,8 @@ def everything(model, prompts=PROMPTS, choices=CHOICES):
     chosen = Task("choices", [], [], choices=best)
     texts = generate_answers(model, TOKENIZER, prompts, max_new_tokens=4, batch_size=2)
     scores = [row.tolist() for row in score_choices(model, TOKENIZER, prompts, choices, max_tokens=24)]
-    judged = [(j.metrics, j.hits) for j in (judge(model, TOKENIZER, t, batch_size=2) for t in (task, chosen))]
+    by_task = (judge(model, TOKENIZER, task, batch_size=2), judge(model, TOKENIZER, chosen))
+    judged = [(j.metrics, j.hits) for j in by_task]
     return texts, scores, judged, log_probs(model, ROWS, 0, batch_size=2)
 
 

@@ -265,6 +265,12 @@ def test_judge_by_choices(llama):
     assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}
 
 
+def test_choices_take_no_batch_size(llama):
+    choices = (MultipleChoice("a?", (" b", " c"), correct=(0,), best=0),)
+    with pytest.raises(ValueError, match="got batch_size=4, but the choices of the task 't' are scored by tokens"):
+        judge(llama, TOKENIZER, Task("t", [], [], choices=choices), batch_size=4)
+
+
 @pytest.mark.slow
 def test_many_threads_judge_as_one_does(llama):
     _spread(llama)

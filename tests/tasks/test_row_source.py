@@ -197,6 +197,15 @@ def test_a_folder_that_only_looks_saved_is_refused(tmp_path, content, datasets):
         completion(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["prompts", "preferences"])
+def test_turns_to_learn_are_refused_of_rows_without_any(kind, tmp_path):
+    rows = {"prompts": ROWS, "preferences": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2}[kind]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=f"a.jsonl: got train_on='last', .*but it holds {kind}.*expected 'all'"):
+        completion(path, train_on="last")
+    assert completion(path, train_on="all", validation=0)
+
+
 def test_an_unknown_train_on_is_refused_of_any_data(tmp_path):
     with pytest.raises(ValueError, match="train_on: got 'first', expected all or last"):
         completion(write(tmp_path / "a.jsonl", ROWS), train_on="first")

@@ -67,9 +67,8 @@ def sweep(
     them than runs, BlockingIOError (an OSError) for a folder that a sweep of another grid is in, ChildProcessError (an
     OSError) when all of several processes die.
     """
-    check_together(grid, together, jobs)
     launch = launched()
-    workers = workers_of(grid, base, jobs, devices, launch)
+    workers = checked_workers(grid, base, jobs, devices, together, launch)
     # the first stands for all: they are of one kind
     asked = grid if workers is None or workers[0] is None else replace(grid, device=workers[0])
     own = None if base is None else str(dtype_of(base[0])).removeprefix("torch.")
@@ -92,6 +91,19 @@ def sweep(
             if metric is not None and can_draw():
                 sweep_chart(rows, metric, folder / "sweep.png", f"{grid.model}, {grid.task}")
         return rows
+
+
+def checked_workers(
+    grid: Grid,
+    base: Base | None,
+    jobs: int,
+    devices: str | Sequence[str | int] | None,
+    together: int,
+    launch: Launch,
+) -> tuple[str | None, ...] | None:
+    """`workers_of`, after a look at `together`: all of how a sweep is run that can be refused before it begins."""
+    check_together(grid, together, jobs)
+    return workers_of(grid, base, jobs, devices, launch)
 
 
 def workers_of(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lofit_fast.config import Head
 from lofit_fast.extras import needing
-from lofit_fast.files import whole_folder
+from lofit_fast.files import given_path, whole_folder
 
 # what a head is scored by -> what the map of heads calls it
 SCORE_NAMES = {
@@ -125,7 +125,7 @@ def save_figure(figure, path: Path | str) -> Path:
 
     A link of that name is replaced, not written through. Raises OSError naming the folder and the reason.
     """
-    path = Path(path)
+    path = given_path(path)
     with whole_folder(path.parent) as scratch:
         figure.savefig(scratch / path.name, dpi=150)
     return path

@@ -63,6 +63,11 @@ def test_loss_curves_show_evaluation_where_there_is_one(tmp_path):
     assert path.read_bytes() != loss_curves(HISTORY, tmp_path / "both.png").read_bytes()
 
 
+def test_plots_without_a_name_are_refused():
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got ''"):
+        loss_curves(HISTORY, "")
+
+
 def test_plots_make_their_folder(tmp_path):
     path = loss_curves(HISTORY, str(tmp_path / "new" / "loss.png"))
     assert size_of(path)

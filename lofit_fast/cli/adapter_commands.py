@@ -7,7 +7,7 @@ import typer
 
 from lofit_fast.cli.adapted_model import loaded
 from lofit_fast.cli.command import show
-from lofit_fast.cli.options import Adapter, Json, Model, Strict, check_idle
+from lofit_fast.cli.options import Adapter, Json, Model, Strict, check_idle, named_path
 
 # heavy imports happen inside the commands: --help must be instant
 
@@ -20,7 +20,9 @@ def convert_adapter(
             "--checkpoint", "-c", help="Folder, or file of weights, that lo-fit or ITI saved.", metavar="PATH"
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Adapter folder to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=named_path, help="Adapter folder to write.", metavar="DIR")
+    ],
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -37,10 +39,13 @@ def push(
     license: Annotated[str | None, typer.Option(help="Of the vectors, such as apache-2.0.", metavar="NAME")] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Run folder for the card. Default: the one that the adapter lies in.", metavar="DIR"),
+        typer.Option(
+            parser=named_path, help="Run folder for the card. Default: the one that the adapter lies in.", metavar="DIR"
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep what is pushed in this folder.", metavar="DIR")
+        Path | None,
+        typer.Option("--output", "-o", parser=named_path, help="Keep what is pushed in this folder.", metavar="DIR"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.", metavar="NAME")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,

@@ -8,10 +8,13 @@ import typer
 
 from lofit_fast.cli.adapted_model import loaded
 from lofit_fast.cli.command import show
-from lofit_fast.cli.options import Adapter, Dtype, Json, Model, Strict
+from lofit_fast.cli.options import Adapter, Dtype, Json, Model, Strict, named_path
 
 # heavy imports happen inside the commands: --help must be instant
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write, of the plain model say.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", parser=named_path, help="Folder to write, of the plain model say.", metavar="DIR"),
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -21,6 +24,7 @@ Target = Annotated[
 Template = Annotated[
     Path | None,
     typer.Option(
+        parser=named_path,
         help="For llama.cpp: GGUF file of the base, whose metadata and tokenizer are copied. Default: the file that "
         "--model is loaded from.",
         metavar="FILE",

@@ -23,6 +23,7 @@ from lofit_fast.cli.options import (
     Subset,
     TaskName,
     check_idle,
+    named_path,
     reading_of,
     task_name,
 )
@@ -40,7 +41,8 @@ def heads(
         typer.Option("--compare", help="Another adapter of the same base; may be repeated.", metavar="DIR"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="An HTML page with pictures.", metavar="FILE")
+        Path | None,
+        typer.Option("--output", "-o", parser=named_path, help="An HTML page with pictures.", metavar="FILE"),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Read at its end. Default: the task's first held-out prompt.")

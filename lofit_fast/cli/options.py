@@ -7,6 +7,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
+from lofit_fast.files import given_path
 from lofit_fast.tasks.row_source import check_columns
 
 
@@ -123,6 +124,14 @@ def check_counts(function: Callable, given: Mapping[str, object]) -> None:
                 if count is not None and count < least:
                     option = name.replace("_", "-")
                     raise ValueError(f"--{option}: got {count}, expected a whole number from {least}")
+
+
+def named_path(text: str) -> Path:
+    """An option's path. Raises BadParameter for an empty name, which would stand for the working folder."""
+    try:
+        return given_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def check_output(output: Path | None, dry_run: bool) -> None:

@@ -34,6 +34,7 @@ from lofit_fast.cli.options import (
     TrainOn,
     TrainSize,
     flags_of,
+    named_path,
     reading_of,
     recipe_of,
     task_name,
@@ -52,7 +53,13 @@ def select(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="heads.json, for train --heads; of several methods a folder of them."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=named_path,
+            help="heads.json, for train --heads; of several methods a folder of them.",
+            metavar="PATH",
+        ),
     ] = None,
     task: TaskName = None,
     data: Data = None,
@@ -69,7 +76,12 @@ def select(
     select_epochs: SelectEpochs = None,
     batch_size: BatchSize = None,
     reference: Annotated[
-        Path | None, typer.Option(help="A heads.json to compare with. Default: lofit's choice, if it is a method.")
+        Path | None,
+        typer.Option(
+            parser=named_path,
+            help="A heads.json to compare with. Default: lofit's choice, if it is a method.",
+            metavar="FILE",
+        ),
     ] = None,
     positions: Positions = None,
     seed: Seed = 42,

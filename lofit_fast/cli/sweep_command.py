@@ -8,16 +8,25 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import out, say_error
-from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_idle, check_output
+from lofit_fast.cli.options import Fast, Jobs, Json, Together, check_idle, check_output, named_path
 
 # heavy imports happen inside the command: --help must be instant
 
 
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE")],
+    grid: Annotated[
+        Path,
+        typer.Argument(parser=named_path, help="TOML: [base] for all runs, [grid] of lists, [[runs]].", metavar="FILE"),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Sweep folder; finished runs in it are kept. Required without --dry-run."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=named_path,
+            help="Sweep folder; finished runs in it are kept. Required without --dry-run.",
+            metavar="DIR",
+        ),
     ] = None,
     jobs: Jobs = 1,
     devices: Annotated[

@@ -38,6 +38,7 @@ from lofit_fast.cli.options import (
     check_idle,
     check_output,
     flags_of,
+    named_path,
     parse_gb,
     reading_of,
     recipe_of,
@@ -52,7 +53,11 @@ def train(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Run folder; an interrupted run goes on from it. Required without --dry-run."
+            "--output",
+            "-o",
+            parser=named_path,
+            help="Run folder; an interrupted run goes on from it. Required without --dry-run.",
+            metavar="DIR",
         ),
     ] = None,
     task: TaskName = None,

@@ -51,9 +51,9 @@ def export(
     """
     handle.check_live()
     handle.check_everywhere("export")
+    folder = given_path(folder)
     if fully_sharded(handle.model):
         return with_whole_copy(handle, folder, lambda copy: export(copy, folder, tokenizer, server))
-    folder = given_path(folder)
     check_whole(handle.model, "export")
     plain = plain_model(handle)
     if server is not None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
-from lofit_fast.files import whole_folder
+from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.export import check_folder, merged_state
 from lofit_fast.patching.gguf_tensors import LlamaGguf
 from lofit_fast.patching.handle import LofitHandle
@@ -49,11 +49,12 @@ def export_gguf(
     copied. gguf_type: "as-is" copies the template's tensors in the types that they have; "f32", "f16" and "bf16" write
     matrices in that type. What the adapter changes is in float32 at "as-is", and vectors are always.
     Returns the folder. Raises ValueError for another architecture than Llama's, no template, one of other weights or
-    numbers, a folder that holds another model, and as `export` does; FileNotFoundError for a template that is not
-    there; ImportError without the package gguf; OSError as `export` does. Nothing is left behind then.
+    numbers, no name of a folder, one that holds another model, and as `export` does; FileNotFoundError for a template
+    that is not there; ImportError without the package gguf; OSError as `export` does. Nothing is left behind then.
     """
     if gguf_type not in GGUF_TYPES:
         raise ValueError(f"expected gguf_type to be one of {', '.join(GGUF_TYPES)}, got {gguf_type!r}")
+    folder = given_path(folder)
     handle.check_live()
     handle.check_everywhere("export")
     handle.check_own("export")
@@ -62,11 +63,10 @@ def export_gguf(
     check_mergeable(handle.model, handle.layers, in_place=False)
     with needing("gguf", "gguf", "writing GGUF files"):
         import gguf  # noqa: F401
-    folder = Path(folder)
     _check_gguf_folder(handle, folder)
     if template is None:
         raise ValueError(_NO_BASE)
-    base = LlamaGguf(Path(template))
+    base = LlamaGguf(given_path(template))
     base.check_holds(handle.model.state_dict(), handle.model.config, "the model in memory")
     with whole_folder(folder, last=GGUF_FILE, withdraw=True) as scratch:
         _write_like(base, scratch / GGUF_FILE, _changed(handle), gguf_type)

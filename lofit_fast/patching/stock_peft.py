@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
-from lofit_fast.files import whole_folder
+from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.adapter_places import check_no_model
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import LofitLinear
@@ -66,11 +66,12 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
     `lora_bias`. The folder has W v in float32. W is that of the base in memory: the adapter fits no other base.
     Returns the folder. Raises ValueError for an unknown method, scales, vectors that act on answers alone, another
     adapter than the handle's own that is active, projections that are not plain, a model with other adapters around
-    it, or a folder with another adapter; ImportError without peft; OSError when the folder cannot be written. Nothing
-    is left behind then.
+    it, no name of a folder, or one with another adapter; ImportError without peft; OSError when the folder cannot be
+    written. Nothing is left behind then.
     """
     if peft_method not in PEFT_METHODS:
         raise ValueError(f"expected peft_method to be one of {', '.join(PEFT_METHODS)}, got {peft_method!r}")
+    folder = given_path(folder)
     with needing("peft", "peft", "an adapter for PEFT"):
         import peft
     method = PEFT_METHODS[peft_method]
@@ -81,7 +82,6 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
     names = _names_of(handle)
     layers = handle.layers_with(handle.own_name, "export")
     constants = {names[number]: _constant(number, layer, method) for number, layer in layers.items()}
-    folder = Path(folder)
     if (folder / CONFIG_FILE).exists() and CONFIG_FILE not in written_sums(folder):
         raise ValueError(f"{folder} holds an adapter that lofit_fast.export has not written: choose another folder")
     check_no_model(folder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lofit_fast.config import Head
-from lofit_fast.files import write_text
+from lofit_fast.files import given_path, write_text
 from lofit_fast.plots import attention_panels, offsets_map, picture_html
 from lofit_fast.selection.adapter_overlap import Overlap
 from lofit_fast.selection.written_tokens import Written
@@ -51,7 +51,7 @@ def of_scales(count: int) -> str:
 
 def write_page(report: HeadsReport, path: Path | str) -> Path:
     """Write the page, whole or not at all. Raises OSError naming the folder, ImportError without matplotlib."""
-    path = Path(path)
+    path = given_path(path)
     with tempfile.TemporaryDirectory() as folder:
         write_text(path, _page(report, Path(folder)))
     return path

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 from lofit_fast.extras import needing
+from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, naming_rows, subset, wording
 from lofit_fast.tasks.task import Example, Task
 
@@ -34,7 +35,7 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
         ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
             has other fields, no rows, or fewer rows than train_size.
     """
-    folder = Path(data)
+    folder = given_path(data)
     check_files("clutrr", folder, (PROMPTS, *SPLITS.values()))
     texts = wording(folder / PROMPTS, "clutrr", WORDING)
     splits = {split: _examples(folder / name, texts) for split, name in SPLITS.items()}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, naming_rows, subset, unlike, wording
 from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import Example, Task
@@ -31,7 +32,7 @@ def mquake(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
         ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
             has other fields, no rows, or fewer rows than train_size.
     """
-    folder = Path(data)
+    folder = given_path(data)
     check_files("mquake", folder, (PROMPTS, *SPLITS.values()))
     texts = wording(folder / PROMPTS, "mquake", WORDING)
     train, validation = (_examples(folder / name, texts) for name in SPLITS.values())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lofit_fast.extras import needing
+from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import naming_rows, subset, unlike
 from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import Example, MultipleChoice, Task, check_text
@@ -63,7 +64,7 @@ def _named(name, data):
 
 
 def _rows(name, data):
-    rows = hub_rows(name) if data is None else list(file_rows(_file(name, Path(data))))
+    rows = hub_rows(name) if data is None else list(file_rows(_file(name, given_path(data))))
     if not rows:
         raise ValueError(f"{name}: {data or HUB[name][0]}: got no rows, expected at least one")
     return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from lofit_fast.extras import needing
+from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS
 from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, unpadded
 
@@ -68,7 +69,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
 
 
 def _rows(source: str | Path, split: str | None, subset: str | None) -> Rows:
-    path = Path(source)
+    path = given_path(source)
     hub = None if isinstance(source, Path) or path.exists() or is_row_file(path) else HUB_ID.fullmatch(source)
     if hub is not None and is_row_file(Path(hub["id"])):
         raise FileNotFoundError(f"{hub['id']}: no such file")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, subset, unlike, wording
 from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import MultipleChoice, Preference, Task
@@ -43,7 +44,7 @@ def truthfulqa(data: str | Path, train_size: int | None = None, seed: int = 42, 
         ValueError: a row without a needed field or without answers, a text of `prompts.json` that is missing or has
             other fields, no rows, or fewer rows than are asked for.
     """
-    folder = Path(data)
+    folder = given_path(data)
     check_files("truthfulqa", folder, (PROMPTS, *SPLITS.values()))
     texts = wording(folder / PROMPTS, "truthfulqa", WORDING)
     if not texts["multiple_choice_template"].endswith(ANSWER):

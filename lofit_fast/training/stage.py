@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded, pad_token_id
+from lofit_fast.files import given_path
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
@@ -66,11 +67,13 @@ def train_attachment(
 
     Raises:
         TypeError: what is no list of callbacks.
+        TypeError, ValueError: what is no name of a folder.
         ValueError: nothing to train, no epochs, data that cannot be learned from, a knob the objective cannot use.
         ImportError: preferences without TRL.
         FloatingPointError: training diverges; the attachment is still in the model.
     """
     callbacks = given_callbacks(callbacks)
+    output_dir = given_path(output_dir)
     with ranks.joined("training"):
         how = {"output_dir": output_dir, "engine": engine, "callbacks": callbacks}
         return _trained(attachment, tokenizer, objective, schedule, progress=progress and ranks.first(), **how)
@@ -95,7 +98,7 @@ def _trained(attachment, tokenizer, objective, schedule, *, output_dir, engine, 
     if progress:
         print(said, file=sys.stderr)
     rows: list[dict] = []
-    where = {"folder": Path(output_dir), "callbacks": callbacks, "progress": progress}
+    where = {"folder": output_dir, "callbacks": callbacks, "progress": progress}
     before, peak = train(attachment, data, schedule, settled, on_epoch=rows.append, **where)
     return {"loss": [row["loss"] for row in rows], **cost_of(rows, data, schedule, before), "peak_memory_bytes": peak}
 

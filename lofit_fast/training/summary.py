@@ -10,7 +10,7 @@ import transformers
 
 from lofit_fast.config import Recipe
 from lofit_fast.extras import can_draw
-from lofit_fast.files import as_json, read_json, write_json
+from lofit_fast.files import as_json, given_path, read_json, write_json
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.plots import heads_map, loss_curves
@@ -26,7 +26,7 @@ def write_summary(
     summary. "adapter_digest" in it is the SHA-256 of the adapter's tensors, as in adapter_config.json: two runs of one
     digest have the same adapter.
     """
-    folder = Path(folder)
+    folder = given_path(folder)
     found = {
         "model": model,
         "task": task,

@@ -125,6 +125,8 @@ VALUES = {
         "--queue": ("-1", *NO_NUMBER),
     },
 }
+for name in ("train", "select", "merge", "export", "convert-adapter", "push", "sweep"):
+    VALUES.setdefault(name, {})["--output"] = ("", "\0")
 # command -> options that name what is read
 READ = {
     "train": ("--data", "--heads", "--model"),

@@ -13,9 +13,11 @@ import lofit_fast as lf
 from lofit_fast.checksums import SUMS_FILE
 from lofit_fast.files import whole_folder
 from lofit_fast.models.load import load_model
+from lofit_fast.patching.export_targets import TARGETS
 from lofit_fast.patching.verify import check_export
 from tests.oracle import randomize
 from tests.stopped_writes import WHOLE, stopped
+from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -24,6 +26,20 @@ def handle_on(model, seed=7):
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
     randomize(handle, seed=seed)
     return handle
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_name_stands_for_the_working_folder(target, tmp_path, monkeypatch):
+    if target in ("peft", "llama.cpp"):
+        pytest.importorskip({"peft": "peft", "llama.cpp": "gguf"}[target])
+    model, how = tiny_model("llama"), {"target": target}
+    if target == "llama.cpp":
+        how["template"] = write_tiny_gguf(tmp_path / "base.gguf", model)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got ''"):
+        lf.export(handle_on(model), "", **how)
+    assert not list(Path.cwd().iterdir())
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -1,10 +1,11 @@
 """Files, folders, saved data sets and the hub as one kind of source, and the columns that are read of them."""
 
 import types
+from inspect import signature
 
 import pytest
 
-from lofit_fast.tasks import load_task
+from lofit_fast.tasks import TASKS, load_task
 from lofit_fast.tasks.completion import completion
 from lofit_fast.tasks.row_source import source_rows
 from tests.tasks.row_writers import write
@@ -195,6 +196,14 @@ def test_a_folder_that_only_looks_saved_is_refused(tmp_path, content, datasets):
     (tmp_path / "dataset_dict.json").write_text(content)
     with pytest.raises(ValueError, match="expected what `datasets` has saved to disk, got"):
         completion(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "data" in signature(task).parameters])
+def test_no_name_stands_for_the_working_folder(name, tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got ''"):
+        load_task(name, "")
 
 
 @pytest.mark.parametrize("kind", ["prompts", "preferences"])

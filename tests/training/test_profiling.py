@@ -157,6 +157,8 @@ def test_on_a_gpu_its_time_and_its_launches_count():
 def test_wrong_numbers_of_steps_are_refused(tmp_path):
     with pytest.raises(ValueError, match="steps >= 1"):
         ProfileSteps(tmp_path, steps=0)
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got ''"):
+        ProfileSteps("")
 
 
 def test_history_has_the_rates_of_every_epoch(llama, tmp_path, monkeypatch):

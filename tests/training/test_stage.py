@@ -37,6 +37,14 @@ def test_stage_reports_an_epoch_each_and_leaves_the_modes_as_they_were(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_stage_takes_no_name_for_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attachment = red.make(tiny_model("llama"))
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got ''"):
+        trained(attachment, "")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_stage_is_reproducible_from_its_seed(tmp_path):
     results = []

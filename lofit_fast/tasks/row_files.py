@@ -2,6 +2,7 @@
 
 import csv
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from lofit_fast.files import each_once
 
 # characters in a cell of CSV: a whole document may stand in one
 LONGEST_CELL = 2**31 - 1
+# csv has one limit for all readers of a process, whose turn it is to be read
+_LIMIT = threading.Lock()
 # rows that are held at a time
 PARQUET_BATCH = 256
 
@@ -94,15 +97,15 @@ def _parsed(text, path, line):
 
 def _csv_rows(path: Path, delimiter: str) -> Rows:
     """A line of column names, then rows; cells in quotes may hold separators and line ends."""
-    limit = csv.field_size_limit(LONGEST_CELL)
     reader = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = [name.strip() for name in next(reader, [])]
+            rows = _with_long_cells(reader)
+            header = [name.strip() for name in next(rows, [])]
             _check_header(header, path, delimiter)
             number, begins = 0, reader.line_num + 1
-            for cells in reader:
+            for cells in rows:
                 # an empty line is no row
                 if cells:
                     number += 1
@@ -115,8 +118,20 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: expected CSV, got what is not: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
+
+
+def _with_long_cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The lines of a reader of csv. Between two of them its limit is as it was: others read, and set it, meanwhile."""
+    while True:
+        with _LIMIT:
+            limit = csv.field_size_limit(LONGEST_CELL)
+            try:
+                cells = next(reader, None)
+            finally:
+                csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield cells
 
 
 def _check_header(header, path, delimiter):

@@ -1,6 +1,7 @@
 """The same rows from every type of file, and what is said about files that are not right."""
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,6 +89,46 @@ def test_csv_takes_long_cells_and_names_with_spaces_and_puts_the_limit_back(tmp_
     before = csv.field_size_limit()
     (example,) = completion(tmp_path / "a.csv", validation=0).train
     assert (example.prompt, example.completion) == (long, " b")
+    assert csv.field_size_limit() == before
+
+
+def test_csv_files_read_in_turn_leave_each_other_the_limit(tmp_path):
+    long = "x" * 200_000
+    before = csv.field_size_limit()
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("prompt,completion\n" + f"{name},{long}\n" * 3)
+    first, second = (file_rows(tmp_path / f"{name}.csv") for name in "ab")
+    next(first)
+    next(second)
+    assert csv.field_size_limit() == before
+    # the one that began first ends first
+    assert [row["completion"] for _, row in first] == [long] * 2
+    assert [row["completion"] for _, row in second] == [long] * 2
+    assert csv.field_size_limit() == before
+
+
+def test_csv_files_that_are_left_half_read_leave_the_limit(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\nc,d\n")
+    before = csv.field_size_limit()
+    rows = file_rows(tmp_path / "a.csv")
+    next(rows)
+    assert csv.field_size_limit() == before
+    (tmp_path / "bad.csv").write_text('prompt,completion\n"a"b,c\n')
+    with pytest.raises(ValueError, match="expected CSV"):
+        list(file_rows(tmp_path / "bad.csv"))
+    assert csv.field_size_limit() == before
+
+
+def test_csv_files_are_read_by_several_threads(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + f"a,{long}\n" * 20)
+    before = csv.field_size_limit()
+
+    def read(_):
+        return [len(row["completion"]) for _, row in file_rows(tmp_path / "a.csv")]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(8))) == [[len(long)] * 20] * 8
     assert csv.field_size_limit() == before
 
 

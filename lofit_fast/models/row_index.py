@@ -70,6 +70,8 @@ class _Rows(threading.local):
         ]
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        # a keyboard's interrupt runs no hooks: what it has ended is still there
+        self.index = None
         if KEPT_ROWS not in kwargs:
             return None
         self.index, self.tokens = kwargs[KEPT_ROWS], n_tokens(args, kwargs)

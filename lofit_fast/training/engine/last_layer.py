@@ -8,8 +8,10 @@ Where a family has it another way, a trial on a few tokens gives other logits.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -117,42 +119,66 @@ def _remove(hooks: Sequence[RemovableHandle]) -> None:
         hook.remove()
 
 
+@dataclass
+class _Pass:
+    """A forward pass of which some rows are read. index: (rows,) int64 of so many tokens.
+
+    shape: of the MLP's tokens, once it was given fewer rows.
+    """
+
+    index: Tensor
+    tokens: int
+    shape: torch.Size | None = None
+
+
+class _Here(threading.local):
+    """The pass that goes on in a thread; None where all rows are read, or none goes on."""
+
+    def __init__(self) -> None:
+        # of each thread anew, and there before a compiler looks
+        self.now: _Pass | None = None
+
+
 class _Rows:
-    """The rows read of the forward pass that is going on: index (rows,) int64 of so many tokens; None for all."""
+    """What the hooks on a model and on the MLP of its last layer do."""
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
-        self.model, self.layer = model, layer
-        self.index: Tensor | None = None
-        self.tokens = 0
-        # of the MLP's call that was given fewer rows
-        self.shape: torch.Size | None = None
+        self.model, self.layer, self.here = model, layer, _Here()
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # a replica of data parallelism shares these hooks, and runs beside the others
-        if module is not self.model or self._read_in_full(kwargs):
+        if module is not self.model:
+            return
+        # a keyboard's interrupt runs no hooks: what it has ended is still there
+        self.here.now = None
+        if self._read_in_full(kwargs):
             return
         mask = kwargs.get(_MASK)
         if kwargs.get(KEPT_ROWS) is not None:
-            self.index, self.tokens = kwargs[KEPT_ROWS], n_tokens(args, kwargs)
+            self.here.now = _Pass(kwargs[KEPT_ROWS], n_tokens(args, kwargs))
         elif isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2:
-            self.index, self.tokens = mask.flatten().nonzero().flatten(), mask.numel()
+            self.here.now = _Pass(mask.flatten().nonzero().flatten(), mask.numel())
 
     def drop(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.model:
-            self.index = None
+            self.here.now = None
 
     def gather(self, mlp: nn.Module, args: tuple) -> tuple[Tensor] | None:
-        self.shape = None
-        if self.index is None or len(args) != 1 or args[0].shape[:-1].numel() != self.tokens:
+        now = self.here.now
+        if now is None:
             return None
-        self.shape = args[0].shape[:-1]
-        return (args[0].flatten(0, -2).index_select(0, self.index.to(args[0].device)),)
+        now.shape = None
+        if len(args) != 1 or args[0].shape[:-1].numel() != now.tokens:
+            return None
+        now.shape = args[0].shape[:-1]
+        return (args[0].flatten(0, -2).index_select(0, now.index.to(args[0].device)),)
 
     def scatter(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self.shape is None:
+        now = self.here.now
+        if now is None or now.shape is None:
             return None
-        whole = output.new_zeros(self.tokens, output.shape[-1])
-        return whole.index_copy(0, self.index.to(output.device), output).view(*self.shape, -1)
+        whole = output.new_zeros(now.tokens, output.shape[-1])
+        return whole.index_copy(0, now.index.to(output.device), output).view(*now.shape, -1)
 
     def _read_in_full(self, kwargs: dict) -> bool:
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training

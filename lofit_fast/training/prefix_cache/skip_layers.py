@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 
-class States:
-    """Where stand-ins put hidden states, and take them from. value: (B, S, N), or None when there are none."""
+class States(threading.local):
+    """Where stand-ins put hidden states, and take them from, in the forward that a thread is in.
+
+    value: (B, S, N), or None when there are none. stops: whether forwards of this thread end at the stand-ins.
+    """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.stops = False
 
 
 class StandIn(nn.Module):
-    """In a layer's place in the list: hands the hidden states on as they came.
+    """In a layer's place in the list: hands the hidden states on as they came, where its thread's forwards end there.
 
+    The layer does its work for all others.
     Every other attribute is the layer's own, so that a model which asks its layers for their type gets the answer. The
     layer itself is no submodule: whatever walks the model (modes, checkpointing, optimizers) does not meet it.
     """
@@ -33,17 +39,18 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """hidden_states: (B, S, N). Returns them."""
-        return hidden_states
+        """hidden_states: (B, S, N). Returns them, or what the layer makes of them."""
+        return hidden_states if self.states.stops else self.layer(hidden_states, *args, **kwargs)
 
 
 class Recording(StandIn):
     """Keeps the hidden states that would have entered its layer."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """hidden_states: (B, S, N). Returns them."""
-        self.states.value = hidden_states
-        return hidden_states
+        """hidden_states: (B, S, N). Returns them, or what the layer makes of them."""
+        if self.states.stops:
+            self.states.value = hidden_states
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 class Skipping(StandIn):
@@ -88,8 +95,12 @@ def standing_in(layers: nn.ModuleList, stand_ins: Mapping[int, StandIn]) -> Iter
 
 @contextmanager
 def recorded(layers: nn.ModuleList, at: int) -> Iterator[States]:
-    """A scope in which the model stops working at layer `at`, and leaves the states that enter it in the result."""
+    """A scope in which the model stops working at layer `at`, and leaves the states that enter it in the result.
+
+    For the thread that has entered it alone: the forwards of others are whole.
+    """
     states = States()
+    states.stops = True
     stand_ins = {i: (Recording if i == at else StandIn)(layers[i], states) for i in range(at, len(layers))}
     with standing_in(layers, stand_ins):
         yield states
@@ -100,7 +111,7 @@ def skipped(model: nn.Module, layers: nn.ModuleList, until: int, key: str) -> It
     """A scope in which the layers below `until` are skipped by every forward of the model that is given states.
 
     key: the keyword under which a batch brings them, (B, S, N); the model itself never sees it. A batch without runs
-    those layers as ever, except that no graph is built there.
+    those layers as ever, except that no graph is built there. States are those of the thread that brings them.
     """
     states = States()
 

@@ -8,10 +8,12 @@ import lofit_fast as lf
 from benchmarks.peers.table import COMPARED
 from lofit_fast.data.collate import KEPT_ROWS
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.training import CompletionCollator
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.last_layer import narrowed
+from tests.crossing_threads import crossed_by
 from tests.library_versions import BY_ROW, called
 from tests.oracle import randomize
 from tests.tiny_models import HIDDEN, LAYERS, tiny_model, tokens
@@ -52,6 +54,12 @@ def assert_same(got, expected, tolerance=1e-12):
         assert (gradient is None) == (wanted is None)
         if wanted is not None:
             assert (gradient - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def unmarked(inputs):
+    """A batch that asks for all logits."""
+    asks = (KEPT_ROWS, "logits_to_keep")
+    return {key: value for key, value in inputs.items() if "label" not in key and key not in asks}
 
 
 def rows_seen(model):
@@ -304,6 +312,43 @@ def test_narrow_with_peers(name):
     assert seen == [KEPT]
 
 
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_rows_are_those_of_the_thread_that_asks_for_them(plain_first, stays):
+    model, inputs = patched(), batch()
+    plain = unmarked(inputs)
+
+    def logits_of(given):
+        with torch.no_grad():
+            return model(**{key: value for key, value in given.items() if "label" not in key}, use_cache=False).logits
+
+    with selecting_rows(model):
+        calls = [lambda: logits_of(plain), lambda: logits_of(inputs)]
+        expected = [call() for call in calls]
+        order = 1 if plain_first else -1
+        with narrowed(model):
+            got = crossed_by(model.model, *calls[::order], stays=stays)[::order]
+    assert [one.shape for one in got] == [one.shape for one in expected] and len(got[1]) == KEPT
+    for one, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, wanted)
+
+
+def test_an_interrupted_pass_leaves_no_rows():
+    model, inputs = patched(), batch()
+    plain = unmarked(inputs)
+    expected = model(**plain, use_cache=False).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with selecting_rows(model), narrowed(model):
+        hook = model.model.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            called(model, inputs)
+        hook.remove()
+        torch.testing.assert_close(model(**plain, use_cache=False).logits, expected)
+
+
 @pytest.mark.parametrize("config", ["LoraConfig", "IA3Config"])
 def test_narrow_with_pefts_wrapper(config):
     pytest.importorskip("peft")
@@ -355,12 +400,7 @@ def test_narrow_compiles_once_for_all_shapes(family, packed, quick_compiler):
             # of the last layer, one of its own
             assert counters["stats"]["unique_graphs"] <= plain + 1, number
         # and one for the whole of it
-        full = {
-            key: value
-            for key, value in batches[0].items()
-            if "label" not in key and key not in ("logits_to_keep", KEPT_ROWS)
-        }
-        full["use_cache"] = False
+        full = {**unmarked(batches[0]), "use_cache": False}
         got = model(**full).logits
     assert not counters["graph_break"]
     torch.testing.assert_close(got, model(**full).logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,28 +64,8 @@ def verify_export(
         return with_whole_copy(handle, folder, lambda copy: verify_export(copy, folder, tokens))
     exported = check_export(handle, folder)
     dtype = next(iter(handle.layers.values())).inner.weight.dtype
-    tolerance = TOLERANCE[dtype]
-    inputs = _inputs(handle.model, tokens)
-    model = handle.model if _is_wide(handle.model) else _widened(handle.model)
-    expected, base, without = _seen(model, inputs)
-    got = _output(exported, inputs)
-    size = expected.abs().max()
-
-    def relative(output: Tensor) -> float:
-        return ((output - expected).abs().max() / size).item()
-
-    effects = {component: relative(output) for component, output in without.items()}
-    report = ExportReport(relative(got), relative(base), tolerance, effects)
-    if not report.difference <= tolerance:
-        raise ValueError(f"the exported model in {folder} does not compute what the patched one does: {report}")
-    for component, effect in effects.items():
-        if effect == 0 or report.difference > _OF_THE_LOGITS * effect:
-            raise ValueError(
-                f"inconclusive: leaving out the {component}s would change the logits by {effect:.3g} of their size, "
-                f"and those of {folder} differ by {report.difference:.3g}, from rounding to {dtype}. "
-                + ("Load the base in float32, export and verify there" if dtype.itemsize < 4 else _NO_EFFECT)
-            )
-    return report
+    wrong = f"the exported model in {folder} does not compute what the patched one does"
+    return _compared(handle, folder, tokens, lambda _: exported, dtype, wrong)
 
 
 @torch.no_grad()
@@ -95,35 +75,64 @@ def verify_peft(
     """Prove a folder of `export_peft`: stock PEFT loads it around a copy of the base, and the logits are compared.
 
     tokens: as of `verify_export`. Both are computed in float32 at least; the copy takes 4 bytes per parameter.
-    Raises ValueError when the logits differ by more than rounding, or hardly at all from the base's.
+    Raises ValueError when the logits differ by more than rounding; as inconclusive, when the offsets hardly change
+    them, or not at all; and inside `handle.disabled()` or `folded()`.
     """
     with needing("peft", "peft", "an adapter for PEFT"):
         from peft import PeftModel
     handle.check_live()
     if not handle.scopes.plain:
         raise ValueError("cannot verify inside handle.disabled() or handle.folded(): leave the scope first")
+
+    def loaded(model: nn.Module) -> nn.Module:
+        plain = handle_of(copy.deepcopy(model)).unpatch()
+        with warnings.catch_warnings():
+            # that PEFT cannot merge it
+            warnings.simplefilter("ignore")
+            stock = PeftModel.from_pretrained(plain, folder, trust_remote_code=False, use_safetensors=True)
+        return stock.eval()
+
+    # what PEFT adds is in float32, whatever the base is in
+    dtype = torch.float64 if next(handle.model.parameters()).dtype == torch.float64 else torch.float32
+    wrong = f"the adapter in {folder} does not compute in PEFT what the patched model does"
+    return _compared(handle, folder, tokens, loaded, dtype, wrong)
+
+
+def _compared(
+    handle: LofitHandle,
+    folder: Path | str,
+    tokens: Tensor | Mapping[str, Tensor] | None,
+    stock: Callable[[nn.Module], nn.Module],
+    dtype: torch.dtype,
+    wrong: str,
+) -> ExportReport:
+    """The logits of a patched model beside those of what stock code makes of a folder.
+
+    stock: what that is, given the patched model in float32 at least. dtype: to which the folder was rounded.
+    Raises ValueError, which begins with `wrong`, for a difference, and as inconclusive where each component's effect is
+    nothing, or too small beside it.
+    """
     inputs = _inputs(handle.model, tokens)
     model = handle.model if _is_wide(handle.model) else _widened(handle.model)
     expected, base, without = _seen(model, inputs)
-    copied = copy.deepcopy(model)
-    plain = handle_of(copied).unpatch()
-    with warnings.catch_warnings():
-        # that PEFT cannot merge it
-        warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(plain, folder, trust_remote_code=False, use_safetensors=True)
-    got = _output(loaded.eval(), inputs)
+    got = _output(stock(model), inputs)
     size = expected.abs().max()
 
     def relative(output: Tensor) -> float:
         return ((output - expected).abs().max() / size).item()
 
-    tolerance = TOLERANCE[torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32]
+    tolerance = TOLERANCE[dtype]
     effects = {component: relative(output) for component, output in without.items()}
     report = ExportReport(relative(got), relative(base), tolerance, effects)
     if not report.difference <= tolerance:
-        raise ValueError(f"the adapter in {folder} does not compute in PEFT what the patched model does: {report}")
-    if any(report.difference > _OF_THE_LOGITS * effect for effect in effects.values()):
-        raise ValueError(f"inconclusive: the offsets hardly change these logits: {report}. {_NO_EFFECT}")
+        raise ValueError(f"{wrong}: {report}")
+    for component, effect in effects.items():
+        if effect == 0 or report.difference > _OF_THE_LOGITS * effect:
+            raise ValueError(
+                f"inconclusive: leaving out the {component}s would change the logits by {effect:.3g} of their size, "
+                f"and those of {folder} differ by {report.difference:.3g}, from rounding to {dtype}. "
+                + ("Load the base in float32, export and verify there" if dtype.itemsize < 4 else _NO_EFFECT)
+            )
     return report
 
 

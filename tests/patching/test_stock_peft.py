@@ -118,6 +118,14 @@ def test_what_is_refused(tmp_path):
     assert not out.exists()
 
 
+def test_an_adapter_without_effect_on_these_inputs_is_no_proof(tmp_path):
+    handle = lf.patch(tiny_model("llama"), OFFSETS)
+    randomize(handle, std=1e-20)
+    lf.export(handle, tmp_path, target="peft")
+    with pytest.raises(ValueError, match="inconclusive: leaving out the offsets .*on which the adapter has an effect"):
+        verify_peft(handle, tmp_path)
+
+
 def test_a_damaged_folder_is_noticed(tmp_path):
     handle = patched(tiny_model("llama"))
     lf.export(handle, tmp_path, target="peft", peft_method="lora")

@@ -10,7 +10,6 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -19,7 +18,7 @@ from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.evaluation.generation_settings import StandingAlone
 from lofit_fast.models.prompt_states import NotPlain, Slots, prompt_states
-from lofit_fast.models.trials import difference, rounding, said_of
+from lofit_fast.models.trials import as_the_base, difference, rounding, said_of
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.fold import decoder_of
@@ -101,7 +100,7 @@ class SharedPrompts:
 
     def _computed(self, model: nn.Module, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
         """Each with its states (P, W), on the CPU; what there is room for is held."""
-        with _base_of(model):
+        with as_the_base(model):
             states, self._slots = prompt_states(self._decoder, prompts, device_of(model))
         self.computed += len(prompts)
         # of their own: a slice would hold the whole batch
@@ -123,12 +122,6 @@ class SharedPrompts:
             how = StandingAlone(max_new_tokens=1, do_sample=False, pad_token_id=0, **told)
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=how, **past).logits[0]
 
-        with _base_of(model):
+        with as_the_base(model):
             away = difference(first(**{cache_name(model): self._laid(model, ends)}), first())
         return None if away <= rounding(model) else f"after kept prompts the model's logits differ by {away:.1e}"
-
-
-def _base_of(model: nn.Module) -> AbstractContextManager[None]:
-    """A scope in which a model computes what its base computes."""
-    handle = handle_of(model)
-    return nullcontext() if handle is None else handle.disabled()

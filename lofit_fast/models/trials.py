@@ -6,7 +6,7 @@ No weight, mode or random number changes. Families differ in ways that no list k
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import KEPT_ROWS, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.patching.architectures import text_config
+from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 
@@ -89,10 +90,28 @@ def trying(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def as_the_base(model: nn.Module) -> AbstractContextManager[None]:
+    """A scope in which a model, patched or not, computes what its base computes."""
+    handle = handle_of(model)
+    return nullcontext() if handle is None else handle.disabled()
+
+
 def all_logits(model: nn.Module, batch) -> Tensor:
     """(B, S, vocabulary): of a collator's batch, whatever logits it asks for."""
     asked = {"use_cache": False, **{name: value for name, value in batch.items() if name not in _TARGETS}}
     return model(**on_device(asked, device_of(model))).logits
+
+
+def labelled_logits(model: nn.Module, batch) -> tuple[Tensor, Tensor]:
+    """(labelled tokens, vocabulary) of the logits that a collator's batch asks for, and the loss.
+
+    Without the rest: what stands in padding is anything.
+    """
+    out, following = model(**{**batch, "use_cache": False}), batch.get("shift_labels")
+    logits = out.logits
+    if following is None:
+        logits, following = logits[:, :-1], batch["labels"][:, 1:]
+    return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED], out.loss
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.collate import Batch, Logits, on_device
-from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.data.encode import Encoded
 from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.evaluation.token_trees import common_beginning
 from lofit_fast.models.base_digest import base_modules, dropout_of, identity_of
 from lofit_fast.models.prompt_states import NotPlain, Slots, going_on, prompt_states
-from lofit_fast.models.trials import difference, rounding, said_of
+from lofit_fast.models.trials import difference, labelled_logits, rounding, said_of
 from lofit_fast.patching.acting import EVERYWHERE
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.answer_batches import AnswerCollator, Collator, prompts_of, span
-from lofit_fast.training.engine.compiled_layers import any_compiled
+from lofit_fast.training.engine.compiled_layers import uncompiled
 from lofit_fast.training.engine.device_queue import pins
 from lofit_fast.training.prefix_cache.proven_store import Rows, Unfit, Wanted, proven
 from lofit_fast.training.prefix_cache.store import PrefixStore, digest
@@ -57,13 +57,8 @@ class _Base:
 
     def run(self, rows: Sequence[Sequence[int]], beginning: tuple[Tensor, Slots] | None = None):
         """`prompt_states` of rows, and where they lie."""
-        with self.handle.disabled(), self.uncompiled(), torch.no_grad():
+        with self.handle.disabled(), uncompiled(decoder_layers(self.model)), torch.no_grad():
             return prompt_states(self.decoder, rows, self.device, beginning)
-
-    def uncompiled(self):
-        """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
-        layers = decoder_layers(self.model)
-        return torch.compiler.set_stance("force_eager") if any_compiled(layers) else nullcontext()
 
 
 @contextmanager
@@ -151,7 +146,7 @@ def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Enco
     ends = _ends(answers.store, sequences)
     model, device = base.model, base.device
     plain, batch = (on_device(collate(ends), device) for collate in (answers.collator, answers))
-    expected, loss = _labelled(model, plain)
+    expected, loss = _doubled(model, plain)
     # what is random in training must not move the generators that training draws from
     with (
         torch.random.fork_rng(),
@@ -159,7 +154,7 @@ def _disagreement(base: _Base, answers: AnswerCollator, sequences: Sequence[Enco
         going_on(model, answers.slots, lambda: base.handle.acting_on(EVERYWHERE)),
     ):
         model.train()
-        got, short_loss = _labelled(model, batch)
+        got, short_loss = _doubled(model, batch)
     allowed = rounding(model)
     away = max(difference(got, expected), abs(float(short_loss / loss) - 1))
     # written so that NaN is a difference
@@ -173,13 +168,9 @@ def _ends(store: PrefixStore, sequences: Sequence[Encoded]) -> list[Encoded]:
     return [sequences[kept[0]], sequences[kept[-1]]]
 
 
-def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(labelled tokens, vocabulary) and the loss: of the logits that a batch asks for."""
-    out, following = model(**{**batch, "use_cache": False}), batch.get("shift_labels")
-    logits = out.logits
-    if following is None:
-        logits, following = logits[:, :-1], batch["labels"][:, 1:]
-    return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED].double(), out.loss.double()
+def _doubled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits, loss = labelled_logits(model, batch)
+    return logits.double(), loss.double()
 
 
 def _key(base: _Base, prompts: Sequence[Sequence[int]], sample: Tensor, slots: Slots) -> str:

@@ -7,7 +7,7 @@ layer becomes what it was. The limit on graphs per code object has no public nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -39,6 +39,11 @@ def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
                 vars(layer).pop(_COMPILED, None)
             else:
                 vars(layer)[_COMPILED] = value
+
+
+def uncompiled(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """A scope in which these layers run eagerly: a graph of their own for a few passes would not pay."""
+    return torch.compiler.set_stance("force_eager") if any_compiled(layers) else nullcontext()
 
 
 def any_compiled(layers: Iterable[nn.Module]) -> bool:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.models.trials import all_logits, ordinary_tokens, said_of, trying
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.models.trials import all_logits, as_the_base, ordinary_tokens, said_of, trying
 from lofit_fast.patching.placement import device_of
 from lofit_kernels.quantized_linear import FullColumns
 
@@ -44,7 +42,8 @@ def outlier_columns(model: nn.Module, linears: Iterable[nn.Linear], precision: s
 
     hooks = [linear.register_forward_pre_hook(note) for linear in linears]
     try:
-        with trying(model), _as_the_base(model):
+        # vectors change in training, and columns must not
+        with trying(model), as_the_base(model):
             all_logits(model, {"input_ids": torch.tensor([ordinary_tokens(model, TOKENS)], device=device_of(model))})
     # whatever a model that is not given its tokens may raise
     except Exception as error:
@@ -68,9 +67,3 @@ def _largest(x: Tensor) -> FullColumns | None:
         return None
     largest = x.detach().flatten(0, -2).abs().amax(0).nan_to_num(0.0)
     return FullColumns(largest.topk(number).indices.sort().values, K)
-
-
-def _as_the_base(model: nn.Module) -> AbstractContextManager[None]:
-    """A scope in which no LoFiT vector acts: they change in training, and columns must not."""
-    handle = handle_of(model)
-    return nullcontext() if handle is None else handle.disabled()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from lofit_fast.data.padding import padded
@@ -13,7 +11,6 @@ from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.patching.architectures import decoder_layers
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
-from lofit_fast.training.engine.compiled_layers import any_compiled
 from lofit_fast.training.prefix_cache.proven_store import Unfit
 from lofit_fast.training.prefix_cache.skip_layers import recorded, skipped
 
@@ -47,10 +44,6 @@ class Prefix:
     def skipped(self):
         """A scope in which batches with states skip the prefix."""
         return skipped(self.model, self.layers, self.until, STATES)
-
-    def uncompiled(self):
-        """A scope in which compiled layers run eagerly: a graph of their own for a few passes would not pay."""
-        return torch.compiler.set_stance("force_eager") if any_compiled(self.layers) else nullcontext()
 
 
 def _list_of(model: nn.Module, layers: Sequence[nn.Module]) -> nn.ModuleList:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from lofit_fast.data.collate import Batch, on_device
-from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.data.encode import Encoded
 from lofit_fast.models.base_digest import INCIDENTAL, weights_of
+from lofit_fast.models.trials import labelled_logits
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.modes import eval_mode
+from lofit_fast.training.engine.compiled_layers import uncompiled
 from lofit_fast.training.engine.device_queue import pins
 from lofit_fast.training.prefix_cache.below import STATES, Prefix, check_fit
 from lofit_fast.training.prefix_cache.proven_store import Unfit, Wanted, proven
@@ -116,7 +118,7 @@ def prefix_cached(
     with eval_mode(handle.model), torch.no_grad():
         try:
             prefix = Prefix(handle)
-            with prefix.uncompiled():
+            with uncompiled(prefix.layers):
                 store = _checked_store(prefix, sequences, collator, gb, folder or root_folder(), progress)
         # training goes on without it, whatever a model, a batch or a disk may raise
         except Exception as error:
@@ -159,21 +161,17 @@ def _disagreement(prefix: Prefix, store: PrefixStore, sequences: Sequence[Encode
     ends = [rows[0], rows[-1]]
     plain = on_device(collator(ends), prefix.device)
     batch = on_device(PrefixCollator(collator, store)(ends), prefix.device)
-    expected = _labelled(prefix.model, plain)
+    expected = _logits(prefix.model, plain)
     with prefix.skipped():
-        got = _labelled(prefix.model, batch)
+        got = _logits(prefix.model, batch)
     # half of the digits: rounding that differs with the shape of a batch is far below, a wrong state far above
     error = ((got - expected).norm() / expected.norm()).item()
     agrees = error <= torch.finfo(store.states.dtype).eps ** 0.5
     return None if agrees else f"with the cached states the model's logits differ by {error:.1e} of their norm"
 
 
-def _labelled(model: nn.Module, batch: Batch) -> Tensor:
-    """(labelled tokens, vocabulary): of the logits that a batch asks for. What stands in padding is anything."""
-    logits, following = model(**{**batch, "use_cache": False}).logits, batch.get("shift_labels")
-    if following is None:
-        logits, following = logits[:, :-1], batch["labels"][:, 1:]
-    return logits.flatten(0, -2)[following.flatten().to(logits.device) != IGNORED].float()
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    return labelled_logits(model, batch)[0].float()
 
 
 def _key(prefix: Prefix, ids: Sequence[Sequence[int]], sample: Tensor) -> str:

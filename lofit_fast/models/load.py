@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -263,9 +264,10 @@ def gguf_file(name: str) -> Path | None:
         return path
     if not name.endswith(".gguf"):
         return None
-    if not Path(name).is_file():
+    path = _here(name)
+    if not path.is_file():
         raise FileNotFoundError(f"no such GGUF file: {name}")
-    return Path(name)
+    return path
 
 
 def resolve(name: str) -> str:
@@ -274,12 +276,17 @@ def resolve(name: str) -> str:
         raise ValueError(f"expected the name of a model, got {name!r}")
     if (path := gguf_file(name)) is not None:
         return str(converted(path))
-    if (folder := Path(name).expanduser()).is_dir():
+    if (folder := _here(name)).is_dir():
         _check_files(folder)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
+    if looks_local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no model folder: config.json not found")
-    return str(Path(name).expanduser()) if looks_local else name
+    return str(folder) if looks_local else name
+
+
+def _here(name: str) -> Path:
+    """The path of a name, with the home folder in place of ~; one of nobody's stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 def _check_files(folder: Path) -> None:

@@ -124,10 +124,18 @@ def test_an_unknown_dtype(folder):
         load.load_model(str(folder), dtype="float8")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such/folder", "~no.body/m", "a/b/c"])
 def test_a_missing_folder(name):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load.load_model(name)
+
+
+def test_a_gguf_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert load.gguf_file("~/a.gguf") == tmp_path / "a.gguf"
+    with pytest.raises(FileNotFoundError, match="no such GGUF file: ~/b.gguf"):
+        load.gguf_file("~/b.gguf")
 
 
 @pytest.mark.parametrize("name", ["missing.gguf", "/no/such/file.gguf"])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lofit_fast.config import SELECT
+
 ROOT = Path(__file__).parents[1]
 SOURCES = {path.name: path for path in (ROOT / "kernels" / "lofit_kernels").rglob("*.py")}
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -50,3 +52,15 @@ def test_the_index_names_every_page():
     index = (ROOT / "docs" / "index.md").read_text()
     pages = sorted((ROOT / "docs").glob("*.md"))
     assert [page.name for page in pages if page.name != "index.md" and f"({page.name})" not in index] == []
+
+
+def test_the_guide_says_which_runs_share_step_1():
+    (paragraph,) = re.findall(
+        r"^\*\*Runs share step 1\*\*.*?\n\n", (ROOT / "docs" / "guide.md").read_text(), re.M | re.S
+    )
+    shared, alone = paragraph.split("With\n")
+    assert set(re.findall(r"`(\w+)`", shared)) == set(SELECT["lofit"])
+    # the ways of a training that share less are named
+    fewer = {way for way, apart in SELECT.items() if not set(SELECT["lofit"]) <= set(apart)}
+    assert set(re.findall(r'`select="(\w+)"`', alone)) == fewer
+    assert "last three" in alone and len(SELECT["early_stop"]) == 3

@@ -167,6 +167,7 @@ def head_affine(
 
     Arguments as in `head_affine_linear`. Returns z's shape and dtype, rounded once: in 16 bits a scale below half a
     unit in the last place of 1, or an offset below half of one of z, vanishes in that rounding.
+    Raises TypeError / ValueError naming what was got and what was expected.
     """
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
     chosen = plan_on(z.device, z.dtype, backend)
@@ -184,6 +185,7 @@ def fold_offset(
 
     weight: (N, K); offset: (h, D) float32 or float64; heads as in `head_affine_linear`; bias: (N,) or None.
     Returns (N,) in offset's dtype: keep it there for as long as you can.
+    Raises TypeError / ValueError naming what was got and what was expected.
     """
     heads = _check_vectors("offset", offset, heads, weight)
     chosen = plan_on(weight.device, weight.dtype, backend)

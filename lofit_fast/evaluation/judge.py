@@ -119,7 +119,10 @@ def generate_answers(
 def exact_match_accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
 ) -> float:
-    """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`."""
+    """Share of examples whose greedy answer is one of the correct ones, 0 to 1. options: of `generate_answers`.
+
+    Raises ValueError for no examples, and what `generate_answers` raises.
+    """
     examples = list(examples)
     _check_any(examples)
     hits = _hits(model, tokenizer, examples, **options)
@@ -158,7 +161,10 @@ def constrained_accuracy(
     candidates: Sequence[str],
     **options: Any,
 ) -> float:
-    """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`."""
+    """Share of examples whose best-scoring candidate is a correct answer, 0 to 1. options: of `score_candidates`.
+
+    Raises ValueError for no examples, and what `score_candidates` raises.
+    """
     examples, candidates = list(examples), _listed(candidates)
     _check_any(examples)
     scores = score_candidates(model, tokenizer, [e.prompt for e in examples], candidates, **options)

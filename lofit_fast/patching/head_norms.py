@@ -15,14 +15,17 @@ def head_scores(handle: LofitHandle) -> Tensor:
     """The L2 norm of every head's scale vector (arXiv:2406.01563, section 3): (layers, heads) float32 on the CPU.
 
     Rows are layer numbers. Heads without a scale, and layers without attention, score minus infinity.
-    Raises ValueError when the handle trains no scale.
+    Raises TypeError for what is no handle, ValueError when it trains no scale, or has vectors that are not whole here.
     """
     return _norms(handle, "scale")
 
 
 @torch.no_grad()
 def offset_norms(handle: LofitHandle) -> Tensor:
-    """The L2 norm of every head's offset vector, the bias norm: as `head_scores`, for offsets trained on all heads."""
+    """The L2 norm of every head's offset vector, the bias norm: as `head_scores`, for offsets trained on all heads.
+
+    Raises what `head_scores` raises, for offsets.
+    """
     return _norms(handle, "offset")
 
 

@@ -129,9 +129,9 @@ class SeveralAdapters:
         LofitConfig for vectors drawn from its seed. trained: whether its vectors are parameters that may be trained,
         `parameters(name)`; by default those of a config are. Others are folded once, and cost nothing but their rows
         until they are used. strict: as of `lofit_fast.load`.
-        Raises ValueError for a name that is taken, scales (of the handle's own too), vectors that act on other
-        positions, an adapter or heads of another model, and a sharded model; FileNotFoundError or ValueError for a
-        folder that is no whole adapter. Nothing is changed then.
+        Raises TypeError for a name that is no text, ValueError for one that is taken, scales (of the handle's own too),
+        vectors that act on other positions, an adapter or heads of another model, and a sharded model;
+        FileNotFoundError or ValueError for a folder that is no whole adapter. Nothing is changed then.
         """
         self.check_live()
         if not isinstance(name, str) or not name:
@@ -214,7 +214,8 @@ class SeveralAdapters:
         entered it; `disabled` inside or around it is the base for all rows. In transformers' generate a name may be
         given for each prompt: its beams and returned sequences have it too. Gradients reach the vectors of adapters
         that are trained, each from its own rows.
-        Raises ValueError for a name that is not there, no names, or a handle with scales; and in the forward for a
+        Raises TypeError for what is no list, one name say; ValueError for a name that is not there, no names, a handle
+        with scales, and a model that is sharded or has its batch in the second dimension; and in the forward for a
         batch of another number of rows.
         """
         self.check_live()

@@ -122,7 +122,11 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """After a checkpoint was loaded: its vectors."""
+        """After a checkpoint was loaded: its vectors.
+
+        Raises ValueError for another model than that of the handle, a hyperparameter search, and a checkpoint without
+        vectors, with damaged ones, or with those of other heads.
+        """
         self._find(model)
         # whose vectors would be in no checkpoint
         self.handle.check_own("keep checkpoints")

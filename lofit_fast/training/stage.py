@@ -66,8 +66,7 @@ def train_attachment(
         "peak_memory_bytes"}. What comes before the steps (references, the prefix cache) is part of the seconds.
 
     Raises:
-        TypeError: what is no list of callbacks.
-        TypeError, ValueError: what is no name of a folder.
+        TypeError: what is no list of callbacks, or no name of a folder.
         ValueError: nothing to train, no epochs, data that cannot be learned from, a knob the objective cannot use.
         ImportError: preferences without TRL.
         FloatingPointError: training diverges; the attachment is still in the model.

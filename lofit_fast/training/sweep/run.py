@@ -52,7 +52,8 @@ def sweep(
     backward pass of a process: equal to runs one by one up to rounding, with padded batches and without what `Engine`
     keeps on disk.
     Each process loads the model and the data once. Runs that differ only in what their scores of heads do not depend on
-    (`config.SELECT`: of LoFiT's own, top, min_layer, and what begins with tune_) share one step 1, kept in `step1/`:
+    (`config.SELECT`: of LoFiT's own, top, min_layer, and what begins with tune_; of "early_stop" only the latter) share
+    one step 1, kept in `step1/`:
     such a run is the run that trains its own, bit for bit on as many threads and where layers are not compiled. Each
     run is a run folder `runs/<name>`; with resume on, a finished one is not run again, and an interrupted one goes on.
     A run that fails, or is done and damaged, is recorded with its error, and the others go on. Writes sweep.json,

@@ -1,5 +1,7 @@
 """A frozen nn.Linear whose products are computed in 8 bits for a while, in passes that build a graph and in no others.
 
+One whose weight is trained meanwhile computes in full, so that the weight has its gradient.
+
 The module stays the object it is, with its weight, its name and its hooks. It is given a forward of its own and what
 that computes with, and both are taken away again.
 """
@@ -21,9 +23,10 @@ PRODUCTS = "lofit_products"
 def forward_in_8_bits(linear: nn.Linear, input: Tensor) -> Tensor:
     """x W^T + b (..., N): in 8 bits where a graph is built, in full where none is, as in evaluation.
 
-    input: x, which callers may name.
+    input: x, which callers may name. In full too where the weight is trained by now: products in 8 bits give it no
+    gradient.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or linear.weight.requires_grad:
         return full_linear(input, linear.weight, linear.bias)
     return quantized_linear(input, linear.lofit_products, linear.bias)
 

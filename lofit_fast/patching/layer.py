@@ -120,7 +120,7 @@ class LofitLinear(nn.Module):
             return projected_with(self, z, plain, mask, _through)
         if plain is not None:
             # looked up without a call: this is asked in every forward
-            if PRODUCTS in inner.__dict__ and torch.is_grad_enabled():
+            if PRODUCTS in inner.__dict__ and torch.is_grad_enabled() and not plain[0].requires_grad:
                 return self._in_8_bits(z, plain, inner.__dict__[PRODUCTS], mask)
             return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None

@@ -26,11 +26,12 @@ def quantized(model: nn.Module, precision: str) -> Iterator[None]:
     """A scope in which the frozen linears of the decoder layers compute y and dz in 8 bits.
 
     model: patched or not. precision: "int8" or "fp8". Only passes that build a graph compute so: whatever runs without
-    gradients (evaluation, generation, the prefix cache) computes in full. The weights are quantized when
-    they are first used, once for each direction, and must not change inside the scope. Afterwards every module is as
-    it was. On entering, one forward without gradients finds the columns of inputs that y takes in full, see
-    `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of sizes that the kind does not take,
-    computes in full, and so do routers of experts; a warning says how many there are.
+    gradients (evaluation, generation, the prefix cache) computes in full, and so does a linear whose weight is trained
+    inside the scope. The weights are quantized when they are first used, once for each direction, and must not change
+    inside the scope. Afterwards every module is as it was. On entering, one forward without gradients finds the columns
+    of inputs that y takes in full, see `outlier_columns`. A linear that is not plain, not frozen, under LoRA, or of
+    sizes that the kind does not take, computes in full, and so do routers of experts; a warning says how many there
+    are.
 
     Raises:
         ValueError: before anything is changed, where the device, the model or its dtype does not allow it.

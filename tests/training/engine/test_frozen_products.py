@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,6 +52,37 @@ def test_every_frozen_linear_is_taken_in_a_pass_with_a_graph_alone(llama):
     assert gradients(llama)[0] == full
     for one, other in zip(got, full_gradients, strict=True):
         assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj.inner", "mlp.up_proj"])
+@pytest.mark.parametrize("adapted", ["scale", "offset"])
+def test_a_weight_that_is_trained_by_now_has_its_gradient(llama, adapted, name):
+    handle = lf.patch(llama, lf.LofitConfig(**{adapted: "all"}))
+    randomize(handle, 0.1)
+    # of the last layer, where what the others round reaches the gradient least
+    linear, ids = llama.model.layers[-1].get_submodule(name), tokens(2, 9)
+
+    def gradient():
+        (found,) = torch.autograd.grad(llama(input_ids=ids, labels=ids, use_cache=False).loss, linear.weight)
+        return found
+
+    with linear_trained(linear):
+        expected = gradient()
+    with prepared(llama, INT8):
+        x = torch.randn(3, linear.in_features)
+        in_8_bits = linear(x)
+        with linear_trained(linear):
+            assert torch.cosine_similarity(gradient().flatten(), expected.flatten(), dim=0) > 0.98
+            assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight))
+        # frozen again, it is in 8 bits again
+        assert torch.equal(linear(x), in_8_bits)
+
+
+@contextmanager
+def linear_trained(linear):
+    linear.weight.requires_grad_(True)
+    yield
+    linear.weight.requires_grad_(False)
 
 
 class Emulated(torch.autograd.Function):

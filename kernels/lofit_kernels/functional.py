@@ -46,7 +46,8 @@ def head_affine_linear(
     scale_heads, offset_heads: the heads of those rows: ascending integers, or an int64 tensor (h,) made by
     `head_index`, whose values are trusted; None means every head.
     folded: (N,), W v computed beforehand, float32 (float64 when z is): of `fold_offsets`, and the gradient goes through
-    it; or of `fold_offset`, to be reused in inference. The offset itself need not be given then, and gets no gradient.
+    it; or of `fold_offset`, to be reused in inference. The offset itself need not be given then, and gets no gradient;
+    beside a weight that is trained it must be, or folded must have a graph: W v is a part of that weight's gradient.
     form, backend, gemm: see `dispatch.py`; "auto" follows its table and what was measured on this device.
 
     Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
@@ -98,6 +99,8 @@ def _fits(
     if offset is not None and (scale is not None or folded is not None):
         return False
     if folded is not None and (folded.shape != (N,) or folded.dtype != _WIDE[dtype] or folded.device != device):
+        return False
+    if folded is not None and weight.requires_grad and not folded.requires_grad and torch.is_grad_enabled():
         return False
     if offset is None and scale is None:
         return scale_heads is None and offset_heads is None
@@ -283,6 +286,12 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
     if loses and torch.is_grad_enabled():
         raise ValueError(
             "the offset would get no gradient through this folded one: expected one of fold_offsets, or torch.no_grad()"
+        )
+    constant = offset is None and not folded.requires_grad
+    if constant and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "the weight would get no gradient through this folded offset: expected a frozen weight, the offset itself, "
+            "or torch.no_grad(), got a weight that requires grad and a folded offset without a graph"
         )
 
 

@@ -211,6 +211,30 @@ def test_affine_linear_takes_a_folded_offset_without_a_gradient_only():
         assert not head_affine_linear(**inputs, folded=folded).requires_grad
 
 
+@pytest.mark.parametrize("case", ["offset_some", "both_different"])
+def test_affine_linear_takes_a_folded_offset_beside_a_trained_weight_with_its_gradient_only(case):
+    inputs = doubled(make(case, torch.float32))
+    offset, heads, weight = inputs.pop("offset"), inputs.pop("offset_heads"), inputs["weight"].requires_grad_()
+    folded = fold_offset(weight, offset, heads)
+    with pytest.raises(ValueError, match="the weight would get no gradient .* a folded offset without a graph"):
+        head_affine_linear(**inputs, folded=folded)
+    with torch.no_grad():
+        expected = head_affine_linear(**inputs, folded=folded)
+    # the offset beside it, or a fold of the caller's own that the weight has a part in
+    dense = offset.new_zeros(weight.shape[1]).view(-1, offset.shape[1]).index_copy(0, heads, offset).flatten()
+    own = head_affine_linear(**inputs, folded=weight @ dense)
+    beside = head_affine_linear(**inputs, folded=folded, offset=offset, offset_heads=heads)
+    grads = []
+    for y in (own, beside):
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        grads.append(torch.autograd.grad(y.sum(), weight)[0])
+    wanted = reference.affine_linear_backward(
+        torch.ones_like(own), **doubled(inputs), offset=offset, offset_heads=heads
+    ).weight
+    for grad in grads:
+        torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_affine_linear_folded_offset_lets_the_other_gradients_through():
     inputs = doubled(make("both_different", torch.float32))
     folded = fold_offset(inputs["weight"], inputs["offset"], inputs["offset_heads"])

@@ -85,9 +85,10 @@ def _known(layers: Sequence[Layer], state: list[tuple]) -> _Known:
 
 
 def _state(weight: Tensor, offset: Tensor, heads: Tensor) -> tuple:
-    """Where the tensors of a layer are, and how they lie there."""
+    """Where the tensors of a layer are, how they lie there, and whether `fold_offsets` refuses the weight."""
     w, v = (weight.data_ptr(), weight.stride(), weight.shape), (offset.data_ptr(), offset.stride(), offset.shape)
-    return w, weight.dtype, v, offset.dtype, heads.data_ptr(), heads.shape
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return w, weight.dtype, trained, v, offset.dtype, heads.data_ptr(), heads.shape
 
 
 def folded_linear(z: Tensor, folded: Folded) -> Tensor:

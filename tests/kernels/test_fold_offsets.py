@@ -5,6 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lofit_kernels import fold_offset, fold_offsets, head_affine_linear, ops, reference
+from lofit_kernels.layer_fold import LayerFold
 
 D = 8
 # of each layer: N, number of heads, those selected
@@ -126,6 +127,21 @@ def test_fold_offsets_compiles_whole(dynamo):
 
 def test_fold_offsets_of_none():
     assert fold_offsets([], []) == []
+
+
+def test_the_same_layers_again_are_refused_where_a_weight_is_trained_by_now():
+    layers = list(zip(*make(layers=LAYERS[:2]), strict=True))
+    fold = LayerFold()
+    expected = [folded.exact for folded in fold(layers)]
+    layers[1][0].requires_grad_()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected frozen ones, got one that requires it"):
+            fold(layers)
+        # nor does what was seen without a graph count with one
+        with torch.no_grad():
+            assert all(torch.equal(f.exact, e) for f, e in zip(fold(layers), expected, strict=True))
+    layers[1][0].requires_grad_(False)
+    assert all(torch.equal(f.exact, e) for f, e in zip(fold(layers), expected, strict=True))
 
 
 def test_fold_offsets_refuses():

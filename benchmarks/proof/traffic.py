@@ -36,6 +36,7 @@ _GEMMS = {"mm", "addmm", "bmm"}
 _FILLS = {"zeros", "new_zeros", "zeros_like", "full", "new_full", "ones", "ones_like", "arange", "zero_", "fill_"}
 _ELEMENTWISE = {
     "_to_copy",
+    "abs",
     "add",
     "add_",
     "addmv_",
@@ -44,13 +45,14 @@ _ELEMENTWISE = {
     "bitwise_xor",
     "__and__",
     "__rshift__",
+    "clamp",
     "clone",
     "cat",
     "copy_",
     "index",
     "index_add_",
     "index_select",
-    "isnan",
+    "lt",
     "mul",
     "mul_",
     "mv",

@@ -14,6 +14,8 @@ from torch import Tensor
 _ROWS_X_COLUMNS = 1 << 22
 # mantissa bits of float32 that a dtype lacks
 _LACKS = {torch.bfloat16: 16, torch.float16: 13}
+# the magnitude from which a dtype's nearest number is infinity
+_OVERFLOWS = {torch.bfloat16: 2.0**128 - 2.0**119, torch.float16: 65520.0}
 # elements widened at a time on a CPU: 1 MiB of float32, which stays in its cache between writing and reading
 _CACHED = 1 << 18
 
@@ -107,7 +109,8 @@ def dithered(value: Tensor, z: Tensor) -> Tensor:
 
     It goes up with the share of the gap to the next number that it has come, decided by a hash of z (T, K), which value
     was made of, and the column: no random numbers, and the same for a token wherever it stands in a batch. So neither
-    1 + a nor v can be too small to act. What z's dtype can hold is left as it is, NaN and infinity too.
+    1 + a nor v can be too small to act. What z's dtype can hold is left as it is, NaN and infinity too. Infinity comes
+    only of what is infinity rounded to the nearest, and subnormal numbers of float16 are rounded to the nearest.
     """
     lacks = _LACKS[z.dtype]
     columns = torch.arange(value.shape[1], dtype=torch.int32, device=value.device)
@@ -116,7 +119,10 @@ def dithered(value: Tensor, z: Tensor) -> Tensor:
     mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -1028477379
     below = (1 << lacks) - 1
     raised = (value.contiguous().view(torch.int32) + ((mixed >> (32 - lacks)) & below)) & ~below
-    return torch.where(value.isnan(), value, raised.view(torch.float32)).to(z.dtype)
+    largest = torch.finfo(z.dtype).max
+    # false for NaN, which would be raised beyond its exponent
+    finite = value.abs() < _OVERFLOWS[z.dtype]
+    return torch.where(finite, raised.view(torch.float32).clamp(-largest, largest), value).to(z.dtype)
 
 
 def affine_delta_fwd(z: Tensor, scale: Tensor, scale_heads: Tensor, head_dim: int) -> Tensor:

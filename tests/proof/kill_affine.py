@@ -75,6 +75,18 @@ def _dithered(_: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0) -> N
         assert torch.equal(x.nan_to_num(), twin.nan_to_num()) and torch.equal(x.isnan(), twin.isnan())
 
 
+@case(CASES, "forward dithered, the ends of float16", torch.float16)
+@case(CASES, "forward dithered, the ends of bfloat16", torch.bfloat16)
+def _dithered_ends(_: Watch, dtype: torch.dtype) -> None:
+    largest = torch.tensor(torch.finfo(dtype).max)
+    gap = (largest - largest.to(dtype).nextafter(torch.zeros((), dtype=dtype))).float()
+    v, every = gap * torch.linspace(-0.99, 0.99, H * 16).view(H, 16), torch.arange(H)
+    for z in (largest.to(dtype).expand(40, H * 16), -largest.to(dtype).expand(40, H * 16)):
+        x = affine_fwd(z, None, None, v, every, 16, True)
+        assert torch.equal(x, aten.affine_fwd(z, None, None, v, every, 16, True))
+        assert torch.equal(x.isinf(), (z + v.flatten()).to(dtype).isinf())
+
+
 @case(CASES, "forward, every way to round to bfloat16")
 def _rounding(_: Watch) -> None:
     v = torch.empty(H, 128)

@@ -75,6 +75,30 @@ def test_dither_goes_to_one_of_the_two_neighbours(device, rows, dtype):
     assert not torch.equal(x, nearest.double())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dither_makes_infinity_of_what_is_it_rounded_to_the_nearest(device, dtype, backend):
+    on = affine if backend == "triton" else aten
+    largest = torch.finfo(dtype).max
+    gap = largest - torch.tensor(largest).to(dtype).nextafter(torch.tensor(0.0, dtype=dtype)).item()
+    every = head_index(list(range(H)), H, device)
+    for sign in (1, -1):
+        z = torch.full((60, H * D), sign * largest, dtype=dtype, device=device)
+        for share, infinite in ((0.2, False), (0.499, False), (0.5, True), (0.9, True)):
+            x = on.affine_fwd(z, None, None, torch.full((H, D), sign * share * gap, device=device), every, D, True)
+            assert x.isinf().all() if infinite else torch.equal(x, z)
+        x = on.affine_fwd(z, None, None, torch.full((H, D), -sign * 0.3 * gap, device=device), every, D, True)
+        assert set(x.unique().tolist()) == {sign * largest, sign * (largest - gap)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dither_of_float16s_subnormals_is_the_nearest(device, backend):
+    on = affine if backend == "triton" else aten
+    z = torch.arange(1, 1 + H * D, device=device).to(torch.int16).view(torch.float16).expand(30, H * D)
+    v = 2.0**-24 * torch.tensor([0.3, 0.45, -0.3, -0.45], device=device).repeat(H * D // 4).view(H, D)
+    assert torch.equal(on.affine_fwd(z, None, None, v, head_index(list(range(H)), H, device), D, True), z)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dither_of_a_token_depends_on_that_token_alone(device, rows, dtype):
     z, given = rows(40, H * D, dtype), vectors(device)

@@ -42,7 +42,7 @@ def head_affine_linear(
     """y = ((1 + a) * z + v) W^T + b, with a and v on the selected heads (LoFiT, arXiv:2406.01563, equations 3 and 4).
 
     z: (..., K), any strides, any number of rows, zero included. weight: (N, K), the frozen output projection.
-    bias: (N,) or None. scale, offset: (h, D) float32 (float64 when z is), rows by ascending head, or None.
+    bias: (N,) in z's dtype or None. scale, offset: (h, D) float32 (float64 when z is), rows by ascending head, or None.
     scale_heads, offset_heads: the heads of those rows: ascending integers, or an int64 tensor (h,) made by
     `head_index`, whose values are trusted; None means every head.
     folded: (N,), W v computed beforehand, float32 (float64 when z is): of `fold_offsets`, and the gradient goes through
@@ -93,7 +93,9 @@ def _fits(
     if len(shape) != 2 or dtype != weight.dtype or dtype not in _WIDE or device != weight.device:
         return False
     N, K = shape
-    if z.dim() < 1 or z.shape[-1] != K or (bias is not None and bias.shape != (N,)):
+    if z.dim() < 1 or z.shape[-1] != K:
+        return False
+    if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
         return False
     # what two of them have to say to each other is left to `_checked`
     if offset is not None and (scale is not None or folded is not None):
@@ -186,11 +188,17 @@ def fold_offset(
 ) -> Tensor:
     """b + W v, the bias that stands for the offsets in inference and in merged weights. No gradient.
 
-    weight: (N, K); offset: (h, D) float32 or float64; heads as in `head_affine_linear`; bias: (N,) or None.
+    weight: (N, K), of any floating dtype; offset: (h, D) float32 (float64 beside such a weight); heads as in
+    `head_affine_linear`; bias: (N,) on the weight's device, in a floating dtype no wider than the offset's, or None.
     Returns (N,) in offset's dtype: keep it there for as long as you can.
     Raises TypeError / ValueError naming what was got and what was expected.
     """
+    _check_weight(weight)
     heads = _check_vectors("offset", offset, heads, weight)
+    if bias is not None:
+        _check_bias(bias, weight)
+        if not bias.is_floating_point() or torch.promote_types(bias.dtype, offset.dtype) != offset.dtype:
+            raise TypeError(f"expected a floating bias no wider than the offset's {offset.dtype}, got {bias.dtype}")
     chosen = plan_on(weight.device, weight.dtype, backend)
     return as_written(weight, primitives(chosen.backend).offset_fold, weight, offset, heads, bias)
 
@@ -216,8 +224,7 @@ def fold_offsets(
     graph = torch.is_grad_enabled()
     for number, (weight, offset, listed) in enumerate(zip(weights, offsets, heads, strict=True)):
         shape, dtype, device = weight.shape, weight.dtype, weight.device
-        if len(shape) != 2 or not dtype.is_floating_point:
-            raise ValueError(f"expected floating weights (N, K), got {dtype} of shape {tuple(shape)}")
+        _check_weight(weight)
         if graph and weight.requires_grad:
             raise ValueError("fold_offsets gives weights no gradient: expected frozen ones, got one that requires it")
         fits = _fit(offset, listed, shape[1], dtype, device)
@@ -270,8 +277,22 @@ def _check_projection(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"expected z and weight of one floating dtype, got {z.dtype} and {weight.dtype}")
     if z.device != weight.device:
         raise ValueError(f"expected z and weight on one device, got {z.device} and {weight.device}")
-    if bias is not None and bias.shape != (weight.shape[0],):
+    if bias is not None:
+        _check_bias(bias, weight)
+        if bias.dtype != z.dtype:
+            raise TypeError(f"expected bias in {z.dtype} as z and weight are, got {bias.dtype}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"expected floating weights (N, K), got {weight.dtype} of shape {tuple(weight.shape)}")
+
+
+def _check_bias(bias: Tensor, weight: Tensor) -> None:
+    if bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"expected weight and bias on one device, got {weight.device} and {bias.device}")
 
 
 def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tensor) -> None:

@@ -17,6 +17,19 @@ REFUSALS = {
     "mixed_dtypes": ((Z, W.bfloat16()), {}, TypeError, "one floating dtype, got torch.float32 and torch.bfloat16"),
     "integers": ((Z.long(), W.long()), {}, TypeError, "one floating dtype, got torch.int64"),
     "short_bias": ((Z, W, torch.zeros(4)), {}, ValueError, r"bias of shape \(5,\), got \(4,\)"),
+    "wide_bias": ((Z, W, torch.zeros(5).double()), {}, TypeError, "bias in torch.float32.*got torch.float64"),
+    "narrow_bias": (
+        (Z, W, torch.zeros(5).half()),
+        {"offset": ROWS},
+        TypeError,
+        "bias in torch.float32.*got torch.float16",
+    ),
+    "bias_elsewhere": (
+        (Z, W, torch.zeros(5, device="meta")),
+        {"offset": ROWS},
+        ValueError,
+        "weight and bias on one device, got cpu and meta",
+    ),
     "heads_alone": ((Z, W), {"scale_heads": [0]}, ValueError, "scale_heads were given without scale"),
     "offset_heads_alone": ((Z, W), {"offset_heads": [0]}, ValueError, "offset_heads were given without offset"),
     "narrow_vectors": ((Z, W), {"offset": ROWS.bfloat16()}, TypeError, "offset in torch.float32 .* got torch.bfloat16"),
@@ -108,6 +121,31 @@ def test_affine_refuses_two_head_dims(function):
 def test_fold_offset_refuses(offset, heads, error, message):
     with pytest.raises(error, match=message):
         fold_offset(W, offset, heads)
+
+
+@pytest.mark.parametrize(
+    "weight, bias, error, message",
+    [
+        (W, torch.zeros(1), ValueError, r"bias of shape \(5,\), got \(1,\)"),
+        (W, torch.tensor(0.0), ValueError, r"bias of shape \(5,\), got \(\)"),
+        (W, torch.zeros(5, 1), ValueError, r"bias of shape \(5,\), got \(5, 1\)"),
+        (W, torch.zeros(5, dtype=torch.int64), TypeError, "floating bias .* torch.float32, got torch.int64"),
+        (W, torch.zeros(5).double(), TypeError, "no wider than the offset's torch.float32, got torch.float64"),
+        (W, torch.zeros(5, device="meta"), ValueError, "one device, got cpu and meta"),
+        (W.to(torch.uint8), None, ValueError, r"floating weights \(N, K\), got torch.uint8 of shape \(5, 8\)"),
+        (W.flatten(), None, ValueError, r"got torch.float32 of shape \(40,\)"),
+        (W[None], None, ValueError, r"got torch.float32 of shape \(1, 5, 8\)"),
+    ],
+)
+def test_fold_offset_refuses_weights_and_biases(weight, bias, error, message):
+    with pytest.raises(error, match=message):
+        fold_offset(weight, ROWS, None, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fold_offset_takes_a_bias_as_narrow_as_the_weight_or_as_wide_as_the_offset(dtype):
+    got = fold_offset(torch.ones(5, 8).bfloat16(), ROWS + 1, None, torch.ones(5, dtype=dtype))
+    assert got.dtype == torch.float32 and torch.equal(got, torch.full((5,), 9.0))
 
 
 @pytest.mark.parametrize("grad", [True, False])

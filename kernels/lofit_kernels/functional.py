@@ -174,6 +174,10 @@ def head_affine(
     unit in the last place of 1, or an offset below half of one of z, vanishes in that rounding.
     Raises TypeError / ValueError naming what was got and what was expected.
     """
+    if z.dim() < 1:
+        raise ValueError(f"expected z (..., K), got z {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise TypeError(f"expected z of a floating dtype, got {z.dtype}")
     scale_heads, offset_heads = _check_both(z, scale, scale_heads, offset, offset_heads)
     chosen = plan_on(z.device, z.dtype, backend)
     if scale is None and offset is None:

@@ -22,7 +22,7 @@ def add_row_offsets(
         table: (A, N) float32, or float64 beside a float64 y: W v of each adapter, and zeros for the base.
         index: (B,) int64, the row of the table for each row of y; (1,) for the same one everywhere. Its values are
             trusted.
-        mask: (B, ..., 1) bool, true where the offsets act; None for everywhere.
+        mask: (B, ..., 1) bool, true where the offsets act; None for everywhere. A size of 1 stands for any.
         inplace: whether y is a temporary of the caller's, which may be written to where no graph is built.
 
     Returns:
@@ -86,3 +86,6 @@ def _check(y: Tensor, table: Tensor, index: Tensor, mask: Tensor | None) -> None
         raise ValueError(f"expected one device, got y on {y.device}, {table.device} and {index.device}")
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != y.dim() or mask.shape[-1] != 1):
         raise ValueError(f"expected a mask of bools (B, ..., 1), got {mask.dtype} of shape {tuple(mask.shape)}")
+    if mask is not None and any(m != own and m != 1 for m, own in zip(mask.shape[:-1], y.shape[:-1], strict=True)):
+        expected = (*y.shape[:-1], 1)
+        raise ValueError(f"expected a mask of shape {expected}, or 1 in its place, got {tuple(mask.shape)}")

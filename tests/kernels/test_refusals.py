@@ -102,6 +102,14 @@ def test_affine_refuses(refusal):
         head_affine(z, **kwargs)
 
 
+@pytest.mark.parametrize("given", [{"scale": ROWS}, {"offset": ROWS}, {}])
+def test_affine_refuses_what_is_no_row_of_floats(given):
+    with pytest.raises(TypeError, match="z of a floating dtype, got torch.int64"):
+        head_affine(Z.long(), **given)
+    with pytest.raises(ValueError, match=r"expected z \(\.\.\., K\), got z \(\)"):
+        head_affine(torch.tensor(1.0), **given)
+
+
 @pytest.mark.parametrize("function", [head_affine, head_affine_linear])
 def test_affine_refuses_two_head_dims(function):
     args = (Z,) if function is head_affine else (Z, W)

@@ -56,6 +56,14 @@ def test_row_offsets_compile(dynamo):
     assert torch.equal(run(y, table, INDEX, mask), add_row_offsets(y, table, INDEX, mask))
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 5, 1), (1, 1, 1)])
+def test_row_offsets_take_one_mask_for_all_rows_or_tokens(shape):
+    y, table, _ = inputs()
+    mask = torch.rand(shape) < 0.5
+    whole = add_row_offsets(y, table, INDEX, mask.expand(4, 5, 1))
+    assert torch.equal(add_row_offsets(y, table, INDEX, mask), whole)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -65,6 +73,9 @@ def test_row_offsets_compile(dynamo):
         ({"index": torch.zeros(3, dtype=torch.int64)}, r"expected an index \(1,\) or \(4,\)"),
         ({"index": torch.zeros(4, dtype=torch.int32)}, "got torch.int32"),
         ({"mask": torch.ones(4, 5, 1)}, "expected a mask of bools"),
+        ({"mask": torch.ones(2, 5, 1) > 0}, r"a mask of shape \(4, 5, 1\), or 1 in its place, got \(2, 5, 1\)"),
+        ({"mask": torch.ones(4, 6, 1) > 0}, r"a mask of shape \(4, 5, 1\)"),
+        ({"y": torch.zeros(1, 5, 24), "index": torch.tensor([1])}, r"a mask of shape \(1, 5, 1\), .* got \(4, 5, 1\)"),
     ],
 )
 def test_row_offsets_refuse_what_does_not_fit(changed, message):

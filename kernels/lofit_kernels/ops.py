@@ -92,7 +92,8 @@ def _linear_backward(grad: Tensor, arguments: Arguments, needs: list[bool]) -> l
 @affine_linear_backward.register_fake
 def _(grad, z, weight, bias, scale, scale_heads, offset, offset_heads, needs, path):
     d_z = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if needs[0] else None
-    rest = (None if x is None else torch.empty_like(x) for x in (weight, bias, scale, offset))
+    # contiguous, however the inputs lie
+    rest = (None if x is None else x.new_empty(x.shape) for x in (weight, bias, scale, offset))
     wide = torch.promote_types(grad.dtype, torch.float32)
     rest = (*rest, grad.new_empty(weight.shape[0], dtype=wide) if needs[5] else None)
     return [g for g, needed in zip((d_z, *rest), needs, strict=True) if needed]

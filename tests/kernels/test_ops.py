@@ -116,6 +116,18 @@ def test_affine_opcheck_of_strided_rows():
     assert passed(ops.affine_linear, [z, *projection()[1:], *vectors("both"), None, "pass", "aten"])
 
 
+@pytest.mark.parametrize("form", ["pass", "delta"])
+def test_affine_linear_opcheck_of_leaves_that_are_not_contiguous(form):
+    z, _, _ = projection()
+    weight, bias = torch.randn(K, N).t(), torch.randn(2 * N)[::2]
+    scale, offset = torch.randn(D, 2).t(), torch.randn(D, 3).t()
+    vectors = [scale, torch.tensor([0, 2]), offset, torch.tensor([0, 1, 3])]
+    args = [torch.randn(2, 3, N), z.detach(), weight, bias, *vectors, [True] * 5 + [False], PASS]
+    assert passed(ops.affine_linear_backward, args)
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in (weight, bias, *vectors)]
+    assert passed(ops.affine_linear, [z, *leaves, None, form, "aten"])
+
+
 def compiled(function):
     """fullgraph: a graph break raises; T stays symbolic and recompiling for another T is an error."""
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -110,7 +110,8 @@ class _Inputs:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator)
+            # whatever the defaults of dtype and device are
+            return torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu")
 
         self.z = draw(shape.T, shape.K).to(device, dtype).requires_grad_()
         self.weight = (draw(shape.N, shape.K) / shape.K**0.5).to(device, dtype)

@@ -139,7 +139,10 @@ def orders(*lengths: int, device: torch.device | str | None = None) -> list[tupl
     lengths: of the dimensions that are summed over, such as T tokens, or T tokens and the N columns that G = dY W sums
     over. Returns for each order one int64 permutation (length,) per dimension, on `device`.
     """
-    generator = torch.Generator().manual_seed(0)
-    given = tuple(torch.arange(length) for length in lengths)
-    shuffled = [tuple(torch.randperm(length, generator=generator) for length in lengths) for _ in range(ORDERS - 1)]
+    # whatever the default device is
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    given = tuple(torch.arange(length, device=cpu) for length in lengths)
+    shuffled = [
+        tuple(torch.randperm(length, generator=generator, device=cpu) for length in lengths) for _ in range(ORDERS - 1)
+    ]
     return [tuple(order.to(device) for order in row) for row in (given, *shuffled)]

@@ -66,7 +66,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _onednn_pack(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     # what is packed goes to the very op that packs: no other reads its layout
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scales.contiguous(), zeros
 
@@ -145,11 +145,12 @@ def is_fast_on_cpu() -> bool:
 
 def trial_error(kind: ProductKind, device: torch.device) -> str | None:
     """What a kind computes wrong in a product of the largest and of random operands; None where it is right."""
-    generator = torch.Generator().manual_seed(0)
+    # whatever the default device is
+    how = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     shape = (kind.multiple * 5, kind.multiple * 37 + 32 * (kind.multiple == 1), kind.multiple * 3)
     N, K, T = shape[0], shape[1], shape[2]
-    rows = torch.randint(-int(kind.row_top), int(kind.row_top) + 1, (T, K), generator=generator).float()
-    weight = torch.randint(-int(kind.weight_top), int(kind.weight_top) + 1, (N, K), generator=generator).float()
+    rows = torch.randint(-int(kind.row_top), int(kind.row_top) + 1, (T, K), **how)
+    weight = torch.randint(-int(kind.weight_top), int(kind.weight_top) + 1, (N, K), **how)
     # the largest sums of either sign
     rows[0], rows[1] = kind.row_top, -kind.row_top
     weight[0], weight[1] = kind.weight_top, -kind.weight_top

@@ -211,6 +211,17 @@ def test_a_wrong_product_is_refused(monkeypatch):
         kind_for("int8", CPU)
 
 
+def test_the_default_device_and_dtype_refuse_no_kind():
+    kind, before = kind_for("int8", CPU), torch.get_default_dtype()
+    try:
+        for device, dtype in (("meta", torch.float32), ("cpu", torch.bfloat16)):
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                assert kind_for("int8", CPU) is kind
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_pairs_that_saturate_are_noticed():
     vnni = torch.cpu._is_vnni_supported()
     error = trial_error(KINDS["onednn"], CPU)

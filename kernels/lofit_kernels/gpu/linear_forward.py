@@ -240,7 +240,8 @@ def prologue_linear(
     operands, y = _operands(z, weight, chosen, descriptors)
     if y.numel() == 0:
         return y
-    gain = torch.ones(triton.cdiv(K, chosen["BLOCK_K"]) * chosen["BLOCK_K"], device=z.device)
+    padded = triton.cdiv(K, chosen["BLOCK_K"]) * chosen["BLOCK_K"]
+    gain = torch.ones(padded, device=z.device, dtype=torch.float32)
     gain[:K].view(-1, head_dim).index_add_(0, scale_heads, scale)
     unit = common_unit(N, K, z.stride(0), weight.stride(0))
     n_tiles = triton.cdiv(T, chosen["BLOCK_T"]) * triton.cdiv(N, chosen["BLOCK_N"])

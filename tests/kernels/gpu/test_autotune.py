@@ -108,6 +108,19 @@ def test_autotune_goes_on_after_a_path_that_fails(monkeypatch):
     assert answer.chosen == ATEN_PASS
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
+def test_autotune_measures_the_same_numbers_whatever_the_defaults_are(device, dtype):
+    expected, before = module._Inputs(TOY, torch.float32, torch.device("cpu")), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = module._Inputs(TOY, torch.float32, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    for got, right in zip(found.expected + found.eager[2], expected.expected + expected.eager[2], strict=True):
+        assert torch.equal(got, right)
+
+
 def test_autotune_refuses():
     with pytest.raises(ValueError, match="scaled heads"):
         only(autotune([Shape(T=4, N=8, H=2, D=4)], torch.float32, torch.device("cpu")))

@@ -190,6 +190,18 @@ def test_linear_errors_name_what_was_got(device, rows, form):
         form(z.float(), weight.float(), None, a, heads, 16, descriptors=True)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_does_not_depend_on_the_default_dtype(device, rows, form):
+    a, heads = parameters("some", 16, device)
+    given = rows(5, H * 16, torch.float16), rows(24, H * 16, torch.float16, seed=2), None, a, heads, 16
+    expected, before = form(*given), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(form(*given), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_linear_launches(device, rows, monkeypatch):
     # an older Triton leaves out some descriptors, see test_tiles.py
     monkeypatch.setattr(matmul, "_TRITON", (3, 7))

@@ -70,8 +70,9 @@ def path_of(peer: str, shape: Shape, dtype: torch.dtype) -> tuple[str, str] | No
         return PATHS[_PEERS[peer]]
     parts = {} if peer == "ours" else dict(zip(("form", "backend", "gemm"), peer.split(), strict=False))
     many = is_many(shape.n_scale, shape.H)
+    case = {"has_scale": shape.n_scale > 0, "many_heads": many, "has_offset": shape.n_offset > 0}
     try:
-        chosen = plan(has_scale=shape.n_scale > 0, many_heads=many, dtype=dtype, device_type="cuda", **parts)
+        chosen = plan(**case, dtype=dtype, device_type="cuda", **parts)
     except ValueError:
         return None
     return chosen.forward, chosen.backward

@@ -205,9 +205,9 @@ NEEDS: dict[str, Callable[[torch.device], str | None]] = {"triton": no_triton, "
 
 def _path_refusal(p: Projection, form: str, **path: str) -> str | None:
     """Why this path of ours cannot be taken, in dispatch's own words."""
-    has_scale, device_type = p.scale is not None, p.z.device.type
+    case = {"has_scale": p.scale is not None, "has_offset": p.offset is not None}
     try:
-        chosen = plan(has_scale=has_scale, dtype=p.z.dtype, device_type=device_type, form=form, **path)
+        chosen = plan(**case, dtype=p.z.dtype, device_type=p.z.device.type, form=form, **path)
     except ValueError as refused:
         return str(refused)
     return None if chosen.form == form else f"without a scale this is the {chosen.form}"

@@ -21,6 +21,7 @@ from benchmarks.speed.gpu.whole_steps import rows_of_step, time_steps
 from benchmarks.speed.step.row_settings import STOCK
 from benchmarks.speed.step.rows import Row, live
 from benchmarks.speed.step.steps import vectors
+from lofit_kernels import dispatch
 from lofit_kernels.roofline import DEVICES
 from lofit_kernels.shapes import SHAPES
 
@@ -324,6 +325,24 @@ def test_predictions_stand_beside_what_was_measured():
     misses = hour_summary.largest_misses(list(found.values()))
     assert "floor" not in [one.peer for one in misses] and misses[0].miss >= misses[-1].miss >= 1
     assert any("longer than the device" in line for line in hour_summary._seen(misses[0], list(found.values())))
+
+
+@pytest.mark.parametrize(
+    ("setting", "peer", "path"),
+    [
+        ("step 1", "ours", ("pass", "pass")),
+        ("step 2", "ours", ("fold", "fold")),
+        ("both", "ours", ("dither", "dither")),
+        ("both few", "ours", ("dither", "dither")),
+        ("few scales", "ours", ("dither", "dither")),
+        ("step 2", "dither aten", ("dither", "dither")),
+        ("step 2", "pass aten", ("fold", "fold")),
+    ],
+)
+def test_a_prediction_is_of_the_path_that_runs(monkeypatch, setting, peer, path):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    shape = hour_predictions.shape_of("Gemma-2-9B", setting, 4096)
+    assert hour_predictions.path_of(peer, shape, torch.bfloat16) == path
 
 
 def test_the_worst_of_each_peer_are_the_largest_misses():

@@ -54,6 +54,16 @@ def test_the_floor_trains_nothing():
     assert len(step(OPERATORS["hook"], p)) == 3
 
 
+def test_an_offset_alone_has_a_dither_of_its_own():
+    p = projection("step 2", SHAPES["toy"], 9, torch.bfloat16, "cpu")
+    assert OPERATORS["dither aten"].refusal(p) is None
+    assert OPERATORS["pass aten"].refusal(p) == "without a scale this is the fold"
+    dithered, folded = (OPERATORS[name].forward(p.z, p) for name in ("dither aten", "fold aten"))
+    assert not torch.equal(dithered, folded)
+    alone = projection("step 2", SHAPES["toy"], 9, torch.float32, "cpu")
+    assert "rounds to 16 bits" in OPERATORS["dither aten"].refusal(alone)
+
+
 def test_an_operator_is_a_path_of_ours_or_has_its_peers_name():
     assert {name for name, row in EVERYONE.items() if not row.ours} <= PEERS.keys()
     assert EVERYONE.keys() & {"floor", "ours", "hook", "original", "fold_eager", "lora_all"} <= PEERS.keys()

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from lofit_kernels import answers, reference
 from lofit_kernels.answers import Key, Path
+from lofit_kernels.devices import unserved
 from lofit_kernels.dispatch import is_many, plan, valid_paths
 from lofit_kernels.error_bound import allowed_error, largest_error, orders, projection_margins
 from lofit_kernels.functional import head_affine_linear, head_index
@@ -63,12 +64,16 @@ def autotune(
     """Measure every candidate for each shape with scaled heads, one answer at a time.
 
     backends: those to try, by default those that the device computes with; "triton" on a CPU needs its interpreter.
+    Others are compared with the device's default path; with the default of the first of these where its backend is not
+    among them.
     rounds: timed ones, after one that is thrown away.
-    Raises ValueError for a shape without scaled heads (its one path is the fold) or less than one round, RuntimeError
-    where the default path itself gives wrong numbers.
+    Raises ValueError for a shape without scaled heads (its one path is the fold), less than one round, no backend, or
+    one that the device does not compute with; RuntimeError where the default path itself gives wrong numbers.
     """
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
+    if backends is not None and not backends:
+        raise ValueError("expected at least one backend, or None for the device's own, got none")
     for shape in shapes:
         if not shape.n_scale:
             raise ValueError(f"expected scaled heads: without them there is one path; got {shape}")
@@ -77,9 +82,12 @@ def autotune(
 
 def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, backends, rounds: int) -> Answer:
     case = {"has_scale": True, "many_heads": is_many(shape.n_scale * shape.D, shape.K), "dtype": dtype}
-    default = plan(**case, device_type=device.type).path
+    here = {"device_type": device.type, "refusal": unserved(device)}
+    default = plan(**case, **here).path
     if backends is None:
         backends = tuple(dict.fromkeys((default.backend, "aten")))
+    elif default.backend not in backends:
+        default = plan(**case, **here, backend=backends[0]).path
     candidates = valid_paths(**case, backends=tuple(backends), safe_only=True)
     candidates = [default, *(path for path in candidates if path != default)]
     inputs = _Inputs(shape, dtype, device)

@@ -17,6 +17,7 @@ from lofit_fast.patching.architectures import find_projections, outputs_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_kernels import answers, roofline
 from lofit_kernels.autotune import ROUNDS, Answer, autotune
+from lofit_kernels.devices import unserved
 from lofit_kernels.dispatch import SMALL_SCALES, Plan, answers_for, is_many, plan, use_answers
 from lofit_kernels.roofline import DEVICES, Device, Shape
 from lofit_kernels.shapes import SHAPES
@@ -109,15 +110,16 @@ def plan_layers(
     device: "present", with what was measured on it, or a name in `roofline.DEVICES`. No cost is predicted for a device
     that is not there, or in float64. Raises ValueError for an unknown device.
     """
-    name, kind, model = _device(device)
+    name, kind, model, refusal = _device(device)
+    here = {"device_type": kind, "refusal": refusal}
     return [
-        _layer_row(layer, scaled, shifted, tokens, dtype, kind, model, {} if name is None else answers_for(name))
+        _layer_row(layer, scaled, shifted, tokens, dtype, here, model, {} if name is None else answers_for(name))
         for layer, scaled, shifted in zip(layers, n_scale, n_offset, strict=True)
     ]
 
 
 def _layer_row(
-    layer: Layer, scaled: int, shifted: int, tokens: int, dtype: torch.dtype, kind: str, model: Device | None, known
+    layer: Layer, scaled: int, shifted: int, tokens: int, dtype: torch.dtype, here: dict, model: Device | None, known
 ) -> dict:
     row = {**asdict(layer), "scaled": scaled, "shifted": shifted}
     if not scaled and not shifted:
@@ -127,7 +129,7 @@ def _layer_row(
         answer = known.get(answers.key(dtype, layer.N, layer.H * layer.D, layer.D, scaled, tokens))
     many = is_many(scaled, layer.H)
     case = {"has_scale": scaled > 0, "many_heads": many, "has_offset": shifted > 0}
-    chosen = plan(**case, dtype=dtype, device_type=kind, answer=answer)
+    chosen = plan(**case, **here, dtype=dtype, answer=answer)
     row |= {"forward": chosen.forward, "backward": chosen.backward, "backend": chosen.backend, "gemm": chosen.gemm}
     row |= {"why": chosen.reason, "small_scales": SMALL_SCALES[chosen.form, dtype]}
     return row | _cost(layer, scaled, shifted, tokens, dtype, model, chosen)
@@ -140,15 +142,15 @@ def _cost(layer: Layer, scaled: int, shifted: int, tokens, dtype, model: Device 
     return {**asdict(roofline.predict((chosen.forward, chosen.backward), shape, model)), "evidence": EVIDENCE}
 
 
-def _device(name: str) -> tuple[str | None, str, Device | None]:
-    """(name that answers are filed under, torch's kind of device, its roofline)."""
+def _device(name: str) -> tuple[str | None, str, Device | None, str | None]:
+    """(name that answers are filed under, torch's kind of device, its roofline, why no Triton kernel serves it)."""
     if name == PRESENT:
         device = best_device()
         filed = answers.device_name(device)
-        return filed, device.type, roofline.device_like(filed)
+        return filed, device.type, roofline.device_like(filed), unserved(device)
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}: expected {PRESENT!r} or one of {', '.join(DEVICES)}")
-    return None, "cuda", DEVICES[name]
+    return None, "cuda", DEVICES[name], None
 
 
 def measure_paths(

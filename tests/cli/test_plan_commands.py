@@ -14,7 +14,7 @@ from lofit_fast.cli.options import parse_heads
 from lofit_fast.locks import alone
 from lofit_fast.models import op_paths
 from lofit_fast.models.op_paths import Layer, adapter_heads, layers_of, plan_layers, spread_heads
-from lofit_kernels import answers, roofline
+from lofit_kernels import answers, dispatch, roofline
 from lofit_kernels.dispatch import SMALL_SCALES, answers_for, plan, plan_for, use_answers
 from tests.cli.calling import as_json, call, error_of
 from tests.tiny_families import tiny_family
@@ -120,6 +120,17 @@ def test_plan_layers_in_float32_takes_the_pass():
     (row,) = plan_layers(LLAMA[:1], [4], [0], tokens=64, dtype=torch.float32, device="A100")
     assert (row["forward"], row["small_scales"]) == ("pass", "every |a| acts")
     assert row["ratio"] > 1
+
+
+def test_plan_layers_of_a_device_without_kernels_are_of_aten(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(op_paths, "best_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(op_paths.answers, "device_name", lambda device: "an older device")
+    use_answers("an older device", {})
+    for refusal, backend in ((None, "triton"), ("no Triton tiles", "aten")):
+        monkeypatch.setattr(op_paths, "unserved", lambda device, refusal=refusal: refusal)
+        rows = plan_layers(LLAMA, [4, 1, 0], [0, 0, 2], tokens=64, dtype=torch.bfloat16)
+        assert [row["backend"] for row in rows] == 3 * [backend]
 
 
 def test_plan_layers_of_an_unknown_device():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lofit_kernels import answers
+from lofit_kernels import answers, dispatch
 from lofit_kernels import autotune as module
 from lofit_kernels.answers import Path
 from lofit_kernels.autotune import Answer, autotune
@@ -78,6 +78,35 @@ def test_autotune_leaves_the_default_only_for_a_clear_gain(monkeypatch, delta, c
     assert clock.order[2:6] == [ATEN_PASS, ATEN_DELTA, ATEN_DELTA, ATEN_PASS]
 
 
+@pytest.fixture
+def older(monkeypatch):
+    """A CUDA device that no Triton kernel serves."""
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(module, "unserved", lambda device: "no Triton tiles for compute capability 7.5")
+    monkeypatch.setattr(module, "_wait", lambda device: None)
+    return torch.device("cuda", 0)
+
+
+def test_autotune_on_a_device_without_kernels_is_of_aten(monkeypatch, older):
+    Clock(monkeypatch, {ATEN_PASS: 1.0, ATEN_DELTA: 0.5})
+    answer = only(autotune([TOY], torch.float32, older, rounds=1))
+    assert (answer.default, answer.chosen) == (ATEN_PASS, ATEN_DELTA)
+    assert set(answer.seconds) == {ATEN_PASS, ATEN_DELTA}
+    with pytest.raises(ValueError, match=r"no Triton tiles for compute capability 7\.5"):
+        only(autotune([TOY], torch.float32, older, backends=("triton",), rounds=1))
+
+
+def test_autotune_compares_with_the_default_of_the_backends_to_try(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(module, "_wait", lambda device: None)
+    dither = ATEN_DELTA._replace(form="dither")
+    Clock(monkeypatch, {ATEN_DELTA: 1.0, dither: 2.0})
+    # where Triton's default is the dither
+    answer = only(autotune([TOY], torch.bfloat16, torch.device("cuda", 0), backends=("aten",), rounds=1))
+    assert answer.default == answer.chosen == ATEN_DELTA
+    assert set(answer.seconds) == {ATEN_DELTA, dither}
+
+
 def test_autotune_refuses_wrong_numbers(monkeypatch):
     def wrong(*args, form, **options):
         y = right(*args, form=form, **options)
@@ -126,3 +155,5 @@ def test_autotune_refuses():
         only(autotune([Shape(T=4, N=8, H=2, D=4)], torch.float32, torch.device("cpu")))
     with pytest.raises(ValueError, match="at least 1 round, got 0"):
         only(autotune([TOY], torch.float32, torch.device("cpu"), rounds=0))
+    with pytest.raises(ValueError, match="at least one backend, or None .* got none"):
+        only(autotune([TOY], torch.float32, torch.device("cpu"), backends=()))

@@ -19,6 +19,12 @@ def test_a_step_of_a_kernel_is_where_the_page_says(fragment, file):
     assert fragment in " ".join(SOURCES[file].read_text().split())
 
 
+def test_functions_named_by_the_kernels_page_exist():
+    named = set(re.findall(r"`(_?[a-z]\w*)`", (ROOT / "docs" / "kernels.md").read_text()))
+    words = {word for path in SOURCES.values() for word in re.findall(r"\w+", path.read_text())}
+    assert len(named) > 10 and sorted(named - words) == []
+
+
 def test_every_kernel_file_has_steps():
     assert {"offset.py", "offset_grouped.py", "affine.py", "linear_forward.py", "linear_backward.py"} <= {
         file for _, file in STEPS

@@ -2,6 +2,9 @@
 
 z -> (1 + g2 a) z + g1 v with g1, g2 in [0, 1] per head: hard concrete gates (arXiv:1712.01312), so that a gate can be
 exactly closed and still has a gradient. The penalty is the expected number of open gates.
+
+The authors' trainer weighs the gates by a schedule and keeps the best of 20 epochs. Ours does neither: `gate_weight`
+is constant, and what the last step leaves is evaluated.
 """
 
 import math

@@ -77,6 +77,6 @@ class Arguments(NamedTuple):
 
     @staticmethod
     def placed(gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients of (z, weight, bias, scale, offset, folded) at the places of `tensors`."""
+        """The gradients of (z, weight, bias, scale, offset, folded) at their places in the flat form."""
         z, weight, bias, scale, offset, folded = gradients
         return z, weight, bias, scale, None, offset, None, folded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed.results import BenchResults, label, peer_label
+from benchmarks.speed.results import BenchResults, label, largest_peak, peer_label
 from lofit_fast.plots import new_figure, save_figure
 
 _OURS, _OTHERS = "tab:blue", "tab:gray"
@@ -65,8 +65,8 @@ def _memory(results: BenchResults, path: Path) -> Path | None:
     figure, axes = new_figure((8, 0.8 + 0.3 * len(cells)))
     names = [f"{model}: {label(cell)}" for model, cell in cells]
     colors = [_OURS if cell["peer"] == "ours" else _OTHERS for _, cell in cells]
-    _bars(axes, names, [cell["first_peak"] / _GB for _, cell in cells], None, colors)
-    axes.set(xlabel="GB above the loaded model over 5 steps, compiling included")
+    _bars(axes, names, [largest_peak(cell) / _GB for _, cell in cells], None, colors)
+    axes.set(xlabel="GB above the loaded model, the largest of all steps, compiling included")
     return save_figure(figure, path)
 
 

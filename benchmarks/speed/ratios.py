@@ -1,12 +1,20 @@
-"""summary.json: the ratios of the present machine, from its cells."""
+"""summary.json: the ratios of the present machine, from its cells.
+
+python -m benchmarks.speed.ratios [RESULTS ...]    # again, from each folder's own cells; nothing is timed
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from benchmarks.speed.cells import Store
+import typer
+
+from benchmarks.speed.cells import RESULTS, Store
 from benchmarks.speed.elsewhere import filled
+from benchmarks.speed.results import largest_peak
 from benchmarks.speed.step.packaged_models import MODELS
 from benchmarks.speed.timing import Ratio, machine, ratio
 from lofit_fast.files import write_json
@@ -27,6 +35,16 @@ def write_summary(results: Path, store: Store, planned: Sequence[str] = ()) -> P
         "planned": list(planned),
         "evidence": "GPU clock" if machine()["device"] != "cpu" else "CPU clock",
     }
+    return _written(results, store, meta)
+
+
+def rewrite_summary(results: Path) -> Path:
+    """Write <results>/summary.json again, from the very cells that it was made of, wherever that was."""
+    meta = json.loads((results / "summary.json").read_text())["meta"]
+    return _written(results, Store(results / meta["results"], meta["stamp"]), meta)
+
+
+def _written(results: Path, store: Store, meta: dict) -> Path:
     path = results / "summary.json"
     summary = {**{model: summarize(store.read, model) for model in MODELS}, "meta": meta}
     write_json(path, filled(summary, results))
@@ -48,7 +66,7 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
         **_one("int8_speedup", int8.get("step 2")),
         "int8_speedup_rows": int8,
         **_worse("vs_hook_as_run_int8", _rows(steps, ("hook", "as run"), ("ours", "int8")), min),
-        "peak_memory_vs_hook": max((row["first"] for row in peak.values()), default=None),
+        "peak_memory_vs_hook": max((row["peak"] for row in peak.values()), default=None),
         "peak_memory_vs_hook_rows": peak,
     }
     prefix, scoring, sweep = (read(f"{model}/{name}") or {} for name in ("prefix cache", "scoring", "sweep"))
@@ -127,11 +145,24 @@ def _answers(cell: dict) -> dict:
 
 
 def _memory(read: Callable[[str], dict | None], model: str) -> dict[str, dict]:
-    """Per step, our peak over the hook's: over the first steps, compiling included, and over later ones."""
+    """Per step, our peak over the hook's: over the first steps, compiling included, over later ones, and over all."""
     found = {}
     for step in STEPS:
         ours, hook = (read(f"{model}/memory {name} {step}") for name in ("ours", "hook"))
         if _whole(ours) and _whole(hook):
             pair = {"first": "first_peak", "steady": "steady_peak"}
-            found[step] = {name: ours[key] / hook[key] for name, key in pair.items()}
+            rows = {name: ours[key] / hook[key] for name, key in pair.items()}
+            found[step] = {**rows, "peak": largest_peak(ours) / largest_peak(hook)}
     return found
+
+
+def main(
+    results: Annotated[list[Path] | None, typer.Argument(help="Folders with a summary.json of make bench.")] = None,
+) -> None:
+    """Write summaries again from their cells. Nothing is measured."""
+    for folder in results or [RESULTS]:
+        print(f"wrote {rewrite_summary(folder)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -77,7 +77,7 @@ def _reading() -> str:
         "and waits while the others have their turn: what frees and allocates pages in every step, as hooks and "
         "LoRA do, is slower for it than alone. "
         "<em>Frozen floor</em>: no adapter, backward down to the same lowest layer, no optimizer. No peer is timed "
-        "before its loss is right.</p>"
+        "before its loss is right. <em>Memory</em> is the largest of all steps that were taken, compiling included.</p>"
     )
 
 

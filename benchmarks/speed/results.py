@@ -134,6 +134,11 @@ def label(row: dict) -> str:
     return f"{name}, {row['step']}" if row.get("step") else name
 
 
+def largest_peak(cell: dict) -> int:
+    """The memory that a run needs: the larger of what its first steps took, compiling included, and later ones."""
+    return max(cell["first_peak"], cell["steady_peak"])
+
+
 def peer_label(name: str) -> str:
     """A peer's label; what is no peer, as a path of ours or a setting of the prefix cache, keeps its name."""
     return PEERS[name].label if name in PEERS else name

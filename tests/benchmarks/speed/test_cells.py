@@ -10,7 +10,7 @@ from benchmarks.speed import cells
 from benchmarks.speed.__main__ import BUDGET, main, measured_cell, run_cells
 from benchmarks.speed.cell_plan import PLANNED_MINUTES, memory_rows, plan
 from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slug
-from benchmarks.speed.ratios import STEPS, summarize, write_summary
+from benchmarks.speed.ratios import STEPS, rewrite_summary, summarize, write_summary
 from benchmarks.speed.step import packaged_models
 from lofit_fast.models.load import ALIASES, Packaged
 
@@ -197,6 +197,30 @@ def test_the_summary_carries_the_worse_row():
     assert summary["prefix_cache_speedup"] == 2.0
     assert summary["mc_scoring_speedup"] is None
     assert summary["absent"] == {"scoring": "not built"}
+
+
+def test_memory_is_the_larger_of_both_peaks():
+    cells = cells_of("M")
+    cells["M/memory ours step 2"] |= {"first_peak": 2, "steady_peak": 4}
+    cells["M/memory hook step 1"] |= {"first_peak": 10, "steady_peak": 12}
+    summary = summarize(cells.get, "M")
+    assert summary["peak_memory_vs_hook"] == pytest.approx(4 / 8)
+    assert summary["peak_memory_vs_hook_rows"]["step 1"]["peak"] == pytest.approx(3 / 12)
+
+
+def test_a_summary_is_written_again_from_its_own_cells(store, tmp_path):
+    first = write_summary(tmp_path, store, ["M/steps"])
+    content = json.loads(first.read_text())
+    content["meta"] |= {"processor": "of another machine", "stamp": {"code": "another's"}}
+    first.write_text(json.dumps(content))
+    speedup = {"median": 9, "low": 8, "high": 10}
+    cell = {"cell": "SmolLM2-135M/scoring", "stamp": {"code": "another's"}, "speedup": speedup}
+    path = store.path("SmolLM2-135M/scoring")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(cell))
+    again = json.loads(rewrite_summary(tmp_path).read_text())
+    assert again["SmolLM2-135M"]["mc_scoring_speedup"] == 9
+    assert again["meta"] == content["meta"]
 
 
 def test_a_row_alone_is_no_summary():

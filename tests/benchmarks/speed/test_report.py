@@ -42,7 +42,7 @@ def results(tmp_path):
             + [{"peer": "beft", "setting": "as run", "step": "", "absent": "not <installed>"}]
         },
         "SmolLM2-135M/peers same engine": {"rows": [timed("ours", "same engine", "step 2", 1.02)]},
-        "SmolLM2-135M/memory ours step 1": {"peer": "ours", "step": "step 1", "first_peak": 4e8},
+        "SmolLM2-135M/memory ours step 1": {"peer": "ours", "step": "step 1", "first_peak": 4e8, "steady_peak": 5e8},
         "SmolLM2-135M/whole run hook": {"peer": "hook", "seconds": 50.0},
         "SmolLM2-135M/profile": {"steps": [{"row": "ours, step 1", "kinds": {"GEMM": 0.06, "other": 0.04}}]},
         "SmolLM2-135M/losses float32": {

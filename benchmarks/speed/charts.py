@@ -1,4 +1,4 @@
-"""The benchmark's pictures: ratios with their intervals, memory, whole runs."""
+"""The benchmark's pictures: ratios with their brackets, memory, whole runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GB = 1e9
 
 def draw_all(results: BenchResults, folder: Path) -> dict[str, Path]:
     """Every picture there is data for, as PNG files in the folder: title -> path."""
-    drawn: dict[str, Path | None] = {"Speed-ups, 95 % intervals": _speedups(results, folder / "speedups.png")}
+    drawn: dict[str, Path | None] = {"Speed-ups and their brackets": _speedups(results, folder / "speedups.png")}
     for model in results.models():
         slug = model.lower()
         drawn[f"{model}: training step over the frozen floor"] = _steps(results, model, folder / f"steps-{slug}.png")

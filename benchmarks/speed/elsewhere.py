@@ -33,7 +33,7 @@ def filled(summary: dict, results: Path) -> dict:
                 continue
             found = next((at for at, other in others.items() if other.get(model, {}).get(key) is not None), None)
             taken = others[found][model] if found else {}
-            of_model |= {name: taken.get(name) for name in (key, f"{key}_interval")}
+            of_model |= {name: taken.get(name) for name in (key, f"{key}_interval", f"{key}_rounds")}
             if found:
                 of_model.setdefault(ELSEWHERE, {})[key] = found
                 used.add(found)

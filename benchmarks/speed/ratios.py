@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from benchmarks.speed.cells import RESULTS, Store
 from benchmarks.speed.elsewhere import filled
 from benchmarks.speed.results import largest_peak
 from benchmarks.speed.step.packaged_models import MODELS
-from benchmarks.speed.timing import Ratio, machine, ratio
+from benchmarks.speed.timing import machine, ratio
 from lofit_fast.files import write_json
 
 STEPS = ("step 1", "step 2")
@@ -76,7 +77,8 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
     summary |= _answers(answers)
     for run, cell in (("fast_run", fast), ("fast_run_all_positions", read(f"{model}/fast run all positions") or {})):
         for peer in ("hook", "lora_all"):
-            summary |= _one(f"{run}_vs_{peer}", cell.get("ratios", {}).get(peer))
+            whole = cell.get("whole_run_seconds", {}).get(peer)
+            summary |= _one(f"{run}_vs_{peer}", _ratio(whole, whole and [cell["ours"]["seconds"]] * len(whole)))
     careful = read(f"{model}/careful steps")
     for peer in ("hook", "lora_all"):
         pair = (
@@ -84,7 +86,8 @@ def summarize(read: Callable[[str], dict | None], model: str) -> dict:
             for name, setting in ((peer, "tuned stock"), ("ours", "same engine"))
         )
         summary |= _one(f"vs_{peer}_tuned_stock", _ratio(*pair))
-    summary |= _one("mc_scoring_speedup", scoring.get("speedup"))
+    seconds = scoring.get("seconds", {})
+    summary |= _one("mc_scoring_speedup", _ratio(seconds.get("per_answer"), seconds.get("packed")))
     if sweep:
         summary |= _one("sweep_speedup", sweep.get("speedup"))
         summary |= _one("sweep_jobs_speedup", sweep.get("speedup_jobs"))
@@ -115,11 +118,7 @@ def _seconds(cell: dict | None, peer: str, setting: str, step: str) -> list[floa
 
 
 def _ratio(numerator: list[float] | None, denominator: list[float] | None) -> dict | None:
-    return _plain(ratio(numerator, denominator)) if numerator and denominator else None
-
-
-def _plain(made: Ratio) -> dict:
-    return {"median": made.median, "low": made.low, "high": made.high}
+    return asdict(ratio(numerator, denominator)) if numerator and denominator else None
 
 
 def _worse(key: str, rows: dict[str, dict], worse: Callable) -> dict:
@@ -130,9 +129,9 @@ def _worse(key: str, rows: dict[str, dict], worse: Callable) -> dict:
 
 def _one(key: str, made: dict | None) -> dict:
     if not made:
-        return {key: None, f"{key}_interval": None}
+        return {key: None, f"{key}_interval": None, f"{key}_rounds": None}
     interval = None if made["low"] is None else [made["low"], made["high"]]
-    return {key: made["median"], f"{key}_interval": interval}
+    return {key: made["median"], f"{key}_interval": interval, f"{key}_rounds": made.get("rounds")}
 
 
 def _answers(cell: dict) -> dict:
@@ -141,7 +140,8 @@ def _answers(cell: dict) -> dict:
     worst = min(steps.values(), key=lambda one: one["speedup_with_filling"], default=None)
     filled = {f"{key}_filled": worst and worst["speedup"]["median"]}
     interval = worst and [worst["speedup"]["low"], worst["speedup"]["high"]]
-    return {key: worst and worst["speedup_with_filling"], **filled, f"{key}_filled_interval": interval}
+    filled |= {f"{key}_filled_interval": interval, f"{key}_filled_rounds": cell.get("rounds")}
+    return {key: worst and worst["speedup_with_filling"], **filled}
 
 
 def _memory(read: Callable[[str], dict | None], model: str) -> dict[str, dict]:

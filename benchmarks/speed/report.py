@@ -13,13 +13,13 @@ import typer
 from benchmarks.speed.cells import RESULTS
 from benchmarks.speed.charts import draw_all
 from benchmarks.speed.results import ELSEWHERE, BenchResults, Target, label, peer_label
+from benchmarks.speed.timing import bracket
 from lofit_fast.files import whole_folder
 from lofit_fast.plots import picture_html
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:.25em .8em;text-align:left}
 img{max-width:100%}.met{color:#176b2c}.missed{color:#a61b1b}code{background:#f3f3f3}"""
-_WORDS = {True: "met", False: "missed", None: "not measured"}
 
 
 def write_report(results: Path | str, output: Path | str) -> Path:
@@ -49,11 +49,11 @@ def markdown_table(results: BenchResults) -> str:
 
 
 def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
-    targets = [(t.model, t.words, _measured(t), _bound(t), _WORDS[t.met]) for t in results.targets()]
+    targets = [(t.model, t.words, _measured(t), _bound(t), t.verdict) for t in results.targets()]
     body = [
         f"<h1>lofit-fast: benchmark</h1><p>{html.escape(_provenance(results))}</p>",
         _reading(),
-        _section("Targets", ("model", "ratio", "measured (95 %)", "target", ""), targets),
+        _section("Targets", ("model", "ratio", "measured", "target", ""), targets),
         *(picture_html(title, path) for title, path in pictures.items()),
         _profiles(results),
         _losses(results),
@@ -69,8 +69,10 @@ def _page(results: BenchResults, pictures: dict[str, Path]) -> str:
 
 def _reading() -> str:
     return (
-        "<p>A ratio is the median over interleaved pairs of rounds on the same examples, with its 95 % bootstrap "
-        "interval; of the two rows (step 1: scales on all heads; step 2: offsets on 10 % of the heads, layer 0 among "
+        "<p>A ratio is the median over interleaved pairs of rounds on the same examples. Its bracket is the 95 % "
+        "bootstrap interval from 6 rounds on, and the range of fewer rounds, which it then names. A target is met, or "
+        "missed, where all of the bracket says so; else it is not decided. Of the two rows "
+        "(step 1: scales on all heads; step 2: offsets on 10 % of the heads, layer 0 among "
         "them) the worse one is shown. <em>As its users run it</em>: full logits, right padding, unsorted batches of "
         "8, sdpa attention, AdamW. <em>Same engine</em>: everything of ours around it, only the adapter differs; on a "
         "CPU that is packed rows, compiled layers and a heap held in large pages. Each row has a process of its own, "
@@ -114,7 +116,7 @@ def _generation(results: BenchResults) -> str:
             continue
         for row in cell.get("rows", []):
             times = cell["against_ours"].get(row["peer"])
-            times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**times) if times else ""
+            times = _with_bracket(times, len(row["seconds"])) if times else ""
             median = f"{statistics.median(row['seconds']):.2f} s"
             rows.append((name.partition("/")[0], label(row), row["setting"], median, times))
     heads = ("model", "method", "setting", "median", "/ lofit-fast")
@@ -143,7 +145,7 @@ def _layers(results: BenchResults) -> str:
     for group in cell["groups"]:
         where = f"{group['level']} of {group['model']}, {group['setting']}, T = {group['T']}, {group['dtype']}"
         for name, one in group["peers"].items():
-            times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**one["vs_floor"]) if "vs_floor" in one else ""
+            times = _with_bracket(one["vs_floor"], one["rounds"]) if "vs_floor" in one else ""
             rows.append((where, peer_label(name), f"{one['ms']:.2f} ms", times))
     return _section("Layers", ("what", "peer", "median", "/ floor"), rows)
 
@@ -169,9 +171,13 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _measured(target: Target) -> str:
     if target.value is None:
         return "not measured"
-    interval = "" if target.interval is None else " ({:.2f} to {:.2f})".format(*target.interval)
+    interval = "" if target.interval is None else f" {bracket(*target.interval, target.rounds)}"
     of_machine = f" [{target.elsewhere}]" if target.elsewhere else ""
     return f"{target.value:.2f}{interval}{of_machine}"
+
+
+def _with_bracket(made: dict, rounds: int) -> str:
+    return f"{made['median']:.2f} {bracket(made['low'], made['high'], rounds)}"
 
 
 def _bound(target: Target) -> str:

@@ -45,8 +45,9 @@ ELSEWHERE = "elsewhere"
 
 @dataclass(frozen=True)
 class Target:
-    """A promised ratio and what was measured. interval: 95 %, None where the ratio has none (memory).
+    """A promised ratio and what was measured.
 
+    interval: the bracket of `timing.Ratio`, None where the ratio has none (memory). rounds: that it is of.
     elsewhere: the folder of the machine that it is of, None for the summary's own.
     """
 
@@ -57,16 +58,17 @@ class Target:
     at_least: bool
     value: float | None
     interval: tuple[float, float] | None
+    rounds: int | None
     elsewhere: str | None = None
 
     @property
-    def met(self) -> bool | None:
-        """Whether it holds; None if it was not measured. The floor's holds when its interval reaches the bound."""
+    def verdict(self) -> str:
+        """Met or missed, where all of the bracket says the same as the median."""
         if self.value is None:
-            return None
-        if self.at_least:
-            return self.value >= self.bound
-        return (self.interval[0] if self.key == "vs_floor" and self.interval else self.value) <= self.bound
+            return "not measured"
+        numbers = (self.value, *(self.interval or ()))
+        holds = {number >= self.bound if self.at_least else number <= self.bound for number in numbers}
+        return "not decided" if len(holds) > 1 else "met" if holds.pop() else "missed"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class BenchResults:
             for key, words, bound, at_least in TARGETS.get(model, ()):
                 of_model = self.summary[model]
                 interval, elsewhere = of_model.get(f"{key}_interval"), of_model.get(ELSEWHERE, {}).get(key)
-                found = (of_model.get(key), interval and tuple(interval), elsewhere)
+                found = (of_model.get(key), interval and tuple(interval), of_model.get(f"{key}_rounds"), elsewhere)
                 rows.append(Target(model, key, words, bound, at_least, *found))
         return rows
 

@@ -164,7 +164,8 @@ def cells_of(model):
             }
         },
         f"{model}/fast run": {
-            "ratios": {peer: {"median": 5.0, "low": 4.0, "high": 6.0} for peer in ("hook", "lora_all")}
+            "ours": {"seconds": 2.0},
+            "whole_run_seconds": {peer: [8.0, 12.0] for peer in ("hook", "lora_all")},
         },
         f"{model}/careful steps": {
             "rows": [
@@ -185,7 +186,8 @@ def cells_of(model):
 def test_the_summary_carries_the_worse_row():
     summary = summarize(cells_of("M").get, "M")
     assert summary["vs_hook_as_run"] == 5.0
-    assert summary["vs_hook_as_run_interval"] == [4.0, 6.0]
+    assert (summary["vs_hook_as_run_interval"], summary["vs_hook_as_run_rounds"]) == ([4.0, 6.0], 3)
+    assert summary["fast_run_vs_hook_rounds"] == 2
     assert summary["vs_hook_as_run_rows"]["step 2"]["median"] == 7.0
     assert summary["vs_lora_all_as_run"] == 4.5
     assert summary["vs_floor"] == 2.0
@@ -213,8 +215,8 @@ def test_a_summary_is_written_again_from_its_own_cells(store, tmp_path):
     content = json.loads(first.read_text())
     content["meta"] |= {"processor": "of another machine", "stamp": {"code": "another's"}}
     first.write_text(json.dumps(content))
-    speedup = {"median": 9, "low": 8, "high": 10}
-    cell = {"cell": "SmolLM2-135M/scoring", "stamp": {"code": "another's"}, "speedup": speedup}
+    seconds = {"per_answer": [9.0], "packed": [1.0]}
+    cell = {"cell": "SmolLM2-135M/scoring", "stamp": {"code": "another's"}, "seconds": seconds}
     path = store.path("SmolLM2-135M/scoring")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(cell))

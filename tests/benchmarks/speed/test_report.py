@@ -33,8 +33,9 @@ def timed(peer, setting, step, median):
 @pytest.fixture
 def results(tmp_path):
     """A folder as make bench leaves it, with one cell of other code in it."""
-    smol = {"vs_hook_as_run": 4.2, "vs_hook_as_run_interval": [4.0, 4.4]}
-    smol |= {"vs_floor": 1.04, "vs_floor_interval": [1.02, 1.06]}
+    smol = {"vs_hook_as_run": 4.2, "vs_hook_as_run_interval": [4.0, 4.4], "vs_hook_as_run_rounds": 5}
+    smol |= {"vs_lora_all_as_run": 5.4, "vs_lora_all_as_run_interval": [5.2, 5.45], "vs_lora_all_as_run_rounds": 7}
+    smol |= {"vs_floor": 1.02, "vs_floor_interval": [1.01, 1.06], "vs_floor_rounds": 5}
     smol |= {"peak_memory_vs_hook": 0.5, "peak_memory_vs_hook_interval": None}
     cells = {
         "SmolLM2-135M/peers as run": {
@@ -55,7 +56,11 @@ def results(tmp_path):
         "layers": {
             "groups": [
                 {"level": "layer", "model": "Llama-3-8B", "setting": "step 1", "T": 256, "dtype": "bfloat16"}
-                | {"peers": {"lora_all": {"ms": 3.0, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}}}
+                | {
+                    "peers": {
+                        "lora_all": {"ms": 3.0, "rounds": 7, "vs_floor": {"median": 1.5, "low": 1.4, "high": 1.6}}
+                    }
+                }
             ]
         },
         "ops": {"benchmarks": [{"group": "g", "name": "op", "seconds": {"median": 0.001}}]},
@@ -103,24 +108,27 @@ def test_the_page_says_what_where_and_what_not(results, tmp_path):
 
 def test_targets_are_judged(results):
     read = BenchResults.read(results)
-    judged = {(t.model, t.key): t.met for t in read.targets()}
-    assert judged["SmolLM2-135M", "vs_hook_as_run"] is True
-    assert judged["SmolLM2-135M", "vs_floor"] is True
-    assert judged["SmolLM2-135M", "peak_memory_vs_hook"] is False
-    assert judged["Gemma-3-270M", "vs_hook_as_run"] is None
+    judged = {(t.model, t.key): t.verdict for t in read.targets()}
+    assert judged["SmolLM2-135M", "vs_hook_as_run"] == "met"
+    assert judged["SmolLM2-135M", "vs_lora_all_as_run"] == "missed"
+    # the median holds, and the bracket reaches over the bound
+    assert judged["SmolLM2-135M", "vs_floor"] == "not decided"
+    assert judged["SmolLM2-135M", "peak_memory_vs_hook"] == "missed"
+    assert judged["Gemma-3-270M", "vs_hook_as_run"] == "not measured"
     assert "SmolLM2-135M/whole run ours" not in read.cells
 
 
 def test_the_table_is_markdown(results):
     table = markdown_table(BenchResults.read(results)).splitlines()
     assert table[0] == "| | SmolLM2-135M | Gemma-3-270M | target |"
-    assert any("4.20 (4.00 to 4.40) | not measured | 4 or more / 7 or more" in line for line in table)
+    assert any("4.20 (4.00 to 4.40, range of 5) | not measured | 4 or more / 7 or more" in line for line in table)
     assert any("runs per hour | not measured | - |" in line for line in table)
     assert "CPU clock" in table[-1]
 
 
 def test_what_a_machine_lacks_is_anothers_and_says_so(results):
-    other = {"SmolLM2-135M": {"int8_speedup": 1.4, "int8_speedup_interval": [1.3, 1.5], "vs_hook_as_run": 9.0}}
+    int8 = {"int8_speedup": 1.4, "int8_speedup_interval": [1.3, 1.5], "int8_speedup_rounds": 3}
+    other = {"SmolLM2-135M": {**int8, "vs_hook_as_run": 9.0}}
     (results / "slow").mkdir()
     (results / "slow" / "summary.json").write_text(json.dumps({**other, "meta": {**META, "commit": "f" * 40}}))
     for _ in range(2):
@@ -130,7 +138,7 @@ def test_what_a_machine_lacks_is_anothers_and_says_so(results):
     assert found["int8_speedup"] == (1.4, "slow") and found["vs_hook_as_run"] == (4.2, None)
     assert read.summary["SmolLM2-135M"]["elsewhere"] == {"int8_speedup": "slow"}
     table = markdown_table(read)
-    assert "1.40 (1.30 to 1.50) [slow]" in table and "[slow]: CPU clock, one machine" in table
+    assert "1.40 (1.30 to 1.50, range of 3) [slow]" in table and "[slow]: CPU clock, one machine" in table
     (results / "slow" / "summary.json").unlink()
     elsewhere.main(results)
     assert BenchResults.read(results).summary["SmolLM2-135M"]["int8_speedup"] is None

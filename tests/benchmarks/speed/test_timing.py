@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.timing import in_turns, interleaved, machine, ratio
+from benchmarks.speed.timing import FOR_INTERVAL, in_turns, interleaved, machine, ratio
 
 
 def test_interleaved_runs_each_once_a_round_in_turning_order():
@@ -28,7 +28,14 @@ def test_interleaved_refuses_no_rounds():
 def test_ratio_is_the_median_of_pairs_inside_its_interval():
     found = ratio([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])
     assert found.median == 3.0
-    assert (found.low, found.high) == (2.0, 4.0)
+    assert (found.low, found.high, found.rounds) == (2.0, 4.0, 3)
+
+
+def test_few_rounds_have_a_range_and_say_so():
+    few = [1.0] * (FOR_INTERVAL - 2) + [9.0]
+    assert str(ratio(few, [1.0] * len(few))) == "1.00 (1.00 to 9.00, range of 5)"
+    many = [1.0] * 20 + [9.0]
+    assert str(ratio(many, [1.0] * len(many))) == "1.00 (1.00 to 1.00)"
 
 
 def test_ratio_of_unpaired_rounds_is_refused():

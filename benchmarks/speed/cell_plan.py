@@ -33,7 +33,8 @@ STEPS = ("step 1", "step 2")
 CORE = (
     *(Row("ours", setting, step) for setting in (SAME_ENGINE, INT8) for step in STEPS),
     Row("floor", SAME_ENGINE),
-    *(Row("hook", AS_RUN, step) for step in STEPS),
+    # a hook in our engine says what of the gain is the op's, and what the engine's
+    *(Row("hook", setting, step) for setting in (AS_RUN, SAME_ENGINE) for step in STEPS),
     Row("lora_all", AS_RUN),
 )
 # ours beside the peers in the loop of a careful user
@@ -53,7 +54,7 @@ PREFIX_ROUNDS, SCORING_ROUNDS, PEER_ROUNDS, GENERATION_ROUNDS, ANSWER_ROUNDS = 5
 FAST_PART = 32
 LOSS_EXAMPLES = 16
 # minutes of `make bench` in all: below its limit of 75, for a machine that is a little slower than the one planned for
-PLANNED_MINUTES = 65.0
+PLANNED_MINUTES = 70.0
 
 
 def memory_rows(step: str) -> tuple[Row, Row]:
@@ -90,7 +91,7 @@ def _headline(model: str) -> list[Cell]:
         memory = zip((row for step in STEPS for row in memory_rows(step)), (0.5, 1.1, 0.45, 1.3), strict=True)
     else:
         memory = zip(memory_rows("step 2"), (0.8, 1.05), strict=True)
-    steps = Cell(f"{model}/steps", partial(_core, model), 11.7 if model == FIRST else 14.1)
+    steps = Cell(f"{model}/steps", partial(_core, model), 14.7 if model == FIRST else 17.6)
     memory = [_memory(model, row, minutes) for row, minutes in memory]
     answers = Cell(f"{model}/answer only", partial(_answers, model), 2)
     return [steps, *memory, answers, Cell(f"{model}/fast run", partial(_fast_run, model, "answer"), 5)]

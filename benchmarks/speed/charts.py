@@ -31,7 +31,10 @@ def _speedups(results: BenchResults, path: Path) -> Path | None:
     values = [row.value for row in rows]
     names = [f"{row.words} ({row.model}{', ' + row.elsewhere if row.elsewhere else ''})" for row in rows]
     _bars(axes, names, values, [row.interval for row in rows], _OURS)
-    axes.scatter([row.bound for row in rows], range(len(rows)), marker="|", s=180, color="black", label="target")
+    bounds = [(row.bound, place) for place, row in enumerate(rows) if row.bound is not None]
+    axes.scatter(
+        [bound for bound, _ in bounds], [place for _, place in bounds], marker="|", s=180, color="black", label="target"
+    )
     axes.set(xlabel="times faster")
     axes.legend(frameon=False)
     return save_figure(figure, path)

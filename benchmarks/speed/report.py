@@ -181,7 +181,7 @@ def _with_bracket(made: dict, rounds: int) -> str:
 
 
 def _bound(target: Target) -> str:
-    return f"{target.bound:g} or {'more' if target.at_least else 'less'}"
+    return "-" if target.bound is None else f"{target.bound:g} or {'more' if target.at_least else 'less'}"
 
 
 def _provenance(results: BenchResults) -> str:

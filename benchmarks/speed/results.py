@@ -8,10 +8,12 @@ from pathlib import Path
 
 from benchmarks.peers.table import PEERS
 
-# what the project promised of each ratio: (key, words, bound, whether the ratio should be at least the bound)
-TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
+# what the project promised of each ratio: (key, words, bound, whether the ratio should be at least the bound). Where
+# nothing was promised the bound is None
+TARGETS: dict[str, tuple[tuple[str, str, float | None, bool], ...]] = {
     "SmolLM2-135M": (
         ("vs_hook_as_run", "training step, hook LoFiT as its users run it / ours", 4.0, True),
+        ("vs_hook_same_engine", "training step, hook LoFiT in our engine / ours", None, True),
         ("vs_lora_all_as_run", "training step, PEFT LoRA all-linear as its users run it / ours", 5.5, True),
         ("vs_floor", "training step, ours / frozen floor, same engine", 1.03, False),
         ("int8_speedup", "step 2, ours in full precision / ours with int8 products", 1.7, True),
@@ -27,6 +29,7 @@ TARGETS: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
     ),
     "Gemma-3-270M": (
         ("vs_hook_as_run", "training step, hook LoFiT as its users run it / ours", 7.0, True),
+        ("vs_hook_same_engine", "training step, hook LoFiT in our engine / ours", None, True),
         ("vs_lora_all_as_run", "training step, PEFT LoRA all-linear as its users run it / ours", 7.5, True),
         ("vs_floor", "training step, ours / frozen floor, same engine", 1.03, False),
         ("int8_speedup", "step 2, ours in full precision / ours with int8 products", 1.5, True),
@@ -54,7 +57,7 @@ class Target:
     model: str
     key: str
     words: str
-    bound: float
+    bound: float | None
     at_least: bool
     value: float | None
     interval: tuple[float, float] | None
@@ -66,6 +69,8 @@ class Target:
         """Met or missed, where all of the bracket says the same as the median."""
         if self.value is None:
             return "not measured"
+        if self.bound is None:
+            return "no target"
         numbers = (self.value, *(self.interval or ()))
         holds = {number >= self.bound if self.at_least else number <= self.bound for number in numbers}
         return "not decided" if len(holds) > 1 else "met" if holds.pop() else "missed"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks.speed import cells
 from benchmarks.speed.__main__ import BUDGET, main, measured_cell, run_cells
-from benchmarks.speed.cell_plan import PLANNED_MINUTES, memory_rows, plan
+from benchmarks.speed.cell_plan import CORE, PLANNED_MINUTES, memory_rows, plan
 from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slug
 from benchmarks.speed.ratios import STEPS, rewrite_summary, summarize, write_summary
 from benchmarks.speed.step import packaged_models
@@ -149,6 +149,8 @@ def cells_of(model):
         row("ours", "int8", "step 1", [1.0, 1.0, 1.0]),
         row("ours", "int8", "step 2", [0.8, 0.8, 0.8]),
         row("floor", ours, "", [1.0, 1.0, 0.5]),
+        row("hook", ours, "step 1", [2.2, 2.2, 2.2]),
+        row("hook", ours, "step 2", [0.9, 0.9, 0.9]),
         row("hook", hook, "step 1", [8.0, 10.0, 12.0]),
         row("hook", hook, "step 2", [6.0, 7.0, 8.0]),
         row("lora_all", hook, "", [9.0, 9.0, 9.0]),
@@ -223,6 +225,26 @@ def test_a_summary_is_written_again_from_its_own_cells(store, tmp_path):
     again = json.loads(rewrite_summary(tmp_path).read_text())
     assert again["SmolLM2-135M"]["mc_scoring_speedup"] == 9
     assert again["meta"] == content["meta"]
+
+
+def test_a_hook_in_our_engine_is_of_the_steps_or_else_of_the_peers():
+    cells = cells_of("M")
+    summary = summarize(cells.get, "M")
+    assert summary["vs_hook_same_engine"] == pytest.approx(0.9)
+    assert list(summary["vs_hook_same_engine_rows"]) == list(STEPS)
+    rows = cells["M/steps"]["rows"]
+    cells["M/steps"]["rows"] = [one for one in rows if (one["peer"], one["setting"]) != ("hook", "same engine")]
+    assert summarize(cells.get, "M")["vs_hook_same_engine"] is None
+    pair = [row("ours", "same engine", STEPS[0], [2.0]), row("hook", "same engine", STEPS[0], [1.9])]
+    cells["M/peers same engine"] = {"rows": pair}
+    summary = summarize(cells.get, "M")
+    assert summary["vs_hook_same_engine"] == pytest.approx(0.95)
+    assert list(summary["vs_hook_same_engine_rows"]) == [STEPS[0]]
+
+
+def test_a_hook_in_our_engine_is_among_the_steps():
+    in_our_engine = {row.step for row in CORE if (row.peer, row.setting) == ("hook", "same engine")}
+    assert in_our_engine == set(STEPS)
 
 
 def test_a_row_alone_is_no_summary():

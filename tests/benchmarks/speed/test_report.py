@@ -35,7 +35,8 @@ def results(tmp_path):
     """A folder as make bench leaves it, with one cell of other code in it."""
     smol = {"vs_hook_as_run": 4.2, "vs_hook_as_run_interval": [4.0, 4.4], "vs_hook_as_run_rounds": 5}
     smol |= {"vs_lora_all_as_run": 5.4, "vs_lora_all_as_run_interval": [5.2, 5.45], "vs_lora_all_as_run_rounds": 7}
-    smol |= {"vs_floor": 1.02, "vs_floor_interval": [1.01, 1.06], "vs_floor_rounds": 5}
+    smol |= {"vs_hook_same_engine": 0.97, "vs_hook_same_engine_interval": [0.96, 0.98]}
+    smol |= {"vs_hook_same_engine_rounds": 2, "vs_floor": 1.02, "vs_floor_interval": [1.01, 1.06], "vs_floor_rounds": 5}
     smol |= {"peak_memory_vs_hook": 0.5, "peak_memory_vs_hook_interval": None}
     cells = {
         "SmolLM2-135M/peers as run": {
@@ -111,6 +112,7 @@ def test_targets_are_judged(results):
     judged = {(t.model, t.key): t.verdict for t in read.targets()}
     assert judged["SmolLM2-135M", "vs_hook_as_run"] == "met"
     assert judged["SmolLM2-135M", "vs_lora_all_as_run"] == "missed"
+    assert judged["SmolLM2-135M", "vs_hook_same_engine"] == "no target"
     # the median holds, and the bracket reaches over the bound
     assert judged["SmolLM2-135M", "vs_floor"] == "not decided"
     assert judged["SmolLM2-135M", "peak_memory_vs_hook"] == "missed"
@@ -122,6 +124,7 @@ def test_the_table_is_markdown(results):
     table = markdown_table(BenchResults.read(results)).splitlines()
     assert table[0] == "| | SmolLM2-135M | Gemma-3-270M | target |"
     assert any("4.20 (4.00 to 4.40, range of 5) | not measured | 4 or more / 7 or more" in line for line in table)
+    assert "hook LoFiT in our engine / ours | 0.97 (0.96 to 0.98, range of 2) | not measured | - / - |" in table[3]
     assert any("runs per hour | not measured | - |" in line for line in table)
     assert "CPU clock" in table[-1]
 

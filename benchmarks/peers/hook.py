@@ -3,6 +3,7 @@
 Shares no code with the op or the patcher, so that it can serve as their oracle as well as their peer.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -129,22 +130,30 @@ class HookStep:
     max_grad_norm: float = 1.0
 
 
-def train_hook(model: nn.Module, hook: HookLofit, epochs: Sequence[Sequence[dict]], step: HookStep) -> list[float]:
+def train_hook(
+    model: nn.Module,
+    hook: HookLofit,
+    epochs: Sequence[Sequence[dict]],
+    step: HookStep,
+    seconds: list[float] | None = None,
+) -> list[float]:
     """A plain loop over given batches: full logits, AdamW, linear decay, clipping. Returns the mean loss per epoch.
 
-    epochs: per epoch, batches of input_ids, attention_mask and labels (B, S).
+    epochs: per epoch, batches of input_ids, attention_mask and labels (B, S). seconds: gets those of every step.
     """
     parameters = list(hook.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=step.lr, weight_decay=0.0)
     total = sum(map(len, epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(0.0, (total - done) / total))
     model.train()
-    return [_epoch(model, hook, batches, step, optimizer, schedule) for batches in epochs]
+    seconds = [] if seconds is None else seconds
+    return [_epoch(model, hook, batches, step, optimizer, schedule, seconds) for batches in epochs]
 
 
-def _epoch(model, hook: HookLofit, batches: Iterable[dict], step: HookStep, optimizer, schedule) -> float:
+def _epoch(model, hook: HookLofit, batches: Iterable[dict], step: HookStep, optimizer, schedule, seconds) -> float:
     losses = []
     for batch in batches:
+        started = time.perf_counter()
         loss = model(**batch, use_cache=False).loss
         losses.append(loss.item())
         penalty = sum(p.abs().sum() for (_, component), p in hook.parameters.items() if component == "scale")
@@ -153,4 +162,5 @@ def _epoch(model, hook: HookLofit, batches: Iterable[dict], step: HookStep, opti
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
     return sum(losses) / len(losses)

@@ -1,8 +1,9 @@
 """A whole run on as many examples as the paper's with `--fast`, beside hooks and LoRA as their users run them.
 
-A stock loop has nothing but steps, and its steps are alike: the seconds of its run are counted up from a part of it,
-whole epochs over some of the examples, in proportion to the tokens. The parts are timed before and after our run. Ours
-is timed whole: selecting, compiling, filling caches and saving are in it. Each has a process of its own, in which the
+A stock loop has nothing but steps, and its steps are alike: the seconds of its run are counted up from the median step
+of a part of it, whole epochs over some of the examples, in proportion to the tokens. A run on one batch precedes, so
+that what a process does once is not counted many times. The parts are timed before and after our run. Ours is timed
+whole: selecting, compiling, filling caches and saving are in it. Each has a process of its own, in which the
 model is loaded before the clock starts.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,14 +23,15 @@ from torch import nn
 
 import lofit_fast as lf
 from benchmarks.speed.step.whole_run import RECIPE, RUNS
-from benchmarks.speed.step.workload import Workload, real_tokens
+from benchmarks.speed.step.workload import BATCH, Workload, real_tokens
+from benchmarks.speed.timing import ratio
 from lofit_fast.config import RECIPES, fast_settings
 from lofit_fast.tasks import Example
 
 # the paper's: examples, and epochs of each step
 EXAMPLES, EPOCHS = 300, 5
-# peer -> epochs of a whole run of it: LoFiT's two steps, and LoRA as long as one of them
-PEERS = {"hook": 2 * EPOCHS, "lora_all": EPOCHS}
+# peer -> epochs of a whole run of it, by stage: LoFiT's two steps, and LoRA as long as one of them
+PEERS = {"hook": {"select": EPOCHS, "tune": EPOCHS}, "lora_all": {"tune": EPOCHS}}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def fast_run_seconds(
     """
     first = replace(loaded, examples=loaded.examples[:part], work=replace(loaded.work, rows=loaded.work.rows[:part]))
     share = real_tokens(first.work.rows) / real_tokens(loaded.work.rows)
-    parts: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    parts: dict[str, list[dict]] = {peer: [] for peer in PEERS}
 
     def timed(run: Callable, *arguments) -> dict:
         if not processes:
@@ -60,21 +63,23 @@ def fast_run_seconds(
 
     def time_parts() -> None:
         for peer in PEERS:
-            parts[peer].append(timed(_part, peer, first)["seconds"])
+            parts[peer].append(timed(_part, peer, first))
 
     time_parts()
     recipe = _recipe(positions, epochs)
     ours = timed(_ours, loaded, recipe)
     time_parts()
     done = RECIPE.select_epochs + RECIPE.tune_epochs
-    whole = {peer: [s / share * PEERS[peer] / done for s in parts[peer]] for peer in PEERS}
+    batches = -(-len(first.work.rows) // BATCH)
+    whole = {peer: [_whole(peer, one["step_seconds"], batches) / share for one in parts[peer]] for peer in PEERS}
+    kept = {name: {peer: [one[name] for one in parts[peer]] for peer in PEERS} for name in ("seconds", "step_seconds")}
     return {
         "ours": ours,
-        "parts": {"examples": part, "epochs": done, "share_of_tokens": share, "seconds": parts},
+        "parts": {"examples": part, "epochs": done, "share_of_tokens": share, **kept},
         "whole_run_seconds": whole,
-        "ratios": {peer: _plain(seconds, ours["seconds"]) for peer, seconds in whole.items()},
+        "ratios": {peer: asdict(ratio(s, [ours["seconds"]] * len(s))) for peer, s in whole.items()},
         "workload": loaded.work.describe(),
-        "epochs": {"ours": recipe.tune_epochs, **PEERS},
+        "epochs": {"ours": recipe.tune_epochs, **{peer: sum(of.values()) for peer, of in PEERS.items()}},
         "recipe": asdict(recipe),
     }
 
@@ -102,13 +107,14 @@ def _ours(loaded: Loaded, recipe: lf.Recipe) -> dict:
 
 
 def _part(peer: str, loaded: Loaded) -> dict:
+    # untimed, in a model of its own, which it changes
+    RUNS[peer](*loaded.load(), loaded.examples[:BATCH], replace(loaded.work, rows=loaded.work.rows[:BATCH]))
     model, tokenizer = loaded.load()
     started = time.perf_counter()
-    RUNS[peer](model, tokenizer, loaded.examples, loaded.work)
-    return {"seconds": time.perf_counter() - started}
+    report = RUNS[peer](model, tokenizer, loaded.examples, loaded.work)
+    return {"seconds": time.perf_counter() - started, "step_seconds": report["step_seconds"]}
 
 
-def _plain(whole: list[float], ours: float) -> dict:
-    """The ratio of the mean of the two parts, and of each."""
-    made = sorted(seconds / ours for seconds in whole)
-    return {"median": sum(made) / len(made), "low": made[0], "high": made[-1]}
+def _whole(peer: str, steps: dict[str, list[float]], batches: int) -> float:
+    """Seconds of a whole run over the part's examples: by stage, its epochs of so many of the median step."""
+    return sum(epochs * batches * statistics.median(steps[stage]) for stage, epochs in PEERS[peer].items())

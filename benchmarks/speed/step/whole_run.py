@@ -33,26 +33,29 @@ def ours(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
 def hook(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
     """Hooks in a plain loop, both steps."""
     epochs = shuffled_epochs(work, RECIPE.select_epochs + RECIPE.tune_epochs)
+    seconds: dict[str, list[float]] = {"select": [], "tune": []}
     with prepared(model, STOCK):
         first = HookLofit(model, vectors(model, "step 1"))
         step = HookStep(RECIPE.select_lr, RECIPE.l1)
-        select = train_hook(model, first, epochs[: RECIPE.select_epochs], step)
+        select = train_hook(model, first, epochs[: RECIPE.select_epochs], step, seconds["select"])
         scores = torch.stack([rows.detach().norm(dim=1) for _, rows in sorted(first.parameters.items())])
         first.remove()
         handle = lf.patch(model, lf.LofitConfig(offset=lf.select_heads(scores, RECIPE.top)))
         start = {(n, "offset"): (layer.heads("offset"), layer.offset.detach()) for n, layer in handle.layers.items()}
         handle.unpatch()
-        tune = train_hook(model, HookLofit(model, start), epochs[RECIPE.select_epochs :], HookStep(RECIPE.tune_lr))
-    return {"losses": {"select": select, "tune": tune}}
+        step, rest = HookStep(RECIPE.tune_lr), epochs[RECIPE.select_epochs :]
+        tune = train_hook(model, HookLofit(model, start), rest, step, seconds["tune"])
+    return {"losses": {"select": select, "tune": tune}, "step_seconds": seconds}
 
 
 def lora_all(model: nn.Module, tokenizer, examples, work: Workload) -> dict:
     """LoRA on all linears in a plain loop, as many examples seen."""
     epochs = shuffled_epochs(work, RECIPE.select_epochs + RECIPE.tune_epochs)
     attached = TIMED["lora_all"].attach(model, {})
+    seconds: list[float] = []
     with prepared(attached.model, STOCK):
-        losses = train_hook(attached.model, _Parameters(attached.parameters), epochs, HookStep(lr=2e-4))
-    return {"losses": {"tune": losses}}
+        losses = train_hook(attached.model, _Parameters(attached.parameters), epochs, HookStep(lr=2e-4), seconds)
+    return {"losses": {"tune": losses}, "step_seconds": {"tune": seconds}}
 
 
 RUNS: dict[str, Callable[..., dict]] = {"ours": ours, "hook": hook, "lora_all": lora_all}

@@ -1,5 +1,6 @@
 """Whole runs, losses, memory, prefix and profile cells on a tiny model."""
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -144,9 +145,17 @@ def test_a_fast_run_is_timed_whole_and_a_stock_loop_in_part(positions, work):
     assert report["ratios"].keys() == report["whole_run_seconds"].keys() == fast_run.PEERS.keys()
     assert all(0 < made["low"] <= made["median"] <= made["high"] for made in report["ratios"].values())
     assert 0.3 < report["parts"]["share_of_tokens"] < 0.7
-    # a part of one epoch of each step stands for five of each over all examples
-    seconds, share = report["parts"]["seconds"]["hook"][0], report["parts"]["share_of_tokens"]
-    assert report["whole_run_seconds"]["hook"][0] == pytest.approx(5 * seconds / share)
+    # the median step of one epoch of each step stands for those of five over all examples
+    share = report["parts"]["share_of_tokens"]
+    steps = report["parts"]["step_seconds"]
+    assert {stage: len(of) for stage, of in steps["hook"][0].items()} == {"select": 1, "tune": 1}
+    medians = [statistics.median(of) for of in steps["hook"][0].values()]
+    assert report["whole_run_seconds"]["hook"][0] == pytest.approx(5 * sum(medians) / share)
+    assert report["whole_run_seconds"]["lora_all"][1] == pytest.approx(
+        5 * statistics.median(steps["lora_all"][1]["tune"]) / share
+    )
+    # what the first batch of a process takes is not among them
+    assert sum(medians) < report["parts"]["seconds"]["hook"][0]
     assert len(report["ours"]["losses"]) == 1
     assert (report["recipe"]["positions"], report["recipe"]["select"]) == (positions, "saliency")
     assert report["recipe"]["top"] == {"all": 0.1, "answer": 0.3}[positions]
@@ -180,3 +189,17 @@ def test_answers_alone_are_timed_against_every_position(work):
         assert {name: len(seconds) for name, seconds in one["seconds"].items()} == {"all": 1, "answer": 1}
         assert 0 < one["speedup_with_filling"] < one["speedup"]["median"]
         assert one["tokens"]["answer"] < one["tokens"]["all"] / 4
+
+
+def test_a_slow_first_batch_is_not_counted_up(monkeypatch, work):
+    calls = []
+
+    def run(model, tokenizer, examples, work):
+        calls.append(len(examples))
+        return {"step_seconds": {"select": [9.0, 1.0, 1.0], "tune": [2.0]}}
+
+    monkeypatch.setitem(fast_run.RUNS, "hook", run)
+    inputs = fast_run.Loaded(lambda: (None, None), task(None, SIZE).train, work)
+    part = fast_run._part("hook", inputs)
+    assert calls == [8, SIZE]
+    assert fast_run._whole("hook", part["step_seconds"], batches=3) == 5 * 3 * (1.0 + 2.0)

@@ -13,6 +13,7 @@ from benchmarks.speed.cells import Cell, Options, Store, code_digest, device_slu
 from benchmarks.speed.ratios import STEPS, rewrite_summary, summarize, write_summary
 from benchmarks.speed.step import packaged_models
 from lofit_fast.models.load import ALIASES, Packaged
+from tests.markdown_tables import cells_of as table_rows
 
 CELLS = [Cell("m/one", lambda options: {"value": 1}, 1), Cell("m/two", lambda options: {"value": 2}, 30)]
 
@@ -123,6 +124,23 @@ def test_names_of_cells_and_machines(store):
 def test_all_of_make_bench_fits_into_one_call():
     assert sum(cell.minutes for cell in plan(full=False)) <= PLANNED_MINUTES < BUDGET
     assert {cell.name for cell in plan(full=False, models=["Gemma-3-270M"])} <= {cell.name for cell in plan(full=True)}
+
+
+def test_a_careful_users_loop_is_measured_with_the_first_model():
+    assert "SmolLM2-135M/careful steps" in {cell.name for cell in plan(full=False)}
+
+
+def test_the_pages_minutes_are_the_plans():
+    page = (cells.ROOT / "docs" / "benchmark.md").read_text().partition("## Where the minutes of")[2]
+    heads = ("SmolLM2-135M/", "Gemma-3-270M/")
+    shown = {}
+    for name, *minutes in table_rows(page)[1:]:
+        named = [name] if name == "ops" else [head + name for head in heads]
+        shown |= {cell: float(each) for cell, each in zip(named, minutes, strict=False) if each != "full"}
+    planned = {cell.name: cell.minutes for cell in plan(full=False)}
+    assert shown == planned
+    assert f"The sum is {sum(planned.values()):.1f}." in page
+    assert f"with {PLANNED_MINUTES:.0f} for all cells" in page
 
 
 def test_the_digest_sees_the_code_and_not_the_report(tmp_path, monkeypatch):

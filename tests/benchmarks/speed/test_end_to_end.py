@@ -50,12 +50,13 @@ def test_from_the_plan_to_the_page(tmp_path):
     assert run_cells(cells, store, run, float("inf")) == []
     summary = json.loads(write_summary(tmp_path / "results", store).read_text())
     measured = summary[MODEL]
-    for key in ("vs_hook_as_run", "vs_lora_all_as_run", "vs_floor"):
+    for key in ("vs_hook_as_run", "vs_hook_same_engine", "vs_lora_all_as_run", "vs_floor"):
         low, high = measured[f"{key}_interval"]
         assert 0 < low <= measured[key] <= high
         assert list(measured[f"{key}_rows"]) == ["step 1", "step 2"]
     assert measured["peak_memory_vs_hook"] > 0
-    assert measured["absent"] == {"prefix cache": "not measured", "scoring": "not measured"}
+    absent = ("prefix cache", "scoring", "answer only", "fast run")
+    assert measured["absent"] == dict.fromkeys(absent, "not measured")
     page = write_report(tmp_path / "results", tmp_path / "report").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "kinship examples" in page

@@ -121,13 +121,15 @@ def _remove(hooks: Sequence[RemovableHandle]) -> None:
 
 @dataclass
 class _Pass:
-    """A forward pass of which some rows are read. index: (rows,) int64 of so many tokens.
+    """A forward pass of which some rows are read. index: (rows,) int64.
 
+    tokens: (T, 0), of as many rows as the pass has tokens. A compiler takes a number that a hook brings for a constant,
+    and would compile the layer for each T; a tensor's size may vary.
     shape: of the MLP's tokens, once it was given fewer rows.
     """
 
     index: Tensor
-    tokens: int
+    tokens: Tensor
     shape: torch.Size | None = None
 
 
@@ -155,9 +157,12 @@ class _Rows:
             return
         mask = kwargs.get(_MASK)
         if kwargs.get(KEPT_ROWS) is not None:
-            self.here.now = _Pass(kwargs[KEPT_ROWS], n_tokens(args, kwargs))
+            self._begin(kwargs[KEPT_ROWS], n_tokens(args, kwargs))
         elif isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2:
-            self.here.now = _Pass(mask.flatten().nonzero().flatten(), mask.numel())
+            self._begin(mask.flatten().nonzero().flatten(), mask.numel())
+
+    def _begin(self, index: Tensor, tokens: int) -> None:
+        self.here.now = _Pass(index, index.new_empty(tokens, 0))
 
     def drop(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.model:
@@ -168,7 +173,7 @@ class _Rows:
         if now is None:
             return None
         now.shape = None
-        if len(args) != 1 or args[0].shape[:-1].numel() != now.tokens:
+        if len(args) != 1 or args[0].shape[:-1].numel() != len(now.tokens):
             return None
         now.shape = args[0].shape[:-1]
         return (args[0].flatten(0, -2).index_select(0, now.index.to(args[0].device)),)
@@ -177,7 +182,7 @@ class _Rows:
         now = self.here.now
         if now is None or now.shape is None:
             return None
-        whole = output.new_zeros(now.tokens, output.shape[-1])
+        whole = output.new_zeros(len(now.tokens), output.shape[-1])
         return whole.index_copy(0, now.index.to(output.device), output).view(*now.shape, -1)
 
     def _read_in_full(self, kwargs: dict) -> bool:

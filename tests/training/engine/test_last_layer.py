@@ -376,7 +376,7 @@ def test_narrow_with_pefts_wrapper(config):
 @pytest.mark.parametrize(
     ("family", "packed"),
     [
-        pytest.param("llama", True, marks=pytest.mark.slow),
+        ("llama", True),
         pytest.param("gemma3", False, marks=pytest.mark.slow),
         pytest.param("llama", False, marks=pytest.mark.slow),
         pytest.param("gemma3", True, marks=pytest.mark.slow),

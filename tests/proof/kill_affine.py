@@ -72,7 +72,9 @@ def _dithered(_: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0) -> N
     a, v = values(len(SCALED), D, seed=1), values(len(SHIFTED), D, seed=2)
     for vectors in ((a, SCALED, v, SHIFTED), (a, SCALED, None, None), (None, None, v, SHIFTED)):
         x, twin = affine_fwd(z, *vectors, D, True), aten.affine_fwd(z, *vectors, D, True)
-        assert torch.equal(x.nan_to_num(), twin.nan_to_num()) and torch.equal(x.isnan(), twin.isnan())
+        # processors that multiply and add in one rounding are one unit of float32 away
+        allowed = 2.0**-22 if dtype == torch.float32 else 0.0
+        torch.testing.assert_close(x, twin, rtol=allowed, atol=allowed, equal_nan=True)
 
 
 @case(CASES, "forward dithered, the ends of float16", torch.float16)

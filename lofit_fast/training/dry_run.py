@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -90,8 +90,7 @@ def dry_run(
 
     Args:
         model, tokenizer: as for `fit`; neither is changed.
-        objective: `Completions(train, evaluation)` or `Preferences(pairs)` of `lofit_fast.training.objectives`. Data
-            that can be gone through only once is gone through here.
+        objective: `Completions(train, evaluation)` or `Preferences(pairs)` of `lofit_fast.training.objectives`.
         recipe, engine, heads: as for `fit`.
         validation: held-out examples that the objective does not hold: of preferences, the choices.
         show: examples to decode again.
@@ -102,7 +101,7 @@ def dry_run(
             be encoded, or are none: those are listed, all of them, in `refused`.
     """
     check_given(model, tokenizer, recipe, engine)
-    recipe, objective = recipe or Recipe(), _held(objective)
+    recipe = recipe or Recipe()
     limit = token_limit(model, recipe.max_length)
     try:
         how = {"engine": engine, "heads": heads, "progress": progress}
@@ -133,14 +132,6 @@ def dry_run(
     )
 
 
-def _held(objective: Objective) -> Objective:
-    """The objective with its rows in lists: they are read twice, and a generator gives them once."""
-    if isinstance(objective, Preferences):
-        return replace(objective, preferences=list(given_examples(objective.preferences)))
-    train, held_out = given_examples(objective.train), given_examples(objective.evaluation, "the evaluation data")
-    return replace(objective, train=list(train), evaluation=list(held_out))
-
-
 def _read(objective: Objective, rows: Sequence[Encoded]) -> Iterator[tuple[int, str, Encoded]]:
     """(number, role, row) of an epoch's rows."""
     roles = ("chosen", "rejected") if isinstance(objective, Preferences) else ("completion",)
@@ -169,7 +160,7 @@ def _sifted(tokenizer, objective: Objective, limit: int | None) -> tuple[list[tu
 def _texts(objective: Objective) -> Iterator[tuple[int, str, Example | Mapping[str, str] | ValueError]]:
     """(number, role, text) of all that a training encodes; of a row that is no preference, what is wrong with it."""
     if isinstance(objective, Preferences):
-        for number, row in enumerate(objective.preferences, start=1):
+        for number, row in enumerate(given_examples(objective.preferences), start=1):
             try:
                 pair = as_preference(row, f"preference {number}")
             except ValueError as error:
@@ -179,4 +170,4 @@ def _texts(objective: Objective) -> Iterator[tuple[int, str, Example | Mapping[s
             yield from ((number, "rejected", Example(pair.prompt, answer)) for answer in pair.rejected)
         return
     for role, data in (("completion", objective.train), ("validation", objective.evaluation)):
-        yield from ((number, role, row) for number, row in enumerate(data, start=1))
+        yield from ((number, role, row) for number, row in enumerate(given_examples(data), start=1))

@@ -12,7 +12,7 @@ from lofit_fast.evaluation.generation_settings import StandingAlone, ends_of
 from lofit_fast.evaluation.judge import generate_answers
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from tests.oracle import randomize
-from tests.tiny_models import VOCAB, tiny_model
+from tests.tiny_models import VOCAB, spread, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
 PROMPTS = ["abcdef", "q", "x=1; y=2;"]
@@ -35,15 +35,6 @@ PUBLISHED = {
     "lookup": {"prompt_lookup_num_tokens": 3},
     "a dictionary": {"return_dict_in_generate": True, "output_scores": True},
 }
-
-
-def spread(model):
-    """The model with larger weights: answers that depend on the prompt."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4.0 if "embed" not in name else 2.0)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ def head_affine_linear(
     `head_index`, whose values are trusted; None means every head.
     folded: (N,), W v computed beforehand, float32 (float64 when z is): of `fold_offsets`, and the gradient goes through
     it; or of `fold_offset`, to be reused in inference. The offset itself need not be given then, and gets no gradient;
-    beside a weight that is trained it must be, or folded must have a graph: W v is a part of that weight's gradient.
+    beside a weight that is trained either the offset must be given or folded must have a graph, and not both: W v is a
+    part of that weight's gradient, once.
     form, backend, gemm: see `dispatch.py`; "auto" follows its table and what was measured on this device.
 
     Returns (..., N) in z's dtype. Gradients flow to every float input that asks; none is computed that does not.
@@ -307,13 +308,18 @@ def _check_folded(z: Tensor, weight: Tensor, offset: Tensor | None, folded: Tens
         raise TypeError(f"expected folded in {wide} beside {z.dtype} activations, got {folded.dtype}")
     if folded.device != z.device:
         raise ValueError(f"expected z and folded on one device, got {z.device} and {folded.device}")
-    loses = offset is not None and offset.requires_grad and not folded.requires_grad
-    if loses and torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return
+    if offset is not None and offset.requires_grad and not folded.requires_grad:
         raise ValueError(
             "the offset would get no gradient through this folded one: expected one of fold_offsets, or torch.no_grad()"
         )
-    constant = offset is None and not folded.requires_grad
-    if constant and weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and offset is not None and folded.requires_grad:
+        raise ValueError(
+            "the weight would get its gradient through W v twice, by the offset and by the graph of the folded one: "
+            "expected one of them beside a weight that requires grad, got both"
+        )
+    if weight.requires_grad and offset is None and not folded.requires_grad:
         raise ValueError(
             "the weight would get no gradient through this folded offset: expected a frozen weight, the offset itself, "
             "or torch.no_grad(), got a weight that requires grad and a folded offset without a graph"

@@ -28,7 +28,17 @@ def forward_in_8_bits(linear: nn.Linear, input: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or linear.weight.requires_grad:
         return full_linear(input, linear.weight, linear.bias)
-    return quantized_linear(input, linear.lofit_products, linear.bias)
+    return quantized_linear(input, own_products(linear), linear.bias)
+
+
+def own_products(linear: nn.Linear) -> FrozenWeight:
+    """What a linear in 8 bits multiplies by. Raises RuntimeError where it has been given another weight since."""
+    products = linear.lofit_products
+    if products.weight is not linear.weight:
+        raise RuntimeError(
+            f"a linear was given another weight after its own was {products.done}: set weights before {products.scope}"
+        )
+    return products
 
 
 def compute_in_8_bits(linear: nn.Linear, kind: ProductKind, columns: FullColumns | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.chosen_adapters import projected_with
-from lofit_fast.patching.frozen_linear import PRODUCTS
+from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
@@ -121,7 +121,7 @@ class LofitLinear(nn.Module):
         if plain is not None:
             # looked up without a call: this is asked in every forward
             if PRODUCTS in inner.__dict__ and torch.is_grad_enabled() and not plain[0].requires_grad:
-                return self._in_8_bits(z, plain, inner.__dict__[PRODUCTS], mask)
+                return self._in_8_bits(z, plain, own_products(inner), mask)
             return self._fused(z, plain) if mask is None else self._fused_where(mask, z, plain)
         hook = moving_hook(inner) if plain_tensors(inner, moved=True) is not None else None
         if hook is None:

@@ -223,6 +223,8 @@ def test_affine_linear_takes_a_folded_offset_beside_a_trained_weight_with_its_gr
     # the offset beside it, or a fold of the caller's own that the weight has a part in
     dense = offset.new_zeros(weight.shape[1]).view(-1, offset.shape[1]).index_copy(0, heads, offset).flatten()
     own = head_affine_linear(**inputs, folded=weight @ dense)
+    with pytest.raises(ValueError, match="its gradient through W v twice, .* expected one of them"):
+        head_affine_linear(**inputs, folded=weight @ dense, offset=offset, offset_heads=heads)
     beside = head_affine_linear(**inputs, folded=folded, offset=offset, offset_heads=heads)
     grads = []
     for y in (own, beside):

@@ -215,6 +215,22 @@ def test_a_weight_that_changes_before_its_first_use_is_noticed(llama):
             llama(tokens())
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_another_weight_in_its_place_is_noticed(adapted, llama):
+    llama.requires_grad_(False)
+    if adapted:
+        lf.patch(llama, lf.LofitConfig(offset="all"))
+    with prepared(llama, INT8):
+        expected = llama(tokens()).logits
+        projection = llama.model.layers[0].self_attn.o_proj
+        old = projection.weight
+        projection.weight = torch.nn.Parameter(old * 2, requires_grad=False)
+        with pytest.raises(RuntimeError, match="given another weight after its own was quantized"):
+            llama(tokens())
+        projection.weight = old
+        assert llama(tokens()).logits.equal(expected)
+
+
 def test_routers_choose_experts_in_full():
     model = tiny_family("afmoe").requires_grad_(False)
     routers = [module for name, module in model.named_modules() if name.endswith("router.gate")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lofit_fast.cli.command import err, out
-from lofit_fast.cli.options import AtLeast, Device, Dtype, Json, Model, Strict
+from lofit_fast.cli.options import AtLeast, Device, Dtype, Json, Model, Strict, check_idle
 
 # heavy imports happen inside the commands: --help must be instant
 
@@ -44,6 +44,8 @@ def serve(
     from lofit_fast.models.load import load_model
 
     named = _named(adapter or [])
+    if not named:
+        check_idle("without --adapter there is none to refuse", {"--strict": strict})
     with needing("fastapi", "serve", "serving"), needing("uvicorn", "serve", "serving"):
         from lofit_fast.serving.adapter_switch import AdapterSwitch
         from lofit_fast.serving.web_app import Limits, web_app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,11 +51,14 @@ def push_adapter(
 
     Raises:
         ValueError: no such name or licence, a run of another adapter, a folder that is the run's, or that holds a
-            README.md or a heads.png of somebody else's, a model, or an adapter of another kind.
+            README.md or a heads.png of somebody else's, a model, or an adapter of another kind; dry_run beside what
+            only a push takes (revision, private, message).
         FileNotFoundError: a run folder without a summary.
         OSError: the folder cannot be written, or the hub does not take it. Nothing has been pushed then.
     """
-    _check(repo_id, license, folder, dry_run)
+    _check(repo_id, license)
+    if dry_run:
+        _check_dry(folder, {"revision": revision, "private": private, "message": message})
     summary = run_summary(run, adapter)
     with tempfile.TemporaryDirectory() as passing:
         target = Path(passing) if folder is None else given_path(folder)
@@ -72,13 +75,19 @@ def push_adapter(
         return _pushed(target, made, repo_id, revision, private, token, message or f"Adapter of {LIBRARY}")
 
 
-def _check(repo_id: object, license: object, folder: object, dry_run: bool) -> None:
+def _check(repo_id: object, license: object) -> None:
     if not isinstance(repo_id, str) or not is_repository(repo_id):
         raise ValueError(f"expected the hub's name of a repository, user/name, got {shown(repo_id)}")
     if license is not None and (not isinstance(license, str) or not license.strip() or "\n" in license):
         raise ValueError(f"expected a licence such as 'apache-2.0', or None, got {shown(license)}")
-    if dry_run and folder is None:
+
+
+def _check_dry(folder: object, of_pushes: Mapping[str, object]) -> None:
+    """Raise ValueError for a dry run without a folder, or with settings that only a push has."""
+    if folder is None:
         raise ValueError("dry_run=True pushes nothing: expected the folder to write to (folder=...)")
+    if idle := [name for name, value in of_pushes.items() if value is not None]:
+        raise ValueError(f"dry_run=True pushes nothing: expected no {' or '.join(idle)} beside it")
 
 
 def _check_place(folder: Path, run: Path | str | None) -> bool:

@@ -269,6 +269,8 @@ def test_what_is_not_pushed(adapter, tmp_path):
         handle.push_to_hub("../up")
     with pytest.raises(ValueError, match="dry_run=True pushes nothing: expected the folder"):
         handle.push_to_hub(REPO, dry_run=True)
+    with pytest.raises(ValueError, match="dry_run=True pushes nothing: expected no revision or private beside it"):
+        handle.push_to_hub(REPO, folder=tmp_path, dry_run=True, revision="next", private=False)
     with pytest.raises(FileNotFoundError, match="is no finished run of lofit-fast train"):
         handle.push_to_hub(REPO, run=tmp_path)
     other = finished_run(tmp_path / "other", handle, adapter_digest="0" * 64)

@@ -77,6 +77,7 @@ def test_a_port_that_is_taken(options):
     [
         (("--adapter", "runs/a"), "expected --adapter like kinship=runs/kinship/adapter, got 'runs/a'"),
         (("--adapter", "a=b", "--adapter", "a=c"), "two adapters are called 'a'"),
+        (("--strict",), "without --adapter there is none to refuse, so there is nothing for --strict to do"),
         (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid, port 0"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lofit_fast.data.collate import CompletionCollator, Logits, on_device
+from lofit_fast.data.collate import CompletionCollator, Logits, on_device, stock_logits
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import difference, rounding, trial_examples, tried_once, trying
@@ -23,7 +23,7 @@ def logit_rows(model: nn.Module, ways: Sequence[Logits] = SCOPED[1:]) -> Logits:
     "index": by places (rows,) in the flattened batch, in a scope of `row_index.selecting_rows`. "rows": by a mask
     (B, S), which transformers' own forwards take. "columns": by the places (columns,) where any row of the batch has a
     label, which Liger's take. "all": not at all. What works gives the logits and the loss that the model gives when it
-    computes them all. A model that cannot do even that gets "rows", and says by itself what is wrong.
+    computes them all. A model that cannot do even that gets what transformers' own take, and says by itself what is wrong.
     """
     return tried_once(model, ("logits", tuple(ways)), lambda: _tried(model, ways))
 
@@ -44,7 +44,7 @@ def _tried(model: nn.Module, ways: Sequence[Logits]) -> Logits:
                     return way
     # it needs more than tokens, or cannot run here
     except Exception:
-        return "rows"
+        return stock_logits()
     return "all"
 
 

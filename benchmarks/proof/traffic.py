@@ -114,6 +114,9 @@ class _Aten(TorchDispatchMode):
             self.traffic.bytes += written
         elif name == "copy_":
             self.traffic.bytes += _size(inputs[1]) + written
+        elif name == "index_copy_":
+            # what it leaves alone is neither read nor written
+            self.traffic.bytes += _sizes(*inputs[1:]) + _size(inputs[-1])
         elif name in _TWO_STAGES:
             part = inputs[-1]
             whole = _size(inputs[0]) if name == "index_copy" else 0
@@ -148,7 +151,7 @@ _KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
         a["z"], a["x"], a["scale"], a["scale_heads"], a["offset"], a["offset_heads"]
     ),
     "_affine_delta_fwd_kernel": lambda a: (
-        _columns(a["z"], a["scale_heads"], D=a["D"]) + _sizes(a["x"], a["scale"], a["scale_heads"])
+        _columns(a["z"], a["scale_heads"], D=a["D"]) + _sizes(a["r"], a["scale"], a["scale_heads"])
     ),
     "_affine_bwd_kernel": _affine_bwd,
     "_offset_fold_kernel": lambda a: (

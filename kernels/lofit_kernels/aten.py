@@ -95,6 +95,13 @@ def affine_fwd(
 
     dither: round 16 bits as `dithered` does instead of to the nearest.
     """
+    if scale is not None and offset is None and not dither and 2 * scale.numel() <= z.shape[1]:
+        # the other heads are copied, and not widened
+        x = z.clone(memory_format=torch.contiguous_format)
+        gained = head_columns(z, scale_heads, head_dim) * (1 + scale.reshape(-1))
+        heads = x.view(len(x), z.shape[1] // head_dim, head_dim)
+        heads.index_copy_(1, scale_heads, gained.to(z.dtype).view(len(x), *scale.shape))
+        return x
     gain = _dense(scale, scale_heads, z, head_dim, fill=1.0)
     shift = _dense(offset, offset_heads, z, head_dim, fill=0.0)
     if gain is None and shift is None:
@@ -126,8 +133,15 @@ def dithered(value: Tensor, z: Tensor) -> Tensor:
 
 
 def affine_delta_fwd(z: Tensor, scale: Tensor, scale_heads: Tensor, head_dim: int) -> Tensor:
-    """a * z_S on the selected heads only. z: (T, K); scale: (h, D). Returns (T, h * D) in z's dtype."""
-    return (head_columns(z, scale_heads, head_dim) * scale.reshape(-1)).to(z.dtype)
+    """What rounding takes off (1 + a) z_S, on the selected heads only. z: (T, K); scale: (h, D).
+
+    Returns (T, h * D) in z's dtype.
+    """
+    a = scale.reshape(-1)
+    selected = head_columns(z, scale_heads, head_dim).to(a.dtype)
+    rounded = (selected * (1 + a)).to(z.dtype)
+    # 1 + a would lose what is left of a small one
+    return (a * selected + (selected - rounded)).to(z.dtype)
 
 
 def affine_bwd(

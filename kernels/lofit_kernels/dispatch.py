@@ -5,13 +5,13 @@ products). Forms:
 
     fold    y = z W^T + (b + W v)                       offset only: nothing of z is touched or saved
     pass    y = ((1 + a) z) W^T + (b + W v)             one elementwise pass before the GEMM
-    delta   y = z W^T + (a z_S) W_S^T + (b + W v)       the middle term is the addend of the GEMM's fp32 accumulator
+    delta   y = x W^T + r_S W_S^T + (b + W v)           x is (1 + a) z, rounded; r what that loses, added in fp32
     dither  y = ((1 + a) z + v) W^T + b                 16 bits: the pass, rounded up or down by a fixed pattern
 
 In 16-bit dtypes, (1 + a) z rounds back to z for |a| < 2^-9 (bf16) or 2^-12 (fp16), so `pass` ignores small scales.
-`delta` does not: only y itself is rounded. It costs h/H of a second forward GEMM. `dither` does not either: what is too
-small for 16 bits moves as many numbers by a whole unit as it should on the average. It costs no more than the pass, and
-adds noise of the size of the rounding.
+`delta` does not: only y itself is rounded. It costs the pass and h/H of a second forward GEMM. `dither` does not
+either: what is too small for 16 bits moves as many numbers by a whole unit as it should on the average. It costs no
+more than the pass, and adds noise of the size of the rounding.
 
 `MANY` is where the cost of `delta` is no longer small: beyond it the 16-bit default is `pass`. Step 1, which scales
 every head to rank them, chooses the same heads either way (docs/numerics.md); tuned scales on a few heads keep their

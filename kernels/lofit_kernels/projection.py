@@ -2,7 +2,7 @@
 scale inside. `dispatch.py` chooses among these; nothing is chosen here.
 
     fold, pass   y = x W^T + (b + W v)            x = z, or (1 + a) z
-    delta        y = z W^T + (a z_S) W_S^T + (b + W v)
+    delta        y = x W^T + r_S W_S^T + (b + W v)    x = (1 + a) z, and r what rounding x to 16 bits has taken off
     dither       y = x W^T + b                    x = (1 + a) z + v, rounded up or down
     backward     G = dY W;  dz = (1 + a) G;  da = sum_t G * z;  dv = (sum_t dY) W_S, or sum_t G with the dither
 
@@ -57,8 +57,10 @@ def affine_linear_fwd(arguments: Arguments) -> Tensor:
         vectors = (offset, offset_heads) if inside else (None, None)
         rows = on.affine_fwd(rows, scale, scale_heads, *vectors, arguments.head_dim, dither=True)
     elif form == "delta":
-        part = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
-        addend = linear(part, aten.head_columns(weight, scale_heads, scale.shape[1]))
+        rest = on.affine_delta_fwd(rows, scale, scale_heads, scale.shape[1])
+        rows = on.affine_fwd(rows, scale, scale_heads, None, None, scale.shape[1])
+        # a small term: what rounds it to 16 bits is far below what rounds y
+        addend = linear(rest, aten.head_columns(weight, scale_heads, scale.shape[1]))
     # rounded to 16 bits together, a large term would swallow a small one
     if z.dtype in LOW_PRECISION and len(constants) + (addend is not None) > 1:
         rows, weight = _with_columns(rows, weight, constants)

@@ -247,13 +247,13 @@ def _dither_bwd(s: Shape) -> Steps:
 
 
 def _delta(s: Shape) -> Steps:
-    steps = [*_folded(s), Step("a z_S", s.z_scaled, s.z_scaled)]
+    steps = [*_folded(s), Step("what x loses", s.z_scaled, s.z_scaled), Step("x = (1 + a) z", s.z, s.z)]
     columns = s.columns(s.n_scale)
     if s.n_scale < s.H:
         steps.append(Step("gather W_S", columns, columns))
     if s.n_offset and s.itemsize < WIDE:
         steps.append(Step("constants as columns", s.z + s.weight, s.z + s.weight))
-    steps.append(Step("(a z_S) W_S^T", s.z_scaled + columns, s.y, s.product(s.n_scale * s.D), VENDOR))
+    steps.append(Step("r_S W_S^T", s.z_scaled + columns, s.y, s.product(s.n_scale * s.D), VENDOR))
     # accumulated where the addend already is
     return [*steps, _product(s)._replace(read=s.z + s.weight + s.y)]
 

@@ -23,7 +23,8 @@ def logit_rows(model: nn.Module, ways: Sequence[Logits] = SCOPED[1:]) -> Logits:
     "index": by places (rows,) in the flattened batch, in a scope of `row_index.selecting_rows`. "rows": by a mask
     (B, S), which transformers' own forwards take. "columns": by the places (columns,) where any row of the batch has a
     label, which Liger's take. "all": not at all. What works gives the logits and the loss that the model gives when it
-    computes them all. A model that cannot do even that gets what transformers' own take, and says by itself what is wrong.
+    computes them all. A model that cannot do even that gets what transformers' own take, and says by itself what is
+    wrong.
     """
     return tried_once(model, ("logits", tuple(ways)), lambda: _tried(model, ways))
 

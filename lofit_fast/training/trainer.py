@@ -30,6 +30,9 @@ from lofit_fast.training.finite_steps import FiniteSteps, Shown
 from lofit_fast.training.frozen_base import admitted
 from lofit_fast.training.shared_batches import SHARE, ShareCollator, n_labels_of, shared_steps, sharers
 
+# whether transformers is older than `loss_is_scaled_for_ga`: it divides by the number of batches in any case then
+_DIVIDES_UNASKED = not hasattr(Trainer, "loss_is_scaled_for_ga")
+
 
 class LofitTrainer(AttachmentTraining, Trainer):
     """Trains a handle's vectors, or any attachment's parameters, on completions; the rest of it is Trainer's.
@@ -90,12 +93,17 @@ class LofitTrainer(AttachmentTraining, Trainer):
             return result
         loss = result[0] if return_outputs else result
         if self.shared is not None:
-            counted = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
-            loss = self.shared.part_of_labels(loss, counted)
+            loss = self.shared.part_of_labels(loss, self._is_counted(options))
         if self._parts:
             loss = loss * self._parts.popleft()
         total = self.noted_loss(loss, self.current_gradient_accumulation_steps)
+        if _DIVIDES_UNASKED and self.compute_loss_func is None and not self._is_counted(options):
+            total = total * self.current_gradient_accumulation_steps
         return (total, result[1]) if return_outputs else total
+
+    def _is_counted(self, options: Mapping) -> bool:
+        """Whether the model divides its loss by the number of labels that a call comes with."""
+        return self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Trainer's, of a batch of which this process has a share: the loss is that of the whole batch."""

@@ -93,9 +93,10 @@ def test_delta_by_hand():
     shape = Shape(T=8, N=4, H=3, D=2, n_scale=2)
     forward, backward = steps_of(PATHS["delta"], shape)
     assert [tuple(step)[:4] for step in forward] == [
-        ("a z_S", 64, 64, 0),
+        ("what x loses", 64, 64, 0),
+        ("x = (1 + a) z", 96, 96, 0),
         ("gather W_S", 32, 32, 0),
-        ("(a z_S) W_S^T", 64 + 32, 64, 2 * 8 * 4 * 4),
+        ("r_S W_S^T", 64 + 32, 64, 2 * 8 * 4 * 4),
         ("z W^T", 96 + 48 + 64, 64, 2 * 8 * 4 * 6),
     ]
     assert [tuple(step)[:4] for step in backward] == [

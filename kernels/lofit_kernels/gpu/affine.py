@@ -100,7 +100,7 @@ def _affine_delta_fwd_kernel(
     z,
     scale,
     scale_heads,
-    x,
+    r,
     T,
     n_scale,
     stride_z,
@@ -110,7 +110,7 @@ def _affine_delta_fwd_kernel(
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """x[t, s D + d] = a[s, d] z[t, heads[s] D + d]"""
+    """r[t, s D + d] = a z + (z - round((1 + a) z)), with a = a[s, d] and z = z[t, heads[s] D + d]"""
     slot = tl.program_id(0) % n_scale
     rows = (tl.program_id(0) // n_scale) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
@@ -119,8 +119,11 @@ def _affine_delta_fwd_kernel(
     head = tl.load(scale_heads + slot).to(tl.int32)
     value = tl.load(z + wide * (stride_z * UNIT) + (head * D + d)[None, :], mask=inside, other=0.0)
     a = tl.load(scale + slot * D + d, mask=d < D, other=0.0).to(ACC)
-    delta = round_to(value.to(ACC) * a[None, :], x.dtype.element_ty)
-    tl.store(x + wide * (n_scale * D) + (slot * D + d)[None, :], delta, mask=inside)
+    value = value.to(ACC)
+    rounded = round_to(value * (1.0 + a)[None, :], r.dtype.element_ty)
+    # 1 + a would lose what is left of a small one
+    lost = value * a[None, :] + (value - rounded.to(ACC))
+    tl.store(r + wide * (n_scale * D) + (slot * D + d)[None, :], round_to(lost, r.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "across", "n_scale", "n_offset", "stride_grad", "stride_z", "stride_dz", "blocks"])
@@ -241,7 +244,7 @@ def _fwd_plan(arch: str, T: int, H: int, head_dim: int, stride: int, dtype: torc
 
 
 def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`a z_S`, what the scales add to z, on the selected heads only.
+    """What rounding takes off `(1 + a) z_S`, on the selected heads only; nothing in float32.
 
     z (T, K); scale (h, D) float32; scale_heads (h,) int64, distinct. Returns a new contiguous (T, h D) of z's dtype, in
     the order of scale_heads. One launch. Raises ValueError for an unsupported dtype or shape.
@@ -250,9 +253,9 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
     accumulator(z, "z")
     count_heads(z, "z", head_dim)
     T, n_scale = z.shape[0], scale_heads.shape[0]
-    x = torch.empty((T, n_scale * head_dim), dtype=z.dtype, device=z.device)
-    if x.numel() == 0:
-        return x
+    r = torch.empty((T, n_scale * head_dim), dtype=z.dtype, device=z.device)
+    if r.numel() == 0:
+        return r
     unit = common_unit(z.stride(0))
     options = head_plan("affine_delta_fwd", z, head_dim, unit)
     launch(
@@ -261,13 +264,13 @@ def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Te
         z,
         scale.contiguous(),
         scale_heads,
-        x,
+        r,
         T,
         n_scale,
         z.stride(0) // unit,
         **options,
     )
-    return x
+    return r
 
 
 def _sweep(

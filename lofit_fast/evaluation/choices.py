@@ -22,6 +22,7 @@ from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import check_scores
 from lofit_fast.evaluation.token_trees import TokenTree, common_beginning, question_trees, side_by_side
+from lofit_fast.models.next_tokens import later_tokens_seen, said_bidirectional
 from lofit_fast.models.trials import SHARED, rounding, said_of, trial_examples, trying
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
@@ -134,7 +135,8 @@ def packing_refusal(model: nn.Module, attention: str | None = None) -> str | Non
 def length_refusal(model: nn.Module) -> str | None:
     """Why sequences give other results in one row than apart, where a trial of a few tokens cannot show it; or None."""
     config = text_config(model)
-    if getattr(config, "use_bidirectional_attention", False):
+    # a mask of ours, or none, would take that away without a word
+    if said_bidirectional(model) or later_tokens_seen(model):
         return "attention is bidirectional"
     if not {"dynamic", "longrope"}.isdisjoint(_rope_types(getattr(config, "rope_parameters", None) or {})):
         return "its rotary embedding depends on the length of the whole sequence"

@@ -2,73 +2,140 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lofit_fast.data.collate import CompletionCollator, on_device
-from lofit_fast.data.encode import IGNORED
-from lofit_fast.models.trials import SHARED, difference, rounding, trial_examples, trying
+from lofit_fast.data.encode import IGNORED, Encoded
+from lofit_fast.models.trials import SHARED, as_the_base, difference, rounding, trial_examples, tried_once, trying
+from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.sharding import is_shared
+
+# a padding id: what stands there is masked
+_PAD = 0
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a trial shows. leak: by how much a text's beginning moves with the rest of it. loss: the model's own,
+    beside that of the logits with the token they stand at (same), and with the next one (following)."""
+
+    leak: float
+    loss: Tensor
+    same: Tensor
+    following: Tensor
 
 
 def check_next_tokens(model: nn.Module, *, own_loss: bool = True) -> None:
     """Raise ValueError for a model whose tokens see those after them, or whose loss is of another kind.
 
-    The former are encoders, those of BERT's kin whose config does not say is_decoder=True, and models with an encoder,
-    which would read the answer there. own_loss: whether the model's own loss is trained on. That of the decoders of
-    BART and its kin compares the logits at each token with that token, for labels that are shifted beforehand.
-    Tried on a few tokens; not where the class is known to be a decoder with transformers' own loss, nor where
-    processes hold the model together.
+    The former are encoders, those of BERT's kin whose config does not say is_decoder=True, decoders whose config turns
+    their causal mask off, and models with an encoder, which would read the answer there. own_loss: whether the model's
+    own loss is trained on. That of the decoders of BART and its kin compares the logits at each token with that token,
+    for labels that are shifted beforehand.
+    Tried on a few tokens, whatever the class; where that is not possible, the config is believed.
     """
-    if _is_known(model) or is_shared(model):
+    name = type(model).__name__
+    if reason := later_tokens_seen(model):
+        raise ValueError(
+            f"tokens of a {name} see those that come after them ({reason}), so that it would be trained on answers "
+            "that it has read: expected a decoder, as BERT's kin are with is_decoder=True in their config"
+        )
+    seen = _tried(model)
+    if not own_loss or seen is None:
         return
-    batch = on_device(CompletionCollator(0, logits="all")(trial_examples(model)), device_of(model))
-    labels, name, allowed = batch["labels"], type(model).__name__, rounding(model)
+    away = (seen.loss - seen.same).abs()
+    if away <= rounding(model) * seen.same and away < (seen.loss - seen.following).abs():
+        raise ValueError(
+            f"the loss of a {name} compares the logits at each token with that token (it is {seen.loss:.4g}; of next "
+            f"tokens it would be {seen.following:.4g}), so that nothing of use is learned from it: expected a model "
+            "whose loss is of next tokens, as that of decoder-only models is"
+        )
+
+
+def later_tokens_seen(model: nn.Module) -> str | None:
+    """How it shows that a model's tokens see those after them; None where they do not.
+
+    The model is tried, patched or not. Its config is believed where processes hold the model together, or where it
+    takes more than tokens.
+    """
+    seen = _tried(model)
+    if seen is None:
+        return "attention is bidirectional by its config" if said_bidirectional(model) else None
+    if seen.leak > _allowed(model):
+        return f"its logits at the beginning of a text move by {seen.leak:.1e} with the rest of it"
+    return None
+
+
+def said_bidirectional(model: nn.Module) -> bool:
+    """Whether a config says that tokens of a text see those after them, whatever the model makes of it."""
+    config = text_config(model)
+    # tokens of images alone see each other with "vision"
+    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+    return both_ways or getattr(config, "is_causal", None) is False
+
+
+def _tried(model: nn.Module) -> _Seen | None:
+    """None where the model cannot be tried."""
+    if is_shared(model):
+        return None
+    return tried_once(model, "next tokens", lambda: _seen(model))
+
+
+def _seen(model: nn.Module) -> _Seen | None:
+    first, *_, shorter = trial_examples(model)
+    # as long, with another end
+    other = trial_examples(model, other=True)[0]
     try:
-        with trying(model):
-            out = model(**batch, use_cache=False)
+        with trying(model), as_the_base(model):
+            run = _Runs(model)
+            out, labels = run([first, other, shorter])
+            # without padding, attention may go another way
+            leak = max(run.leak(out.logits, [shorter]), run.leak(run([first, other])[0].logits, []))
         logits, loss = out.logits.float(), out.loss.float()
-        # what all examples begin with is the same in each, whatever comes after it
-        alike = logits[:, :SHARED]
-        leak = difference(alike[1:], alike[:1].expand_as(alike[1:])) if alike.isfinite().all() else 0.0
-        same, following = _loss(logits, labels), _loss(logits[:, :-1], labels[:, 1:])
+        return _Seen(leak, loss, _loss(logits, labels), _loss(logits[:, :-1], labels[:, 1:]))
     # it needs more than tokens, or cannot run here: training says by itself what is wrong
     except Exception:
-        return
-    # one batch, so that hardly a sum is in another order
-    if leak > allowed / 10:
-        raise ValueError(
-            f"tokens of a {name} see those that come after them (its logits at the beginning of a text move by "
-            f"{leak:.1e} with the rest of it), so that it would be trained on answers that it has read: expected a "
-            "decoder, as BERT's kin are with is_decoder=True in their config"
-        )
-    away = (loss - same).abs()
-    if own_loss and away <= allowed * same and away < (loss - following).abs():
-        raise ValueError(
-            f"the loss of a {name} compares the logits at each token with that token (it is {loss:.4g}; of next tokens "
-            f"it would be {following:.4g}), so that nothing of use is learned from it: expected a model whose loss is "
-            "of next tokens, as that of decoder-only models is"
-        )
+        return None
 
 
-def _is_known(model: nn.Module) -> bool:
-    """Whether a model's class is a decoder by its code, and computes its loss by transformers' own for such."""
-    # accelerate's forward moves inputs between devices, and goes on with the class's
-    replaced = "forward" in vars(model) and not hasattr(model, "_hf_hook")
-    if replaced or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    try:
-        made, forward = (inspect.getsource(getattr(type(model), name)) for name in ("__init__", "forward"))
-    # of a class that was made without a file
-    except (OSError, TypeError):
-        return False
-    # classes that are decoders where their config says so look there when they are made
-    fixed = "is_decoder" not in made and "self.loss_function(" in forward
-    return fixed and getattr(model, "loss_function", None) is ForCausalLMLoss
+class _Runs:
+    """Forwards of one model, all with the same random numbers, by which some attention hashes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.state = model, torch.get_rng_state()
+
+    def __call__(self, rows: list[Encoded]) -> tuple[Any, Tensor]:
+        """(what the model gives, the labels). The longest row has no padding, which may hide a part of it from it."""
+        torch.set_rng_state(self.state)
+        collator = CompletionCollator(_PAD, logits="all", pad_to_multiple_of=1)
+        batch = on_device(collator(rows), device_of(self.model))
+        return self.model(**batch, use_cache=False), batch["labels"]
+
+    def leak(self, logits: Tensor, beside: list[Encoded]) -> float:
+        """How the beginnings of the first two rows, which are alike, differ; 0 where they are no numbers.
+
+        logits: (B, S, vocabulary), of a batch with both, and `beside`.
+        """
+        got, other = logits[:2, :SHARED].float()
+        if not (got.isfinite().all() and other.isfinite().all()):
+            return 0.0
+        away = difference(got, other)
+        if away <= _allowed(self.model):
+            return away
+        # one row may move another, as where experts have room for so many tokens of a batch: that is no leak
+        pair = (trial_examples(self.model, other=which)[:1] + beside for which in (False, True))
+        return difference(*(self(rows)[0].logits[:1, :SHARED].float() for rows in pair))
+
+
+def _allowed(model: nn.Module) -> float:
+    """Of the same shapes, so that hardly a sum is in another order."""
+    return rounding(model) / 10
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ def fit_objective(
     check_given(model, tokenizer, recipe, engine)
     callbacks, heads, output_dir = given_callbacks(callbacks), given_heads(heads), given_path(output_dir)
     step1_dir = None if step1_dir is None else given_path(step1_dir)
-    with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model):
+    # what the data's encoding has tried, step 1 knows, and step 2
+    with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model), remembering():
         how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
         made = (model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         return _both_steps(*made, output_dir=output_dir, **how)
@@ -158,8 +159,7 @@ def _both_steps(
     heads = steps.checked_heads(heads)
     result = None
     try:
-        # what step 1 has tried, step 2 knows
-        with remembering(), opened_run(steps, output_dir, heads, resume) as run:
+        with opened_run(steps, output_dir, heads, resume) as run:
             if run.stage != "done":
                 choose_heads(steps, run, heads, step1_dir, resume)
             result = steps.tune(run, resume)
@@ -215,10 +215,9 @@ def rehearse(
     check_given(model, tokenizer, recipe, engine)
     heads = given_heads(heads)
     _check_unpatched(model)
-    steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
-    heads = steps.checked_heads(heads)
     with remembering():
-        return steps.data, *steps.engines(heads)
+        steps = TwoSteps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), (), progress)
+        return steps.data, *steps.engines(steps.checked_heads(heads))
 
 
 @with_gradients

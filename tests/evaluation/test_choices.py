@@ -8,6 +8,7 @@ import lofit_fast.evaluation.choices as scoring
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import packing_refusal, score_choices
+from lofit_fast.models.trials import remembering
 from tests.oracle import randomize
 from tests.ordinary_sample import slow_if
 from tests.packed_linears import AwqLike
@@ -119,8 +120,10 @@ def test_every_distinct_token_runs_once(monkeypatch):
         calls.append((inputs["input_ids"].shape[1], len(out.logits.flatten(0, -2))))
         return out
 
-    monkeypatch.setattr(model, "forward", counting)
-    score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
+    with remembering():
+        assert packing_refusal(model) is None
+        monkeypatch.setattr(model, "forward", counting)
+        score_choices(model, TOKENIZER, QUESTIONS, CHOICES, shared_prefix=PREFIX)
     shared = 1 + len(PREFIX)
     questions = sum(map(len, QUESTIONS))
     # of " yes", " y", "no", " yes, sir": " yes, si" and "n"; none; "x" and "zzzz"; "b"

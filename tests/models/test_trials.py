@@ -81,5 +81,6 @@ def test_a_run_tries_its_model_once(tmp_path):
     model, passes = tiny_model("llama"), []
     model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
     lf.fit(model, tiny_tokenizer(), EXAMPLES, QUICK, output_dir=tmp_path, progress=False).handle.unpatch()
-    # attention twice, all logits and those of an index, narrowing twice. both steps used to try, 16 passes in all
-    assert passes.count(False) == 6
+    # next tokens with padding and without, attention twice, all logits and those of an index, narrowing twice. both
+    # steps used to try
+    assert passes.count(False) == 8

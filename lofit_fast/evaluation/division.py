@@ -43,6 +43,11 @@ class Division:
         # where some processes hold one model together and some another, the two may be asked different things
         self.asked_alike = self.count > 1 and (not cut or n_holding(model) == {self.count})
 
+    @property
+    def shares(self) -> bool:
+        """Whether processes compute one forward together, in the midst of which none may go its own way."""
+        return self.gathers or (self.count > 1 and self.same)
+
     def check_same(self, work: Sequence[object], named: str) -> None:
         """Raise ValueError in every process where they were given different work. named: the work, in words."""
         if self.asked_alike:
@@ -79,6 +84,10 @@ class Division:
         if self.count == 1:
             return nullcontext()
         return ranks.joined(self.what) if self.same or self.gathers else ranks.together(self.what)
+
+    def most(self, value: Key) -> Key:
+        """The greatest of everybody's values, so that all go on with one, where they divide the work."""
+        return value if self.same else max(ranks.gathered(value))
 
     def put_together(self, results: Mapping[Key, Value]) -> dict[Key, Value]:
         """Everybody's results."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lofit_fast.config import shown
 from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
-from lofit_fast.data.lengths import check_count, longest_first
+from lofit_fast.data.lengths import check_count
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
 from lofit_fast.evaluation.choices import check_room, score_choices
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import FiniteLogits
 from lofit_fast.evaluation.generation_settings import StandingAlone, ends_of
+from lofit_fast.evaluation.prompt_batches import prompt_batches
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.cache_names import cache_name
@@ -59,7 +60,7 @@ def judge(
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
     share of probability on all correct ones (arXiv:2109.07958). batch_size: how many prompts are continued at a time,
-    by default 32; choices are scored by tokens, and take none.
+    by default 32, and fewer where answers would depend on it; choices are scored by tokens, and take none.
     shared: for several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
     In a launch of several processes all of them must call it, with the same task: they divide the work by whole
@@ -104,8 +105,9 @@ def generate_answers(
 ) -> list[str]:
     """Greedy continuations, in the order of the prompts, special tokens left out.
 
-    Batches are of like length and padded on the left; a patched model runs with its offsets folded. Several processes
-    divide them, see `judge`. Of the model's `generation_config` the tokens that end an answer count, and nothing else.
+    Batches are of like length and padded on the left, as far as a trial shows that no answer depends on its batch: see
+    `prompt_batches`. A patched model runs with its offsets folded. Several processes divide them, see `judge`. Of the
+    model's `generation_config` the tokens that end an answer count, and nothing else.
     shared: see `judge`.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context, for tokens that the
     model has no embedding for, for a batch_size or max_new_tokens below 1, and for shared prompts under vectors that
@@ -236,12 +238,13 @@ def _generated(
     division.check_same(encoded, "prompts")
     if shared is not None and division.gathers:
         raise ValueError("shared prompts need a model that is whole in every process: expected shared=None under FSDP")
-    batches = list(longest_first([len(row) for row in encoded], batch_size, "", False))
     answers: dict[int, list[int]] = {}
     greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
+    pad = pad_token_id(tokenizer)
     with division.together(), evaluating(model):
+        batches = prompt_batches(model, [len(row) for row in encoded], batch_size, pad, division)
         for rows, counts in division.batches(batches, progress):
-            ids, mask = padded([encoded[i] for i in rows], pad_token_id(tokenizer), side="left")
+            ids, mask = padded([encoded[i] for i in rows], pad, side="left")
             ids, mask = ids.to(device), mask.to(device)
             given = None if shared is None else shared.cache(model, [encoded[i] for i in rows])
             past = {} if given is None else {cache_name(model): given}

@@ -13,6 +13,7 @@ from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.judge import generate_answers, judge
 from lofit_fast.evaluation.logprobs import log_probs
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
+from lofit_fast.models.trials import remembering
 from lofit_fast.tasks import Example, Task
 from lofit_fast.tasks.task import MultipleChoice
 from tests.oracle import randomize
@@ -69,8 +70,11 @@ def test_every_process_computes_a_part_of_it():
 
     def work(rank):
         seen = []
-        model.register_forward_pre_hook(lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True)
-        generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=1, batch_size=2)
+        # what is tried of the model is tried once, in every process
+        with remembering():
+            generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=1, batch_size=2)
+            model.register_forward_pre_hook(lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+            generate_answers(model, TOKENIZER, PROMPTS, max_new_tokens=1, batch_size=2)
         return seen
 
     # batches of 2, 2 and 1

@@ -8,6 +8,7 @@ import torch
 import lofit_fast as lf
 from lofit_fast.evaluation.judge import generate_answers, judge
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
+from lofit_fast.models.trials import remembering
 from lofit_fast.tasks.task import Example, Task
 from tests.oracle import randomize
 from tests.tiny_families import tiny_family
@@ -53,9 +54,11 @@ def test_only_last_prompt_tokens_and_answers_run_again():
     model = tiny_model("llama")
     shared, seen = SharedPrompts(), []
     adapted(model, 0)
-    answers(model, shared)
-    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    answers(model, shared)
+    # what is tried of the model is tried once
+    with remembering():
+        answers(model, shared)
+        model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        answers(model, shared)
     assert set(seen) == {1}
 
 

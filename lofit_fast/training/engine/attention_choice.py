@@ -12,6 +12,7 @@ from torch import nn
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.data.padding import padded_on_the_right
+from lofit_fast.models.row_picks import picks_in_rows
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, tried_once, trying
 from lofit_fast.patching.architectures import find_projections, text_config
 from lofit_fast.patching.families import ARCHITECTURES
@@ -19,7 +20,6 @@ from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.training.engine.attention_scope import OURS, UnusableAttention, attending
 from lofit_fast.training.engine.causal_attention import CAUSAL
 from lofit_fast.training.engine.cpu_extras import HAS_CPU_EXTRAS
-from lofit_fast.training.engine.packing_trial import picks_in_rows
 
 FLASH = "flash_attention_2"
 # attentions that torch has no gradients of on a kind of device; compiling one forward takes minutes

@@ -12,13 +12,9 @@ from torch import Tensor, nn
 
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.data.pack import GROUPED
+from lofit_fast.models.row_picks import picks_in_rows
 from lofit_fast.models.trials import all_logits, difference, rounding, said_of, trial_examples, tried_once, trying
-from lofit_fast.patching.architectures import text_config
 from lofit_fast.training.engine.attention_scope import attending
-
-# what configs call how many tokens an attention picks in a whole row: it picks those of other examples in rows longer
-# than that alone, which a trial's row is not
-_BY_ROW = ("index_topk", "index_topk_blocks", "indexer_budget")
 
 
 def packing_leak(model: nn.Module, attention: str, collator_of: Callable[[bool], Callable]) -> str | None:
@@ -54,12 +50,6 @@ def _leak(model: nn.Module, attention: str, collator_of: Callable[[bool], Callab
     if leak > allowed / 4:
         return f"in a packed row one example moves another's logits by {leak:.1e} in {type(model).__name__}"
     return None
-
-
-def picks_in_rows(model: nn.Module) -> str | None:
-    """What the config calls the number of tokens that attention picks in a whole row; None where it looks at all."""
-    settings = vars(text_config(model))
-    return next((name for name in _BY_ROW if settings.get(name)), None)
 
 
 def packs(attention: str) -> bool:

@@ -86,7 +86,7 @@ def encode_answers(
     found = noted(branches(tokenizer, *_visible(*question)) for question in counted)
     for (prompt, answers), (start, endings) in zip(questions, found, strict=True):
         pairs = zip(answers, endings, strict=True)
-        rows = [_labelled(_closed([*start, *ending], answer, tokenizer), len(start)) for answer, ending in pairs]
+        rows = [_labelled(closed([*start, *ending], answer, tokenizer), len(start)) for answer, ending in pairs]
         for row in rows:
             _check_length(row, max_length, prompt)
         encoded.append(rows)
@@ -194,6 +194,18 @@ def answer_tokens(tokenizer, example: Example) -> int:
     return 1 + (max(joined, len(encode_answer(tokenizer, example.completion))) if pair.moved else joined)
 
 
+def closed(ids: list[int], answer: str, tokenizer) -> list[int]:
+    """An answer's ids with an end-of-sequence token, once, unless a chat template has ended it in its own way.
+
+    Raises ValueError for a tokenizer that has none where it is needed.
+    """
+    if isinstance(answer, Rendered):
+        return ids
+    if tokenizer.eos_token_id is None:
+        raise ValueError(_NO_END)
+    return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
 def pad_token_id(tokenizer) -> int:
     """What fills up a batch: the padding token, or where there is none the end token. Masked either way."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -214,22 +226,13 @@ def _encoded(tokenizer, example, max_length: int | None) -> tuple[Encoded, str]:
         row, moved = _conversation(tokenizer, example)
     else:
         (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
-        row, moved = _labelled(_closed(pair.ids, example.completion, tokenizer), pair.start), pair.moved
+        row, moved = _labelled(closed(pair.ids, example.completion, tokenizer), pair.start), pair.moved
     _check_length(row, max_length, example.prompt)
     return row, moved
 
 
 def _labelled(ids: list[int], start: int) -> Encoded:
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
-
-
-def _closed(ids: list[int], answer: str, tokenizer) -> list[int]:
-    """With an end-of-sequence token, once, unless a chat template has ended the answer in its own way."""
-    if isinstance(answer, Rendered):
-        return ids
-    if tokenizer.eos_token_id is None:
-        raise ValueError(_NO_END)
-    return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def _visible(prompt: str, answers: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.data.encode import branches, noted
+from lofit_fast.data.encode import branches, closed, noted
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.pack import GROUPED
 from lofit_fast.evaluation.division import Division
@@ -58,15 +58,15 @@ def score_choices(
     choices: Sequence[Sequence[str]],
     *,
     shared_prefix: str = "",
-    end: bool = False,
+    end: bool | Sequence[bool] = False,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[Tensor]:
     """log p(choice | shared_prefix + question), summed over its tokens: a float32 row per question, on the CPU.
 
     choices: per question its own list, of any number and length. shared_prefix: put before every question, a few-shot
-    prompt for instance. end: score an end-of-sequence token after each choice too, so that none gains by being the
-    beginning of another.
+    prompt for instance. end: score the end-of-sequence token after each choice too, so that none gains by being the
+    beginning of another; of all questions, or of each. It is added as in training: once, and to no `Rendered` choice.
     Prefix, question and choice are tokenized joined, as in training, and what prompts share is found in their tokens,
     so that a token reaching over a seam is the one it is in the joint text. Where a choice changes the last tokens of
     its prompt, all choices of the question are scored from there on, and a `BoundaryWarning` says so.
@@ -82,12 +82,13 @@ def score_choices(
     if len(questions) != len(choices):
         raise ValueError(f"expected a list of choices per question, got {len(choices)} for {len(questions)} questions")
     check_count("max_tokens", max_tokens)
-    if end and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+    ends = [end] * len(questions) if isinstance(end, bool) else list(end)
+    if len(ends) != len(questions):
+        raise ValueError(f"expected end for each question, got {len(ends)} for {len(questions)} questions")
     for question, options in zip(questions, choices, strict=True):
         if isinstance(options, str) or not len(options):
             raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {options!r}")
-    prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, end)
+    prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, ends)
     check_ids(model, prompts, "question")
     for number, (prompt, rows) in enumerate(zip(prompts, endings, strict=True), start=1):
         check_ids(model, rows, f"question {number}, choice")
@@ -343,11 +344,14 @@ def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
     return picked.where(norms[at].isfinite(), math.nan).tolist()
 
 
-def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], end: bool):
+def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], ends: Sequence[bool]):
     """(token ids of every prompt, and per prompt those of its choices)."""
     pairs = list(noted(branches(tokenizer, p, options) for p, options in zip(prompts, choices, strict=True)))
-    closing = [tokenizer.eos_token_id] * end
-    return [start for start, _ in pairs], [[ending + closing for ending in endings] for _, endings in pairs]
+    scored = [
+        [closed(ending, choice, tokenizer) if end else ending for ending, choice in zip(endings, options, strict=True)]
+        for (_, endings), options, end in zip(pairs, choices, ends, strict=True)
+    ]
+    return [start for start, _ in pairs], scored
 
 
 def _joined(prefix: str, question: str) -> str:

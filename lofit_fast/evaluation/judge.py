@@ -59,7 +59,8 @@ def judge(
     """A task's own metric: MC1 and MC2 of its choices where it has some, exact match on its validation otherwise.
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
-    share of probability on all correct ones (arXiv:2109.07958). batch_size: how many prompts are continued at a time,
+    share of probability on all correct ones (arXiv:2109.07958). A choice's end is scored where its question's `ends`
+    says so. batch_size: how many prompts are continued at a time,
     by default 32, and fewer where answers would depend on it; choices are scored by tokens, and take none.
     shared: for several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
@@ -176,7 +177,8 @@ def constrained_accuracy(
 
 def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, progress: bool) -> Judgement:
     prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
-    scores = score_choices(model, tokenizer, prompts, choices, shared_prefix=task.shared_prefix, progress=progress)
+    how = {"shared_prefix": task.shared_prefix, "end": [c.ends for c in task.choices], "progress": progress}
+    scores = score_choices(model, tokenizer, prompts, choices, **how)
     # MC1 has one correct choice, the best answer
     listed = [
         row[[c.best, *(i for i in range(len(row)) if i not in c.correct)]]

@@ -53,8 +53,12 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
 
 
 def as_choice(preference: Preference) -> MultipleChoice:
-    """A held-out preference as a question: MC1 is right where the chosen answer scores above every rejected one."""
-    return MultipleChoice(preference.prompt, (preference.chosen, *preference.rejected), correct=(0,), best=0)
+    """A held-out preference as a question: MC1 is right where the chosen answer scores above every rejected one.
+
+    Answers are scored as they are trained on, with their end.
+    """
+    answers = (preference.chosen, *preference.rejected)
+    return MultipleChoice(preference.prompt, answers, correct=(0,), best=0, ends=True)
 
 
 def _is_chat(value: object) -> bool:

@@ -72,6 +72,9 @@ class MultipleChoice:
         prompt: the question in its template, without what all questions share.
         choices: every answer, leading space included.
         correct: indices of the correct ones; `best` of the one that MC1 asks for.
+        ends: whether a choice is all of an answer, so that the end after it is scored too, as training on it has it.
+            Otherwise a choice that is the beginning of another is never the less likely one. What a chat template has
+            rendered ends in its own way, and has nothing added.
 
     Raises:
         ValueError: indices that are no choices, no correct or no wrong choice, a best one that is not correct.
@@ -81,6 +84,7 @@ class MultipleChoice:
     choices: tuple[str, ...]
     correct: tuple[int, ...]
     best: int
+    ends: bool = False
 
     def __post_init__(self):
         right, every = set(self.correct), set(range(len(self.choices)))

@@ -8,6 +8,7 @@ import torch
 
 import lofit_fast as lf
 from lofit_fast.data.encode import encode_prompt
+from lofit_fast.evaluation.choices import score_choices
 from lofit_fast.evaluation.judge import (
     constrained_accuracy,
     exact_match_accuracy,
@@ -16,7 +17,9 @@ from lofit_fast.evaluation.judge import (
     score_candidates,
 )
 from lofit_fast.tasks import Example, Task
-from lofit_fast.tasks.task import MultipleChoice
+from lofit_fast.tasks.chat import Rendered
+from lofit_fast.tasks.preference_rows import as_choice
+from lofit_fast.tasks.task import MultipleChoice, Preference
 from tests.oracle import randomize
 from tests.tiny_models import FAMILIES, VOCAB, tiny_model
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
@@ -263,6 +266,39 @@ def test_judge_by_choices(llama):
     assert judged.hits == [1.0, 1.0, 0.0]
     share = sum(row.softmax(0)[list(c.correct)].sum() for row, c in zip(rows, choices, strict=True)) / 3
     assert judged.metrics == {"mc1": pytest.approx(2 / 3), "mc2": pytest.approx(share.item(), abs=1e-4)}
+
+
+@torch.no_grad()
+def test_preferences_are_judged_with_their_end(llama):
+    _spread(llama)
+    one, other = Preference("Q: e?\nA:", " no", (" no way",)), Preference("Q: e?\nA:", " no way", (" no",))
+    # as a chat template ends it
+    rendered = Preference("Q: e?\nA:", Rendered(" no"), (Rendered(" no way"),))
+    start = encode_prompt(TOKENIZER, one.prompt)
+
+    def log_p(text, *more):
+        ids = [VOCABULARY[c] for c in text] + list(more)
+        rows = llama(torch.tensor([start + ids])).logits[0, len(start) - 1 :].log_softmax(-1)
+        return sum(rows[i, token].item() for i, token in enumerate(ids))
+
+    for preference, more in ((one, [2]), (other, [2]), (rendered, [])):
+        scores = [log_p(text, *more) for text in (preference.chosen, *preference.rejected)]
+        judged = judge(llama, TOKENIZER, Task("t", [], [], choices=(as_choice(preference),)))
+        share = torch.tensor(scores).softmax(0)[0].item()
+        assert judged.metrics == {"mc1": float(scores[0] > scores[1]), "mc2": pytest.approx(share, abs=1e-4)}
+    # the end of the shorter one can be unlikely, so that not it alone ever wins
+    llama.lm_head.weight[2] = -llama.lm_head.weight[2] * 50
+    ended = [log_p(" no", 2), log_p(" no way", 2)]
+    tasks = [Task("t", [], [], choices=(as_choice(preference),)) for preference in (one, other)]
+    assert [judge(llama, TOKENIZER, task).hits for task in tasks] == [[float(a > b)] for a, b in (ended, ended[::-1])]
+
+
+def test_the_end_is_scored_once_and_by_question(llama):
+    _spread(llama)
+    both = score_choices(llama, TOKENIZER, ["ab", "ab"], [["c</s>", "c"]] * 2, end=[True, False])
+    assert both[0][0] == both[0][1] == both[1][0] != both[1][1]
+    with pytest.raises(ValueError, match="expected end for each question, got 1 for 2 questions"):
+        score_choices(llama, TOKENIZER, ["ab", "ab"], [["c"]] * 2, end=[True])
 
 
 def test_choices_take_no_batch_size(llama):

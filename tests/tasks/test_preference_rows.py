@@ -26,7 +26,8 @@ def test_a_share_is_held_out_as_choices(tmp_path, suffix):
     assert (len(task.preferences), len(task.choices)) == (18, 2)
     assert task.preferences[0] == Preference("Q0:", " yes 0", (" no",))
     held_out = [PAIRS[int(choice.prompt[1:-1])] for choice in task.choices]
-    assert [MultipleChoice(p["prompt"], (p["chosen"], p["rejected"]), (0,), 0) for p in held_out] == [*task.choices]
+    expected = [MultipleChoice(p["prompt"], (p["chosen"], p["rejected"]), (0,), 0, ends=True) for p in held_out]
+    assert expected == [*task.choices]
     # the same share as completions of as many rows have
     completions = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS]
     same = completion(write(tmp_path / "b.jsonl", completions))

@@ -184,14 +184,26 @@ def encode_pair(tokenizer, prompt: str, answer: str) -> list[int]:
 
 
 def answer_tokens(tokenizer, example: Example) -> int:
-    """How many tokens a model writes to answer as the example does, its end included."""
+    """How many tokens a model writes to answer with the longest of what counts as correct, its end included."""
+    return 1 + max([_completion_tokens(tokenizer, example), *_other_answers(tokenizer, example)])
+
+
+def _completion_tokens(tokenizer, example: Example) -> int:
     if isinstance(example, Conversation):
         ids, start = _conversation_ids(tokenizer, example), len(encode_prompt(tokenizer, example.prompt))
-        return max(1, len(ids) - start) + 1
+        return max(1, len(ids) - start)
     (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
     joined = len(pair.ids) - pair.start
     # written from other tokens than those it was joined to
-    return 1 + (max(joined, len(encode_answer(tokenizer, example.completion))) if pair.moved else joined)
+    return max(joined, len(encode_answer(tokenizer, example.completion))) if pair.moved else joined
+
+
+def _other_answers(tokenizer, example: Example) -> list[int]:
+    """Tokens of each answer that is not the completion, written as that is: after the same white space."""
+    completion = example.completion
+    space = completion[: len(completion) - len(completion.lstrip())]
+    texts = [space + answer.strip() for answer in example.answers if answer.strip() != completion.strip()]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def closed(ids: list[int], answer: str, tokenizer) -> list[int]:

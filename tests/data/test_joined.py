@@ -171,6 +171,17 @@ def test_room_for_an_answer_is_what_its_labels_take(kind):
         assert learned <= answer_tokens(tokenizer, Example(prompt, answer)) <= learned + 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_room_is_for_the_longest_answer_that_counts(kind):
+    tokenizer = kind_tokenizer(kind)
+    long = "the letter " * 8
+    whole = answer_tokens(tokenizer, Example("A:", " " + long.strip()))
+    assert answer_tokens(tokenizer, Example("A:", " yes")) < whole
+    for answers in (("yes", long), (long, "no"), (" " + long,)):
+        got = answer_tokens(tokenizer, Example("A:", " yes", answers))
+        assert whole <= got <= whole + 1
+
+
 def test_special_tokens_of_a_text_are_its_own():
     tokenizer = kind_tokenizer("llama3")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

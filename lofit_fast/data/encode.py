@@ -93,6 +93,16 @@ def encode_answers(
     return encoded
 
 
+def check_unlike(better: Sequence[int], worse: Sequence[int], where: str) -> None:
+    """Raise ValueError for two answers to one prompt of the same tokens: neither can be preferred to the other.
+
+    Texts that differ may have the same tokens: an end token that is written out, or what a tokenizer normalises.
+    better, worse: token ids. where: the two, in words.
+    """
+    if better == worse:
+        raise ValueError(f"{where} have the same tokens: expected answers that a model can tell apart")
+
+
 @dataclass(frozen=True)
 class Branches:
     """Token ids of several answers to one prompt: what all of them begin with, and how each goes on.

@@ -88,7 +88,7 @@ def score_choices(
     for question, options in zip(questions, choices, strict=True):
         if isinstance(options, str) or not len(options):
             raise ValueError(f"expected a list of choices for the question {question[:60]!r}, got {options!r}")
-    prompts, endings = _tokens(tokenizer, [_joined(shared_prefix, question) for question in questions], choices, ends)
+    prompts, endings = choice_tokens(tokenizer, shared_prefix, questions, choices, ends)
     check_ids(model, prompts, "question")
     for number, (prompt, rows) in enumerate(zip(prompts, endings, strict=True), start=1):
         check_ids(model, rows, f"question {number}, choice")
@@ -115,6 +115,19 @@ def score_choices(
     check_scores(found, dict(enumerate(questions)))
     rows = ([found[q, c] for c in range(len(of))] for q, of in enumerate(endings))
     return [torch.tensor(row, dtype=torch.float32) for row in rows]
+
+
+def choice_tokens(
+    tokenizer, prefix: str, questions: Sequence[str], choices: Sequence[Sequence[str]], ends: Sequence[bool]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """(token ids of every question, behind the prefix; per question those of its choices that are scored)."""
+    found = (branches(tokenizer, _joined(prefix, q), options) for q, options in zip(questions, choices, strict=True))
+    pairs = list(noted(found))
+    scored = [
+        [closed(ending, choice, tokenizer) if end else ending for ending, choice in zip(endings, options, strict=True)]
+        for (_, endings), options, end in zip(pairs, choices, ends, strict=True)
+    ]
+    return [start for start, _ in pairs], scored
 
 
 def packing_refusal(model: nn.Module, attention: str | None = None) -> str | None:
@@ -342,16 +355,6 @@ def _log_p(logits: Tensor, rows: list[int], tokens: list[int]) -> list[float]:
     picked = logits[at, torch.tensor(tokens, device=logits.device)].to(wide) - norms[at]
     # beside an infinite logit any other would have no probability at all
     return picked.where(norms[at].isfinite(), math.nan).tolist()
-
-
-def _tokens(tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]], ends: Sequence[bool]):
-    """(token ids of every prompt, and per prompt those of its choices)."""
-    pairs = list(noted(branches(tokenizer, p, options) for p, options in zip(prompts, choices, strict=True)))
-    scored = [
-        [closed(ending, choice, tokenizer) if end else ending for ending, choice in zip(endings, options, strict=True)]
-        for (_, endings), options, end in zip(pairs, choices, ends, strict=True)
-    ]
-    return [start for start, _ in pairs], scored
 
 
 def _joined(prefix: str, question: str) -> str:

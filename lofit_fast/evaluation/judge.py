@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.config import shown
-from lofit_fast.data.encode import answer_tokens, encode_prompt, pad_token_id
+from lofit_fast.data.encode import BoundaryWarning, answer_tokens, check_unlike, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
-from lofit_fast.evaluation.choices import check_room, score_choices
+from lofit_fast.evaluation.choices import check_room, choice_tokens, score_choices
 from lofit_fast.evaluation.division import Division
 from lofit_fast.evaluation.finite_logits import FiniteLogits
 from lofit_fast.evaluation.generation_settings import StandingAlone, ends_of
@@ -25,7 +26,7 @@ from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation
-from lofit_fast.tasks.task import Example, Task, exact_match
+from lofit_fast.tasks.task import Example, MultipleChoice, Task, exact_match
 from lofit_fast.torch_defaults import on_the_cpu
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def judge(
     In a launch of several processes all of them must call it, with the same task: they divide the work by whole
     batches, and each returns all of the result, which is the one that a single process has.
     Raises TypeError for what is no task, ValueError for a task with nothing to be judged by, a batch_size below 1
-    or beside choices, and what `generate_answers` and `score_choices` raise.
+    or beside choices, a right and a wrong choice of the same tokens, and what `generate_answers` and `score_choices`
+    raise.
     """
     if not isinstance(task, Task):
         raise TypeError(f"expected a Task, as load_task makes one of a file, got {type(task).__name__}")
@@ -179,6 +181,8 @@ def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: T
     prompts, choices = [c.prompt for c in task.choices], [c.choices for c in task.choices]
     how = {"shared_prefix": task.shared_prefix, "end": [c.ends for c in task.choices], "progress": progress}
     scores = score_choices(model, tokenizer, prompts, choices, **how)
+    for number, (row, c) in enumerate(zip(scores, task.choices, strict=True), start=1):
+        _check_told_apart(tokenizer, task.shared_prefix, c, row, f"question {number}")
     # MC1 has one correct choice, the best answer
     listed = [
         row[[c.best, *(i for i in range(len(row)) if i not in c.correct)]]
@@ -187,6 +191,18 @@ def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: T
     hits = [mc1([row], [[0]]) for row in listed]
     metrics = {"mc1": sum(hits) / len(hits), "mc2": mc2(scores, [c.correct for c in task.choices])}
     return Judgement(metrics, hits)
+
+
+def _check_told_apart(tokenizer, prefix: str, question: MultipleChoice, scores: Tensor, where: str) -> None:
+    """Raise ValueError for a correct and a wrong choice of the same tokens, which show in their scores."""
+    for right in question.correct:
+        for wrong in set(range(len(question.choices))) - set(question.correct):
+            if scores[right] == scores[wrong]:
+                pair = question.choices[right], question.choices[wrong]
+                # said of all choices already
+                with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
+                    _, (endings,) = choice_tokens(tokenizer, prefix, [question.prompt], [pair], [question.ends])
+                check_unlike(*endings, f"{where}: the choices {pair[0]!r} and {pair[1]!r}")
 
 
 def _hits(

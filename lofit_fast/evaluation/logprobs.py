@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from lofit_fast.data.collate import Batch, Logits, on_device
-from lofit_fast.data.encode import IGNORED, Encoded, encode_answers, pad_token_id
+from lofit_fast.data.encode import IGNORED, Encoded, check_unlike, encode_answers, pad_token_id
 from lofit_fast.data.lengths import check_count, longest_first
 from lofit_fast.data.padding import padded, padded_on_the_right, rectangle
 from lofit_fast.evaluation.division import Division
@@ -71,7 +71,8 @@ def reference_logprobs(
     Columns "prompt_rendered", "chosen_rendered" and "rejected_rendered", each of which may be missing, say which texts
     a chat template has made: no special tokens and no end token are added to those.
     Raises ValueError for a column that is missing or not of texts, an answer without tokens or with some that the model
-    has no embedding for, a prompt and answer of more than max_length tokens, or a batch_size below 1.
+    has no embedding for, two answers of the same tokens, a prompt and answer of more than max_length tokens, or a
+    batch_size below 1.
     """
     check_count("batch_size", batch_size)
     texts = {name: _column(dataset, name) for name in TEXTS}
@@ -85,6 +86,8 @@ def reference_logprobs(
         [text if isinstance(text, Rendered) else text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]
     ]
     pairs = encode_answers(tokenizer, zip(texts["prompt"], zip(*answers, strict=True), strict=True), max_length)
+    for number, pair in enumerate(pairs, start=1):
+        check_unlike(*(row["input_ids"] for row in pair), f"row {number}: chosen and rejected")
     sides = dict(zip(TEXTS[1:], zip(*pairs, strict=True), strict=True)) if pairs else {}
     for name, side in sides.items():
         check_ids(attachment.model, [row["input_ids"] for row in side], name)

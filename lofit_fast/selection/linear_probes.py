@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lofit_fast.data.encode import encode_pair, pad_token_id
+from lofit_fast.data.encode import check_unlike, encode_pair, pad_token_id
 from lofit_fast.data.lengths import longest_first
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choices import check_room
@@ -44,8 +44,8 @@ def head_activations(
     right and the wrong answer of contrast i. Layers are numbered as in the model; where one has no attention or fewer
     heads than others, the rest is NaN. No end-of-sequence token follows an answer.
     Raises ValueError for a tensor-parallel model, no contrasts, an answer without tokens or too long for the model's
-    context, or a model whose layers have heads of different sizes; FloatingPointError for activations that are not
-    finite.
+    context, a contrast of two answers with the same tokens, or a model whose layers have heads of different sizes;
+    FloatingPointError for activations that are not finite.
     """
     if not contrasts:
         raise ValueError("activations need at least one contrast, got none")
@@ -59,6 +59,8 @@ def head_activations(
     if len(sizes) > 1:
         raise ValueError(f"expected heads of one size in all layers, got head_dim {sorted(sizes)}")
     encoded = [encode_pair(tokenizer, c.prompt, answer) for c in contrasts for answer in (c.right, c.wrong)]
+    for number, (right, wrong) in enumerate(zip(encoded[::2], encoded[1::2], strict=True), start=1):
+        check_unlike(right, wrong, f"contrast {number}: the right and the wrong answer")
     check_ids(model, encoded, "answer")
     check_padding(model, pad_token_id(tokenizer), encoded)
     check_room(model, encoded, 0)

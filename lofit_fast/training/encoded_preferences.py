@@ -18,6 +18,7 @@ from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import (
     BoundaryWarning,
     Encoded,
+    check_unlike,
     encode_answers,
     pad_token_id,
 )
@@ -74,6 +75,9 @@ class EncodedPreferences:
         self.limit = token_limit(model, max_length)
         questions = [(p.prompt, (p.chosen, *p.rejected)) for p in preferences]
         answers = encode_answers(tokenizer, questions, self.limit, progress=progress)
+        for number, (chosen, *rejected) in enumerate(answers, start=1):
+            for wrong in rejected:
+                check_unlike(chosen["input_ids"], wrong["input_ids"], f"preference {number}: chosen and rejected")
         for number, rows in enumerate(answers, start=1):
             check_ids(model, (row["input_ids"] for row in rows), f"preference {number}, answer")
         check_padding(model, pad_token_id(tokenizer), answers)

@@ -301,6 +301,16 @@ def test_the_end_is_scored_once_and_by_question(llama):
         score_choices(llama, TOKENIZER, ["ab", "ab"], [["c"]] * 2, end=[True])
 
 
+def test_choices_of_the_same_tokens_are_refused(llama):
+    twins = Preference("ab", "c", ("d", "c</s>"))
+    task = Task("t", [], [], choices=(as_choice(Preference("ab", "c", ("d",))), as_choice(twins)))
+    with pytest.raises(ValueError, match="question 2: the choices 'c' and 'c</s>' have the same tokens"):
+        judge(llama, TOKENIZER, task)
+    # wrong ones may be the same, and so may correct ones
+    alike = MultipleChoice("ab", ("c", "d", "d", "c"), correct=(0, 3), best=0)
+    assert judge(llama, TOKENIZER, Task("t", [], [], choices=(alike,))).hits
+
+
 def test_choices_take_no_batch_size(llama):
     choices = (MultipleChoice("a?", (" b", " c"), correct=(0,), best=0),)
     with pytest.raises(ValueError, match="got batch_size=4, but the choices of the task 't' are scored by tokens"):

@@ -79,6 +79,8 @@ def test_reference_errors(llama):
         of()
     with pytest.raises(ValueError, match="completion must hold some text"):
         of(prompt=["a"] * 4, chosen=["</s>"] * 4)
+    with pytest.raises(ValueError, match="row 3: chosen and rejected have the same tokens"):
+        of(prompt=["a"] * 4, chosen=["b", "b", "c", "b"], rejected=["c", "c", "c</s>", "c"])
     handle.unpatch()
     with pytest.raises(ValueError, match="has ended"):
         of(prompt=["a"] * 4)

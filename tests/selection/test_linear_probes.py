@@ -178,3 +178,5 @@ def test_activations_refuse(llama):
         head_activations(llama, tiny_tokenizer(), [Contrast("a", "", "b")])
     with pytest.raises(ValueError, match="context of 64"):
         head_activations(llama, tiny_tokenizer(), [Contrast("a" * 64, "b", "c")])
+    with pytest.raises(ValueError, match="contrast 2: the right and the wrong answer have the same tokens"):
+        head_activations(llama, tiny_tokenizer(), [Contrast("a", "b", "c"), Contrast("a", "b", "b")])

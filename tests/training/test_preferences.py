@@ -33,6 +33,7 @@ PREFERENCES = [
     Preference(f"Q: {name}? A:", f" {name}.", tuple(f" {wrong}!" for wrong in "xyz"[: 1 + number % 3]))
     for number, name in enumerate(("ab", "cde", "f", "ghij", "kl", "m"))
 ]
+SAME = Preference("Q: ", "No.", ("x", "No.</s>"))
 
 
 def train_dpo(attachment, folder, preferences=PREFERENCES, tokenizer=TOKENIZER, beta=0.5, **changes):
@@ -255,6 +256,8 @@ def test_dpo_errors(tmp_path, monkeypatch):
         ({"accumulation_steps": 2}, "got accumulation_steps=2, expected 1"),
         ({"max_length": 9}, "the limit is 9"),
         ({"preferences": []}, "at least one preference"),
+        # as texts they differ
+        ({"preferences": [*PREFERENCES, SAME]}, "preference 7: chosen and rejected have the same tokens"),
         ({"select_epochs": 0}, "at least 1 epoch in each step"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lofit_fast.data.collate import CompletionCollator, on_device
+from lofit_fast.data.collate import Batch, CompletionCollator, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
-from lofit_fast.models.trials import SHARED, as_the_base, difference, rounding, trial_examples, tried_once, trying
+from lofit_fast.models.trials import (
+    SHARED,
+    as_the_base,
+    difference,
+    rounding,
+    said_of,
+    trial_examples,
+    tried_once,
+    trying,
+)
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.sharding import is_shared
@@ -21,18 +30,25 @@ _PAD = 0
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a trial shows. leak: by how much a text's beginning moves with the rest of it. loss: the model's own,
-    beside that of the logits with the token they stand at (same), and with the next one (following)."""
+class _Losses:
+    """Of one batch: the model's own, that of the logits with the token they stand at, and with the next one."""
 
-    leak: float
-    loss: Tensor
+    own: Tensor
     same: Tensor
     following: Tensor
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a trial shows. leak: by how much a text's beginning moves with the rest of it. losses: or why there are
+    none."""
+
+    leak: float
+    losses: _Losses | str
+
+
 def check_next_tokens(model: nn.Module, *, own_loss: bool = True) -> None:
-    """Raise ValueError for a model whose tokens see those after them, or whose loss is of another kind.
+    """Raise ValueError for a model whose tokens see those after them, or whose loss is of another kind or fails.
 
     The former are encoders, those of BERT's kin whose config does not say is_decoder=True, decoders whose config turns
     their causal mask off, and models with an encoder, which would read the answer there. own_loss: whether the model's
@@ -49,11 +65,17 @@ def check_next_tokens(model: nn.Module, *, own_loss: bool = True) -> None:
     seen = _tried(model)
     if not own_loss or seen is None:
         return
-    away = (seen.loss - seen.same).abs()
-    if away <= rounding(model) * seen.same and away < (seen.loss - seen.following).abs():
+    losses = seen.losses
+    if isinstance(losses, str):
         raise ValueError(
-            f"the loss of a {name} compares the logits at each token with that token (it is {seen.loss:.4g}; of next "
-            f"tokens it would be {seen.following:.4g}), so that nothing of use is learned from it: expected a model "
+            f"a {name} computes logits of tokens, but no loss of them ({losses}): expected a model whose loss is of "
+            "next tokens, given tokens and labels alone"
+        )
+    away = (losses.own - losses.same).abs()
+    if away <= rounding(model) * losses.same and away < (losses.own - losses.following).abs():
+        raise ValueError(
+            f"the loss of a {name} compares the logits at each token with that token (it is {losses.own:.4g}; of next "
+            f"tokens it would be {losses.following:.4g}), so that nothing of use is learned from it: expected a model "
             "whose loss is of next tokens, as that of decoder-only models is"
         )
 
@@ -94,11 +116,10 @@ def _seen(model: nn.Module) -> _Seen | None:
     try:
         with trying(model), as_the_base(model):
             run = _Runs(model)
-            out, labels = run([first, other, shorter])
+            logits, losses = run.with_losses([first, other, shorter])
             # without padding, attention may go another way
-            leak = max(run.leak(out.logits, [shorter]), run.leak(run([first, other])[0].logits, []))
-        logits, loss = out.logits.float(), out.loss.float()
-        return _Seen(leak, loss, _loss(logits, labels), _loss(logits[:, :-1], labels[:, 1:]))
+            leak = max(run.leak(logits, [shorter]), run.leak(run([first, other]), []))
+        return _Seen(leak, losses)
     # it needs more than tokens, or cannot run here: training says by itself what is wrong
     except Exception:
         return None
@@ -109,13 +130,38 @@ class _Runs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.state = model, torch.get_rng_state()
+        # some make the tokens that they go on from of their labels
+        self._labelled = True
 
-    def __call__(self, rows: list[Encoded]) -> tuple[Any, Tensor]:
-        """(what the model gives, the labels). The longest row has no padding, which may hide a part of it from it."""
-        torch.set_rng_state(self.state)
+    def __call__(self, rows: list[Encoded]) -> Tensor:
+        """The logits (B, S, vocabulary)."""
+        batch = self._batch(rows)
+        if not self._labelled:
+            del batch["labels"]
+        return self._out(batch).logits
+
+    def with_losses(self, rows: list[Encoded]) -> tuple[Tensor, _Losses | str]:
+        """The same, and the losses, or why there are none."""
+        batch = self._batch(rows)
+        try:
+            out = self._out(batch)
+        except Exception as error:
+            # whatever the forward makes of labels; if it does not run without them either, that is not it
+            self._labelled = False
+            return self(rows), said_of(error)
+        if out.loss is None:
+            return out.logits, "it is None where labels are given"
+        logits, labels = out.logits.float(), batch["labels"]
+        return out.logits, _Losses(out.loss.float(), _loss(logits, labels), _loss(logits[:, :-1], labels[:, 1:]))
+
+    def _batch(self, rows: list[Encoded]) -> Batch:
+        """The longest row has no padding, which may hide a part of it from itself."""
         collator = CompletionCollator(_PAD, logits="all", pad_to_multiple_of=1)
-        batch = on_device(collator(rows), device_of(self.model))
-        return self.model(**batch, use_cache=False), batch["labels"]
+        return on_device(collator(rows), device_of(self.model))
+
+    def _out(self, batch: Batch) -> Any:
+        torch.set_rng_state(self.state)
+        return self.model(**batch, use_cache=False)
 
     def leak(self, logits: Tensor, beside: list[Encoded]) -> float:
         """How the beginnings of the first two rows, which are alike, differ; 0 where they are no numbers.
@@ -130,7 +176,7 @@ class _Runs:
             return away
         # one row may move another, as where experts have room for so many tokens of a batch: that is no leak
         pair = (trial_examples(self.model, other=which)[:1] + beside for which in (False, True))
-        return difference(*(self(rows)[0].logits[:1, :SHARED].float() for rows in pair))
+        return difference(*(self(rows)[:1, :SHARED].float() for rows in pair))
 
 
 def _allowed(model: nn.Module) -> float:

@@ -55,6 +55,19 @@ class Halved(LlamaForCausalLM):
         return out
 
 
+class Silent(LlamaForCausalLM):
+    """A forward that takes labels and gives no loss."""
+
+    def forward(self, *given, labels=None, **more):
+        return super().forward(*given, **more)
+
+
+def of_class(kind):
+    model = tiny_model("llama")
+    model.__class__ = kind
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -67,8 +80,12 @@ class Halved(LlamaForCausalLM):
         (both_ways, OF_LATER),
         (lambda: tiny_family("paligemma"), OF_LATER),
         (without_a_mask, OF_LATER),
+        # it takes the first logits for those of an image
+        (lambda: tiny_family("git"), r"GitForCausalLM computes logits of tokens, but no loss of them \(ValueError: "),
+        (lambda: of_class(Silent), r"no loss of them \(it is None where labels are given\)"),
     ],
-    ids=["bart", "cpmant", "t5", "masked bert", "roberta", "qwen2", "gemma3", "paligemma", "unmasked llama"],
+    ids=["bart", "cpmant", "t5", "masked bert", "roberta", "qwen2", "gemma3", "paligemma", "unmasked llama"]
+    + ["git", "without a loss"],
 )
 def test_what_predicts_other_tokens_is_refused(make, message, tmp_path):
     model = make()
@@ -81,6 +98,7 @@ def test_what_predicts_other_tokens_is_refused(make, message, tmp_path):
 
 def test_preferences_have_a_loss_of_their_own():
     check_next_tokens(tiny_family("bart"), own_loss=False)
+    check_next_tokens(tiny_family("git"), own_loss=False)
     with pytest.raises(ValueError, match=OF_LATER):
         check_next_tokens(undecided(), own_loss=False)
 
@@ -98,9 +116,7 @@ def test_decoders_are_not(name, dtype):
 
 
 def test_a_loss_of_its_own_kind_is_not():
-    model = tiny_model("llama")
-    model.__class__ = Halved
-    check_next_tokens(model)
+    check_next_tokens(of_class(Halved))
 
 
 def test_no_class_is_taken_at_its_word():

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lofit_fast as lf
 from lofit_fast.evaluation.judge import generate_answers
+from lofit_fast.models.trials import remembering
 from tests.tiny_models import VOCAB, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -42,7 +43,10 @@ def test_a_patched_model_generates_with_one_product_per_token(family):
 def test_a_frozen_model_is_judged_with_one_product_per_token(llama):
     llama.requires_grad_(False)
     before = len(llama.lm_head._forward_pre_hooks)
-    assert batched_heads(lambda: generate_answers(llama, tiny_tokenizer(), ["ab", "c", "de"])) == 0
+    with remembering():
+        # a trial has prompts of their own, for which nothing is copied
+        generate_answers(llama, tiny_tokenizer(), ["ab", "c"], max_new_tokens=1)
+        assert batched_heads(lambda: generate_answers(llama, tiny_tokenizer(), ["ab", "c", "de"])) == 0
     assert len(llama.lm_head._forward_pre_hooks) == before
 
 

@@ -1,7 +1,7 @@
 """Training on answers alone, over prompts that the base has computed once: what whole masked sequences give."""
 
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ import torch
 import lofit_fast as lf
 from lofit_fast.data.collate import CompletionCollator
 from lofit_fast.data.encode import IGNORED
+from lofit_fast.evaluation.choices import length_refusal
 from lofit_fast.models.prompt_states import PROMPTS, going_on, prompt_states
 from lofit_fast.models.row_index import selecting_rows
+from lofit_fast.models.trials import remembering
 from lofit_fast.training.answer_batches import AnswerCollator, prompts_of, span
 from lofit_fast.training.engine.attention_scope import attending
 from lofit_fast.training.prompt_store import prompts_kept
@@ -200,9 +202,12 @@ def test_what_all_prompts_begin_with_runs_once(name, tmp_path):
     rows = [{"input_ids": begin + one["input_ids"], "labels": [IGNORED] * 9 + one["labels"]} for one in ROWS]
     handle, seen = patched(make()), []
     expected = results(handle.model, CompletionCollator(0, logits=BY_ROW)(rows), list(handle.parameters()))
-    embedding = handle.model.get_input_embeddings()
-    embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-    with kept(handle, tmp_path, rows) as collator:
+    with ExitStack() as scopes:
+        scopes.enter_context(remembering())
+        assert length_refusal(handle.model) is None
+        embedding = handle.model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+        collator = scopes.enter_context(kept(handle, tmp_path, rows))
         filled = [shape for shape in seen if shape != (1, len(prompts_of(rows)[0]))]
         # the beginning, and the prompts' own tokens; then the trial
         assert filled[:2] == [(1, 8), (len(prompts_of(rows)), 18)]

@@ -148,6 +148,8 @@ FAST_RECIPE: dict[str, object] = {"select": "saliency", "select_examples": 128}
 FAST_ANSWER: dict[str, object] = {"top": 0.3, "tune_lr": 4e-2}
 # of a whole number: what counts examples, epochs or layers is far below it
 _MOST = 2**31 - 1
+# settings of which 1 and 1.0 mean the same
+_FLOATS = ("select_lr", "tune_lr", "l1", "max_grad_norm", "init_std")
 # settings that runs of earlier releases lack, and what these did
 _LATER = {"positions": "all", "select": "lofit", "select_examples": None, "tune_scales": False}
 
@@ -200,14 +202,15 @@ class Recipe:
         for name in (*whole, "eval_batch_size"):
             if name != "seed" and getattr(self, name) > _MOST:
                 raise ValueError(f"expected {name} <= {_MOST}, got {shown(getattr(self, name))}")
-        for name in ("select_lr", "tune_lr", "l1", "max_grad_norm", "init_std"):
+        for name in _FLOATS:
             value = plain_number(getattr(self, name))
             if value is None:
                 raise TypeError(f"expected {name} to be a number, got {shown(getattr(self, name))}")
             # max_grad_norm may be infinite: nothing is clipped then
             if abs(value) > sys.float_info.max and (name != "max_grad_norm" or value != math.inf):
                 raise ValueError(f"expected a finite {name}, got {shown(value)}")
-            object.__setattr__(self, name, value)
+            # 1 and 1.0 are the same run
+            object.__setattr__(self, name, float(value))
         if self.max_length is not None and type(self.max_length) is not int:
             raise TypeError(f"expected max_length to be an integer or None, got {shown(self.max_length)}")
         positive = ("select_lr", "tune_lr", "batch_size", "accumulation_steps", "max_grad_norm", "eval_batch_size")
@@ -241,6 +244,11 @@ class Recipe:
     def identity(self) -> dict[str, object]:
         """The settings that make two runs the same one. What came later is named where it differs from its default."""
         return {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
+
+    @staticmethod
+    def floats(kept: Mapping[str, object]) -> dict[str, object]:
+        """An `identity` of an earlier release, which kept a whole number for a setting as the int that it was."""
+        return {name: float(x) if name in _FLOATS and type(x) is int else x for name, x in kept.items()}
 
     def of_step1(self) -> dict[str, object]:
         """The settings that step 1 depends on: those with the same have the same scores."""

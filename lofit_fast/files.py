@@ -155,6 +155,15 @@ def as_json(content: Any) -> Any:
     return json.loads(json.dumps(content), parse_constant=str)
 
 
+def same_json(one: Any, other: Any) -> bool:
+    """Whether two values are written alike: a list and a tuple are, 1 and 1.0 and True, which Python calls equal, not.
+
+    What JSON does not have is compared by its `repr`.
+    """
+    first, second = (json.dumps(value, sort_keys=True, default=repr) for value in (one, other))
+    return first == second
+
+
 def _not_finite(content: object, at: str = "content") -> Iterator[str]:
     """Each number of plain data that is none or infinite, with its place."""
     if isinstance(content, float) and not math.isfinite(content):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lofit_fast.extras import shared_versions
+from lofit_fast.files import same_json
 from lofit_fast.launchers import join, launched
 from lofit_fast.roll_call import ElsewhereError, RollCall
 
@@ -182,7 +183,7 @@ def together(what: str) -> Iterator[None]:
 def check_same(value: object, what: str) -> None:
     """Raise ValueError in every process where they have different values, naming who has which. what: in words."""
     values = gathered(value)
-    if any(other != values[0] for other in values[1:]):
+    if not all(same_json(other, values[0]) for other in values[1:]):
         listed = "; ".join(f"process {number}: {other}" for number, other in enumerate(values))
         raise ValueError(f"expected the same {what} in every process, got {listed}")
 

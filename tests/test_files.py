@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lofit_fast.files import (
     file_errors,
     given_path,
     read_json,
+    same_json,
     whole_folder,
     writable_folder,
     write_json,
@@ -361,3 +363,17 @@ def test_json_of_what_is_no_file(tmp_path):
 def test_json_with_the_mark_of_windows_editors(tmp_path):
     (tmp_path / "a.json").write_bytes('{"ä": 1}'.encode("utf-8-sig"))
     assert read_json(str(tmp_path / "a.json")) == {"ä": 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"top": 1}, {"top": 1.0}, False),
+        ({"top": 1}, {"top": True}, False),
+        ([{"a": 1, "b": (2, 3)}], ({"b": [2, 3], "a": 1},), True),
+        ({"limit": math.inf}, {"limit": math.inf}, True),
+        ({"path": Path("a")}, {"path": Path("b")}, False),
+    ],
+)
+def test_same_json(one, other, same):
+    assert same_json(one, other) == same_json(other, one) == same

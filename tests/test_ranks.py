@@ -60,6 +60,14 @@ def test_values_that_differ_are_named():
     in_processes(2, work)
 
 
+def test_a_count_and_a_fraction_differ():
+    def work(rank):
+        with pytest.raises(ValueError, match="got process 0: 1; process 1: 1.0"):
+            ranks.check_same((1, 1.0)[rank], "top")
+
+    in_processes(2, work)
+
+
 def test_a_killed_process_is_named():
     def work(rank):
         if rank == 1:

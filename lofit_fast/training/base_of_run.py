@@ -95,6 +95,10 @@ def as_now(now: Mapping[str, object]) -> Callable[[dict], dict]:
         if kept == "" or (isinstance(kept, str) and same_base(kept, now["base"]) is not False):
             model = {**model, "base": now["base"]}
         settings = _known(model.get("settings"), now["settings"])
+        # 10000 and 10000.0, as versions of transformers have it
+        settings = {
+            name: value if settings[name] == value else settings[name] for name, value in now["settings"].items()
+        }
         numbers = _known(model.get("numbers"), now["numbers"])
         numbers = {
             name: today if _close(numbers[name], today) else numbers[name] for name, today in now["numbers"].items()

@@ -7,6 +7,7 @@ An objective holds the data. Its `encoded` checks the data and turns it into one
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from lofit_fast.config import Recipe
+from lofit_fast.config import Recipe, shown
 from lofit_fast.data.collate import Logits
 from lofit_fast.data.encode import (
     Encoded,
@@ -303,8 +304,11 @@ class Preferences:
     name = "preferences"
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
-            raise ValueError(f"expected a finite beta > 0, got {self.beta!r}")
+        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
+        if not number or not 0 < self.beta <= sys.float_info.max:
+            raise ValueError(f"expected a finite beta > 0, got {shown(self.beta)}")
+        # 1 and 1.0 are the same run
+        object.__setattr__(self, "beta", float(self.beta))
         object.__setattr__(self, "preferences", at_rest(self.preferences))
 
     def encoded(

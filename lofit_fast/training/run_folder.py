@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.data.encode import Encoded
-from lofit_fast.files import as_json, given_path, read_json, writable_folder, write_text
+from lofit_fast.files import as_json, given_path, read_json, same_json, writable_folder, write_text
 from lofit_fast.heads import heads_of, scores_as_json, scores_from_json
 from lofit_fast.locks import alone
 from lofit_fast.patching.fully_sharded import is_spread, whole
@@ -138,7 +138,7 @@ class RunFolder:
         return (None, f"{path} is damaged: it has no {wrong[0]} of a run") if wrong else (state, None)
 
     def _go_on(self, state: dict, identity: dict, before: dict) -> None:
-        differing = sorted(k for k in identity.keys() | before.keys() if identity.get(k) != before.get(k))
+        differing = sorted(k for k in identity.keys() | before.keys() if not same_json(identity.get(k), before.get(k)))
         changed = _rate_changed(state, before, identity) if differing == ["recipe"] else None
         if differing and changed is None:
             paths = [path for name in differing for path in _inside(name, before.get(name), identity.get(name))]
@@ -151,7 +151,7 @@ class RunFolder:
             changes = [*state.get("changed", []), changed]
             kept = {name: value for name, value in state.items() if name != "diverged"}
             write_sealed(self.path / STATE, {**kept, "identity": identity, "changed": changes})
-        elif state["identity"] != identity:
+        elif not same_json(state["identity"], identity):
             write_sealed(self.path / STATE, {**state, "identity": identity})
         # read now, and not after hours
         _ = self.history
@@ -355,7 +355,7 @@ def _rate_changed(state: dict, before: dict, identity: dict) -> dict | None:
         return None
     name = f"{stage}_lr"
     was, now = before.get("recipe"), identity["recipe"]
-    if not isinstance(was, dict) or {**was, name: None} != {**now, name: None}:
+    if not isinstance(was, dict) or not same_json({**was, name: None}, {**now, name: None}):
         return None
     return {"setting": name, "was": was.get(name), "now": now[name], "after": diverged}
 
@@ -364,7 +364,7 @@ def _inside(name: str, kept: object, now: object) -> list[str]:
     """The entries in which two values differ, by their paths: "model.settings.rope_parameters"."""
     if not isinstance(kept, dict) or not isinstance(now, dict):
         return [name]
-    differing = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
+    differing = sorted(key for key in kept.keys() | now.keys() if not same_json(kept.get(key), now.get(key)))
     return [path for key in differing for path in _inside(f"{name}.{key}", kept.get(key), now.get(key))]
 
 

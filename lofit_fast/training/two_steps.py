@@ -25,7 +25,7 @@ from lofit_fast.patching.handle import LofitHandle, load, patch
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.training.arguments import Schedule
-from lofit_fast.training.base_of_run import as_now, base_of
+from lofit_fast.training.base_of_run import base_of
 from lofit_fast.training.begun_with import as_begun, begun_with
 from lofit_fast.training.choice.look import look
 from lofit_fast.training.choice.ways import WAYS, Trained, Untrained
@@ -34,6 +34,7 @@ from lofit_fast.training.engine.auto import said, with_prompts
 from lofit_fast.training.finite_steps import Diverged
 from lofit_fast.training.frozen_base import check_passes_gradients
 from lofit_fast.training.kept_engine import begun_engine, check_begun, with_weights
+from lofit_fast.training.kept_identity import kept_as_now
 from lofit_fast.training.loss_sense import LossSense
 from lofit_fast.training.objectives import Objective
 from lofit_fast.training.prefix_cache.worth import Worth, worth_of
@@ -148,7 +149,7 @@ class TwoSteps:
         """A scope with the run folder; raises as `RunFolder.open`, and ValueError for a stage with other products."""
         identity = self.identity(heads)
         self._check_alike(identity)
-        with opened(output_dir, identity, resume, as_now=as_now(identity["model"])) as run:
+        with opened(output_dir, identity, resume, as_now=kept_as_now(identity)) as run:
             # the one knob of the engine that changes results: a finished stage counts too
             for kept in filter(None, map(run.engine, ("select", "tune"))):
                 check_begun(run.path, kept, self.asked, (_RESULTS,))

@@ -103,6 +103,8 @@ def test_run_identity_survives_json(tmp_path):
         ({"recipe": {"top": 3}}, "recipe"),
         ({"heads": [[0, 1]], "model": {"layers": 4}}, "heads, model"),
         ({"extra": 1}, "extra"),
+        # which Python takes for equal: one head, and all heads
+        ({"recipe": {"top": 2.0}}, "recipe"),
     ],
 )
 def test_run_of_another_identity_is_refused(tmp_path, changes, named):
@@ -420,7 +422,7 @@ def test_after_a_divergence_another_rate_is_the_same_run(tmp_path):
     with pytest.raises(ValueError, match="another recipe"):
         opened(tmp_path, identity(select_lr=0.5))
     run.note_divergence("select", 1.0, step=3)
-    for changes in ({"tune_lr": 0.5}, {"select_lr": 0.5, "top": 3}):
+    for changes in ({"tune_lr": 0.5}, {"select_lr": 0.5, "top": 3}, {"select_lr": 0.5, "top": 2.0}):
         with pytest.raises(ValueError, match="another recipe"):
             opened(tmp_path, identity(**changes))
     opened(tmp_path, identity(select_lr=0.5))

@@ -8,6 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from lofit_fast import ranks
 from lofit_fast.config import Head, check_top
+from lofit_fast.files import same_json
 from lofit_fast.heads import jaccard, select_heads
 from lofit_fast.patching.handle import LofitHandle, handle_of
 from lofit_fast.patching.head_norms import head_scores
@@ -88,7 +89,8 @@ class SettledHeads(ClosedCallback, ExportableState):
     def _go_on(self, written: dict | list) -> None:
         """What a checkpoint kept; of several callbacks of this name that of the same settings."""
         candidates = written if isinstance(written, list) else [written]
-        ours = [one for one in candidates if one.get("args") == self.identity["early_stop"] and "seen" in one]
+        settings = self.identity["early_stop"]
+        ours = [one for one in candidates if same_json(one.get("args"), settings) and "seen" in one]
         if ours:
             seen = ours[-1]["seen"]
             self.overlaps = list(seen["overlaps"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -132,7 +133,7 @@ class RunQueue:
 
 def step1_of(index: int, run: Run) -> object:
     """Equal for runs that share a step 1."""
-    return index if run.heads is not None else (run.train_size, *run.recipe.of_step1().items())
+    return index if run.heads is not None else (run.train_size, json.dumps(run.recipe.of_step1(), sort_keys=True))
 
 
 def _given_up(run: Run, claim: Claim) -> Row:

@@ -296,3 +296,10 @@ def test_a_sweep_of_which_all_are_dead_begins_anew(tmp_path):
     assert len(list((tmp_path / "queue" / "members").glob("*.lock"))) == 1
     with begun(tmp_path, grid_of(seed=[2])) as (_, session):
         assert session.begun_here
+
+
+def test_runs_of_one_head_and_of_all_heads_share_no_step_1():
+    grid = parse_grid({"base": {"model": "tiny"}, "grid": {"select": ["early_stop"], "top": [1, 1.0]}})
+    one, every = (run_queue.step1_of(number, run) for number, run in enumerate(grid.runs))
+    assert one != every
+    assert one == run_queue.step1_of(7, grid.runs[0])

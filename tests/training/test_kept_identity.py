@@ -1,0 +1,50 @@
+"""What makes two runs the same one: told apart where they differ, and known again in a folder of an earlier release."""
+
+import pytest
+
+import lofit_fast as lf
+from lofit_fast.sealed import read_sealed, write_sealed
+from tests.training.tiny_runs import count_steps, fit
+
+QUICKEST = {"select": "random", "tune_epochs": 1}
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Changes the identity that a run folder keeps, as an earlier release has written it."""
+
+    def change(folder, **entries):
+        state = read_sealed(folder / "state.json")
+        write_sealed(folder / "state.json", {**state, "identity": {**state["identity"], **entries}})
+
+    return change
+
+
+def identity_of(folder):
+    return read_sealed(folder / "state.json")["identity"]
+
+
+@pytest.mark.parametrize("tops", [(1, 1.0), (1.0, 1)])
+def test_one_head_and_all_heads_are_two_runs(llama, tmp_path, tops):
+    one, other = (lf.Recipe(top=top, **QUICKEST) for top in tops)
+    fit(llama, tmp_path / "run", one).handle.unpatch()
+    with pytest.raises(ValueError, match=r"another recipe: .*what differs is recipe\.top"):
+        fit(llama, tmp_path / "run", other)
+    # nor do they share a step 1 that looks at how many are kept
+    ends = [lf.Recipe(top=top, select="early_stop", select_epochs=1, tune_epochs=0) for top in tops]
+    for number, end in enumerate(ends):
+        fit(llama, tmp_path / str(number), end, step1_dir=tmp_path / "step1").handle.unpatch()
+    assert len(list((tmp_path / "step1").glob("*/state.json"))) == 2
+
+
+def test_a_whole_number_for_a_rate_is_the_same_run(llama, tmp_path, monkeypatch, kept):
+    recipe = lf.Recipe(top=1, l1=0, max_grad_norm=2, **QUICKEST)
+    assert (recipe.l1, recipe.max_grad_norm) == (0.0, 2.0) and type(recipe.l1) is type(recipe.max_grad_norm) is float
+    fit(llama, tmp_path, recipe).handle.unpatch()
+    now = identity_of(tmp_path)
+    # as an earlier release kept it
+    kept(tmp_path, recipe={**now["recipe"], "l1": 0, "max_grad_norm": 2})
+    steps = []
+    count_steps(monkeypatch, steps)
+    fit(llama, tmp_path, recipe).handle.unpatch()
+    assert steps == [] and repr(identity_of(tmp_path)) == repr(now)

@@ -42,7 +42,7 @@ from lofit_fast.training.finite_steps import SHOWN
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.model_limits import check_language_model, token_limit
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
-from lofit_fast.training.run_folder import data_digest
+from lofit_fast.training.run_folder import data_digest, groups_digest
 from lofit_fast.training.trainer import undisturbed
 
 
@@ -81,7 +81,8 @@ class EncodedPreferences:
         for number, rows in enumerate(answers, start=1):
             check_ids(model, (row["input_ids"] for row in rows), f"preference {number}, answer")
         check_padding(model, pad_token_id(tokenizer), answers)
-        self._digest = data_digest([row for rows in answers for row in rows])
+        self._digest = groups_digest(answers)
+        self._before = data_digest(row for rows in answers for row in rows)
         # what an epoch reads: of every preference the chosen answer and one rejected
         self.rows = [row for rows in answers for row in rows[:2]]
         self.answers = answers
@@ -89,8 +90,12 @@ class EncodedPreferences:
         self._tokens: list[int] = []
 
     def identity(self) -> dict[str, object]:
-        """Digest of all answers, and beta."""
+        """Digest of all answers, each with its question's, and beta."""
         return {"data": self._digest, "beta": self.beta}
+
+    def identity_before(self) -> dict[str, object]:
+        """Earlier releases had the answers in one row, whichever question they are to."""
+        return {"data": self._before}
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """Without packing and narrowing, and no micro-batches."""

@@ -8,12 +8,16 @@ from lofit_fast.config import Recipe
 from lofit_fast.training.base_of_run import as_now
 
 
-def kept_as_now(now: Mapping[str, object]) -> Callable[[dict], dict]:
-    """A function that brings a kept identity up to date where it is that of the same run. now: today's identity."""
+def kept_as_now(now: Mapping[str, object], data_before: Mapping[str, object]) -> Callable[[dict], dict]:
+    """A function that brings a kept identity up to date where it is that of the same run.
+
+    now: today's identity. data_before: entries of it as earlier releases had them of the same data.
+    """
     model_as_now = as_now(now["model"])
 
     def turned(before: dict) -> dict:
-        return model_as_now({**before, **_as_floats(before)})
+        data = {name: now[name] for name, value in data_before.items() if before.get(name) == value}
+        return model_as_now({**before, **_as_floats(before), **data})
 
     return turned
 

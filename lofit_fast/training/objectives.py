@@ -81,6 +81,9 @@ class EncodedObjective(Protocol):
     def identity(self) -> dict[str, object]:
         """Plain data by which two runs on the same data are known."""
 
+    def identity_before(self) -> dict[str, object]:
+        """The entries of `identity` that earlier releases had otherwise, as they had them."""
+
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """The engine without what this objective has no use for. Raises ValueError where that was asked for."""
 
@@ -180,6 +183,10 @@ class EncodedCompletions:
     def identity(self) -> dict[str, object]:
         """Digests of the examples."""
         return {"data": data_digest(self.rows), "eval_data": data_digest(self.judged_rows)}
+
+    def identity_before(self) -> dict[str, object]:
+        """Nothing."""
+        return {}
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """All of it."""

@@ -277,12 +277,26 @@ class RunFolder:
         write_text(self.path / "history.jsonl", "".join(json.dumps(r | {SEAL: seal_of(r)}) + "\n" for r in rows))
 
 
-def data_digest(examples: Sequence[Encoded]) -> str:
+def data_digest(examples: Iterable[Encoded]) -> str:
     """SHA-256 over the token ids and labels of a data set."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
+        digest.update(_content(example))
     return digest.hexdigest()
+
+
+def groups_digest(groups: Iterable[Sequence[Encoded]]) -> str:
+    """SHA-256 over a data set of several sequences each: the same ones in other groups are other data."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(f"{len(group)} ".encode())
+        for example in group:
+            digest.update(_content(example))
+    return digest.hexdigest()
+
+
+def _content(example: Encoded) -> bytes:
+    return json.dumps([example["input_ids"], example["labels"]]).encode()
 
 
 def weights_digest(projections: Iterable[nn.Module]) -> str:

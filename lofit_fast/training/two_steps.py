@@ -149,7 +149,7 @@ class TwoSteps:
         """A scope with the run folder; raises as `RunFolder.open`, and ValueError for a stage with other products."""
         identity = self.identity(heads)
         self._check_alike(identity)
-        with opened(output_dir, identity, resume, as_now=kept_as_now(identity)) as run:
+        with opened(output_dir, identity, resume, as_now=kept_as_now(identity, self.data.identity_before())) as run:
             # the one knob of the engine that changes results: a finished stage counts too
             for kept in filter(None, map(run.engine, ("select", "tune"))):
                 check_begun(run.path, kept, self.asked, (_RESULTS,))

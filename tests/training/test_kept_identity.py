@@ -4,6 +4,9 @@ import pytest
 
 import lofit_fast as lf
 from lofit_fast.sealed import read_sealed, write_sealed
+from lofit_fast.training.objectives import Preferences
+from lofit_fast.training.run_folder import data_digest
+from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import count_steps, fit
 
 QUICKEST = {"select": "random", "tune_epochs": 1}
@@ -48,3 +51,29 @@ def test_a_whole_number_for_a_rate_is_the_same_run(llama, tmp_path, monkeypatch,
     count_steps(monkeypatch, steps)
     fit(llama, tmp_path, recipe).handle.unpatch()
     assert steps == [] and repr(identity_of(tmp_path)) == repr(now)
+
+
+def dpo(model, folder, pairs, **options):
+    recipe = lf.Recipe(top=1, **QUICKEST)
+    fitted = lf.fit_preferences(model, tiny_tokenizer(), pairs, recipe, output_dir=folder, progress=False, **options)
+    fitted.handle.unpatch()
+
+
+# the same answers, in the same order
+ONE = [{"prompt": "Q: ", "chosen": "a", "rejected": ["b", "c", "d"]}]
+TWO = [{"prompt": "Q: ", "chosen": "a", "rejected": ["b"]}, {"prompt": "Q: ", "chosen": "c", "rejected": ["d"]}]
+
+
+def test_answers_of_other_questions_are_other_data(llama, tmp_path, kept):
+    pytest.importorskip("trl")
+    dpo(llama, tmp_path, ONE)
+    with pytest.raises(ValueError, match="another data:"):
+        dpo(llama, tmp_path, TWO)
+    # as an earlier release kept it, which had one digest for both
+    now = identity_of(tmp_path)
+    encoded = Preferences(ONE).encoded(llama, tiny_tokenizer(), None)
+    kept(tmp_path, data=data_digest(row for rows in encoded.answers for row in rows), beta=1)
+    with pytest.raises(ValueError, match="another beta:"):
+        dpo(llama, tmp_path, ONE)
+    dpo(llama, tmp_path, ONE, beta=1)
+    assert identity_of(tmp_path) == {**now, "beta": 1.0}

@@ -25,7 +25,7 @@ from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.handle import evaluating
 from lofit_fast.patching.placement import device_of
-from lofit_fast.tasks.chat import Conversation
+from lofit_fast.tasks.chat import Conversation, Rendered
 from lofit_fast.tasks.task import Example, MultipleChoice, Task, exact_match
 from lofit_fast.torch_defaults import on_the_cpu
 
@@ -137,6 +137,12 @@ def exact_match_accuracy(
 def answer_length(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
     """Tokens to generate so that every correct answer fits, at least MAX_NEW_TOKENS."""
     return max([MAX_NEW_TOKENS, *(answer_tokens(tokenizer, example) for example in examples)])
+
+
+def judged_by(example: Example) -> list[object]:
+    """All of an example that `exact_match_accuracy` reads, as plain data."""
+    of_chat = [example.marker, example.ending] if isinstance(example, Conversation) else None
+    return [isinstance(example.prompt, Rendered), example.prompt, list(example.answers), of_chat]
 
 
 def score_candidates(

@@ -28,7 +28,7 @@ from lofit_fast.data.encode import (
 )
 from lofit_fast.data.given_examples import at_rest, given_examples
 from lofit_fast.evaluation.choices import check_room
-from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy
+from lofit_fast.evaluation.judge import answer_length, exact_match_accuracy, judged_by
 from lofit_fast.models.head_trial import chunked_losses, longest_head
 from lofit_fast.models.label_counts import divides_by_count
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
@@ -181,12 +181,12 @@ class EncodedCompletions:
         check_padding(model, pad_token_id(tokenizer), self.rows + self.judged_rows)
 
     def identity(self) -> dict[str, object]:
-        """Digests of the examples."""
-        return {"data": data_digest(self.rows), "eval_data": data_digest(self.judged_rows)}
+        """Digests of the examples; of those held out with all that their metrics read."""
+        return {"data": data_digest(self.rows), "eval_data": data_digest(self.judged_rows, map(judged_by, self.judged))}
 
     def identity_before(self) -> dict[str, object]:
-        """Nothing."""
-        return {}
+        """Earlier releases knew the held-out examples' tokens alone, which say nothing of other accepted answers."""
+        return {"eval_data": data_digest(self.judged_rows)}
 
     def usable(self, engine: Engine, accumulation_steps: int) -> Engine:
         """All of it."""

@@ -277,11 +277,13 @@ class RunFolder:
         write_text(self.path / "history.jsonl", "".join(json.dumps(r | {SEAL: seal_of(r)}) + "\n" for r in rows))
 
 
-def data_digest(examples: Iterable[Encoded]) -> str:
-    """SHA-256 over the token ids and labels of a data set."""
+def data_digest(examples: Iterable[Encoded], beside: Iterable[object] = ()) -> str:
+    """SHA-256 over the token ids and labels of a data set. beside: plain data that goes with it."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(_content(example))
+    for more in beside:
+        digest.update(json.dumps(more).encode())
     return digest.hexdigest()
 
 

@@ -1,9 +1,15 @@
 """What makes two runs the same one: told apart where they differ, and known again in a folder of an earlier release."""
 
+import json
+
 import pytest
 
 import lofit_fast as lf
+from lofit_fast.data.encode import encode_all
+from lofit_fast.evaluation.judge import judged_by
 from lofit_fast.sealed import read_sealed, write_sealed
+from lofit_fast.tasks.chat import Conversation, Rendered
+from lofit_fast.tasks.task import Example
 from lofit_fast.training.objectives import Preferences
 from lofit_fast.training.run_folder import data_digest
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -77,3 +83,33 @@ def test_answers_of_other_questions_are_other_data(llama, tmp_path, kept):
         dpo(llama, tmp_path, ONE)
     dpo(llama, tmp_path, ONE, beta=1)
     assert identity_of(tmp_path) == {**now, "beta": 1.0}
+
+
+def test_a_finished_run_has_no_accuracy_for_other_accepted_answers(llama, tmp_path, kept):
+    recipe = lf.Recipe(top=1, **QUICKEST)
+    first, other = ([Example("Q: ", "a", accepted)] for accepted in (("a",), ("a", "b")))
+    fit(llama, tmp_path, recipe, eval_data=first).handle.unpatch()
+    now = identity_of(tmp_path)
+    with pytest.raises(ValueError, match="another eval_data:"):
+        fit(llama, tmp_path, recipe, eval_data=other)
+    # as an earlier release kept it
+    kept(tmp_path, eval_data=data_digest(encode_all(tiny_tokenizer(), first, 1000)))
+    assert identity_of(tmp_path) != now
+    fit(llama, tmp_path, recipe, eval_data=first).handle.unpatch()
+    assert identity_of(tmp_path) == now
+
+
+def test_all_that_the_exact_match_reads_is_told_apart():
+    plain = Example("Q: ", "a", ("a", "b"))
+    chat = {"prompt": Rendered("<u>Q"), "completion": "a", "text": "<u>Qa<e>", "learned": ((4, 8),), "marker": "</t>"}
+    examples = [
+        plain,
+        Example("Q:", " a", ("a", "b")),
+        Example("Q: ", "a", ("a b",)),
+        Example(Rendered("Q: "), "a", ("a", "b")),
+        Conversation(**chat),
+        Conversation(**chat | {"marker": ""}),
+        Conversation(**chat | {"text": "<u>Qa<f>"}),
+    ]
+    assert len({json.dumps(judged_by(example)) for example in examples}) == len(examples)
+    assert judged_by(plain) == judged_by(Example("Q: ", "a", ("a", "b")))

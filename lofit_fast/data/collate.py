@@ -117,8 +117,13 @@ def kept(following: Tensor, logits: Logits = "rows") -> dict[str, Tensor]:
 
 def n_labels(batch: Mapping[str, Tensor]) -> int:
     """How many tokens of a collator's batch are predicted."""
+    return int(labels_counted(batch))
+
+
+def labels_counted(batch: Mapping[str, Tensor]) -> Tensor:
+    """`n_labels` as a scalar where the batch is, so that no device is waited for."""
     following = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
-    return int((following != IGNORED).sum())
+    return (following != IGNORED).sum()
 
 
 def on_device(batch: Mapping[str, Tensor | bool | int], device: torch.device | str) -> Batch:

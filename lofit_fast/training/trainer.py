@@ -14,7 +14,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lofit_fast import ranks
-from lofit_fast.data.collate import n_labels
+from lofit_fast.data.collate import labels_counted, n_labels
 from lofit_fast.data.encode import Encoded
 from lofit_fast.data.lengths import GroupedByLength
 from lofit_fast.patching.architectures import text_config
@@ -66,6 +66,8 @@ class LofitTrainer(AttachmentTraining, Trainer):
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides
         # of each batch of the step that goes on, where its loss is a mean of its own
         self._parts: deque[float] = deque()
+        # the loss of each batch that is evaluated, and how many labels it has
+        self._evaluated: list[tuple[torch.Tensor, torch.Tensor]] = []
         # the loss is a mean over the whole accumulated batch already
         self.loss_is_scaled_for_ga = True
         leave_in_place(self)
@@ -106,13 +108,27 @@ class LofitTrainer(AttachmentTraining, Trainer):
         return self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Trainer's, of a batch of which this process has a share: the loss is that of the whole batch."""
-        if self.shared is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Trainer's; of a batch of which this process has a share, the loss is that of the whole batch."""
         inputs = dict(inputs)
-        self.shared.share = inputs.pop(SHARE)
+        share = inputs.pop(SHARE, None)
+        count = labels_counted(inputs) if share is None else torch.tensor(share.labels)
         loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return ranks.summed(self.shared.part_of_labels(loss, counted=False)), *others
+        if share is not None:
+            self.shared.share = share
+            loss = ranks.summed(self.shared.part_of_labels(loss, counted=False))
+        self._evaluated.append((loss.double(), count.to(loss.device)))
+        return loss, *others
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Trainer's, with the mean over all labels for a loss: its own, of batches' means, depends on their size."""
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._evaluated:
+            losses, counts = map(torch.stack, zip(*self._evaluated, strict=True))
+            output.metrics[f"{metric_key_prefix}_loss"] = ((losses * counts).sum() / counts.sum()).item()
+        return output
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -23,6 +23,7 @@ from lofit_fast.training.shared_batches import Share, ShareCollator, SharedSteps
 from tests.several_processes import in_processes
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
 from tests.training.shared_runs import (
+    LAST_DIGIT,
     SHARED,
     UNEVEN,
     WAYS,
@@ -64,6 +65,13 @@ def test_three_processes_do_what_one_does(tmp_path):
     assert_whole(tmp_path / "three")
     handle = lf.load(tiny_model("llama"), tmp_path / "three" / "adapter")
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(vectors(handle), expected[3], strict=True))
+
+
+def test_the_evaluation_loss_depends_on_neither_batches_nor_processes(tmp_path):
+    data = {"examples": UNEVEN[:6], "eval_data": UNEVEN[5:], "heads": [(1, 0)]}
+    (expected,) = (row["eval_loss"] for row in outcome(tmp_path / "one", changed(tune_epochs=1), **data)[2])
+    for _, _, history, _ in outcomes(2, tmp_path / "two", changed(tune_epochs=1, eval_batch_size=3), **data):
+        assert [row["eval_loss"] for row in history] == [pytest.approx(expected, abs=LAST_DIGIT)]
 
 
 def counted(call):

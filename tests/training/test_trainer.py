@@ -137,6 +137,15 @@ def test_trainer_evaluates_without_the_l1_term(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_evaluation_loss_is_the_mean_over_labels_whatever_the_batches(tmp_path, batch_size):
+    handle = scaled()
+    loss = trainer_on(handle, tmp_path, evaluation=rows(8), per_device_eval_batch_size=batch_size).evaluate()
+    with torch.no_grad():
+        expected = handle.model.eval()(**COLLATE(rows(8))).loss.item()
+    assert loss["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_trainer_checkpoints_are_adapters(tmp_path):
     handle = scaled()
     trainer_on(handle, tmp_path, save_strategy="epoch").train()

@@ -15,8 +15,11 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
 # the names that rows are read by, whatever a file calls its columns
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")
 SPLIT = "train"
-# by the names of its files a folder is known to have splits
-_SPLITS = re.compile(r"(train|validation|valid|val|dev|test|eval)\b", re.IGNORECASE)
+# the words of a file's name, "my_testSet-1" say, and those of them that are a split's
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_OF_SPLIT = re.compile(
+    r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev(elopment)?|eval(uation)?)(s|set|split|data)?", re.IGNORECASE
+)
 # what lies beside data and is none
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -34,7 +37,8 @@ def source_rows(
     Args:
         source: a file of a type in `READERS`; a folder of such files, or one that `datasets` has saved to disk; or a
             data set of the hub, "owner/name" or "owner/name:split". What exists on the disk is never asked of the hub.
-        split: of a folder or of the hub, "train" unless said. In a folder of files: those whose names begin with it; a
+        split: of a folder or of the hub, "train" unless said. In a folder of files: those with a word of that split in
+            their names (`my_train-0.csv`, `training.csv`), or whose names begin with it where it is another name. A
             folder whose files name no split is read whole.
         subset: the configuration of a data set of the hub.
         columns: names to read by (`COLUMNS`) -> names that the source has. Other columns stay what they are.
@@ -138,16 +142,32 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     files = [path for path in files if path.name not in _NOT_ROWS]
     if not files:
         raise FileNotFoundError(f"{folder}: got a folder without rows, expected files of type {', '.join(READERS)}")
-    named = [path for path in files if re.match(rf"{re.escape(split or SPLIT)}(?![A-Za-z])", path.name)]
+    named = [path for path in files if _is_of(path, split or SPLIT)]
     if not named:
         names = ", ".join(path.name for path in files)
-        if split is not None or any(_SPLITS.match(path.name) for path in files):
+        if split is not None or any(_splits_in(path) for path in files):
             raise FileNotFoundError(f"{folder}: no file of the split {split or SPLIT!r}, got {names}")
         named = files
+    if several := [path.name for path in named if len(_splits_in(path)) > 1]:
+        raise ValueError(
+            f"{folder}: expected files that name one split, got {', '.join(several)}: rename them, or give a file "
+            "itself in place of the folder"
+        )
     if len({path.suffix.lower() for path in named}) > 1:
         names = ", ".join(path.name for path in named)
         raise ValueError(f"{folder}: got files of more than one type, expected one: {names}")
     return named
+
+
+def _splits_in(path: Path) -> set[str]:
+    """The splits that a file's name speaks of, each by its first letters: "tra", "tes", "val", "dev" and "eva"."""
+    return {word[:3].lower() for word in _WORDS.findall(path.stem) if _OF_SPLIT.fullmatch(word)}
+
+
+def _is_of(path: Path, split: str) -> bool:
+    if _OF_SPLIT.fullmatch(split):
+        return split[:3].lower() in _splits_in(path)
+    return re.match(rf"{re.escape(split)}(?![A-Za-z])", path.name) is not None
 
 
 def _numbered(rows: Iterable, name: str) -> Iterator[tuple[str, object]]:

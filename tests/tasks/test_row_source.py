@@ -119,6 +119,53 @@ def test_a_folder_of_files(tmp_path, suffix):
         read(tmp_path, split="dev")
 
 
+# the name of each file, and which of them are read
+NAMED = [
+    (["my_train", "my_test"], ["my_train"]),
+    (["training", "validation_set"], ["training"]),
+    (["qa_Training_v2", "qa_devSet", "qa_TESTset"], ["qa_Training_v2"]),
+    (["test_1", "train_1", "train_2"], ["train_1", "train_2"]),
+    (["extra", "trainset"], ["trainset"]),
+    # words that only look like those of a split
+    (["contest", "latest_news", "trainer", "values"], ["contest", "latest_news", "trainer", "values"]),
+]
+
+
+@pytest.mark.parametrize(("names", "chosen"), NAMED)
+def test_a_split_is_a_word_anywhere_in_a_name(tmp_path, names, chosen):
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", [{**ROWS[0], "prompt": name}])
+    assert [row["prompt"] for row in read(tmp_path)] == chosen
+
+
+@pytest.mark.parametrize(
+    "names", [["data", "test_set"], ["my_test"], ["eval_questions", "other"], ["dev-1", "testing"], ["Validation"]]
+)
+def test_files_of_other_splits_are_not_taken_for_training_data(tmp_path, names):
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", ROWS[:1])
+    with pytest.raises(FileNotFoundError, match=f"no file of the split 'train', got .*{names[-1]}.jsonl"):
+        read(tmp_path)
+
+
+def test_a_chosen_split_is_read_by_its_word_or_by_how_names_begin(tmp_path):
+    for name in ("a_valid", "b_test", "train", "part_a-1", "part_ab"):
+        write(tmp_path / f"{name}.jsonl", [{**ROWS[0], "prompt": name}])
+    splits = {"validation": "a_valid", "test": "b_test", "train": "train", "part_a": "part_a-1"}
+    for split, name in splits.items():
+        assert [row["prompt"] for row in read(tmp_path, split=split)] == [name]
+    with pytest.raises(FileNotFoundError, match="no file of the split 'eval', got a_valid"):
+        read(tmp_path, split="eval")
+
+
+def test_a_name_of_two_splits_is_refused(tmp_path):
+    for name in ("train", "train_eval", "test"):
+        write(tmp_path / f"{name}.jsonl", ROWS[:1])
+    with pytest.raises(ValueError, match=r"expected files that name one split, got train_eval\.jsonl: rename"):
+        read(tmp_path)
+    assert read(tmp_path, split="test") == ROWS[:1]
+
+
 def test_a_folder_of_files_without_splits(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"got a folder without rows, expected files of type \.jsonl"):
         read(tmp_path)

@@ -221,6 +221,14 @@ def given_path(path: Path | str) -> Path:
     return Path(name)
 
 
+def lasting_path(path: Path | str) -> Path:
+    """The path that somebody has given, from the root: it stays the same should the working folder be changed.
+
+    Links are not followed. Raises TypeError / ValueError as `given_path`.
+    """
+    return given_path(path).absolute()
+
+
 def writable_folder(path: Path | str) -> Path:
     """Create the folder if need be and prove that it takes files.
 

@@ -90,10 +90,10 @@ def cache_folder() -> File:
     override = os.environ.get("LOFIT_FAST_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME")
     if caches and not override:
-        return File(caches) / "lofit-fast"
+        return File(caches).absolute() / "lofit-fast"
     try:
         # a shell leaves a quoted "~" as it is
-        return File(override).expanduser() if override else File.home() / ".cache" / "lofit-fast"
+        return File(override).expanduser().absolute() if override else File.home() / ".cache" / "lofit-fast"
     except RuntimeError as error:
         raise FileNotFoundError(
             "there is no home directory to keep files in: set LOFIT_FAST_CACHE to a folder"

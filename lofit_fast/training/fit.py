@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.config import GivenHeads, Head, Recipe
-from lofit_fast.files import given_path
+from lofit_fast.files import given_path, lasting_path
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.tasks.task import Preference
@@ -155,6 +155,8 @@ def _both_steps(
 ) -> FitResult:
     _check_unpatched(model)
     ranks.check_same({"output_dir": str(output_dir), "step1_dir": str(step1_dir), "resume": resume}, "arguments")
+    # a callback may go elsewhere
+    output_dir, step1_dir = lasting_path(output_dir), None if step1_dir is None else lasting_path(step1_dir)
     steps = _steps(model, *made)
     heads = steps.checked_heads(heads)
     result = None
@@ -238,7 +240,7 @@ def select_by_training(
     Arguments and errors are those of `fit`, which goes on with step 2 in such a folder.
     """
     check_given(model, tokenizer, recipe, engine)
-    callbacks, output_dir = given_callbacks(callbacks), given_path(output_dir)
+    callbacks, output_dir = given_callbacks(callbacks), lasting_path(output_dir)
     with ranks.joined("choosing heads"), quiet_unless_first():
         steps = _steps(model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         steps.checked_heads(None)

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lofit_fast.files import given_path, whole_folder, write_json, write_text
+from lofit_fast.files import lasting_path, whole_folder, write_json, write_text
 from lofit_fast.training.closed_callbacks import ClosedCallback
 from lofit_fast.training.engine.device_queue import devices_of, wait_for
 
@@ -60,7 +60,7 @@ class ProfileSteps(ClosedCallback):
     def __init__(self, folder: Path | str, *, warmup: int = WARMUP, steps: int = STEPS) -> None:
         if warmup < 0 or steps < 1:
             raise ValueError(f"expected warmup >= 0 and steps >= 1, got {warmup} and {steps}")
-        self.folder, self.warmup, self.steps = given_path(folder) / "profile", warmup, steps
+        self.folder, self.warmup, self.steps = lasting_path(folder) / "profile", warmup, steps
         self.profiler: profile | None = None
         self._seen = 0
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from lofit_fast import ranks
 from lofit_fast.data.encode import Encoded, pad_token_id
-from lofit_fast.files import given_path
+from lofit_fast.files import lasting_path
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
@@ -72,7 +72,7 @@ def train_attachment(
         FloatingPointError: training diverges; the attachment is still in the model.
     """
     callbacks = given_callbacks(callbacks)
-    output_dir = given_path(output_dir)
+    output_dir = lasting_path(output_dir)
     with ranks.joined("training"):
         how = {"output_dir": output_dir, "engine": engine, "callbacks": callbacks}
         return _trained(attachment, tokenizer, objective, schedule, progress=progress and ranks.first(), **how)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.files import given_path, read_json, writable_folder
+from lofit_fast.files import lasting_path, read_json, writable_folder
 from lofit_fast.locks import alone
 from lofit_fast.models.device import DTYPES, as_device, best_device, best_dtype
 from lofit_fast.training.run_folder import dtype_of_run
@@ -33,7 +33,7 @@ def opened(
     where it cannot be written, ValueError for a link in the place of a folder that is written to, or processes that do
     not share the folder.
     """
-    folder = given_path(folder)
+    folder = lasting_path(folder)
     for path in (*(folder / name for name in (RUNS, STEP1, QUEUE)), *(folder / RUNS / run.name for run in grid.runs)):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, expected a folder of the sweep's own: a sweep writes nowhere else")

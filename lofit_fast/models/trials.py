@@ -19,6 +19,7 @@ from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.placement import device_of
+from lofit_fast.random_states import same_random_numbers
 
 # tokens of the examples' own, after what all of them begin with: of different lengths, so that some are padded
 OWN, SHARED = (7, 5, 3), 4
@@ -86,7 +87,7 @@ def tried_once(model: nn.Module, question: Hashable, ask: Callable[[], _Answer])
 @contextmanager
 def trying(model: nn.Module) -> Iterator[None]:
     """A scope in eval mode and without gradients, after which modes and random numbers are as they were."""
-    with torch.random.fork_rng(devices=[]), eval_mode(model), torch.no_grad():
+    with same_random_numbers(), eval_mode(model), torch.no_grad():
         yield
 
 

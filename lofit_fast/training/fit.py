@@ -15,6 +15,7 @@ from lofit_fast.config import GivenHeads, Head, Recipe
 from lofit_fast.files import given_path, lasting_path
 from lofit_fast.models.trials import remembering
 from lofit_fast.patching.handle import handle_of
+from lofit_fast.random_states import same_random_numbers
 from lofit_fast.tasks.task import Preference
 from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.choice.ways import WAYS, Untrained
@@ -120,6 +121,7 @@ def fit_preferences(
 
 
 @with_gradients
+@same_random_numbers()
 def fit_objective(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -197,6 +199,7 @@ def opened_run(
 
 
 @with_gradients
+@same_random_numbers()
 def rehearse(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -223,6 +226,7 @@ def rehearse(
 
 
 @with_gradients
+@same_random_numbers()
 def select_by_training(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -252,6 +256,7 @@ def select_by_training(
 
 
 @with_gradients
+@same_random_numbers()
 def select_untrained(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

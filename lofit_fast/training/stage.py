@@ -20,6 +20,7 @@ from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.patching.tensor_parallel import is_tensor_parallel
+from lofit_fast.random_states import same_random_numbers
 from lofit_fast.torch_defaults import with_gradients
 from lofit_fast.training.arguments import Schedule, accelerate_as_it_was
 from lofit_fast.training.closed_callbacks import closed
@@ -38,6 +39,7 @@ from lofit_fast.training.verify_steps import StepCheck
 
 
 @with_gradients
+@same_random_numbers()
 def train_attachment(
     attachment: Attachment,
     tokenizer,

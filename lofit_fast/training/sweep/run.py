@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lofit_fast.extras import can_draw
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.plots import sweep_chart
+from lofit_fast.random_states import same_random_numbers
 from lofit_fast.training.sweep.grid import Grid
 from lofit_fast.training.sweep.launched import Launch, launched
 from lofit_fast.training.sweep.membership import Session, sole
@@ -32,6 +33,7 @@ _BEST = ("accuracy_after_tune", "eval_loss", "loss")
 Base = tuple[nn.Module, object]
 
 
+@same_random_numbers()
 def sweep(
     grid: Grid,
     output_dir: Path | str,

@@ -7,12 +7,13 @@ gradients are being accumulated, by which it steps optimizers.
 from __future__ import annotations
 
 import contextvars
-import random
 import sys
 import threading
 from collections.abc import Callable, Mapping
 
 import torch
+
+from lofit_fast.random_states import random_states, set_random_states
 
 Ask = Callable[[object], object]
 
@@ -95,24 +96,13 @@ class Turn:
 
 
 def _process_state() -> tuple:
-    numpy, accelerate = sys.modules.get("numpy"), sys.modules.get("accelerate.state")
-    return (
-        torch.get_rng_state(),
-        random.getstate(),
-        None if numpy is None else numpy.random.get_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
-        {} if accelerate is None else _copied(accelerate.GradientState._shared_state),
-    )
+    accelerate = sys.modules.get("accelerate.state")
+    return random_states(), {} if accelerate is None else _copied(accelerate.GradientState._shared_state)
 
 
 def _set_process_state(state: tuple) -> None:
-    of_torch, of_python, of_numpy, of_cuda, of_accelerate = state
-    torch.set_rng_state(of_torch)
-    random.setstate(of_python)
-    if of_numpy is not None:
-        sys.modules["numpy"].random.set_state(of_numpy)
-    if of_cuda is not None:
-        torch.cuda.set_rng_state_all(of_cuda)
+    of_random, of_accelerate = state
+    set_random_states(of_random)
     if (accelerate := sys.modules.get("accelerate.state")) is not None:
         shared = accelerate.GradientState._shared_state
         shared.clear()

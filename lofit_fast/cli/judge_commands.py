@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -55,7 +56,7 @@ def eval(
     from lofit_fast.patching.hub_adapters import adapter_folder
     from lofit_fast.ranks import together
     from lofit_fast.tasks import load_task, majority_accuracy
-    from lofit_fast.training.summary import data_seed_of
+    from lofit_fast.training.run_source import data_seed_of, other_rows, source_of
 
     reading = reading_of(split, subset, columns, train_on)
     with together("loading the model"):
@@ -64,6 +65,8 @@ def eval(
     with together("reading the data"):
         seed = data_seed_of(folder) if seed is None else seed
         examples = load_task(task_name(task, data), data, tokenizer, seed=seed, progress=not as_json, **reading)
+        if said := other_rows(folder, source_of(examples, data, seed)):
+            warnings.warn(said, stacklevel=2)
     progress = {"progress": not as_json}
     report = {"task": examples.name, "examples": len(examples.choices or examples.validation)}
     report |= judge(base, tokenizer, examples, batch_size=batch_size, **progress).metrics

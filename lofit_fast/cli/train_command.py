@@ -150,6 +150,7 @@ def train(
     from lofit_fast.training.objectives import Preferences, objective_of
     from lofit_fast.training.profiling import ProfileSteps
     from lofit_fast.training.run_folder import dtype_of_run, held
+    from lofit_fast.training.run_source import source_of
     from lofit_fast.training.summary import short_digest, write_summary
 
     check_output(output, dry_run)
@@ -189,6 +190,7 @@ def train(
         )
         return
     how = {"engine": engine, "heads": fixed, "resume": resume, "progress": not as_json}
+    how["source"] = source_of(examples, data, seed)
     how["callbacks"] = [ProfileSteps(output)] if profile else ()
     result = fit_objective(base, tokenizer, objective, recipe, output_dir=output, **how)
     judged = judge(base, tokenizer, examples, progress=not as_json).metrics if examples.choices else {}

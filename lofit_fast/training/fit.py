@@ -25,6 +25,7 @@ from lofit_fast.training.objectives import BETA, Completions, EncodedObjective, 
 from lofit_fast.training.prefix_cache.worth import Worth
 from lofit_fast.training.run_clearing import STATE
 from lofit_fast.training.run_folder import RunFolder
+from lofit_fast.training.run_source import Source
 from lofit_fast.training.sharded_base import sharded_as_asked
 from lofit_fast.training.shared_batches import check_places
 from lofit_fast.training.told_run import quiet_unless_first
@@ -135,14 +136,15 @@ def fit_objective(
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = True,
     progress: bool = True,
+    source: Source | None = None,
 ) -> FitResult:
-    """Both steps on any objective; see `fit`."""
+    """Both steps on any objective; see `fit`. source: where the data came from, for the run to keep."""
     check_given(model, tokenizer, recipe, engine)
     callbacks, heads, output_dir = given_callbacks(callbacks), given_heads(heads), given_path(output_dir)
     step1_dir = None if step1_dir is None else given_path(step1_dir)
     # what the data's encoding has tried, step 1 knows, and step 2
     with ranks.joined("training"), quiet_unless_first(), sharded_as_asked(model), remembering():
-        how = {"heads": heads, "step1_dir": step1_dir, "resume": resume}
+        how = {"heads": heads, "step1_dir": step1_dir, "resume": resume, "source": source}
         made = (model, tokenizer, objective, recipe or Recipe(), engine or Engine(), callbacks, progress)
         return _both_steps(*made, output_dir=output_dir, **how)
 
@@ -154,6 +156,7 @@ def _both_steps(
     heads: GivenHeads,
     step1_dir: Path | str | None,
     resume: bool,
+    source: Source | None,
 ) -> FitResult:
     _check_unpatched(model)
     ranks.check_same({"output_dir": str(output_dir), "step1_dir": str(step1_dir), "resume": resume}, "arguments")
@@ -164,6 +167,7 @@ def _both_steps(
     result = None
     try:
         with opened_run(steps, output_dir, heads, resume) as run:
+            run.keep_source(source)
             if run.stage != "done":
                 choose_heads(steps, run, heads, step1_dir, resume)
             result = steps.tune(run, resume)

@@ -194,6 +194,11 @@ class RunFolder:
         more = {} if made_with is None else {"made_with": {**state.get("made_with", {}), stage: made_with}}
         self._update(engine=engines, **more)
 
+    def keep_source(self, source: Mapping[str, object] | None) -> None:
+        """Keep where the data came from, see `run_source`, as it is by now; None leaves what is there."""
+        if source is not None and not same_json(source, self._state().get("source")):
+            self._update(source=dict(source))
+
     def record(self, stage: str, metrics: dict[str, float]) -> None:
         """A stage is over: keep what was measured and move on to the next."""
         self._update(stage=_NEXT[stage], metrics={**self.metrics, stage: metrics})

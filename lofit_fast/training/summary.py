@@ -10,7 +10,7 @@ import transformers
 
 from lofit_fast.config import Recipe
 from lofit_fast.extras import can_draw
-from lofit_fast.files import as_json, given_path, read_json, write_json
+from lofit_fast.files import as_json, given_path, write_json
 from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.plots import heads_map, loss_curves
@@ -61,29 +61,6 @@ def write_summary(
 def short_digest(summary: Mapping[str, object]) -> str:
     """The digest of a summary's adapter, short enough to compare by eye."""
     return str(summary["adapter_digest"])[:12]
-
-
-def data_seed_of(adapter: Path | str | None, otherwise: int = 42) -> int:
-    """The data seed of the run that an adapter folder lies in, so that what was held out is again; or `otherwise`.
-
-    Raises ValueError for a summary.json beside it that is damaged: what was trained on might be judged by.
-    """
-    path = None if adapter is None else Path(adapter).parent / "summary.json"
-    # no adapter, or no run around it
-    if path is None or not path.is_file():
-        return otherwise
-    try:
-        summary = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; give the data seed of the run (--seed)") from error
-    # something else's
-    if not isinstance(summary, dict) or "data_seed" not in summary:
-        return otherwise
-    if type(summary["data_seed"]) is not int:
-        raise ValueError(
-            f"{path} has the data_seed {summary['data_seed']!r}, expected a whole number; give that of the run (--seed)"
-        )
-    return summary["data_seed"]
 
 
 def environment(model: torch.nn.Module) -> dict[str, str]:

@@ -218,10 +218,17 @@ def test_eval_judges_what_its_run_has_held_out(model, data, tmp_path, monkeypatc
         return load(*arguments, seed=seed, **options)
 
     monkeypatch.setattr(tasks, "load_task", noting)
+    # of one that was killed there is no summary yet
+    (tmp_path / "summary.json").unlink()
+    command = ("eval", "--model", model, "--data", data, "--dtype", "float32")
     adapter = ("--adapter", tmp_path / "adapter")
-    for arguments in (adapter, (*adapter, "--seed", 3), ()):
-        as_json("eval", "--model", model, "--data", data, "--dtype", "float32", *arguments)
-    assert seeds == [7, 3, 42]
+    checkpoint = next((tmp_path / "tune").glob("checkpoint-*"))
+    for folder in (tmp_path / "adapter", tmp_path / "select" / "adapter", checkpoint):
+        as_json(*command, "--adapter", folder)
+    as_json(*command)
+    with pytest.warns(UserWarning, match="gives other rows to judge by than the run of .* has held out, so that it"):
+        as_json(*command, *adapter, "--seed", 3)
+    assert seeds == [7, 7, 7, 42, 3]
 
 
 def test_eval_prints_a_table(model, data):

@@ -16,6 +16,7 @@ from lofit_fast.tasks import Task, load_task
 from lofit_fast.training.fit import fit_objective
 from lofit_fast.training.objectives import objective_of
 from lofit_fast.training.run_folder import held
+from lofit_fast.training.run_source import source_of
 from lofit_fast.training.summary import write_summary
 from lofit_fast.training.sweep.grid import Grid, Run
 from lofit_fast.training.sweep.sweep_folder import RUNS, STEP1
@@ -51,6 +52,10 @@ class Runner:
         how = {"train_size": size, "seed": grid.data_seed, "progress": self.options.get("progress", True)}
         return load_task(grid.task, grid.data, self.tokenizer, **how, **grid.reading)
 
+    def source(self, run: Run) -> dict[str, object]:
+        """Where a run's data came from, as it keeps it."""
+        return source_of(self._tasks[run.train_size], self.grid.data, self.grid.data_seed)
+
     def __call__(self, run: Run, resume: bool = True) -> dict[str, object]:
         """Train one run, or take it as it is; a failure becomes a row too. The base comes back bare in any case.
 
@@ -76,6 +81,7 @@ class Runner:
         """The summary of a run that is done now."""
         started = time.perf_counter()
         how = {"output_dir": folder, "heads": run.heads, "resume": resume, **self.options}
+        how["source"] = self.source(run)
         while True:
             try:
                 objective = objective_of(self._tasks[run.train_size])

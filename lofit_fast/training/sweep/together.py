@@ -168,6 +168,7 @@ class TogetherRunner(Runner):
         resume = self._resume[run.name]
         path = self.folder / RUNS / run.name
         folder = folders.enter_context(opened_run(steps, path, heads, resume))
+        folder.keep_source(self.source(run))
         if folder.stage != "done":
             choose_heads(steps, folder, heads, options["step1_dir"], resume)
         return _Member(f"run {number}", run, steps, folder)

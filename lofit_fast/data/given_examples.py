@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lofit_fast.tasks.row_files import unpadded
+from lofit_fast.tasks.row_files import plain_rows, unpadded
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ class _Unpadded:
     data: Iterable
 
     def __iter__(self) -> Iterator[dict]:
-        return map(unpadded, self.data)
+        return plain_rows(self.data)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -26,7 +26,7 @@ class _Unpadded:
 # the library and class of a table -> its rows
 TABLES: dict[tuple[str, str], Callable[[object], Iterable[dict]]] = {
     ("datasets", "Dataset"): _Unpadded,
-    ("datasets", "IterableDataset"): lambda data: map(unpadded, data),
+    ("datasets", "IterableDataset"): plain_rows,
     ("pandas", "DataFrame"): lambda table: table.to_dict("records"),
     ("polars", "DataFrame"): lambda table: table.to_dicts(),
     ("pyarrow", "Table"): lambda table: [unpadded(row) for row in table.to_pylist()],

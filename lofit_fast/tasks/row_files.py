@@ -3,7 +3,7 @@
 import csv
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,19 @@ def unpadded(row: Mapping[str, object]) -> dict[str, object]:
     template a key that is there is another thing than one that is not. A content of null stays: people write it.
     """
     return {name: _dense(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def plain_rows(data: Iterable) -> Iterator[dict[str, object]]:
+    """Rows as plain data, of a data set of `datasets` whatever format it was set to give ("arrow", "pandas", ...).
+
+    Its choice of columns stays, and so does a transform of the user's own.
+    """
+    # streamed ones have a format too, of all columns, and do not say so
+    chosen = getattr(data, "format", {})
+    if hasattr(data, "with_format") and chosen.get("type") != "custom":
+        columns = {name: chosen[name] for name in ("columns", "output_all_columns") if name in chosen}
+        data = data.with_format(None, **columns)
+    return map(unpadded, data)
 
 
 def _dense(value):

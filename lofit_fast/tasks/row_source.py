@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from lofit_fast.extras import needing
 from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS
-from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, unpadded
+from lofit_fast.tasks.row_files import READERS, Rows, file_rows, is_row_file, plain_rows
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>\S+))?")
 # the names that rows are read by, whatever a file calls its columns
@@ -171,7 +171,7 @@ def _is_of(path: Path, split: str) -> bool:
 
 
 def _numbered(rows: Iterable, name: str) -> Iterator[tuple[str, object]]:
-    return ((f"{name}: row {number}", unpadded(row)) for number, row in enumerate(rows, start=1))
+    return ((f"{name}: row {number}", row) for number, row in enumerate(plain_rows(rows), start=1))
 
 
 def _library():

@@ -88,6 +88,9 @@ def test_a_folder_that_datasets_has_saved(datasets, tmp_path):
     datasets.DatasetDict({"train": part, "held": part.select(range(2))}).save_to_disk(tmp_path / "two")
     assert read(tmp_path / "one") == read(str(tmp_path / "two")) == ROWS
     assert read(tmp_path / "two", split="held") == ROWS[:2]
+    # the format is saved with it
+    part.with_format("arrow").save_to_disk(tmp_path / "formatted")
+    assert read(tmp_path / "formatted") == ROWS
     with pytest.raises(ValueError, match="two: no split 'test', expected one of train, held"):
         read(tmp_path / "two", split="test")
     with pytest.raises(ValueError, match="one: got split='test', but the folder holds one data set"):

@@ -4,6 +4,7 @@ import pytest
 
 import lofit_fast as lf
 from lofit_fast.data import encode
+from lofit_fast.data.given_examples import given_examples
 from lofit_fast.training.objectives import Completions, Preferences
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -30,6 +31,24 @@ def holders():
         "frame": pandas.DataFrame,
         "generator": iter,
     }
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("form", ["arrow", "pandas", "numpy", "torch"])
+def test_a_data_set_of_another_format_is_the_same_rows(form, streamed):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(PAIRS)
+    data = (data.to_iterable_dataset() if streamed else data).with_format(form)
+    assert repr(list(given_examples(data))) == repr(PAIRS)
+
+
+def test_a_data_sets_columns_and_transform_stay():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(PAIRS)
+    chosen = data.with_format("arrow", columns=["prompt", "chosen"])
+    assert list(given_examples(chosen)) == [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in PAIRS]
+    shouted = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["prompt"]]})
+    assert list(given_examples(shouted)) == [{"prompt": row["prompt"].upper()} for row in PAIRS]
 
 
 def test_fit_takes_data_sets_and_frames(tmp_path):

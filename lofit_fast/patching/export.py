@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
+from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.merge import biases_needed, check_mergeable, merged_tensors
@@ -51,6 +52,7 @@ def export(
     """
     handle.check_live()
     handle.check_everywhere("export")
+    check_nothing_around(handle.layers, "export")
     folder = given_path(folder)
     if fully_sharded(handle.model):
         return with_whole_copy(handle, folder, lambda copy: export(copy, folder, tokenizer, server))
@@ -80,6 +82,7 @@ def plain_model(handle: LofitHandle) -> nn.Module:
 
     handle.check_everywhere("export")
     handle.check_own("export")
+    check_nothing_around(handle.layers, "export")
     model = handle.model
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
 from lofit_fast.files import given_path, whole_folder
+from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.export import check_folder, merged_state
 from lofit_fast.patching.gguf_tensors import LlamaGguf
 from lofit_fast.patching.handle import LofitHandle
@@ -58,6 +59,7 @@ def export_gguf(
     handle.check_live()
     handle.check_everywhere("export")
     handle.check_own("export")
+    check_nothing_around(handle.layers, "export")
     check_whole(handle.model, "export")
     check_served("llama.cpp", type(handle.model), True)
     check_mergeable(handle.model, handle.layers, in_place=False)

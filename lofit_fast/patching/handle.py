@@ -17,6 +17,7 @@ from lofit_fast.patching.acting import Mask, said
 from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
+from lofit_fast.patching.around_layer import all_around, check_nothing_around
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
 from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
@@ -245,7 +246,8 @@ class LofitHandle(SeveralAdapters):
         """Put the base layers back, the very same objects, trainable as they were. Ends the handle.
 
         `save` and `push_to_hub` go on, for the base as it is: call them before anything changes its weights.
-        A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Raises ValueError,
+        A base layer that something else has wrapped since (LoRA, say) comes back with its wrapping. Hooks and a forward
+        that somebody has put on ours go with it, and a warning names the layers. Raises ValueError,
         before anything is changed, when something else has wrapped ours, or another thread or task is inside a scope.
         """
         self.check_live()
@@ -254,6 +256,13 @@ class LofitHandle(SeveralAdapters):
         for p in adapted:
             if getattr(p.parent, p.attribute) is not self.layers[p.layer]:
                 raise ValueError(f"cannot unpatch: {p.name} has been replaced since; undo that first")
+        if lost := all_around(self.layers):
+            number, what = next(iter(lost.items()))
+            warnings.warn(
+                f"unpatching drops what was put on LoFiT's module after lofit_fast.patch: in {len(lost)} of "
+                f"{len(self.layers)} layers, {what} in layer {number}. Put it on the base's projection now",
+                stacklevel=3,
+            )
         reshard(self.model)
         # then it is PEFT that holds the base frozen
         peft_entered = self.peft_watch.entered_since()
@@ -284,13 +293,15 @@ class LofitHandle(SeveralAdapters):
         W' = W diag(1 + a), b' = b + W v, rounded once to the base dtype. Returns the plain model. Its config is set so
         that it saves and reloads with its biases, where its family can (else use `export`).
         Raises ValueError, before anything is changed, when a tuned projection is not plain (quantized, sharded,
-        offloaded, hooked, under another adapter), when its weights are used elsewhere in the model too, for vectors
-        that act on answers alone, and while another thread or task is inside a scope.
+        offloaded, hooked, under another adapter), when hooks or another forward were put on it since, when its weights
+        are used elsewhere in the model too, for vectors that act on answers alone, and while another thread or task is
+        inside a scope.
         """
         self.check_live()
         self.scopes.check_alone("merge")
         self.check_everywhere("merge")
         check_no_merge(self.model)
+        check_nothing_around(self.layers, "merge")
         layers = self.layers_with(self.active, "merge")
         plan = plan_merge(self.model, layers, self.projections)
         self.unpatch()

@@ -19,6 +19,7 @@ from lofit_fast.checksums import write_sums, written_sums
 from lofit_fast.extras import needing
 from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.adapter_places import check_no_model
+from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.mergeable import is_transposed, why_not_plain
@@ -78,6 +79,7 @@ def export_peft(handle: LofitHandle, folder: Path | str, *, peft_method: str = "
     handle.check_live()
     handle.check_everywhere("export")
     handle.check_own("export")
+    check_nothing_around(handle.layers, "export")
     check_whole(handle.model, "export")
     names = _names_of(handle)
     layers = handle.layers_with(handle.own_name, "export")

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint
+from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.layer import LofitLinear
@@ -115,6 +116,7 @@ class LofitModel(BaseTuner):
         layers = {p.layer: p.module.as_patched(name) for p in ours for name in names if name in p.module.lofit_heads}
         if safe_merge and not all(v.isfinite().all() for layer in layers.values() for v in layer.parameters(False)):
             raise ValueError(f"adapter {names[0]!r} has numbers that are not finite")
+        check_nothing_around({p.layer: p.module for p in ours}, "merge")
         with self._bases_in_place(ours):
             merge_into_base(self.model, layers, projections, plan_merge(self.model, layers, projections))
 

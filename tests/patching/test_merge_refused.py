@@ -1,12 +1,15 @@
 """Bases that merging cannot write into: refused before anything changes, and the handle lives on."""
 
 import copy
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import lofit_fast as lf
+from lofit_fast.patching.stock_peft import export_peft
 from tests.oracle import randomize
 from tests.patched_models import HOOKS, logits
 from tests.tiny_models import tiny_model, tokens
@@ -70,6 +73,36 @@ def a_hook_after(model):
     inner(model).register_forward_hook(lambda module, args, output: output * 2)
 
 
+def shown(model, layer=1):
+    """What a user finds by the projection's name."""
+    return model.model.layers[layer].self_attn.o_proj
+
+
+def a_hook_before_ours(model):
+    shown(model).register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def a_hook_after_ours(model):
+    shown(model).register_forward_hook(lambda module, args, output: output * 2)
+
+
+def a_hook_on_our_gradients(model):
+    shown(model).register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
+def another_forward_of_ours(model):
+    ours = shown(model).forward
+    shown(model).forward = lambda z: ours(z) * 2
+
+
+def one_that_accelerate_wraps(model):
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    another_forward_of_ours(model)
+    add_hook_to_module(shown(model), AlignDevicesHook("cpu"))
+
+
 def a_forward_of_its_own(model):
     linear = inner(model)
     linear.forward = lambda z: nn.functional.linear(z.relu(), linear.weight)
@@ -118,6 +151,11 @@ KINDS = {
     "a hook before": (a_hook_before, "got Linear with forward hooks"),
     "a hook after": (a_hook_after, "got Linear with forward hooks"),
     "a forward of its own": (a_forward_of_its_own, "got Linear with a forward of its own"),
+    "a hook before ours": (a_hook_before_ours, "layer 1: its projection, LoFiT's module, has forward pre-hooks on it"),
+    "a hook after ours": (a_hook_after_ours, "layer 1: .* has forward hooks on it"),
+    "gradients of ours": (a_hook_on_our_gradients, "layer 1: .* has backward hooks on it"),
+    "another forward of ours": (another_forward_of_ours, "layer 1: .* has a forward of its own"),
+    "one that accelerate wraps": (one_that_accelerate_wraps, "layer 1: .* has a forward of its own"),
     "expanded": (expanded, "got Linear whose weight is one number seen many times"),
     "inference mode": (made_in_inference_mode, "layer 1: its weights were made in inference mode"),
     "one weight in two places": (one_weight_in_two_places, "layer 0: its projection's weights are used in several"),
@@ -174,14 +212,15 @@ def test_a_refused_merge_leaves_model_and_handle_as_they_were(kind):
     assert torch.equal(after, computed) if torch.is_tensor(computed) else after == computed
     handle.check_live()
     assert lf.handle_of(handle.model) is handle
-    handle.unpatch()
+    with pytest.warns(UserWarning, match="unpatching drops") if "ours" in kind or "wraps" in kind else nullcontext():
+        handle.unpatch()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXPORTED_ANYWAY])
 def test_a_refused_export_leaves_no_folder(kind, tmp_path):
     handle = patched(kind)
     before = bits(handle.model)
-    with pytest.raises(ValueError, match="cannot (merge layer|export a sharded model)"):
+    with pytest.raises(ValueError, match="cannot (merge layer|export layer|export a sharded model)"):
         lf.export(handle, tmp_path / "new" / "folder")
     assert list(tmp_path.iterdir()) == []
     assert bits(handle.model) == before
@@ -256,6 +295,43 @@ def test_a_device_hook_of_accelerate_is_no_obstacle(tmp_path):
     lf.export(handle, tmp_path)
     assert lf.verify_export(handle, tmp_path).difference < 1e-5
     torch.testing.assert_close(logits(handle.merge()), expected)
+
+
+def test_a_device_hook_on_ours_is_no_obstacle():
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    handle = elsewhere(lambda model: None)
+    for layer in handle.layers.values():
+        add_hook_to_module(layer, AlignDevicesHook("cpu"))
+    # what was taken off leaves a forward, which is the class's own
+    remove_hook_from_module(handle.layers[0])
+    expected = logits(handle.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = handle.merge()
+    torch.testing.assert_close(logits(merged), expected)
+
+
+def test_a_removed_hook_is_no_obstacle():
+    handle = elsewhere(lambda model: None)
+    hook = shown(handle.model).register_forward_hook(lambda module, args, output: output * 2)
+    for refused in (handle.merge, lambda: export_peft(handle, "nowhere")):
+        with pytest.raises(ValueError, match="layer 1: .* has forward hooks on it"):
+            refused()
+    hook.remove()
+    expected = logits(handle.model)
+    torch.testing.assert_close(logits(handle.merge()), expected)
+
+
+def test_a_hook_where_another_adapter_is_active_is_refused(tmp_path):
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset="all"))
+    handle.save(tmp_path)
+    handle.add("second", tmp_path)
+    handle.set_active("second")
+    a_hook_after_ours(handle.model)
+    with pytest.raises(ValueError, match="cannot merge layer 1: .* has forward hooks on it"):
+        handle.merge()
 
 
 def test_a_model_that_was_dequantized_exports_as_a_plain_one(tmp_path):

@@ -144,6 +144,20 @@ def test_merge_and_unload_is_handle_merge(name, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(merged))
 
 
+def test_merging_refuses_what_stands_around_our_layer():
+    model = adapted()
+    fill(model)
+    layer = base_of(model).model.layers[1].self_attn.o_proj
+    hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="cannot merge layer 1: its projection, .* has forward hooks on it"):
+        model.merge_and_unload()
+    assert base_of(model).model.layers[1].self_attn.o_proj is layer and torch.equal(logits(model), expected)
+    hook.remove()
+    expected = logits(model)
+    assert relative(logits(model.merge_and_unload()), expected) < NEAR
+
+
 def test_unload_gives_the_same_objects_back():
     model = tiny_model("llama")
     before = snapshot(model.requires_grad_(False))

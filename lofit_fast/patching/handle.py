@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from lofit_fast.config import LofitConfig, shown
 from lofit_fast.patching.acting import Mask, said
 from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
-from lofit_fast.patching.architectures import Projection, find_projections, fingerprint
+from lofit_fast.patching.architectures import Projection, decoder_layers, find_projections, fingerprint
 from lofit_fast.patching.around_layer import all_around, check_nothing_around
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
@@ -309,6 +309,18 @@ class LofitHandle(SeveralAdapters):
         self._merged = True
         merge_into_base(self.model, layers, self.projections, plan)
         return self.model
+
+    def copied_whole(self, memo: Mapping[int, Any]) -> bool:
+        """Whether a copy that goes on is one of the whole model, its decoder or this handle, and not of a part of it.
+
+        memo: of `copy.deepcopy`, what is being copied and what was, by id.
+        """
+        if id(self) in memo or id(self.model) in memo:
+            return True
+        layers = decoder_layers(self.model)
+        parts = {id(module) for layer in layers for module in layer.modules()}
+        around = (m for m in self.peft_watch.ancestors if not isinstance(m, nn.ModuleList | nn.ModuleDict))
+        return any(id(module) in memo and id(module) not in parts for module in around)
 
     def _show_parts(self) -> None:
         """Put the trained parts back into the layers: some forwards of FSDP leave gathered vectors in their place."""

@@ -349,9 +349,14 @@ class LofitLinear(nn.Module):
         super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict) -> "LofitLinear":
-        # what PEFT does to a module that it trains whole: the copy would be out of the handle's reach
-        if not memo:
-            raise ValueError("a projection with LoFiT cannot be copied or trained by itself: unpatch or merge it first")
+        # what PEFT does to a module that it trains whole, and to layers that it replicates: the copy would be out of
+        # the handle's reach
+        handle = vars(self).get("handle")
+        if not memo or (handle is not None and not handle.copied_whole(memo)):
+            raise ValueError(
+                "a projection with LoFiT, or a part of the model that holds one, cannot be copied or trained by itself "
+                "as by PEFT's modules_to_save and layer_replication: copy the whole model, or unpatch or merge it first"
+            )
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(vars(self), memo))
         return copied

@@ -249,6 +249,30 @@ def test_a_copy_has_a_handle_of_its_own(how):
     assert not any(m._forward_pre_hooks or m._load_state_dict_post_hooks for m in (*plain.modules(),))
 
 
+# in a model of one layer the decoder's fold hooks are on the attention itself
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("part", ["layers", "layers.0", "layers.0.self_attn", "layers.0.self_attn.o_proj"])
+def test_a_copy_of_a_part_is_refused(part, layers):
+    model = tiny_model("llama", num_hidden_layers=layers)
+    handle = lf.patch(model, lf.LofitConfig(offset="all"))
+    for copied in (model.model.get_submodule(part), [model.model.get_submodule(part), model]):
+        with pytest.raises(ValueError, match="cannot be copied or trained by itself"):
+            copy.deepcopy(copied)
+    for whole in (model, model.model, handle, [model, model.model.get_submodule(part)]):
+        copied = copy.deepcopy(whole)
+        twin = copied[0] if isinstance(copied, list) else copied
+        twin = twin if twin.__class__ is handle.__class__ else lf.handle_of(twin)
+        assert twin is not handle and twin.model is not model
+        assert {id(p) for p in twin.parameters()}.isdisjoint(map(id, handle.parameters()))
+
+
+def test_an_averaged_model_is_a_whole_copy():
+    handle = patched()
+    averaged = torch.optim.swa_utils.AveragedModel(handle.model)
+    other = lf.handle_of(averaged.module)
+    assert other is not handle and other.model is averaged.module
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_model_trains_as_one_that_was_patched_later(dtype):
     handle, later = patched(), lf.patch(tiny_model("llama").to(dtype), CONFIG)

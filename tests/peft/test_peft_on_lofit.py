@@ -147,6 +147,18 @@ def test_training_the_projection_whole_is_refused(name):
     assert torch.equal(logits(model), expected)
 
 
+# what would leave, in the model, copies of our layers that the handle does not know
+@pytest.mark.parametrize("what", [{"modules_to_save": ["self_attn"]}, {"layer_replication": [[0, 2], [1, 3]]}])
+def test_copies_of_parts_of_the_model_are_refused(what):
+    model = tiny_model("llama")
+    handle = lf.patch(model, CONFIGS["both"])
+    randomize(handle)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="a part of the model that holds one, cannot be copied or trained by itself"):
+        get_peft_model(model, LoraConfig(target_modules=["gate_proj"], **what))
+    assert torch.equal(logits(model), expected)
+
+
 def test_all_linear_layers_are_saved_under_their_own_names(tmp_path):
     model = tiny_model("llama")
     handle = lf.patch(model, CONFIGS["both"])

@@ -3,15 +3,13 @@
 Nothing here imports transformers: a model is a tree of named modules with a `config`.
 """
 
-import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from itertools import product
 
 from torch import nn
 
+from lofit_fast.patching.bypass import bypasses
 from lofit_fast.patching.families import ARCHITECTURES, BYPASSES, GENERIC, REFUSED, Architecture
 
 # what modules and configs call the number of heads, and the width of one head's output
@@ -184,7 +182,7 @@ def _has(layer: nn.Module, path: str) -> bool:
 def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
     parent_name, _, attribute = name.rpartition(".")
     parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-    if _bypasses(parent, attribute, BYPASSES.get(config.model_type)):
+    if bypasses(parent, attribute, BYPASSES.get(config.model_type)):
         raise ValueError(
             f"{name}: the code of {type(parent).__name__} multiplies by its projection's weight itself, so that a "
             "wrapper around the projection would never be called"
@@ -199,25 +197,6 @@ def _projection(model: nn.Module, config, layer: int, name: str) -> Projection:
             f"with {inputs}"
         )
     return Projection(layer, name, parent, attribute, module, *fitting)
-
-
-def _bypasses(parent: nn.Module, attribute: str, unless: str | None) -> bool:
-    """Whether the parent's code computes with the projection's weight itself: a wrapper would never be called.
-
-    unless: the parent's attribute that decides, for code that does either.
-    """
-    if isinstance(parent, nn.MultiheadAttention):
-        return True
-    return _reads_weight(type(parent), attribute) and (unless is None or bool(getattr(parent, unless, False)))
-
-
-@cache
-def _reads_weight(kind: type, attribute: str) -> bool:
-    try:
-        return re.search(rf"self\.{attribute}\.weight\b", inspect.getsource(kind.forward)) is not None
-    except (OSError, TypeError):
-        # built or typed in somewhere without a file
-        return False
 
 
 def _of_layers(config, layer: int):

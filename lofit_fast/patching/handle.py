@@ -18,6 +18,7 @@ from lofit_fast.patching.adapter_sources import adapter_for
 from lofit_fast.patching.answer_positions import AnswerWatch, language_model
 from lofit_fast.patching.architectures import Projection, decoder_layers, find_projections, fingerprint
 from lofit_fast.patching.around_layer import all_around, check_nothing_around
+from lofit_fast.patching.bypass import BypassWatch
 from lofit_fast.patching.checkpoints import CheckpointWatch
 from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
 from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
@@ -46,9 +47,10 @@ class LofitHandle(SeveralAdapters):
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
     model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
-    warns where a state_dict is loaded. checkpoint_watch: what keeps scopes for the second run of a layer. answer_watch:
-    with positions="answer", what finds where answers begin. vector_sync: what averages gradients in a sharded model.
-    All of them are None until the model is patched. own_name: what the adapter is called among several.
+    warns where a state_dict is loaded. bypass_watch: what finds attention that does not call ours. checkpoint_watch:
+    what keeps scopes for the second run of a layer. answer_watch: with positions="answer", what finds where answers
+    begin. vector_sync: what averages gradients in a sharded model. All of them are None until the model is patched.
+    own_name: what the adapter is called among several.
     """
 
     def __init__(self, model: nn.Module, config: LofitConfig, projections: list[Projection], name: str = FIRST) -> None:
@@ -63,6 +65,7 @@ class LofitHandle(SeveralAdapters):
         self.load_watch: LoadWatch | None = None
         self.answer_watch: AnswerWatch | None = None
         self.checkpoint_watch: CheckpointWatch | None = None
+        self.bypass_watch: BypassWatch | None = None
         self.vector_sync: VectorSync | None = None
         self._head: RemovableHandle | None = None
         # of weights in parts each process knows some: all are here now, and need not be when one saves
@@ -277,6 +280,7 @@ class LofitHandle(SeveralAdapters):
         self.peft_watch.remove()
         self.load_watch.remove()
         self.checkpoint_watch.remove()
+        self.bypass_watch.remove()
         self.scopes.remove()
         if self.answer_watch is not None:
             self.answer_watch.remove()
@@ -345,6 +349,11 @@ class LofitHandle(SeveralAdapters):
             self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
         self.load_watch = LoadWatch(layers[0], decoder)
         self.checkpoint_watch = CheckpointWatch(language_model(ancestors), decoder, self.scopes, self.acting)
+        self.bypass_watch = BypassWatch(
+            decoder, [(self.layers[p.layer], p.parent, p.name) for p in self.projections if p.layer in self.layers]
+        )
+        for layer in layers:
+            layer.bypass = (self.bypass_watch,)
         # the first to be called
         self.scopes.watch(decoder)
         self._head = keep_head_input_whole(self.model)

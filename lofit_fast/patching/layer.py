@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.bypass import BypassWatch
 from lofit_fast.patching.chosen_adapters import projected_with
 from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
 from lofit_fast.patching.fully_sharded import is_placed
@@ -66,6 +67,9 @@ class LofitLinear(nn.Module):
         # what scopes and forwards say to this layer, for each thread apart; a handle's layers share its scopes
         self.here = Here()
         self.scopes = Scopes((self.here,))
+        # whether it was called, and who wants to know if its weight was read instead
+        self.called = False
+        self.bypass: tuple[BypassWatch, ...] = ()
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
         # how a scale is computed, see `lofit_kernels.dispatch`: "pass", "delta" or "dither" insists
@@ -87,6 +91,9 @@ class LofitLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, (N, K). Raises AttributeError for a base without one, as packed ones are."""
+        if not torch.compiler.is_compiling() and not self.called:
+            for watch in self.bypass:
+                watch.saw_read(self)
         return self.inner.weight
 
     @property
@@ -107,6 +114,9 @@ class LofitLinear(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         inner = self._modules["inner"]
+        # a graph is made once, and says nothing about what runs
+        if not torch.compiler.is_compiling() and not self.called:
+            self.__dict__["called"] = True
         if self.scopes.asks:
             self.scopes.look()
         if self.here.off or (self.peft and not self.active):

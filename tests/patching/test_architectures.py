@@ -1,10 +1,13 @@
 """Where output projections are found, and what is said when they are not."""
 
+import functools
 import re
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lofit_fast as lf
 from lofit_fast.patching.architectures import (
@@ -139,6 +142,46 @@ def by_weight(self, hidden_states, **kwargs):
     return nn.functional.linear(hidden_states, self.o_proj.weight), None
 
 
+def by_a_method(self, hidden_states, **kwargs):
+    return self.projected(hidden_states), None
+
+
+def with_a_method():
+    model = with_attention_of_its_own(by_a_method)
+    attention = model.model.layers[1].self_attn
+    type(attention).projected = lambda self, z: nn.functional.linear(z, self.o_proj.weight)
+    return model
+
+
+def by_a_parents_method():
+    model = with_a_method()
+    kind = type(model.model.layers[1].self_attn)
+    forward = lambda self, *args, **kwargs: super(kind, self).forward(*args, **kwargs)  # noqa: E731
+    model.model.layers[1].self_attn.__class__ = type("Heir", (kind,), {"forward": forward})
+    return model
+
+
+def with_a_forward_of_its_own(forward):
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = forward(attention)
+    return model
+
+
+def by_another_name(self, hidden_states, **kwargs):
+    projection = self.o_proj
+    return nn.functional.linear(hidden_states, projection.weight), None
+
+
+def wrapped_by_weight(attention):
+    @functools.wraps(attention.forward)
+    def forward(*args, **kwargs):
+        return by_weight(attention, *args, **kwargs)
+
+    forward.__wrapped__ = by_weight
+    return functools.partial(forward)
+
+
 def by_torch():
     model = tiny_model("llama")
     model.model.layers[1].self_attn = nn.MultiheadAttention(HIDDEN, HEADS)
@@ -170,6 +213,16 @@ def of_a_tower_alone():
 
 REFUSALS = {
     "by weight": (lambda: with_attention_of_its_own(by_weight), "OwnAttention multiplies by its projection's weight"),
+    "by weight in a method": (with_a_method, "OwnAttention multiplies by its projection's weight"),
+    "in a parent's method": (by_a_parents_method, "Heir multiplies by its projection's weight"),
+    "in a forward of its own": (
+        lambda: with_a_forward_of_its_own(lambda attention: MethodType(by_another_name, attention)),
+        "LlamaAttention multiplies by its projection's weight",
+    ),
+    "in a wrapped forward": (
+        lambda: with_a_forward_of_its_own(wrapped_by_weight),
+        "LlamaAttention multiplies by its projection's weight",
+    ),
     "by torch": (by_torch, "MultiheadAttention multiplies by its projection's weight"),
     "by weight, if so configured": (slow_bloom, "BloomAttention multiplies by its projection's weight"),
     "shared attention": (shared_attention, r"layers\.2\.self_attn\.o_proj is the very module of model\.layers\.0"),
@@ -185,6 +238,20 @@ def test_patch_refuses_before_anything_changes(build, said):
     with pytest.raises(ValueError, match=said):
         lf.patch(model, lf.LofitConfig(offset="all"))
     assert snapshot(model) == before
+
+
+def in_its_dtype(self, hidden_states, *args, **kwargs):
+    return LlamaAttention.forward(self, hidden_states.to(self.o_proj.weight.dtype), *args, **kwargs)
+
+
+def reset_parameters(self):
+    nn.init.zeros_(self.o_proj.weight)
+
+
+def test_code_that_asks_for_the_dtype_alone_or_fills_the_weight_is_patched():
+    model = with_attention_of_its_own(in_its_dtype)
+    type(model.model.layers[1].self_attn).reset_parameters = reset_parameters
+    assert len(find_projections(model)) == 3
 
 
 def test_code_that_only_may_use_the_weight_is_patched_where_it_does_not():

@@ -1,0 +1,137 @@
+"""Attention that multiplies by its projection's weight itself: a layer of ours around the projection is never called.
+
+Its source says so in most cases, and is read before a model is patched. What that does not show is seen in the first
+forward: the weight was read, and our layer was not called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from lofit_fast.patching.layer import LofitLinear
+
+# what may be asked of a weight without computing with it
+_HARMLESS = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad|is_meta)\b)"
+
+
+def bypasses(parent: nn.Module, attribute: str, unless: str | None) -> bool:
+    """Whether the code of an attention, its class's or its own, computes with its projection's weight itself.
+
+    attribute: the projection's name in it. unless: the attention's attribute that decides, for code that does either.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    own = vars(parent).get("forward")
+    reads = _class_reads(type(parent), attribute) or (own is not None and _reads(own, type(parent), attribute))
+    return reads and (unless is None or bool(getattr(parent, unless, False)))
+
+
+@cache
+def _class_reads(kind: type, attribute: str) -> bool:
+    return _reads(kind.forward, kind, attribute)
+
+
+def _reads(forward: Callable, kind: type, attribute: str) -> bool:
+    """Whether a forward, or a method of the class that it calls, reads the weight."""
+    return any(_reads_weight(source, attribute) for source in _sources(forward, kind))
+
+
+def _reads_weight(source: str, attribute: str) -> bool:
+    # "o = self.o_proj", of which "o.weight" is read later
+    aliases = re.findall(rf"\b(\w+)\s*=\s*\w+\.{attribute}\s*(?:[;#\n]|$)", source)
+    places = [rf"\w+\.{attribute}", *map(re.escape, aliases)]
+    return any(re.search(rf"\b{place}\.weight\b{_HARMLESS}", source) for place in places)
+
+
+def _sources(forward: Callable, kind: type) -> Iterator[str]:
+    """The source of a forward and of the methods that it leads to, those of parent classes among them."""
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    waiting, asked = [forward], set()
+    while waiting:
+        function = waiting.pop()
+        if function in asked:
+            continue
+        asked.add(function)
+        yield (source := _source(function))
+        for name in set(re.findall(r"\.(\w+)\s*\(", source)):
+            methods = [found for each in classes if inspect.isfunction(found := vars(each).get(name))]
+            waiting += methods if re.search(rf"\bsuper\(.*?\)\.{name}\b", source) else methods[:1]
+
+
+def _source(function: Callable) -> str:
+    """A function's source; "" for what was built or typed in somewhere without a file."""
+    while isinstance(function, partial):
+        function = function.func
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
+
+
+class BypassWatch:
+    """Raises an error at the end of a forward in which an attention has read its projection's weight and not called it.
+
+    A layer that was called once is asked no more. One that its attention leaves out without reading the weight, or
+    whose attention has not run (layers that are dropped, skipped or called singly), is no matter.
+
+    decoder: whose forward is watched. parents: each layer of ours with the attention that holds it, and its name.
+    """
+
+    def __init__(self, decoder: nn.Module, parents: Sequence[tuple[LofitLinear, nn.Module, str]]) -> None:
+        self.decoder, self.parents = decoder, tuple(parents)
+        # (thread, layer): rare, since code reads a weight to compute with it
+        self._read: list[tuple[int, LofitLinear]] = []
+        self._hook = decoder.register_forward_hook(self._after_forward)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_read": []}
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+    def saw_read(self, layer: LofitLinear) -> None:
+        """Take note that the weight of a layer was read that was never called; told by the layer, in eager code."""
+        running = _running()
+        if not running or layer in running:
+            return
+        parts = set(running[0].modules())
+        # the attention, or the decoder's layer around it, and nothing that also holds layers which may be left out
+        held = any(mine is layer and parent is running[0] for mine, parent, _ in self.parents)
+        if held or (layer in parts and self.decoder not in parts):
+            self._read.append((threading.get_ident(), layer))
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
+        # a graph is made once, and says nothing about what runs
+        if torch.compiler.is_compiling() or not self._read:
+            return
+        thread = threading.get_ident()
+        missed = [layer for reader, layer in self._read if reader == thread and not layer.called]
+        self._read = [entry for entry in self._read if entry[0] != thread]
+        for layer, parent, name in self.parents:
+            if layer in missed:
+                raise ValueError(
+                    f"{name}: {type(parent).__name__} has read its projection's weight and not called the projection, "
+                    "so that LoFiT's vectors do not act: unpatch the model, and patch it without what replaces the "
+                    "forward of its attention"
+                )
+
+
+def _running() -> list[nn.Module]:
+    """The modules that are being called in this thread, the innermost first."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):
+            found.append(module)
+        frame = frame.f_back
+    return found

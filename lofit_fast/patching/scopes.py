@@ -39,6 +39,8 @@ class Entered:
         self.thread = threading.get_ident()
 
 
+# what runs forwards of a model in a thread of its own
+_BATCHING = "transformers.generation.continuous_batching"
 # all that was entered and not left, of every owner, the innermost last
 _ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("lofit_scopes", default=())
 
@@ -345,10 +347,28 @@ class Scopes:
         somewhere = self._open or self._for_good
         if somewhere or self._stale or shown.now != _PLAIN:
             # with no scope anywhere, or one that another thread has left, what was shown is no more
+            if somewhere and not around(self):
+                self._check_no_errand()
             now, out_of_date = shown.now, not somewhere or threading.get_ident() in self._stale
             self.look()
             # a context that was made elsewhere, as of a task: what runs here outside of it is not in its scopes
             shown.before = None if out_of_date or shown.now is now else now
+
+    def _check_no_errand(self) -> None:
+        """Raise ValueError in the thread of transformers' continuous batching, while other threads have said something.
+
+        It works for whoever has called `generate_batch`, and is in none of that one's scopes.
+        """
+        with self._lock:
+            said = [one.says for one in (*self._open, *self._for_good)]
+        if any(says is not None and (says.off or says.chosen is not None) for says in said) and _is_called_by(
+            _BATCHING
+        ):
+            raise ValueError(
+                "transformers' generate_batch computes in a thread of its own, where handle.disabled(), handle.rows() "
+                "and handle.set_active() of other threads do not hold: leave them in all threads and make the adapter "
+                "the handle's own (lofit_fast.load), or use model.generate, which stays in its thread"
+            )
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling():
@@ -360,6 +380,16 @@ class Scopes:
             shown.before = None
             if shown.now == _PLAIN:
                 self._borrowing.discard(threading.get_ident())
+
+
+def _is_called_by(package: str) -> bool:
+    """Whether code of a package is running in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (frame.f_globals.get("__name__") or "").startswith(package):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _in_a_loop() -> bool:

@@ -6,7 +6,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -482,3 +482,42 @@ def test_scopes_of_nobody_are_plain():
     with alone.disabled():
         assert alone.off and not alone.plain
     assert alone.plain and not alone.folding()
+
+
+# stands in for transformers' loop, which computes in a thread of its own
+BATCHING = "transformers.generation.continuous_batching.model_runner"
+
+
+def generated_elsewhere(model, name=BATCHING):
+    """Logits, or what was raised, of a forward that code of a module of this name runs in another thread."""
+    space = {"__name__": name}
+    exec("def step(model, ids):\n    return model(ids).logits", space)
+
+    def work():
+        try:
+            with torch.no_grad():
+                return space["step"](model, tokens())
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("scope", ["disabled", "active"])
+def test_generating_in_a_thread_of_transformers_refuses_the_scopes_of_others(seen, scope, tmp_path):
+    expected = generated_elsewhere(seen.model)
+    with ExitStack() as stack:
+        if scope == "disabled":
+            stack.enter_context(seen.handle.disabled())
+        else:
+            seen.handle.set_active(None)
+            stack.callback(seen.handle.set_active, seen.handle.own_name)
+        assert "generate_batch computes in a thread of its own" in generated_elsewhere(seen.model)
+        # a thread of the user's own is in no scope, as ever, and one's own forward is in one's own
+        assert torch.equal(generated_elsewhere(seen.model, "serving"), expected)
+        assert seen.state() == "base"
+    assert torch.equal(generated_elsewhere(seen.model), expected)
+    # folds are the same numbers
+    with seen.handle.folded():
+        assert torch.equal(generated_elsewhere(seen.model), expected)

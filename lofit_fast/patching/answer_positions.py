@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lofit_fast.data.encode import IGNORED
 from lofit_fast.patching.acting import EVERYWHERE, SAY_IT, UNKNOWN, Acting, Mask, said_for
-from lofit_fast.patching.cache_names import given_cache
+from lofit_fast.patching.cache_names import given_cache, is_empty
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -228,7 +228,7 @@ def _by_cache(given: Mapping[str, Any], cache: Any) -> Mask:
         )
     if tokens.shape[1] == 1:
         return EVERYWHERE
-    if _length(cache) != 0 or step in ("assisted", "decoding"):
+    if not is_empty(cache) or step in ("assisted", "decoding"):
         raise ValueError(
             f"the vectors act on answers alone (positions='answer'), and {tokens.shape[1]} tokens per row with a cache "
             "may be prompt or answer (a chat that goes on, assisted decoding, a prompt in parts, a model that keeps "
@@ -249,12 +249,6 @@ def _tokens(given: Mapping[str, Any]) -> Tensor:
         if isinstance(tokens := given.get(name), Tensor):
             return tokens if name == "input_ids" else tokens[..., 0]
     raise ValueError(UNKNOWN)
-
-
-def _length(cache: Any) -> int | None:
-    """Tokens in a cache; None where it does not say."""
-    length = getattr(cache, "get_seq_length", None)
-    return None if length is None else int(length())
 
 
 def _ends_with_tokens(mask: Any, width: int) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import lofit_fast as lf
+from lofit_fast.patching.cache_names import is_empty
 from tests.masked_hook import MaskedHook, last_of_each
 from tests.oracle import randomize, vectors_of
 from tests.tiny_families import tiny_family
@@ -274,6 +275,40 @@ def test_several_tokens_behind_a_cache_need_a_scope():
         got = model(ids[:, 6:], past_key_values=cache).logits
     hook.mask = (torch.arange(11) >= 5).expand(2, 11)
     close(got, plain(ids).logits[:, 6:])
+
+
+# layers that keep states, and no keys, come first in them
+@pytest.mark.parametrize("family", ["llama", "minimax", "lfm2", "jamba"])
+def test_a_cache_is_empty_if_all_of_its_layers_are(family):
+    model = tiny_family(family)
+    handle = lf.patch(model, lf.LofitConfig(offset="all", positions="answer"))
+    ids = tokens()
+    with torch.no_grad():
+        with handle.acting_on("all"):
+            cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="3 tokens per row with a cache may be prompt or answer"):
+            model(ids[:, :3], past_key_values=cache)
+        fresh = type(cache)() if family == "minimax" else DynamicCache(config=model.config)
+        assert is_empty(fresh) and not is_empty(cache)
+        model(ids, past_key_values=fresh)
+        assert not is_empty(fresh)
+
+
+def test_a_cache_of_states_alone_is_empty_without_states():
+    config = tiny_family("lfm2").config
+    config.layer_types = ["conv", "conv", "conv"]
+    cache = DynamicCache(config=config)
+    assert is_empty(cache)
+    cache.update_conv_state(torch.ones(1, 4, 3), 1)
+    assert not is_empty(cache)
+    cache.reset()
+    assert is_empty(cache)
+    cache.update_recurrent_state(torch.ones(1, 4, 3), 2)
+    assert not is_empty(cache)
+
+
+def test_what_does_not_tell_is_not_empty():
+    assert not is_empty(object())
 
 
 def test_a_static_cache_with_right_padding_is_refused():

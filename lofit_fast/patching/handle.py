@@ -82,10 +82,13 @@ class LofitHandle(SeveralAdapters):
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("<layer>.<component>", parameter) of every component, by ascending layer."""
+        """("<layer>.<component>", parameter) of every component, by ascending layer.
+
+        Of one that torch's parametrize or prune computes it is what that is computed from, by its path in the layer.
+        """
         self._show_parts()
         for number, layer in self.layers.items():
-            for name, parameter in layer.named_parameters(recurse=False):
+            for name, parameter in layer.named_vectors():
                 yield f"{number}.{name}", parameter
 
     def n_parameters(self) -> int:
@@ -197,8 +200,8 @@ class LofitHandle(SeveralAdapters):
         """Copy an adapter of the same heads into the handle's own, which must be active.
 
         Raises ValueError where a tensor does not fit or is not finite, for vectors of other heads or that act on other
-        positions, and while any thread is inside `folded`, which would go on with the old vectors. The handle keeps its
-        vectors then.
+        positions, where the handle's own are computed from other parameters, and while any thread is inside `folded`,
+        which would go on with the old vectors. The handle keeps its vectors then.
         """
         self.check_own("load vectors")
         self.check_vectors("load")
@@ -208,6 +211,12 @@ class LofitHandle(SeveralAdapters):
                 f"cannot load vectors with positions={adapter.config.positions!r} into a handle with "
                 f"positions={self.config.positions!r}: lofit_fast.load patches as the folder says"
             )
+        for number, layer in self.layers.items():
+            if computed := [component for component in COMPONENTS if layer.is_computed(component)]:
+                raise ValueError(
+                    f"cannot load vectors into layer {number}, whose {computed[0]} is computed from other parameters "
+                    "(parametrize, prune, weight_norm): undo that first"
+                )
         if self.scopes.folding():
             raise ValueError(
                 "cannot load vectors inside handle.folded(), of this thread or another, which computes with the old "

@@ -1,7 +1,7 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
+# where torch's parametrize keeps what it computes tensors from
+_PARAMETRIZED = "parametrizations"
 _HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
@@ -332,6 +334,31 @@ class LofitLinear(nn.Module):
             return None
         return fold_offset(plain[0], *self._vectors("offset"))
 
+    def named_vectors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(path, parameter) of each component: the vectors themselves, "offset", or what they are computed from.
+
+        That is what torch's parametrize keeps, "parametrizations.offset.original", and prune and the older weight_norm,
+        "offset_orig". Other parameters that somebody has put here are no vectors.
+        """
+        for component, heads in self._heads.items():
+            if heads is None:
+                continue
+            for name, parameter in self._parameters.items():
+                if parameter is not None and (name == component or name.startswith(f"{component}_")):
+                    yield name, parameter
+            if self.is_parametrized(component):
+                path = f"{_PARAMETRIZED}.{component}"
+                yield from self._modules[_PARAMETRIZED][component].named_parameters(path)
+
+    def is_parametrized(self, component: str) -> bool:
+        """Whether a component is computed by torch's parametrize in each forward."""
+        return _PARAMETRIZED in self._modules and component in self._modules[_PARAMETRIZED]
+
+    def is_computed(self, component: str) -> bool:
+        """Whether a component is computed from other parameters, so that nothing can be written into it."""
+        from_own = any(name.startswith(f"{component}_") for name in self._parameters)
+        return from_own or self.is_parametrized(component)
+
     def heads(self, component: str) -> list[int]:
         """The heads that carry a component ("scale" or "offset"), ascending; empty if it is absent."""
         return list(self._heads[component] or [])
@@ -395,6 +422,8 @@ class LofitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         if recurse:
             self.inner._apply(fn)
+            if _PARAMETRIZED in self._modules:
+                self._modules[_PARAMETRIZED]._apply(in_memory(at_least_float32(fn)))
         super()._apply(in_memory(at_least_float32(fn)), recurse=False)
         if recurse and self.others is not None:
             self.others._apply(in_memory(at_least_float32(fn)))

@@ -63,8 +63,9 @@ class VectorSync:
             self.look()
 
     def _check_known(self) -> None:
-        held_here = (module for layer in self.layers for module in (layer, layer.others) if module is not None)
-        self._known = check_seen([v for module in held_here for v in module.parameters(recurse=False)], self._known)
+        own = [vectors for layer in self.layers for _, vectors in layer.named_vectors()]
+        added = (layer.others for layer in self.layers if layer.others is not None)
+        self._known = check_seen([*own, *(v for table in added for v in table.parameters(recurse=False))], self._known)
 
     def _own(self) -> list[Tensor]:
         """The vectors that are trained and that FSDP has no part of, in an order that all processes share."""
@@ -72,8 +73,8 @@ class VectorSync:
         return [
             vectors
             for layer in self.layers
-            for name, vectors in layer.named_parameters(recurse=False)
-            if (id(layer), name) not in theirs and vectors.requires_grad
+            for path, vectors in layer.named_vectors()
+            if _place(layer, path) not in theirs and vectors.requires_grad
         ]
 
     def _came(self, vectors: Tensor) -> None:
@@ -125,6 +126,12 @@ def check_seen(vectors: Iterable[Tensor], known: tuple[int, ...] = ()) -> tuple[
             "it, and would leave each process with gradients of its own: patch the model first, and wrap it then"
         )
     return seen
+
+
+def _place(layer: LofitLinear, path: str) -> tuple[int, str]:
+    """What FSDP knows a parameter of a layer by: the module that holds it, by its id, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return id(layer.get_submodule(owner)), name
 
 
 def _device_of(mesh, flat: Tensor) -> torch.device:

@@ -95,9 +95,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         Where FSDP2 shards the vectors all processes must call it, and each gets them whole.
         """
         whole = self.handle.whole_vectors()
-        names = (name for name, _ in self.handle.named_parameters())
         vectors = {f"{layer}.{kind}": v.clone().cpu() for (kind, layer), v in whole.items()}
-        vectors = {name: vectors[name] for name in names}
         return {"heads": _heads(self.handle.config), "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lofit_fast as lf
 from benchmarks.peers.hook import vectors_of
@@ -147,3 +149,64 @@ def test_export_into_an_adapter_folder_is_refused(llama, tmp_path):
     handle.save(tmp_path)
     with pytest.raises(ValueError, match="holds an adapter"):
         lf.export(handle, tmp_path)
+
+
+class Halved(nn.Module):
+    def forward(self, vectors):
+        return vectors / 2
+
+    def right_inverse(self, vectors):
+        return 2 * vectors
+
+
+def is_parametrized(layer):
+    parametrize.register_parametrization(layer, "offset", Halved())
+
+
+def is_normed(layer):
+    parametrizations.weight_norm(layer, "offset")
+
+
+def is_pruned(layer):
+    prune.random_unstructured(layer, "offset", 0.5)
+
+
+# kind -> (how an offset is computed from then on, the paths of what it is computed from)
+COMPUTED = {
+    "parametrized": (is_parametrized, ["parametrizations.offset.original"]),
+    "weight_norm": (is_normed, ["parametrizations.offset.original0", "parametrizations.offset.original1"]),
+    "pruned": (is_pruned, ["offset_orig"]),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_vectors_that_are_computed_from_others_have_those_as_parameters(llama, kind, tmp_path):
+    handle = lf.patch(llama, OFFSETS)
+    change, paths = COMPUTED[kind]
+    change(handle.layers[0])
+    assert [name for name, _ in handle.named_parameters()] == [*(f"0.{path}" for path in paths), "2.offset"]
+    assert {id(p) for p in handle.parameters()} == {id(p) for p in llama.parameters() if p.requires_grad}
+    assert handle.n_parameters() == sum(p.numel() for p in llama.parameters() if p.requires_grad)
+    llama(tokens()).logits.sum().backward()
+    assert all(p.grad is not None for p in handle.parameters())
+    handle.requires_grad_(False)
+    assert not any(p.requires_grad for p in llama.parameters())
+    assert lf.AdapterCheckpoints(handle).state_dict()["vectors"]["0.offset"].equal(handle.layers[0].offset)
+    other = lf.load(tiny_model("llama"), handle.save(tmp_path))
+    torch.testing.assert_close(other.layers[0].offset, handle.layers[0].offset, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="cannot load vectors into layer 0, whose offset is computed from other"):
+        handle.take(other.adapter())
+    # moved and cast with the rest, and never below float32
+    llama.to(torch.float64)
+    assert {p.dtype for p in handle.parameters()} == {torch.float64}
+    llama.half()
+    assert {p.dtype for p in handle.parameters()} == {torch.float32}
+
+
+def test_a_weight_put_into_our_layer_is_no_vector(llama):
+    handle = lf.patch(llama, OFFSETS)
+    before = [id(p) for p in handle.parameters()]
+    layer = handle.layers[0]
+    layer._parameters["weight"] = nn.Parameter(torch.zeros_like(layer.weight))
+    assert [id(p) for p in handle.parameters()] == before
+    assert handle.n_parameters() == 32

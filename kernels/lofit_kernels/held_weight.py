@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lofit_kernels.made_of import told_by
+
 _CLOSED = "a product with a weight in another layout was asked for after its scope had ended"
 _numbers = count()
 _held: dict[int, HeldWeight] = {}
@@ -86,7 +88,7 @@ class _Looks:
     """What is known of a weight's numbers: where they are, how often torch has counted a write, and some of them."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.place = _place_of(weight)
+        self.place = told_by(weight)
         # a look at another device would wait for it
         looked_at = weight.device.type == "cpu" and weight.numel() and weight.element_size() in _BITS
         self.there = self.kept = None
@@ -97,9 +99,4 @@ class _Looks:
 
     def fit(self, weight: Tensor) -> bool:
         """Whether they are still so."""
-        return _place_of(weight) == self.place and (self.there is None or torch.equal(self.there, self.kept))
-
-
-def _place_of(weight: Tensor) -> tuple[int, int]:
-    """(where its numbers begin, how often torch has counted a write to them; 0 where it does not count)."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        return told_by(weight) == self.place and (self.there is None or torch.equal(self.there, self.kept))

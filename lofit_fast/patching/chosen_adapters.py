@@ -84,8 +84,7 @@ def projected_with(
     if chosen.base or table is None:
         return inner(z)
     grad = torch.is_grad_enabled()
-    # a weight that is trained gets its gradient from all of z
-    weight = None if plain is None or (grad and plain[0].requires_grad) else plain[0]
+    weight = folded_with(plain)
     index = chosen.index_for(z)
     if not torch.compiler.is_compiling():
         table.ready(weight, chosen.room)
@@ -96,6 +95,15 @@ def projected_with(
         # as one adapter by itself: in the product's own epilogue
         return head_affine_linear(z, *plain, folded=rows.index_select(0, index)[0])
     return add_row_offsets(inner(z), rows, index, mask, inplace=not grad)
+
+
+def folded_with(plain: tuple[Tensor, Tensor | None] | None) -> Tensor | None:
+    """The weight that a table is folded with; None where vectors are added to what the base is called with.
+
+    plain: (weight, bias) of a base that may be stood in for, None of any other.
+    """
+    # a weight that is trained gets its gradient from all of z
+    return None if plain is None or (torch.is_grad_enabled() and plain[0].requires_grad) else plain[0]
 
 
 def _own(layer: Adapted) -> Vectors | None:

@@ -23,11 +23,12 @@ class ModelFold:
     Two hooks on the decoder: the first folds all layers together and leaves each its bias, which carries a graph; the
     second takes the biases away again, after an exception too, so that no module keeps a graph alive. What runs outside
     (a decoder layer called by itself, the second run of an activation checkpoint) finds none, and folds for itself to
-    the same bits. Nothing is reused from one forward to the next.
+    the same bits. Nothing is reused from one forward to the next. What scopes reuse is looked at here, too.
     """
 
     def __init__(self, decoder: nn.Module, layers: list[LofitLinear]) -> None:
         self.decoder = decoder
+        # and those that have others' alone, from the moment that they are there
         self.layers = [layer for layer in layers if layer.heads("offset")]
         self._fold = LayerFold()
         self._hooks: tuple[RemovableHandle, ...] = ()
@@ -46,12 +47,16 @@ class ModelFold:
         # a replica of data parallelism shares these hooks, and has layers of its own
         if module is not self.decoder:
             return
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            for layer in self.layers:
+                if layer.here.chosen is not None:
+                    layer.freshen()
         if not torch.is_grad_enabled():
             self._clear()
             return
         members: list[LofitLinear] = []
         tensors: list[tuple[Tensor, Tensor, Tensor]] = []
-        compiling = torch.compiler.is_compiling()
         for layer in self.layers:
             found = layer.foldable()
             # one that was interrupted may have left something

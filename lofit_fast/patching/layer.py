@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.bypass import BypassWatch
-from lofit_fast.patching.chosen_adapters import projected_with
+from lofit_fast.patching.chosen_adapters import folded_with, projected_with
 from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
@@ -89,6 +89,7 @@ class LofitLinear(nn.Module):
             self.register_parameter(component, None if rows is None else nn.Parameter(rows))
             self.register_buffer(f"{component}_heads", None, persistent=False)
         self.place_heads()
+        self.register_load_state_dict_post_hook(_loaded)
 
     @property
     def weight(self) -> Tensor:
@@ -334,6 +335,24 @@ class LofitLinear(nn.Module):
             return None
         return fold_offset(plain[0], *self._vectors("offset"))
 
+    def fold_table(self, room: int = 0) -> None:
+        """Fold the table of other adapters, if there is one and its weight has changed. room: slots that it must have.
+
+        A model that is compiled whole has nobody else who looks.
+        """
+        if self.others is not None:
+            plain = plain_tensors(self._modules["inner"])
+            # one that is offloaded comes with its forward
+            self.others.ready(None if plain is None or plain[0].is_meta else plain[0], room)
+
+    def freshen(self) -> None:
+        """Fold anew what forwards here reuse, if its weight has changed: a layer that is compiled does not look."""
+        chosen = self.here.chosen
+        if self.others is not None and chosen is not None and not chosen.base:
+            weight = folded_with(plain_tensors(self._modules["inner"]))
+            if weight is None or not weight.is_meta:
+                self.others.ready(weight, chosen.room)
+
     def named_vectors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(path, parameter) of each component: the vectors themselves, "offset", or what they are computed from.
 
@@ -380,6 +399,7 @@ class LofitLinear(nn.Module):
             if self.scopes.folding():
                 raise ValueError(f"cannot set {name} inside handle.folded(), which computes with the old one")
             setattr(self.inner, name, value)
+            self.fold_table()
             return
         if name == "_hf_hook":
             check_hook(value)
@@ -428,6 +448,8 @@ class LofitLinear(nn.Module):
         if recurse and self.others is not None:
             self.others._apply(in_memory(at_least_float32(fn)))
         self.place_heads()
+        if recurse:
+            self.fold_table()
         return self
 
     def place_heads(self) -> None:
@@ -441,6 +463,11 @@ class LofitLinear(nn.Module):
         """What is adapted, for print(model)."""
         adapted = [f"{c}={len(self.heads(c))}/{self.n_heads} heads" for c in ("scale", "offset") if self.heads(c)]
         return ", ".join(adapted if self.acting is None else [*adapted, "on answers alone"])
+
+
+def _loaded(layer: LofitLinear, incompatible_keys: object) -> None:
+    """Fold a layer's table with the weight that a state_dict has brought."""
+    layer.fold_table()
 
 
 def _through(base: nn.Module, affine: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.offset_table import BASE, OWN, OffsetTable
 from lofit_fast.patching.one_at_a_time import CHANGING, one_at_a_time
 from lofit_fast.patching.placement import device_of, dtype_of
-from lofit_fast.patching.plain_linear import plain_tensors
 from lofit_fast.patching.scopes import Scopes
 from lofit_fast.patching.sharding import check_unshared
 from lofit_fast.patching.storage import Adapter, check_finite, check_fits, fill
@@ -30,6 +29,7 @@ from lofit_fast.patching.wrapping import around_module, build_layers
 if TYPE_CHECKING:
     from lofit_fast.patching.acting import Acting
     from lofit_fast.patching.answer_positions import AnswerWatch
+    from lofit_fast.patching.fold import ModelFold
     from lofit_fast.patching.peft_layers import PeftWatch
 
 FIRST = "default"
@@ -64,6 +64,7 @@ class SeveralAdapters:
     projections: list[Projection]
     fingerprint: Fingerprint
     layers: dict[int, LofitLinear]
+    model_fold: ModelFold | None
     peft_watch: PeftWatch | None
     answer_watch: AnswerWatch | None
     # the handle's own adapter's name; the others by name
@@ -199,10 +200,8 @@ class SeveralAdapters:
                 self.scopes.choose(_BASE_EVERYWHERE)
                 return
             other = self._named(name)
-            # a cast or another weight since, which a compiled layer would not look for
-            if other is not None and any(
-                layer.others is not None and layer.others.stale for layer in self.layers.values()
-            ):
+            if other is not None:
+                # what a model that is compiled whole would not look for
                 self._fold_tables()
             self.scopes.choose(None if other is None else other.everywhere)
 
@@ -326,9 +325,7 @@ class SeveralAdapters:
     def _fold_tables(self) -> None:
         room = self._room()
         for layer in self.layers.values():
-            if layer.others is not None:
-                plain = plain_tensors(layer.inner)
-                layer.others.ready(None if plain is None or plain[0].is_meta else plain[0], room)
+            layer.fold_table(room)
 
     def _wrap(self, number: int) -> None:
         """Put a layer without vectors of its own around a projection that the handle's own adapter leaves alone."""
@@ -340,7 +337,7 @@ class SeveralAdapters:
         layer.acting, layer.scopes, layer.peft, layer.handle = self.acting, first.scopes, first.peft, self
         layer.training = inner.training
         self.scopes.add(layer.here)
-        for watch in (self.peft_watch, self.answer_watch):
+        for watch in (self.peft_watch, self.answer_watch, self.model_fold):
             if watch is not None:
                 watch.layers = [*watch.layers, layer]
         self.layers = dict(sorted({**self.layers, number: layer}.items()))

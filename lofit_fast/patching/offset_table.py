@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.one_at_a_time import CHANGING
 from lofit_kernels import fold_offset, fold_offsets, head_index
+from lofit_kernels.made_of import MadeOf
 
 # (h, D) and the heads (h,) of its rows
 Vectors = tuple[Tensor, Tensor]
@@ -35,8 +36,8 @@ class OffsetTable(nn.Module):
         self.heads: dict[int, list[int]] = {}
         # whether all is to be folded anew; else only the slots that have changed since
         self.stale, self._changed = True, set()
-        # what tells the weight that the table has been folded with
-        self._folded_with: tuple | None = None
+        # of the weight that the table has been folded with, and of no vectors: what changes is told by `put` and `drop`
+        self._made_of = MadeOf()
         self.register_buffer("folded", None, persistent=False)
         self.register_buffer("spread", torch.zeros(0, n_heads * head_dim, dtype=dtype, device=device), persistent=False)
 
@@ -70,17 +71,17 @@ class OffsetTable(nn.Module):
         size = max(_FIRST_ROOM, len(self.spread))
         while size < room:
             size *= 2
-        where = size, None if weight is None else _told_by(weight)
-        if self.stale or self._changed or where != self._folded_with:
+        anew = self.stale or size != len(self.spread) or not self._made_of.fits(weight)
+        if anew or self._changed:
             # adapters come and go in other threads
             with CHANGING, torch.inference_mode(False), torch.no_grad():
-                self._fold(weight, where)
+                self._fold(weight, size, anew)
 
-    def _fold(self, weight: Tensor | None, where: tuple) -> None:
-        """New tables: a thread that has the old ones goes on with them."""
-        if self.stale or where != self._folded_with:
-            spread = self.spread.new_zeros(where[0], self.n_heads, self.head_dim)
-            folded = None if weight is None else self.spread.new_zeros(where[0], weight.shape[0])
+    def _fold(self, weight: Tensor | None, size: int, anew: bool) -> None:
+        """New tables: a thread that has the old ones goes on with them. anew: all, not only what has changed."""
+        if anew:
+            spread = self.spread.new_zeros(size, self.n_heads, self.head_dim)
+            folded = None if weight is None else self.spread.new_zeros(size, weight.shape[0])
             slots = set(self.heads)
         else:
             # of a hundred adapters that come one by one each is folded once
@@ -99,7 +100,7 @@ class OffsetTable(nn.Module):
             if folded is not None:
                 folded[slot] = fold_offset(weight, vectors, heads)
         self.spread, self.folded = spread.flatten(1), folded
-        self.stale, self._changed, self._folded_with = False, set(), where
+        self.stale, self._changed, self._made_of = False, set(), MadeOf(weight)
 
     def rows(
         self, fresh: Sequence[int], old: Tensor, weight: Tensor | None, own: Vectors | None, kept: Tensor | None
@@ -132,12 +133,6 @@ class OffsetTable(nn.Module):
         # the weight beside it may have changed too
         self.stale = True
         return self
-
-
-def _told_by(weight: Tensor) -> tuple:
-    """What tells a weight from another, and from what it was before it was written to, unless through `.data`."""
-    written = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), weight.dtype, weight.device, written
 
 
 def _folds(weight: Tensor, there: dict[int, Vectors], kept: Tensor | None) -> dict[int, Tensor]:

@@ -1,9 +1,12 @@
 """The table of W v of several adapters: each is folded once, whatever else comes and goes."""
 
+import pytest
 import torch
+from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.patching import offset_table
+from tests.library_versions import compiles_hooks
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -50,3 +53,89 @@ def test_each_adapter_is_folded_once(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(model(tokens()).logits, expected)
         alone.unpatch()
+
+
+def load(model) -> None:
+    with pytest.warns(UserWarning, match="state_dict"):
+        model.load_state_dict({name: tensor * 1.2 for name, tensor in model.state_dict().items()})
+
+
+def write(model) -> None:
+    for layer in lf.handle_of(model).layers.values():
+        layer.inner.weight.mul_(1.3)
+
+
+def give_another(model) -> None:
+    for layer in lf.handle_of(model).layers.values():
+        layer.inner.weight = nn.Parameter(layer.inner.weight * 1.3, requires_grad=False)
+
+
+def give_through_ours(model) -> None:
+    for layer in lf.handle_of(model).layers.values():
+        layer.weight = nn.Parameter(layer.inner.weight * 1.3, requires_grad=False)
+
+
+def cast(model) -> None:
+    model.bfloat16().float()
+
+
+def two_adapters():
+    model = tiny_model("llama")
+    handle = lf.patch(model, lf.LofitConfig(offset=[(0, 0)]))
+    # in a layer of the handle's own, and in another
+    handle.add("b", lf.LofitConfig(offset=[(0, 1), (1, 2)], init_std=0.5, seed=5), trained=False)
+    handle.set_active("b")
+    return model, handle
+
+
+def folded_anew(model, handle) -> torch.Tensor:
+    """Logits without anything that is kept, uncompiled."""
+    for layer in handle.layers.values():
+        layer.others.stale = True
+    with torch.compiler.set_stance("force_eager"):
+        return model(tokens()).logits
+
+
+@pytest.mark.parametrize("change", [load, write, give_another, give_through_ours, cast])
+def test_compiled_layers_see_a_weight_that_has_changed(dynamo, change):
+    model, handle = two_adapters()
+    for layer in model.model.layers[:2]:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        before = model(tokens()).logits
+        change(model)
+        got = model(tokens()).logits
+        expected = folded_anew(model, handle)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got, before, rtol=1e-3)
+
+
+# what a graph of the whole model is not told: writes in place, and another weight behind our back
+@compiles_hooks
+@pytest.mark.parametrize(
+    "change, told", [(load, False), (give_through_ours, False), (cast, False), (write, True), (give_another, True)]
+)
+def test_a_model_compiled_whole_is_told_of_a_weight_that_has_changed(dynamo, change, told):
+    model, handle = two_adapters()
+    run = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = run(tokens()).logits
+        change(model)
+        if told:
+            handle.set_active("b")
+        got = run(tokens()).logits
+        expected = folded_anew(model, handle)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got, before, rtol=1e-3)
+
+
+def test_an_address_that_is_used_again_is_no_proof():
+    model, handle = two_adapters()
+    inner = handle.layers[1].inner
+    with torch.no_grad():
+        model(tokens())
+        # the second may be where the first was: no forward between them
+        for factor in (2.0, 0.75, 3.0):
+            inner.weight = nn.Parameter(inner.weight * factor, requires_grad=False)
+        got = model(tokens()).logits
+        torch.testing.assert_close(got, folded_anew(model, handle))

@@ -1,0 +1,35 @@
+"""What a W v that is kept was made of: an alarm for tensors that have been replaced, moved or written to since."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class MadeOf:
+    """A weight and an offset as they are now, for something computed from them to be told from what they are later.
+
+    An alarm, and no proof: a write through `.data` and a fused optimizer move no counter. Nothing that is reused from
+    one training step to the next may rest on it. It holds the tensors, so that no other can take their place in memory.
+    """
+
+    __slots__ = ("marks", "offset", "weight")
+
+    def __init__(self, weight: Tensor | None = None, offset: Tensor | None = None) -> None:
+        self.weight, self.offset = weight, offset
+        self.marks = told_by(weight), told_by(offset)
+
+    def __reduce__(self) -> tuple:
+        # a copy's tensors are others
+        return MadeOf, ()
+
+    def fits(self, weight: Tensor | None, offset: Tensor | None = None) -> bool:
+        """Whether these are the very tensors, with nothing written to them since as far as torch counts it."""
+        # asked in every forward: straight, and what costs least first
+        if weight is not self.weight or offset is not self.offset:
+            return False
+        return self.marks == (told_by(weight), told_by(offset))
+
+
+def told_by(tensor: Tensor | None) -> tuple[int, int] | None:
+    """(where its numbers begin, how often torch has counted a write to them; 0 where it does not count)."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

@@ -12,11 +12,11 @@ class MadeOf:
     one training step to the next may rest on it. It holds the tensors, so that no other can take their place in memory.
     """
 
-    __slots__ = ("marks", "offset", "weight")
+    __slots__ = ("_told", "offset", "weight")
 
     def __init__(self, weight: Tensor | None = None, offset: Tensor | None = None) -> None:
         self.weight, self.offset = weight, offset
-        self.marks = told_by(weight), told_by(offset)
+        self._told = [(tensor, *told_by(tensor)) for tensor in (weight, offset) if tensor is not None]
 
     def __reduce__(self) -> tuple:
         # a copy's tensors are others
@@ -27,9 +27,12 @@ class MadeOf:
         # asked in every forward: straight, and what costs least first
         if weight is not self.weight or offset is not self.offset:
             return False
-        return self.marks == (told_by(weight), told_by(offset))
+        for tensor, place, written in self._told:
+            if tensor.data_ptr() != place or (written is not None and tensor._version != written):
+                return False
+        return True
 
 
-def told_by(tensor: Tensor | None) -> tuple[int, int] | None:
-    """(where its numbers begin, how often torch has counted a write to them; 0 where it does not count)."""
-    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+def told_by(tensor: Tensor) -> tuple[int, int | None]:
+    """(where its numbers begin, how often torch has counted a write to them; None where it does not count)."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version

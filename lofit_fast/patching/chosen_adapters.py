@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.patching.early_fold import EarlyFold
 from lofit_fast.patching.frozen_linear import PRODUCTS
 from lofit_fast.patching.offset_table import BASE, OffsetTable, Vectors
 from lofit_kernels import head_affine_linear
@@ -67,6 +68,9 @@ class Adapted(Protocol):
     offset_heads: Tensor | None
     others: OffsetTable | None
 
+    def own(self, component: str) -> Tensor | None:
+        """The vectors of a component as the layer has them, uncast."""
+
 
 def projected_with(
     layer: Adapted,
@@ -88,7 +92,11 @@ def projected_with(
     index = chosen.index_for(z)
     if not torch.compiler.is_compiling():
         table.ready(weight, chosen.room)
-    rows = table.rows(chosen.fresh, chosen.kept, weight, _own(layer), layer.here.kept)
+    kept: EarlyFold | None = layer.here.kept
+    if kept is not None and (weight is None or not kept.counts(weight, layer.own("offset"))):
+        kept = None
+    own_fold = None if kept is None else kept.exact
+    rows = table.rows(chosen.fresh, chosen.kept, weight, _own(layer), own_fold)
     if weight is None:
         return through(inner, add_row_offsets(z, rows, index, mask))
     if chosen.whole and mask is None and PRODUCTS not in inner.__dict__:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os.path
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lofit_fast.patching.early_fold import Call, EarlyFold
 from lofit_fast.patching.fully_sharded import MARK
 from lofit_fast.patching.layer import LofitLinear
 from lofit_kernels import fold_offsets
 from lofit_kernels.layer_fold import LayerFold
+from lofit_kernels.made_of import MadeOf
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -50,7 +53,8 @@ class ModelFold:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             for layer in self.layers:
-                if layer.here.chosen is not None:
+                here = layer.here
+                if here.kept is not None or here.chosen is not None:
                     layer.freshen()
         if not torch.is_grad_enabled():
             self._clear()
@@ -60,7 +64,7 @@ class ModelFold:
         for layer in self.layers:
             found = layer.foldable()
             # one that was interrupted may have left something
-            layer.here.folded = layer.here.ready = None
+            layer.here.folded = None
             # FSDP may free what it has left here before the one gradient of all folds reads it. Looked up without a
             # call: this is asked of every layer in every forward
             marked = MARK in layer._modules["inner"].__dict__
@@ -70,12 +74,15 @@ class ModelFold:
         if not members:
             return
         if compiling:
-            for layer, folded in zip(members, fold_offsets(*zip(*tensors, strict=True)), strict=True):
-                layer.here.folded = folded
+            weights, offsets, heads = zip(*tensors, strict=True)
+            for layer, exact, weight in zip(members, fold_offsets(weights, offsets, heads), weights, strict=True):
+                layer.here.folded = EarlyFold(exact, weight)
             return
+        # the frame that runs these hooks runs the decoder
+        call = Call(sys._getframe(1))
         for layer, ready in zip(members, self._fold(tensors), strict=True):
-            here = layer.here
-            here.folded, here.ready = ready.exact, ready
+            made_of = MadeOf(ready.weight, layer.own("offset"))
+            layer.here.folded = EarlyFold(ready.exact, ready.weight, made_of, ready, call)
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is self.decoder:
@@ -83,7 +90,7 @@ class ModelFold:
 
     def _clear(self) -> None:
         for layer in self.layers:
-            layer.here.folded = layer.here.ready = None
+            layer.here.folded = None
 
 
 def decoder_of(model: nn.Module, names: list[str]) -> nn.Module:

@@ -119,8 +119,10 @@ class LofitHandle(SeveralAdapters):
     def folded(self) -> Iterator[None]:
         """A no-grad scope, for evaluation and generation, in which every W v is computed once and reused.
 
-        The vectors must not change inside it. It holds where `disabled` would; that gradients are off is torch's part,
-        which knows threads alone: a task that waits inside leaves them off for the others of its thread.
+        A weight or vectors that change inside it are folded anew, unless they are written to through `.data`; in a
+        model compiled whole nothing but a loaded state_dict is seen. It holds where `disabled` would; that gradients
+        are off is torch's part, which knows threads alone: a task that waits inside leaves them off for the others of
+        its thread.
         """
         self.check_live()
         with torch.no_grad(), self.scopes.folded(list(self.layers.values())):

@@ -10,6 +10,7 @@ from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
 from lofit_fast.patching.bypass import BypassWatch
 from lofit_fast.patching.chosen_adapters import folded_with, projected_with
+from lofit_fast.patching.early_fold import EarlyFold
 from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
@@ -30,6 +31,7 @@ from lofit_fast.patching.tensor_parallel import own_input, own_vectors, placed_w
 from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
 from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
+from lofit_kernels.made_of import MadeOf
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
 # where torch's parametrize keeps what it computes tensors from
@@ -207,27 +209,27 @@ class LofitLinear(nn.Module):
             return torch.where(mask, self._fused(z, plain), y)
         offset, heads = self._vectors("offset")
         if torch.is_grad_enabled() and offset.requires_grad:
-            early, ready = self.here.folded, self.here.ready
-            fits = early is not None and (ready is None or ready.weight is weight)
-            folded = early if fits else fold_offsets([weight], [offset], [heads])[0]
+            early = self._counting(self.here.folded, weight)
+            folded = fold_offsets([weight], [offset], [heads])[0] if early is None else early.exact
         else:
-            kept = self.here.kept
-            folded = fold_offset(weight, offset, heads) if kept is None else kept
+            kept = self._counting(self.here.kept, weight)
+            folded = fold_offset(weight, offset, heads) if kept is None else kept.exact
         # in float32 at least, and rounded once more
         return (y + mask * folded).to(y.dtype)
 
     def _fused(self, z: Tensor, plain: tuple[Tensor, Tensor | None]) -> Tensor:
         """y (..., N) beside the weight and the bias of a plain linear."""
         weight, bias = plain
-        listed, ready = self._heads, self.here.ready
+        listed, early = self._heads, self.here.folded
         if (
-            ready is not None
+            early is not None
+            and early.ready is not None
             and listed["scale"] is None
             and bias is None
-            and ready.weight is weight
             and torch.is_grad_enabled()
+            and early.counts(weight, self.own("offset"))
         ):
-            return folded_linear(z, ready)
+            return folded_linear(z, early.ready)
         scale = scale_heads = offset = offset_heads = folded = None
         if listed["scale"] is not None:
             scale, scale_heads = self._vectors("scale")
@@ -285,7 +287,8 @@ class LofitLinear(nn.Module):
         """(weight, offset, heads) where a forward that builds a graph needs one through W v alone; None elsewhere."""
         if self.here.off or self.here.chosen is not None or (self.peft and not self.active):
             return None
-        if self._heads["offset"] is None:
+        # a hook of the projection's own, as pruning has one, or a parametrization may change the vectors until then
+        if self._heads["offset"] is None or self._forward_pre_hooks or "parametrizations" in self._modules:
             return None
         offset, heads = self._vectors("offset")
         plain = self._readable() if offset.requires_grad else None
@@ -305,11 +308,19 @@ class LofitLinear(nn.Module):
 
     def _vectors(self, component: str) -> tuple[Tensor, Tensor]:
         """The vectors of a component that is there, in float32 at least, and their heads."""
-        own = self._parameters
-        # a parameter's name is looked up elsewhere first; what shards a model makes it a plain attribute
-        vectors = own[component] if component in own else getattr(self, component)
+        vectors = self.own(component)
         # FSDP's mixed precision hands a layer its parameters in 16 bits
         return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
+
+    def own(self, component: str) -> Tensor | None:
+        """The vectors of a component as they are, None where there are none."""
+        own = self._parameters
+        # a parameter's name is looked up elsewhere first; what shards a model makes it a plain attribute
+        return own[component] if component in own else getattr(self, component)
+
+    def _counting(self, early: EarlyFold | None, weight: Tensor) -> EarlyFold | None:
+        """What was folded before this forward; None where nothing was, or a tensor has changed since."""
+        return early if early is not None and early.counts(weight, self.own("offset")) else None
 
     def _takes_folded(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the projection takes W v, and not the offset itself."""
@@ -318,22 +329,22 @@ class LofitLinear(nn.Module):
     def _folded_offset(self, weight: Tensor, offset: Tensor, heads: Tensor) -> Tensor | None:
         """W v for this call, (N,); None where the op is to fold the offset."""
         if not torch.is_grad_enabled():
-            return self.here.kept
+            kept = self._counting(self.here.kept, weight)
+            return None if kept is None else kept.exact
         if weight.requires_grad or not offset.requires_grad or not self._takes_folded(weight, self.inner.bias):
             return None
-        folded, ready = self.here.folded, self.here.ready
-        # the weight may have come after the model's fold, as one that a hook of the layer puts there does
-        if folded is None or (ready is not None and ready.weight is not weight):
-            return fold_offsets([weight], [offset], [heads])[0]
-        return folded
+        # a hook of the layer may have put the weight there, or written to it or to the vectors, after the model's fold
+        early = self._counting(self.here.folded, weight)
+        return fold_offsets([weight], [offset], [heads])[0] if early is None else early.exact
 
-    def fold(self) -> Tensor | None:
-        """W v as it is now, (N,), for forwards without gradients; None where they take the offset itself."""
+    def fold(self) -> EarlyFold | None:
+        """W v as it is now, for forwards without gradients; None where they take the offset itself."""
         plain = self._readable() if self.offset is not None else None
         # one that is offloaded comes with its forward
         if plain is None or plain[0].is_meta or not self._takes_folded(*plain):
             return None
-        return fold_offset(plain[0], *self._vectors("offset"))
+        exact = fold_offset(plain[0], *self._vectors("offset"))
+        return EarlyFold(exact, plain[0], MadeOf(plain[0], self.own("offset")))
 
     def fold_table(self, room: int = 0) -> None:
         """Fold the table of other adapters, if there is one and its weight has changed. room: slots that it must have.
@@ -346,8 +357,13 @@ class LofitLinear(nn.Module):
             self.others.ready(None if plain is None or plain[0].is_meta else plain[0], room)
 
     def freshen(self) -> None:
-        """Fold anew what forwards here reuse, if its weight has changed: a layer that is compiled does not look."""
-        chosen = self.here.chosen
+        """Fold anew what forwards here reuse, if a tensor has changed: a layer that is compiled does not look."""
+        kept, chosen = self.here.kept, self.here.chosen
+        if kept is not None:
+            weight = self.inner._parameters.get("weight")
+            if weight is None or not kept.counts(weight, self.own("offset")):
+                with torch.no_grad():
+                    self.here.kept = self.fold()
         if self.others is not None and chosen is not None and not chosen.base:
             weight = folded_with(plain_tensors(self._modules["inner"]))
             if weight is None or not weight.is_meta:
@@ -466,7 +482,8 @@ class LofitLinear(nn.Module):
 
 
 def _loaded(layer: LofitLinear, incompatible_keys: object) -> None:
-    """Fold a layer's table with the weight that a state_dict has brought."""
+    """Fold what a layer reuses with the weight that a state_dict has brought."""
+    layer.freshen()
     layer.fold_table()
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lofit_fast.patching.chosen_adapters import Chosen
-    from lofit_kernels.layer_fold import Folded
+    from lofit_fast.patching.early_fold import EarlyFold
 
 
 class Entered:
@@ -78,19 +78,17 @@ def _still_open() -> tuple[Entered, ...]:
 class Here(threading.local):
     """What holds for one layer in the thread that asks.
 
-    off: whether the base alone is computed. kept: W v for forwards without gradients, (N,), inside `folded`. chosen:
-    adapters other than the handle's own, of all rows or each. folded, ready: what a fold of the whole model has left
-    for the forward that goes on, W v (N,) and the same ready for its projection; ready is None where a forward is
-    compiled.
+    off: whether the base alone is computed. kept: W v for forwards without gradients, inside `folded`. chosen: adapters
+    other than the handle's own, of all rows or each. folded: W v that a fold of the whole model has left for the
+    forward that goes on.
     """
 
     def __init__(self) -> None:
         # of each thread anew, and there before a compiler looks: what appears while it does ends its graph
         self.off = False
-        self.kept: Tensor | None = None
+        self.kept: EarlyFold | None = None
         self.chosen: Chosen | None = None
-        self.folded: Tensor | None = None
-        self.ready: Folded | None = None
+        self.folded: EarlyFold | None = None
 
     def __reduce__(self) -> tuple:
         # a copy is in no scope, and in no forward
@@ -100,7 +98,7 @@ class Here(threading.local):
 class Fixed:
     """`Here` of a replica, which threads of its own run: what held where it was made. Its tensors are its own."""
 
-    kept = folded = ready = chosen = None
+    kept = folded = chosen = None
 
     def __init__(self, off: bool) -> None:
         self.off = off
@@ -114,7 +112,7 @@ class Says:
     """
 
     off: bool = False
-    folds: Mapping[Here, Tensor | None] | None = None
+    folds: Mapping[Here, EarlyFold | None] | None = None
     chosen: Chosen | None = None
     alone: bool = False
 
@@ -124,15 +122,15 @@ class Foldable(Protocol):
 
     here: Here
 
-    def fold(self) -> Tensor | None:
-        """(N,), or None where a forward computes its own."""
+    def fold(self) -> EarlyFold | None:
+        """None where a forward computes its own."""
 
 
 class Said(NamedTuple):
     """What all scopes around say together."""
 
     off: bool = False
-    folds: Mapping[Here, Tensor | None] | None = None
+    folds: Mapping[Here, EarlyFold | None] | None = None
     chosen: Chosen | None = None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.prepacked import is_replaced
+from lofit_fast.patching.torch_linear import is_torchs_own
 
 # class -> whether its weight is stored as (K, N): what computes x W^T + b and nothing else
 _LINEARS = {
@@ -37,6 +38,8 @@ def why_not_plain(linear: nn.Module) -> str | None:
     # accelerate's moves inputs between devices, and no numbers
     if is_replaced(linear) and not hasattr(linear, "_hf_hook"):
         return f"{name} with a forward of its own"
+    if isinstance(linear, nn.Linear) and not is_torchs_own():
+        return f"{name} while nn.Linear.forward or torch.nn.functional.linear is replaced for the whole process"
     if linear._forward_pre_hooks or linear._forward_hooks:
         return f"{name} with forward hooks on it, which may change what it computes"
     for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):

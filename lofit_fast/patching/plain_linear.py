@@ -6,6 +6,7 @@ from torch.nn.modules import module as module_globals
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.placement import is_dense
 from lofit_fast.patching.prepacked import is_replaced
+from lofit_fast.patching.torch_linear import is_torchs_own
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -17,10 +18,11 @@ def is_plain_linear(module: nn.Module) -> bool:
 def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) of a module that the fused path may stand in for; None of any other.
 
-    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits or prepacked for now or not.
+    That is exactly an nn.Linear, dense, and nobody listening, in 8 bits or prepacked for now or not, with torch's own
+    arithmetic.
     moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or not is_torchs_own():
         return None
     own = vars(module)
     if "forward" in own and not moved and products_of(module) is None and is_replaced(module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.placement import is_dense
 from lofit_fast.patching.tensor_parallel import placed_weight
+from lofit_fast.patching.torch_linear import is_torchs_own
 
 _TRANSFORMERS = "transformers.distributed.tensor_parallel"
 _TORCH = "torch.distributed.tensor.parallel.style"
@@ -31,6 +32,8 @@ def row_parallel_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | No
     """
     weight = placed_weight(linear)
     if type(linear) is not nn.Linear or weight is None or not (_by_transformers(linear) or _by_torch(linear)):
+        return None
+    if not is_torchs_own():
         return None
     bias = linear.bias
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):

@@ -12,13 +12,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from lofit_fast.patching.layer import LofitLinear
 
 # what may be asked of a weight without computing with it
 _HARMLESS = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad|is_meta)\b)"
@@ -84,13 +80,13 @@ class BypassWatch:
     A layer that was called once is asked no more. One that its attention leaves out without reading the weight, or
     whose attention has not run (layers that are dropped, skipped or called singly), is no matter.
 
-    decoder: whose forward is watched. parents: each layer of ours with the attention that holds it, and its name.
+    decoder: whose forward is watched. parents: each `LofitLinear` with the attention that holds it, and its name.
     """
 
-    def __init__(self, decoder: nn.Module, parents: Sequence[tuple[LofitLinear, nn.Module, str]]) -> None:
+    def __init__(self, decoder: nn.Module, parents: Sequence[tuple[nn.Module, nn.Module, str]]) -> None:
         self.decoder, self.parents = decoder, tuple(parents)
         # (thread, layer): rare, since code reads a weight to compute with it
-        self._read: list[tuple[int, LofitLinear]] = []
+        self._read: list[tuple[int, nn.Module]] = []
         self._hook = decoder.register_forward_hook(self._after_forward)
 
     def __getstate__(self) -> dict:
@@ -100,7 +96,7 @@ class BypassWatch:
         """Stop watching."""
         self._hook.remove()
 
-    def saw_read(self, layer: LofitLinear) -> None:
+    def saw_read(self, layer: nn.Module) -> None:
         """Take note that the weight of a layer was read that was never called; told by the layer, in eager code."""
         running = _running()
         if not running or layer in running:

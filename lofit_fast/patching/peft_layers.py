@@ -17,6 +17,10 @@ from lofit_fast.patching.cache_names import given_cache
 INNER = "inner"
 # the adapter in which TRL keeps the policy as it was, by copying "default"
 REFERENCE = "ref"
+UNSEEN = (
+    "PEFT has entered or left the model, or changed its adapters, since LoFiT saw its last forward, and a graph of the "
+    "whole model would go on with what was seen then: run one forward before torch.compile, or without fullgraph=True"
+)
 
 
 class NameBelow(str):
@@ -109,14 +113,29 @@ class PeftWatch:
         self._hook.remove()
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # a replica of data parallelism shares this hook; a graph holds what was seen before it was compiled
-        if module is not self.decoder or torch.compiler.is_compiling():
+        # a replica of data parallelism shares this hook
+        if module is not self.decoder:
             return
         training = module.training and torch.is_grad_enabled()
-        self._look(thoroughly=training)
+        if not torch.compiler.is_compiling():
+            self._look(thoroughly=training)
+        elif self._is_unseen():
+            # a graph holds what was seen before it was compiled. It ends here, and this is run as it is
+            raise ValueError(UNSEEN)
         self._refuse_moving_reference()
         if training and not self.told and not any(p.requires_grad for p in self.parameters):
             self._refuse_frozen(kwargs)
+
+    def _is_unseen(self) -> bool:
+        """Whether PEFT has marked, or left, a module since the last look. For compilers too: names and nothing else."""
+        seen, place = self._configs, self._place
+        if place is not None and place[0]._modules.get(place[1]) is not place[2]:
+            return True
+        for number, module in enumerate(self.ancestors):
+            found = module.__dict__.get("peft_config")
+            if found is not (seen[number] if seen else None):
+                return True
+        return False
 
     def _refuse_moving_reference(self) -> None:
         if REFERENCE not in getattr(self.witness, "active_adapters", ()):
@@ -142,17 +161,14 @@ class PeftWatch:
         """Find a layer of PEFT, if there is one. All modules are asked only where something points to a change."""
         if "peft.tuners.tuners_utils" not in sys.modules:
             return
-        configs = [vars(module).get("peft_config") for module in self.ancestors]
-        gone = self._place is not None and self._place[0]._modules.get(self._place[1]) is not self._place[2]
-        changed = any(a is not b for a, b in zip(configs, self._configs, strict=False))
-        if thoroughly or gone or changed or not self._configs:
+        if thoroughly or not self._configs or self._is_unseen():
             self._place = next(tuner_layers(self.ancestors[0]), None)
-            self._configs = configs
+            self._configs = [vars(module).get("peft_config") for module in self.ancestors]
             for layer in self.layers:
                 # in a tuple, lest it become a child
                 layer.peft = () if self._place is None else (self._place[2],)
         if thoroughly:
-            self._name_projections(configs)
+            self._name_projections(self._configs)
 
     def _name_projections(self, configs: list[object]) -> None:
         """In the target modules of PEFT's configs, what a wrapper holds takes the projection's own name.

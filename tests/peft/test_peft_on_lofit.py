@@ -17,6 +17,8 @@ from torch import nn
 
 import lofit_fast as lf
 from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.peft_layers import tuner_layers
+from tests.library_versions import compiles_hooks
 from tests.oracle import Hook, randomize, vectors_of
 from tests.patched_models import CONFIGS, logits, loss, relative, snapshot
 from tests.peft.peft_models import ADAPTERS, ENTRIES, base_of, enter, fill, quietly, with_peft
@@ -81,6 +83,61 @@ def test_learned_prompts_freeze_in_silence_no_more(config):
         logits(prompted.train())
     handle.requires_grad_()
     logits(prompted)
+
+
+def compiled(model: nn.Module, **options) -> nn.Module:
+    """The model whole, as TrainingArguments(torch_compile=True) has it."""
+    return torch.compile(model, backend="eager", **options)
+
+
+# where PEFT's switch is, of the adapters that were put there in each way
+@compiles_hooks
+@pytest.mark.parametrize("how", ENTRIES)
+def test_peft_that_entered_is_seen_before_a_model_is_compiled_whole(dynamo, how):
+    model, handle = patched_then("lora_qv", how)
+    twin, run = tiny_model("llama"), compiled(model)
+
+    def switch(on: bool) -> None:
+        # what `disable_adapter()` does, which not every way has
+        for _, _, layer in tuner_layers(model):
+            layer.enable_adapters(on)
+
+    switch(False)
+    assert relative(logits(run), logits(twin)) < NEAR
+    switch(True)
+    assert relative(logits(run), logits(model)) < NEAR and not torch.allclose(logits(run), logits(twin), rtol=1e-3)
+    switch(False)
+    assert relative(logits(run), logits(twin)) < NEAR
+
+
+@compiles_hooks
+@pytest.mark.parametrize("seen", [False, True])
+def test_vectors_that_peft_froze_are_noticed_in_a_model_compiled_whole(dynamo, seen):
+    model, handle = patched_then("lora_qv")
+    if seen:
+        logits(model)
+    run = compiled(model.train())
+    with pytest.raises(ValueError, match=r"PEFT has frozen LoFiT's vectors.*handle\.requires_grad_\(True\)"):
+        loss(run)
+    handle.requires_grad_()
+    loss(run).backward()
+    assert all(p.grad is not None for p in handle.parameters())
+
+
+@compiles_hooks
+def test_a_whole_graph_is_refused_until_peft_has_been_seen_and_is_one(dynamo):
+    model, handle = patched_then("lora_qv")
+    handle.requires_grad_()
+    run = compiled(model.train(), fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"run one forward before torch\.compile"):
+        loss(run)
+    loss(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        loss(run).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(p.grad is not None for p in handle.parameters())
 
 
 def test_a_second_adapter_freezes_nothing():

@@ -19,6 +19,11 @@ FOR_TRANSFORMERS = {"accelerate", "bitsandbytes"}
 # missing
 EARLY = {
     "lofit_fast/training/preference_trainer.py": {"datasets", "trl"},
+    # `lofit_fast/peft/__init__.py` says what is missing
+    **{
+        f"lofit_fast/peft/{name}.py": {"peft"}
+        for name in ("lofit_peft_config", "lofit_peft_layer", "lofit_peft_model", "registration")
+    },
     "lofit_fast/serving/openai_requests.py": {"pydantic"},
     "lofit_fast/serving/web_app.py": {"fastapi"},
     "lofit_fast/serving/web_server.py": {"uvicorn"},

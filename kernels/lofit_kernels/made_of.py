@@ -16,7 +16,11 @@ class MadeOf:
 
     def __init__(self, weight: Tensor | None = None, offset: Tensor | None = None) -> None:
         self.weight, self.offset = weight, offset
-        self._told = [(tensor, *told_by(tensor)) for tensor in (weight, offset) if tensor is not None]
+        self._told = told = []
+        # made in every forward: straight
+        for tensor in (weight, offset):
+            if tensor is not None:
+                told.append((tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
 
     def __reduce__(self) -> tuple:
         # a copy's tensors are others

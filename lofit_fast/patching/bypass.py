@@ -74,6 +74,12 @@ def _source(function: Callable) -> str:
         return ""
 
 
+class Called:
+    """Whether a layer was called since it was made: beside the module, whose own attributes stay what they are."""
+
+    once = False
+
+
 class BypassWatch:
     """Raises an error at the end of a forward in which an attention has read its projection's weight and not called it.
 
@@ -112,7 +118,7 @@ class BypassWatch:
         if torch.compiler.is_compiling() or not self._read:
             return
         thread = threading.get_ident()
-        missed = [layer for reader, layer in self._read if reader == thread and not layer.called]
+        missed = [layer for reader, layer in self._read if reader == thread and not layer.called.once]
         self._read = [entry for entry in self._read if entry[0] != thread]
         for layer, parent, name in self.parents:
             if layer in missed:

@@ -59,7 +59,7 @@ class EarlyFold(NamedTuple):
 
         offset: the layer's own, uncast.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.weight is weight
         made_of = self.made_of
         if made_of is None or not made_of.fits(weight, offset):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
 from lofit_fast.patching.architectures import outputs_of
-from lofit_fast.patching.bypass import BypassWatch
+from lofit_fast.patching.bypass import BypassWatch, Called
 from lofit_fast.patching.chosen_adapters import folded_with, projected_with
 from lofit_fast.patching.early_fold import EarlyFold
 from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
@@ -72,7 +72,7 @@ class LofitLinear(nn.Module):
         self.here = Here()
         self.scopes = Scopes((self.here,))
         # whether it was called, and who wants to know if its weight was read instead
-        self.called = False
+        self.called = Called()
         self.bypass: tuple[BypassWatch, ...] = ()
         # one of PEFT's layers in the model, see `peft_layers.PeftWatch`
         self.peft: tuple[nn.Module, ...] = ()
@@ -96,7 +96,7 @@ class LofitLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, (N, K). Raises AttributeError for a base without one, as packed ones are."""
-        if not torch.compiler.is_compiling() and not self.called:
+        if not torch.compiler.is_compiling() and not self.called.once:
             for watch in self.bypass:
                 watch.saw_read(self)
         return self.inner.weight
@@ -119,9 +119,7 @@ class LofitLinear(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         inner = self._modules["inner"]
-        # a graph is made once, and says nothing about what runs
-        if not torch.compiler.is_compiling() and not self.called:
-            self.__dict__["called"] = True
+        self.called.once = True
         if self.scopes.asks:
             self.scopes.look()
         if self.here.off or (self.peft and not self.active):
@@ -308,7 +306,9 @@ class LofitLinear(nn.Module):
 
     def _vectors(self, component: str) -> tuple[Tensor, Tensor]:
         """The vectors of a component that is there, in float32 at least, and their heads."""
-        vectors = self.own(component)
+        own = self._parameters
+        # `own`, without its call
+        vectors = own[component] if component in own else getattr(self, component)
         # FSDP's mixed precision hands a layer its parameters in 16 bits
         return vectors if vectors.element_size() >= 4 else vectors.float(), self._buffers[_HEADS[component]]
 

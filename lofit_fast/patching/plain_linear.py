@@ -6,7 +6,7 @@ from torch.nn.modules import module as module_globals
 from lofit_fast.patching.frozen_linear import products_of
 from lofit_fast.patching.placement import is_dense
 from lofit_fast.patching.prepacked import is_replaced
-from lofit_fast.patching.torch_linear import is_torchs_own
+from lofit_fast.patching.torch_linear import FORWARD, LINEAR
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -22,7 +22,10 @@ def plain_tensors(module: nn.Module, moved: bool = False) -> tuple[Tensor, Tenso
     arithmetic.
     moved: where nothing but its forward may have been replaced, which is looked at elsewhere.
     """
-    if type(module) is not nn.Linear or not is_torchs_own():
+    if type(module) is not nn.Linear:
+        return None
+    # `is_torchs_own`, without its call
+    if nn.Linear.forward is not FORWARD or nn.functional.linear is not LINEAR:
         return None
     own = vars(module)
     if "forward" in own and not moved and products_of(module) is None and is_replaced(module):

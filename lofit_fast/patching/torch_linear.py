@@ -3,12 +3,11 @@
 from torch import nn
 from torch._C import _nn
 
-_FORWARD = nn.Linear.forward
+FORWARD = nn.Linear.forward
 # the function behind the name, which may have been given to another before this was read
-_LINEAR = _nn.linear
+LINEAR = _nn.linear
 
 
-# asked in every forward, of a compiler too: names and nothing else
 def is_torchs_own() -> bool:
     """Whether nn.Linear's forward and torch.nn.functional.linear are what they were."""
-    return nn.Linear.forward is _FORWARD and nn.functional.linear is _LINEAR
+    return nn.Linear.forward is FORWARD and nn.functional.linear is LINEAR

@@ -112,8 +112,9 @@ def _delta(watch: Watch, T: int, D: int, dtype: torch.dtype, extra: int = 0, str
     a, taken = values(len(listed), D), z[:, columns(listed, D)]
     if stride < 2**31:
         watch.forbid(z, columns(unlisted(H, listed), D))
-    x = affine_delta_fwd(z, a, listed, D)
-    assert torch.equal(x, (taken.to(_wide(dtype)) * a.reshape(-1)).to(dtype))
+    r = affine_delta_fwd(z, a, listed, D)
+    wide, flat = taken.to(_wide(dtype)), a.reshape(-1).to(_wide(dtype))
+    assert torch.equal(r, (wide * flat + (wide - (wide * (1 + flat)).to(dtype))).to(dtype))
     read = watch.launches[-1].regions["z"].reads.reshape(T, -1)
     assert (read[:, columns(listed, D)] == 1).all() and read.sum() == T * len(listed) * D
 

@@ -20,6 +20,7 @@ from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.peft_layers import tuner_layers
 from tests.library_versions import compiles_hooks
 from tests.oracle import Hook, randomize, vectors_of
+from tests.ordinary_sample import some_now
 from tests.patched_models import CONFIGS, logits, loss, relative, snapshot
 from tests.peft.peft_models import ADAPTERS, ENTRIES, base_of, enter, fill, quietly, with_peft
 from tests.tiny_models import tiny_model
@@ -92,7 +93,7 @@ def compiled(model: nn.Module, **options) -> nn.Module:
 
 # where PEFT's switch is, of the adapters that were put there in each way
 @compiles_hooks
-@pytest.mark.parametrize("how", ENTRIES)
+@pytest.mark.parametrize("how", some_now(ENTRIES, "get_peft_model"))
 def test_peft_that_entered_is_seen_before_a_model_is_compiled_whole(dynamo, how):
     model, handle = patched_then("lora_qv", how)
     twin, run = tiny_model("llama"), compiled(model)
@@ -111,7 +112,7 @@ def test_peft_that_entered_is_seen_before_a_model_is_compiled_whole(dynamo, how)
 
 
 @compiles_hooks
-@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("seen", some_now([False, True], True))
 def test_vectors_that_peft_froze_are_noticed_in_a_model_compiled_whole(dynamo, seen):
     model, handle = patched_then("lora_qv")
     if seen:

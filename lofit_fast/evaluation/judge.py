@@ -61,8 +61,8 @@ def judge(
 
     MC1 asks whether the best answer scores above every wrong one, whatever the other correct ones score; MC2 for the
     share of probability on all correct ones (arXiv:2109.07958). A choice's end is scored where its question's `ends`
-    says so. batch_size: how many prompts are continued at a time,
-    by default 32, and fewer where answers would depend on it; choices are scored by tokens, and take none.
+    says so. batch_size: how many prompts are continued at a time, by default 32, and fewer where answers would depend
+    on it; choices are scored by tokens, and take none.
     shared: for several adapters of one base that act on answers alone, judged one after the other: prompts to be
     continued are then computed once for all of them. Choices are scored without it.
     In a launch of several processes all of them must call it, with the same task: they divide the work by whole

@@ -244,7 +244,7 @@ def _fwd_plan(arch: str, T: int, H: int, head_dim: int, stride: int, dtype: torc
 
 
 def affine_delta_fwd(z: torch.Tensor, scale: torch.Tensor, scale_heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What rounding takes off `(1 + a) z_S`, on the selected heads only; nothing in float32.
+    """What rounding takes off `(1 + a) z_S`, on the selected heads only; in float32 next to nothing.
 
     z (T, K); scale (h, D) float32; scale_heads (h,) int64, distinct. Returns a new contiguous (T, h D) of z's dtype, in
     the order of scale_heads. One launch. Raises ValueError for an unsupported dtype or shape.

@@ -12,6 +12,7 @@ from lofit_fast.random_states import same_random_numbers
 from lofit_fast.training.arguments import Schedule
 from lofit_fast.training.objectives import Completions
 from lofit_fast.training.stage import train_attachment
+from tests.ordinary_sample import slow_if
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.sweep.small_sweeps import grid_of, run, written_data
 from tests.training.tiny_runs import EXAMPLES, QUICK, fit
@@ -87,7 +88,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_if(lambda way: way == "sweep", list(WAYS)))
 def test_a_training_leaves_the_callers_random_numbers(llama, tmp_path, way):
     assert_left_alone(lambda: WAYS[way](llama, tmp_path))
 

@@ -41,9 +41,9 @@ def dynamic():
     ("make", "said"),
     [
         (lambda: tiny_family("minimax"), EQUAL),
-        (lambda: tiny_family("prophetnet"), EQUAL),
+        pytest.param(lambda: tiny_family("prophetnet"), EQUAL, marks=pytest.mark.slow),
         (lambda: tiny_family("bart"), EQUAL),
-        (lambda: tiny_family("deepseek_v32"), EQUAL),
+        pytest.param(lambda: tiny_family("deepseek_v32"), EQUAL, marks=pytest.mark.slow),
         (lambda: tiny_family("rwkv"), NONE),
     ],
     ids=["minimax", "prophetnet", "bart", "deepseek_v32", "rwkv"],

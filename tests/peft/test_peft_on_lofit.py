@@ -92,8 +92,9 @@ def compiled(model: nn.Module, **options) -> nn.Module:
 
 
 # where PEFT's switch is, of the adapters that were put there in each way
+@pytest.mark.slow
 @compiles_hooks
-@pytest.mark.parametrize("how", some_now(ENTRIES, "get_peft_model"))
+@pytest.mark.parametrize("how", ENTRIES)
 def test_peft_that_entered_is_seen_before_a_model_is_compiled_whole(dynamo, how):
     model, handle = patched_then("lora_qv", how)
     twin, run = tiny_model("llama"), compiled(model)
@@ -125,6 +126,7 @@ def test_vectors_that_peft_froze_are_noticed_in_a_model_compiled_whole(dynamo, s
     assert all(p.grad is not None for p in handle.parameters())
 
 
+@pytest.mark.slow
 @compiles_hooks
 def test_a_whole_graph_is_refused_until_peft_has_been_seen_and_is_one(dynamo):
     model, handle = patched_then("lora_qv")

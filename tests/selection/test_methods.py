@@ -11,6 +11,7 @@ from lofit_fast.selection.methods import SELECTORS
 from lofit_fast.tasks.contrast import contrasts
 from lofit_fast.tasks.task import Example, Preference, Task
 from lofit_fast.training.objectives import BETA, objective_of
+from tests.ordinary_sample import some_now
 from tests.tiny_models import HEADS, LAYERS, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -116,7 +117,7 @@ def test_saliency_in_micro_batches(tmp_path):
     torch.testing.assert_close(found.scores, whole.scores, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", some_now(TRAINED, "bias_norm"))
 def test_preferences_through_trl(name, tmp_path):
     pytest.importorskip("trl")
     model = tiny_model("llama")

@@ -15,6 +15,7 @@ from lofit_fast.training.fit import select_by_training
 from lofit_fast.training.objectives import Completions, Preferences
 from lofit_fast.training.stage import train_attachment
 from lofit_fast.training.sweep.grid import Run
+from tests.ordinary_sample import crossed
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import EXAMPLES, QUICK
@@ -82,12 +83,15 @@ def _attached(callbacks, folder):
     train_attachment(handle, tiny_tokenizer(), Completions(EXAMPLES[:4]), Schedule(1e-3, 1), **how)
 
 
+def _generated(listed):
+    return (one for one in listed)
+
+
 # what takes callbacks -> the trainings of one call
 TAKERS = {_fitted: 2, _preferred: 2, _selected: 1, _attached: 1}
 
 
-@pytest.mark.parametrize("hold", [list, tuple, iter, lambda listed: (one for one in listed)])
-@pytest.mark.parametrize("take", TAKERS)
+@pytest.mark.parametrize("take, hold", crossed(list(TAKERS), [list, tuple, iter, _generated]))
 def test_callbacks_of_any_iterable_are_in_every_training(tmp_path, take, hold):
     counts = Counts()
     take(hold([counts]), tmp_path)

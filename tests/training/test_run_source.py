@@ -8,6 +8,7 @@ from lofit_fast.sealed import write_sealed
 from lofit_fast.tasks import load_task
 from lofit_fast.training.run_folder import RunFolder
 from lofit_fast.training.run_source import data_seed_of, kept_source, other_rows, source_of
+from tests.ordinary_sample import some_now
 from tests.training.sweep.small_sweeps import grid_of
 from tests.training.sweep.small_sweeps import run as swept
 
@@ -75,7 +76,7 @@ def test_rows_that_were_not_held_out_are_said(tmp_path):
     )
 
 
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", some_now([1, 2], 2))
 def test_the_runs_of_a_sweep_say_it_too(tmp_path, together):
     data = str(written(tmp_path / "data.jsonl", range(20)))
     swept(grid_of(data, {"data_seed": 5}, tune_lr=[1e-2, 2e-2]), tmp_path / "sweep", together=together)

@@ -90,7 +90,8 @@ ENGINES = [
     {"narrow": True},
     {"attention": "eager"},
     {"verify": True},
-    {"compile": True},
+    # seven seconds of tracing
+    pytest.param({"compile": True}, marks=pytest.mark.slow),
 ]
 
 

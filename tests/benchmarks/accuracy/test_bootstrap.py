@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy.bootstrap import Resampled, mean_and_spread, paired_bootstrap, stars
+from tests.ordinary_sample import some_now
 
 
 def p_of(first, second, **options):
@@ -76,7 +77,7 @@ def test_means_of_resampled_seeds_vary_as_those_of_other_seeds_would(n_seeds):
     assert (whole.high - whole.low) / 2 == pytest.approx(plain)
 
 
-@pytest.mark.parametrize("spread, share", [(0.05, 0.93), (0.1, 0.83)])
+@pytest.mark.parametrize("spread, share", some_now([(0.05, 0.93), (0.1, 0.83)], (0.1, 0.83)))
 def test_how_often_it_holds_the_truth_is_what_the_report_says(spread, share):
     """No difference but what two seeds, so many points apart, and 450 questions bring by chance."""
     draw = torch.Generator().manual_seed(0)

@@ -110,7 +110,7 @@ def test_a_watch_sees_what_a_link_leads_to(tmp_path):
     ("name", "count"),
     slow_if(
         lambda _, count: count > 40,
-        [("adapter", 40), ("adapter", 120), ("heads", 40), ("sweep file", 40), ("data", 30)],
+        [("adapter", 40), ("adapter", 120), ("heads", 40), ("sweep file", 40), ("data", 12), ("data", 60)],
     ),
 )
 def test_damaged_files_are_refused_or_give_the_same(tmp_path, name, count):

@@ -11,7 +11,7 @@ from lofit_kernels.gpu import matmul
 from lofit_kernels.gpu.launch import recording
 from lofit_kernels.gpu.linear_forward import delta_linear, prologue_linear
 from lofit_kernels.gpu.tiles import Tile
-from tests.ordinary_sample import crossed
+from tests.ordinary_sample import crossed, some_now
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = {"none": [], "one": [2], "some": [0, 3], "all": [0, 1, 2, 3]}
@@ -133,7 +133,7 @@ def projected_gain(y, base, exact):
     return ((y.double() - base.double()) * exact).sum().item() / (exact**2).sum().item()
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("descriptors", some_now([False, True], True))
 def test_delta_keeps_small_scales_alive(device, rows, descriptors):
     T, N, D = 256, 256, 32
     z, weight = rows(T, H * D, torch.bfloat16), rows(N, H * D, torch.bfloat16, seed=4)

@@ -75,7 +75,7 @@ HARMS = {
 
 
 # the others are slow ones
-_NOW = ("no weights", "cut heads", "half a state")
+_NOW = ("cut heads", "half a state")
 
 
 @pytest.mark.parametrize("harm", [pytest.param(h, marks=[pytest.mark.slow] * (h not in _NOW)) for h in HARMS])

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from lofit_fast.config import LofitConfig, Recipe
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.export_targets import export
-from lofit_fast.patching.handle import LofitHandle, handle_of, load, patch
+from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.head_norms import head_scores
+from lofit_fast.patching.patch import load, patch
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.verify import verify_export
 
 if TYPE_CHECKING:

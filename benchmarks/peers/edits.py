@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.patched import handle_of
 
 # the name an edit has as a child of the module it edits, so that optimizers, casts and moves find it
 CHILD = "peer"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.heads import select_heads
-from lofit_fast.patching.handle import LofitHandle, patch
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patch import patch
 from lofit_fast.selection.linear_probes import fit_probes, head_activations, probe_accuracy
 from lofit_fast.tasks.contrast import Contrast
 

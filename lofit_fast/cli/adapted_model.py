@@ -14,8 +14,8 @@ def loaded(model: str, adapter: Path | str | None, dtype: str, device: str, stri
     if adapter is None:
         check_idle("without --adapter there is none to refuse", {"--strict": strict})
     from lofit_fast.models.load import load_model
-    from lofit_fast.patching.handle import load
     from lofit_fast.patching.hub_adapters import adapter_folder
+    from lofit_fast.patching.patch import load
 
     # before the base is loaded, which takes longer
     folder = None if adapter is None else adapter_folder(adapter)

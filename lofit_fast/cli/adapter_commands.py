@@ -65,7 +65,7 @@ def push(
 
 
 def _handle(model: str, adapter: str, strict: bool):
-    from lofit_fast.patching.handle import handle_of
+    from lofit_fast.patching.patched import handle_of
 
     return handle_of(loaded(model, adapter, "auto", "cpu", strict)[0])
 

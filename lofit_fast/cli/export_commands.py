@@ -103,7 +103,7 @@ def export(
 
 def _patched(model: str, adapter: str, dtype: str, strict: bool):
     """(handle, tokenizer) of a model with an adapter in it."""
-    from lofit_fast.patching.handle import handle_of
+    from lofit_fast.patching.patched import handle_of
 
     base, tokenizer = loaded(model, adapter, dtype, "cpu", strict)
     return handle_of(base), tokenizer

@@ -66,7 +66,7 @@ def heads(
     """
     from lofit_fast.cli.adapted_model import loaded
     from lofit_fast.data.encode import encode_prompt
-    from lofit_fast.patching.handle import handle_of
+    from lofit_fast.patching.patched import handle_of
     from lofit_fast.selection.adapter_overlap import offsets_in, overlaps
     from lofit_fast.selection.attention_maps import attention_maps
     from lofit_fast.selection.heads_page import HeadsReport, of_scales, write_page

@@ -28,7 +28,7 @@ from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.families import ARCHITECTURES
-from lofit_fast.patching.handle import acting_on, evaluating
+from lofit_fast.patching.patched import acting_on, evaluating
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.ranks import apart
 from lofit_fast.torch_defaults import on_the_cpu

@@ -23,7 +23,7 @@ from lofit_fast.evaluation.prompt_batches import prompt_batches
 from lofit_fast.evaluation.shared_prompts import SharedPrompts
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.cache_names import cache_name
-from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.patched import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Conversation, Rendered
 from lofit_fast.tasks.task import Example, MultipleChoice, Task, exact_match
@@ -199,7 +199,9 @@ def _judge_choices(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: T
     return Judgement(metrics, hits)
 
 
-def _check_told_apart(tokenizer, prefix: str, question: MultipleChoice, scores: Tensor, where: str) -> None:
+def _check_told_apart(
+    tokenizer: PreTrainedTokenizerBase, prefix: str, question: MultipleChoice, scores: Tensor, where: str
+) -> None:
     """Raise ValueError for a correct and a wrong choice of the same tokens, which show in their scores."""
     for right in question.correct:
         for wrong in set(range(len(question.choices))) - set(question.correct):
@@ -207,8 +209,8 @@ def _check_told_apart(tokenizer, prefix: str, question: MultipleChoice, scores: 
                 pair = question.choices[right], question.choices[wrong]
                 # said of all choices already
                 with warnings.catch_warnings(action="ignore", category=BoundaryWarning):
-                    _, (endings,) = choice_tokens(tokenizer, prefix, [question.prompt], [pair], [question.ends])
-                check_unlike(*endings, f"{where}: the choices {pair[0]!r} and {pair[1]!r}")
+                    _, ((first, second),) = choice_tokens(tokenizer, prefix, [question.prompt], [pair], [question.ends])
+                check_unlike(first, second, f"{where}: the choices {pair[0]!r} and {pair[1]!r}")
 
 
 def _hits(

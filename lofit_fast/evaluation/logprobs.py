@@ -21,8 +21,8 @@ from lofit_fast.models.linear_loss import FrozenHead, Watched, token_log_probs
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.answer_positions import answers_of
-from lofit_fast.patching.handle import acting_on
 from lofit_fast.patching.modes import eval_mode
+from lofit_fast.patching.patched import acting_on
 from lofit_fast.patching.placement import device_of
 from lofit_fast.tasks.chat import Rendered
 from lofit_fast.torch_defaults import on_the_cpu
@@ -86,8 +86,8 @@ def reference_logprobs(
         [text if isinstance(text, Rendered) else text.removesuffix(end) for text in texts[side]] for side in TEXTS[1:]
     ]
     pairs = encode_answers(tokenizer, zip(texts["prompt"], zip(*answers, strict=True), strict=True), max_length)
-    for number, pair in enumerate(pairs, start=1):
-        check_unlike(*(row["input_ids"] for row in pair), f"row {number}: chosen and rejected")
+    for number, (chosen, rejected) in enumerate(pairs, start=1):
+        check_unlike(chosen["input_ids"], rejected["input_ids"], f"row {number}: chosen and rejected")
     sides = dict(zip(TEXTS[1:], zip(*pairs, strict=True), strict=True)) if pairs else {}
     for name, side in sides.items():
         check_ids(attachment.model, [row["input_ids"] for row in side], name)

@@ -22,7 +22,7 @@ from lofit_fast.models.trials import as_the_base, difference, rounding, said_of
 from lofit_fast.patching.architectures import find_projections
 from lofit_fast.patching.cache_names import cache_name
 from lofit_fast.patching.fold import decoder_of
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.placement import device_of
 
 

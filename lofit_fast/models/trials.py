@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lofit_fast.data.collate import KEPT_ROWS, on_device
 from lofit_fast.data.encode import IGNORED, Encoded
 from lofit_fast.patching.architectures import text_config
-from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.modes import eval_mode
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.placement import device_of
 from lofit_fast.random_states import same_random_numbers
 

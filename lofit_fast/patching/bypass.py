@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
@@ -86,17 +86,25 @@ class BypassWatch:
     A layer that was called once is asked no more. One that its attention leaves out without reading the weight, or
     whose attention has not run (layers that are dropped, skipped or called singly), is no matter.
 
-    decoder: whose forward is watched. parents: each `LofitLinear` with the attention that holds it, and its name.
+    decoder: whose forward is watched.
     """
 
-    def __init__(self, decoder: nn.Module, parents: Sequence[tuple[nn.Module, nn.Module, str]]) -> None:
-        self.decoder, self.parents = decoder, tuple(parents)
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder = decoder
+        # each `LofitLinear` with the attention that holds it, and its name
+        self.parents: tuple[tuple[nn.Module, nn.Module, str], ...] = ()
         # (thread, layer): rare, since code reads a weight to compute with it
         self._read: list[tuple[int, nn.Module]] = []
         self._hook = decoder.register_forward_hook(self._after_forward)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_read": []}
+
+    def add(self, layer: nn.Module, parent: nn.Module, name: str) -> None:
+        """Watch one `LofitLinear`. parent: the attention that holds it. name: of the projection that was there."""
+        self.parents = (*self.parents, (layer, parent, name))
+        # in a tuple, lest it become a child
+        layer.bypass = (self,)
 
     def remove(self) -> None:
         """Stop watching."""

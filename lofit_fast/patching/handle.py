@@ -1,44 +1,31 @@
-"""Putting LoFiT into a model and taking it out again."""
+"""The handle of a patched model: its vectors, its switches, and the way out again."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lofit_fast import ranks
-from lofit_fast.config import LofitConfig, shown
+from lofit_fast.config import LofitConfig
 from lofit_fast.patching.acting import Mask, said
-from lofit_fast.patching.adapter_sources import adapter_for
-from lofit_fast.patching.answer_positions import AnswerWatch, language_model
-from lofit_fast.patching.architectures import Projection, decoder_layers, find_projections, fingerprint
+from lofit_fast.patching.architectures import Projection, decoder_layers, fingerprint
 from lofit_fast.patching.around_layer import all_around, check_nothing_around
-from lofit_fast.patching.bypass import BypassWatch
-from lofit_fast.patching.checkpoints import CheckpointWatch
-from lofit_fast.patching.fold import ModelFold, ancestors_of, decoder_of
 from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
 from lofit_fast.patching.hub_push import push_adapter
-from lofit_fast.patching.layer import LofitLinear
-from lofit_fast.patching.load_watch import LoadWatch
 from lofit_fast.patching.merge import merge_into_base, plan_merge
-from lofit_fast.patching.modes import eval_mode
 from lofit_fast.patching.named_adapters import FIRST, SeveralAdapters
 from lofit_fast.patching.one_at_a_time import one_at_a_time
-from lofit_fast.patching.output_head import keep_head_input_whole, whole_head_input
-from lofit_fast.patching.peft_layers import PeftWatch, is_tuner_layer, saved_names, tuner_layers
-from lofit_fast.patching.sharding import check_no_merge, check_patchable, check_whole_vectors, is_shared
+from lofit_fast.patching.sharding import check_no_merge, check_whole_vectors, is_shared
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_heads, fill, save_adapter
-from lofit_fast.patching.vector_sync import VectorSync, check_same_vectors
+from lofit_fast.patching.watches import Watches
 from lofit_fast.patching.weight_sample import base_digest, base_name
 from lofit_fast.patching.wrapping import build_layers
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 
 class LofitHandle(SeveralAdapters):
@@ -46,10 +33,7 @@ class LofitHandle(SeveralAdapters):
 
     model: the patched model. config: what is adapted. projections: every output projection of the decoder.
     layers: the LofitLinear of each adapted decoder layer, by ascending layer. fingerprint: the base model's shape.
-    model_fold: what computes W v of all layers at once. peft_watch: what looks for PEFT's layers. load_watch: what
-    warns where a state_dict is loaded. bypass_watch: what finds attention that does not call ours. checkpoint_watch:
-    what keeps scopes for the second run of a layer. answer_watch: with positions="answer", what finds where answers
-    begin. vector_sync: what averages gradients in a sharded model. All of them are None until the model is patched.
+    watches: what is hooked into the model, once it is patched.
     own_name: what the adapter is called among several.
     """
 
@@ -60,14 +44,7 @@ class LofitHandle(SeveralAdapters):
         self.layers = build_layers(model, config, projections)
         # names, since a parameter may be another object by the time it is given back
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.model_fold: ModelFold | None = None
-        self.peft_watch: PeftWatch | None = None
-        self.load_watch: LoadWatch | None = None
-        self.answer_watch: AnswerWatch | None = None
-        self.checkpoint_watch: CheckpointWatch | None = None
-        self.bypass_watch: BypassWatch | None = None
-        self.vector_sync: VectorSync | None = None
-        self._head: RemovableHandle | None = None
+        self.watches: Watches | None = None
         # of weights in parts each process knows some: all are here now, and need not be when one saves
         self._digest = base_digest(model) if is_shared(model) else ""
         self._live = self._merged = False
@@ -100,7 +77,7 @@ class LofitHandle(SeveralAdapters):
         self.check_live()
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
-        self.peft_watch.told = True
+        self.watches.peft.told = True
         return self
 
     @contextmanager
@@ -187,8 +164,8 @@ class LofitHandle(SeveralAdapters):
         if self._named(name) is not None:
             return self.other_adapter(name)
         self.check_vectors("save")
-        if self.load_watch is not None:
-            self.load_watch.remind()
+        if self.watches is not None:
+            self.watches.load.remind()
         base = base_name(self.model)
         # a PeftModel's own level is none of the base model
         modules = {
@@ -225,8 +202,8 @@ class LofitHandle(SeveralAdapters):
                 "ones: leave it first"
             )
         fill(self.vectors(), adapter)
-        if self.load_watch is not None:
-            self.load_watch.settled()
+        if self.watches is not None:
+            self.watches.load.settled()
 
     def save(self, folder: Path | str, name: str | None = None) -> Path:
         """Write the adapter folder; see `storage.save_adapter`. name: of several; None for the one active here.
@@ -279,24 +256,14 @@ class LofitHandle(SeveralAdapters):
             )
         reshard(self.model)
         # then it is PEFT that holds the base frozen
-        peft_entered = self.peft_watch.entered_since()
+        peft_entered = self.watches.peft.entered_since()
         for p in adapted:
             setattr(p.parent, p.attribute, self.layers[p.layer].inner)
         parameters = {} if peft_entered else dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
                 parameters[name].requires_grad_(True)
-        self.model_fold.remove()
-        self.vector_sync.remove()
-        self.peft_watch.remove()
-        self.load_watch.remove()
-        self.checkpoint_watch.remove()
-        self.bypass_watch.remove()
-        self.scopes.remove()
-        if self.answer_watch is not None:
-            self.answer_watch.remove()
-        if self._head is not None:
-            self._head.remove()
+        self.watches.remove()
         self._live = False
         return self.model
 
@@ -334,7 +301,7 @@ class LofitHandle(SeveralAdapters):
             return True
         layers = decoder_layers(self.model)
         parts = {id(module) for layer in layers for module in layer.modules()}
-        around = (m for m in self.peft_watch.ancestors if not isinstance(m, nn.ModuleList | nn.ModuleDict))
+        around = (m for m in self.watches.ancestors if not isinstance(m, nn.ModuleList | nn.ModuleDict))
         return any(id(module) in memo and id(module) not in parts for module in around)
 
     def _show_parts(self) -> None:
@@ -342,7 +309,8 @@ class LofitHandle(SeveralAdapters):
         if any(map(is_marked, self.layers.values())):
             reshard(self.model)
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
+        """Put the layers into the model, and freeze the rest of it: what `patch` does last."""
         self.model.requires_grad_(False)
         for projection in self.projections:
             if layer := self.layers.get(projection.layer):
@@ -350,24 +318,7 @@ class LofitHandle(SeveralAdapters):
                 # not train(), which would reach into the base
                 layer.training = projection.module.training
                 setattr(projection.parent, projection.attribute, layer)
-        layers = list(self.layers.values())
-        decoder = decoder_of(self.model, [projection.name for projection in self.projections])
-        self.model_fold = ModelFold(decoder, layers)
-        self.vector_sync = VectorSync(self.model, decoder, layers)
-        ancestors = ancestors_of(self.model, decoder)
-        self.peft_watch = PeftWatch(decoder, ancestors, layers, list(self.parameters()))
-        if self.acting is not None:
-            self.answer_watch = AnswerWatch(language_model(ancestors), decoder, layers, self.acting, self.peft_watch)
-        self.load_watch = LoadWatch(layers[0], decoder)
-        self.checkpoint_watch = CheckpointWatch(language_model(ancestors), decoder, self.scopes, self.acting)
-        self.bypass_watch = BypassWatch(
-            decoder, [(self.layers[p.layer], p.parent, p.name) for p in self.projections if p.layer in self.layers]
-        )
-        for layer in layers:
-            layer.bypass = (self.bypass_watch,)
-        # the first to be called
-        self.scopes.watch(decoder)
-        self._head = keep_head_input_whole(self.model)
+        self.watches = Watches(self.model, self.projections, self.layers, list(self.parameters()))
         self._live = True
 
     def check_vectors(self, action: str) -> None:
@@ -384,119 +335,3 @@ class LofitHandle(SeveralAdapters):
             if (heads := layer.heads(component)) and (id(layer), component) not in known
         )
         check_whole_vectors(vectors, action)
-
-
-@one_at_a_time
-def patch(model: nn.Module, config: LofitConfig, *, name: str = FIRST) -> LofitHandle:
-    """Wrap the output projections of the layers that `config` adapts, and freeze everything else.
-
-    model: a Hugging Face model (or a PeftModel around one) with an output projection of a usual name, see `families.py`
-    and docs/support.md. Of several towers the language model is adapted, of an encoder and a decoder the decoder's
-    self-attention (`find_projections`). All else is frozen, an untrained classifier's head too: set `requires_grad` of
-    its parameters afterwards to train it. Undo with `handle.unpatch()`, which makes trainable again what was.
-    Vectors with positions="answer" find where answers begin in what each forward is called with, see
-    `answer_positions.where_it_acts`; one that does not say it is refused, outside of `handle.acting_on`.
-    name: of the adapter, should others be added beside it (`handle.add`).
-    A model that was given to FSDP2's fully_shard is patched as it is, in every process with the same config: each holds
-    the vectors whole, and their gradients are averaged over the processes (`vector_sync`).
-    Raises TypeError or ValueError for an unknown model, a model already patched, or sharded by anything else, a layer
-    or head out of range. A refused model is as it was.
-    """
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"expected the name of an adapter, got {shown(name)}")
-    _check_unpatched(model)
-    if not isinstance(config, LofitConfig):
-        raise TypeError(f"expected a LofitConfig, got {type(config).__name__}")
-    check_patchable(model)
-    check_same_vectors(model, config)
-    if config.positions != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            "expected positions='all' for a model with an encoder: the prompt is there, and all that its decoder reads "
-            "is the answer"
-        )
-    projections = find_projections(model)
-    # what was gathered would be frozen in place of the parts
-    reshard(model)
-    handle = LofitHandle(model, config, projections, name)
-    around_peft = any(is_tuner_layer(layer.inner) for layer in handle.layers.values())
-    before = saved_names(model) if around_peft else {}
-    trained = any(p.requires_grad for _, _, layer in tuner_layers(model) for p in layer.parameters())
-    handle._attach()
-    if around_peft and saved_names(model) != before:
-        handle.unpatch()
-        raise ValueError(
-            "cannot patch: there are adapters of PEFT on the output projections, and PEFT would no longer save them "
-            "whole. Merge them first, or let PEFT adapt other modules"
-        )
-    if trained:
-        warnings.warn(
-            "patching has frozen PEFT's adapters too: model.set_adapter(name) makes them trainable again",
-            stacklevel=3,
-        )
-    return handle
-
-
-def load(
-    model: nn.Module, folder: Path | str, *, strict: bool = False, name: str = FIRST, revision: str | None = None
-) -> LofitHandle:
-    """Patch a model with an adapter folder. name: as of `patch`.
-
-    folder: a folder, or a hub id, `user/name`, where there is no folder of that name; revision: a branch, tag or commit
-    of the hub. A folder of weights that the paper's code or ITI's has saved is read as the adapter in it.
-
-    An adapter that was trained on a base model with other weights is loaded with a warning that names both; with
-    strict=True it is refused. Nothing is said where that cannot be told: of quantized or offloaded weights, and of
-    folders of earlier releases.
-
-    Raises FileNotFoundError or ValueError for a folder that is no whole adapter, or one made for a model of another
-    shape (both shapes are named), and OSError for files that cannot be read, or a hub that cannot be asked. A refused
-    model is as it was.
-    """
-    _check_unpatched(model)
-    check_patchable(model)
-    adapter = adapter_for(model, folder, revision, strict)
-    handle = patch(model, adapter.config, name=name)
-    try:
-        handle.take(adapter)
-    except BaseException:
-        handle.unpatch()
-        raise
-    return handle
-
-
-def _check_unpatched(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model to patch, got {type(model).__name__}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is already patched: unpatch() or merge() its handle first (lofit_fast.handle_of)")
-
-
-def handle_of(model: nn.Module) -> LofitHandle | None:
-    """The handle of a patched model, or None."""
-    return next((module.handle for module in model.modules() if isinstance(module, LofitLinear)), None)
-
-
-@contextmanager
-def acting_on(model: nn.Module, mask: Mask) -> Iterator[None]:
-    """`handle.acting_on` of a model whose vectors act on answers alone; nothing changes for any other."""
-    handle = handle_of(model)
-    alone = handle is not None and handle.acting is not None
-    with handle.acting_on(mask) if alone else nullcontext():
-        yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A scope in eval mode without gradients, with the offsets folded if the model is patched.
-
-    Raises ValueError inside of `handle.rows`: what is evaluated comes in batches of its own order and size.
-    """
-    handle = handle_of(model)
-    if handle is not None and handle.rows_differ:
-        raise ValueError(
-            "cannot evaluate inside handle.rows(): examples are put into batches by their lengths, and would meet "
-            "other rows' adapters. Evaluate one adapter at a time, with handle.set_active(name)"
-        )
-    without_grad = torch.no_grad() if handle is None else handle.folded()
-    with eval_mode(model), whole_head_input(model), without_grad:
-        yield

@@ -28,9 +28,7 @@ from lofit_fast.patching.wrapping import around_module, build_layers
 
 if TYPE_CHECKING:
     from lofit_fast.patching.acting import Acting
-    from lofit_fast.patching.answer_positions import AnswerWatch
-    from lofit_fast.patching.fold import ModelFold
-    from lofit_fast.patching.peft_layers import PeftWatch
+    from lofit_fast.patching.watches import Watches
 
 FIRST = "default"
 # what set_active(None) chooses
@@ -64,9 +62,7 @@ class SeveralAdapters:
     projections: list[Projection]
     fingerprint: Fingerprint
     layers: dict[int, LofitLinear]
-    model_fold: ModelFold | None
-    peft_watch: PeftWatch | None
-    answer_watch: AnswerWatch | None
+    watches: Watches | None
     # the handle's own adapter's name; the others by name
     own_name: str
     _others: dict[str, Named]
@@ -336,10 +332,7 @@ class SeveralAdapters:
         layer = LofitLinear(inner, p.n_heads, p.head_dim, None, None, around=list(around_module(self.model, p.name)))
         layer.acting, layer.scopes, layer.peft, layer.handle = self.acting, first.scopes, first.peft, self
         layer.training = inner.training
-        self.scopes.add(layer.here)
-        for watch in (self.peft_watch, self.answer_watch, self.model_fold):
-            if watch is not None:
-                watch.layers = [*watch.layers, layer]
+        self.watches.add(layer, p)
         self.layers = dict(sorted({**self.layers, number: layer}.items()))
         setattr(p.parent, p.attribute, layer)
 

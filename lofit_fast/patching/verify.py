@@ -17,8 +17,9 @@ from lofit_fast.extras import needing
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.patching.export import merged_state
 from lofit_fast.patching.fully_sharded import fully_sharded
-from lofit_fast.patching.handle import LofitHandle, handle_of
+from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.modes import eval_mode
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.storage import COMPONENTS
 from lofit_fast.patching.whole_copy import with_whole_copy

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lofit_fast import ranks
 from lofit_fast.files import file_errors, whole_folder
 from lofit_fast.patching.fully_sharded import reshard, unsharded_class, whole
-from lofit_fast.patching.handle import LofitHandle, patch
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patch import patch
 from lofit_fast.patching.stock import Stock
 from lofit_fast.patching.storage import Adapter, fill
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint
 from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.fully_sharded import fully_sharded
-from lofit_fast.patching.handle import handle_of
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merge_into_base, plan_merge
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
 from lofit_fast.patching.storage import COMPONENTS, parse_tensor_name
 from lofit_fast.patching.weight_sample import base_digest, check_base

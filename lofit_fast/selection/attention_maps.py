@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lofit_fast.config import Head
-from lofit_fast.patching.handle import LofitHandle, evaluating
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patched import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.engine.attention_scope import UnusableAttention, attending
 

@@ -21,7 +21,7 @@ from lofit_fast.evaluation.choices import check_room
 from lofit_fast.evaluation.finite_logits import check_activations
 from lofit_fast.models.vocabulary import check_ids, check_padding
 from lofit_fast.patching.architectures import find_projections
-from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.patched import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.patching.tensor_parallel import is_tensor_parallel
 from lofit_fast.tasks.contrast import Contrast

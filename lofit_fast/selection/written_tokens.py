@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lofit_fast.config import Head
 from lofit_fast.patching.architectures import Projection, decoder_layers
-from lofit_fast.patching.handle import LofitHandle, evaluating
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patched import evaluating
 from lofit_fast.patching.placement import device_of
 from lofit_fast.selection.adapter_overlap import offsets_in
 

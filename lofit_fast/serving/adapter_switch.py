@@ -11,7 +11,9 @@ from torch import nn
 
 from lofit_fast.config import shown
 from lofit_fast.patching.adapter_sources import adapter_for
-from lofit_fast.patching.handle import LofitHandle, evaluating, patch
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patch import patch
+from lofit_fast.patching.patched import evaluating
 
 _NAME = re.compile(r"\w[\w.:-]{0,99}")
 

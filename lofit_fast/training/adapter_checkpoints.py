@@ -19,7 +19,8 @@ from transformers.trainer_callback import ExportableState
 
 from lofit_fast.config import LofitConfig
 from lofit_fast.files import file_errors
-from lofit_fast.patching.handle import LofitHandle, handle_of
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.storage import COMPONENTS, Adapter, check_fits, read_adapter
 from lofit_fast.scratch import scratch_folder
 
@@ -61,7 +62,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
         self._whole: tuple[list, dict] | None = None
         if handle is not None:
             handle.check_live()
-            handle.load_watch.expect(self)
+            handle.watches.load.expect(self)
 
     def follow(self, accelerator: Accelerator) -> AdapterCheckpoints:
         """Keep the vectors with the states of an accelerate.Accelerator: save_state writes them, load_state fills them.
@@ -83,7 +84,7 @@ class AdapterCheckpoints(TrainerCallback, ExportableState):
             check_fits(adapter, self.handle.fingerprint)
             self._check_heads(_heads(adapter.config), f"the state in {folder}")
             self.handle.take(adapter)
-            self.handle.load_watch.expect_base()
+            self.handle.watches.load.expect_base()
 
         accelerator.register_save_state_pre_hook(write)
         accelerator.register_load_state_pre_hook(read)

@@ -14,7 +14,7 @@ from lofit_fast import ranks
 from lofit_fast.config import GivenHeads, Head, Recipe
 from lofit_fast.files import given_path, lasting_path
 from lofit_fast.models.trials import remembering
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.random_states import same_random_numbers
 from lofit_fast.tasks.task import Preference
 from lofit_fast.torch_defaults import with_gradients

@@ -24,7 +24,7 @@ from lofit_fast.models.linear_loss import FrozenHead
 from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.models.trials import difference, rounding, trial_examples, trying
 from lofit_fast.patching.answer_positions import answers_of
-from lofit_fast.patching.handle import acting_on
+from lofit_fast.patching.patched import acting_on
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.attachment_training import AttachmentTraining
 from lofit_fast.training.engine.attachment import Attachment

@@ -53,7 +53,7 @@ class _Base:
 
     @classmethod
     def of(cls, handle: LofitHandle) -> _Base:
-        return cls(handle, handle.model, handle.model_fold.decoder, device_of(handle.model))
+        return cls(handle, handle.model, handle.watches.decoder, device_of(handle.model))
 
     def run(self, rows: Sequence[Sequence[int]], beginning: tuple[Tensor, Slots] | None = None):
         """`prompt_states` of rows, and where they lie."""

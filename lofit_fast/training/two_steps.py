@@ -21,7 +21,8 @@ from lofit_fast.data.one_answer import check_one_answer
 from lofit_fast.extras import check_training
 from lofit_fast.heads import select_heads
 from lofit_fast.patching.architectures import find_projections
-from lofit_fast.patching.handle import LofitHandle, load, patch
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patch import load, patch
 from lofit_fast.patching.placement import dtype_of
 from lofit_fast.patching.sharding import check_fittable
 from lofit_fast.training.arguments import Schedule

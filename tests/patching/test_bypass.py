@@ -51,6 +51,15 @@ def test_an_attention_that_multiplies_by_the_weight_itself_is_an_error(layers, g
             logits(handle.model)
 
 
+def test_it_is_an_error_in_a_layer_that_a_named_adapter_has_added():
+    handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset=[(0, 1)]))
+    handle.add("b", lf.LofitConfig(offset=[(2, 1)], init_std=0.5), trained=False)
+    replace(handle, 2)
+    handle.set_active("b")
+    with pytest.raises(ValueError, match="LlamaAttention has read .* and not called"):
+        logits(handle.model)
+
+
 def test_a_layer_that_multiplies_for_its_attention_is_an_error():
     handle = patched()
     layer = handle.model.model.layers[1]

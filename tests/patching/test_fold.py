@@ -65,7 +65,7 @@ def calls(monkeypatch):
 def by_layer(dtype=torch.float32, seeds=(5,)) -> list:
     """The gradients when every layer folds for itself."""
     model, handle = build(dtype=dtype)
-    handle.model_fold.remove()
+    handle.watches.fold.remove()
     for seed in seeds:
         loss(model, seed).backward()
     return gradients(handle)
@@ -91,7 +91,7 @@ def test_folding_belongs_to_its_forward(calls):
         parameter.data.mul_(1.5)
     after = loss(model)
     assert calls["fold"] == [2, 2]
-    handle.model_fold.remove()
+    handle.watches.fold.remove()
     assert torch.equal(loss(model), after) and not torch.equal(before, after)
 
 
@@ -405,7 +405,7 @@ def test_what_changes_during_a_forward_counts_as_layer_by_layer(change, config):
         model, handle = build(config)
         change(model)
         if not together:
-            handle.model_fold.remove()
+            handle.watches.fold.remove()
         losses.append(loss(model))
         losses[-1].backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])

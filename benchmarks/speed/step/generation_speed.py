@@ -15,7 +15,7 @@ from benchmarks.speed.step.steps import vectors
 from benchmarks.speed.timing import interleaved, ratio
 from lofit_fast.data.encode import encode_prompt, pad_token_id
 from lofit_fast.data.padding import padded
-from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.patched import evaluating
 from lofit_fast.training.engine import Engine
 
 # the others as their users run them: hooks or PEFT around a frozen model, and nothing else

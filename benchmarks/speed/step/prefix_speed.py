@@ -17,7 +17,7 @@ from benchmarks.speed.step import step_level
 from benchmarks.speed.step.row_process import Host
 from benchmarks.speed.step.rows import Live, Row, live
 from benchmarks.speed.step.workload import Workload
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.training.engine import Engine, collator_of
 
 ROW = Row("ours", SAME_ENGINE, "step 2, upper quarter")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.speed.timing import ROUNDS, interleaved, ratio
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.choices import score_choices
-from lofit_fast.patching.handle import evaluating
+from lofit_fast.patching.patched import evaluating
 
 # six worked questions before each, as multiple-choice questions are commonly asked
 SHOTS = (

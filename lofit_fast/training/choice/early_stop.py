@@ -10,8 +10,9 @@ from lofit_fast import ranks
 from lofit_fast.config import Head, check_top
 from lofit_fast.files import same_json
 from lofit_fast.heads import jaccard, select_heads
-from lofit_fast.patching.handle import LofitHandle, handle_of
+from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.head_norms import head_scores
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.training.closed_callbacks import ClosedCallback
 
 

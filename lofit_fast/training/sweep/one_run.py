@@ -10,7 +10,7 @@ from torch import nn
 
 from lofit_fast.files import as_json, read_json
 from lofit_fast.models.load import load_model
-from lofit_fast.patching.handle import handle_of
+from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.seal import tensors_digest
 from lofit_fast.tasks import Task, load_task
 from lofit_fast.training.fit import fit_objective

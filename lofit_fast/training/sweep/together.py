@@ -25,7 +25,8 @@ from lofit_fast.models.base_digest import dropout_of
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
 from lofit_fast.models.trials import remembering, rounding, trial_examples, trying
-from lofit_fast.patching.handle import LofitHandle, patch
+from lofit_fast.patching.handle import LofitHandle
+from lofit_fast.patching.patch import patch
 from lofit_fast.patching.placement import device_of
 from lofit_fast.training.begun_with import begun_with
 from lofit_fast.training.engine import Engine, prepared

@@ -115,12 +115,12 @@ def test_a_second_step_makes_no_tensor_from_the_host_and_reads_none(config):
     handle = lf.patch(model, lf.LofitConfig(**config))
     hidden = torch.randn(1, 5, 64)
     layers = list(handle.layers.values())
-    decoder = handle.model_fold.decoder
+    decoder = handle.watches.decoder
 
     def step():
-        handle.model_fold._begin(decoder, ())
+        handle.watches.fold._begin(decoder, ())
         sum(layer(hidden).sum() for layer in layers).backward()
-        handle.model_fold._end(decoder, (), None)
+        handle.watches.fold._end(decoder, (), None)
 
     with on_a_gpus_path():
         step()
@@ -151,11 +151,11 @@ def no_reads():
 def test_tables_follow_tensors_that_move():
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(offset="all"))
-    decoder = handle.model_fold.decoder
+    decoder = handle.watches.decoder
 
     def begin():
-        handle.model_fold._begin(decoder, ())
-        return handle.model_fold._fold._known.table
+        handle.watches.fold._begin(decoder, ())
+        return handle.watches.fold._fold._known.table
 
     def addresses(table):
         return {number for row in table.numbers.tolist() for number in (row[0], row[2], row[3])}
@@ -185,4 +185,4 @@ def test_a_step_under_fake_capture_raises_only_before_the_first_step(monkeypatch
         made = TABLES.made
         model(tokens()).logits.sum().backward()
         assert TABLES.made == made
-    assert handle.model_fold._fold._known.backend == "triton"
+    assert handle.watches.fold._fold._known.backend == "triton"

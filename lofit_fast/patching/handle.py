@@ -18,6 +18,7 @@ from lofit_fast.patching.architectures import Projection, decoder_layers, finger
 from lofit_fast.patching.around_layer import all_around, check_nothing_around
 from lofit_fast.patching.fully_sharded import held, is_marked, is_placed, reshard, whole
 from lofit_fast.patching.hub_push import push_adapter
+from lofit_fast.patching.layer_vectors import is_computed, named_vectors
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.named_adapters import FIRST, SeveralAdapters
 from lofit_fast.patching.one_at_a_time import one_at_a_time
@@ -65,7 +66,7 @@ class LofitHandle(SeveralAdapters):
         """
         self._show_parts()
         for number, layer in self.layers.items():
-            for name, parameter in layer.named_vectors():
+            for name, parameter in named_vectors(layer):
                 yield f"{number}.{name}", parameter
 
     def n_parameters(self) -> int:
@@ -191,7 +192,7 @@ class LofitHandle(SeveralAdapters):
                 f"positions={self.config.positions!r}: lofit_fast.load patches as the folder says"
             )
         for number, layer in self.layers.items():
-            if computed := [component for component in COMPONENTS if layer.is_computed(component)]:
+            if computed := [component for component in COMPONENTS if is_computed(layer, component)]:
                 raise ValueError(
                     f"cannot load vectors into layer {number}, whose {computed[0]} is computed from other parameters "
                     "(parametrize, prune, weight_norm): undo that first"

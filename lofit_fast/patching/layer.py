@@ -1,41 +1,29 @@
 """LofitLinear: one output projection with scales and offsets on some of its heads."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like, said_for
-from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.acting import UNKNOWN, Acting, laid_like
 from lofit_fast.patching.bypass import BypassWatch, Called
 from lofit_fast.patching.chosen_adapters import folded_with, projected_with
 from lofit_fast.patching.early_fold import EarlyFold
 from lofit_fast.patching.frozen_linear import PRODUCTS, own_products
 from lofit_fast.patching.fully_sharded import is_placed
 from lofit_fast.patching.offset_table import OffsetTable
-from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
-from lofit_fast.patching.placement import (
-    at_least_float32,
-    check_hook,
-    computed_on,
-    device_of,
-    dtype_of,
-    in_memory,
-    moving_hook,
-)
+from lofit_fast.patching.placement import device_of, dtype_of, moving_hook
 from lofit_fast.patching.plain_linear import plain_tensors
 from lofit_fast.patching.row_parallel import row_parallel_tensors
-from lofit_fast.patching.scopes import Fixed, Here, Scopes
+from lofit_fast.patching.scopes import Here, Scopes
+from lofit_fast.patching.stand_in import PARAMETRIZED, StandIn
 from lofit_fast.patching.tensor_parallel import own_input, own_vectors, placed_weight, rejoined, share_of, summed
-from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear, head_index
+from lofit_kernels import fold_offset, fold_offsets, head_affine, head_affine_linear
 from lofit_kernels.dispatch import folds_beforehand, is_many
 from lofit_kernels.layer_fold import folded_linear
 from lofit_kernels.made_of import MadeOf
 from lofit_kernels.quantized_linear import FrozenWeight, quantized_linear
 
-# where torch's parametrize keeps what it computes tensors from
-_PARAMETRIZED = "parametrizations"
 _HEADS = {"scale": "scale_heads", "offset": "offset_heads"}
 CUT_OFF = (
     "that gives no gradient to its inputs, as kernels made for inference alone do: load the base in a format that can "
@@ -43,7 +31,7 @@ CUT_OFF = (
 )
 
 
-class LofitLinear(nn.Module):
+class LofitLinear(StandIn):
     """y = ((1 + a) * z + v) W^T + b around a base projection that stays as it is.
 
     inner: the module that computes z W^T + b, with in_features = n_heads * head_dim.
@@ -52,7 +40,6 @@ class LofitLinear(nn.Module):
     The fused path runs only where it can see everything: an exact, unhooked nn.Linear with a dense weight, or one
     that accelerate moves from device to device. Otherwise `inner` is called on the affine heads, so that hooks, LoRA
     and quantized weights are never bypassed.
-    `state_dict` has the base layer's keys and nothing else: the adapter's tensors live in the adapter folder.
     around: modules that tell where and in what an inner module without parameters computes, the nearest first.
     """
 
@@ -92,29 +79,6 @@ class LofitLinear(nn.Module):
             self.register_buffer(f"{component}_heads", None, persistent=False)
         self.place_heads()
         self.register_load_state_dict_post_hook(_loaded)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, (N, K). Raises AttributeError for a base without one, as packed ones are."""
-        if not torch.compiler.is_compiling() and not self.called.once:
-            for watch in self.bypass:
-                watch.saw_read(self)
-        return self.inner.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias, (N,) or None: never the folded offsets. Raises AttributeError for a base without."""
-        return self.inner.bias
-
-    @property
-    def in_features(self) -> int:
-        """K = n_heads * head_dim."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def out_features(self) -> int:
-        """N, the hidden size."""
-        return outputs_of(self.inner)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., K), attention output before the projection. Returns (..., N)."""
@@ -286,7 +250,7 @@ class LofitLinear(nn.Module):
         if self.here.off or self.here.chosen is not None or (self.peft and not self.active):
             return None
         # a hook of the projection's own, as pruning has one, or a parametrization may change the vectors until then
-        if self._heads["offset"] is None or self._forward_pre_hooks or "parametrizations" in self._modules:
+        if self._heads["offset"] is None or self._forward_pre_hooks or PARAMETRIZED in self._modules:
             return None
         offset, heads = self._vectors("offset")
         plain = self._readable() if offset.requires_grad else None
@@ -369,116 +333,9 @@ class LofitLinear(nn.Module):
             if weight is None or not weight.is_meta:
                 self.others.ready(weight, chosen.room)
 
-    def named_vectors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path, parameter) of each component: the vectors themselves, "offset", or what they are computed from.
-
-        That is what torch's parametrize keeps, "parametrizations.offset.original", and prune and the older weight_norm,
-        "offset_orig". Other parameters that somebody has put here are no vectors.
-        """
-        for component, heads in self._heads.items():
-            if heads is None:
-                continue
-            for name, parameter in self._parameters.items():
-                if parameter is not None and (name == component or name.startswith(f"{component}_")):
-                    yield name, parameter
-            if self.is_parametrized(component):
-                path = f"{_PARAMETRIZED}.{component}"
-                yield from self._modules[_PARAMETRIZED][component].named_parameters(path)
-
-    def is_parametrized(self, component: str) -> bool:
-        """Whether a component is computed by torch's parametrize in each forward."""
-        return _PARAMETRIZED in self._modules and component in self._modules[_PARAMETRIZED]
-
-    def is_computed(self, component: str) -> bool:
-        """Whether a component is computed from other parameters, so that nothing can be written into it."""
-        from_own = any(name.startswith(f"{component}_") for name in self._parameters)
-        return from_own or self.is_parametrized(component)
-
     def heads(self, component: str) -> list[int]:
         """The heads that carry a component ("scale" or "offset"), ascending; empty if it is absent."""
         return list(self._heads[component] or [])
-
-    def state_dict(self, *args, **kwargs):
-        """The base layer's state under the base layer's own names."""
-        return self.inner.state_dict(*args, **kwargs)
-
-    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
-        """As of any module; names below a layer of PEFT are formatted as the keys of `state_dict`."""
-        found = super().named_modules(memo, prefix, remove_duplicate)
-        if not is_tuner_layer(self.inner):
-            return found
-        below = f"{prefix}.{INNER}" if prefix else INNER
-        return ((NameBelow(n, prefix) if n.startswith(below) else n, module) for n, module in found)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("weight", "bias"):
-            if self.scopes.folding():
-                raise ValueError(f"cannot set {name} inside handle.folded(), which computes with the old one")
-            setattr(self.inner, name, value)
-            self.fold_table()
-            return
-        if name == "_hf_hook":
-            check_hook(value)
-        super().__setattr__(name, value)
-
-    def __deepcopy__(self, memo: dict) -> "LofitLinear":
-        # what PEFT does to a module that it trains whole, and to layers that it replicates: the copy would be out of
-        # the handle's reach
-        handle = vars(self).get("handle")
-        if not memo or (handle is not None and not handle.copied_whole(memo)):
-            raise ValueError(
-                "a projection with LoFiT, or a part of the model that holds one, cannot be copied or trained by itself "
-                "as by PEFT's modules_to_save and layer_replication: copy the whole model, or unpatch or merge it first"
-            )
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def _replicate_for_data_parallel(self) -> "LofitLinear":
-        # threads of its own run a replica, and are in none of our scopes
-        if self.here.chosen is not None:
-            raise ValueError("nn.DataParallel takes a batch apart: expected no handle.rows() or set_active() around it")
-        if self.acting is not None and said_for(self.acting) is not None:
-            raise ValueError(
-                "nn.DataParallel takes a batch apart, and leaves a mask whole: expected no handle.acting_on() around "
-                "it, but labels in the batch, which say where the answers begin"
-            )
-        replica = super()._replicate_for_data_parallel()
-        replica.here, replica.scopes = Fixed(self.here.off), Scopes()
-        return replica
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # the children are filled after this call, from keys below theirs
-        own = [key for key in state_dict if key.startswith(prefix)]
-        if self.others is not None:
-            self.others.stale = True
-        for key in own:
-            state_dict[f"{prefix}inner.{key[len(prefix) :]}"] = state_dict.pop(key)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        if recurse:
-            self.inner._apply(fn)
-            if _PARAMETRIZED in self._modules:
-                self._modules[_PARAMETRIZED]._apply(in_memory(at_least_float32(fn)))
-        super()._apply(in_memory(at_least_float32(fn)), recurse=False)
-        if recurse and self.others is not None:
-            self.others._apply(in_memory(at_least_float32(fn)))
-        self.place_heads()
-        if recurse:
-            self.fold_table()
-        return self
-
-    def place_heads(self) -> None:
-        """The lists of heads as indices beside the vectors: rebuilt, since to_empty() leaves buffers undefined."""
-        for component, heads in self._heads.items():
-            if heads is not None:
-                device = computed_on(getattr(self, component))
-                setattr(self, f"{component}_heads", head_index(heads, self.n_heads, device))
-
-    def extra_repr(self) -> str:
-        """What is adapted, for print(model)."""
-        adapted = [f"{c}={len(self.heads(c))}/{self.n_heads} heads" for c in ("scale", "offset") if self.heads(c)]
-        return ", ".join(adapted if self.acting is None else [*adapted, "on answers alone"])
 
 
 def _loaded(layer: LofitLinear, incompatible_keys: object) -> None:

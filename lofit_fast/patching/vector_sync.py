@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lofit_fast import ranks
 from lofit_fast.patching.fully_sharded import divisor_of, held, mesh_of, shards
 from lofit_fast.patching.layer import LofitLinear
+from lofit_fast.patching.layer_vectors import named_vectors
 from lofit_fast.patching.sharding import is_shared
 
 
@@ -63,7 +64,7 @@ class VectorSync:
             self.look()
 
     def _check_known(self) -> None:
-        own = [vectors for layer in self.layers for _, vectors in layer.named_vectors()]
+        own = [vectors for layer in self.layers for _, vectors in named_vectors(layer)]
         added = (layer.others for layer in self.layers if layer.others is not None)
         self._known = check_seen([*own, *(v for table in added for v in table.parameters(recurse=False))], self._known)
 
@@ -73,7 +74,7 @@ class VectorSync:
         return [
             vectors
             for layer in self.layers
-            for path, vectors in layer.named_vectors()
+            for path, vectors in named_vectors(layer)
             if _place(layer, path) not in theirs and vectors.requires_grad
         ]
 

@@ -21,6 +21,7 @@ from lofit_kernels.layer_fold import LayerFold
 from tests.library_versions import compiles_hooks
 from tests.oracle import randomize
 from tests.ordinary_sample import slow_if
+from tests.patching.changed_weights import loaded, replaced, written
 from tests.tiny_models import tiny_model, tokens
 
 # layer 0 has both components, layer 1 heads with a gap, layer 2 a scale only
@@ -449,21 +450,6 @@ def test_a_call_goes_on_until_it_ends():
 
     ended = called()
     assert not any(ask(ended, depth) for depth in (0, 1, 3, 7))
-
-
-def loaded(model) -> None:
-    with pytest.warns(UserWarning, match="state_dict"):
-        model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
-
-
-def written(model) -> None:
-    for layer in lf.handle_of(model).layers.values():
-        layer.inner.weight.mul_(1.5)
-
-
-def replaced(model) -> None:
-    for layer in lf.handle_of(model).layers.values():
-        layer.inner.weight = nn.Parameter(layer.inner.weight * 1.5)
 
 
 def other_vectors(model) -> None:

@@ -8,6 +8,7 @@ import lofit_fast as lf
 from lofit_fast.patching import offset_table
 from tests.library_versions import compiles_hooks
 from tests.ordinary_sample import some_now
+from tests.patching.changed_weights import cast, loaded, replaced, replaced_through_ours, written
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -56,30 +57,6 @@ def test_each_adapter_is_folded_once(monkeypatch):
         alone.unpatch()
 
 
-def load(model) -> None:
-    with pytest.warns(UserWarning, match="state_dict"):
-        model.load_state_dict({name: tensor * 1.2 for name, tensor in model.state_dict().items()})
-
-
-def write(model) -> None:
-    for layer in lf.handle_of(model).layers.values():
-        layer.inner.weight.mul_(1.3)
-
-
-def give_another(model) -> None:
-    for layer in lf.handle_of(model).layers.values():
-        layer.inner.weight = nn.Parameter(layer.inner.weight * 1.3, requires_grad=False)
-
-
-def give_through_ours(model) -> None:
-    for layer in lf.handle_of(model).layers.values():
-        layer.weight = nn.Parameter(layer.inner.weight * 1.3, requires_grad=False)
-
-
-def cast(model) -> None:
-    model.bfloat16().float()
-
-
 def two_adapters():
     model = tiny_model("llama")
     handle = lf.patch(model, lf.LofitConfig(offset=[(0, 0)]))
@@ -97,7 +74,9 @@ def folded_anew(model, handle) -> torch.Tensor:
         return model(tokens()).logits
 
 
-@pytest.mark.parametrize("change", some_now([load, write, give_another, give_through_ours, cast], write, give_another))
+@pytest.mark.parametrize(
+    "change", some_now([loaded, written, replaced, replaced_through_ours, cast], written, replaced)
+)
 def test_compiled_layers_see_a_weight_that_has_changed(dynamo, change):
     model, handle = two_adapters()
     for layer in model.model.layers[:2]:
@@ -116,8 +95,8 @@ def test_compiled_layers_see_a_weight_that_has_changed(dynamo, change):
 @pytest.mark.parametrize(
     "change, told",
     some_now(
-        [(load, False), (give_through_ours, False), (cast, False), (write, True), (give_another, True)],
-        (load, False),
+        [(loaded, False), (replaced_through_ours, False), (cast, False), (written, True), (replaced, True)],
+        (loaded, False),
     ),
 )
 def test_a_model_compiled_whole_is_told_of_a_weight_that_has_changed(dynamo, change, told):

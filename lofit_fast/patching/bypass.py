@@ -6,6 +6,7 @@ forward: the weight was read, and our layer was not called.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -86,12 +87,12 @@ class BypassWatch:
     A layer that was called once is asked no more. One that its attention leaves out without reading the weight, or
     whose attention has not run (layers that are dropped, skipped or called singly), is no matter.
 
-    decoder: whose forward is watched.
+    decoder: whose forward is watched. A copy of the model watches itself, and one of a part of it nothing.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = decoder
-        # each `LofitLinear` with the attention that holds it, and its name
+        # each layer of ours with the attention that holds it, and its name
         self.parents: tuple[tuple[nn.Module, nn.Module, str], ...] = ()
         # (thread, layer): rare, since code reads a weight to compute with it
         self._read: list[tuple[int, nn.Module]] = []
@@ -100,8 +101,19 @@ class BypassWatch:
     def __getstate__(self) -> dict:
         return {**vars(self), "_read": []}
 
+    def __deepcopy__(self, memo: dict) -> BypassWatch:
+        if id(self.decoder) not in memo:
+            # the decoder would be copied with each of its parts
+            return self
+        copied = memo[id(self)] = BypassWatch.__new__(BypassWatch)
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def add(self, layer: nn.Module, parent: nn.Module, name: str) -> None:
-        """Watch one `LofitLinear`. parent: the attention that holds it. name: of the projection that was there."""
+        """Watch one layer of ours. parent: the attention that holds it. name: of the projection that was there.
+
+        The layer says in `called` whether it was, and tells its `bypass` where its weight is read.
+        """
         self.parents = (*self.parents, (layer, parent, name))
         # in a tuple, lest it become a child
         layer.bypass = (self,)
@@ -132,8 +144,8 @@ class BypassWatch:
             if layer in missed:
                 raise ValueError(
                     f"{name}: {type(parent).__name__} has read its projection's weight and not called the projection, "
-                    "so that LoFiT's vectors do not act: unpatch the model, and patch it without what replaces the "
-                    "forward of its attention"
+                    "so that LoFiT's vectors do not act: take LoFiT out of the model (unpatch, unload), and put it in "
+                    "without what replaces the forward of its attention"
                 )
 
 

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import outputs_of
+from lofit_fast.patching.bypass import BypassWatch, Called
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merged_tensors
 from lofit_fast.patching.placement import at_least_float32
@@ -41,6 +42,17 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         self._unmerged: tuple[Tensor | None, Tensor | None] = (None, None)
         # see `check_seen`
         self._seen: tuple[int, ...] = ()
+        # whether the vectors have acted here, and who wants to know if the weight was read instead
+        self.called = Called()
+        self.bypass: tuple[BypassWatch, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's weight. Raises AttributeError for a projection without one, as packed ones are."""
+        if not torch.compiler.is_compiling() and not self.called.once and self._acting() is not None:
+            for watch in self.bypass:
+                watch.saw_read(self)
+        return super().weight
 
     def _replicate_for_data_parallel(self) -> LofitPeftLayer:
         replica = super()._replicate_for_data_parallel()
@@ -65,13 +77,20 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
         """z: (..., K), attention output before the projection. Returns (..., N)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapter = next((name for name in self.active_adapters if name in self.lofit_heads), None)
-        if self.disable_adapters or self.merged or adapter is None:
+        adapter = self._acting()
+        if adapter is None:
             return self.base_layer(z)
+        self.called.once = True
         layer = self.as_patched(adapter)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._seen = check_seen(layer.parameters(recurse=False), self._seen)
         return layer(z)
+
+    def _acting(self) -> str | None:
+        """The adapter whose vectors act; None where the projection has its own weights, or merged ones, alone."""
+        if self.disable_adapters or self.merged:
+            return None
+        return next((name for name in self.active_adapters if name in self.lofit_heads), None)
 
     def as_patched(self, adapter: str) -> LofitLinear:
         """What `lofit_fast.patch` would put here, with the adapter's own vectors; attached to nothing."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import Fingerprint, Projection, find_projections, fingerprint
 from lofit_fast.patching.around_layer import check_nothing_around
+from lofit_fast.patching.bypass import BypassWatch
+from lofit_fast.patching.fold import decoder_of
 from lofit_fast.patching.fully_sharded import fully_sharded
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merge_into_base, plan_merge
@@ -29,6 +31,8 @@ class LofitModel(BaseTuner):
     prefix = "lofit_"
     tuner_layer_cls = LofitPeftLayer
     target_module_mapping: dict = {}
+    # of all layers, from the first adapter to `unload`
+    _watch: BypassWatch | None = None
 
     def _prepare_adapter_config(self, peft_config: LofitPeftConfig, model_config: dict) -> LofitPeftConfig:
         # the projections are found in the model, see `_prepare_model`
@@ -60,6 +64,8 @@ class LofitModel(BaseTuner):
         peft_config.fingerprint, peft_config.base_digest = found.as_dict(), base_digest(model)
         peft_config.target_modules = {p.name for p in adapted}
         self._drawn = {p.name: (p, layers[p.layer]) for p in adapted}
+        if self._watch is None:
+            self._watch = BypassWatch(decoder_of(model, [p.name for p in projections]))
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -75,6 +81,7 @@ class LofitModel(BaseTuner):
         wrapper.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if wrapper is not target:
             self._replace_module(parent, target_name, wrapper, target)
+            self._watch.add(wrapper, parent, current_key)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # our layers are made where they compute
@@ -103,6 +110,7 @@ class LofitModel(BaseTuner):
             layer.unmerge()
         if merge:
             self._merge_for_good(adapter_names or self.active_adapters, safe_merge)
+        self._watch.remove()
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import lofit_fast as lf
 from tests.oracle import randomize
 from tests.patched_models import logits, snapshot
+from tests.patching.bypassing_attention import replace, weight_of
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -21,31 +22,11 @@ def patched(layers=3):
     return handle
 
 
-def weight_of(attention):
-    return getattr(attention, "o_proj").weight  # noqa: B009
-
-
-def bypassing(self, *args, **kwargs):
-    """The class's attention without its projection, and then a product of its own."""
-    projection = self._modules["o_proj"]
-    self._modules["o_proj"] = nn.Identity()
-    try:
-        z, weights = LlamaAttention.forward(self, *args, **kwargs)
-    finally:
-        self._modules["o_proj"] = projection
-    return nn.functional.linear(z, weight_of(self)), weights
-
-
-def replace(handle, number=1):
-    attention = handle.model.model.layers[number].self_attn
-    attention.forward = MethodType(bypassing, attention)
-
-
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_attention_that_multiplies_by_the_weight_itself_is_an_error(layers, grad):
     handle = patched(layers)
-    replace(handle, layers - 1)
+    replace(handle.model.model, layers - 1)
     for _ in range(2):
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="LlamaAttention has read .* and not called"):
             logits(handle.model)
@@ -54,7 +35,7 @@ def test_an_attention_that_multiplies_by_the_weight_itself_is_an_error(layers, g
 def test_it_is_an_error_in_a_layer_that_a_named_adapter_has_added():
     handle = lf.patch(tiny_model("llama"), lf.LofitConfig(offset=[(0, 1)]))
     handle.add("b", lf.LofitConfig(offset=[(2, 1)], init_std=0.5), trained=False)
-    replace(handle, 2)
+    replace(handle.model.model, 2)
     handle.set_active("b")
     with pytest.raises(ValueError, match="LlamaAttention has read .* and not called"):
         logits(handle.model)
@@ -77,7 +58,7 @@ def test_a_layer_that_multiplies_for_its_attention_is_an_error():
 def test_a_copy_watches_its_own(twin_of):
     handle = patched()
     other = lf.handle_of(twin_of(handle.model))
-    replace(other)
+    replace(other.model.model)
     logits(handle.model)
     with pytest.raises(ValueError, match="and not called"):
         logits(other.model)

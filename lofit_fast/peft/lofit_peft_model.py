@@ -13,11 +13,12 @@ from lofit_fast.patching.architectures import Fingerprint, Projection, find_proj
 from lofit_fast.patching.around_layer import check_nothing_around
 from lofit_fast.patching.bypass import BypassWatch
 from lofit_fast.patching.fold import decoder_of
-from lofit_fast.patching.fully_sharded import fully_sharded
+from lofit_fast.patching.fully_sharded import sharded_from_outside
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merge_into_base, plan_merge
 from lofit_fast.patching.patched import handle_of
 from lofit_fast.patching.peft_layers import REFERENCE, is_tuner_layer
+from lofit_fast.patching.sharding import gathers_weights
 from lofit_fast.patching.storage import COMPONENTS, parse_tensor_name
 from lofit_fast.patching.weight_sample import base_digest, check_base
 from lofit_fast.patching.wrapping import build_layers
@@ -42,9 +43,9 @@ class LofitModel(BaseTuner):
         """Find the projections and draw the vectors. Raises ValueError for whatever does not fit, nothing changed."""
         if handle_of(model) is not None:
             raise ValueError("the model is patched by lofit_fast.patch: unpatch() or merge() its handle first")
-        if fully_sharded(model) and not peft_config.inference_mode:
+        if not peft_config.inference_mode and (gathers_weights(model) or sharded_from_outside(model) is not None):
             raise ValueError(
-                "the model is sharded (FSDP2), and nobody would average the gradients of vectors that come later: put "
+                "the model is sharded (FSDP), and nobody would average the gradients of vectors that come later: put "
                 "the adapter in first and shard then, or use lofit_fast.patch, which sees to them"
             )
         projections = find_projections(model)

@@ -551,9 +551,14 @@ def test_vectors_that_come_after_what_averages_gradients_are_refused():
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distributed")
 
     def work(rank):
-        sharded = fsdp.fully_shard(tiny_model("llama"))
-        with pytest.raises(ValueError, match="is sharded .*: put the adapter in first"):
-            get_peft_model(sharded, peft_config("offset_some"))
+        cpu = torch.device("cpu")
+        inside, around = tiny_model("llama"), tiny_model("llama")
+        inside.model.layers[1] = fsdp.FullyShardedDataParallel(inside.model.layers[1], device_id=cpu)
+        fsdp.fully_shard(nn.Sequential(around))
+        whole = fsdp.FullyShardedDataParallel(tiny_model("llama"), use_orig_params=True, device_id=cpu)
+        for sharded in (fsdp.fully_shard(tiny_model("llama")), inside, around, whole):
+            with pytest.raises(ValueError, match="is sharded .*: put the adapter in first"):
+                get_peft_model(sharded, peft_config("offset_some"))
         model, ids = tiny_model("llama"), tokens(2, 5, seed=rank)
         wrapped = nn.parallel.DistributedDataParallel(model)
         held = get_peft_model(wrapped.module, peft_config("offset_some"))

@@ -1,7 +1,7 @@
 """Attention that multiplies by its projection's weight itself: a layer of ours around the projection is never called.
 
 Its source says so in most cases, and is read before a model is patched. What that does not show is seen in the first
-forward: the weight was read, and our layer was not called.
+forward, and in the first one with another forward of the attention: the weight was read, and our layer was not called.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from functools import cache, partial
 import torch
 from torch import nn
 
+UNCALLED = (
+    "a projection's weight is read in a graph before LoFiT's layer around it was ever called, and whether LoFiT's "
+    "vectors act cannot be told: run one forward before torch.compile"
+)
 # what may be asked of a weight without computing with it
 _HARMLESS = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad|is_meta)\b)"
 
@@ -28,19 +32,18 @@ def bypasses(parent: nn.Module, attribute: str, unless: str | None) -> bool:
     """
     if isinstance(parent, nn.MultiheadAttention):
         return True
-    own = vars(parent).get("forward")
-    reads = _class_reads(type(parent), attribute) or (own is not None and _reads(own, type(parent), attribute))
+    kind, own = type(parent), vars(parent).get("forward")
+    reads = _class_reads(kind.forward, kind, attribute) or (own is not None and _reads(own, kind, attribute))
     return reads and (unless is None or bool(getattr(parent, unless, False)))
-
-
-@cache
-def _class_reads(kind: type, attribute: str) -> bool:
-    return _reads(kind.forward, kind, attribute)
 
 
 def _reads(forward: Callable, kind: type, attribute: str) -> bool:
     """Whether a forward, or a method of the class that it calls, reads the weight."""
     return any(_reads_weight(source, attribute) for source in _sources(forward, kind))
+
+
+# of classes, which have many instances
+_class_reads = cache(_reads)
 
 
 def _reads_weight(source: str, attribute: str) -> bool:
@@ -81,11 +84,26 @@ class Called:
     once = False
 
 
+def weight_is_read(layer: nn.Module) -> None:
+    """Tell what watches a layer of ours that its weight is read, unless the layer is known to be called.
+
+    Raises ValueError where a compiler traces it: a graph is made once, and nobody would see what it leaves out. A
+    compiler that may leave frames uncompiled leaves this one, which then tells.
+    """
+    if layer.called.once or not layer.bypass:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(UNCALLED)
+    for watch in layer.bypass:
+        watch.saw_read(layer)
+
+
 class BypassWatch:
     """Raises an error at the end of a forward in which an attention has read its projection's weight and not called it.
 
-    A layer that was called once is asked no more. One that its attention leaves out without reading the weight, or
-    whose attention has not run (layers that are dropped, skipped or called singly), is no matter.
+    A layer that was called is asked no more, until its attention has another forward. One that its attention leaves out
+    without reading the weight, or whose attention has not run (layers that are dropped, skipped or called singly), is
+    no matter.
 
     decoder: whose forward is watched. A copy of the model watches itself, and one of a part of it nothing.
     """
@@ -96,10 +114,15 @@ class BypassWatch:
         self.parents: tuple[tuple[nn.Module, nn.Module, str], ...] = ()
         # (thread, layer): rare, since code reads a weight to compute with it
         self._read: list[tuple[int, nn.Module]] = []
-        self._hook = decoder.register_forward_hook(self._after_forward)
+        # of the attentions, as they were in the last forward: none before the first
+        self._forwards: list[Callable] = []
+        self._hooks = (
+            decoder.register_forward_pre_hook(self._before_forward),
+            decoder.register_forward_hook(self._after_forward),
+        )
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_read": []}
+        return {**vars(self), "_read": [], "_forwards": []}
 
     def __deepcopy__(self, memo: dict) -> BypassWatch:
         if id(self.decoder) not in memo:
@@ -114,13 +137,14 @@ class BypassWatch:
 
         The layer says in `called` whether it was, and tells its `bypass` where its weight is read.
         """
-        self.parents = (*self.parents, (layer, parent, name))
+        self.parents, self._forwards = (*self.parents, (layer, parent, name)), []
         # in a tuple, lest it become a child
         layer.bypass = (self,)
 
     def remove(self) -> None:
         """Stop watching."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def saw_read(self, layer: nn.Module) -> None:
         """Take note that the weight of a layer was read that was never called; told by the layer, in eager code."""
@@ -133,10 +157,21 @@ class BypassWatch:
         if held or (layer in parts and self.decoder not in parts):
             self._read.append((threading.get_ident(), layer))
 
-    def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
-        # a graph is made once, and says nothing about what runs
-        if torch.compiler.is_compiling() or not self._read:
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        # a replica of data parallelism shares these hooks
+        if torch.compiler.is_compiling() or module is not self.decoder:
             return
+        found = [vars(parent).get("forward") or type(parent).forward for _, parent, _ in self.parents]
+        if found != self._forwards:
+            before = self._forwards or [None] * len(found)
+            for (layer, _, _), now, then in zip(self.parents, found, before, strict=True):
+                layer.called.once = layer.called.once and now == then
+            self._forwards = found
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
+        if not self._read:
+            return
+        _run_as_it_is()
         thread = threading.get_ident()
         missed = [layer for reader, layer in self._read if reader == thread and not layer.called.once]
         self._read = [entry for entry in self._read if entry[0] != thread]
@@ -149,8 +184,15 @@ class BypassWatch:
                 )
 
 
+def _run_as_it_is() -> None:
+    """Keep a compiler from the frame that calls this: none makes a graph of what raises an error."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("expected a frame that runs, got a compiler's")
+
+
 def _running() -> list[nn.Module]:
     """The modules that are being called in this thread, the innermost first."""
+    _run_as_it_is()
     found, frame = [], sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):

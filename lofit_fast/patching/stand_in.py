@@ -3,12 +3,11 @@
 import copy
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from lofit_fast.patching.acting import Acting, said_for
 from lofit_fast.patching.architectures import outputs_of
-from lofit_fast.patching.bypass import BypassWatch, Called
+from lofit_fast.patching.bypass import BypassWatch, Called, weight_is_read
 from lofit_fast.patching.offset_table import OffsetTable
 from lofit_fast.patching.peft_layers import INNER, NameBelow, is_tuner_layer
 from lofit_fast.patching.placement import at_least_float32, check_hook, computed_on, in_memory
@@ -41,9 +40,7 @@ class StandIn(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, (N, K). Raises AttributeError for a base without one, as packed ones are."""
-        if not torch.compiler.is_compiling() and not self.called.once:
-            for watch in self.bypass:
-                watch.saw_read(self)
+        weight_is_read(self)
         return self.inner.weight
 
     @property

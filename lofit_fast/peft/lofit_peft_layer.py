@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lofit_fast.patching.architectures import outputs_of
-from lofit_fast.patching.bypass import BypassWatch, Called
+from lofit_fast.patching.bypass import BypassWatch, Called, weight_is_read
 from lofit_fast.patching.layer import LofitLinear
 from lofit_fast.patching.merge import merged_tensors
 from lofit_fast.patching.placement import at_least_float32
@@ -49,9 +49,8 @@ class LofitPeftLayer(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The projection's weight. Raises AttributeError for a projection without one, as packed ones are."""
-        if not torch.compiler.is_compiling() and not self.called.once and self._acting() is not None:
-            for watch in self.bypass:
-                watch.saw_read(self)
+        if self._acting() is not None:
+            weight_is_read(self)
         return super().weight
 
     def _replicate_for_data_parallel(self) -> LofitPeftLayer:

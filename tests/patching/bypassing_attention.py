@@ -5,6 +5,8 @@ from types import MethodType
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+_USUAL = LlamaAttention.forward
+
 
 def weight_of(attention):
     return getattr(attention, "o_proj").weight  # noqa: B009
@@ -15,7 +17,7 @@ def bypassing(self, *args, **kwargs):
     projection = self._modules["o_proj"]
     self._modules["o_proj"] = nn.Identity()
     try:
-        z, weights = LlamaAttention.forward(self, *args, **kwargs)
+        z, weights = _USUAL(self, *args, **kwargs)
     finally:
         self._modules["o_proj"] = projection
     return nn.functional.linear(z, weight_of(self)), weights

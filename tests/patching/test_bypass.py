@@ -10,10 +10,13 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lofit_fast as lf
+from tests.library_versions import compiles_hooks
 from tests.oracle import randomize
 from tests.patched_models import logits, snapshot
-from tests.patching.bypassing_attention import replace, weight_of
+from tests.patching.bypassing_attention import bypassing, replace, weight_of
 from tests.tiny_models import tiny_model, tokens
+
+MISSED = "LlamaAttention has read its projection's weight and not called"
 
 
 def patched(layers=3):
@@ -28,7 +31,7 @@ def test_an_attention_that_multiplies_by_the_weight_itself_is_an_error(layers, g
     handle = patched(layers)
     replace(handle.model.model, layers - 1)
     for _ in range(2):
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="LlamaAttention has read .* and not called"):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=MISSED):
             logits(handle.model)
 
 
@@ -37,7 +40,7 @@ def test_it_is_an_error_in_a_layer_that_a_named_adapter_has_added():
     handle.add("b", lf.LofitConfig(offset=[(2, 1)], init_std=0.5), trained=False)
     replace(handle.model.model, 2)
     handle.set_active("b")
-    with pytest.raises(ValueError, match="LlamaAttention has read .* and not called"):
+    with pytest.raises(ValueError, match=MISSED):
         logits(handle.model)
 
 
@@ -52,6 +55,42 @@ def test_a_layer_that_multiplies_for_its_attention_is_an_error():
     layer.forward = MethodType(forward, layer)
     with pytest.raises(ValueError, match="has read its projection's weight and not called"):
         logits(handle.model)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_forward_that_comes_after_the_first_is_an_error_too(own, monkeypatch):
+    handle = patched()
+    logits(handle.model)
+    if own:
+        replace(handle.model.model)
+    else:
+        monkeypatch.setattr(LlamaAttention, "forward", bypassing)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=MISSED):
+            logits(handle.model)
+
+
+def test_a_class_that_has_another_forward_is_read_again(monkeypatch):
+    patched().unpatch()
+
+    def forward(self, hidden_states, **kwargs):
+        return nn.functional.linear(hidden_states.repeat(1, 1, 2), self.o_proj.weight), None
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with pytest.raises(ValueError, match="multiplies by its projection's weight itself"):
+        patched()
+
+
+@compiles_hooks
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_model_compiled_whole_is_no_exception(dynamo, fullgraph):
+    handle = patched()
+    replace(handle.model.model)
+    run = torch.compile(handle.model, backend="eager", fullgraph=fullgraph)
+    wanted = (torch._dynamo.exc.Unsupported, "run one forward before torch") if fullgraph else (ValueError, MISSED)
+    for _ in range(2):
+        with pytest.raises(wanted[0], match=wanted[1]):
+            logits(run)
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

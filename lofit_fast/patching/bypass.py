@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 UNCALLED = (
-    "a projection's weight is read in a graph before LoFiT's layer around it was ever called, and whether LoFiT's "
-    "vectors act cannot be told: run one forward before torch.compile"
+    "a projection's weight is read in a graph, and the forward that its attention has now has not called LoFiT's layer "
+    "around it yet: whether LoFiT's vectors act cannot be told. Please run one forward before torch.compile"
 )
 # what may be asked of a weight without computing with it
 _HARMLESS = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad|is_meta)\b)"
@@ -85,7 +85,7 @@ class Called:
 
 
 def weight_is_read(layer: nn.Module) -> None:
-    """Tell what watches a layer of ours that its weight is read, unless the layer is known to be called.
+    """Tell what watches a layer of ours that its weight is read, unless its attention is known to call it.
 
     Raises ValueError where a compiler traces it: a graph is made once, and nobody would see what it leaves out. A
     compiler that may leave frames uncompiled leaves this one, which then tells.
@@ -114,22 +114,23 @@ class BypassWatch:
         self.parents: tuple[tuple[nn.Module, nn.Module, str], ...] = ()
         # (thread, layer): rare, since code reads a weight to compute with it
         self._read: list[tuple[int, nn.Module]] = []
-        # of the attentions, as they were in the last forward: none before the first
-        self._forwards: list[Callable] = []
+        # of the attentions, as they were in the last forward
+        self._forwards: list[Callable | None] = []
         self._hooks = (
             decoder.register_forward_pre_hook(self._before_forward),
             decoder.register_forward_hook(self._after_forward),
         )
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_read": [], "_forwards": []}
+        # other programs may not have these forwards
+        return {**vars(self), "_read": [], "_forwards": [None] * len(self.parents)}
 
     def __deepcopy__(self, memo: dict) -> BypassWatch:
         if id(self.decoder) not in memo:
             # the decoder would be copied with each of its parts
             return self
         copied = memo[id(self)] = BypassWatch.__new__(BypassWatch)
-        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        vars(copied).update(copy.deepcopy({**vars(self), "_read": []}, memo))
         return copied
 
     def add(self, layer: nn.Module, parent: nn.Module, name: str) -> None:
@@ -137,7 +138,8 @@ class BypassWatch:
 
         The layer says in `called` whether it was, and tells its `bypass` where its weight is read.
         """
-        self.parents, self._forwards = (*self.parents, (layer, parent, name)), []
+        self.parents = (*self.parents, (layer, parent, name))
+        self._forwards.append(_forward_of(parent))
         # in a tuple, lest it become a child
         layer.bypass = (self,)
 
@@ -147,7 +149,7 @@ class BypassWatch:
             hook.remove()
 
     def saw_read(self, layer: nn.Module) -> None:
-        """Take note that the weight of a layer was read that was never called; told by the layer, in eager code."""
+        """Take note that a layer's weight was read that its attention was never seen to call; told in eager code."""
         running = _running()
         if not running or layer in running:
             return
@@ -159,14 +161,14 @@ class BypassWatch:
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # a replica of data parallelism shares these hooks
-        if torch.compiler.is_compiling() or module is not self.decoder:
+        if module is not self.decoder:
             return
-        found = [vars(parent).get("forward") or type(parent).forward for _, parent, _ in self.parents]
-        if found != self._forwards:
-            before = self._forwards or [None] * len(found)
-            for (layer, _, _), now, then in zip(self.parents, found, before, strict=True):
-                layer.called.once = layer.called.once and now == then
-            self._forwards = found
+        for place, (layer, parent, _) in enumerate(self.parents):
+            now, before = _forward_of(parent), self._forwards[place]
+            if now != before:
+                if before is not None:
+                    _run_as_it_is()
+                layer.called.once, self._forwards[place] = False, now
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         if not self._read:
@@ -184,10 +186,14 @@ class BypassWatch:
                 )
 
 
+def _forward_of(attention: nn.Module) -> Callable:
+    return attention.__dict__.get("forward") or type(attention).forward
+
+
 def _run_as_it_is() -> None:
     """Keep a compiler from the frame that calls this: none makes a graph of what raises an error."""
     if torch.compiler.is_compiling():
-        raise RuntimeError("expected a frame that runs, got a compiler's")
+        raise RuntimeError("expected a frame that runs, got a compiler's: please run one forward before torch.compile")
 
 
 def _running() -> list[nn.Module]:

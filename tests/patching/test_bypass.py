@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import lofit_fast as lf
 from tests.library_versions import compiles_hooks
 from tests.oracle import randomize
+from tests.ordinary_sample import crossed
 from tests.patched_models import logits, snapshot
 from tests.patching.bypassing_attention import bypassing, replace, weight_of
 from tests.tiny_models import tiny_model, tokens
@@ -82,11 +83,13 @@ def test_a_class_that_has_another_forward_is_read_again(monkeypatch):
 
 
 @compiles_hooks
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_model_compiled_whole_is_no_exception(dynamo, fullgraph):
+@pytest.mark.parametrize("fullgraph, later", crossed([False, True], [False, True]))
+def test_a_model_compiled_whole_is_no_exception(dynamo, fullgraph, later):
     handle = patched()
-    replace(handle.model.model)
     run = torch.compile(handle.model, backend="eager", fullgraph=fullgraph)
+    if later:
+        logits(run)
+    replace(handle.model.model)
     wanted = (torch._dynamo.exc.Unsupported, "run one forward before torch") if fullgraph else (ValueError, MISSED)
     for _ in range(2):
         with pytest.raises(wanted[0], match=wanted[1]):

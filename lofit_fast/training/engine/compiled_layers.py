@@ -14,7 +14,8 @@ from torch import nn
 
 BACKEND = "inductor"
 _COMPILED = "_compiled_call_impl"
-# graphs of one code object, which all layers share: with and without input gradient, narrowed, per adapter and mode
+# graphs of one code object, which all layers share, of whatever model: with and without input gradient, narrowed, per
+# adapter and mode. A run makes ten at most
 _GRAPHS = 64
 
 
@@ -24,6 +25,7 @@ def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
 
     The layers stay the same objects, with the forward and the class they had; afterwards they are as they were.
     """
+    _make_room(layers)
     before = [vars(layer).get(_COMPILED, vars(layer)) for layer in layers]
     # past the limit dynamo would run the layers uncompiled without a word; and without guards on hooks it would run
     # a model that has some on the graph of one that has none
@@ -39,6 +41,16 @@ def compiled(layers: Sequence[nn.Module]) -> Iterator[None]:
                 vars(layer).pop(_COMPILED, None)
             else:
                 vars(layer)[_COMPILED] = value
+
+
+def _make_room(layers: Iterable[nn.Module]) -> None:
+    """Drop the graphs of earlier scopes where they leave less than half of the room: a sweep's runs each bring some."""
+    from torch._dynamo import eval_frame
+
+    codes = {getattr(getattr(layer.forward, "__func__", layer.forward), "__code__", None) for layer in layers}
+    for code in codes - {None}:
+        if len(eval_frame._debug_get_cache_entry_list(code)) > _GRAPHS // 2:
+            eval_frame.remove_from_cache(code)
 
 
 def uncompiled(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:

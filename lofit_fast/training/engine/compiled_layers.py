@@ -15,7 +15,7 @@ from torch import nn
 BACKEND = "inductor"
 _COMPILED = "_compiled_call_impl"
 # graphs of one code object, which all layers share, of whatever model: with and without input gradient, narrowed, per
-# adapter and mode. A run makes ten at most
+# adapter and mode
 _GRAPHS = 64
 
 

@@ -13,7 +13,7 @@ from lofit_fast.models.base_digest import base_digest, base_modules, same_base, 
 from lofit_fast.patching.architectures import Projection, fingerprint
 from lofit_fast.patching.peft_layers import tuner_layers
 from lofit_fast.patching.placement import is_dense
-from lofit_fast.training.run_folder import weights_digest
+from lofit_fast.training.run_digests import weights_digest
 
 # digits kept of a number, and how near it must be: the last bits of a computed one depend on the machine
 _DIGITS, _CLOSE = 4, 2e-3

@@ -42,7 +42,7 @@ from lofit_fast.training.finite_steps import SHOWN
 from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.model_limits import check_language_model, token_limit
 from lofit_fast.training.prefix_cache.cache import PrefixCollator, prefix_cached
-from lofit_fast.training.run_folder import data_digest, groups_digest
+from lofit_fast.training.run_digests import data_digest, groups_digest
 from lofit_fast.training.trainer import undisturbed
 
 

@@ -46,7 +46,7 @@ from lofit_fast.training.first_epoch import first_epoch, looked_at, loss_sum
 from lofit_fast.training.model_limits import check_language_model, token_limit
 from lofit_fast.training.prefix_cache.cache import prefix_cached
 from lofit_fast.training.prompt_store import prompts_kept
-from lofit_fast.training.run_folder import data_digest
+from lofit_fast.training.run_digests import data_digest
 from lofit_fast.training.trainer import LofitTrainer, Rows, undisturbed
 
 Examples = Sequence[Example | Mapping]

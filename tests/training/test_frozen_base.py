@@ -1,6 +1,4 @@
-"""Training on quantized bases: both steps, the trainers' doors, digests, and bases that cannot be trained through."""
-
-import hashlib
+"""Training on quantized bases: both steps, the trainers' doors, and bases that cannot be trained through."""
 
 import pytest
 import torch
@@ -9,7 +7,6 @@ from transformers import Trainer, TrainingArguments
 import lofit_fast as lf
 from lofit_fast.tasks.task import Preference
 from lofit_fast.training.frozen_base import admitted, check_passes_gradients
-from lofit_fast.training.run_folder import weights_digest
 from tests.packed_linears import KINDS, STAND_INS, cuts_gradients, packed_model
 from tests.patched_models import logits
 from tests.tiny_models import tiny_model
@@ -18,10 +15,6 @@ from tests.training.tiny_runs import QUICK, assert_same_state, fit, state_of
 
 # a fit takes a second or two
 QUICKLY = ("gptq-like", "bitsandbytes-4", "torchao-int8")
-
-
-def projections(model):
-    return [layer.self_attn.o_proj for layer in model.model.layers]
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICKLY else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
@@ -95,22 +88,3 @@ def test_stock_trainer_is_made_inside_the_scope(tmp_path):
     handle.unpatch()
     with admitted(tiny_model("llama")) as nothing:
         assert nothing is None
-
-
-def test_digest_of_dense_weights_is_what_it_was():
-    model = tiny_model("llama")
-    digest = hashlib.sha256()
-    for projection in projections(model):
-        digest.update(projection.weight[:1].detach().double().numpy().tobytes())
-    assert weights_digest(projections(model)) == digest.hexdigest()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_digest_of_packed_weights(kind):
-    model = packed_model(KINDS[kind])
-    digest = weights_digest(projections(model))
-    with torch.no_grad():
-        logits(model)
-    assert weights_digest(projections(model)) == digest
-    assert weights_digest(projections(packed_model(KINDS[kind]))) == digest
-    assert weights_digest(projections(packed_model(KINDS[kind], seed=1))) != digest

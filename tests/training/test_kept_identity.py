@@ -11,7 +11,7 @@ from lofit_fast.sealed import read_sealed, write_sealed
 from lofit_fast.tasks.chat import Conversation, Rendered
 from lofit_fast.tasks.task import Example
 from lofit_fast.training.objectives import Preferences
-from lofit_fast.training.run_folder import data_digest
+from lofit_fast.training.run_digests import data_digest
 from tests.tiny_tokenizers import tiny_tokenizer
 from tests.training.tiny_runs import count_steps, fit
 

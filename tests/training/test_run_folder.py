@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lofit_fast.training.run_clearing import FILES, FOLDERS
-from lofit_fast.training.run_folder import RunFolder, data_digest, dtype_of_run, groups_digest, held
+from lofit_fast.training.run_folder import RunFolder, dtype_of_run, held
 from tests.training.killed_changes import Killed, killed_at
 
 IDENTITY = {"recipe": {"top": 2}, "model": {"layers": 3}, "data": "abc", "heads": None}
@@ -256,20 +256,6 @@ def test_run_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write.*file/run"):
         opened(tmp_path / "file" / "run")
-
-
-def test_data_digest():
-    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
-    assert data_digest(rows) == data_digest([dict(reversed(r.items())) for r in rows])
-    other_labels = [rows[0], {"input_ids": [3], "labels": [-100]}]
-    assert len({data_digest(r) for r in (rows, rows[::-1], rows[:1], other_labels)}) == 4
-
-
-def test_sequences_in_other_groups_are_other_data():
-    a, b, c, d = ({"input_ids": [n], "labels": [n]} for n in range(4))
-    groups = ([[a, b, c, d]], [[a, b], [c, d]], [[a], [b, c, d]], [[c, d], [a, b]])
-    assert len({groups_digest(each) for each in groups}) == len(groups)
-    assert len({data_digest(row for group in each for row in group) for each in groups[:3]}) == 1
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -13,6 +13,17 @@ from typing import TypedDict
 
 from tqdm.auto import tqdm
 
+from lofit_fast.data.joined_tokens import (
+    boundary_change,
+    common_start,
+    encode_answer,
+    has_offsets,
+    has_special,
+    no_tokens,
+    offsets,
+    pairs_of,
+    tokenized,
+)
 from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, conversation_of
 from lofit_fast.tasks.task import Example, check_text
 
@@ -122,11 +133,11 @@ def branches(tokenizer, prompt: str, answers: Sequence[str]) -> Branches:
     them, the cut is before the change, for all answers alike: log p of the rest is then comparable.
     Raises ValueError for an answer without tokens.
     """
-    pairs = _pairs(tokenizer, prompt, answers)
+    pairs = pairs_of(tokenizer, prompt, answers)
     start = min(pair.start for pair in pairs)
     first = pairs[0].ids
     for pair in pairs[1:]:
-        start = min(start, _common(first, pair.ids))
+        start = min(start, common_start(first, pair.ids))
     moved = next((pair.moved for pair in pairs if pair.moved), "")
     if not start:
         # nothing stands before the change, so that nothing could predict it
@@ -170,26 +181,15 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     Raises ValueError when there is not a single token, or half a character, TypeError for what is no string.
     """
     check_text("a prompt", prompt)
-    (ids,) = _tokenized(tokenizer, [prompt], _special(prompt))
+    (ids,) = tokenized(tokenizer, [prompt], has_special(prompt))
     if not ids:
         raise ValueError(f"a prompt has no tokens: {prompt!r}")
     return ids
 
 
-def encode_answer(tokenizer, answer: str) -> list[int]:
-    """An answer's token ids by itself, without special tokens. Only for where it cannot be joined to its prompt.
-
-    Raises ValueError when there is not a single token.
-    """
-    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise _no_tokens(answer)
-    return ids
-
-
 def encode_pair(tokenizer, prompt: str, answer: str) -> list[int]:
     """The token ids of a prompt and its answer, joined, without an end-of-sequence token. Raises as `encode` does."""
-    (pair,) = _pairs(tokenizer, prompt, [answer])
+    (pair,) = pairs_of(tokenizer, prompt, [answer])
     return pair.ids
 
 
@@ -202,7 +202,7 @@ def _completion_tokens(tokenizer, example: Example) -> int:
     if isinstance(example, Conversation):
         ids, start = _conversation_ids(tokenizer, example), len(encode_prompt(tokenizer, example.prompt))
         return max(1, len(ids) - start)
-    (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
+    (pair,) = pairs_of(tokenizer, example.prompt, [example.completion])
     joined = len(pair.ids) - pair.start
     # written from other tokens than those it was joined to
     return max(joined, len(encode_answer(tokenizer, example.completion))) if pair.moved else joined
@@ -233,21 +233,12 @@ def pad_token_id(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A joined text: its ids, where the completion begins, and how the prompt's tokens changed, or ""."""
-
-    ids: list[int]
-    start: int
-    moved: str = ""
-
-
 def _encoded(tokenizer, example, max_length: int | None) -> tuple[Encoded, str]:
     example = as_example(example, tokenizer)
     if isinstance(example, Conversation):
         row, moved = _conversation(tokenizer, example)
     else:
-        (pair,) = _pairs(tokenizer, example.prompt, [example.completion])
+        (pair,) = pairs_of(tokenizer, example.prompt, [example.completion])
         row, moved = _labelled(closed(pair.ids, example.completion, tokenizer), pair.start), pair.moved
     _check_length(row, max_length, example.prompt)
     return row, moved
@@ -272,33 +263,6 @@ def _check_length(row: Encoded, max_length: int | None, prompt: str) -> None:
         )
 
 
-def _pairs(tokenizer, prompt: str, answers: Sequence[str]) -> list[_Pair]:
-    special = _special(prompt)
-    alone, *joined = _tokenized(tokenizer, [prompt, *(prompt + answer for answer in answers)], special)
-    if not alone:
-        raise ValueError(f"a prompt has no tokens: {prompt!r}")
-    return [_pair(tokenizer, prompt, answer, alone, ids) for answer, ids in zip(answers, joined, strict=True)]
-
-
-def _pair(tokenizer, prompt: str, answer: str, alone: list[int], ids: list[int]) -> _Pair:
-    if ids[: len(alone)] == alone:
-        if len(ids) == len(alone):
-            raise _no_tokens(answer)
-        return _Pair(ids, len(alone))
-    if _has_offsets(tokenizer):
-        spans = _offsets(tokenizer, prompt + answer, _special(prompt))
-        start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
-    else:
-        start = _common(alone, ids)
-    if start == len(ids):
-        raise _no_tokens(answer)
-    moved = _change(tokenizer, prompt, answer, alone, ids)
-    if start == 0:
-        apart = encode_answer(tokenizer, answer)
-        return _Pair(alone + apart, len(alone), f"{moved}, with nothing before it, so that they are tokenized apart")
-    return _Pair(ids, start, moved)
-
-
 def _conversation_ids(tokenizer, example: Conversation) -> list[int]:
     return list(tokenizer(example.text, add_special_tokens=False)["input_ids"])
 
@@ -307,7 +271,7 @@ def _conversation(tokenizer, example: Conversation) -> tuple[Encoded, str]:
     ids, text, moved = _conversation_ids(tokenizer, example), example.text, ""
     labels = [IGNORED] * len(ids)
     special = set(tokenizer.all_special_ids)
-    spans = _offsets(tokenizer, text, False) if _has_offsets(tokenizer) else None
+    spans = offsets(tokenizer, text, False) if has_offsets(tokenizer) else None
     for begin, end in example.learned:
         if spans is None:
             start, stop = (_prefix_length(tokenizer, text, ids, at) for at in (begin, end))
@@ -318,9 +282,9 @@ def _conversation(tokenizer, example: Conversation) -> tuple[Encoded, str]:
             since = next((i for i in range(start - 1, -1, -1) if ids[i] in special), 0)
             before = list(tokenizer(text[spans[since][0] : begin], add_special_tokens=False)["input_ids"])
             if ids[since:start] != before:
-                moved = moved or _change(tokenizer, text[:begin], text[begin:end], before, ids[since:])
+                moved = moved or boundary_change(tokenizer, text[:begin], text[begin:end], before, ids[since:])
         if start == stop:
-            raise _no_tokens(text[begin:end])
+            raise no_tokens(text[begin:end])
         labels[start:stop] = ids[start:stop]
     if not example.ended:
         if tokenizer.eos_token_id is None:
@@ -337,63 +301,6 @@ def _prefix_length(tokenizer, text: str, ids: list[int], end: int) -> int:
     return len(before)
 
 
-def _special(prompt: str) -> bool:
-    """Whether the tokenizer is to put its special tokens around a text."""
-    return not isinstance(prompt, Rendered)
-
-
-def _has_offsets(tokenizer) -> bool:
-    return bool(getattr(tokenizer, "is_fast", False))
-
-
-def _tokenized(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
-    """Token ids of each text, with special tokens in front, once, and none after it."""
-    if not _has_offsets(tokenizer):
-        return [_slow(tokenizer, text, special) for text in texts]
-    out = tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
-    rows = zip(out["input_ids"], out["special_tokens_mask"], strict=True)
-    return [ids[_own(ids, mask)] for ids, mask in rows]
-
-
-def _offsets(tokenizer, text: str, special: bool) -> list[tuple[int, int]]:
-    """Per token of `_tokenized` which characters of the text it holds."""
-    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
-    return out["offset_mapping"][_own(out["input_ids"], out["special_tokens_mask"])]
-
-
-def _own(ids: list[int], mask: list[int]) -> slice:
-    """Without special tokens after the text, and without those in front of a text that begins with them already."""
-    front = next((i for i, special in enumerate(mask) if not special), len(mask))
-    end = len(mask)
-    while end > front and mask[end - 1]:
-        end -= 1
-    return slice(front if front and ids[front : 2 * front] == ids[:front] else 0, end)
-
-
-def _slow(tokenizer, text: str, special: bool) -> list[int]:
-    """The same of a tokenizer that does not say which tokens it added."""
-    begun = not special or (bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))
-    ids = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
-    if begun or len(ids) < 2 or ids[-1] != tokenizer.eos_token_id:
-        return ids
-    # some tokenizers close every text with an end token, after which nothing can be continued; a text's own is its own
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids[:-1] if ids[-1 - len(own) : -1] == own else ids
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _change(tokenizer, prompt: str, answer: str, alone: list[int], ids: list[int]) -> str:
-    """What the prompt's tokens are alone and joined, from where they differ."""
-    same = _common(alone, ids)
-    end = [repr(tokenizer.decode(row[same : same + 3])) for row in (alone, ids)]
-    return f"{prompt[-40:]!r} goes on {end[0]} alone and {end[1]} before {answer[:40]!r}"
-
-
 def _warn(moved: list[str], count: int) -> None:
     if moved:
         warnings.warn(
@@ -403,10 +310,6 @@ def _warn(moved: list[str], count: int) -> None:
             BoundaryWarning,
             stacklevel=3,
         )
-
-
-def _no_tokens(answer: str) -> ValueError:
-    return ValueError(f"nothing to learn from or to score: {answer!r} has no tokens")
 
 
 def _no_boundary(text: str, at: int) -> str:

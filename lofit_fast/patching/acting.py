@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lofit_fast.patching.scopes import around, enter, leave
+from lofit_fast.patching.entered import around, enter, leave
 
 # every token of the call
 EVERYWHERE = "all"

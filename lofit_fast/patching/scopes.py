@@ -1,8 +1,8 @@
 """Scopes that hold for whoever has entered them: one thread, or one task of an event loop, and nobody else.
 
-What was entered stands in a context variable, which is what counts. A forward that is compiled cannot read one, so each
-thread is shown what its scopes say: `Here`, which a layer looks at without a call. It is put right before every forward
-of the model, and where tasks take turns in a thread, before every forward of a layer.
+What was entered stands in a context variable (`entered.py`), which is what counts. A forward that is compiled cannot
+read one, so each thread is shown what its scopes say: `Here`, which a layer looks at without a call. It is put right
+before every forward of the model, and where tasks take turns in a thread, before every forward of a layer.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from lofit_fast.patching.entered import Entered, all_entered, around, enter, leave, say
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -26,53 +27,8 @@ if TYPE_CHECKING:
     from lofit_fast.patching.early_fold import EarlyFold
 
 
-class Entered:
-    """A scope that was entered. owner: whose it is. says: what it says; None once it was left, wherever that was.
-
-    scope: False of what was said for good, in no scope of its own.
-    """
-
-    __slots__ = ("__weakref__", "owner", "says", "scope", "thread")
-
-    def __init__(self, owner: object, says: object, scope: bool = True) -> None:
-        self.owner, self.says, self.scope = owner, says, scope
-        self.thread = threading.get_ident()
-
-
 # what runs forwards of a model in a thread of its own
 _BATCHING = "transformers.generation.continuous_batching"
-# all that was entered and not left, of every owner, the innermost last
-_ENTERED: ContextVar[tuple[Entered, ...]] = ContextVar("lofit_scopes", default=())
-
-
-def enter(owner: object, says: object) -> Entered:
-    """Enter a scope here. It holds until it is given to `leave`, in copies of this context too."""
-    entered = Entered(owner, says)
-    _ENTERED.set((*_still_open(), entered))
-    return entered
-
-
-def leave(entered: Entered) -> None:
-    """Leave a scope, in whatever order, thread or task: no token of a context variable, which knows one order alone."""
-    entered.owner = entered.says = None
-    _ENTERED.set(_still_open())
-
-
-def say(owner: object, says: object | None) -> Entered | None:
-    """Say something here from now on, until it is said anew: what all scopes are inside of. None takes it back."""
-    others = tuple(one for one in _still_open() if one.owner is not owner or one.scope)
-    said = None if says is None else Entered(owner, says, scope=False)
-    _ENTERED.set(others if said is None else (said, *others))
-    return said
-
-
-def around(owner: object) -> list:
-    """What the scopes around say for an owner, the innermost last."""
-    return [says for one in _ENTERED.get() if one.owner is owner and (says := one.says) is not None]
-
-
-def _still_open() -> tuple[Entered, ...]:
-    return tuple(one for one in _ENTERED.get() if one.says is not None)
 
 
 class Here(threading.local):
@@ -226,7 +182,7 @@ class Scopes:
 
     def for_good(self) -> Chosen | None:
         """What `choose` has said here."""
-        own = (one.says for one in _ENTERED.get() if one.owner is self and not one.scope)
+        own = (one.says for one in all_entered() if one.owner is self and not one.scope)
         return next((says.chosen for says in own if says is not None), None)
 
     @contextmanager
@@ -266,7 +222,7 @@ class Scopes:
 
     def check_alone(self, action: str) -> None:
         """Raise ValueError while another thread or task is inside a scope. action: what would change its answers."""
-        mine = _ENTERED.get()
+        mine = all_entered()
         with self._lock:
             others = [one for one in list(self._open) if one not in mine]
         if others:
@@ -282,7 +238,7 @@ class Scopes:
             return
         said = self.said()
         self._show(said)
-        if said != _PLAIN and any(one.thread != threading.get_ident() for one in _ENTERED.get()):
+        if said != _PLAIN and any(one.thread != threading.get_ident() for one in all_entered()):
             self._borrowing.add(threading.get_ident())
         if self._stale:
             with self._lock:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lofit_fast as lf
-from lofit_fast.patching import scopes
+from lofit_fast.patching import entered, scopes
 from lofit_fast.patching.scopes import Scopes
 from tests.library_versions import compiles_hooks
 from tests.oracle import randomize
@@ -450,7 +450,7 @@ def test_outside_of_scopes_no_context_variable_is_asked(seen, monkeypatch):
         def get(self):
             raise AssertionError("asked")
 
-    monkeypatch.setattr(scopes, "_ENTERED", Never())
+    monkeypatch.setattr(entered, "_ENTERED", Never())
     assert logits(seen.model).shape == seen.adapted.shape
 
 

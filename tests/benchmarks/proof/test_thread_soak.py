@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.proof import thread_soak
 from benchmarks.proof.thread_soak import AMONG_SEVERAL, JOBS, ON_ANSWERS, Rig, main, soak
-from lofit_fast.patching import scopes
+from lofit_fast.patching import entered
 
 
 # few inputs and threads; slow: as many as in the proof
@@ -59,7 +59,7 @@ class ForEverybody:
 
 @pytest.mark.slow
 def test_scopes_that_all_threads_see_are_found(monkeypatch):
-    monkeypatch.setattr(scopes, "_ENTERED", ForEverybody())
+    monkeypatch.setattr(entered, "_ENTERED", ForEverybody())
     tally = soak(0.0, threads=8, round_seconds=0.5)
     assert any(words.startswith("adapted: another answer") for words in tally.failed)
     assert thread_soak.row(tally, 8, 0.0, 1.0)["failed"] == tally.failed.total()

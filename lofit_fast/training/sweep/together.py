@@ -13,21 +13,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
 from tqdm.auto import tqdm
 
 from lofit_fast.config import LofitConfig
-from lofit_fast.data.collate import CompletionCollator, on_device
-from lofit_fast.data.encode import IGNORED, pad_token_id
-from lofit_fast.models.base_digest import dropout_of
+from lofit_fast.data.encode import pad_token_id
 from lofit_fast.models.logit_rows import SCOPED, logit_rows
 from lofit_fast.models.row_index import selecting_rows
-from lofit_fast.models.trials import remembering, rounding, trial_examples, trying
+from lofit_fast.models.trials import remembering, said_of
 from lofit_fast.patching.handle import LofitHandle
 from lofit_fast.patching.patch import patch
-from lofit_fast.patching.placement import device_of
 from lofit_fast.training.begun_with import begun_with
 from lofit_fast.training.engine import Engine, prepared
 from lofit_fast.training.engine.auto import said
@@ -38,6 +33,7 @@ from lofit_fast.training.stage import settle_for
 from lofit_fast.training.sweep.grid import Grid, Run
 from lofit_fast.training.sweep.one_run import Runner, has_ended
 from lofit_fast.training.sweep.sweep_folder import RUNS
+from lofit_fast.training.sweep.together_checks import check_no_dropout, check_plain_loss, check_rows_apart
 from lofit_fast.training.sweep.together_step import JointStep, MemberData, MemberHandle, MemberModel
 from lofit_fast.training.sweep.together_turns import Ask, Turn
 from lofit_fast.training.trainer import undisturbed
@@ -117,7 +113,8 @@ class _Member:
 class TogetherRunner(Runner):
     """run -> row, as `Runner`, of several runs at a time. grid, folder, base, options: as there.
 
-    Raises ValueError for a task of preferences, a model with dropout or a loss of its own too.
+    Raises ValueError for a task of preferences too, a model with dropout or a loss of its own, and one of whose rows
+    one changes another.
     """
 
     def __init__(self, grid: Grid, folder: Path, base: tuple[nn.Module, object] | None = None, **options) -> None:
@@ -127,6 +124,7 @@ class TogetherRunner(Runner):
             raise ValueError("runs on preferences cannot be trained together: expected together=1")
         check_no_dropout(self.model)
         check_plain_loss(self.model)
+        check_rows_apart(self.model, pad_token_id(self.tokenizer))
         self._found: dict[str, FitResult | Exception] = {}
         self._resume: dict[str, bool] = {}
 
@@ -185,6 +183,7 @@ class TogetherRunner(Runner):
             member.steps.joint = engine
             member.steps.data = MemberData(member.steps.data, logits)
         turns = {member.name: Turn(self._training(handle, member)) for member in members}
+        failed: list[Turn] = []
         how = {
             "desc": f"{len(members)} runs together",
             "leave": False,
@@ -200,7 +199,17 @@ class TogetherRunner(Runner):
                 self.model.train()
                 going = [turn for turn in turns.values() if turn.go_on()]
                 while going:
-                    answers = joint([turn.asked for turn in going])
+                    try:
+                        answers = joint([turn.asked for turn in going])
+                    # what they cannot have together, memory above all, each may have alone
+                    except Exception as error:
+                        failed = [turn for turn in turns.values() if not turn.over]
+                        print(
+                            f"warning: {len(failed)} runs cannot go on together ({said_of(error)}): each is trained by "
+                            "itself",
+                            file=sys.stderr,
+                        )
+                        break
                     going = [turn for turn, answer in zip(going, answers, strict=True) if turn.go_on(answer)]
                     bar.update()
         finally:
@@ -208,6 +217,8 @@ class TogetherRunner(Runner):
                 turn.stop()
         for member in members:
             turn = turns[member.name]
+            if turn in failed:
+                continue
             if turn.error is not None and not isinstance(turn.error, Exception):
                 raise turn.error
             self._found[member.run.name] = turn.result if turn.error is None else turn.error
@@ -239,37 +250,3 @@ def _patched(model: nn.Module, members: Sequence[_Member]) -> Iterator[LofitHand
         yield handle
     finally:
         handle.unpatch()
-
-
-def check_no_dropout(model: nn.Module) -> None:
-    """Raise ValueError for a model with dropout, whose random numbers are drawn for a whole batch."""
-    if (found := next(filter(None, map(dropout_of, model.modules())), None)) is not None:
-        raise ValueError(
-            f"runs cannot be trained together in a model with dropout, which draws random numbers for a whole batch: "
-            f"{found}; expected together=1"
-        )
-
-
-def check_plain_loss(model: nn.Module) -> None:
-    """Raise ValueError for a model whose loss is not the cross-entropy of its logits, which is what runs share.
-
-    Tried on a few tokens. A mixture of experts may add a penalty on its routers, of a whole batch.
-    """
-    batch = on_device(CompletionCollator(0, logits="all")(trial_examples(model)), device_of(model))
-    following = pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
-    try:
-        with trying(model):
-            out = model(**batch, use_cache=False)
-        loss, logits = out.loss, out.logits.flatten(0, -2).float()
-        plain = cross_entropy(logits, following.flatten(), ignore_index=IGNORED)
-        # one sum in another order, in the dtype that the model computes its loss in
-        exact = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps)
-    # it needs more than tokens, or cannot run here: a step says by itself what is wrong
-    except Exception:
-        return
-    if not torch.isclose(loss.double(), plain.double(), rtol=min(rounding(model), 100 * exact), atol=0.0):
-        raise ValueError(
-            f"runs cannot be trained together in a {type(model).__name__}, whose loss is {loss:.6g} where the "
-            f"cross-entropy of its logits is {plain:.6g} (output_router_logits=True adds a penalty, say): expected "
-            "together=1"
-        )

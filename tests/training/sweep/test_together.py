@@ -9,7 +9,7 @@ import lofit_fast as lf
 from lofit_fast.patching.storage import read_adapter
 from lofit_fast.training.sweep.grid import parse_grid
 from lofit_fast.training.sweep.run import sweep
-from lofit_fast.training.sweep.together import check_no_dropout, check_plain_loss
+from lofit_fast.training.sweep.together_checks import check_no_dropout, check_plain_loss, check_rows_apart
 from lofit_fast.training.sweep.together_step import JointStep
 from lofit_fast.training.sweep.together_turns import Turn
 from tests.patched_models import snapshot
@@ -170,6 +170,54 @@ def test_so_is_a_loss_that_is_more_than_cross_entropy():
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits=True adds a penalty"):
         check_plain_loss(model)
+
+
+LONG = {
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [6.0] * 8, "original_max_position_embeddings": 16},
+    "dynamic": {},
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_so_is_a_model_whose_rows_depend_on_the_length_of_others(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **LONG[kind]}
+    check_rows_apart(tiny_model("llama"), 0)
+    with pytest.raises(ValueError, match=r"rotary embedding depends on the length.*expected together=1"):
+        check_rows_apart(tiny_model("llama", rope_parameters=rope), 0)
+
+
+@pytest.mark.parametrize("what", ["padding", "rows"])
+def test_so_is_a_model_in_which_a_row_changes_another(what):
+    model = tiny_model("llama")
+
+    def mixed(module, args, out):
+        """The mean over the tokens of a row, or over the rows of a batch, as no mask keeps them out."""
+        return out + out.mean(1 if what == "padding" else 0, keepdim=True) - out[:, :1] * (what == "padding")
+
+    model.model.embed_tokens.register_forward_hook(mixed)
+    with pytest.raises(ValueError, match="would change those of another"):
+        check_rows_apart(model, 0)
+
+
+def test_runs_that_cannot_go_on_together_are_trained_one_by_one(data, tmp_path, monkeypatch, capsys):
+    grid = grid_of(data, tmp_path)
+    asked = []
+
+    def full(self, wanted):
+        asked.append(len(wanted))
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("no room for 2 runs")
+        return joint(self, wanted)
+
+    joint = JointStep.__call__
+    monkeypatch.setattr(JointStep, "__call__", full)
+    rows = run(grid, tmp_path / "together", together=2)
+    assert [row["status"] for row in rows] == ["done"] * len(rows)
+    assert "cannot go on together (OutOfMemoryError: no room for 2 runs): each is trained by itself" in (
+        capsys.readouterr().err
+    )
+    for got, alone in zip(rows, run(grid, tmp_path / "alone"), strict=True):
+        assert got["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_turns_have_random_numbers_of_their_own():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import groupby
 
+from lofit_fast.data.decode import continuation
 from lofit_fast.data.encode import IGNORED, Encoded
 
 OPEN, CLOSE = "[[", "]]"
@@ -25,7 +26,8 @@ def preview(tokenizer, row: Encoded) -> list[Part]:
     parts, start = [], 0
     for learned, labels in groupby(row["labels"], key=lambda label: label != IGNORED):
         end = start + len(list(labels))
-        parts.append(Part(_text(tokenizer, row["input_ids"], start, end), learned, end - start))
+        text = continuation(tokenizer, row["input_ids"][:start], row["input_ids"][start:end], special=True)
+        parts.append(Part(text, learned, end - start))
         start = end
     return parts
 
@@ -38,16 +40,6 @@ def marked(parts: list[Part], room: int | None = None) -> str:
     """
     texts = [_shortened(part.text, room) for part in parts]
     return "".join(f"{OPEN}{text}{CLOSE}" if part.learned else text for part, text in zip(parts, texts, strict=True))
-
-
-def _text(tokenizer, ids, start, end):
-    """Of ids[start:end] where they stand: some tokenizers drop the space of a text's first word when they decode."""
-    before, whole = (_decoded(tokenizer, ids[:stop]) for stop in (start, end))
-    return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, ids[start:end])
-
-
-def _decoded(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _shortened(text, room):

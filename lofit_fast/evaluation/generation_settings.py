@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,7 +34,16 @@ class StandingAlone(GenerationConfig):
         return super().update(defaults_only, allow_custom_entries, **values)
 
 
-def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: chat models list more than one in their `generation_config`."""
+def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, endings: Iterable[str] = ()) -> set[int]:
+    """The tokens that end an answer: chat models list more than one in their `generation_config`.
+
+    endings: texts that a chat template ends turns with. Each adds its last token, where that is a special one.
+    """
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    return (ends | {_last_token(tokenizer, ending) for ending in endings}) - {None}
+
+
+def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
+    ids = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
+    return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None

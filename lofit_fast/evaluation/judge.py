@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.config import shown
+from lofit_fast.data.decode import continuation, decoded
 from lofit_fast.data.encode import BoundaryWarning, answer_tokens, check_unlike, encode_prompt, pad_token_id
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.padding import padded
@@ -106,7 +107,7 @@ def generate_answers(
     progress: bool = False,
     shared: SharedPrompts | None = None,
 ) -> list[str]:
-    """Greedy continuations, in the order of the prompts, special tokens left out.
+    """Greedy continuations, in the order of the prompts, special tokens left out, each as it reads behind its prompt.
 
     Batches are of like length and padded on the left, as far as a trial shows that no answer depends on its batch: see
     `prompt_batches`. A patched model runs with its offsets folded. Several processes divide them, see `judge`. Of the
@@ -117,8 +118,10 @@ def generate_answers(
     act on them; FloatingPointError, naming the prompt, where logits are not finite.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress, "shared": shared}
+    prompts = _listed(prompts)
     rows = _generated(model, tokenizer, prompts, **options)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    pairs = zip(prompts, rows, strict=True)
+    return [continuation(tokenizer, encode_prompt(tokenizer, prompt), row) for prompt, row in pairs]
 
 
 def exact_match_accuracy(
@@ -217,26 +220,43 @@ def _hits(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
 ) -> list[float]:
     """Per example whether the greedy answer is one of the correct ones, 1.0 or 0.0."""
-    ends = {_last_token(tokenizer, e.ending) for e in examples if isinstance(e, Conversation)} - {None}
+    ends = ends_of(model, tokenizer, {e.ending for e in examples if isinstance(e, Conversation)})
     rows = _generated(model, tokenizer, [example.prompt for example in examples], ends=ends, **options)
-    texts = [_said(tokenizer, example, row) for example, row in zip(examples, rows, strict=True)]
-    return [float(exact_match(text, e.answers)) for text, e in zip(texts, examples, strict=True)]
+    return [float(_is_right(tokenizer, example, row, ends)) for example, row in zip(examples, rows, strict=True)]
+
+
+def _is_right(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int], ends: Set[int]) -> bool:
+    """Whether a generated row is one of the correct answers: as it reads, or as the tokenizer makes it of the answer.
+
+    An answer may hold special tokens, its end too, or signs that the tokenizer writes in another way.
+    """
+    return exact_match(_said(tokenizer, example, row), example.answers) or _is_written(tokenizer, example, row, ends)
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int]) -> str:
     """The generated text without special tokens; of a turn of a conversation, its content."""
     if not isinstance(example, Conversation):
-        return tokenizer.decode(row, skip_special_tokens=True)
-    content = example.said(tokenizer.decode(row, skip_special_tokens=False))
+        return decoded(tokenizer, row)
+    content = example.said(decoded(tokenizer, row, special=True))
     for special in tokenizer.all_special_tokens:
         content = content.replace(special, "")
     return content
 
 
-def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
-    """The token that a chat template's ending closes with, where it is a token of its own."""
-    ids = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
-    return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
+def _is_written(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int], ends: Set[int]) -> bool:
+    """The same of texts that the tokenizer has read and written, with their special tokens, up to an end."""
+    text = decoded(tokenizer, _before_end(row, ends), special=True)
+    if isinstance(example, Conversation):
+        text = example.said(text)
+    read = tokenizer(list(example.answers), add_special_tokens=False)["input_ids"]
+    learned = [ids for ids in (_before_end(ids, ends) for ids in read) if tokenizer.unk_token_id not in ids]
+    written = [decoded(tokenizer, ids, special=True) for ids in learned]
+    answers = [answer for answer in written if answer.strip()]
+    return bool(answers) and exact_match(text, answers)
+
+
+def _before_end(ids: list[int], ends: Set[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @on_the_cpu
@@ -252,7 +272,7 @@ def _generated(
     ends: Set[int] = frozenset(),
     shared: SharedPrompts | None = None,
 ) -> list[list[int]]:
-    """The greedy continuations' token ids. ends: tokens to stop at, besides the model's own."""
+    """The greedy continuations' token ids. ends: tokens to stop at; none for the model's own."""
     check_count("batch_size", batch_size)
     check_count("max_new_tokens", max_new_tokens)
     prompts = _listed(prompts)
@@ -265,7 +285,8 @@ def _generated(
     if shared is not None and division.gathers:
         raise ValueError("shared prompts need a model that is whole in every process: expected shared=None under FSDP")
     answers: dict[int, list[int]] = {}
-    greedy, device = _greedy(model, tokenizer, max_new_tokens, ends), device_of(model)
+    greedy = _greedy(tokenizer, max_new_tokens, ends or ends_of(model, tokenizer))
+    device = device_of(model)
     pad = pad_token_id(tokenizer)
     with division.together(), evaluating(model):
         batches = prompt_batches(model, [len(row) for row in encoded], batch_size, pad, division)
@@ -298,13 +319,11 @@ def _check_any(examples: Sequence[Example]) -> None:
         raise ValueError("accuracy needs at least one example, got none")
 
 
-def _greedy(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, more_ends: Set[int]
-) -> StandingAlone:
-    """Greedy decoding and nothing else. more_ends: tokens to stop at, besides the model's own."""
+def _greedy(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, ends: Set[int]) -> StandingAlone:
+    """Greedy decoding and nothing else. ends: tokens to stop at."""
     return StandingAlone(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id(tokenizer),
-        eos_token_id=sorted(ends_of(model, tokenizer) | more_ends) or None,
+        eos_token_id=sorted(ends) or None,
     )

@@ -34,13 +34,17 @@ class ClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. temperature 0: the likeliest token each time. seed: None draws one."""
+    """How an answer is drawn. temperature 0: the likeliest token each time. seed: None draws one.
+
+    stop, ends: texts and tokens that end it, besides the model's own.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,23 +86,23 @@ class AnswerQueue:
         self.ends = ends_of(switch.model, tokenizer)
         # one that a handler of signals may put into, wherever it has interrupted
         self._waiting: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
-        self._lock, self._pending, self._closed = threading.Lock(), 0, False
+        self._lock, self._asked, self._closed = threading.Lock(), list[Question](), False
         self._thread = threading.Thread(target=self._work, name="lofit-answers", daemon=True)
         self._thread.start()
 
     @property
     def pending(self) -> int:
-        """Questions that wait or are being answered."""
-        return self._pending
+        """Questions that wait or are being answered, and that somebody still waits for."""
+        return sum(not question.gone.is_set() for question in list(self._asked))
 
     def ask(self, question: Question) -> None:
         """Put a question in the queue. Raises QueueFullError, ClosedError."""
         with self._lock:
             if self._closed:
                 raise ClosedError(_CLOSING.error)
-            if self._pending > self.limit:
-                raise QueueFullError(f"{self._pending} requests are waiting already, and {self.limit} may: try again")
-            self._pending += 1
+            if (pending := self.pending) > self.limit:
+                raise QueueFullError(f"{pending} requests are waiting already, and {self.limit} may: try again")
+            self._asked.append(question)
             # inside: a thread that ends looks once more for what is there, with the same lock
             self._waiting.put(question)
 
@@ -116,8 +120,7 @@ class AnswerQueue:
         while (question := self._waiting.get()) is not None or not self._waiting.empty():
             if question is not None:
                 self._answer(question)
-                with self._lock:
-                    self._pending -= 1
+                self._done(question)
         for question in self._left():
             _tell(question, _CLOSING)
         self.switch.close()
@@ -126,9 +129,14 @@ class AnswerQueue:
         """What was put in while the loop ended. Nothing comes after it: `ask` refuses by now."""
         with self._lock:
             left = [self._waiting.get() for _ in range(self._waiting.qsize())]
-            questions = [question for question in left if question is not None]
-            self._pending -= len(questions)
+        questions = [question for question in left if question is not None]
+        for question in questions:
+            self._done(question)
         return questions
+
+    def _done(self, question: Question) -> None:
+        with self._lock:
+            self._asked[:] = [one for one in self._asked if one is not question]
 
     def _answer(self, question: Question) -> None:
         if question.gone.is_set():
@@ -136,7 +144,8 @@ class AnswerQueue:
         if self._closed:
             _tell(question, _CLOSING)
             return
-        told = _Told(question, TokenText(self.tokenizer, question.sampling.stop), self.ends, lambda: self._closed)
+        text = TokenText(self.tokenizer, question.sampling.stop, question.ids)
+        told = _Told(question, text, self.ends | question.sampling.ends, lambda: self._closed)
         try:
             with self.switch.active(question.model):
                 self._generate(question, told)
@@ -170,7 +179,7 @@ class AnswerQueue:
             **(drawn if sampling.temperature > 0 else {"do_sample": False}),
             max_new_tokens=sampling.max_tokens,
             pad_token_id=pad_token_id(self.tokenizer),
-            eos_token_id=sorted(self.ends) or None,
+            eos_token_id=sorted(self.ends | sampling.ends) or None,
         )
 
 

@@ -21,7 +21,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
+    # of completions 0 asks for the likelihoods of what was drawn
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "suffix": ("",),
     "tools": ([],),

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lofit_fast.config import shown
 from lofit_fast.data.encode import encode_prompt
+from lofit_fast.evaluation.generation_settings import ends_of
 from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.serving.answer_queue import Sampling
 from lofit_fast.serving.openai_requests import BadRequestError, ChatRequest, CompletionRequest
-from lofit_fast.tasks.chat import Rendered
+from lofit_fast.tasks.chat import Rendered, check_whole, turn_endings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,8 @@ class Prompts:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.context = getattr(text_config(model), "max_position_embeddings", None)
         self._lock = threading.Lock()
+        # an adapter that was trained on chats ends its turns as the template does
+        self._chat_ends = frozenset(ends_of(model, self.tokenizer, turn_endings(self.tokenizer)))
 
     @property
     def chats(self) -> bool:
@@ -46,6 +50,10 @@ class Prompts:
         # templates raise errors of Jinja's, and what Python raises inside them
         except Exception as error:
             raise BadRequestError(f"the model's chat template refuses the messages: {error}", "messages") from error
+        try:
+            check_whole(messages, text)
+        except ValueError as error:
+            raise BadRequestError(str(error), "messages") from error
         return self._encoded(Rendered(text), "messages")
 
     def of_text(self, text: str) -> list[int]:
@@ -63,8 +71,26 @@ class Prompts:
                 _TOO_LONG,
             )
         most = asked.longest or min(self.new_tokens, room if room is not None else self.new_tokens)
+        stop, ends = self._stops(asked.stops)
+        if isinstance(asked, ChatRequest):
+            ends |= self._chat_ends
         drawn = {"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed}
-        return Sampling(most, stop=asked.stops, **{key: value for key, value in drawn.items() if value is not None})
+        given = {key: value for key, value in drawn.items() if value is not None}
+        return Sampling(most, stop=stop, ends=ends, **given)
+
+    def _stops(self, stops: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Stop strings as texts, and as tokens where they name special ones, which no text shows."""
+        with self._lock:
+            read = {stop: self.tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in stops}
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        named = {stop: ids for stop, ids in read.items() if special.intersection(ids)}
+        if mixed := [stop for stop, ids in named.items() if len(ids) > 1]:
+            raise BadRequestError(
+                f"{shown(mixed[0])} holds a special token, which no answer's text shows: expected one special token "
+                "alone, or a text without any",
+                "stop",
+            )
+        return tuple(stop for stop in stops if stop not in named), frozenset(ids[0] for ids in named.values())
 
     def _encoded(self, text: str, param: str) -> list[int]:
         try:

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lofit_fast.data.decode import decoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # what a tokenizer makes of bytes that are no whole character yet
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
+_BEFORE = 8
 
 
 class TokenText:
     """What may be shown of an answer after each of its tokens.
 
-    stop: strings that end the answer and are not part of it. stopped: whether one has come.
+    stop: strings that end the answer and are not part of it. stopped: whether one has come. before: the tokens that it
+    follows.
     What could be the beginning of a stop string, or of a character, is held back until that is known.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
-        self._ids: list[int] = []
+        self._ids = list(before[-_BEFORE:])
         # the tokens from _begin to _read were decoded last: the next ones are decoded behind them, since a word's first
         # token reads differently at the beginning of a text
-        self._begin = self._read = 0
+        self._begin, self._read = 0, len(self._ids)
         self._held = ""
 
     def add(self, token: int) -> str:
@@ -47,7 +53,7 @@ class TokenText:
         return text if self.stopped else text + rest
 
     def _decode(self, begin: int, end: int) -> str:
-        return self.tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
+        return decoded(self.tokenizer, self._ids[begin:end])
 
     def _sure(self, new: str) -> str:
         if self.stopped:

@@ -19,6 +19,8 @@ FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what looks like one token, whether the tokenizer knows it as special or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
+# what closes thinking that is written into a content
+_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning|reason)>|\[/THINK\]")
 _WORD = "ANSWER"
 _LAST = 'learn the last turn only (train_on="last", --train-on last)'
 
@@ -36,7 +38,7 @@ class Conversation(Example):
     Attributes:
         prompt: the rendering of all messages but the last, with what the template puts before an answer.
         completion: the last turn as rendered, thinking and calls of tools included, without its ending.
-        answers: the last message's content, and the completion.
+        answers: the last message's content, without thinking in front of it, and the completion.
         text: the rendering of all messages. It begins with prompt + completion.
         learned: the assistant's turns to learn, each with its ending, as (begin, end) of `text`.
         ended: whether the template ends the last turn. If not, whoever tokenizes adds an end-of-sequence token.
@@ -109,7 +111,7 @@ def conversation(
     messages = [dict(message) for message in messages]
     text, prompt = template.render(messages), template.render(messages[:-1], prompt=True)
     last = len(messages) - 1
-    _check_whole(messages, text)
+    check_whole(messages, text)
     if not text.startswith(prompt):
         raise ValueError(_no_prefix(messages, last, prompt, text))
     if template.marks:
@@ -122,7 +124,7 @@ def conversation(
         # the end token that is to follow comes after all of the text
         closed, learned[-1] = len(text), (learned[-1][0], len(text))
     completion = text[len(prompt) : closed].rstrip() if ended else text[len(prompt) : closed]
-    content = messages[-1].get("content") or ""
+    content = _after_thinking(messages[-1].get("content") or "")
     answers = tuple(dict.fromkeys(answer for answer in (content.strip(), completion.strip()) if answer))
     return Conversation(
         Rendered(prompt),
@@ -133,6 +135,20 @@ def conversation(
         ended=ended,
         marker=_marker(completion, content.strip()),
     )
+
+
+def turn_endings(tokenizer) -> tuple[str, ...]:
+    """What a tokenizer's chat template ends a turn of the assistant with, each as one text without white space.
+
+    Nothing without a template, and of one that takes no short talk.
+    """
+    try:
+        talk = conversation(
+            [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": _WORD}], tokenizer
+        )
+    except ValueError:
+        return ()
+    return (talk.ending,) if talk.ending else ()
 
 
 def check_no_template(row: Mapping) -> None:
@@ -148,6 +164,20 @@ def check_train_on(train_on: str) -> None:
     """Raise ValueError unless it is one of `TRAIN_ON`."""
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
+
+
+def check_whole(messages: Sequence[Mapping], text: str) -> None:
+    """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
+    for i, message in enumerate(messages):
+        lines = (message.get("content") or "").strip().splitlines() or [""]
+        # what comes after the thinking, which may be moved or left out
+        end = lines[-1].rpartition(">")[2].strip() or lines[-1].strip()
+        # what a tool says may be quoted, and what goes with a call of one moved
+        if message["role"] != "tool" and not message.get("tool_calls") and end not in text:
+            raise ValueError(
+                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({end[:40]!r}): "
+                "expected a template that takes this role, and contents that are texts"
+            )
 
 
 @dataclass(frozen=True)
@@ -326,6 +356,12 @@ def _last_ending(template: _Template, text: str, begin: int) -> tuple[int, bool]
     return (max(begin, len(text) - len(endings[0])), True) if endings else (len(text), False)
 
 
+def _after_thinking(content: str) -> str:
+    """A content without the thinking that stands in it, as most data of reasoning models has it."""
+    thought = list(_THOUGHT.finditer(content))
+    return (thought and content[thought[-1].end() :].strip()) or content
+
+
 def _marker(completion: str, content: str) -> str:
     """The tag right before the content, where something precedes it."""
     lead = completion[: completion.rfind(content)] if content and content in completion else ""
@@ -348,20 +384,6 @@ def _has_text(message: Mapping) -> bool:
     content = message.get("content")
     others = any(value for key, value in message.items() if key not in ("role", "content", "name"))
     return isinstance(content, str) or (content is None and others)
-
-
-def _check_whole(messages: list[Mapping], text: str) -> None:
-    """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
-    for i, message in enumerate(messages):
-        lines = (message.get("content") or "").strip().splitlines() or [""]
-        # what comes after the thinking, which may be moved or left out
-        end = lines[-1].rpartition(">")[2].strip() or lines[-1].strip()
-        # what a tool says may be quoted, and what goes with a call of one moved
-        if message["role"] != "tool" and not message.get("tool_calls") and end not in text:
-            raise ValueError(
-                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({end[:40]!r}): "
-                "expected a template that takes this role, and contents that are texts"
-            )
 
 
 def _name(i: int) -> str:

@@ -46,8 +46,8 @@ def test_what_may_become_a_stop_string_is_held_back():
 class Bytes:
     """A tokenizer of bytes: a character may take several tokens."""
 
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens and not clean_up_tokenization_spaces
         return bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -63,7 +63,7 @@ def test_half_a_character_is_never_shown():
 class Words:
     """A tokenizer that puts a space before every word but the first of a text, as SentencePiece does."""
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return " ".join(f"w{number}" for number in ids)
 
 

@@ -33,9 +33,11 @@ function update() {
 }
 
 function request(name, prompt) {
-  const asked = { model: name, stream: true, max_tokens: Number(at("max_tokens").value) };
-  asked.temperature = Number(at("temperature").value);
-  if (asked.temperature > 0) asked.top_p = Number(at("top_p").value);
+  const asked = { model: name, stream: true };
+  // a field that was emptied asks for nothing
+  if (at("max_tokens").value !== "") asked.max_tokens = Number(at("max_tokens").value);
+  if (at("temperature").value !== "") asked.temperature = Number(at("temperature").value);
+  if (asked.temperature !== 0 && at("top_p").value !== "") asked.top_p = Number(at("top_p").value);
   if (at("seed").value !== "") asked.seed = Number(at("seed").value);
   if (at("mode").value === "text") return ["/v1/completions", { ...asked, prompt }];
   const messages = [...columns.get(name).messages, { role: "user", content: prompt }];
@@ -62,7 +64,7 @@ async function* events(response) {
 
 async function ask(name, prompt, signal) {
   const column = columns.get(name);
-  element("p", prompt, column.talk, "user");
+  const said = element("p", prompt, column.talk, "user");
   const answer = element("p", "", column.talk, "assistant busy");
   const [address, body] = request(name, prompt);
   try {
@@ -76,9 +78,15 @@ async function ask(name, prompt, signal) {
       if (choice.finish_reason === "length") answer.classList.add("cut");
       column.talk.scrollTop = column.talk.scrollHeight;
     }
-    if (body.messages) column.messages = [...body.messages, { role: "assistant", content: answer.textContent }];
   } catch (error) {
     if (error.name !== "AbortError") element("p", error.message, column.talk, "error");
+  }
+  // what stands on the page has been said, a part of an answer too
+  if (body.messages && answer.textContent && answer.isConnected) {
+    column.messages = [...body.messages, { role: "assistant", content: answer.textContent }];
+  } else if (body.messages) {
+    said.classList.add("unsaid");
+    answer.remove();
   }
   answer.classList.remove("busy");
 }

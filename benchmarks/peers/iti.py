@@ -38,7 +38,8 @@ def find_directions(
 ) -> Directions:
     """The costly part of `make`, which no strength and no number of heads enters. seed: of the probes' splits."""
     activations, labels = head_activations(model, tokenizer, contrasts)
-    return Directions(probe_accuracy(activations, labels, seed=seed), shifts(activations, labels, direction))
+    accuracy = probe_accuracy(activations, labels, seed=seed, questions=[one.prompt for one in contrasts])
+    return Directions(accuracy, shifts(activations, labels, direction))
 
 
 def shifts(activations: Tensor, labels: Tensor, direction: Kind = "mean_shift") -> Tensor:

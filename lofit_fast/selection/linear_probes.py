@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -89,6 +89,7 @@ def probe_accuracy(
     splits: int = SPLITS,
     l2: float = 1.0,
     seed: int = 42,
+    questions: Sequence[Hashable] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Held-out accuracy of a logistic probe per head: (layers, heads) float32. ITI's scores (arXiv:2306.03341).
@@ -97,10 +98,13 @@ def probe_accuracy(
     are dealt into `splits` at random; every answer is judged by a probe fitted to the other splits, on features brought
     to mean 0 and deviation 1 there. The share of right judgements is taken over all answers. Heads the model does not
     have score minus infinity.
+    questions: what each two rows are of, their prompt say: a question that comes more than once is in one split, or a
+    probe would know it by heart. None: each is another.
     Raises ValueError for shapes that do not fit, or fewer questions than splits.
     """
-    heads = _checked(activations, labels, splits).flatten(1, 2).transpose(0, 1)
-    accuracy = _held_out_accuracy(heads, labels, splits, l2, seed, "probing heads", progress)
+    groups = _groups(labels, questions)
+    heads = _checked(activations, labels, groups, splits).flatten(1, 2).transpose(0, 1)
+    accuracy = _held_out_accuracy(heads, labels, groups, splits, l2, seed, "probing heads", progress)
     return accuracy.view(activations.shape[1:3])
 
 
@@ -111,14 +115,16 @@ def layer_probe_accuracy(
     splits: int = SPLITS,
     l2: float = 1.0,
     seed: int = 42,
+    questions: Sequence[Hashable] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """As `probe_accuracy`, with one probe per layer on all its heads side by side: (layers,) float32."""
-    layers = _checked(activations, labels, splits).flatten(2).transpose(0, 1)
+    groups = _groups(labels, questions)
+    layers = _checked(activations, labels, groups, splits).flatten(2).transpose(0, 1)
     # a layer with fewer heads than others is still a layer
     present = ~layers.isnan().all(2).all(1)
     layers = layers.nan_to_num().where(present[:, None, None], math.nan)
-    return _held_out_accuracy(layers, labels, splits, l2, seed, "probing layers", progress)
+    return _held_out_accuracy(layers, labels, groups, splits, l2, seed, "probing layers", progress)
 
 
 def probing_layer_scores(layer_accuracy: Tensor, head_accuracy: Tensor) -> Tensor:
@@ -215,10 +221,22 @@ class _LastInputs(ExitStack):
         return take
 
 
-def _held_out_accuracy(features, labels, splits: int, l2: float, seed: int, label: str, progress: bool) -> Tensor:
+def _groups(labels: Tensor, questions: Sequence[Hashable] | None) -> Tensor:
+    """(n,) int64: the number of the question that every two rows are of, in the order in which they come."""
+    every = range(len(labels) // 2) if questions is None else questions
+    if len(every) != len(labels) // 2:
+        raise ValueError(f"expected a question for every two of {len(labels)} rows, got {len(every)}")
+    numbers = {question: number for number, question in enumerate(dict.fromkeys(every))}
+    return torch.tensor([numbers[question] for question in every], dtype=torch.int64)
+
+
+def _held_out_accuracy(
+    features, labels, groups: Tensor, splits: int, l2: float, seed: int, label: str, progress: bool
+) -> Tensor:
     """(P,) float32 on the CPU for features (P, 2n, F); minus infinity where they are NaN."""
     labels = labels.to(features.device)
-    split = split_of(len(labels) // 2, splits, seed).repeat_interleave(2).to(features.device)
+    dealt = split_of(int(groups.max()) + 1, splits, seed)
+    split = dealt[groups].repeat_interleave(2).to(features.device)
     accuracy = torch.full((len(features),), -math.inf, dtype=torch.float32)
     known = (~features.isnan().any(2).any(1)).nonzero()[:, 0]
     with tqdm(total=splits * len(known), desc=label, disable=not progress, leave=False) as bar:
@@ -239,7 +257,7 @@ def _held_out_accuracy(features, labels, splits: int, l2: float, seed: int, labe
     return accuracy
 
 
-def _checked(activations: Tensor, labels: Tensor, splits: int) -> Tensor:
+def _checked(activations: Tensor, labels: Tensor, groups: Tensor, splits: int) -> Tensor:
     if activations.dim() != 4 or labels.shape != activations.shape[:1] or len(labels) % 2:
         raise ValueError(
             "expected activations (2n, layers, heads, D) and labels (2n,), got "
@@ -247,6 +265,7 @@ def _checked(activations: Tensor, labels: Tensor, splits: int) -> Tensor:
         )
     if labels.dtype != torch.bool or (labels[::2] == labels[1::2]).any():
         raise ValueError("expected bool labels, a right and a wrong answer in every two consecutive rows")
-    if not 2 <= splits <= len(labels) // 2:
-        raise ValueError(f"expected splits from 2 to the {len(labels) // 2} questions there are, got {splits}")
+    count = len(groups.unique())
+    if not 2 <= splits <= count:
+        raise ValueError(f"expected splits from 2 to the {count} questions there are, got {splits}")
     return activations

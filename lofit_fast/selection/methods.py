@@ -82,8 +82,8 @@ def iti_probe(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=F
     """How well a probe on a head's output tells right answers from wrong ones: ITI's choice (arXiv:2306.03341)."""
 
     def scores() -> Tensor:
-        z, labels = head_activations(model, tokenizer, contrasts(task, seed), progress=progress)
-        return probe_accuracy(z, labels, seed=seed, progress=progress)
+        z, labels, how = _probed(model, tokenizer, task, seed, progress)
+        return probe_accuracy(z, labels, **how)
 
     return _timed(scores, recipe)
 
@@ -92,11 +92,17 @@ def probing_layers(model, tokenizer, task, recipe, *, output_dir, seed=42, progr
     """All heads of the layers whose probes are best, and of the last layer needed its best-probed heads."""
 
     def scores() -> Tensor:
-        z, labels = head_activations(model, tokenizer, contrasts(task, seed), progress=progress)
-        layers = layer_probe_accuracy(z, labels, seed=seed, progress=progress)
-        return probing_layer_scores(layers, probe_accuracy(z, labels, seed=seed, progress=progress))
+        z, labels, how = _probed(model, tokenizer, task, seed, progress)
+        return probing_layer_scores(layer_probe_accuracy(z, labels, **how), probe_accuracy(z, labels, **how))
 
     return _timed(scores, recipe)
+
+
+def _probed(model, tokenizer, task, seed: int, progress: bool) -> tuple[Tensor, Tensor, dict[str, object]]:
+    """(activations, labels, how they are probed): what probes of heads and of layers have in common."""
+    made = contrasts(task, seed)
+    z, labels = head_activations(model, tokenizer, made, progress=progress)
+    return z, labels, {"seed": seed, "questions": [one.prompt for one in made], "progress": progress}
 
 
 def random(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:

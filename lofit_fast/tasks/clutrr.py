@@ -1,11 +1,12 @@
 """CLUTRR, the family relations benchmark, read from a folder of its published splits."""
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
-from lofit_fast.extras import needing
 from lofit_fast.files import given_path
 from lofit_fast.tasks.published_splits import PROMPTS, check_files, naming_rows, subset, wording
+from lofit_fast.tasks.row_files import file_rows
 from lofit_fast.tasks.task import Example, Task
 
 SPLITS = {"train": "clutrr/train.json", "validation": "clutrr/val.json"}
@@ -20,7 +21,7 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
     `clutrr/train.json` and `clutrr/val.json` are JSON arrays of rows with `clean_story` (names in square brackets,
     which are removed), `query` ("('first', 'second')") and `target_text` (what second is to first). `prompts.json`
     holds, under "clutrr", a `template` with the fields {story}, {first} and {second} and a `completion` with the field
-    {relation}. The rows go through the `datasets` library and its default cache. `candidates` are the completions that
+    {relation}. `candidates` are the completions that
     occur in either whole file, in alphabetical order.
 
     Args:
@@ -31,7 +32,6 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 
     Raises:
         FileNotFoundError: one of the three files is not there.
-        ImportError: the `datasets` library is not installed.
         ValueError: a file that is not JSON, a row without a needed field, a text of `prompts.json` that is missing or
             has other fields, no rows, or fewer rows than train_size.
     """
@@ -46,35 +46,26 @@ def clutrr(data: str | Path, train_size: int | None = None, seed: int = 42) -> T
 
 def _examples(path, texts):
     examples = []
-    for number, row in enumerate(_rows(path), start=1):
-        where = f"{path}: row {number}"
-        first, second = _query(row["query"], where)
-        story, relation = row["clean_story"].replace("[", "").replace("]", ""), row["target_text"]
+    for where, row in file_rows(path):
+        story, relation = _text(row, "clean_story", where), _text(row, "target_text", where)
+        first, second = _query(_text(row, "query", where), where)
+        story = story.replace("[", "").replace("]", "")
         with naming_rows(where):
             prompt = texts["template"].format(story=story, first=first, second=second)
             examples.append(Example(prompt, texts["completion"].format(relation=relation), (relation,)))
+    if not examples:
+        raise ValueError(f"{path}: got no rows, expected at least one")
     return examples
 
 
-def _rows(path):
-    # the library takes seconds to import: only for those who read data
-    with needing("datasets", "train", "CLUTRR"):
-        from datasets import load_dataset
-
-    try:
-        rows = load_dataset("json", data_files=str(path), split="train")
-    # the library raises whatever it likes at files that are damaged, StopIteration for one
-    except Exception as error:
-        raise ValueError(f"{path}: expected a JSON array of rows, got what could not be read: {error!r}") from error
-    if not len(rows):
-        raise ValueError(f"{path}: got no rows, expected at least one")
-    for field in FIELDS:
-        if field not in rows.column_names:
-            raise ValueError(f"{path}: no field {field}, got {sorted(rows.column_names)}, expected {list(FIELDS)}")
-        for number, value in enumerate(rows[field], start=1):
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{path}: row {number}: {field} must be a text, got {value!r}")
-    return rows
+def _text(row, field, where):
+    if not isinstance(row, Mapping) or field not in row:
+        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"{where}: no field {field}, got {got}, expected {list(FIELDS)}")
+    value = row[field]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {field} must be a text, got {value!r}")
+    return value
 
 
 def _query(text, where):

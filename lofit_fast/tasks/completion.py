@@ -127,7 +127,8 @@ def _examples(source, tokenizer, train_on, **reading):
     named = set(reading["columns"] or ())
     examples, first = [], None
     for where, row in source_rows(source, **reading):
-        preference = _kind(row, where, named) == "a preference"
+        kind = _kind(row, where, named)
+        preference = kind == "a preference"
         if first is None:
             first = preference, where
         if preference != first[0]:
@@ -138,7 +139,7 @@ def _examples(source, tokenizer, train_on, **reading):
         if preference:
             examples.append(as_preference(row, where, partial(_last_turn, row=row, where=where, tokenizer=tokenizer)))
         else:
-            examples.append(_example(row, where, tokenizer, train_on))
+            examples.append(_example(row, kind, where, tokenizer, train_on))
     if not examples:
         raise ValueError(f"{source}: got no rows, expected at least one")
     return examples
@@ -155,7 +156,7 @@ def _kind(row, where, named):
     kinds = [kind for kind, (needed, more) in KINDS.items() if needed <= row.keys() and named <= needed | more]
     if not kinds:
         raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}{_hint(named)}")
-    if kinds[0] == "a preference" and len(kinds) > 1:
+    if len(kinds) > 1:
         raise ValueError(
             f"{where}: got the keys {sorted(row)}, which are {' and '.join(kinds)}: choose by naming a column of one, "
             "with --columns chosen=chosen, completion=completion or messages=messages"
@@ -167,9 +168,9 @@ def _hint(named):
     return f" (columns were given for {', '.join(sorted(named))})" if named else "; --columns renames"
 
 
-def _example(row, where, tokenizer, train_on):
+def _example(row, kind, where, tokenizer, train_on):
     try:
-        if not {"prompt", "completion"} <= row.keys():
+        if kind == "a chat":
             return conversation_of(row, tokenizer, train_on)
         prompt, answer = row["prompt"], row["completion"]
         # a prompt and a completion of messages, as TRL has them, are one chat

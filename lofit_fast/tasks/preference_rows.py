@@ -17,8 +17,8 @@ def as_preference(row: Preference | Mapping[str, object], where: str, render: Re
 
     Texts are taken as they are; `rejected` is one text or a list of them. Of messages, `chosen` and `rejected` are
     lists of {role, content} and `rejected` may also be a list of such lists. `prompt` is then the messages before them,
-    or is missing (or the text of the last question) where each list holds the whole conversation. `tools` and
-    `chat_template_kwargs` beside them are for `render`.
+    or is missing (or the text of the last question, or messages that each list begins with) where each list holds the
+    whole conversation. `tools` and `chat_template_kwargs` beside them are for `render`.
 
     Args:
         row: with the keys above; a Preference comes back as it is.
@@ -73,7 +73,10 @@ def _rendered(prompt, chosen, rejected, where, render):
     if not isinstance(rejected, list) or not rejected or not all(map(_is_chat, rejected)):
         raise ValueError(f"{where}: chosen is a list of messages: rejected must be one too, or a list of such lists")
     before = prompt if _is_chat(prompt) else []
-    if prompt is not None and not before and prompt != _last_question(chosen):
+    if before and all(answer[: len(before)] == before for answer in (chosen, *rejected)):
+        # each holds the whole conversation, and the prompt is its beginning
+        before = []
+    if prompt is not None and not _is_chat(prompt) and prompt != _last_question(chosen):
         raise ValueError(f"{where}: prompt must be the messages before the answers, or the text of the last question")
     talks = [[*before, *answer] for answer in (chosen, *rejected)]
     if any(talk[:-1] != talks[0][:-1] for talk in talks):

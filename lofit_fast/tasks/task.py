@@ -1,6 +1,7 @@
 """What a task is (prompts, completions, correct answers), and the metrics every task shares."""
 
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Example:
 class Preference:
     """A prompt, the answer to prefer, and the answers to prefer it to. All are written as an Example's are.
 
+    An answer that is rejected twice counts once.
+
     Raises:
         TypeError: a field that is not a string, or `rejected` that is one string instead of several.
         ValueError: an answer of white space only, no rejected answer, or one equal to the chosen.
@@ -56,7 +59,7 @@ class Preference:
     def __post_init__(self):
         check_text("prompt", self.prompt)
         check_text("chosen", self.chosen)
-        object.__setattr__(self, "rejected", _as_strings(self.rejected))
+        object.__setattr__(self, "rejected", tuple(dict.fromkeys(_as_strings(self.rejected))))
         for field, answer in (("chosen", self.chosen), *(("rejected", answer) for answer in self.rejected)):
             check_text(field, answer)
             _check_visible(field, answer)
@@ -137,7 +140,8 @@ def exact_match(prediction: str, answers: Iterable[str]) -> bool:
 
     Both sides are stripped, cut to as many lines as the answer has (one, as a rule: a model that goes on to invent the
     next question is not punished for it), lower-cased, freed of trailing punctuation (`. , ; : ! ?` and quotes), and
-    their runs of white space become one space. A text that is punctuation only is compared as it is. Articles,
+    their runs of white space become one space; an accent counts the same as a sign of its own and as part of a letter
+    (NFC). A text that is punctuation only is compared as it is. Articles,
     leading punctuation and signs such as `%` or `+` are kept: they can be the answer.
 
     Args:
@@ -190,7 +194,7 @@ def draw(count: int, size: int, seed: int) -> list[int]:
 
 
 def _normalised(lines):
-    text = " ".join(" ".join(lines).lower().split())
+    text = " ".join(unicodedata.normalize("NFC", " ".join(lines)).lower().split())
     return text.rstrip(TRAILING) or text
 
 

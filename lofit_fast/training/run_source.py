@@ -21,14 +21,20 @@ Source = Mapping[str, object]
 def source_of(task: Task, data: str | Path | None, data_seed: int) -> dict[str, object]:
     """A task as a run keeps it. data: what it was read from. data_seed: of the draw that set evaluation data aside.
 
-    "held_out" is a digest of what it is judged by, in whatever order.
+    "judged_by" is a digest of what it is judged by, in whatever order; "held_out" of the prompts alone, which is what
+    runs of earlier releases have kept.
     """
     prompts = sorted(example.prompt for example in (*task.validation, *task.choices))
-    held_out = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    whole = [[e.prompt, e.completion, *e.answers] for e in task.validation]
+    whole += [[c.prompt, *c.choices, *map(str, (*c.correct, c.best))] for c in task.choices]
     # a hub id stays as it is
     read = os.path.abspath(data) if data is not None and os.path.exists(data) else data
     named = {"task": task.name, "data": None if read is None else str(read)}
-    return {**named, "data_seed": data_seed, "held_out": held_out}
+    return {**named, "data_seed": data_seed, "held_out": _digest(prompts), "judged_by": _digest(sorted(whole))}
+
+
+def _digest(rows: list) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def kept_source(adapter: Path | str) -> dict[str, object]:
@@ -72,7 +78,8 @@ def other_rows(adapter: Path | str | None, now: Source) -> str | None:
     now = as_json(dict(now))
     if "held_out" not in kept or any(kept.get(name) != now[name] for name in ("task", "data")):
         return None
-    if kept["held_out"] == now["held_out"]:
+    known = "judged_by" if "judged_by" in kept else "held_out"
+    if kept[known] == now[known]:
         return None
     return (
         f"{now['data'] or now['task']} gives other rows to judge by than the run of {adapter} has held out, so that it "

@@ -97,6 +97,21 @@ def test_a_question_is_never_on_both_sides():
     assert not splits.equal(split_of(11, 3, seed=2))
 
 
+def test_a_question_that_comes_again_is_on_one_side():
+    once, _ = answers(40, told_by=[], size=24)
+    activations, labels = once.repeat(3, 1, 1, 1), torch.tensor([True, False]).repeat(120)
+    known = [number % 40 for number in range(120)]
+    assert probe_accuracy(activations, labels).min() > 0.65
+    assert probe_accuracy(activations, labels, questions=known).mean() == pytest.approx(0.5, abs=0.1)
+    assert layer_probe_accuracy(activations, labels, questions=known).mean() == pytest.approx(0.5, abs=0.15)
+    # questions that come once are dealt as ever
+    assert probe_accuracy(once, labels[:80], questions=range(40)).equal(probe_accuracy(once, labels[:80]))
+    with pytest.raises(ValueError, match="splits from 2 to the 1 questions there are"):
+        probe_accuracy(once, labels[:80], questions=["one"] * 40)
+    with pytest.raises(ValueError, match="expected a question for every two of 80 rows, got 2"):
+        probe_accuracy(once, labels[:80], questions=["one", "two"])
+
+
 def test_scale_and_shift_of_a_feature_do_not_matter():
     activations, labels = answers(30, told_by=[])
     moved = activations.double() * torch.tensor([1e-4, 1, 1e4, 1, 1, 10]) + 100

@@ -1,12 +1,11 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from lofit_fast.tasks import load_task, majority_accuracy
 from lofit_fast.tasks.clutrr import clutrr
-
-datasets = pytest.importorskip("datasets")
 
 WORDING = {"template": "Read: {story}\nWhat is {second} to {first}?\n", "completion": "{relation}"}
 
@@ -24,15 +23,6 @@ def row(number, first, second, relation):
 
 TRAIN = [row(i, f"Quill{i}", f"Tansy{i}", ("aunt", "niece", "niece")[i % 3]) for i in range(12)]
 VALIDATION = [row(0, "Juniper", "O'Bram", "uncle"), row(1, "Moss", "Wren", "niece")]
-
-
-@pytest.fixture(autouse=True)
-def quiet_library(tmp_path_factory, monkeypatch):
-    # the default cache, somewhere that goes away
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def write(folder: Path, train=TRAIN, validation=VALIDATION, prompts=None) -> Path:
@@ -87,10 +77,12 @@ def test_clutrr_names_the_missing_file(tmp_path, name):
 @pytest.mark.parametrize("field", ["clean_story", "query", "target_text"])
 def test_clutrr_names_the_missing_field(tmp_path, field):
     without = [{key: value for key, value in r.items() if key != field} for r in TRAIN]
-    with pytest.raises(ValueError, match=rf"train\.json: no field {field}, got \["):
+    with pytest.raises(ValueError, match=rf"train\.json: row 1: no field {field}, got \["):
         clutrr(write(tmp_path / "all", train=without))
-    with pytest.raises(ValueError, match=rf"val\.json: row 2: {field} must be a text, got None"):
+    with pytest.raises(ValueError, match=rf"val\.json: row 2: no field {field}, got \["):
         clutrr(write(tmp_path / "one", validation=[VALIDATION[0], without[1]]))
+    with pytest.raises(ValueError, match=rf"val\.json: row 2: {field} must be a text, got None"):
+        clutrr(write(tmp_path / "null", validation=[VALIDATION[0], VALIDATION[1] | {field: None}]))
 
 
 @pytest.mark.parametrize("query", ["Moss and Wren", "('Moss',)", "(1, 2)", "'AB'", "("])
@@ -124,9 +116,18 @@ def test_clutrr_rejects_files_that_are_not_json_rows(tmp_path):
     with pytest.raises(ValueError, match=r"prompts\.json: expected JSON, got what is not"):
         clutrr(tmp_path / "prompts")
     (write(tmp_path / "rows") / "clutrr" / "train.json").write_text('[{"clean_story": ')
-    with pytest.raises(ValueError, match=r"train\.json: expected a JSON array of rows"):
+    with pytest.raises(ValueError, match=r"train\.json: line 1, column 18: expected JSON"):
         clutrr(tmp_path / "rows")
     for text in ("", "[]"):
         (write(tmp_path / "empty") / "clutrr" / "val.json").write_text(text)
-        with pytest.raises(ValueError, match=r"val\.json: (got no rows|expected a JSON array of rows)"):
+        with pytest.raises(ValueError, match=r"val\.json: got no rows"):
             clutrr(tmp_path / "empty")
+
+
+def test_clutrr_reads_the_file_that_is_there(tmp_path):
+    path = write(tmp_path) / "clutrr" / "val.json"
+    assert clutrr(tmp_path).validation[0].completion == "uncle"
+    times = path.stat()
+    path.write_text(path.read_text().replace("uncle", "nephs"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert clutrr(tmp_path).validation[0].completion == "nephs"

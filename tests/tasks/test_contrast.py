@@ -28,6 +28,15 @@ def test_preferences_give_a_rejected_answer_and_the_seed_decides_which():
     assert {c.wrong for c in first} <= {"no", "never", "nay"} and first != second and first == contrasts(task, seed=1)
 
 
+def test_what_counts_as_correct_anywhere_is_never_wrong():
+    rows = [Example("q", " a"), Example("q", " b"), Example("other", " c")]
+    made = [c for seed in range(20) for c in contrasts(Task("open", rows, []), seed) if c.prompt == "q"]
+    assert {c.wrong for c in made} == {" c"}
+    pairs = [Preference("q", "a", ("b", "c")), Preference("q", "b", ("a", "d"))]
+    drawn = [contrasts(Task("p", [], [], preferences=pairs), seed) for seed in range(20)]
+    assert {c.wrong for two in drawn for c in two} == {"c", "d"}
+
+
 def test_what_cannot_be_contrasted_is_refused():
     with pytest.raises(ValueError, match="no training examples"):
         contrasts(Task("none", [], []))

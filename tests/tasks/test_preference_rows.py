@@ -55,13 +55,14 @@ RENDERED = Preference("<s>[user]Hi[assistant]Hello[user]Well?[assistant]", "Fine
     [
         {"prompt": TALK, "chosen": messages("", "Fine")[1:], "rejected": messages("", "Bad")[1:]},
         {"chosen": [*TALK, *messages("", "Fine")[1:]], "rejected": [*TALK, *messages("", "Bad")[1:]]},
+        {"prompt": TALK, "chosen": [*TALK, *messages("", "Fine")[1:]], "rejected": [*TALK, *messages("", "Bad")[1:]]},
         {
             "prompt": "Well?",
             "chosen": [*TALK, *messages("", "Fine")[1:]],
             "rejected": [[*TALK, *messages("", "Bad")[1:]]],
         },
     ],
-    ids=["prompt apart", "whole conversations", "prompt as the last question"],
+    ids=["prompt apart", "whole conversations", "their beginning as prompt", "prompt as the last question"],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_conversations_go_through_the_template(tmp_path, row, suffix):
@@ -152,3 +153,14 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (example,) = completion(tmp_path / "a.jsonl", tiny_tokenizer(chat=True), validation=0).train
     assert (example.prompt, example.completion) == (RENDERED.prompt, "Fine")
+
+
+def test_a_row_that_is_a_chat_and_a_completion_is_what_its_columns_say(tmp_path):
+    row = {"prompt": "Q:", "completion": " plain", "messages": messages("Hi", "Hello")}
+    path = write(tmp_path / "both.jsonl", [row] * 3)
+    with pytest.raises(ValueError, match=r"which are a completion and a chat: choose by naming a column of one"):
+        completion(path, tiny_tokenizer(chat=True))
+    chat = completion(path, tiny_tokenizer(chat=True), columns={"messages": "messages"})
+    assert {example.completion for example in chat.train} == {"Hello"}
+    plain = completion(path, tiny_tokenizer(chat=True), columns={"completion": "completion"})
+    assert {example.completion for example in plain.train} == {" plain"}

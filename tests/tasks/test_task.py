@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lofit_fast.tasks import TASKS, Example, Task, exact_match, load_task, majority_accuracy
-from lofit_fast.tasks.task import draw
+from lofit_fast.tasks.task import Preference, draw
 
 PACKAGE = Path(__file__).parents[2] / "lofit_fast"
 
@@ -73,6 +73,15 @@ def test_a_task_holds_what_generators_give():
 )
 def test_exact_match(prediction, answers, expected):
     assert exact_match(prediction, answers) is expected
+
+
+def test_an_accent_is_one_whatever_it_is_written_with():
+    apart, one = "cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert exact_match(apart, [one]) and exact_match(one, [apart]) and not exact_match("cafe", [one])
+
+
+def test_an_answer_that_is_rejected_twice_counts_once():
+    assert Preference("q", "a", ("b", "c", "b", "c")).rejected == ("b", "c")
 
 
 def test_exact_match_rejects_one_string_as_answers():

@@ -52,6 +52,21 @@ def test_a_run_of_an_earlier_release_has_it_in_its_summary(tmp_path):
             data_seed_of(tmp_path / "select" / "adapter")
 
 
+def test_rows_of_one_prompt_are_told_apart_by_their_answers(tmp_path):
+    path = tmp_path / "poems.jsonl"
+    rows = [json.dumps({"prompt": "Poem:", "completion": f" {n}"}) + "\n" for n in range(30)]
+    path.write_text("".join(rows))
+    kept = judged(path, 7)
+    begun(tmp_path / "run", kept)
+    assert other_rows(tmp_path / "run" / "adapter", judged(path, 7)) is None
+    path.write_text("".join(reversed(rows)))
+    now = judged(path, 7)
+    assert "gives other rows to judge by" in other_rows(tmp_path / "run" / "adapter", now)
+    # of a run of an earlier release the prompts alone are known
+    begun(tmp_path / "older", {name: value for name, value in kept.items() if name != "judged_by"})
+    assert other_rows(tmp_path / "older" / "adapter", now) is None
+
+
 def test_adapters_of_no_run(tmp_path):
     assert data_seed_of(None) == 42 and kept_source(tmp_path / "adapter") == {}
     (tmp_path / "state.json").write_text('["somebody else\'s"]')

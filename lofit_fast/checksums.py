@@ -44,6 +44,16 @@ def written_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
+def written_files(folder: Path) -> list[str]:
+    """The paths in a folder of the files that are there as `write_sums` has found them; none of what is damaged."""
+    try:
+        names = list(written_sums(folder))
+    except ValueError:
+        return []
+    # a name leads nowhere else
+    return [n for n in names if ".." not in Path(n).parts and not Path(n).is_absolute() and (folder / n).is_file()]
+
+
 def check_sums(folder: Path, kind: str = "*", digest: Callable[[Path], str] = sha256_of) -> None:
     """Raise ValueError, naming the file, unless the files of a folder are as they were written with `write_sums`.
 

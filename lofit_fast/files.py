@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ _PROBE = bytes(2**16)
 
 
 @contextmanager
-def whole_folder(path: Path | str, *, last: str | None = None, withdraw: bool = False) -> Iterator[Path]:
+def whole_folder(
+    path: Path | str, *, last: str | None = None, withdraw: bool = False, instead_of: Iterable[str] = ()
+) -> Iterator[Path]:
     """A scratch folder inside `path`, whose files move into `path` if the block ends well and vanish if it does not.
 
     Each file is replaced whole; files already in `path` under other names stay. A link is replaced, never written
@@ -39,6 +41,7 @@ def whole_folder(path: Path | str, *, last: str | None = None, withdraw: bool = 
         last: the name of a file that moves in after all others: the one that readers begin with.
         withdraw: whether an old file of that name is taken away before anything moves, so that a reader who comes
             between finds nothing rather than a mixture of old and new.
+        instead_of: names of files in `path` that are taken away unless new ones of these names move in.
 
     Raises:
         OSError: the folder cannot be written, or something fails to write in it; names it and the reason.
@@ -51,13 +54,13 @@ def whole_folder(path: Path | str, *, last: str | None = None, withdraw: bool = 
         try:
             with scratch_folder(path) as scratch:
                 yield scratch
-                _move(scratch, path, last, withdraw)
+                _move(scratch, path, last, withdraw, instead_of)
         except BaseException:
             _remove_empty(made)
             raise
 
 
-def _move(scratch: Path, path: Path, last: str | None, withdraw: bool) -> None:
+def _move(scratch: Path, path: Path, last: str | None, withdraw: bool, instead_of: Iterable[str]) -> None:
     """Put all of a scratch folder into `path`, or nothing where one file has no place there."""
     sources = sorted(scratch.rglob("*"), key=lambda source: (source == scratch / (last or ""), source))
     moves = [(source, path / source.relative_to(scratch)) for source in sources]
@@ -68,6 +71,8 @@ def _move(scratch: Path, path: Path, last: str | None, withdraw: bool) -> None:
             raise WriteError(path, f"{target.name} is there, as something else")
     if withdraw and last is not None:
         (path / last).unlink(missing_ok=True)
+    for old in {path / name for name in instead_of} - {target for _, target in moves}:
+        old.unlink(missing_ok=True)
     for source, target in moves:
         if source.is_dir():
             target.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The command `heads`: what an adapter's heads write and where they look, in a table and on a page."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,7 @@ from lofit_fast.cli.options import (
 )
 
 # heavy imports happen inside the command: --help must be instant
-_MOST_TOKENS = 96
+_MOST_TOKENS, _MOST_READ = 96, 1024
 _PICTURES = 4
 
 
@@ -45,7 +46,10 @@ def heads(
         typer.Option("--output", "-o", parser=named_path, help="An HTML page with pictures.", metavar="FILE"),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Read at its end. Default: the task's first held-out prompt.")
+        str | None,
+        typer.Option(
+            "--prompt", "-p", help="Read at its end. Default: the first prompt that the adapter's run has held out."
+        ),
     ] = None,
     task: TaskName = None,
     data: Data = None,
@@ -80,20 +84,25 @@ def heads(
     others = _others(adapter, compare or [])
     base, tokenizer = loaded(model, adapter, dtype, device)
     handle = handle_of(base)
-    text = prompt if prompt is not None else _first_prompt(task, data, tokenizer, split, subset, columns)
+    text = prompt if prompt is not None else _first_prompt(adapter, task, data, tokenizer, split, subset, columns)
     ids = encode_prompt(tokenizer, text)
+    if output is not None and len(ids) > _MOST_READ:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and the page shows attention over {_MOST_READ} at most: give a shorter "
+            "--prompt, or leave --output out"
+        )
     written = written_tokens(handle, tokenizer, ids, tokens)
     shape = (max(p.layer for p in handle.projections) + 1, max(p.n_heads for p in handle.projections))
     every = {str(adapter): offsets_in(handle.adapter())} | _offsets(others, handle)
     scaled = sum(len(layer.heads("scale")) for layer in handle.layers.values())
     common = overlaps(every, sum(p.n_heads for p in handle.projections))
     if output is not None:
-        if len(ids) > _MOST_TOKENS:
-            # what is beside the answer is looked at
-            ids = ids[-_MOST_TOKENS:]
-        names = [tokenizer.decode([token]) for token in ids]
         maps = attention_maps(handle, ids, [one.head for one in written[: pictures or _PICTURES]])
-        report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common, scaled)
+        # of a long prompt, what is beside the answer is shown
+        maps = {head: weights[-_MOST_TOKENS:, -_MOST_TOKENS:] for head, weights in maps.items()}
+        names = [tokenizer.decode([token]) for token in ids[-_MOST_TOKENS:]]
+        before = len(ids) - len(names)
+        report = HeadsReport(f"{adapter} on {model}", text, names, shape, written, maps, common, scaled, before)
         write_page(report, output)
     if as_json:
         heads_found, overlaps_found = [asdict(one) for one in written], [asdict(one) for one in common]
@@ -121,21 +130,28 @@ def _offsets(folders: list[str], handle) -> dict:
     """name -> head -> offset, of folders of the same base. Raises ValueError for one of another shape, or of scales."""
     from lofit_fast.patching.hub_adapters import adapter_folder
     from lofit_fast.patching.storage import check_fits, read_adapter
+    from lofit_fast.patching.weight_sample import check_base
     from lofit_fast.selection.adapter_overlap import offsets_in
 
     found = {}
     for folder in folders:
         adapter = read_adapter(adapter_folder(folder))
         check_fits(adapter, handle.fingerprint)
+        check_base(handle.model, adapter.base_digest, f"the adapter in {folder}", adapter.base_model, strict=False)
         found[str(folder)] = offsets_in(adapter)
     return found
 
 
-def _first_prompt(task, data, tokenizer, split, subset, columns) -> str:
+def _first_prompt(adapter, task, data, tokenizer, split, subset, columns) -> str:
+    from lofit_fast.patching.hub_adapters import adapter_folder
     from lofit_fast.tasks import load_task
+    from lofit_fast.training.run_source import data_seed_of, other_rows, source_of
 
-    name = task_name(task, data)
-    examples = load_task(name, data, tokenizer, progress=False, **reading_of(split, subset, columns))
+    name, folder = task_name(task, data), adapter_folder(adapter)
+    seed = data_seed_of(folder)
+    examples = load_task(name, data, tokenizer, seed=seed, progress=False, **reading_of(split, subset, columns))
+    if said := other_rows(folder, source_of(examples, data, seed)):
+        warnings.warn(said, stacklevel=2)
     given = examples.validation or examples.choices or examples.train
     if not given:
         raise ValueError(f"the task {name} has no example to read: give a --prompt")

@@ -59,9 +59,14 @@ def layers_of(name: str) -> list[Layer]:
 def adapter_heads(folder: Path, layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
     """How many heads of each layer an adapter scales, and how many it shifts.
 
-    Raises what `read_adapter` raises, and ValueError for an adapter of a model of another shape.
+    Raises what `read_adapter` raises, and ValueError for an adapter of a model of another shape, or for answers alone.
     """
     adapter = read_adapter(folder)
+    if adapter.config.positions != "all":
+        raise ValueError(
+            f"{folder} acts on answers alone, whose prompts and answers are computed in two ways: there is no "
+            "single path to tell, expected an adapter of all positions"
+        )
     got = adapter.fingerprint
     columns = ([layer.H for layer in layers], [layer.D for layer in layers], [layer.N for layer in layers])
     # as a fingerprint has them: one number where all layers have the same

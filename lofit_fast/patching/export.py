@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.checksums import write_sums, written_sums
+from lofit_fast.checksums import write_sums, written_files, written_sums
 from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.around_layer import check_nothing_around
@@ -43,8 +43,8 @@ def export(
     The folder is for the model's own class, with a bias switched on in its config where the offsets need one. Families
     whose code has no such switch are written for the family that computes the same with one (Mistral and Qwen2 as
     Llama). Tied tensors that have come to differ are written apart.
-    tokenizer: saved beside the model when given. server: a key of `SERVERS`, whose code has to keep the offsets of the
-    folder's class too.
+    tokenizer: saved beside the model when given, in place of all that an earlier export has written there.
+    server: a key of `SERVERS`, whose code has to keep the offsets of the folder's class too.
     Returns the folder, which holds the checksums of all its files too, for `verify_export` and `load_model`. Of a model
     that FSDP2 shards all processes must call it, see `with_whole_copy`.
     Raises ValueError when the family, or the server, cannot carry the offsets, the base is not plain, or the folder
@@ -61,8 +61,10 @@ def export(
     if server is not None:
         check_served(server, type(plain), any(layer.offset is not None for layer in handle.layers.values()))
     check_folder(handle, folder)
+    # a tokenizer reads files of another one too, its chat template for one
+    earlier = [] if tokenizer is None else written_files(folder)
     # without a config nobody takes the folder for a model
-    with whole_folder(folder, last="config.json", withdraw=True) as scratch:
+    with whole_folder(folder, last="config.json", withdraw=True, instead_of=earlier) as scratch:
         plain.save_pretrained(scratch)
         _write_generation_config(handle.model, scratch)
         if tokenizer is not None:

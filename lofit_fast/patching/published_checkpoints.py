@@ -6,7 +6,8 @@
 * ITI (github.com/likenneth/honest_llama), and models with their offsets put in: a plain model whose output projections
   have biases that the base lacks. Such a bias b is W v of an offset v: solved for, on as few heads as give it.
 
-Only the tensors of the adapter are read, and the projections' weights of the same layers, to tell another base.
+Only the tensors of the adapter are read, and the projections' weights of the same layers, to tell another base and to
+solve for what a bias was made of.
 """
 
 from __future__ import annotations
@@ -132,16 +133,19 @@ def _bias_vectors(
             raise ValueError(f"{path}: {bias_name} has numbers that are not finite")
         if beyond.count_nonzero():
             rounding = max(_ROUNDING, torch.finfo(bias.dtype).eps)
-            vectors["offset", p.layer] = _solved(f"{path}: {bias_name}", p, beyond, rounding)
+            # as it was when the bias was made: the model here may be rounded to fewer digits
+            theirs = saved.get(f"{name}.weight", weight)
+            made_by = theirs if theirs.is_floating_point() and theirs.shape == weight.shape else weight
+            vectors["offset", p.layer] = _solved(f"{path}: {bias_name}", p, made_by, beyond, rounding)
     return vectors
 
 
-def _solved(where: str, projection: Projection, bias: Tensor, rounding: float) -> dict[int, Tensor]:
+def _solved(where: str, projection: Projection, weight: Tensor, bias: Tensor, rounding: float) -> dict[int, Tensor]:
     """v by head with W v = bias up to rounding, on as few heads as give it, in float32.
 
-    bias: (N,) float64. Raises ValueError, beginning with `where`, for a bias that is no W v.
+    weight: W (N, K). bias: (N,) float64. Raises ValueError, beginning with `where`, for a bias that is no W v.
     """
-    weight = projection.module.weight.detach().cpu().double()
+    weight = weight.detach().cpu().double()
     every = torch.arange(projection.n_heads)
     vectors = _least_squares(weight, bias, every, projection.head_dim)
     missed = _missed(weight, bias, every, vectors) / bias.norm()

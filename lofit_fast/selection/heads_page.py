@@ -28,8 +28,10 @@ vertical-align:top}img{max-width:100%}code{background:#f3f3f3;padding:0 .2em;whi
 class HeadsReport:
     """What is known of an adapter's heads.
 
-    title: the adapter and its base. prompt: the text that was read, tokens: its tokens. shape: (layers, heads) of the
-    base. written: the heads, the longest offset first. maps: (S, S) attention of some of them. overlaps: with others.
+    title: the adapter and its base. prompt: the text that was read, tokens: its tokens, or the last of them, behind
+    `before` others. shape: (layers, heads) of the
+    base. written: the heads, the longest offset first. maps: (tokens, tokens) attention of some of them. overlaps: with
+    others.
     scaled: how many heads the adapter scales.
     """
 
@@ -41,6 +43,7 @@ class HeadsReport:
     maps: Mapping[Head, Tensor] = field(default_factory=dict)
     overlaps: Sequence[Overlap] = ()
     scaled: int = 0
+    before: int = 0
 
 
 def of_scales(count: int) -> str:
@@ -96,7 +99,13 @@ def _attention(report: HeadsReport, scratch: Path) -> list[str]:
     if not report.maps:
         return ["<h2>Where the heads look</h2><p>This model's attention keeps no weights to show.</p>"]
     path = attention_panels(report.maps, report.tokens, scratch / "attention.png")
-    return [picture_html("Where the heads look, the adapter acting: a row for each token that looks", path)]
+    shown = [picture_html("Where the heads look, the adapter acting: a row for each token that looks", path)]
+    if report.before:
+        shown.append(
+            f"<p>These are the last {len(report.tokens)} tokens of the prompt. What the heads give to the "
+            f"{report.before} before them is not shown.</p>"
+        )
+    return shown
 
 
 def _overlap(overlaps: Sequence[Overlap]) -> list[str]:

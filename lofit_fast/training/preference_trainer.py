@@ -25,7 +25,7 @@ from lofit_fast.models.logit_rows import logit_rows
 from lofit_fast.models.trials import difference, rounding, trial_examples, trying
 from lofit_fast.patching.answer_positions import answers_of
 from lofit_fast.patching.patched import acting_on
-from lofit_fast.patching.placement import device_of
+from lofit_fast.patching.placement import device_of, dtype_of
 from lofit_fast.training.attachment_training import AttachmentTraining
 from lofit_fast.training.engine.attachment import Attachment
 from lofit_fast.training.finite_steps import Shown
@@ -43,10 +43,14 @@ class ReferencedDPOTrainer(DPOTrainer):
     On a CPU logits are made for labelled tokens only, where TRL would make all; the loss is TRL's. Elsewhere they are
     so for a model whose log-probabilities TRL's own head does not find, see `trl_agrees`.
     head: of `models.head_trial.frozen_head`, for answers whose logits would be too large at once; None makes them all.
+    What would give the model other numbers than its references were made of is refused with a ValueError: pairs longer
+    than DPOConfig's max_length (1024 unless said), of which TRL would cut the end off, and autocast (bf16, on by
+    default) to another dtype than the model's.
     TRL puts a forward of its own on the model, which stays: take "forward" out of vars(model) afterwards.
     """
 
     def __init__(self, model: nn.Module, *, head: FrozenHead | None = None, **options) -> None:
+        _check_as_referenced(model, options)
         given, logits = vars(model).get("forward", model.forward), logit_rows(model)
         with admitted(model), _unhashed(model):
             super().__init__(model=model, **options)
@@ -163,6 +167,31 @@ class AttachmentDPOTrainer(AttachmentTraining, ReferencedDPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
+
+
+def _check_as_referenced(model: nn.Module, options: Mapping) -> None:
+    """Raise ValueError for settings under which the model computes what its references are not of.
+
+    options: of the trainer.
+    """
+    args, dtype = options.get("args"), dtype_of(model)
+    for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if getattr(args, name, False) and dtype is not wanted:
+            raise ValueError(
+                f"got {name}=True (DPOConfig's own default may be that) and a model in {dtype}, as its references are: "
+                f"under autocast its log-probabilities are others. Expected {name}=False, or a model in {wanted}"
+            )
+    most = getattr(args, "max_length", None)
+    given = [options.get(name) for name in ("train_dataset", "eval_dataset")]
+    for data in [one for some in given for one in (some.values() if isinstance(some, Mapping) else [some])]:
+        if most is None or "prompt_ids" not in (getattr(data, "column_names", None) or ()):
+            continue
+        longest = max(map(_length, data), default=0)
+        if longest > most:
+            raise ValueError(
+                f"got max_length={most} and a pair of {longest} tokens, of which TRL would cut the end off, while its "
+                "reference is of the whole answer: expected max_length=None, or one that all pairs fit in"
+            )
 
 
 @contextmanager

@@ -160,6 +160,10 @@ def test_plan_command_for_an_adapter(folder, tmp_path):
     assert "for another model" in error_of("plan", "--model", "Llama-3-8B", "--tokens", 64, "--adapter", tmp_path)
     arguments = ("plan", "--model", folder, "--tokens", 64, "--adapter", tmp_path, "--scale", "all")
     assert "got both" in error_of(*arguments)
+    answers = lf.patch(tiny_model("llama"), lf.LofitConfig(offset=[(0, 1)], positions="answer"))
+    answers.save(tmp_path / "answers")
+    arguments = ("plan", "--model", folder, "--tokens", 64, "--adapter", tmp_path / "answers")
+    assert "acts on answers alone" in error_of(*arguments)
 
 
 def test_plan_command_refuses(folder):

@@ -115,6 +115,19 @@ def test_an_export_loads_and_is_exported_over(exported):
     lf.verify_export(handle, folder)
 
 
+def test_nothing_of_an_earlier_tokenizer_is_left(exported):
+    handle, folder = exported
+    lf.export(handle, folder, tiny_tokenizer(chat=True))
+    assert (folder / "chat_template.jinja").exists()
+    (folder / "mine.txt").write_text("mine")
+    lf.export(handle, folder, tiny_tokenizer())
+    assert not (folder / "chat_template.jinja").exists() and (folder / "mine.txt").read_text() == "mine"
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
+    # without one the tokenizer that is there stays
+    lf.export(handle, folder)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
+
+
 def test_a_changed_byte_of_any_file_is_noticed_when_it_is_loaded(exported):
     _, folder = exported
     names = json.loads((folder / SUMS_FILE).read_text())["files"]

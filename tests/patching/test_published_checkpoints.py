@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lofit_fast import LofitConfig, handle_of, load, patch
+from lofit_fast import LofitConfig, export, handle_of, load, patch
 from lofit_fast.patching.storage import read_adapter
+from tests.oracle import randomize
 from tests.patched_models import logits, relative, snapshot
 from tests.planted_pickle import Planted
 from tests.tiny_models import HEAD_DIM, HEADS, LAYERS, tiny_model
@@ -210,6 +211,21 @@ def test_biases_that_offsets_were_merged_into(tmp_path, dtype, limit):
         assert relative(logits(base), expected) < limit
         assert relative(logits(tiny_model("llama")), expected) > 10 * limit
     assert handle.config.scale is None and {layer for layer, _ in handle.config.offset} == {0, 2}
+
+
+def test_biases_are_solved_for_in_the_weights_that_they_were_made_of(tmp_path):
+    # more outputs than inputs, so that one v alone gives a bias
+    shape = {"hidden_size": 96}
+    handle = patch(tiny_model("llama", **shape), LofitConfig(offset=[(1, 2)]))
+    randomize(handle)
+    merged = export(handle, tmp_path / "merged")
+    vectors = [rows.clone() for rows in handle.vectors().values()]
+    # the base is read in fewer digits than the checkpoint has
+    rounded = tiny_model("llama", torch.bfloat16, **shape)
+    found = load(rounded, merged)
+    assert found.config.offset == ((1, 2),)
+    for got, expected in zip(found.vectors().values(), vectors, strict=True):
+        torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bias_that_no_offset_gives(tmp_path):

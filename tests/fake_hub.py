@@ -13,16 +13,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from huggingface_hub import constants
 
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>[^?]+)")
+_ABOUT = re.compile(r"/api/models/(?P<repo>[^/]+/[^/?]+)")
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/?]+)/(?P<what>preupload|commit|branch)/(?P<revision>[^/?]+)")
 
 
 class FakeHub:
-    """repos: repository -> branch -> commit; commits: commit -> file -> bytes. asked: every request's path."""
+    """repos: repository -> branch -> commit; commits: commit -> file -> bytes. asked: every request's path.
+
+    gated, private: repositories.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, str]] = {}
         self.commits: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
+        self.private: set[str] = set()
         self.asked: list[str] = []
 
     def commit(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
@@ -75,6 +80,9 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """A file of a commit."""
         self.hub.asked.append(self.path)
+        if (about := _ABOUT.fullmatch(self.path)) is not None:
+            self._json({"id": about["repo"], "private": about["repo"] in self.hub.private})
+            return
         match = _FILE.match(self.path)
         if match is None or match["repo"] not in self.hub.repos:
             self._say(404 if match is None else 401, X_Error_Code="RepoNotFound")
@@ -105,6 +113,7 @@ class _Answers(BaseHTTPRequestHandler):
                 self._json({"url": f"http://{self.headers['Host']}/{repo}", "error": "exists"}, 409)
             else:
                 self.hub.commit(repo, {})
+                self.hub.private |= {repo} if asked.get("private") or asked.get("visibility") == "private" else set()
                 self._json({"url": f"http://{self.headers['Host']}/{repo}"})
             return
         if self.path.startswith("/api/validate-yaml"):

@@ -1,7 +1,6 @@
 """Packages that only a part of the library needs: where one is missing, the error names it and the extra."""
 
 import importlib
-import json
 import sys
 
 import pytest
@@ -11,7 +10,6 @@ import lofit_fast as lf
 from lofit_fast import extras
 from lofit_fast.config import Recipe
 from lofit_fast.plots import heads_map
-from lofit_fast.tasks.clutrr import SPLITS, clutrr
 from lofit_fast.tasks.open_domain import hub_rows
 from lofit_fast.training.summary import write_summary
 from lofit_fast.training.sweep.sweep_tables import as_table
@@ -53,7 +51,6 @@ def test_a_finished_run_does_not_fail_for_its_pictures(monkeypatch, tmp_path):
 
 
 READERS = {
-    "datasets, train": clutrr,
     "matplotlib, train": lambda folder: heads_map(torch.rand(3, 4), [(0, 0)], folder / "heads.png"),
     "rich, train": lambda folder: as_table([{"name": "a"}], "runs"),
     "peft, peft": lambda folder: importlib.import_module("lofit_fast.peft"),
@@ -66,11 +63,6 @@ def test_what_is_missing_is_named(needed, monkeypatch, tmp_path):
     missing(monkeypatch, package)
     for name in [name for name in sys.modules if name.split(".")[:2] == ["lofit_fast", "peft"]]:
         monkeypatch.delitem(sys.modules, name)
-    (tmp_path / "clutrr").mkdir()
-    for file in SPLITS.values():
-        (tmp_path / file).write_text("[]")
-    texts = {"template": "{story} {first} {second}", "completion": "{relation}"}
-    (tmp_path / "prompts.json").write_text(json.dumps({"clutrr": texts}))
     with pytest.raises(ImportError, match=rf'needs {package}: pip install "lofit-fast\[{extra}\]" \(.*{package}'):
         READERS[needed](tmp_path)
 

@@ -29,6 +29,8 @@ from lofit_fast.cli.options import (
     task_name,
 )
 
+_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
 # heavy imports happen inside the commands: --help must be instant
 
 
@@ -109,6 +111,9 @@ def generate(
 def _lines() -> list[str]:
     """The lines of standard input that hold something."""
     try:
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        lines = list(sys.stdin)
+        # some editors begin a text with a mark
+        lines[:1] = [line.removeprefix(_MARK) for line in lines[:1]]
+        return [line.rstrip("\n") for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: expected UTF-8 text: {error}") from error

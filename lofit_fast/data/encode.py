@@ -193,6 +193,13 @@ def encode_pair(tokenizer, prompt: str, answer: str) -> list[int]:
     return pair.ids
 
 
+def warn_of_boundaries(tokenizer, examples: Iterable[Example]) -> None:
+    """One `BoundaryWarning` for all examples whose prompt is continued from other tokens than it was learned with."""
+    texts = [example for example in examples if not isinstance(example, Conversation)]
+    pairs = (pairs_of(tokenizer, example.prompt, [example.completion])[0] for example in texts)
+    _warn([pair.moved for pair in pairs if pair.moved], len(texts))
+
+
 def answer_tokens(tokenizer, example: Example) -> int:
     """How many tokens a model writes to answer with the longest of what counts as correct, its end included."""
     return 1 + max([_completion_tokens(tokenizer, example), *_other_answers(tokenizer, example)])

@@ -113,4 +113,5 @@ def boundary_change(tokenizer, prompt: str, answer: str, alone: list[int], ids: 
 
 
 def no_tokens(answer: str) -> ValueError:
+    """The error for an answer of which the tokenizer makes nothing."""
     return ValueError(f"nothing to learn from or to score: {answer!r} has no tokens")

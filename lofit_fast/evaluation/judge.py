@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from lofit_fast.config import shown
 from lofit_fast.data.decode import continuation, decoded
-from lofit_fast.data.encode import BoundaryWarning, answer_tokens, check_unlike, encode_prompt, pad_token_id
+from lofit_fast.data.encode import (
+    BoundaryWarning,
+    answer_tokens,
+    check_unlike,
+    encode_prompt,
+    pad_token_id,
+    warn_of_boundaries,
+)
 from lofit_fast.data.lengths import check_count
 from lofit_fast.data.padding import padded
 from lofit_fast.evaluation.choice_metrics import mc1, mc2
@@ -84,6 +91,7 @@ def judge(
             )
         return _judge_choices(model, tokenizer, task, progress)
     _check_any(task.validation)
+    warn_of_boundaries(tokenizer, task.validation)
     batches = {} if batch_size is None else {"batch_size": batch_size}
     hits = _hits(
         model,

@@ -52,7 +52,7 @@ def push_adapter(
     Raises:
         ValueError: no such name or licence, a run of another adapter, a folder that is the run's, or that holds a
             README.md or a heads.png of somebody else's, a model, or an adapter of another kind; dry_run beside what
-            only a push takes (revision, private, message).
+            only a push takes (revision, private, message); a repository that is there, and is not as `private` says.
         FileNotFoundError: a run folder without a summary.
         OSError: the folder cannot be written, or the hub does not take it. Nothing has been pushed then.
     """
@@ -153,6 +153,13 @@ def _pushed(
     api = HfApi(library_name=LIBRARY, token=token)
     with asking_the_hub(repo_id, revision, pushing=True):
         api.create_repo(repo_id, private=private, exist_ok=True)
+        # of one that was there, the hub leaves it as it is
+        if private is not None and api.repo_info(repo_id).private is not private:
+            kind = "public" if private else "private"
+            raise ValueError(
+                f"{repo_id} is {kind} already, and private={private} was asked for: nothing was pushed. Change that on "
+                "the hub, or leave private out"
+            )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         pushed = {"repo_id": repo_id, "folder_path": folder, "revision": revision, "commit_message": message}

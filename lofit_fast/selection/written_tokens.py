@@ -32,7 +32,8 @@ class Written:
     """What one head's offset writes where an answer would begin.
 
     norm: the length of v. part: the length of what it adds, as a share of the stream's own length in its layer.
-    promoted, suppressed: (token, change of its logit), the largest change first.
+    promoted, suppressed: (token, change of its logit), the largest change first, as far as changes are more than what
+    the model's dtype rounds off its largest logit.
     """
 
     head: Head
@@ -49,7 +50,7 @@ def written_tokens(handle: LofitHandle, tokenizer, ids: Sequence[int], tokens: i
         handle: of an adapter with offsets.
         tokenizer: of its model, which names the tokens.
         ids: the tokens of a prompt, at whose last one the stream is read.
-        tokens: how many tokens are named, of either kind.
+        tokens: how many tokens are named at most, of either kind.
 
     Raises:
         ValueError: an adapter without offsets, a prompt without tokens, no tokens asked for.
@@ -63,6 +64,8 @@ def written_tokens(handle: LofitHandle, tokenizer, ids: Sequence[int], tokens: i
         end = decoder_layers(handle.model)[-1]
         streams, parts = _parts(handle, prompt, offsets, projections)
         plain = _logits(handle.model, end, prompt, streams["end"].new_zeros(1, streams["end"].shape[-1]))
+        # in 16 bits that is a good part of what one head does
+        least = torch.finfo(handle.model.dtype).eps * plain.abs().max().item()
         found = []
         heads = sorted(offsets, key=lambda head: -offsets[head].norm().item())
         for at in range(0, len(heads), _AT_ONCE):
@@ -70,20 +73,18 @@ def written_tokens(handle: LofitHandle, tokenizer, ids: Sequence[int], tokens: i
             added = torch.stack([parts[head].to(streams["end"].device) for head in some])
             changes = _logits(handle.model, end, prompt, added) - plain
             for head, change in zip(some, changes, strict=True):
-                stream = streams[head[0]].norm().item()
-                found.append(
-                    _written(head, offsets[head], parts[head].norm().item() / stream, change, tokenizer, tokens)
-                )
+                part = parts[head].norm().item() / streams[head[0]].norm().item()
+                found.append(_written(head, offsets[head], part, change, tokenizer, tokens, least))
     return found
 
 
-def _written(head: Head, offset: Tensor, part: float, change: Tensor, tokenizer, tokens: int) -> Written:
+def _written(head: Head, offset: Tensor, part: float, change: Tensor, tokenizer, tokens: int, least: float) -> Written:
     count = min(tokens, len(change))
 
     def named(signed: Tensor, sign: int) -> list[tuple[str, float]]:
         values, ids = signed.topk(count)
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return [(tokenizer.decode([token]), sign * value) for token, value in pairs]
+        return [(tokenizer.decode([token]), sign * value) for token, value in pairs if value > least]
 
     return Written(head, offset.norm().item(), part, named(change, 1), named(-change, -1))
 

@@ -375,6 +375,12 @@ def _check(messages) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_text(message):
             raise ValueError(f"every message must hold the texts role and content, got {message!r}")
+        if message.get("weight", 1) not in (1, None):
+            raise ValueError(
+                f"got a message of weight {message['weight']!r}, which no template reads: it would be learned as "
+                'the others are: expected none; leave turns out by train_on="last" (--train-on last), or put them into '
+                "rows of their own"
+            )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be from the assistant, got {messages[-1]['role']!r}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from lofit_fast.data.encode import IGNORED, encode
+from lofit_fast.data.encode import IGNORED, BoundaryWarning, encode
 from lofit_fast.evaluation.judge import generate_answers, judge
 from lofit_fast.tasks.chat import conversation
 from lofit_fast.tasks.task import Example, Task
@@ -116,6 +116,12 @@ def test_an_answer_is_judged_without_the_thinking_in_its_content(template):
     assert talk.said("<think>\nsomebody else\n</think>\n\nParis<|im_end|>").strip() == "Paris"
     # what is learned is all of it
     assert talk.completion == THOUGHT
+
+
+def test_a_prompt_that_is_continued_from_other_tokens_is_said():
+    tokenizer, example = kind_tokenizer("gpt2"), Example("A: ", "yes")
+    with pytest.warns(BoundaryWarning, match="in 1 of 1 examples the tokens at the end of the prompt change"):
+        judge(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, Task("t", [], [example]))
 
 
 @pytest.mark.parametrize("name", ["llama2"])

@@ -255,6 +255,20 @@ def test_a_folder_that_cannot_be_finished_is_as_it_was(adapter, tmp_path, monkey
     assert files_in(page) == before and not (tmp_path / "new").exists()
 
 
+def test_a_repository_that_is_public_stays_so_and_gets_nothing_private(hub, adapter):
+    handle = load(tiny_model("llama"), adapter[0])
+    handle.push_to_hub(REPO)
+    before = hub.files(REPO)
+    with pytest.raises(
+        ValueError, match=f"{REPO} is public already, and private=True was asked for: nothing was pushed"
+    ):
+        handle.push_to_hub(REPO, private=True)
+    assert hub.files(REPO) == before
+    handle.push_to_hub("somebody/hidden", private=True)
+    handle.push_to_hub("somebody/hidden", private=True)
+    assert "somebody/hidden" in hub.private and hub.files("somebody/hidden")
+
+
 def test_a_folder_with_a_model_is_no_place(adapter, tmp_path):
     handle = load(tiny_model("llama"), adapter[0])
     (tmp_path / "model.safetensors").write_bytes(b"weights")

@@ -42,6 +42,20 @@ def by_hand(handle, ids, head):
     return changed - logits
 
 
+def test_what_rounding_makes_is_not_named():
+    """The same adapter on the same weights in bfloat16 names none but those that it moves in full precision too."""
+    handle, ids = adapted()
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(0.002)
+    handle.model.to(torch.bfloat16)
+    shown = written_tokens(handle, tiny_tokenizer(), ids, 5)
+    largest = handle.model(torch.tensor([ids])).logits[0, -1].abs().max().item()
+    changes = [abs(change) for one in shown for _, change in (*one.promoted, *one.suppressed)]
+    assert all(change > 0.9 * torch.finfo(torch.bfloat16).eps * largest for change in changes)
+    assert len(changes) < 20
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_named_tokens_are_those_of_the_direct_path(family):
     handle, ids = adapted(family)

@@ -151,6 +151,9 @@ class TogetherRunner(Runner):
             for run in runs:
                 try:
                     members.append(self._begun(run, len(members), folders))
+                # who has the folder may be about to go: alone it waits for that
+                except BlockingIOError:
+                    continue
                 except Exception as error:
                     self._found[run.name] = error
             fresh = [member for member in members if member.folder.stage != "done"]

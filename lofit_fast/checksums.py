@@ -24,9 +24,9 @@ def sums_of(folder: Path, but: str, digest: Callable[[Path], str] = sha256_of) -
     return {name: digest(path) for name, path in sums.items() if name != but}
 
 
-def write_sums(folder: Path) -> None:
-    """Put the checksums of a folder's files into the folder."""
-    write_json(folder / SUMS_FILE, {"files": sums_of(folder, SUMS_FILE)})
+def write_sums(folder: Path, beside: Mapping[str, str] | None = None) -> None:
+    """Put the checksums of a folder's files into the folder. beside: those of files that will stand beside them."""
+    write_json(folder / SUMS_FILE, {"files": {**(beside or {}), **sums_of(folder, SUMS_FILE)}})
 
 
 def written_sums(folder: Path) -> dict[str, str]:
@@ -44,14 +44,19 @@ def written_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def written_files(folder: Path) -> list[str]:
-    """The paths in a folder of the files that are there as `write_sums` has found them; none of what is damaged."""
+def unchanged_files(folder: Path, but: str) -> dict[str, str]:
+    """Of what `write_sums` has found in a folder, the checksums of the files that are as they were.
+
+    but: a pattern of names that are not looked at. Nothing where the checksums are damaged.
+    """
     try:
-        names = list(written_sums(folder))
+        sums = written_sums(folder)
     except ValueError:
-        return []
+        return {}
     # a name leads nowhere else
-    return [n for n in names if ".." not in Path(n).parts and not Path(n).is_absolute() and (folder / n).is_file()]
+    inside = {n: s for n, s in sums.items() if ".." not in Path(n).parts and not Path(n).is_absolute()}
+    there = {n: s for n, s in inside.items() if not Path(n).match(but) and (folder / n).is_file()}
+    return {name: expected for name, expected in there.items() if sha256_of(folder / name) == expected}
 
 
 def check_sums(folder: Path, kind: str = "*", digest: Callable[[Path], str] = sha256_of) -> None:

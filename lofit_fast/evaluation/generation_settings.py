@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import GenerationConfig
 
+from lofit_fast.data.decode import special_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -46,4 +48,4 @@ def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, endings: Itera
 
 def _last_token(tokenizer: PreTrainedTokenizerBase, ending: str) -> int | None:
     ids = list(tokenizer(ending, add_special_tokens=False)["input_ids"]) if ending else []
-    return ids[-1] if ids and ids[-1] in tokenizer.all_special_ids else None
+    return ids[-1] if ids and ids[-1] in special_tokens(tokenizer) else None

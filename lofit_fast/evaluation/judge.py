@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_fast.config import shown
-from lofit_fast.data.decode import continuation, decoded
+from lofit_fast.data.decode import continuation, decoded, special_tokens
 from lofit_fast.data.encode import (
     BoundaryWarning,
     answer_tokens,
@@ -246,7 +247,7 @@ def _said(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[int]) 
     if not isinstance(example, Conversation):
         return decoded(tokenizer, row)
     content = example.said(decoded(tokenizer, row, special=True))
-    for special in tokenizer.all_special_tokens:
+    for special in special_tokens(tokenizer).values():
         content = content.replace(special, "")
     return content
 
@@ -256,11 +257,27 @@ def _is_written(tokenizer: PreTrainedTokenizerBase, example: Example, row: list[
     text = decoded(tokenizer, _before_end(row, ends), special=True)
     if isinstance(example, Conversation):
         text = example.said(text)
-    read = tokenizer(list(example.answers), add_special_tokens=False)["input_ids"]
-    learned = [ids for ids in (_before_end(ids, ends) for ids in read) if tokenizer.unk_token_id not in ids]
-    written = [decoded(tokenizer, ids, special=True) for ids in learned]
+    written = (_written(tokenizer, answer, ends) for answer in example.answers)
     answers = [answer for answer in written if answer.strip()]
     return bool(answers) and exact_match(text, answers)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, answer: str, ends: Set[int]) -> str:
+    """An answer as the tokenizer reads and writes it, without the end that closes it; "" where it loses a part."""
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    unknown = tokenizer.unk_token_id in ids and tokenizer.unk_token not in answer
+    if unknown or _letters(decoded(tokenizer, ids, special=True)) != _letters(answer):
+        return ""
+    while ids and ids[-1] in ends:
+        ids.pop()
+    # what goes on after an end is never written as a whole
+    return "" if not ends.isdisjoint(ids) else decoded(tokenizer, ids, special=True)
+
+
+def _letters(text: str) -> str:
+    """A text's visible signs, whatever their case, width and accents."""
+    apart = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(sign for sign in apart if not sign.isspace() and not unicodedata.combining(sign))
 
 
 def _before_end(ids: list[int], ends: Set[int]) -> list[int]:

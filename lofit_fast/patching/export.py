@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lofit_fast.checksums import write_sums, written_files, written_sums
+from lofit_fast.checksums import unchanged_files, write_sums, written_sums
 from lofit_fast.files import given_path, whole_folder
 from lofit_fast.patching.architectures import architecture_of, text_config
 from lofit_fast.patching.around_layer import check_nothing_around
@@ -62,15 +62,16 @@ def export(
         check_served(server, type(plain), any(layer.offset is not None for layer in handle.layers.values()))
     check_folder(handle, folder)
     # a tokenizer reads files of another one too, its chat template for one
-    earlier = [] if tokenizer is None else written_files(folder)
+    earlier = unchanged_files(folder, but="*.safetensors")
+    gone, kept = ((), earlier) if tokenizer is None else (earlier, None)
     # without a config nobody takes the folder for a model
-    with whole_folder(folder, last="config.json", withdraw=True, instead_of=earlier) as scratch:
+    with whole_folder(folder, last="config.json", withdraw=True, instead_of=gone) as scratch:
         plain.save_pretrained(scratch)
         _write_generation_config(handle.model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         _check_stale(folder, scratch)
-        write_sums(scratch)
+        write_sums(scratch, beside=kept)
     return folder
 
 

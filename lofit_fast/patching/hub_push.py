@@ -154,7 +154,7 @@ def _pushed(
     with asking_the_hub(repo_id, revision, pushing=True):
         api.create_repo(repo_id, private=private, exist_ok=True)
         # of one that was there, the hub leaves it as it is
-        if private is not None and api.repo_info(repo_id).private is not private:
+        if private is not None and bool(api.repo_info(repo_id).private) is not private:
             kind = "public" if private else "private"
             raise ValueError(
                 f"{repo_id} is {kind} already, and private={private} was asked for: nothing was pushed. Change that on "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lofit_fast.config import Head, Recipe
 from lofit_fast.heads import select_heads
 from lofit_fast.selection.linear_probes import (
+    SPLITS,
     head_activations,
     layer_probe_accuracy,
     probe_accuracy,
@@ -102,7 +103,10 @@ def _probed(model, tokenizer, task, seed: int, progress: bool) -> tuple[Tensor, 
     """(activations, labels, how they are probed): what probes of heads and of layers have in common."""
     made = contrasts(task, seed)
     z, labels = head_activations(model, tokenizer, made, progress=progress)
-    return z, labels, {"seed": seed, "questions": [one.prompt for one in made], "progress": progress}
+    questions = [one.prompt for one in made]
+    if (count := len(set(questions))) < 2:
+        raise ValueError(f"a probe is judged on prompts that it was not fitted to: expected two or more, got {count}")
+    return z, labels, {"splits": min(SPLITS, count), "seed": seed, "questions": questions, "progress": progress}
 
 
 def random(model, tokenizer, task, recipe, *, output_dir, seed=42, progress=False) -> Selection:

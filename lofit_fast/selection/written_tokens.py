@@ -65,7 +65,10 @@ def written_tokens(handle: LofitHandle, tokenizer, ids: Sequence[int], tokens: i
         streams, parts = _parts(handle, prompt, offsets, projections)
         plain = _logits(handle.model, end, prompt, streams["end"].new_zeros(1, streams["end"].shape[-1]))
         # in 16 bits that is a good part of what one head does
-        least = torch.finfo(handle.model.dtype).eps * plain.abs().max().item()
+        kind = torch.finfo(handle.model.dtype)
+        # some models mask tokens by the least number there is
+        largest = plain[plain.isfinite() & (plain.abs() < kind.max / 2)].abs().max().item()
+        least = kind.eps * largest
         found = []
         heads = sorted(offsets, key=lambda head: -offsets[head].norm().item())
         for at in range(0, len(heads), _AT_ONCE):
@@ -74,7 +77,7 @@ def written_tokens(handle: LofitHandle, tokenizer, ids: Sequence[int], tokens: i
             changes = _logits(handle.model, end, prompt, added) - plain
             for head, change in zip(some, changes, strict=True):
                 part = parts[head].norm().item() / streams[head[0]].norm().item()
-                found.append(_written(head, offsets[head], part, change, tokenizer, tokens, least))
+                found.append(_written(head, offsets[head], part, change.nan_to_num(), tokenizer, tokens, least))
     return found
 
 

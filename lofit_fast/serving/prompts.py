@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lofit_fast.config import shown
+from lofit_fast.data.decode import special_tokens
 from lofit_fast.data.encode import encode_prompt
 from lofit_fast.evaluation.generation_settings import ends_of
 from lofit_fast.models.vocabulary import check_ids
@@ -80,10 +81,17 @@ class Prompts:
 
     def _stops(self, stops: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[int]]:
         """Stop strings as texts, and as tokens where they name special ones, which no text shows."""
+        special = special_tokens(self.tokenizer)
         with self._lock:
-            read = {stop: self.tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in stops}
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        named = {stop: ids for stop, ids in read.items() if special.intersection(ids)}
+            # white space around it has no part in a token
+            read = {stop: self.tokenizer(stop.strip() or stop, add_special_tokens=False)["input_ids"] for stop in stops}
+        if self.tokenizer.unk_token is not None:
+            unknown = self.tokenizer.unk_token_id
+            read = {
+                stop: [token for token in ids if token != unknown or self.tokenizer.unk_token in stop]
+                for stop, ids in read.items()
+            }
+        named = {stop: ids for stop, ids in read.items() if not special.keys().isdisjoint(ids)}
         if mixed := [stop for stop, ids in named.items() if len(ids) > 1]:
             raise BadRequestError(
                 f"{shown(mixed[0])} holds a special token, which no answer's text shows: expected one special token "

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lofit_fast.data.decode import decoded
+from lofit_fast.data.decode import PARTIAL, decoded, last_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# what a tokenizer makes of bytes that are no whole character yet
-_PARTIAL = "\N{REPLACEMENT CHARACTER}"
-_BEFORE = 8
 
 
 class TokenText:
@@ -27,7 +23,7 @@ class TokenText:
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
     ) -> None:
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
-        self._ids = list(before[-_BEFORE:])
+        self._ids = last_tokens(tokenizer, before)
         # the tokens from _begin to _read were decoded last: the next ones are decoded behind them, since a word's first
         # token reads differently at the beginning of a text
         self._begin, self._read = 0, len(self._ids)
@@ -38,7 +34,7 @@ class TokenText:
         self._ids.append(token)
         before = self._decode(self._begin, self._read)
         now = self._decode(self._begin, len(self._ids))
-        if now.endswith(_PARTIAL) or len(now) <= len(before):
+        if now.endswith(PARTIAL) or len(now) <= len(before):
             return ""
         self._begin, self._read = self._read, len(self._ids)
         return self._sure(now[len(before) :])

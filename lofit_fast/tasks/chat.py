@@ -19,8 +19,12 @@ FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what looks like one token, whether the tokenizer knows it as special or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
-# what closes thinking that is written into a content
-_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning|reason)>|\[/THINK\]")
+# thinking that is written into a content, in front of what is said
+_THINKING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\])\s*", re.DOTALL)
+# what turns thinking on or off in a message, which templates take out
+_SWITCH = re.compile(r"/(?:no_)?think\b")
+# what other trainers take for a turn that is not learned
+_WEIGHTS = ("weight", "train", "training")
 _WORD = "ANSWER"
 _LAST = 'learn the last turn only (train_on="last", --train-on last)'
 
@@ -102,7 +106,7 @@ def conversation(
             a turn that cannot be found. The message names the turn.
     """
     check_train_on(train_on)
-    _check(messages)
+    _check(messages, train_on)
     if not isinstance(options, Mapping | None):
         raise ValueError(f"chat_template_kwargs must map names of variables to values, got {options!r}")
     if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
@@ -124,7 +128,7 @@ def conversation(
         # the end token that is to follow comes after all of the text
         closed, learned[-1] = len(text), (learned[-1][0], len(text))
     completion = text[len(prompt) : closed].rstrip() if ended else text[len(prompt) : closed]
-    content = _after_thinking(messages[-1].get("content") or "")
+    content = _after_thinking(messages[-1].get("content") or "", prompt)
     answers = tuple(dict.fromkeys(answer for answer in (content.strip(), completion.strip()) if answer))
     return Conversation(
         Rendered(prompt),
@@ -151,6 +155,19 @@ def turn_endings(tokenizer) -> tuple[str, ...]:
     return (talk.ending,) if talk.ending else ()
 
 
+def joined(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[Mapping]:
+    """Messages, and those that follow: what both hold, the end of the one and the beginning of the other, once."""
+    for count in range(min(len(before), len(after) - 1), 0, -1):
+        if list(map(_said_by, before[-count:])) == list(map(_said_by, after[:count])):
+            return [*before, *after[count:]]
+    return [*before, *after]
+
+
+def _said_by(message: Mapping) -> tuple[object, object]:
+    content = message.get("content")
+    return message.get("role"), content.strip() if isinstance(content, str) else content
+
+
 def check_no_template(row: Mapping) -> None:
     """Raise ValueError for a row of texts with a value in `FOR_TEMPLATE`, which would change nothing there."""
     if given := [name for name in FOR_TEMPLATE if row.get(name)]:
@@ -169,7 +186,8 @@ def check_train_on(train_on: str) -> None:
 def check_whole(messages: Sequence[Mapping], text: str) -> None:
     """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
     for i, message in enumerate(messages):
-        lines = (message.get("content") or "").strip().splitlines() or [""]
+        said = _SWITCH.sub("", _THINKING.sub("", message.get("content") or "", count=1)).strip()
+        lines = said.splitlines() or [""]
         # what comes after the thinking, which may be moved or left out
         end = lines[-1].rpartition(">")[2].strip() or lines[-1].strip()
         # what a tool says may be quoted, and what goes with a call of one moved
@@ -356,10 +374,14 @@ def _last_ending(template: _Template, text: str, begin: int) -> tuple[int, bool]
     return (max(begin, len(text) - len(endings[0])), True) if endings else (len(text), False)
 
 
-def _after_thinking(content: str) -> str:
-    """A content without the thinking that stands in it, as most data of reasoning models has it."""
-    thought = list(_THOUGHT.finditer(content))
-    return (thought and content[thought[-1].end() :].strip()) or content
+def _after_thinking(content: str, prompt: str) -> str:
+    """A content without the thinking in front of it, as most data of reasoning models has it."""
+    thinking = _THINKING.match(content)
+    after = content[thinking.end() :] if thinking else ""
+    if prompt.rstrip().endswith("<think>"):
+        # which the template has opened
+        after = after or content.partition("</think>")[2]
+    return after.strip() or content
 
 
 def _marker(completion: str, content: str) -> str:
@@ -369,20 +391,21 @@ def _marker(completion: str, content: str) -> str:
     return tags[-1] if tags and lead.rstrip().endswith(tags[-1]) else ""
 
 
-def _check(messages) -> None:
+def _check(messages, train_on: str) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) < 2:
         raise ValueError(f"messages must be a list of two or more, got {messages!r}")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_text(message):
             raise ValueError(f"every message must hold the texts role and content, got {message!r}")
-        if message.get("weight", 1) not in (1, None):
-            raise ValueError(
-                f"got a message of weight {message['weight']!r}, which no template reads: it would be learned as "
-                'the others are: expected none; leave turns out by train_on="last" (--train-on last), or put them into '
-                "rows of their own"
-            )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be from the assistant, got {messages[-1]['role']!r}")
+    learned = messages if train_on == "all" else messages[-1:]
+    for message, key in ((m, key) for m in learned if m["role"] == "assistant" for key in _WEIGHTS):
+        if message.get(key) not in (None, 1):
+            raise ValueError(
+                f"got a turn with {key}={message[key]!r}, which no template reads: it would be learned too. "
+                "Expected none; " + _LAST + ", or put the turns into rows of their own"
+            )
 
 
 def _has_text(message: Mapping) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, check_train_on, conversation_of
+from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, check_train_on, conversation_of, joined
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw
@@ -157,6 +157,10 @@ def _kind(row, where, named):
     if not kinds:
         raise ValueError(f"{where}: got the keys {sorted(row)}, {EXPECTED}{_hint(named)}")
     if len(kinds) > 1:
+        # of sets that were put together, rows have the other kind's columns too, and nothing in them
+        filled = {name for name, value in row.items() if value is not None}
+        kinds = [kind for kind in kinds if KINDS[kind][0] <= filled] or kinds
+    if len(kinds) > 1:
         raise ValueError(
             f"{where}: got the keys {sorted(row)}, which are {' and '.join(kinds)}: choose by naming a column of one, "
             "with --columns chosen=chosen, completion=completion or messages=messages"
@@ -175,7 +179,7 @@ def _example(row, kind, where, tokenizer, train_on):
         prompt, answer = row["prompt"], row["completion"]
         # a prompt and a completion of messages, as TRL has them, are one chat
         if isinstance(prompt, list) and isinstance(answer, list):
-            return conversation_of({**row, "messages": [*prompt, *answer]}, tokenizer, train_on)
+            return conversation_of({**row, "messages": joined(prompt, answer)}, tokenizer, train_on)
         check_no_template(row)
         return Example(prompt, answer)
     except (TypeError, ValueError) as error:

@@ -21,20 +21,23 @@ def contrasts(task: Task, seed: int = 42) -> list[Contrast]:
 
     The wrong answer is a rejected one of a preference; another candidate where the set of answers is closed; and the
     answer of another training example otherwise. Drawn from `seed`, and never one that counts as correct, by any
-    example or preference of the same prompt.
+    example or preference of the same prompt, as long as another is left.
 
     Raises:
         ValueError: a task without training data, or an example to which every other answer is correct.
     """
     drawn = random.Random(seed)
     if task.preferences:
-        right = _correct((p.prompt, (p.chosen,)) for p in task.preferences)
-        return [Contrast(p.prompt, p.chosen, _wrong(p.prompt, right, p.rejected, drawn)) for p in task.preferences]
+        chosen = _correct((p.prompt, (p.chosen,)) for p in task.preferences)
+        # of texts that are ranked, the middle ones are right in one row and wrong in another
+        wrong = [[a for a in p.rejected if a not in chosen[p.prompt]] or p.rejected for p in task.preferences]
+        pairs = zip(task.preferences, wrong, strict=True)
+        return [Contrast(p.prompt, p.chosen, drawn.choice(some)) for p, some in pairs]
     if not task.train:
         raise ValueError(f"task {task.name!r} has no training examples, expected at least one")
     pool = task.candidates or sorted({example.completion for example in task.train})
     right = _correct((e.prompt, e.answers) for e in task.train)
-    return [Contrast(e.prompt, e.completion, _wrong(e.prompt, right, pool, drawn)) for e in task.train]
+    return [Contrast(e.prompt, e.completion, _wrong(e, right[e.prompt], pool, drawn)) for e in task.train]
 
 
 def _correct(answers):
@@ -45,8 +48,8 @@ def _correct(answers):
     return found
 
 
-def _wrong(prompt, right, pool, drawn):
-    wrong = [answer for answer in pool if not exact_match(answer, right[prompt])]
-    if not wrong:
-        raise ValueError(f"no wrong answer to {prompt!r} among {list(pool)[:5]}")
-    return drawn.choice(wrong)
+def _wrong(example, right, pool, drawn):
+    for known in (right, example.answers):
+        if wrong := [answer for answer in pool if not exact_match(answer, known)]:
+            return drawn.choice(wrong)
+    raise ValueError(f"no wrong answer to {example.prompt!r} among {list(pool)[:5]}")

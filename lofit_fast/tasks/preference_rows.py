@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from lofit_fast.tasks.chat import check_no_template
+from lofit_fast.tasks.chat import check_no_template, joined
 from lofit_fast.tasks.task import MultipleChoice, Preference
 
 FIELDS = ("chosen", "rejected")
@@ -73,12 +73,10 @@ def _rendered(prompt, chosen, rejected, where, render):
     if not isinstance(rejected, list) or not rejected or not all(map(_is_chat, rejected)):
         raise ValueError(f"{where}: chosen is a list of messages: rejected must be one too, or a list of such lists")
     before = prompt if _is_chat(prompt) else []
-    if before and all(answer[: len(before)] == before for answer in (chosen, *rejected)):
-        # each holds the whole conversation, and the prompt is its beginning
-        before = []
     if prompt is not None and not _is_chat(prompt) and prompt != _last_question(chosen):
         raise ValueError(f"{where}: prompt must be the messages before the answers, or the text of the last question")
-    talks = [[*before, *answer] for answer in (chosen, *rejected)]
+    # each may hold the whole conversation too, or the last question
+    talks = [joined(before, answer) for answer in (chosen, *rejected)]
     if any(talk[:-1] != talks[0][:-1] for talk in talks):
         raise ValueError(f"{where}: chosen and rejected must differ in the assistant's last message only")
     texts = [render(talk) for talk in talks]

@@ -25,8 +25,10 @@ def source_of(task: Task, data: str | Path | None, data_seed: int) -> dict[str, 
     runs of earlier releases have kept.
     """
     prompts = sorted(example.prompt for example in (*task.validation, *task.choices))
-    whole = [[e.prompt, e.completion, *e.answers] for e in task.validation]
-    whole += [[c.prompt, *c.choices, *map(str, (*c.correct, c.best))] for c in task.choices]
+    whole = [[e.prompt, e.completion, *sorted(e.answers)] for e in task.validation]
+    for c in task.choices:
+        right = {c.choices[number] for number in c.correct}
+        whole.append([c.prompt, c.choices[c.best], *sorted(right), "", *sorted(set(c.choices) - right)])
     # a hub id stays as it is
     read = os.path.abspath(data) if data is not None and os.path.exists(data) else data
     named = {"task": task.name, "data": None if read is None else str(read)}

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from lofit_fast.data.decode import continuation
 from lofit_fast.data.encode import IGNORED, BoundaryWarning, encode
 from lofit_fast.evaluation.judge import generate_answers, judge
+from lofit_fast.serving.token_text import TokenText
 from lofit_fast.tasks.chat import conversation
 from lofit_fast.tasks.task import Example, Task
 from tests.tiny_models import tiny_model
@@ -78,6 +80,21 @@ def test_two_unknown_answers_are_not_the_same():
     assert judge(model, tokenizer, Task("t", [], [Example("Q:", "\N{UMBRELLA}")])).metrics == {"exact_match": 0.0}
 
 
+def test_an_answer_that_the_tokenizer_loses_a_part_of_is_not_right_by_the_rest():
+    tokenizer = kind_tokenizer("llama2")
+    model = learned(tokenizer, Example("Q:", " yes"))
+    for answer in (" yes</s>no", " yes\N{SNOWMAN}"):
+        assert judge(model, tokenizer, Task("t", [], [Example("Q:", answer)])).metrics == {"exact_match": 0.0}
+
+
+def test_an_end_that_is_the_unknown_token_too_is_an_end():
+    tokenizer = with_special("<stop>")
+    tokenizer.unk_token = "<stop>"
+    example = Example("Q:", " Paris<stop>")
+    model = learned(tokenizer, example)
+    assert judge(model, tokenizer, Task("t", [], [example])).metrics == {"exact_match": 1.0}
+
+
 def test_a_call_of_a_tool_is_right():
     tokenizer = with_special("<call>")
     tokenizer.chat_template = (
@@ -108,6 +125,24 @@ PLAIN = (
 )
 
 
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_what_is_no_thinking_is_judged_as_it_is():
+    tokenizer = chat_tokenizer("qwen", PLAIN, ["<|im_start|>", "<|im_end|>"])
+    for content in ("<r><verdict>no</verdict><reason>because</reason></r>", "Use </think> to close it"):
+        talk = conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}], tokenizer)
+        assert talk.answers == (content,) and talk.marker == ""
+    # the template has opened it
+    opened = chat_tokenizer("qwen", OPENING, ["<|im_start|>", "<|im_end|>"])
+    talk = conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "so</think>Paris"}], opened)
+    assert "Paris" in talk.answers and talk.said("who</think>Paris<|im_end|>") == "Paris"
+
+
 @pytest.mark.parametrize("template", [SPLITTING, PLAIN], ids=["a template that knows thinking", "one that does not"])
 def test_an_answer_is_judged_without_the_thinking_in_its_content(template):
     tokenizer = chat_tokenizer("qwen", template, ["<|im_start|>", "<|im_end|>"])
@@ -122,6 +157,18 @@ def test_a_prompt_that_is_continued_from_other_tokens_is_said():
     tokenizer, example = kind_tokenizer("gpt2"), Example("A: ", "yes")
     with pytest.warns(BoundaryWarning, match="in 1 of 1 examples the tokens at the end of the prompt change"):
         judge(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, Task("t", [], [example]))
+
+
+@pytest.mark.parametrize("name", ["llama2_legacy", "mistral_v01", "llama2", "gemma", "gpt2"])
+@pytest.mark.parametrize("prompt", ["\u5317\u6d77\u9053\u672d\u5e4c", "a\U0001f600\U0001f601\U0001f602\U0001f603 b:"])
+def test_rare_characters_are_whole_behind_others(name, prompt):
+    """Each is several tokens, of which a window of a few may show a part."""
+    tokenizer = kind_tokenizer(name)
+    before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + "\u9999!"))
+    ids = ids[len(before) :]
+    assert continuation(tokenizer, before, ids) == "\u9999!"
+    text = TokenText(tokenizer, (), before)
+    assert "".join([*map(text.add, ids), text.rest()]) == "\u9999!"
 
 
 @pytest.mark.parametrize("name", ["llama2"])

@@ -123,8 +123,12 @@ def test_nothing_of_an_earlier_tokenizer_is_left(exported):
     lf.export(handle, folder, tiny_tokenizer())
     assert not (folder / "chat_template.jinja").exists() and (folder / "mine.txt").read_text() == "mine"
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
-    # without one the tokenizer that is there stays
+    # without one the tokenizer that is there stays, and is known the next time
+    lf.export(handle, folder, tiny_tokenizer(chat=True))
     lf.export(handle, folder)
+    assert (folder / "chat_template.jinja").exists()
+    lf.export(handle, folder, tiny_tokenizer())
+    assert not (folder / "chat_template.jinja").exists()
     assert transformers.AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from tests.serving.tiny_server import posted
 from tests.tiny_models import tiny_model
@@ -75,6 +76,23 @@ def test_a_stop_string_may_be_a_special_token():
         (refused,) = posted(app, {**TEXT, "stop": ["x<|im_end|>"]})
         assert refused.status_code == 400
         assert "'x<|im_end|>' holds a special token" in refused.json()["error"]["message"]
+
+
+def test_a_special_token_need_not_be_one_that_the_tokenizer_names():
+    tokenizer = chat_tokenizer("qwen", TEMPLATE.replace("<|im_end|>", "<|eot|>"), MARKS[:1])
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    with writing(tokenizer, "Paris<|eot|>\nuser again") as app:
+        assert choice(app, CHAT, "/v1/chat/completions") == ("Paris", "stop")
+        # as clients send it
+        assert choice(app, {**TEXT, "stop": "<|eot|>\n"}) == ("Paris", "stop")
+
+
+def test_what_a_template_takes_out_on_purpose_is_no_message_left_out():
+    template = TEMPLATE.replace("m['content'] }}", "m['content'].replace('/no_think', '').split('</think>')[-1] }}")
+    with writing(chat_tokenizer("qwen", template, MARKS), "Paris") as app:
+        thought = {"role": "assistant", "content": "<think>\nhm\n</think>"}
+        messages = [{"role": "user", "content": "Hm? /no_think"}, thought, *CHAT["messages"]]
+        assert choice(app, {**CHAT, "messages": messages}, "/v1/chat/completions")[0].startswith("Paris")
 
 
 def test_a_message_that_the_template_leaves_out_is_refused():

@@ -163,7 +163,8 @@ def test_turns_are_found_without_offsets_where_they_can_be():
     [
         ("hello", {}, "messages must be a list of two or more"),
         (MESSAGES[:1], {}, "messages must be a list of two or more"),
-        ([MESSAGES[0], {**MESSAGES[1], "weight": 0}], {}, "got a message of weight 0, which no template reads"),
+        ([MESSAGES[0], {**MESSAGES[1], "weight": 0}], {}, "got a turn with weight=0, which no template reads"),
+        ([MESSAGES[0], {**MESSAGES[1], "train": False}], {}, "got a turn with train=False, which no template reads"),
         (MESSAGES[:3], {}, "the last message must be from the assistant, got 'user'"),
         ([{"role": "user", "content": None}, MESSAGES[1]], {}, "the texts role and content"),
         ([{"role": "user", "content": ["x"]}, MESSAGES[1]], {}, "the texts role and content"),

@@ -37,6 +37,15 @@ def test_what_counts_as_correct_anywhere_is_never_wrong():
     assert {c.wrong for two in drawn for c in two} == {"c", "d"}
 
 
+def test_answers_that_are_ranked_are_contrasted_row_by_row():
+    pairs = [Preference("q", "A", ("B",)), Preference("q", "B", ("C",)), Preference("s", "hello", ("HELLO!",))]
+    made = contrasts(Task("p", [], [], preferences=pairs))
+    assert [(c.right, c.wrong) for c in made] == [("A", "B"), ("B", "C"), ("hello", "HELLO!")]
+    # of rows whose answers are all that there are, each has the others
+    rows = [Example("q", " a"), Example("q", " b")]
+    assert [(c.right, c.wrong) for c in contrasts(Task("open", rows, []))] == [(" a", " b"), (" b", " a")]
+
+
 def test_what_cannot_be_contrasted_is_refused():
     with pytest.raises(ValueError, match="no training examples"):
         contrasts(Task("none", [], []))

@@ -155,6 +155,31 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat(tmp_path):
     assert (example.prompt, example.completion) == (RENDERED.prompt, "Fine")
 
 
+def test_what_prompt_and_answers_both_hold_is_asked_once(tmp_path):
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    answers = [{"role": "assistant", "content": text} for text in ("Fine", "Bad")]
+    tokenizer = tiny_tokenizer(chat=True)
+    expected = as_texts(tmp_path, tokenizer, [system, question], answers[:1], answers[1:])
+    again = {"role": "user", "content": " Hi ", "name": "me"}
+    for before in ([question], [system, question], [again]):
+        talks = ([*before, answer] for answer in answers)
+        assert as_texts(tmp_path, tokenizer, [system, question], *talks) == expected
+    row = {"prompt": [system, question], "completion": [question, answers[0]]}
+    (example,) = completion(write(tmp_path / "c.jsonl", [row]), tokenizer, validation=0).train
+    assert example.prompt == expected[0]
+
+
+def as_texts(tmp_path, tokenizer, prompt, chosen, rejected):
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+    (found,) = completion(path, tokenizer, validation=0).preferences
+    return found.prompt, found.chosen, found.rejected
+
+
+def test_columns_without_values_are_no_other_kind(tmp_path):
+    rows = [{"prompt": "Q:", "completion": " A", "messages": None, "chosen": None, "rejected": None}] * 3
+    assert completion(write(tmp_path / "a.jsonl", rows)).train[0].completion == " A"
+
+
 def test_a_row_that_is_a_chat_and_a_completion_is_what_its_columns_say(tmp_path):
     row = {"prompt": "Q:", "completion": " plain", "messages": messages("Hi", "Hello")}
     path = write(tmp_path / "both.jsonl", [row] * 3)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lofit_fast.sealed import write_sealed
-from lofit_fast.tasks import load_task
+from lofit_fast.tasks import Example, Task, load_task
 from lofit_fast.training.run_folder import RunFolder
 from lofit_fast.training.run_source import data_seed_of, kept_source, other_rows, source_of
 from tests.ordinary_sample import some_now
@@ -65,6 +65,13 @@ def test_rows_of_one_prompt_are_told_apart_by_their_answers(tmp_path):
     # of a run of an earlier release the prompts alone are known
     begun(tmp_path / "older", {name: value for name, value in kept.items() if name != "judged_by"})
     assert other_rows(tmp_path / "older" / "adapter", now) is None
+
+
+def test_the_order_of_accepted_answers_is_no_matter():
+    def held_out(answers):
+        return source_of(Task("t", [], [Example("q", " a", answers)]), None, 1)["judged_by"]
+
+    assert held_out(("a", "b")) == held_out(("b", "a")) != held_out(("a", "c"))
 
 
 def test_adapters_of_no_run(tmp_path):

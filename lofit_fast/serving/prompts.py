@@ -81,17 +81,13 @@ class Prompts:
 
     def _stops(self, stops: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[int]]:
         """Stop strings as texts, and as tokens where they name special ones, which no text shows."""
-        special = special_tokens(self.tokenizer)
         with self._lock:
+            special, unknown = special_tokens(self.tokenizer), self.tokenizer.unk_token_id
             # white space around it has no part in a token
             read = {stop: self.tokenizer(stop.strip() or stop, add_special_tokens=False)["input_ids"] for stop in stops}
-        if self.tokenizer.unk_token is not None:
-            unknown = self.tokenizer.unk_token_id
-            read = {
-                stop: [token for token in ids if token != unknown or self.tokenizer.unk_token in stop]
-                for stop, ids in read.items()
-            }
-        named = {stop: ids for stop, ids in read.items() if not special.keys().isdisjoint(ids)}
+        # a sign that the tokenizer does not know names no token
+        meant = {stop: special.keys() - (set() if special.get(unknown, "") in stop else {unknown}) for stop in stops}
+        named = {stop: ids for stop, ids in read.items() if not meant[stop].isdisjoint(ids)}
         if mixed := [stop for stop, ids in named.items() if len(ids) > 1]:
             raise BadRequestError(
                 f"{shown(mixed[0])} holds a special token, which no answer's text shows: expected one special token "

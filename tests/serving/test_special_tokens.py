@@ -78,6 +78,14 @@ def test_a_stop_string_may_be_a_special_token():
         assert "'x<|im_end|>' holds a special token" in refused.json()["error"]["message"]
 
 
+def test_a_sign_that_the_tokenizer_does_not_know_names_no_token():
+    tokenizer = chat_tokenizer("mistral_v01", TEMPLATE, MARKS)
+    tokenizer.unk_token = "<|im_start|>"
+    with writing(tokenizer, "Paris<|im_start|>\nuser again") as app:
+        assert choice(app, {**TEXT, "stop": "<|im_start|>"}) == (" Paris", "stop")
+        assert choice(app, {**TEXT, "stop": "\N{SNOWMAN}"})[1] == "length"
+
+
 def test_a_special_token_need_not_be_one_that_the_tokenizer_names():
     tokenizer = chat_tokenizer("qwen", TEMPLATE.replace("<|im_end|>", "<|eot|>"), MARKS[:1])
     tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])

@@ -16,7 +16,8 @@ from lofit_fast.models.vocabulary import check_ids
 from lofit_fast.patching.architectures import text_config
 from lofit_fast.serving.answer_queue import Sampling
 from lofit_fast.serving.openai_requests import BadRequestError, ChatRequest, CompletionRequest
-from lofit_fast.tasks.chat import Rendered, check_whole, turn_endings
+from lofit_fast.tasks.chat import Rendered, turn_endings
+from lofit_fast.tasks.messages import check_none_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ class Prompts:
         except Exception as error:
             raise BadRequestError(f"the model's chat template refuses the messages: {error}", "messages") from error
         try:
-            check_whole(messages, text)
+            check_none_left_out(messages, text)
         except ValueError as error:
             raise BadRequestError(str(error), "messages") from error
         return self._encoded(Rendered(text), "messages")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lofit_fast.tasks.messages import LAST, after_thinking, check_messages, check_none_left_out
 from lofit_fast.tasks.task import Example
 
 TRAIN_ON = ("all", "last")
@@ -19,14 +20,7 @@ FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what looks like one token, whether the tokenizer knows it as special or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
-# thinking that is written into a content, in front of what is said
-_THINKING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\])\s*", re.DOTALL)
-# what turns thinking on or off in a message, which templates take out
-_SWITCH = re.compile(r"/(?:no_)?think\b")
-# what other trainers take for a turn that is not learned
-_WEIGHTS = ("weight", "train", "training")
 _WORD = "ANSWER"
-_LAST = 'learn the last turn only (train_on="last", --train-on last)'
 
 
 class Rendered(str):
@@ -106,7 +100,7 @@ def conversation(
             a turn that cannot be found. The message names the turn.
     """
     check_train_on(train_on)
-    _check(messages, train_on)
+    check_messages(messages, train_on)
     if not isinstance(options, Mapping | None):
         raise ValueError(f"chat_template_kwargs must map names of variables to values, got {options!r}")
     if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
@@ -115,7 +109,7 @@ def conversation(
     messages = [dict(message) for message in messages]
     text, prompt = template.render(messages), template.render(messages[:-1], prompt=True)
     last = len(messages) - 1
-    check_whole(messages, text)
+    check_none_left_out(messages, text)
     if not text.startswith(prompt):
         raise ValueError(_no_prefix(messages, last, prompt, text))
     if template.marks:
@@ -128,7 +122,7 @@ def conversation(
         # the end token that is to follow comes after all of the text
         closed, learned[-1] = len(text), (learned[-1][0], len(text))
     completion = text[len(prompt) : closed].rstrip() if ended else text[len(prompt) : closed]
-    content = _after_thinking(messages[-1].get("content") or "", prompt)
+    content = after_thinking(messages[-1].get("content") or "", prompt)
     answers = tuple(dict.fromkeys(answer for answer in (content.strip(), completion.strip()) if answer))
     return Conversation(
         Rendered(prompt),
@@ -155,19 +149,6 @@ def turn_endings(tokenizer) -> tuple[str, ...]:
     return (talk.ending,) if talk.ending else ()
 
 
-def joined(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[Mapping]:
-    """Messages, and those that follow: what both hold, the end of the one and the beginning of the other, once."""
-    for count in range(min(len(before), len(after) - 1), 0, -1):
-        if list(map(_said_by, before[-count:])) == list(map(_said_by, after[:count])):
-            return [*before, *after[count:]]
-    return [*before, *after]
-
-
-def _said_by(message: Mapping) -> tuple[object, object]:
-    content = message.get("content")
-    return message.get("role"), content.strip() if isinstance(content, str) else content
-
-
 def check_no_template(row: Mapping) -> None:
     """Raise ValueError for a row of texts with a value in `FOR_TEMPLATE`, which would change nothing there."""
     if given := [name for name in FOR_TEMPLATE if row.get(name)]:
@@ -181,21 +162,6 @@ def check_train_on(train_on: str) -> None:
     """Raise ValueError unless it is one of `TRAIN_ON`."""
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on: got {train_on!r}, expected {' or '.join(TRAIN_ON)}")
-
-
-def check_whole(messages: Sequence[Mapping], text: str) -> None:
-    """Raise ValueError for a content that the template has left out, as those do that expect it in parts."""
-    for i, message in enumerate(messages):
-        said = _SWITCH.sub("", _THINKING.sub("", message.get("content") or "", count=1)).strip()
-        lines = said.splitlines() or [""]
-        # what comes after the thinking, which may be moved or left out
-        end = lines[-1].rpartition(">")[2].strip() or lines[-1].strip()
-        # what a tool says may be quoted, and what goes with a call of one moved
-        if message["role"] != "tool" and not message.get("tool_calls") and end not in text:
-            raise ValueError(
-                f"message {i + 1} ({message['role']}): the chat template leaves its content out ({end[:40]!r}): "
-                "expected a template that takes this role, and contents that are texts"
-            )
 
 
 @dataclass(frozen=True)
@@ -315,7 +281,7 @@ def _turn(template: _Template, messages: list[Mapping], i: int, text: str, last:
         raise ValueError(
             f"{_name(i)} reads {alone[len(prompt) :][:60]!r} when it is the last message, and "
             f"{text[len(prompt) :][:60]!r} in the whole conversation: the chat template changes earlier turns, so they "
-            f"cannot be learned as they are written; {_LAST}"
+            f"cannot be learned as they are written; {LAST}"
         )
     end = len(alone.rstrip()) if same >= len(alone.rstrip()) else body
     if end == body and template.ending and text.startswith(template.ending, body):
@@ -374,45 +340,11 @@ def _last_ending(template: _Template, text: str, begin: int) -> tuple[int, bool]
     return (max(begin, len(text) - len(endings[0])), True) if endings else (len(text), False)
 
 
-def _after_thinking(content: str, prompt: str) -> str:
-    """A content without the thinking in front of it, as most data of reasoning models has it."""
-    thinking = _THINKING.match(content)
-    after = content[thinking.end() :] if thinking else ""
-    if prompt.rstrip().endswith("<think>"):
-        # which the template has opened
-        after = after or content.partition("</think>")[2]
-    return after.strip() or content
-
-
 def _marker(completion: str, content: str) -> str:
     """The tag right before the content, where something precedes it."""
     lead = completion[: completion.rfind(content)] if content and content in completion else ""
     tags = re.findall(_TAG, lead)
     return tags[-1] if tags and lead.rstrip().endswith(tags[-1]) else ""
-
-
-def _check(messages, train_on: str) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) < 2:
-        raise ValueError(f"messages must be a list of two or more, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_text(message):
-            raise ValueError(f"every message must hold the texts role and content, got {message!r}")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"the last message must be from the assistant, got {messages[-1]['role']!r}")
-    learned = messages if train_on == "all" else messages[-1:]
-    for message, key in ((m, key) for m in learned if m["role"] == "assistant" for key in _WEIGHTS):
-        if message.get(key) not in (None, 1):
-            raise ValueError(
-                f"got a turn with {key}={message[key]!r}, which no template reads: it would be learned too. "
-                "Expected none; " + _LAST + ", or put the turns into rows of their own"
-            )
-
-
-def _has_text(message: Mapping) -> bool:
-    """A content, or something else instead: calls of tools, or thinking."""
-    content = message.get("content")
-    others = any(value for key, value in message.items() if key not in ("role", "content", "name"))
-    return isinstance(content, str) or (content is None and others)
 
 
 def _name(i: int) -> str:
@@ -421,12 +353,12 @@ def _name(i: int) -> str:
 
 def _no_prefix(messages: list[Mapping], i: int, prompt: str | None, text: str) -> str:
     if prompt is None:
-        return f"{_name(i)} cannot be found: the chat template refuses to prompt for it after {i} messages; {_LAST}"
+        return f"{_name(i)} cannot be found: the chat template refuses to prompt for it after {i} messages; {LAST}"
     at = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
     return (
         f"{_name(i)} cannot be found: the chat template's prompt for it is no beginning of the whole conversation: "
         f"after {text[max(0, at - 30) : at]!r} it has {prompt[at : at + 40]!r}, the whole {text[at : at + 40]!r}. "
-        + ("Give " if i == len(messages) - 1 else f"Either {_LAST}, or give ")
+        + ("Give " if i == len(messages) - 1 else f"Either {LAST}, or give ")
         + "what the template expects (the thinking of a reasoning model), its variables (chat_template_kwargs), or "
         "another template"
     )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, check_train_on, conversation_of, joined
+from lofit_fast.tasks.chat import Conversation, Rendered, check_no_template, check_train_on, conversation_of
+from lofit_fast.tasks.messages import joined
 from lofit_fast.tasks.preference_rows import as_choice, as_preference
 from lofit_fast.tasks.row_source import source_rows
 from lofit_fast.tasks.task import Example, Preference, Task, draw

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from lofit_fast.tasks.chat import check_no_template, joined
+from lofit_fast.tasks.chat import check_no_template
+from lofit_fast.tasks.messages import joined
 from lofit_fast.tasks.task import MultipleChoice, Preference
 
 FIELDS = ("chosen", "rejected")
